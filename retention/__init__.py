@@ -1,0 +1,29 @@
+"""Retention gates, gated attention and the seams to a transformers model."""
+
+if not __name__.startswith("tenure."):
+    raise ImportError(f"import 'tenure.retention', not {__name__!r}: a second name would give duplicate classes")
+
+from .attach import Attached, attach
+from .capacity import Capacity, capacity_loss
+from .checkpoint import CheckpointError, CheckpointInfo, fingerprint
+from .config import RetentionConfig
+from .gates import RetentionGates
+from .ops import gated_attention, occupancy
+from .seams import UnsupportedModelError
+from .segments import Segments
+
+__all__ = [
+    "Attached",
+    "Capacity",
+    "CheckpointError",
+    "CheckpointInfo",
+    "RetentionConfig",
+    "RetentionGates",
+    "Segments",
+    "UnsupportedModelError",
+    "attach",
+    "capacity_loss",
+    "fingerprint",
+    "gated_attention",
+    "occupancy",
+]

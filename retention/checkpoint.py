@@ -1,0 +1,179 @@
+"""Gates on disk: a folder with `tenure_config.json` and `gates.safetensors`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from transformers import PreTrainedModel
+
+from .config import RetentionConfig
+
+CONFIG_FILE = "tenure_config.json"
+WEIGHTS_FILE = "gates.safetensors"
+SCHEMA_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A folder that does not hold usable gates; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """Where gates come from.
+
+    Attributes:
+        base_model: name of the model they were trained on.
+        revision: its revision, "" if unknown.
+        base_fingerprint: `fingerprint(model)` of it, "" if unknown; checked when gates meet a model.
+        training: how they were trained (settings, tokens, budget).
+        metrics: what they scored.
+    """
+
+    base_model: str = ""
+    revision: str = ""
+    base_fingerprint: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, **values: Any) -> CheckpointInfo:
+        """Fills name, revision and fingerprint from `model`; `values` replace single fields."""
+        found: dict[str, Any] = {
+            "base_model": str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+            "revision": str(getattr(model.config, "_commit_hash", None) or ""),
+            "base_fingerprint": fingerprint(model),
+        }
+        return cls(**(found | values))
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """16 hex digits that tell base models of the same shape apart: a hash over a few input embeddings in bf16.
+
+    The same for the model loaded in fp32, bf16 or from another path.
+    """
+    weight = model.get_input_embeddings().weight
+    rows = torch.linspace(0, weight.shape[0] - 1, 16).long()
+    sample = weight.detach()[rows.to(weight.device)].to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def save_checkpoint(
+    folder: str | os.PathLike,
+    config: RetentionConfig,
+    state: dict[str, torch.Tensor],
+    info: CheckpointInfo,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes both files, each under a temporary name first; the configuration, renamed last, seals the weights."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    weights = save_safetensors(tensors, metadata={"format": "pt"})
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "gates": config.to_dict(),
+        **asdict(info),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    write_atomic(path / WEIGHTS_FILE, weights)
+    write_atomic(path / CONFIG_FILE, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content` in one step; a reader sees the old file or the new one, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(source: str | os.PathLike, revision: str | None = None) -> tuple[dict[str, Any], bytes]:
+    """The parsed configuration and the raw weights of a local folder or Hub repository.
+
+    Raises:
+        CheckpointError: a file is absent, truncated or altered, or the schema is newer than this version reads.
+    """
+    path = _local_folder(source, revision)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} has no {name}; a gates folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        document = json.loads((path / CONFIG_FILE).read_text())
+        version = int(document["schema_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / CONFIG_FILE} is not a gates configuration: {error!r}") from None
+    if version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path / CONFIG_FILE} has schema version {version}; this version of tenure reads up to {SCHEMA_VERSION}, "
+            "a newer one is needed"
+        )
+    weights = (path / WEIGHTS_FILE).read_bytes()
+    if hashlib.sha256(weights).hexdigest() != document.get("weights_sha256"):
+        raise CheckpointError(
+            f"{path / WEIGHTS_FILE} ({len(weights)} bytes) is not the file {CONFIG_FILE} was saved with; it is truncated "
+            "or altered, fetch it again"
+        )
+    return document, weights
+
+
+def _local_folder(source: str | os.PathLike, revision: str | None) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    text = str(source)
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise CheckpointError(f"no gates at {text!r}; a local folder or a Hub repository 'owner/name' is accepted")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except Exception as error:  # the Hub client raises many types, from requests to its own
+        raise CheckpointError(f"no folder {text!r} here, and the Hub did not give it: {error}") from error
+
+
+def parse_config(document: dict[str, Any], where: str) -> tuple[RetentionConfig, CheckpointInfo]:
+    """Raises CheckpointError when the document lacks a field or holds one of the wrong kind."""
+    try:
+        config = RetentionConfig.from_dict(document["gates"])
+        info = CheckpointInfo(**{f.name: document[f.name] for f in fields(CheckpointInfo) if f.name in document})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {CONFIG_FILE} cannot be used: {error}") from None
+    return config, info
+
+
+def parse_weights(weights: bytes, expected: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    """Raises CheckpointError naming missing keys, unexpected keys and wrong shapes together."""
+    try:
+        state = load_safetensors(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"{where}: {WEIGHTS_FILE} is not a safetensors file: {error}") from None
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in sorted(set(state) & set(expected))
+        if state[name].shape != expected[name].shape
+    ]
+    if missing or unexpected or shapes:
+        raise CheckpointError(
+            f"{where}: {WEIGHTS_FILE} does not hold these gates: missing {missing}, unexpected {unexpected}, "
+            f"wrong shapes {shapes}"
+        )
+    return {name: tensor.float() for name, tensor in state.items()}

@@ -1,0 +1,173 @@
+"""Retention gates: from an attention layer's input to log β, the rate at which an entry's usefulness decays."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from .checkpoint import CheckpointInfo, fingerprint, load_checkpoint, parse_config, parse_weights, save_checkpoint
+from .config import RetentionConfig
+from .seams import full_attention_layers, text_config
+
+
+class RetentionGates(nn.Module):
+    """The gates of all full-attention layers of one model (TRIM-KV and DBTrimKV, Bui et al.).
+
+    The parameters stay in fp32 whatever the model's dtype: log β near 0 needs it.
+
+    Attributes:
+        config: the shape of the gates.
+        info: where they come from: base model, training, metrics.
+        bodies: one small MLP a layer, keyed by the layer's index.
+        weight, bias: the output projection. `shared`: `(num_kv_heads, gate_width)` and `(num_kv_heads,)`, the same
+            for all layers; `shared_heads`: `(1, gate_width)` and `(1,)`, the same for all layers and heads;
+            `per_layer`: `(num_layers, num_kv_heads, gate_width)` and `(num_layers, num_kv_heads)`.
+    """
+
+    def __init__(self, config: RetentionConfig, info: CheckpointInfo | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.info = info or CheckpointInfo()
+        width, heads = config.gate_width, config.num_kv_heads
+        self.bodies = nn.ModuleDict({str(index): self._body() for index in config.layer_indices})
+        shape = {
+            "per_layer": (len(config.layer_indices), heads),
+            "shared": (heads,),
+            "shared_heads": (1,),
+        }[config.projection]
+        self.weight = nn.Parameter(torch.empty(*shape, width, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(*shape, dtype=torch.float32))
+        self._row = {index: row for row, index in enumerate(config.layer_indices)}
+        self.reset_parameters()
+
+    def _body(self) -> nn.Sequential:
+        config = self.config
+        layers = [nn.Linear(config.hidden_size, config.gate_width), ACT2FN[config.activation]]
+        if config.projection == "shared":
+            layers += [nn.Linear(config.gate_width, config.gate_width), ACT2FN[config.activation]]
+        elif config.projection == "shared_heads":
+            features = config.num_kv_heads * config.gate_width
+            layers += [nn.Linear(config.gate_width, features), ACT2FN[config.activation]]
+        return nn.Sequential(*layers)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weights N(0, init_std), biases 0, output bias `initial_bias`."""
+        for module in self.bodies.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=self.config.init_std)
+                module.bias.zero_()
+        self.weight.normal_(std=self.config.init_std)
+        self.bias.fill_(self.config.initial_bias)
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, **overrides: object) -> RetentionGates:
+        """Fresh gates for all full-attention layers of `model`, on its device."""
+        gates = cls(RetentionConfig.for_model(model, **overrides), CheckpointInfo.for_model(model))
+        return gates.to(next(model.parameters()).device)
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        return self.config.layer_indices
+
+    def log_beta(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """log β of every token for one layer.
+
+        Args:
+            layer_idx: a layer in `layer_indices`.
+            hidden_states: `(batch, seq_len, hidden_size)`, the attention module's input (after the input
+                layernorm, before RoPE), any float dtype.
+
+        Returns:
+            fp32 `(batch, num_kv_heads, seq_len)`, each value in (-∞, 0].
+        """
+        config = self.config
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            features = self.bodies[str(layer_idx)](hidden_states.float())
+            if config.projection == "shared_heads":
+                features = features.unflatten(-1, (config.num_kv_heads, config.gate_width))
+                logits = features @ self.weight[0] + self.bias
+            elif config.projection == "per_layer":
+                row = self._row[layer_idx]
+                logits = F.linear(features, self.weight[row], self.bias[row])
+            else:
+                logits = F.linear(features, self.weight, self.bias)
+            return F.logsigmoid(logits).transpose(1, 2)
+
+    def check_model(self, model: PreTrainedModel, same_base: bool = True) -> None:
+        """Refuses a model these gates were not made for.
+
+        Args:
+            same_base: also compare the fingerprint of the base model, when the gates carry one.
+
+        Raises:
+            UnsupportedModelError: tenure cannot attach to the model.
+            ValueError: naming what differs.
+        """
+        layers = full_attention_layers(model)
+        found = {
+            "hidden_size": int(text_config(model).hidden_size),
+            "num_kv_heads": layers[0].num_kv_heads,
+            "layer_indices": tuple(layer.layer_idx for layer in layers),
+        }
+        name = f"{type(model).__name__} {getattr(model.config, '_name_or_path', '')}".strip()
+        wrong = [f"{k} {getattr(self.config, k)} against {v}" for k, v in found.items() if getattr(self.config, k) != v]
+        if wrong:
+            raise ValueError(f"the gates do not fit {name}: {'; '.join(wrong)} in the model")
+        if same_base and self.info.base_fingerprint and self.info.base_fingerprint != fingerprint(model):
+            raise ValueError(
+                f"the gates were trained on {self.info.base_model or 'another model'}, not on {name} (same shape, "
+                "other weights); use that model, or train gates for this one"
+            )
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, info: CheckpointInfo | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Writes `tenure_config.json` and `gates.safetensors` into `folder`, atomically.
+
+        Args:
+            info: replaces `self.info` in the file.
+            dtype: dtype of the stored weights; bf16 halves the file.
+        """
+        save_checkpoint(folder, self.config, self.state_dict(), info or self.info, dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike, model: PreTrainedModel | None = None, revision: str | None = None
+    ) -> RetentionGates:
+        """Loads gates from a local folder or a Hub repository.
+
+        Args:
+            source: folder, or `owner/name` on the Hub.
+            model: if given, the gates are checked against it and moved to its device.
+            revision: of the Hub repository.
+
+        Raises:
+            CheckpointError: files absent, truncated or altered; a newer schema; missing or unexpected keys.
+            ValueError: the gates do not belong to `model`.
+        """
+        document, weights = load_checkpoint(source, revision)
+        config, info = parse_config(document, str(source))
+        gates = cls(config, info)
+        gates.load_state_dict(parse_weights(weights, gates.state_dict(), str(source)))
+        if model is not None:
+            gates.check_model(model)
+            gates.to(next(model.parameters()).device)
+        return gates
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Uploads the two files to `repo_id` on the Hub, creating it if needed; returns the address of the commit."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload retention gates"))

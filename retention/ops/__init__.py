@@ -1,0 +1,9 @@
+"""Gated attention and occupancy: fast forms, each with a plain twin in `naive`."""
+
+if not __name__.startswith("tenure."):
+    raise ImportError(f"import 'tenure.retention.ops', not {__name__!r}: a second name would give duplicate classes")
+
+from .gated_attention import Implementation, gated_attention
+from .occupancy import occupancy, occupancy_at
+
+__all__ = ["Implementation", "gated_attention", "occupancy", "occupancy_at"]

@@ -1,0 +1,108 @@
+"""Occupancy `S_t = Σ_{j≤t} β_j^(t-j)`: how many entries a head effectively holds at time t (TRIM-KV, capacity loss).
+
+Both forms share one tiled kernel that never holds more than a tile of the T x T terms, forward or backward, and
+skips tiles whose terms all lie below fp32 resolution. `occupancy` evaluates it at every position (exact, for
+evaluation); `occupancy_at` at chosen positions only (the sampled training loss).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..segments import Segments
+
+QUERY_BLOCK = 128
+KEY_BLOCK = 512
+# A whole tile row of 512 terms below exp(-30) adds less than 5e-11 to a sum that holds the self term 1.
+NEGLIGIBLE = -30.0
+
+
+def occupancy(log_beta: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """Exact occupancy at every position.
+
+    Args:
+        log_beta: `(..., batch, num_kv_heads, seq_len)`, ≤ 0, fp32 or fp64. Leading axes (layers) are free.
+        segments: documents and padding of the batch.
+
+    Returns:
+        The same shape: `S[..., b, h, t]`, self included, 0 on padding; entries of another document never count.
+    """
+    batch, seq_len = segments.document.shape
+    index = torch.arange(seq_len, device=log_beta.device).expand(batch, seq_len)
+    return occupancy_at(log_beta, index, segments)
+
+
+def occupancy_at(log_beta: torch.Tensor, query_index: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """Occupancy at chosen positions: cost `O(samples · seq_len)` instead of `O(seq_len²)`.
+
+    Args:
+        log_beta: as in `occupancy`.
+        query_index: `(batch, samples)` int64, rising in each row, columns of the batch (not document positions).
+
+    Returns:
+        `(..., batch, num_kv_heads, samples)`, differentiable in log_beta.
+    """
+    lead = log_beta.shape[:-3]
+    flat = log_beta.reshape(-1, *log_beta.shape[-3:])
+    out = _Occupancy.apply(flat, query_index, segments)
+    assert isinstance(out, torch.Tensor)
+    return out.reshape(*lead, *out.shape[1:])
+
+
+class _Occupancy(torch.autograd.Function):
+    """log_beta `(layers, batch, heads, seq_len)` -> `(layers, batch, heads, samples)`."""
+
+    @staticmethod
+    def forward(ctx: Any, log_beta: torch.Tensor, query_index: torch.Tensor, segments: Segments) -> torch.Tensor:
+        ctx.save_for_backward(log_beta, query_index)
+        ctx.segments = segments
+        out = log_beta.new_zeros(*log_beta.shape[:-1], query_index.shape[1])
+        for queries, keys, gap, valid in _tiles(query_index, segments):
+            for layer, decay in enumerate(log_beta[..., keys]):
+                if _matters(gap, valid, decay):
+                    out[layer, ..., queries] += _terms(gap, valid, decay).sum(-1)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,) = grads
+        log_beta, query_index = ctx.saved_tensors
+        result = torch.zeros_like(log_beta)
+        for queries, keys, gap, valid in _tiles(query_index, ctx.segments):
+            for layer, decay in enumerate(log_beta[..., keys]):
+                if _matters(gap, valid, decay):
+                    slope = _terms(gap, valid, decay) * gap
+                    result[layer, ..., keys] += (grad[layer, ..., queries].unsqueeze(-2) @ slope).squeeze(-2)
+        return result, None, None
+
+
+def _tiles(query_index: torch.Tensor, segments: Segments):
+    """Yields `(queries, keys, gap, valid)`: two slices and, `(batch, 1, queries, keys)`, t - i and whether i counts."""
+    document, position = segments.document, segments.position
+    seq_len = document.shape[1]
+    query_document, query_position = document.gather(1, query_index), position.gather(1, query_index)
+    column = torch.arange(seq_len, device=document.device)
+    for first in range(0, query_index.shape[1], QUERY_BLOCK):
+        queries = slice(first, first + QUERY_BLOCK)
+        index = query_index[:, queries, None]
+        reach = int(index.max()) + 1
+        for start in range(0, reach, KEY_BLOCK):
+            keys = slice(start, min(start + KEY_BLOCK, reach))
+            valid = (query_document[:, queries, None] == document[:, None, keys]) & (index >= column[keys])
+            valid &= query_document[:, queries, None] >= 0
+            if not bool(valid.any()):
+                continue
+            gap = torch.where(valid, query_position[:, queries, None] - position[:, None, keys], 0)
+            yield queries, keys, gap[:, None], valid[:, None]
+
+
+def _matters(gap: torch.Tensor, valid: torch.Tensor, decay: torch.Tensor) -> bool:
+    nearest = torch.where(valid, gap, torch.iinfo(gap.dtype).max).amin(-2)  # (batch, 1, keys)
+    return bool((nearest * decay.detach().double() > NEGLIGIBLE).any())
+
+
+def _terms(gap: torch.Tensor, valid: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """`β_i^(t-i)` over one tile, 0 where i does not count: `(batch, heads, queries, keys)`."""
+    return torch.exp(gap * decay[..., None, :]).masked_fill(~valid, 0.0)

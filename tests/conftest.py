@@ -1,0 +1,99 @@
+"""Tiny random models of every supported family, and the real model for tests marked `real`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,  # wide enough that attention is not uniform
+}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma3")
+
+
+def build_tiny(family: str, **overrides: object) -> PreTrainedModel:
+    """A random fp32 model in eval mode, the same weights at every call."""
+    sizes = SIZES | overrides
+    torch.manual_seed(0)
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(head_dim=8, **sizes))
+    elif family == "mistral":
+        model = MistralForCausalLM(MistralConfig(sliding_window=None, head_dim=8, **sizes))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **sizes))
+    elif family == "qwen3_moe":
+        moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=8, **moe, **sizes))
+    elif family == "phi3":
+        model = Phi3ForCausalLM(Phi3Config(**sizes))
+    elif family == "gemma3":
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"][: int(sizes["num_hidden_layers"])]
+        config = Gemma3TextConfig(head_dim=8, sliding_window=16, layer_types=kinds, query_pre_attn_scalar=8, **sizes)
+        model = Gemma3ForCausalLM(config)
+    else:
+        raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+    return model.eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def any_tiny_model(family: str) -> PreTrainedModel:
+    return build_tiny(family)
+
+
+@pytest.fixture
+def tiny_llama() -> PreTrainedModel:
+    return build_tiny("llama")
+
+
+@pytest.fixture
+def tiny_model():
+    """The factory itself, for tests that choose family and sizes."""
+    return build_tiny
+
+
+@pytest.fixture(scope="session")
+def real_model_path() -> str:
+    from tenure.training.assets import demo_model
+
+    return str(demo_model())
+
+
+@pytest.fixture(scope="session")
+def essay_texts() -> list[str]:
+    from tenure.training.assets import essays
+
+    return [document.text for document in essays("eval")]
