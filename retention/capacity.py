@@ -42,7 +42,7 @@ def capacity_loss(
     heads (p is the 0-based position in its document). Averaged over strictly positive entries, 0 if there is none.
     DBTrimKV's global loss sums over the L·H heads instead, `max(0, S_g-M_g) / max(1, p_g-M_g)` with everything times
     L·H: the same wherever `p-M ≥ 1`, but at the one or two positions around `p = M` its denominator is 1 against a
-    numerator of L·H, an outlier that drowns a sampled loss; taking the mean bounds every entry near 1.
+    numerator of L·H, an outlier that drowns a sampled loss; taking the mean bounds every entry by 2.
 
     Args:
         log_beta: `(layers, batch, num_kv_heads, seq_len)` fp32.

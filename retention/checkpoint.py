@@ -62,6 +62,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     The same for the model loaded in fp32, bf16 or from another path.
     """
     weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
     rows = torch.linspace(0, weight.shape[0] - 1, 16).long()
     sample = weight.detach()[rows.to(weight.device)].to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
@@ -127,8 +128,8 @@ def load_checkpoint(source: str | os.PathLike, revision: str | None = None) -> t
     weights = (path / WEIGHTS_FILE).read_bytes()
     if hashlib.sha256(weights).hexdigest() != document.get("weights_sha256"):
         raise CheckpointError(
-            f"{path / WEIGHTS_FILE} ({len(weights)} bytes) is not the file {CONFIG_FILE} was saved with; it is truncated "
-            "or altered, fetch it again"
+            f"{path / WEIGHTS_FILE} ({len(weights)} bytes) is not the file {CONFIG_FILE} was saved with; it is "
+            "truncated or altered, fetch it again"
         )
     return document, weights
 

@@ -139,7 +139,7 @@ class Interceptor(ABC):
         Returns the call that computes this layer's attention, or None for the ordinary attention.
         """
 
-    def end(self, completed: bool) -> None:
+    def end(self, completed: bool) -> None:  # noqa: B027 - attaching needs nothing here
         """Called after the decoder's forward; `completed` is False when the forward raised."""
 
 

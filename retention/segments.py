@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -93,5 +94,5 @@ class Segments:
         spans = []
         for row, (numbers, begins) in enumerate(zip(document.tolist(), is_start.tolist(), strict=True)):
             bounds = [i for i, begin in enumerate(begins) if begin] + [seq_len]
-            spans += [(row, a, b) for a, b in zip(bounds, bounds[1:], strict=False) if numbers[a] >= 0]
+            spans += [(row, a, b) for a, b in itertools.pairwise(bounds) if numbers[a] >= 0]
         return cls(document, position, tuple(spans))

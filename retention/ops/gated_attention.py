@@ -60,16 +60,17 @@ def gated_attention(
 
 
 def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor) -> None:
-    if key.shape[:-1] != value.shape[:-1] or key.shape[:-1] != log_beta.shape:
-        raise ValueError(
-            f"key {tuple(key.shape)}, value {tuple(value.shape)} and log_beta {tuple(log_beta.shape)} must agree in "
-            "(batch, num_kv_heads, seq_len)"
-        )
     if query.shape[-2] != key.shape[-2] or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"query {tuple(query.shape)} and key {tuple(key.shape)}: gated attention runs over whole sequences "
             "(no cache), with a multiple of num_kv_heads query heads"
         )
+    if key.shape[:-1] != value.shape[:-1] or key.shape[:-1] != log_beta.shape:
+        raise ValueError(
+            f"key {tuple(key.shape)}, value {tuple(value.shape)} and log_beta {tuple(log_beta.shape)} must agree in "
+            "(batch, num_kv_heads, seq_len)"
+        )
+
 
 
 def channels(

@@ -1,0 +1,103 @@
+"""The objective against its formulas, and gradient checkpointing against none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from tenure.retention import RetentionGates, Segments, attach, capacity_loss
+from tenure.training import Batch, GateObjective
+
+
+def forgetful(model: PreTrainedModel) -> RetentionGates:
+    torch.manual_seed(3)
+    return RetentionGates.for_model(model, gate_width=16, initial_bias=1.0, init_std=0.4)
+
+
+def make_batch(rows: int = 2, length: int = 40) -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    input_ids = torch.randint(3, 128, (rows, length), generator=generator)
+    loss_mask = torch.rand(rows, length, generator=generator) < 0.4
+    loss_mask[:, 0] = False
+    return Batch(input_ids, torch.arange(length).expand(rows, length), None, loss_mask)
+
+
+@pytest.mark.parametrize("chunk", [7, 8192])
+def test_losses_are_the_formulas(tiny_llama: PreTrainedModel, chunk: int) -> None:
+    gates, batch = forgetful(tiny_llama), make_batch()
+    losses = GateObjective(tiny_llama, gates, budget=5, samples=None, chunk=chunk, weight=0.5)(batch)
+    teacher = tiny_llama(batch.input_ids, use_cache=False).logits.log_softmax(-1)
+    with attach(tiny_llama, gates) as attached:
+        student = tiny_llama(batch.input_ids, use_cache=False).logits.log_softmax(-1)
+        capacity = capacity_loss(attached.log_beta(), Segments.whole(2, 40), 5.0).loss
+    targets = [(r, t) for r in range(2) for t in range(1, 40) if batch.loss_mask[r, t]]
+    ntp = -sum(student[r, t - 1, batch.input_ids[r, t]] for r, t in targets) / len(targets)
+    kl = sum((teacher[r, t - 1].exp() * (teacher[r, t - 1] - student[r, t - 1])).sum() for r, t in targets)
+    torch.testing.assert_close(losses.ntp, ntp, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses.kl, kl / len(targets), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses.capacity, capacity, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses.total, (losses.ntp + losses.kl) / 2 + 0.5 * losses.capacity)
+    assert losses.targets == len(targets) and losses.kl > 1e-3
+
+
+def test_only_gates_learn(tiny_llama: PreTrainedModel) -> None:
+    objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=5)
+    objective(make_batch()).total.backward()
+    learning = {name for name, p in objective.named_parameters() if p.grad is not None}
+    assert learning == {f"gates.{name}" for name, _ in objective.gates.named_parameters()}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(any_tiny_model: PreTrainedModel) -> None:
+    """Layers are recomputed after the attach block has ended, and must be gated then, too."""
+    gradients = []
+    for checkpointing in (False, True):
+        gates = forgetful(any_tiny_model)
+        objective = GateObjective(any_tiny_model, gates, budget=5)
+        if checkpointing:
+            objective.enable_gradient_checkpointing()
+        objective(make_batch()).total.backward()
+        gradients.append([p.grad for p in gates.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
+        assert plain.abs().sum() > 0
+
+
+def test_a_share_is_of_each_document(tiny_llama: PreTrainedModel) -> None:
+    """Packed documents of 10 and 30 tokens at 20 % have 2 and 6 entries."""
+    objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=0.2)
+    position_ids = torch.cat([torch.arange(10), torch.arange(30)])[None]
+    segments = Segments.from_inputs(1, 40, position_ids=position_ids)
+    batch = replace(make_batch(rows=1), position_ids=position_ids)
+    limit = objective._limit(batch, segments.document)
+    assert isinstance(limit, torch.Tensor)
+    torch.testing.assert_close(limit, torch.tensor([[2.0] * 10 + [6.0] * 30]))
+
+
+def test_padding_does_not_matter(tiny_llama: PreTrainedModel) -> None:
+    gates, alone = forgetful(tiny_llama), make_batch(rows=1)
+    objective = GateObjective(tiny_llama, gates, budget=5, samples=None)
+    padded = Batch(
+        F.pad(alone.input_ids, (0, 9)),
+        F.pad(alone.position_ids, (0, 9)),
+        F.pad(torch.ones_like(alone.input_ids), (0, 9)),
+        F.pad(alone.loss_mask, (0, 9)),
+    )
+    for ours, reference in zip(
+        [getattr(objective(padded), name) for name in ("ntp", "kl", "capacity")],
+        [getattr(objective(alone), name) for name in ("ntp", "kl", "capacity")],
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_arguments_are_named(tiny_llama: PreTrainedModel) -> None:
+    gates = forgetful(tiny_llama)
+    with pytest.raises(ValueError, match="training budget is -1"):
+        GateObjective(tiny_llama, gates, budget=-1)
+    batch = replace(make_batch(), loss_mask=torch.zeros(2, 40, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no target token"):
+        GateObjective(tiny_llama, gates, budget=5)(batch)

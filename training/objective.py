@@ -1,0 +1,190 @@
+"""What the gates are trained on: stay close to the frozen model, with an occupancy within the budget."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ..retention import Attached, RetentionGates, attach, capacity_loss
+from ..retention.capacity import Scope
+from ..retention.ops import Implementation
+from ..retention.seams import text_config, text_decoder
+from .packing import Batch
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one batch, scalars with their graph, and what the log shows of it.
+
+    Attributes:
+        total: `(ntp + kl) / 2 + weight · capacity` (TRIM-KV, training objective).
+        ntp: cross-entropy to the text, nats a target token.
+        kl: forward KL(teacher ‖ student), nats a target token.
+        capacity: relative excess of occupancy over the budget.
+        targets: number of target tokens.
+        occupancy: `(layers, batch, num_kv_heads, positions)`, detached.
+    """
+
+    total: torch.Tensor
+    ntp: torch.Tensor
+    kl: torch.Tensor
+    capacity: torch.Tensor
+    targets: int
+    occupancy: torch.Tensor
+
+
+class GateObjective(nn.Module):
+    """A frozen model with its gates; `forward` gives the losses of a batch.
+
+    Teacher and student are the same weights, gates off and on: one copy in memory. Only the gates require gradients,
+    so a data-parallel wrapper around this module communicates nothing else.
+
+    Args:
+        model: frozen here (`requires_grad_(False)`).
+        gates: in fp32, on the model's device.
+        budget: entries per layer and head the occupancy may hold; below 1, that share of each document's length.
+        scope: `global` or `local` capacity loss.
+        weight: λ of the capacity loss.
+        samples: positions per row at which occupancy is evaluated; None for all.
+        chunk: target tokens whose logits exist at a time.
+        implementation: of the gated attention.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gates: RetentionGates,
+        budget: float,
+        scope: Scope = "global",
+        weight: float = 1.0,
+        samples: int | None = 64,
+        chunk: int = 8192,
+        implementation: Implementation = "auto",
+    ) -> None:
+        super().__init__()
+        if budget <= 0:
+            raise ValueError(f"the training budget is {budget}; a positive number is accepted")
+        self.model = model.requires_grad_(False)
+        self.gates = gates
+        self.budget, self.weight = budget, weight
+        self.scope: Scope = scope
+        self.samples, self.chunk = samples, chunk
+        self.implementation: Implementation = implementation
+        self._student: Attached | None = None
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes every decoder layer in backward, with its gates attached again; dropout stays off.
+
+        Raises:
+            ValueError: the model does not support it.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            name = type(self.model).__name__
+            raise ValueError(f"{name} has no gradient checkpointing; set gradient_checkpointing to false")
+        self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
+        self.model.eval()
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True  # only the layer itself: transformers checkpoints no layer in eval mode
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Contexts of a layer's forward and of its recomputation, which runs when the attach block is over."""
+        student = self._student
+        return nullcontext(), nullcontext() if student is None else _Again(student)
+
+    def forward(self, batch: Batch, seed: int = 0) -> Losses:
+        """Args:
+        batch: on the model's device.
+        seed: of the positions at which occupancy is sampled.
+        """
+        decoder = text_decoder(self.model)
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        inputs |= {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+        with torch.no_grad():
+            teacher = decoder(**inputs).last_hidden_state
+        with attach(self.model, self.gates, self.implementation) as attached:
+            self._student = attached
+            student = decoder(**inputs).last_hidden_state
+            self._student = None
+            segments = attached.segments
+            log_beta = attached.log_beta()
+        assert segments is not None
+        ntp, kl, targets = self._quality(teacher, student, batch)
+        capacity = capacity_loss(
+            log_beta,
+            segments,
+            self._limit(batch, segments.document),
+            self.scope,
+            self.samples,
+            torch.Generator().manual_seed(seed),
+        )
+        total = (ntp + kl) / 2 + self.weight * capacity.loss
+        return Losses(total, ntp, kl, capacity.loss, targets, capacity.occupancy)
+
+    def _limit(self, batch: Batch, document: torch.Tensor) -> float | torch.Tensor:
+        """The budget in entries per layer and head: for a share, of the length of each token's own document."""
+        if self.budget >= 1:
+            return self.budget
+        count = document.amax().clamp_min(0) + 1
+        member = F.one_hot(document.clamp_min(0), int(count)) * (document >= 0)[..., None]
+        length = (member.sum(1, keepdim=True) * member).sum(-1)
+        return (length * self.budget).clamp_min(1.0)
+
+    def _quality(
+        self, teacher: torch.Tensor, student: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        target = batch.loss_mask[:, 1:]
+        count = int(target.sum())
+        if not count:
+            raise ValueError("a batch has no target token: its documents are all prompt; see loss_on and max_length")
+        labels = batch.input_ids[:, 1:][target]
+        before = F.pad(target, (0, 1))
+        teacher, student = teacher[before], student[before]
+        ntp, kl = student.new_zeros((), dtype=torch.float32), student.new_zeros((), dtype=torch.float32)
+        for start in range(0, count, self.chunk):
+            part = slice(start, start + self.chunk)
+            # Recomputed in backward, so the vocabulary never exists for more than a chunk.
+            sums = checkpoint(self._chunk_losses, teacher[part], student[part], labels[part], use_reentrant=False)
+            assert isinstance(sums, tuple)
+            ntp, kl = ntp + sums[0], kl + sums[1]
+        return ntp / count, kl / count, count
+
+    def _chunk_losses(
+        self, teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            expected = self._logits(teacher).log_softmax(-1)
+        predicted = self._logits(student).log_softmax(-1)
+        ntp = F.nll_loss(predicted, labels, reduction="sum")
+        return ntp, F.kl_div(predicted, expected, reduction="sum", log_target=True)
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """fp32 logits, with the scaling and capping some families apply after their output embedding."""
+        config = text_config(self.model)
+        head = self.model.get_output_embeddings()
+        assert head is not None
+        logits = head(hidden_states).float()
+        logits = logits / float(getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+
+class _Again(AbstractContextManager[None]):
+    """Enters `attached.again()` when the recomputation starts, not when the layer first ran."""
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached = attached
+
+    def __enter__(self) -> None:
+        self.context = self.attached.again()
+        self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)

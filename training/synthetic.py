@@ -1,0 +1,234 @@
+"""Retrieval-style long documents over given text: facts inserted at random depths, questions about them afterwards.
+
+Every example is a function of (seed, index) alone, so a run can be sharded and resumed without any state. The document
+comes before, and is tokenised apart from, its questions: what the gates keep of it cannot depend on what is asked.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import templates
+from .chat import ChatFrame, starts_with_bos
+from .corpus import SEPARATOR, Corpus, Sentence, both_layouts, fill, opening
+from .data import Example
+from .facts import KINDS, Fact, Question, Style, make_fact
+
+_ATTEMPTS = 50
+_OPENING_SHARE = 0.3  # of the length: sentences that are certain to be in the document, from which quotations are taken
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where a question's answer stands in an example: tokens `start` to `stop` (the end-of-turn token excluded)."""
+
+    question: Question
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """An example with what it was made of; `document_stop` is the number of tokens before the first question."""
+
+    example: Example
+    answers: tuple[Answer, ...]
+    document_stop: int
+
+
+@dataclass
+class RetrievalDocuments:
+    """Endless training examples made from `texts`; `documents[i]` depends on the fields and `i` only.
+
+    Layout, in the tokenizer's chat template (plain `Question: … Answer: …` lines without one): the user's turn holds
+    the document and the first question, the assistant's turn a short answer, further turns the other questions. Targets
+    are the answers and the token that ends their turn.
+
+    Args:
+        texts: source texts; the more the better, they are repeated as needed.
+        tokenizer: a transformers tokenizer.
+        lengths: target lengths in tokens; each example draws one and is at most that long, and nearly that long.
+        seed: another seed gives other documents.
+        facts, questions: range (inclusive) of the number of facts and of questions per document.
+        kinds: kinds of facts, see `facts.KINDS`.
+        group_share: share of the facts that are groups of 3 to 6 sentences differing in key and value only.
+        text_share: share of the examples that are plain text, with loss on their second half.
+        brief_share: share of the documents whose questions are answered without the question's words.
+        fact_share, question_share: most of a document's tokens that facts, and questions with answers, may take; they
+            lower the number of facts and questions in short documents.
+
+    Raises:
+        ValueError: no text, an unknown kind, an empty range, a length too short to hold a fact and its question.
+    """
+
+    texts: Sequence[str]
+    tokenizer: Any
+    lengths: Sequence[int] = (1024,)
+    seed: int = 0
+    facts: tuple[int, int] = (4, 8)
+    questions: tuple[int, int] = (3, 6)
+    kinds: Sequence[str] = KINDS
+    group_share: float = 0.3
+    text_share: float = 0.1
+    brief_share: float = 0.1
+    fact_share: float = 0.25
+    question_share: float = 0.35
+    _corpora: tuple[Corpus, ...] = field(init=False, repr=False)
+    _frame: ChatFrame = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.kinds) - set(KINDS))
+        if unknown or not self.kinds:
+            raise ValueError(f"unknown kinds of facts {unknown or list(self.kinds)}; choose from {', '.join(KINDS)}")
+        for name, (low, high) in (("facts", self.facts), ("questions", self.questions)):
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} must be a range (low, high) with 1 <= low <= high, got {(low, high)}")
+        if not self.lengths or min(self.lengths) < 128:
+            raise ValueError(f"lengths must be token counts of at least 128, got {list(self.lengths)}")
+        if self.fact_share + self.question_share > 0.65:
+            raise ValueError(
+                f"fact_share and question_share leave no room for the text: {self.fact_share} + {self.question_share},"
+                " at most 0.65 together"
+            )
+        # Documents are laid out in both ways so that a line break is no sign of what belongs to the text.
+        self._corpora = both_layouts(self.texts, self.tokenizer)
+        self._frame = ChatFrame(self.tokenizer)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.example(index)
+
+    def example(self, index: int) -> Example:
+        return self.document(index).example
+
+    def document(self, index: int) -> Document:
+        """The example at `index` (any non-negative number) together with where its answers stand."""
+        rng = random.Random(f"{self.seed}:{index}")
+        length = rng.choice(list(self.lengths))
+        corpus = rng.choice(self._corpora)
+        if rng.random() < self.text_share:
+            return self._plain(corpus, length, rng)
+        return self._retrieval(corpus, length, rng)
+
+    def _plain(self, corpus: Corpus, length: int, rng: random.Random) -> Document:
+        ids = [self.tokenizer.bos_token_id] if starts_with_bos(self.tokenizer) else []
+        stream = corpus.stream(rng)
+        ids += self._encode(next(stream).text.lstrip())
+        while len(ids) < length:
+            ids += next(stream).ids
+        half = length // 2
+        return Document(Example(ids[:length], [i >= half for i in range(length)], "text"), (), length)
+
+    def _retrieval(self, corpus: Corpus, length: int, rng: random.Random) -> Document:
+        stream = corpus.stream(rng)
+        introduction = f"{rng.choice(templates.INTRODUCTIONS)}{SEPARATOR}" if rng.random() < 0.3 else ""
+        head = self._frame.pieces(1)[0] + self._encode(introduction)
+        first, stream = opening(stream, _OPENING_SHARE * (length - len(head)), self._encode)
+        for _ in range(_ATTEMPTS):
+            facts, passages = self._draw_facts(first, self.fact_share * (length - len(head)), rng)
+            questions = self._draw_questions(facts, self.question_share * (length - len(head)), rng)
+            if questions:
+                break
+        else:
+            raise ValueError(f"a length of {length} tokens is too short for a fact and its question")
+        tail_ids, tail_mask, spans = self._conversation(questions)
+        room = length - len(head) - len(tail_ids) - sum(len(part.ids) for fact in passages for part in fact)
+        sentences = fill(first, stream, corpus, room, rng)
+        document = head + [token for sentence in _insert(sentences, passages, rng) for token in sentence.ids]
+        answers = tuple(
+            Answer(question, len(document) + start, len(document) + stop)
+            for question, (start, stop) in zip(questions, spans, strict=True)
+        )
+        example = Example(document + tail_ids, [False] * len(document) + tail_mask, "retrieval")
+        return Document(example, answers, len(document))
+
+    def _draw_facts(
+        self, first: list[Sentence], room: float, rng: random.Random
+    ) -> tuple[list[Fact], list[list[Sentence]]]:
+        """Facts whose passages take `room` tokens at most, and those passages tokenised; `first` may be quoted."""
+        facts: list[Fact] = []
+        passages: list[list[Sentence]] = []
+        used: set[str] = set()
+        number, style = rng.randint(*self.facts), Style.draw(self.brief_share, rng)
+        for _ in range(4 * number):
+            kind = self._draw_kind(rng)
+            fact = _quotation(first, used, rng) if kind == "quotation" else make_fact(kind, style, rng, used)
+            if fact is None:
+                continue
+            parts = [Sentence(text, self._encode(text)) for text in map(_spaced, fact.passages)]
+            cost = sum(len(part.ids) for part in parts)
+            if cost <= room:
+                facts.append(fact)
+                passages.append(parts)
+                room -= cost
+            if len(facts) == number:
+                break
+        return facts, passages
+
+    def _draw_questions(self, facts: Sequence[Fact], room: float, rng: random.Random) -> list[Question]:
+        """Questions within `room` tokens: one of each fact as far as they go, then second ones; in random order."""
+        number = rng.randint(*self.questions)
+        chosen: list[Question] = []
+        for question in [q for rank in range(2) for fact in facts for q in fact.questions[rank : rank + 1]]:
+            cost = len(self._encode(question.text)) + len(self._encode(question.answer)) + self._frame.turn_tokens()
+            if len(chosen) < number and cost <= room:
+                chosen.append(question)
+                room -= cost
+        rng.shuffle(chosen)
+        return chosen
+
+    def _draw_kind(self, rng: random.Random) -> str:
+        others = [kind for kind in self.kinds if kind != "group"]
+        if "group" in self.kinds and (not others or rng.random() < self.group_share):
+            return "group"
+        return rng.choice(others)
+
+    def _conversation(self, questions: Sequence[Question]) -> tuple[list[int], list[bool], list[tuple[int, int]]]:
+        """Everything after the document: ids, targets, and the span of every answer."""
+        pieces = self._frame.pieces(len(questions))
+        ids, mask, spans = self._encode(SEPARATOR + self._frame.first_question_prefix), [], []
+        for turn, question in enumerate(questions):
+            ids += self._encode(question.text) + pieces[2 * turn + 1]
+            mask += [False] * (len(ids) - len(mask))
+            answer = self._encode(self._frame.answer_prefix + question.answer)
+            spans.append((len(ids), len(ids) + len(answer)))
+            closing = pieces[2 * turn + 2]
+            ids += answer + closing
+            mask += [True] * (len(answer) + self._frame.end_tokens(closing))
+        return ids, mask + [False] * (len(ids) - len(mask)), spans
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _spaced(passage: str) -> str:
+    return passage if passage[0].isspace() else f" {passage}"
+
+
+def _quotation(first: list[Sentence], used: set[str], rng: random.Random) -> Fact | None:
+    """A fact that the text itself states: a sentence, asked for by how it begins; None when none is suited."""
+    beginnings = [" ".join(sentence.text.split()[:5]) for sentence in first]
+    candidates = [
+        (start, sentence.text.strip())
+        for start, sentence in zip(beginnings, first, strict=True)
+        if 9 <= len(sentence.text.split()) <= 25
+        and beginnings.count(start) == 1
+        and '"' not in sentence.text
+        and start not in used
+    ]
+    if not candidates:
+        return None
+    start, text = rng.choice(candidates)
+    used.add(start)
+    question = rng.choice(templates.QUOTATION_QUESTIONS).format(start=start)
+    return Fact("quotation", (), (Question("quotation", question, text, (text,)),))
+
+
+def _insert(sentences: list[Sentence], passages: list[list[Sentence]], rng: random.Random) -> list[Sentence]:
+    """Passages after sentences at random depths; the passages of one fact stay in order."""
+    slots: list[list[Sentence]] = [[] for _ in sentences]
+    for fact in passages:
+        places = sorted(rng.randrange(len(slots)) for _ in fact)
+        for place, passage in zip(places, fact, strict=True):
+            slots[place].append(passage)
+    return [part for sentence, slot in zip(sentences, slots, strict=True) for part in (sentence, *slot)]
