@@ -6,7 +6,7 @@ nothing here may contain one of `HELD_OUT`; a test compares the two sets.
 
 from dataclasses import dataclass
 
-HELD_OUT = ("magic", "vault", "access code", "passphrase", "best thing to do", "badge", "locker")
+HELD_OUT = ("magic", "vault", "access code", "passphrase", "best thing to do", "badge", "locker", "treaty")
 """Wordings reserved for evaluation: no statement, question or word of the vocabulary contains one of them."""
 
 

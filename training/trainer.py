@@ -182,7 +182,10 @@ class _Run:
 
     def evaluate(self, evaluate: Evaluate) -> None:
         if self.accelerator.is_main_process:
+            modes = [(module, module.training) for module in self.model.modules()]
             self.metrics = evaluate(self.model, self.gates)
+            for module, training in modes:  # gradient checkpointing depends on them
+                module.training = training
             self.log.write(self.step, self.metrics)
         self.accelerator.wait_for_everyone()
 
