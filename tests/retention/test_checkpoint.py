@@ -131,7 +131,7 @@ def test_no_such_folder(source: str) -> None:
 def test_wrong_base_model(gates: RetentionGates, tiny_llama: PreTrainedModel, tiny_model, tmp_path: Path) -> None:
     gates.save_pretrained(tmp_path)
     RetentionGates.from_pretrained(tmp_path, tiny_llama)
-    RetentionGates.from_pretrained(tmp_path, tiny_llama.to(torch.bfloat16))  # another dtype is the same model
+    RetentionGates.from_pretrained(tmp_path, tiny_llama.bfloat16())  # another dtype is the same model
     other = tiny_model("llama")
     torch.manual_seed(5)
     other.get_input_embeddings().weight.data.normal_()

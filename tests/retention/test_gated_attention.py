@@ -34,15 +34,24 @@ def cases(*lengths: int) -> list[tuple[int, str]]:
     return [(n, layout) for n in lengths for layout in LAYOUTS if n >= 3 or layout == "whole"]
 
 
-def inputs(seq_len: int, groups: int = 2, dtype: torch.dtype = torch.float64, decay: float = 1.0):
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def inputs(seq_len: int, groups: int = 2, dtype: torch.dtype = torch.float64, decay: float = 1.0) -> Inputs:
+    """query, key, value, log_beta."""
     generator = torch.Generator().manual_seed(seq_len)
 
     def normal(heads: int) -> torch.Tensor:
         return torch.randn(BATCH, heads, seq_len, HEAD_DIM, generator=generator, dtype=dtype)
 
     log_beta = -decay * torch.rand(BATCH, KV_HEADS, seq_len, generator=generator, dtype=dtype)
-    tensors = normal(groups * KV_HEADS), normal(KV_HEADS), normal(KV_HEADS), log_beta
-    return tuple(x.requires_grad_() for x in tensors)
+    query, key, value = normal(groups * KV_HEADS), normal(KV_HEADS), normal(KV_HEADS)
+    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), log_beta.requires_grad_()
+
+
+def detached(tensors: Inputs) -> Inputs:
+    query, key, value, log_beta = (x.detach().clone() for x in tensors)
+    return query, key, value, log_beta
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -67,7 +76,7 @@ def test_flex_equals_naive(layout: str) -> None:
     """Outputs only: FlexAttention has no backward on CPU."""
     segments = layouts(37)[layout]
     with torch.no_grad():
-        tensors = [x.detach() for x in inputs(37)]
+        tensors = detached(inputs(37))
         expected = gated_attention(*tensors, 0.35, segments, "naive")
         torch.testing.assert_close(gated_attention(*tensors, 0.35, segments, "flex"), expected)
 
@@ -90,12 +99,13 @@ def test_log_beta_zero_is_ordinary_attention() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_channels_in_low_precision_stay_near_the_truth(dtype: torch.dtype) -> None:
     """At T=2048 with strong decay the two products are ~1000 and cancel; fp32 inside keeps the error at rounding."""
-    tensors = [x.detach() for x in inputs(2048, decay=1.0)]
+    query, key, value, log_beta = tensors = detached(inputs(2048, decay=1.0))
     truth = gated_attention(*tensors, 0.35, implementation="naive")
-    low = [x.to(dtype) for x in tensors[:3]] + [tensors[3].float()]
+    low = query.to(dtype), key.to(dtype), value.to(dtype), log_beta.float()
     output = gated_attention(*low, 0.35, implementation="channels")
     assert output.dtype == dtype
-    rounded = gated_attention(*(x.double() for x in low), 0.35, implementation="naive")
+    exact = low[0].double(), low[1].double(), low[2].double(), low[3].double()
+    rounded = gated_attention(*exact, 0.35, implementation="naive")
     limit = 2e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(output.double(), rounded, rtol=0, atol=limit)
     torch.testing.assert_close(output.double(), truth, rtol=0, atol=10 * limit)
@@ -105,7 +115,7 @@ def test_documents_do_not_see_each_other() -> None:
     segments = layouts(37)["packed"]
     tensors = inputs(37)
     before = gated_attention(*tensors, 0.35, segments)
-    changed = [x.detach().clone() for x in tensors]
+    changed = detached(tensors)
     for tensor in changed:
         tensor[:, :, :8] += 1.0  # the first two documents
     after = gated_attention(*changed, 0.35, segments)

@@ -156,7 +156,7 @@ def test_two_processes_equal_one_with_accumulation(tmp_path: Path) -> None:
 def test_nan_stops_with_the_batch_named(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     def poison(step: int, values: dict[str, float]) -> None:
         if step == 4:
-            tiny_llama.get_output_embeddings().weight.data.fill_(float("nan"))
+            tiny_llama.model.norm.weight.data.fill_(float("nan"))
 
     with pytest.raises(NotFiniteError, match=r"not finite at step 5, examples 4 to 4 of process 0.*step-00000003"):
         train(settings(tmp_path), tiny_llama, Tokens(), progress=poison)

@@ -1,0 +1,93 @@
+"""Greedy decoding on a cache that already holds the context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+
+def read(model: PreTrainedModel, cache: Cache, ids: Sequence[int], logits_to_keep: int = 0) -> torch.Tensor:
+    """Feeds one row of tokens after what `cache` holds, and extends the cache by them.
+
+    Args:
+        ids: at least one token id.
+        logits_to_keep: logits of that many last positions; 0 for all.
+
+    Returns:
+        Logits `(positions, vocab)` in the model's dtype.
+    """
+    tokens = torch.tensor([list(ids)], device=model.device)
+    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep)
+    return output.logits[0]
+
+
+def greedy(
+    model: PreTrainedModel,
+    cache: Cache,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    stop: Callable[[list[int]], bool] = lambda generated: False,
+) -> list[int]:
+    """What `model.generate(do_sample=False)` appends to `ids`, one token at a time.
+
+    Args:
+        cache: holds what comes before `ids`; it is extended.
+        stop: sees the tokens generated so far after each of them and may end the generation; a token that ends the
+            sequence ends it anyway.
+    """
+    ending = end_tokens(model)
+    generated: list[int] = []
+    following = list(ids)
+    while len(generated) < max_new_tokens:
+        token = int(read(model, cache, following, logits_to_keep=1)[-1].argmax())
+        generated.append(token)
+        if token in ending or stop(generated):
+            break
+        following = [token]
+    return generated
+
+
+def greedy_from_teacher(
+    model: PreTrainedModel,
+    fork: Callable[[], Any],
+    question: Sequence[int],
+    gold: Sequence[int],
+    logits: torch.Tensor,
+    max_new_tokens: int,
+    stop: Callable[[list[int]], bool] = lambda generated: False,
+) -> list[int]:
+    """`greedy` after `question`, at no cost as far as the model agrees with the gold answer.
+
+    Where every teacher-forced choice is the gold token, greedy decoding would have taken the same path; so decoding
+    proper starts only at the first token that differs.
+
+    Args:
+        fork: gives a fresh cache that holds what comes before the question.
+        logits: `(len(question) + len(gold), vocab)`, of the question and the gold answer fed together.
+    """
+    ending = end_tokens(model)
+    choices = logits[len(question) - 1 :].argmax(-1).tolist()
+    generated: list[int] = []
+    for choice, expected in zip(choices, [*gold, None], strict=True):
+        generated.append(choice)
+        if choice in ending or len(generated) >= max_new_tokens or stop(generated):
+            return generated
+        if choice != expected:
+            break
+    before = len(generated)
+    rest = greedy(
+        model, fork(), [*question, *generated], max_new_tokens - before, lambda more: stop(generated[:before] + more)
+    )
+    return generated + rest
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Token ids that end a sequence, as `model.generate` takes them from the generation configuration."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    configured = model.config.eos_token_id if configured is None else configured
+    if configured is None:
+        return frozenset()
+    return frozenset(configured if isinstance(configured, list | tuple) else [configured])

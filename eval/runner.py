@@ -1,0 +1,197 @@
+"""Question-agnostic evaluation: every context is read once and compressed in every way from there.
+
+A context is prefilled with nothing evicted while everything the policies need is recorded. Each cell then takes a fork
+of that cache, compresses it, and only then sees the question. So all cells judge the same keys and values, and the
+prompt, which costs most, is paid for once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..eviction import RaggedCache, Session, evict
+from ..retention import RetentionGates
+from .cells import Cell
+from .decode import greedy_from_teacher, read
+from .fidelity import kl_to_full, top1_agreement
+from .retrieval import Case
+
+EXTRA_TOKENS = 4  # generation may go this far beyond the gold answer's length
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one cell did on one case.
+
+    Attributes:
+        task, length, index, seed, depth: the case.
+        policy, scope, budget: the cell.
+        correct: the greedy generation contains the answer.
+        answer, prediction: what was hidden and what was generated.
+        kl: KL to the full cache in nats, the mean over all positions of question and gold answer.
+        top1: share of these positions where both have the same most likely token.
+        entries: cache entries after compression, all layers and heads.
+        bytes: bytes allocated for them. With a retention cell among the compared, every cell's entries carry the
+            gates' 4 bytes, since they come from one prompt.
+        kept_share: entries as a share of the full cache's.
+        seconds: `compress_seconds + read_seconds`, the same work for every cell.
+        compress_seconds: scoring, choosing and moving what stays.
+        read_seconds: one forward over question and gold answer.
+    """
+
+    task: str
+    length: int
+    index: int
+    seed: int
+    depth: float
+    policy: str
+    scope: str
+    budget: float | int
+    correct: bool
+    answer: str
+    prediction: str
+    kl: float
+    top1: float
+    entries: int
+    bytes: int
+    kept_share: float
+    seconds: float
+    compress_seconds: float
+    read_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# Called with the case, the cell and its compressed cache before the question is read.
+Inspect = Callable[[Case, Cell, RaggedCache], None]
+# Called after every cell of every case.
+Progress = Callable[[Record], None]
+
+
+def check_inputs(
+    model_config: Any, cells: Sequence[Cell], longest: int, gates: RetentionGates | None, question_tokens: int = 128
+) -> None:
+    """Refuses what cannot be evaluated, before any work and before the model is loaded.
+
+    Args:
+        model_config: the model's configuration.
+        longest: tokens of the longest context.
+        question_tokens: room for the question and the answer.
+
+    Raises:
+        ValueError: no cells, a context beyond the model's, or retention without gates.
+    """
+    if not cells:
+        raise ValueError("nothing to evaluate: name at least one policy")
+    limit = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and longest + question_tokens > limit:
+        raise ValueError(
+            f"contexts of {longest} tokens and {question_tokens} for the question exceed the model's {limit} "
+            f"positions; lengths up to {limit - question_tokens} are accepted"
+        )
+    if gates is None and any("log_beta" in cell.policy.needs for cell in cells):
+        raise ValueError("policy 'retention' needs gates: give the folder of a trained gates checkpoint")
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    cases: Iterable[Case],
+    cells: Sequence[Cell],
+    gates: RetentionGates | None = None,
+    sinks: int = 4,
+    recent: int = 32,
+    progress: Progress | None = None,
+    inspect: Inspect | None = None,
+) -> list[Record]:
+    """Runs every cell on every case.
+
+    Args:
+        model: in eval mode, outside any `attach` or `evict` block.
+        cases: contexts of any lengths; taken one by one, so a generator is fine.
+        cells: what to compare; the full cache is measured as the reference whether or not it is among them.
+        gates: for the retention policy.
+        sinks, recent: first and last tokens that always stay.
+
+    Returns:
+        One record for each case and cell, in that order.
+    Raises:
+        ValueError: gates of another model, or retention without gates.
+    """
+    policies = {cell.policy for cell in cells if cell.evicts}
+    records: list[Record] = []
+    with evict(model, "full", 1.0, gates=gates, sinks=sinks, recent=recent, observe=tuple(policies)) as session:
+        for case in cases:
+            runner = _CaseRunner(model, tokenizer, session, case)
+            for cell in cells:
+                record = runner.run(cell, inspect)
+                records.append(record)
+                if progress is not None:
+                    progress(record)
+    return records
+
+
+class _CaseRunner:
+    """A case whose context has been read; `run` compresses a fork of it and asks."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, session: Session, case: Case) -> None:
+        self.model, self.tokenizer, self.session, self.case = model, tokenizer, session, case
+        self.asked = [*case.question_ids, *case.answer_ids]
+        self.cache = session.new_cache()
+        read(model, self.cache, case.context_ids, logits_to_keep=1)
+        self.reference = read(model, self.cache.fork(), self.asked)
+
+    def run(self, cell: Cell, inspect: Inspect | None) -> Record:
+        case = self.case
+        start = self._now()
+        cache = self.cache.fork()
+        if cell.evicts:
+            # Room for question and answer above the budget: nothing more is evicted while they are read.
+            cache.compress(cell.policy, cell.budget, cell.scope, buffer=len(self.asked) + EXTRA_TOKENS)
+        compressed = self._now()
+        report = self.session.report(cache)
+        if inspect is not None:
+            inspect(case, cell, cache)
+        reading = self._now()
+        logits = read(self.model, cache.fork(), self.asked)
+        done = self._now()
+        prediction = self._generate(cache, logits)
+        return Record(
+            task=case.task, length=case.length, index=case.index, seed=case.seed, depth=case.depth,
+            policy=cell.policy.name, scope=cell.scope, budget=cell.budget,
+            correct=case.accepts(prediction), answer=case.answer, prediction=prediction,
+            kl=float(kl_to_full(self.reference, logits).mean()),
+            top1=float(top1_agreement(self.reference, logits).double().mean()),
+            entries=report.entries, bytes=report.bytes, kept_share=report.kept_share,
+            seconds=compressed - start + done - reading,
+            compress_seconds=compressed - start, read_seconds=done - reading,
+        )  # fmt: skip
+
+    def _generate(self, cache: RaggedCache, logits: torch.Tensor) -> str:
+        case = self.case
+
+        def complete(generated: list[int]) -> bool:
+            """The answer stands in the text and one more token shows that it does not go on ("481" in "4812")."""
+            return case.accepts(self._text(generated)) and case.accepts(self._text(generated[:-1]))
+
+        limit = len(case.answer_ids) + EXTRA_TOKENS
+        generated = greedy_from_teacher(
+            self.model, cache.fork, case.question_ids, case.answer_ids, logits, limit, complete
+        )
+        return self._text(generated)
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()

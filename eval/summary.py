@@ -1,0 +1,111 @@
+"""From records of single cases to the rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .cells import label
+from .runner import Record
+from .statistics import Interval, bootstrap_mean, wilson
+
+Row = dict[str, Any]
+
+
+def summarise(records: Iterable[Record], confidence: float = 0.95) -> list[Row]:
+    """One row for each task, length, policy, scope and budget, in order of first appearance.
+
+    A row has `task, length, policy, scope, budget, accuracy, ci_low, ci_high` (Wilson's interval), `n` (cases), `kl`
+    (nats), `entries`, `bytes` and `seconds` (means over the cases).
+    """
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        key = (record.task, record.length, record.policy, record.scope, record.budget)
+        groups.setdefault(key, []).append(record)
+    rows = []
+    for (task, length, policy, scope, budget), group in groups.items():
+        accuracy = wilson(sum(record.correct for record in group), len(group), confidence)
+        rows.append(
+            {"task": task, "length": length, "policy": policy, "scope": scope, "budget": budget}
+            | {"accuracy": accuracy.value, "ci_low": accuracy.low, "ci_high": accuracy.high, "n": len(group)}
+            | {name: _mean(group, name) for name in ("kl", "entries", "bytes", "seconds")}
+        )
+    return rows
+
+
+def kl_intervals(records: Sequence[Record], seed: int = 0) -> dict[tuple, Interval]:
+    """Mean KL with its bootstrap interval for each (length, policy, scope, budget), over all tasks."""
+    groups: dict[tuple, list[float]] = {}
+    for record in records:
+        groups.setdefault((record.length, record.policy, record.scope, record.budget), []).append(record.kl)
+    return {key: bootstrap_mean(values, seed) for key, values in groups.items()}
+
+
+def markdown_tables(records: Sequence[Record]) -> str:
+    """One Markdown table a length and budget: policies down, tasks across, as the demo prints it."""
+    rows = summarise(records)
+    kl = kl_intervals(records)
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["policy"] != "full"))
+    return "\n\n".join(
+        _markdown(table_rows(rows, length, budget), length, budget, kl) for length in lengths for budget in budgets
+    )
+
+
+def table_rows(rows: Sequence[Row], length: int, budget: float | int) -> dict[tuple[str, str], list[Row]]:
+    """The rows of one table by (policy, scope): this length, this budget, and the full cache for comparison."""
+    table: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["length"] == length and (row["budget"] == budget or row["policy"] == "full"):
+            table.setdefault((row["policy"], row["scope"]), []).append(row)
+    return table
+
+
+def accuracy_text(row: Row) -> str:
+    """`0.95 [.76–.99]`."""
+    return f"{row['accuracy']:.2f} [{_short(row['ci_low'])}–{_short(row['ci_high'])}]"
+
+
+def budget_text(budget: float | int) -> str:
+    """`20%` for a share, `256 entries` for a number."""
+    return f"{budget:.0%}" if isinstance(budget, float) else f"{budget} entries"
+
+
+def mean_over_tasks(rows: Sequence[Row], name: str) -> float:
+    """A column's mean over the tasks, each weighted by its cases."""
+    return sum(row[name] * row["n"] for row in rows) / sum(row["n"] for row in rows)
+
+
+def _markdown(
+    table: dict[tuple[str, str], list[Row]], length: int, budget: float | int, kl: dict[tuple, Interval]
+) -> str:
+    tasks = [row["task"] for row in next(iter(table.values()))]
+    lines = [
+        f"**{length} tokens, {budget_text(budget)} kept** ({table_cases(table)} cases a cell)\n",
+        f"| policy | {' | '.join(tasks)} | KL to full (nats) | entries | MB | ms |",
+        "|" + " --- |" * (len(tasks) + 5),
+    ]
+    for (policy, scope), rows in table.items():
+        interval = kl[(length, policy, scope, rows[0]["budget"])]
+        cells = [label(policy, scope), *map(accuracy_text, rows)]
+        cells.append(f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
+        cells.append(f"{mean_over_tasks(rows, 'entries'):,.0f}")
+        cells.append(f"{mean_over_tasks(rows, 'bytes') / 1e6:.1f}")
+        cells.append(f"{mean_over_tasks(rows, 'seconds') * 1e3:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table_cases(table: dict[tuple[str, str], list[Row]]) -> str:
+    """`20`, or `18-20` where cells differ."""
+    counts = {row["n"] for rows in table.values() for row in rows}
+    return str(min(counts)) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
+
+
+def _short(value: float) -> str:
+    text = f"{value:.2f}"
+    return text if value >= 0.995 else text.removeprefix("0")
+
+
+def _mean(group: Sequence[Record], name: str) -> float:
+    return sum(getattr(record, name) for record in group) / len(group)

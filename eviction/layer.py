@@ -1,0 +1,172 @@
+"""The cache layer of one full-attention layer: transformers' interface on one side, ragged storage on the other."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from ..retention.seams import AttentionCall, AttentionLayer
+from .attention import ragged_attention, refuse_unsupported
+from .rows import Step
+from .store import SegmentStore
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Entries of one layer, every (row, head) with its own number of them.
+
+    A forward is `open(step, state)`, then transformers calls `update`, then the attention function `attend`.
+
+    Attributes:
+        layer_idx: index in the decoder.
+        num_kv_groups: query heads that share a key/value head.
+        store: the entries; None before the first forward.
+        window: the last queries, a ring `(batch, num_heads, size, head_dim)`; None if no policy wants them.
+        scaling: factor of the attention logits, known after the first forward.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False  # an entry that was evicted does not come back
+
+    def __init__(self, layer: AttentionLayer, window_size: int = 0) -> None:
+        super().__init__()
+        self.layer_idx = layer.layer_idx
+        self.num_kv_groups = layer.num_heads // layer.num_kv_heads
+        self.scaling = 1.0
+        self.window_size = window_size
+        self.store: SegmentStore | None = None
+        self.window: torch.Tensor | None = None
+        self._window_shared = False
+        self._seen = 0
+        self._step: Step | None = None
+        self._state: dict[str, torch.Tensor] = {}
+
+    def open(self, step: Step, state: dict[str, torch.Tensor]) -> AttentionCall:
+        """Prepares the layer for a forward.
+
+        Args:
+            step: the running forward.
+            state: per-entry state of the new tokens, fp32 `(batch, num_kv_heads, q_len)` by name; what is missing is
+                filled in at the end of the forward.
+
+        Returns:
+            The call that computes the layer's attention.
+        """
+        self._step, self._state = step, state
+        return self.attend
+
+    def close(self) -> None:
+        """Ends the forward for this layer, whether it took part in it or not."""
+        self._step, self._state = None, {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores the new entries; returns them alone, the attention call reads the rest from the store."""
+        step = self._step
+        if step is None:
+            raise ValueError(
+                "this cache belongs to an evict() block and works only inside it, with the block's own model"
+            )
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+            self.store = SegmentStore.from_dense(key_states, value_states, self._state, step)
+        else:
+            self.store.append(key_states, value_states, self._state, step)
+        self._seen += step.q_len
+        return key_states, value_states
+
+    def attend(
+        self,
+        base: AttentionCall,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention call of this layer. A first forward is the model's own attention, bit for bit."""
+        step, store = self._step, self.store
+        assert step is not None and store is not None, "update() came before attend()"
+        scaling = kwargs.get("scaling")
+        self.scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        if step.window_index is not None:
+            self._remember(query, step.window_index)
+        if step.first:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        refuse_unsupported(kwargs)
+        return ragged_attention(store, query, scaling, step), None
+
+    def _remember(self, query: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        rows, columns, slots = index
+        if self.window is None:
+            self.window = query.new_zeros(query.shape[0], query.shape[1], self.window_size, query.shape[3])
+        elif self._window_shared:
+            self.window = self.window.clone()  # a fork reads the old one
+        self._window_shared = False
+        self.window[rows, :, slots] = query.detach()[rows, :, columns]
+
+    def fork(self) -> RaggedLayer:
+        """A layer that shares this one's storage until either is written to."""
+        other = copy.copy(self)
+        if self.store is not None:
+            other.store = self.store.fork()
+        self._window_shared = other._window_shared = True
+        return other
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row `i` becomes a copy of the former row `rows[i]`."""
+        if self.store is None:
+            return
+        self.store.select_rows(rows.tolist())
+        self.batch_size = len(rows)
+        if self.window is not None:
+            self.window = self.window.index_select(0, rows.to(self.window.device))
+            self._window_shared = False
+
+    def rewind(self, lengths: list[int] | None, columns: int) -> None:
+        """Shortens the segments to `lengths` (None: to nothing) after `columns` columns are taken back."""
+        if lengths is None:
+            self.reset()
+        elif self.store is not None:
+            self.store.set_lengths(lengths)
+        self._seen = columns
+
+    # What transformers asks of a cache layer.
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size = key_states.shape[0]
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding and evicted ones included: transformers derives masks and positions from it."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]  # transformers < 5.3: positions
+        return self._seen + new, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.store, self.window, self._seen = None, None, 0
+        self.is_initialized = False
+        self.close()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.select_rows(beam_idx)
+
+    def offload(self) -> None:
+        raise NotImplementedError("an evicted cache is small; it is not offloaded")
+
+    def prefetch(self) -> None:
+        raise NotImplementedError("an evicted cache is small; it is not offloaded")

@@ -1,0 +1,39 @@
+"""Random eviction: the baseline every policy must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .base import Policy
+
+if TYPE_CHECKING:
+    from ..view import LayerView
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """A hash of (seed, layer, head, position) in [0, 1): the same whatever else is in the batch, and at every step.
+
+    Attributes:
+        seed: another seed, another choice.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        heads = torch.arange(view.shape[1], device=view.time.device).view(1, -1, 1)
+        mixed = _mix(_mix(_mix(view.positions + self.seed) + heads) + view.layer_idx)
+        return (mixed & 0xFFFFFF).float() / 2**24
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of the 32-bit integers that spreads every bit (a murmur3 finaliser; int64 keeps the products)."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)

@@ -1,0 +1,33 @@
+"""StreamingLLM: the first tokens and the last ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .base import Policy
+
+if TYPE_CHECKING:
+    from ..view import LayerView
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Policy):
+    """Attention sinks and a sliding window.
+
+    Source: "Efficient Streaming Language Models with Attention Sinks" (Xiao et al., 2023). Positions are not
+    renumbered.
+
+    Attributes:
+        first: how many of the first tokens stay.
+    """
+
+    first: int = 4
+
+    name: ClassVar[str] = "streaming_llm"
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        positions = view.positions
+        return torch.where(positions < self.first, view.time.view(-1, 1, 1) + 1, positions).float()

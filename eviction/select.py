@@ -1,0 +1,49 @@
+"""Which entries stay: exactly k of each group of competitors, in linear time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def select_top(scores: torch.Tensor, k: list[int], order: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Marks the `k[i]` highest scores of each row.
+
+    A row with fewer than `k[i]` candidates keeps them all. Cost is linear in the number of scores (selection, no
+    sort); rows with the same k are handled together.
+
+    Args:
+        scores: fp32 `(rows, n)`; -inf where there is no candidate; no NaN.
+        k: how many to keep in each row.
+        order: gives int64 `(rows, n)`, distinct and not negative within a row; among equal scores the higher one
+            stays. Asked for only when there are ties to break.
+
+    Returns:
+        bool `(rows, n)`.
+    """
+    candidate = scores > -torch.inf
+    threshold = _kth_highest(scores, k)
+    keep = candidate & (scores > threshold)
+    ties = candidate & (scores == threshold)
+    wanted = torch.tensor(k, device=scores.device) - keep.sum(1)
+    if bool((ties.sum(1) <= wanted).all()):
+        return keep | ties
+    ranks = order().masked_fill(~ties, -1)
+    return keep | (ties & (ranks >= _kth_highest(ranks, wanted.tolist())))
+
+
+def _kth_highest(values: torch.Tensor, k: list[int]) -> torch.Tensor:
+    """The `k[i]`-th highest value of each row, `(rows, 1)`: the highest possible for k <= 0, the lowest for k > n."""
+    n = values.shape[1]
+    floating = values.dtype.is_floating_point
+    lowest, highest = (-torch.inf, torch.inf) if floating else (-1, torch.iinfo(values.dtype).max)
+    out = values.new_full((len(k), 1), lowest)
+    for count in set(k):
+        rows = torch.tensor([i for i, one in enumerate(k) if one == count], device=values.device)
+        if count <= 0:
+            out[rows] = highest
+        elif count <= n:
+            group = values if len(rows) == len(k) else values[rows]
+            out[rows] = group.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
+    return out

@@ -1,0 +1,91 @@
+"""What a policy sees of one layer."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .layer import RaggedLayer
+
+
+class LayerView:
+    """One layer's entries as dense tensors, made when first read.
+
+    Segments shorter than the longest are padded at their end; what stands there is arbitrary, see `valid`. If all
+    segments are equal the tensors are views of the storage: policies must not write to them.
+
+    Attributes:
+        layer_idx: the layer's index in the decoder.
+        time: int64 `(batch,)`: real tokens each row has seen, T.
+        num_kv_groups: query heads that share a key/value head.
+        scaling: factor of the attention logits.
+    """
+
+    def __init__(
+        self, layer: RaggedLayer, time: torch.Tensor, recorded: torch.Tensor | None = None, window: int = 0
+    ) -> None:
+        assert layer.store is not None, "the layer has entries"
+        self._layer, self._store = layer, layer.store
+        self._recorded = recorded
+        self._window = window
+        self.time = time
+        self.layer_idx = layer.layer_idx
+        self.scaling = layer.scaling
+        self.num_kv_groups = layer.num_kv_groups
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, num_kv_heads, n), n the longest segment."""
+        return self._store.batch, self._store.num_kv_heads, max(self._store.lengths, default=0)
+
+    @cached_property
+    def valid(self) -> torch.Tensor:
+        """bool `(batch, num_kv_heads, n)`: there is an entry."""
+        return self._store.dense_index()[1]
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 `(batch, num_kv_heads, n)`: index of the entry's token among its row's real tokens; -1 for none."""
+        return torch.where(self.valid, self._store.dense(self._store.position), -1).long()
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """`(batch, num_kv_heads, n, head_dim)` post-RoPE, the model's dtype."""
+        return self._store.dense(self._store.key)
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """`(batch, num_kv_heads, n, value_dim)`, the model's dtype."""
+        return self._store.dense(self._store.value)
+
+    @property
+    def log_beta(self) -> torch.Tensor:
+        """fp32 `(batch, num_kv_heads, n)`, each in (-∞, 0]; for policies that need `log_beta`."""
+        return self.state("log_beta")
+
+    def state(self, name: str) -> torch.Tensor:
+        """A per-entry state by name, fp32 `(batch, num_kv_heads, n)`."""
+        return self._store.dense(self._store.buffers[name])
+
+    @cached_property
+    def _newest(self) -> torch.Tensor:
+        assert self._recorded is not None, "the policy needs queries and the cache records them"
+        newest = self._recorded.topk(self._window, dim=1).indices
+        return newest.flip(1)
+
+    @property
+    def query_positions(self) -> torch.Tensor:
+        """int64 `(batch, window)`: positions of the last queries, ascending; -1 where a row has fewer."""
+        assert self._recorded is not None
+        return self._recorded.gather(1, self._newest)
+
+    @cached_property
+    def queries(self) -> torch.Tensor:
+        """`(batch, num_heads, window, head_dim)` post-RoPE: the last `window` real tokens' queries of each row."""
+        data = self._layer.window
+        assert data is not None
+        index = self._newest[:, None, :, None].expand(-1, data.shape[1], -1, data.shape[3])
+        return data.gather(2, index)

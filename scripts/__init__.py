@@ -1,0 +1,4 @@
+"""What a user launches: the tenure command and its sub-commands."""
+
+if not __name__.startswith("tenure."):
+    raise ImportError(f"import 'tenure.scripts', not {__name__!r}: a second name would give duplicate classes")

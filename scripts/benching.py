@@ -1,0 +1,71 @@
+"""What every `tenure bench …` shares: interleaved timing, rows, a table, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        name: what was measured, e.g. `attention/T2048/vs_naive`.
+        ours, peer: medians, in `unit`.
+        ratio: the number `target` speaks of (times faster, or share), always of the two sides of one run.
+        unit: of `ours` and `peer`.
+        n: counted runs of each side.
+        target: what was aimed at, in words.
+    """
+
+    name: str
+    ours: float
+    peer: float
+    ratio: float
+    unit: str
+    n: int
+    target: str = ""
+
+
+def alternate(sides: dict[str, Callable[[], object]], runs: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every counted run of each side, the sides taking turns, so that drift hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(warmup + runs):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Median of the ratios turn by turn."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def show(rows: Sequence[Row], title: str) -> None:
+    """A table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("row", "ours", "peer", "unit", "ratio", "aim", "n", title=title)
+    for row in rows:
+        ratio = f"{row.ratio:.3f}" if row.ratio < 0.1 else f"{row.ratio:.2f}"
+        table.add_row(row.name, f"{row.ours:.4g}", f"{row.peer:.4g}", row.unit, ratio, row.target, str(row.n))
+    Console().print(table)
+
+
+def write_json(rows: Sequence[Row], path: str) -> None:
+    """The rows as a JSON list, written under a temporary name first."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    os.replace(temporary, target)

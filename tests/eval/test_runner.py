@@ -1,0 +1,245 @@
+"""The runner's numbers against plain forwards, `generate`, and sessions that share nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tenure.eval import CaseBuilder, Cell, RetrievalProbe, check_inputs, evaluate, kl_to_full, parse_cells, summarise
+from tenure.eval.decode import end_tokens, greedy, greedy_from_teacher, read
+from tenure.eval.runner import EXTRA_TOKENS
+from tenure.eval.summary import markdown_tables
+from tenure.eviction import evict
+from tenure.retention import RetentionGates
+
+NAMES = ("full", "retention", "retention:head", "snapkv", "snapkv:layer", "keydiff", "knorm", "streaming_llm", "random")
+LENGTH = 400
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model("llama", vocab_size=512, max_position_embeddings=1024)
+
+
+@pytest.fixture
+def gates(model):
+    torch.manual_seed(1)
+    gates = RetentionGates.for_model(model, gate_width=8, initial_bias=2.0)
+    with torch.no_grad():  # wide enough that scores differ between tokens and heads
+        for parameter in gates.parameters():
+            parameter.normal_(std=0.5)
+    return gates
+
+
+@pytest.fixture
+def builder(tokenizer, texts):
+    return CaseBuilder(tokenizer, texts, LENGTH)
+
+
+def row(ids) -> torch.Tensor:
+    return torch.tensor([list(ids)])
+
+
+def test_full_rows_change_nothing_and_match_the_model_outside(model, tokenizer, builder):
+    case = builder.case("needle", 0)
+    (record,) = evaluate(model, tokenizer, [case], [Cell.of("full")])
+    assert record.kl < 1e-9 and record.top1 == 1.0
+    assert record.kept_share == 1.0 and record.entries == 3 * 2 * LENGTH  # layers, heads, tokens
+    prompt = row([*case.context_ids, *case.question_ids])
+    limit = len(case.answer_ids) + EXTRA_TOKENS
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=limit, do_sample=False, pad_token_id=0
+    )
+    assert record.prediction == tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "full"])
+def test_a_shared_prompt_gives_what_a_run_of_its_own_gives(name, model, gates, tokenizer, builder):
+    case = builder.case("multikey", 1)
+    records = evaluate(model, tokenizer, [case], parse_cells(NAMES, [0.2]), gates)
+    cell = parse_cells([name], [0.2])[0]
+    shared = next(record for record in records if (record.policy, record.scope) == (cell.policy.name, cell.scope))
+
+    asked = [*case.question_ids, *case.answer_ids]
+    with torch.no_grad():
+        full = model(row([*case.context_ids, *asked])).logits[0, LENGTH:]
+        options = {"gates": gates, "buffer": len(asked), "observe": ["retention"]}
+        with evict(model, cell.policy, 0.2, cell.scope, **options) as session:
+            cache = session.new_cache()
+            model(row(case.context_ids), past_key_values=cache)
+            report = session.report(cache)
+            logits = model(row(asked), past_key_values=cache.fork()).logits[0]
+            prompt = row([*case.context_ids, *case.question_ids])
+            output = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                past_key_values=cache,
+                max_new_tokens=len(case.answer_ids) + EXTRA_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+            )
+    assert (shared.entries, shared.bytes) == (report.entries, report.bytes)
+    assert shared.entries == int(0.2 * LENGTH) * 6
+    assert shared.kl == pytest.approx(float(kl_to_full(full, logits).mean()), abs=1e-6)
+    assert shared.kl > 1e-3
+    assert shared.prediction == tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+
+
+def test_policies_are_really_different(model, gates, tokenizer, builder):
+    records = evaluate(model, tokenizer, [builder.case("phrase", 0)], parse_cells(NAMES, [0.2]), gates)
+    assert [record.policy for record in records] == [name.split(":")[0] for name in NAMES]
+    assert len({round(record.kl, 9) for record in records}) == len(NAMES)
+
+
+def test_greedy_is_generate(model):
+    prompt = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(0))
+    expected = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=25, do_sample=False, pad_token_id=0
+    )[0, 40:].tolist()
+    with torch.no_grad(), evict(model, "full") as session:
+        cache = session.new_cache()
+        read(model, cache, prompt[0, :30].tolist())
+        assert greedy(model, cache, prompt[0, 30:].tolist(), 25) == expected
+
+
+@pytest.mark.parametrize("agreeing", [0, 1, 4, 9])
+def test_decoding_from_the_teacher_is_greedy(model, agreeing):
+    """Whatever part of the gold answer the model agrees with."""
+    generator = torch.Generator().manual_seed(4)
+    context, question = torch.randint(3, 500, (2, 20), generator=generator).tolist()
+    with torch.no_grad(), evict(model, "full") as session:
+        cache = session.new_cache()
+        read(model, cache, context)
+        expected = greedy(model, cache.fork(), question, 12)
+        assert len(expected) == 12
+        gold = expected[:agreeing] + [(token + 1) % 500 for token in expected[agreeing:9]]
+        logits = read(model, cache.fork(), question + gold)
+        decoded = greedy_from_teacher(model, cache.fork, question, gold, logits, 12)
+        assert decoded == expected
+        stopped = greedy_from_teacher(
+            model, cache.fork, question, gold, logits, 12, lambda generated: len(generated) == 6
+        )
+        assert stopped == expected[:6]
+
+
+def test_decoding_ends_at_a_token_that_ends_the_sequence(model):
+    question = list(range(10, 30))
+    with torch.no_grad(), evict(model, "full") as session:
+        cache = session.new_cache()
+        read(model, cache, question)
+        free = greedy(model, cache.fork(), [50], 8)
+        model.generation_config.eos_token_id = [2, free[3]]
+        assert end_tokens(model) == {2, free[3]}
+        first = free.index(free[3])
+        assert greedy(model, cache.fork(), [50], 8) == free[: first + 1]
+        logits = read(model, cache.fork(), [50, *free[:6]])
+        assert greedy_from_teacher(model, cache.fork, [50], free[:6], logits, 8) == free[: first + 1]
+
+
+def test_callbacks_see_every_cell_before_the_question(model, gates, tokenizer, builder):
+    cells = parse_cells(["full", "retention"], [0.5, 0.2])
+    seen, looked = [], []
+
+    def look(case, cell, cache):
+        looked.append((case.index, cell.key, int(cache.tokens_seen[0]), cache.entries))
+
+    records = evaluate(
+        model, tokenizer, builder.cases(["needle"], 2), cells, gates, progress=seen.append, inspect=look
+    )
+    assert seen == records and len(records) == 6
+    assert {tokens for _, _, tokens, _ in looked} == {LENGTH}
+    assert [entries for *_, entries in looked] == [record.entries for record in records] == [2400, 1200, 480] * 2
+
+
+def test_rows_have_the_promised_columns(model, gates, tokenizer, builder):
+    records = evaluate(model, tokenizer, builder.cases(["needle", "phrase"], 2), parse_cells(NAMES, [0.2]), gates)
+    rows = summarise(records)
+    assert len(rows) == 2 * len(NAMES)
+    for summary in rows:
+        assert list(summary) == [
+            "task", "length", "policy", "scope", "budget", "accuracy", "ci_low", "ci_high", "n", "kl", "entries",
+            "bytes", "seconds",
+        ]  # fmt: skip
+        assert summary["n"] == 2 and summary["ci_low"] <= summary["accuracy"] <= summary["ci_high"]
+        assert math.isfinite(summary["kl"]) and summary["seconds"] > 0
+    first = [record.kl for record in records if record.task == "needle" and record.policy == "knorm"]
+    knorm = next(summary for summary in rows if (summary["task"], summary["policy"]) == ("needle", "knorm"))
+    assert knorm["kl"] == pytest.approx(sum(first) / 2)
+
+
+def test_markdown_has_a_table_for_each_length_and_budget(model, tokenizer, builder, texts):
+    cells = parse_cells(["full", "knorm"], [0.5, 0.2])
+    records = evaluate(model, tokenizer, [builder.case("needle", 0)], cells)
+    records += evaluate(model, tokenizer, [CaseBuilder(tokenizer, texts, 500).case("needle", 0)], cells)
+    text = markdown_tables(records)
+    assert [line for line in text.splitlines() if line.startswith("**")] == [
+        f"**{length} tokens, {budget} kept** (1 cases a cell)" for length in (400, 500) for budget in ("50%", "20%")
+    ]
+    assert text.count("| full cache |") == text.count("| Knorm |") == 4
+    assert "| 0.00 [.00–.79] |" in text
+
+
+def test_wrong_answers_and_right_answers_are_told_apart(model, tokenizer, builder):
+    """The model's own greedy continuation, made the answer, is found; any other is not."""
+    case = builder.case("needle", 0)
+    (before,) = evaluate(model, tokenizer, [case], [Cell.of("full")])
+    assert not before.correct
+    word = next(word for word in before.prediction.split() if word.isalnum())
+    (after,) = evaluate(model, tokenizer, [replace(case, answer=word)], [Cell.of("full")])
+    assert after.correct and after.prediction.split()
+
+
+def test_probe_gives_named_metrics_and_leaves_the_model_as_it_was(model, gates, tokenizer, texts):
+    probe = RetrievalProbe(tokenizer, texts, tasks=("needle", "phrase"), length=LENGTH, cases=2, budgets=(0.2, 0.5))
+    model.train()
+    parameters = [parameter.clone() for parameter in model.parameters()]
+    first = probe(model, gates)
+    assert set(first) == {
+        *(f"eval/{name}@{budget}" for name in ("accuracy", "needle", "phrase") for budget in ("full", "0.2", "0.5")),
+        "eval/kl@0.2",
+        "eval/kl@0.5",
+    }
+    assert 0 < first["eval/kl@0.5"] < first["eval/kl@0.2"]
+    assert model.training and all(torch.equal(a, b) for a, b in zip(parameters, model.parameters(), strict=True))
+    assert probe(model, gates) == first
+    with torch.no_grad():
+        for parameter in gates.parameters():
+            parameter.mul_(-1.0)
+    changed = probe(model, gates)
+    assert changed["eval/kl@0.2"] != first["eval/kl@0.2"]
+    assert changed["eval/accuracy@full"] == first["eval/accuracy@full"]
+
+
+def test_gates_can_still_be_trained_after_a_probe(model, gates, tokenizer, texts):
+    RetrievalProbe(tokenizer, texts, tasks=("needle",), length=LENGTH, cases=1)(model, gates)
+    ids = torch.arange(3, 40)[None]
+    model(ids, labels=ids).loss.backward()
+
+
+def test_inputs_are_refused_before_work(model, gates):
+    cells = parse_cells(["full", "retention"], [0.2])
+    check_inputs(model.config, cells, 800, gates)
+    with pytest.raises(ValueError, match=r"contexts of 1000 tokens .* 1024 positions; lengths up to 896"):
+        check_inputs(model.config, cells, 1000, gates)
+    with pytest.raises(ValueError, match="'retention' needs gates"):
+        check_inputs(model.config, cells, 800, None)
+    with pytest.raises(ValueError, match="at least one policy"):
+        check_inputs(model.config, [], 800, gates)
+
+
+def test_cells_by_name():
+    cells = parse_cells(["full", "snapkv:layer", "snapkv"], [0.5, 64])
+    assert [cell.key for cell in cells] == [
+        ("full", "none", 1.0), ("snapkv", "layer", 0.5), ("snapkv", "layer", 64), ("snapkv", "head", 0.5),
+        ("snapkv", "head", 64),
+    ]  # fmt: skip
+    assert cells[1].label == "AdaKV (SnapKV, per layer)"
+    with pytest.raises(ValueError, match="unknown policy 'snapkw'"):
+        parse_cells(["snapkw"], [0.2])
+    with pytest.raises(ValueError, match="unknown scope 'heads'; known: global, layer, head"):
+        parse_cells(["snapkv:heads"], [0.2])
+    with pytest.raises(ValueError, match=r"budget 1\.5 is out of range"):
+        parse_cells(["snapkv"], [1.5])
