@@ -10,13 +10,14 @@ from ..eviction import Budget, Policy, get_policy
 from ..eviction.budget import SCOPES
 
 NO_SCOPE = "none"
+# SnapKV's scores with the heads of a layer competing are AdaKV (Feng et al. 2024) without its floor.
 LABELS = {
     ("full", NO_SCOPE): "full cache",
     ("retention", "global"): "retention (global)",
     ("retention", "layer"): "retention (per layer)",
     ("retention", "head"): "retention (per head)",
     ("snapkv", "head"): "SnapKV",
-    ("snapkv", "layer"): "AdaKV (SnapKV, per layer)",
+    ("snapkv", "layer"): "AdaKV",
     ("keydiff", "head"): "KeyDiff",
     ("knorm", "head"): "Knorm",
     ("streaming_llm", "head"): "StreamingLLM",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -52,36 +51,31 @@ def greedy(
 
 def greedy_from_teacher(
     model: PreTrainedModel,
-    fork: Callable[[], Any],
-    question: Sequence[int],
+    cache: Cache,
     gold: Sequence[int],
     logits: torch.Tensor,
     max_new_tokens: int,
     stop: Callable[[list[int]], bool] = lambda generated: False,
 ) -> list[int]:
-    """`greedy` after `question`, at no cost as far as the model agrees with the gold answer.
+    """`greedy` after the question, at no cost as far as the model agrees with the gold answer.
 
     Where every teacher-forced choice is the gold token, greedy decoding would have taken the same path; so decoding
     proper starts only at the first token that differs.
 
     Args:
-        fork: gives a fresh cache that holds what comes before the question.
-        logits: `(len(question) + len(gold), vocab)`, of the question and the gold answer fed together.
+        cache: holds everything up to the end of the question; it is extended.
+        logits: `(1 + len(gold), vocab)`: of the question's last token and of the gold answer fed after it.
     """
     ending = end_tokens(model)
-    choices = logits[len(question) - 1 :].argmax(-1).tolist()
     generated: list[int] = []
-    for choice, expected in zip(choices, [*gold, None], strict=True):
+    for choice, expected in zip(logits.argmax(-1).tolist(), [*gold, None], strict=True):
         generated.append(choice)
         if choice in ending or len(generated) >= max_new_tokens or stop(generated):
             return generated
         if choice != expected:
             break
-    before = len(generated)
-    rest = greedy(
-        model, fork(), [*question, *generated], max_new_tokens - before, lambda more: stop(generated[:before] + more)
-    )
-    return generated + rest
+    before = list(generated)
+    return before + greedy(model, cache, before, max_new_tokens - len(before), lambda more: stop(before + more))
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:

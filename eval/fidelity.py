@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-VOCAB_CHUNK = 8192
+VOCAB_CHUNK = 4096
 
 
 def kl_to_full(logits_full: torch.Tensor, logits: torch.Tensor, chunk: int = VOCAB_CHUNK) -> torch.Tensor:

@@ -90,7 +90,7 @@ class CaseBuilder:
         """Case number `index` of `task`."""
         rng = random.Random(f"{self.seed}/{task}/{index}")
         facts = get_task(task).facts(rng)
-        planted = [encode(self.tokenizer, f" {sentence}", plain=True) for sentence in facts.sentences]
+        planted = [self._encode(f" {sentence}") for sentence in facts.sentences]
         room = self.length - len(self.frame.before) - sum(map(len, planted))
         if room < 4 * max(map(len, planted)):
             raise ValueError(
@@ -117,7 +117,9 @@ class CaseBuilder:
         position = rng.randrange(len(self._sentences))
         sentences: list[list[int]] = []
         while tokens > 0:
-            ids = self._sentence(position % len(self._sentences))[:tokens]
+            number = position % len(self._sentences)
+            # The document begins without a space; every other sentence brings its own.
+            ids = (self._sentence(number) if sentences else self._encode(self._sentences[number]))[:tokens]
             sentences.append(ids)
             tokens -= len(ids)
             position += 1
@@ -125,8 +127,11 @@ class CaseBuilder:
 
     def _sentence(self, position: int) -> list[int]:
         if position not in self._encoded:
-            self._encoded[position] = encode(self.tokenizer, f" {self._sentences[position]}", plain=True)
+            self._encoded[position] = self._encode(f" {self._sentences[position]}")
         return self._encoded[position]
+
+    def _encode(self, text: str) -> list[int]:
+        return encode(self.tokenizer, text, plain=True)
 
     def _depths(self, rng: random.Random, index: int, count: int) -> list[float]:
         """The asked fact's depth walks evenly over the document with `index`; distractors lie anywhere."""
@@ -153,12 +158,12 @@ class CaseBuilder:
         return context, spans
 
     def _ask(self, facts: Facts) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        question = encode(self.tokenizer, f"\n\n{facts.question}", plain=True)
+        question = self._encode(f"\n\n{facts.question}")
         question += encode(self.tokenizer, self.frame.after)
         # The reply's start and the answer are encoded together, so that they split as the model would write them.
         space = "" if self.frame.after.endswith(("\n", " ")) else " "
-        start = encode(self.tokenizer, space + facts.reply, plain=True)
-        whole = encode(self.tokenizer, f"{space}{facts.reply} {facts.answer}.", plain=True)
+        start = self._encode(space + facts.reply)
+        whole = self._encode(f"{space}{facts.reply} {facts.answer}.")
         common = 0
         while common < min(len(start), len(whole)) and start[common] == whole[common]:
             common += 1

@@ -42,7 +42,7 @@ class Record:
         kept_share: entries as a share of the full cache's.
         seconds: `compress_seconds + read_seconds`, the same work for every cell.
         compress_seconds: scoring, choosing and moving what stays.
-        read_seconds: one forward over question and gold answer.
+        read_seconds: forwards over the question and the gold answer.
     """
 
     task: str
@@ -139,15 +139,23 @@ def evaluate(
     return records
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A cache up to the end of the question, and the logits `(question + gold answer, vocab)` after it."""
+
+    cache: RaggedCache
+    logits: torch.Tensor
+    seconds: float
+
+
 class _CaseRunner:
     """A case whose context has been read; `run` compresses a fork of it and asks."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, session: Session, case: Case) -> None:
         self.model, self.tokenizer, self.session, self.case = model, tokenizer, session, case
-        self.asked = [*case.question_ids, *case.answer_ids]
         self.cache = session.new_cache()
         read(model, self.cache, case.context_ids, logits_to_keep=1)
-        self.reference = read(model, self.cache.fork(), self.asked)
+        self.reference = self._ask(self.cache.fork())
 
     def run(self, cell: Cell, inspect: Inspect | None) -> Record:
         case = self.case
@@ -155,27 +163,34 @@ class _CaseRunner:
         cache = self.cache.fork()
         if cell.evicts:
             # Room for question and answer above the budget: nothing more is evicted while they are read.
-            cache.compress(cell.policy, cell.budget, cell.scope, buffer=len(self.asked) + EXTRA_TOKENS)
+            room = len(case.question_ids) + len(case.answer_ids) + EXTRA_TOKENS
+            cache.compress(cell.policy, cell.budget, cell.scope, buffer=room)
         compressed = self._now()
         report = self.session.report(cache)
         if inspect is not None:
             inspect(case, cell, cache)
-        reading = self._now()
-        logits = read(self.model, cache.fork(), self.asked)
-        done = self._now()
-        prediction = self._generate(cache, logits)
+        # The full cache has just been asked, as the reference; all others are asked now.
+        asked = self._ask(cache) if cell.evicts else self.reference
+        prediction = self._generate(asked)
         return Record(
             task=case.task, length=case.length, index=case.index, seed=case.seed, depth=case.depth,
             policy=cell.policy.name, scope=cell.scope, budget=cell.budget,
             correct=case.accepts(prediction), answer=case.answer, prediction=prediction,
-            kl=float(kl_to_full(self.reference, logits).mean()),
-            top1=float(top1_agreement(self.reference, logits).double().mean()),
+            kl=float(kl_to_full(self.reference.logits, asked.logits).mean()),
+            top1=float(top1_agreement(self.reference.logits, asked.logits).double().mean()),
             entries=report.entries, bytes=report.bytes, kept_share=report.kept_share,
-            seconds=compressed - start + done - reading,
-            compress_seconds=compressed - start, read_seconds=done - reading,
+            seconds=compressed - start + asked.seconds,
+            compress_seconds=compressed - start, read_seconds=asked.seconds,
         )  # fmt: skip
 
-    def _generate(self, cache: RaggedCache, logits: torch.Tensor) -> str:
+    def _ask(self, cache: RaggedCache) -> _Asked:
+        """Reads question and gold answer after what `cache` holds; the answer on a fork, so that it can be undone."""
+        start = self._now()
+        question = read(self.model, cache, self.case.question_ids)
+        gold = read(self.model, cache.fork(), self.case.answer_ids)
+        return _Asked(cache, torch.cat([question, gold]), self._now() - start)
+
+    def _generate(self, asked: _Asked) -> str:
         case = self.case
 
         def complete(generated: list[int]) -> bool:
@@ -183,10 +198,9 @@ class _CaseRunner:
             return case.accepts(self._text(generated)) and case.accepts(self._text(generated[:-1]))
 
         limit = len(case.answer_ids) + EXTRA_TOKENS
-        generated = greedy_from_teacher(
-            self.model, cache.fork, case.question_ids, case.answer_ids, logits, limit, complete
-        )
-        return self._text(generated)
+        logits = asked.logits[len(case.question_ids) - 1 :]
+        cache = asked.cache.fork()
+        return self._text(greedy_from_teacher(self.model, cache, case.answer_ids, logits, limit, complete))
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

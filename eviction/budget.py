@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import Any
 
 from .policies.base import Policy
 
@@ -76,6 +77,13 @@ class Plan:
         for name in ("sinks", "recent", "buffer"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def changed(self, policy: Policy | None, budget: float | int | None, scope: str | None, **numbers: Any) -> Plan:
+        """The plan with what is not None replaced; a new policy brings its default scope unless one is given."""
+        if policy is not None and scope is None:
+            scope = policy.default_scope
+        new = {"policy": policy, "budget": None if budget is None else Budget(budget), "scope": scope, **numbers}
+        return replace(self, **{name: value for name, value in new.items() if value is not None})
 
     @property
     def evicts(self) -> bool:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache
 
 from ..retention.seams import AttentionCall
-from .budget import Budget, Plan
+from .budget import Plan
 from .compress import choose
 from .layer import RaggedLayer
 from .policies import Policy, get_policy
 from .report import Meter, Report
-from .rollback import Snapshot, replaces_tensors, take_back
+from .rollback import Snapshot, fork_layer, take_back
 from .rows import Rows, Step
 from .store import SegmentStore
 from .view import LayerView
@@ -63,6 +62,12 @@ class RaggedCache(Cache):
     def tokens_seen(self) -> torch.Tensor:
         """int64 `(batch,)`: real tokens of each row, evicted ones included."""
         return torch.tensor(self._rows.tokens, dtype=torch.long)
+
+    @property
+    def query_positions(self) -> torch.Tensor:
+        """int64 `(batch, size)`: positions of the remembered queries in any order, -1 for none."""
+        recorded = self._rows.window_positions
+        return torch.empty(len(self._rows.tokens), 0, dtype=torch.long) if recorded is None else recorded
 
     @property
     def entries(self) -> int:
@@ -208,14 +213,10 @@ class RaggedCache(Cache):
         """
         if gates is not None and gates is not self.session.gates:
             raise ValueError("log β is recorded as tokens are written: give the gates to evict(..., gates=...) instead")
-        changes: dict[str, Any] = {"scope": scope, "sinks": sinks, "recent": recent, "buffer": buffer}
-        if policy is not None:
-            changes["policy"] = get_policy(policy)
-            changes["scope"] = scope or changes["policy"].default_scope
-            self.session.require_recorded(changes["policy"])
-        if budget is not None:
-            changes["budget"] = Budget(budget)
-        self.plan = replace(self.plan, **{name: value for name, value in changes.items() if value is not None})
+        chosen = None if policy is None else get_policy(policy)
+        plan = self.plan.changed(chosen, budget, scope, sinks=sinks, recent=recent, buffer=buffer)
+        self.session.require_recorded(plan.policy)
+        self.plan = plan
         if self.plan.evicts and self.stores:
             self._evict([True] * len(self._rows.tokens))
         return self
@@ -228,7 +229,7 @@ class RaggedCache(Cache):
         Storage is shared until one side writes to it, layer by layer.
         """
         other = copy.copy(self)
-        other.layers = [_fork_layer(layer) for layer in self.layers]
+        other.layers = [fork_layer(layer) for layer in self.layers]
         other.ragged = [layer for layer in other.layers if isinstance(layer, RaggedLayer)]
         other._rows, other._meter = self._rows.copy(), copy.copy(self._meter)
         self.session.track(other)
@@ -272,9 +273,3 @@ class RaggedCache(Cache):
     def reset(self) -> None:
         super().reset()
         self._rows, self._broken = Rows(), ""
-
-
-def _fork_layer(layer: Any) -> Any:
-    if isinstance(layer, RaggedLayer):
-        return layer.fork()
-    return copy.copy(layer) if replaces_tensors(layer) else copy.deepcopy(layer)

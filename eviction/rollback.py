@@ -1,7 +1,8 @@
-"""Taking tokens back: a forward that raised, and `crop`."""
+"""Taking tokens back, and going on from one place in two ways."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,13 @@ def replaces_tensors(layer: Any) -> bool:
     State-space layers, and those that join attention and state space, write in place.
     """
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def fork_layer(layer: Any) -> Any:
+    """A cache layer that continues independently of `layer`, sharing its tensors where that is safe."""
+    if _is_ragged(layer):
+        return layer.fork()
+    return copy.copy(layer) if replaces_tensors(layer) else copy.deepcopy(layer)
 
 
 class Snapshot:

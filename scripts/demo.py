@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,12 +132,13 @@ def main(config: Config) -> int:
     console.print(demo_output.introduction(config.model, plan, cells))
     pictures = demo_output.Pictures(plan.tasks[0], plan.lengths[0], plan.shown_budget)
     records = _evaluate(model, tokenizer, cases, cells, gates, console, pictures.look)
-    settings = _settings(config, plan, model, gates, time.perf_counter() - started)
+    source = None if gates is None else str(find_gates(config))
+    settings = demo_output.settings(config, plan, model, source, time.perf_counter() - started)
     files = [demo_output.save_results(config.out, records, settings)]
     if config.full:
         files.append(demo_output.save_markdown(config.out, records, settings))
     files += pictures.save(config.out, records, tokenizer, settings)
-    for table in demo_output.tables(records, plan, quick=config.quick):
+    for table in demo_output.tables(records, plan, config.quick, console.width):
         console.print(table)
     console.print(demo_output.conclusion(records, plan), markup=False)
     console.print(demo_output.where(files), markup=False)
@@ -231,28 +230,6 @@ def _evaluate(
         records = evaluate(model, tokenizer, cases, cells, gates, progress=advance, inspect=look)
         progress.update(bar, description="asked")
     return records
-
-
-def _settings(
-    config: Config, plan: Plan, model: PreTrainedModel, gates: RetentionGates | None, seconds: float
-) -> dict[str, Any]:
-    """Everything needed to run this again and to judge the timings."""
-    import torch
-
-    return {
-        "config": asdict(config) | {"out": str(config.out)},
-        "plan": asdict(plan),
-        "model": model.config._name_or_path,
-        "gates": None if gates is None else {"source": str(find_gates(config)), "training": gates.info.training},
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "versions": {name: version(name) for name in ("tenure", "torch", "transformers")}
-        | {"python": platform.python_version()},
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "evaluation_seconds": round(seconds, 1),
-    }
 
 
 def _train_a_few_steps(config: Config, steps: int, console: Console) -> None:

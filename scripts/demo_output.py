@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import platform
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..eval import Case, Cell, Record, paired_bootstrap, summarise
+from ..eval.cells import label
 from ..eval.heat_map import save_heat_map
 from ..eval.kept import kept_mask, kept_share
 from ..eval.prompts import token_texts
@@ -29,10 +33,12 @@ from ..retention.checkpoint import write_atomic
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from transformers import PreTrainedModel
 
     from ..eviction import RaggedCache
-    from .demo import Plan
+    from .demo import Config, Plan
 
+WIDE = 105  # a terminal of so many characters has room for the intervals beside the numbers
 PICTURED = (("retention", "global"), ("snapkv", "layer"))
 ON_THE_PAGE = (*PICTURED, ("snapkv", "head"))
 
@@ -57,39 +63,44 @@ def introduction(model: str, plan: Plan, cells: Sequence[Cell]) -> RenderableTyp
     )
 
 
-def tables(records: Sequence[Record], plan: Plan, quick: bool) -> list[Table]:
-    """One table a length and budget."""
+def tables(records: Sequence[Record], plan: Plan, quick: bool, width: int) -> list[Table]:
+    """One table a length and budget, for a terminal of `width` characters."""
     rows, kl = summarise(records), kl_intervals(records)
-    return [
-        _table(table_rows(rows, length, budget), length, budget, kl, quick)
-        for length in plan.lengths
-        for budget in plan.budgets
-    ]
+    made = []
+    for length in plan.lengths:
+        for budget in plan.budgets:
+            table = _table(table_rows(rows, length, budget), length, budget, kl, quick)
+            table.padding = (0, 1) if width >= WIDE else (0, 0)
+            made.append(table)
+    return made
 
 
 def _table(
     rows: dict[tuple[str, str], list[dict[str, Any]]], length: int, budget: float, kl: dict[tuple, Any], quick: bool
 ) -> Table:
+    from rich import box
     from rich.table import Table
 
-    from ..eval.cells import label
-
-    caption = f"accuracy [95% interval], {table_cases(rows)} cases a cell; KL to the full cache in nats; ms: compress "
-    caption += "the cache, then read question and answer"
+    notes = [
+        f"accuracy [95% interval], {table_cases(rows)} cases a cell",
+        "KL to the full cache in nats",
+        "ms: compress the cache, then read question and answer",
+    ]
     if quick:
-        caption += "; --quick: few cases, wide intervals"
+        notes.append("--quick: few cases, so wide intervals")
     title = f"{length} tokens, {budget_text(budget)} of the cache kept"
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table = Table(title=title, caption="; ".join(notes), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
     table.add_column("policy", no_wrap=True)
     for row in next(iter(rows.values())):
         table.add_column(row["task"], justify="right")
     for name in ("KL", "entries", "MB", "ms"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for (policy, scope), group in rows.items():
         style = "bold green" if (policy, scope) == ("retention", "global") else "dim" if policy == "full" else ""
         table.add_row(
             label(policy, scope),
-            *(accuracy_text(row).replace("[", r"\[") for row in group),  # rich reads brackets as markup
+            *map(accuracy_text, group),
             f"{kl[(length, policy, scope, group[0]['budget'])].value:.3f}",
             f"{mean_over_tasks(group, 'entries'):,.0f}",
             f"{mean_over_tasks(group, 'bytes') / 1e6:.1f}",
@@ -113,7 +124,7 @@ def conclusion(records: Sequence[Record], plan: Plan) -> str:
     return (
         f"With {budget_text(budget)} of the cache, retention answers {sum(_correct(ours)):.0f} of {len(ours)} "
         f"questions; the full cache answers {sum(_correct(full)):.0f}, the best baseline "
-        f"({Cell.of(best[0], budget, best[1]).label}) {sum(_correct(others[best])):.0f}. Paired difference to that "
+        f"({label(best[0], best[1])}) {sum(_correct(others[best])):.0f}. Paired difference to that "
         f"baseline: {difference.value:+.2f}, 95% interval {difference.low:+.2f} to {difference.high:+.2f}."
     )
 
@@ -133,6 +144,26 @@ def _correct(records: Sequence[Record]) -> list[float]:
 def where(files: Sequence[Path]) -> str:
     """Where the results are."""
     return "Written: " + ", ".join(str(path) for path in files)
+
+
+def settings(config: Config, plan: Plan, model: PreTrainedModel, gates: str | None, seconds: float) -> dict[str, Any]:
+    """Everything needed to run this again and to judge the timings."""
+    import torch
+
+    return {
+        "config": asdict(config) | {"out": str(config.out)},
+        "plan": asdict(plan),
+        "model": model.config._name_or_path,
+        "gates": gates,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("tenure", "torch", "transformers")}
+        | {"python": platform.python_version()},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "evaluation_seconds": round(seconds, 1),
+    }
 
 
 def save_results(folder: Path, records: Sequence[Record], settings: dict[str, Any]) -> Path:
@@ -216,5 +247,4 @@ class Pictures:
             for record in _by_cell(records, self.length)[(*name, self.budget)]
             if record.task == self.task and record.index == 0
         )
-        label = Cell.of(name[0], self.budget, name[1]).label
-        return PagePolicy(label, self._masks[name], record.prediction, record.correct, record.kl)
+        return PagePolicy(label(*name), self._masks[name], record.prediction, record.correct, record.kl)

@@ -127,8 +127,11 @@ def test_forks_are_independent(tiny_model, prompt, family, copied):
             model(column.view(1, 1), past_key_values=fork)  # appends and evicts
         assert torch.equal(model(token, past_key_values=copied(cache)).logits, expected)
         late = copied(cache)
+        alone = session.new_cache()
+        model(prompt(1, 50), past_key_values=alone)
         for column in prompt(1, 9, seed=4)[0]:
-            model(column.view(1, 1), past_key_values=cache)
+            logits = [model(column.view(1, 1), past_key_values=one).logits for one in (cache, alone)]
+            assert torch.equal(*logits), "what the forks did is not seen, not even when evicting"
         assert torch.equal(model(token, past_key_values=late).logits, expected)
         for one in (cache, fork, late):
             one.check()
@@ -193,6 +196,7 @@ def test_newest_tokens_can_be_taken_back(tiny_llama, prompt):
         tiny_llama(question, attention_mask=mask, past_key_values=cache)
         cache.crop(-2)
         cache.check()
+        assert cache.query_positions.amax(1).tolist() == [36, 40]
         assert cache.tokens_seen.tolist() == [37, 41]
         cache.crop(40)
         cache.check()

@@ -51,8 +51,7 @@ def views(tiny_model, gates_for, prompt):
             grown = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1)
             model(prompt(2, 3, seed=1), attention_mask=grown, past_key_values=cache)
             for layer in cache.ragged:
-                recorded = cache._rows.window_positions
-                use(LayerView(layer, cache.tokens_seen, recorded, policy.window_size))
+                use(LayerView(layer, cache.tokens_seen, cache.query_positions, policy.window_size))
 
     return make
 
@@ -162,7 +161,7 @@ def test_remembered_queries_are_the_last_ones_in_order(tiny_llama, prompt):
         for start, end in ((0, 9), (9, 17), (17, 18), (18, 19), (19, 20)):
             tiny_llama(ids[:, start:end], past_key_values=pieces)
         for one, other in zip(whole.ragged, pieces.ragged, strict=True):
-            views = [LayerView(layer, cache.tokens_seen, cache._rows.window_positions, 4)
+            views = [LayerView(layer, cache.tokens_seen, cache.query_positions, 4)
                      for layer, cache in ((one, whole), (other, pieces))]
             assert views[0].query_positions.tolist() == views[1].query_positions.tolist() == [[16, 17, 18, 19]]
             torch.testing.assert_close(views[0].queries, views[1].queries, atol=1e-5, rtol=1e-5)

@@ -158,6 +158,25 @@ def test_a_contiguous_prompt_is_adopted_and_a_slice_is_not():
     assert sliced.key.untyped_storage().nbytes() == 2 * 3 * 5 * 4 * 4, "the rest of the wide tensor is not kept alive"
 
 
+def test_room_that_a_fork_may_use_is_not_written_to():
+    rows = Rows()
+    step = rows.open(1, 8, None, torch.device("cpu"), 0, 0)
+    store = SegmentStore.from_dense(torch.zeros(1, HEADS, 8, DIM), torch.zeros(1, HEADS, 8, DIM), {}, step)
+    rows.advance(step, HEADS, 0)
+    fork = store.fork()
+    for number, one in ((1.0, store), (2.0, fork)):
+        one.set_lengths([5, 5])  # taken back: the room behind holds entries of the other
+        one.append(torch.full((1, HEADS, 1, DIM), number), torch.zeros(1, HEADS, 1, DIM), {}, rows.open(
+            1, 1, None, torch.device("cpu"), 0, 0))
+        assert one.key.view(HEADS, -1, DIM)[:, 5].eq(number).all()
+    assert store.key.view(HEADS, -1, DIM)[:, 5].eq(1.0).all()
+    buffer = store.key
+    store.set_lengths([5, 5])
+    store.append(torch.ones(1, HEADS, 1, DIM), torch.zeros(1, HEADS, 1, DIM), {}, rows.open(
+        1, 1, None, torch.device("cpu"), 0, 0))
+    assert store.key is buffer, "its own by now: no more copies"
+
+
 def test_appending_is_amortised():
     step = Rows().open(1, 1000, None, torch.device("cpu"), 0, 0)
     store = SegmentStore.from_dense(torch.zeros(1, HEADS, 1000, DIM), torch.zeros(1, HEADS, 1000, DIM), {}, step)

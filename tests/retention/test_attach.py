@@ -138,5 +138,5 @@ def test_misuse_is_named(tiny_llama: PreTrainedModel) -> None:
         with pytest.raises(ValueError, match="already inside an attach"), attach(tiny_llama, gates):
             pass
         with pytest.raises(ValueError, match="whole sequences"):
-            tiny_llama.generate(TOKENS[:1], max_new_tokens=3, do_sample=False)
+            tiny_llama.generate(TOKENS[:1], max_new_tokens=3, do_sample=False)  # type: ignore[operator]
         assert tiny_llama(TOKENS, use_cache=False).logits.shape == (2, 23, 128)
