@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class Row:
     target: str = ""
 
 
-def alternate(sides: dict[str, Callable[[], object]], runs: int, warmup: int = 1) -> dict[str, list[float]]:
+def alternate(sides: Mapping[str, Callable[[], object]], runs: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of every counted run of each side, the sides taking turns, so that drift hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warmup + runs):

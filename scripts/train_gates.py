@@ -6,6 +6,7 @@ Imports are absolute because accelerate runs this file as a script.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -46,7 +47,8 @@ def parse(arguments: Sequence[str], prog: str) -> TrainConfig:
         else:
             rest.append(argument)
     default = TrainConfig() if path is None else TrainConfig.from_yaml(path)
-    description = f"{TrainConfig.__doc__}\n\n--config FILE: a YAML file of these settings; flags win over it."
+    summary = inspect.cleandoc(TrainConfig.__doc__ or "")
+    description = f"{summary}\n\n--config FILE: a YAML file of these settings; flags win over it."
     return tyro.cli(TrainConfig, prog=prog, args=rest, default=default, description=description)
 
 
@@ -97,10 +99,15 @@ def build_evaluation(
 
 
 def main(config: TrainConfig) -> int:
+    import torch
+
     from tenure.scripts.loading import load_model
     from tenure.training import train
 
-    model, tokenizer = load_model(config.model, device="cpu", dtype=config.dtype, revision=config.revision)
+    dtype = config.dtype
+    if dtype == "auto":  # of the device accelerate will move the model to, not of the CPU it is loaded on
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    model, tokenizer = load_model(config.model, device="cpu", dtype=dtype, revision=config.revision)
     source = build_source(config, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with _progress() as bar:

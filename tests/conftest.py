@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -22,7 +24,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -38,7 +40,7 @@ SIZES = {
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma3")
 
 
-def build_tiny(family: str, **overrides: object) -> PreTrainedModel:
+def build_tiny(family: str, **overrides: Any) -> PreTrainedModel:
     """A random fp32 model in eval mode, the same weights at every call."""
     sizes = SIZES | overrides
     torch.manual_seed(0)
@@ -51,8 +53,8 @@ def build_tiny(family: str, **overrides: object) -> PreTrainedModel:
     elif family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **sizes))
     elif family == "qwen3_moe":
-        moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=8, **moe, **sizes))
+        moe: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**({"head_dim": 8} | moe | sizes)))
     elif family == "phi3":
         model = Phi3ForCausalLM(Phi3Config(**sizes))
     elif family == "gemma3":

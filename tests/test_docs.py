@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -23,13 +25,14 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
     assert not absent
 
 
-def test_the_policy_of_the_documentation_runs(tiny_llama: PreTrainedModel) -> None:
+def test_the_policy_of_the_documentation_runs(tiny_llama: PreTrainedModel, monkeypatch) -> None:
     """The snippet's `with evict(...)` stands for the reader's own code; the class above it is executed as printed."""
     text = (ROOT / "docs" / "eviction.md").read_text()
     block = next(code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "(Policy)" in code)
-    names: dict[str, object] = {"__name__": "snippet"}
-    exec(block[: block.index("with evict")], names)  # our own documentation
-    policy = names["ValueNorm"]
+    module = types.ModuleType("snippet")
+    monkeypatch.setitem(sys.modules, "snippet", module)  # dataclasses look their module up
+    exec(block[: block.index("with evict")], module.__dict__)  # our own documentation
+    policy = module.ValueNorm
     assert isinstance(policy, type) and issubclass(policy, Policy)
     with evict(tiny_llama, policy(), budget=0.25, scope="layer", sinks=1, recent=2) as session, torch.no_grad():
         tiny_llama(torch.arange(3, 43)[None], use_cache=True)
