@@ -53,8 +53,9 @@ def build_tiny(family: str, **overrides: Any) -> PreTrainedModel:
     elif family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **sizes))
     elif family == "qwen3_moe":
-        moe: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**({"head_dim": 8} | moe | sizes)))
+        moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+        settings: dict[str, Any] = sizes | moe | {"head_dim": 8}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
     elif family == "phi3":
         model = Phi3ForCausalLM(Phi3Config(**sizes))
     elif family == "gemma3":

@@ -163,17 +163,22 @@ def test_room_that_a_fork_may_use_is_not_written_to():
     step = rows.open(1, 8, None, torch.device("cpu"), 0, 0)
     store = SegmentStore.from_dense(torch.zeros(1, HEADS, 8, DIM), torch.zeros(1, HEADS, 8, DIM), {}, step)
     rows.advance(step, HEADS, 0)
+
+    def replace_from_the_sixth(one: SegmentStore, number: float) -> None:
+        one.set_lengths([5, 5])  # taken back: the room behind may hold entries of the other
+        new = torch.full((1, HEADS, 1, DIM), number)
+        one.append(new, new, {}, rows.open(1, 1, None, torch.device("cpu"), 0, 0))
+
+    def sixth(one: SegmentStore) -> list[float]:
+        return [key[0, 0, 5, 0].item() for key, _ in one.pairs()]
+
     fork = store.fork()
-    for number, one in ((1.0, store), (2.0, fork)):
-        one.set_lengths([5, 5])  # taken back: the room behind holds entries of the other
-        one.append(torch.full((1, HEADS, 1, DIM), number), torch.zeros(1, HEADS, 1, DIM), {}, rows.open(
-            1, 1, None, torch.device("cpu"), 0, 0))
-        assert one.key.view(HEADS, -1, DIM)[:, 5].eq(number).all()
-    assert store.key.view(HEADS, -1, DIM)[:, 5].eq(1.0).all()
+    replace_from_the_sixth(store, 1.0)
+    assert sixth(store) == [1.0, 1.0] and sixth(fork) == [0.0, 0.0]
+    replace_from_the_sixth(fork, 2.0)
+    assert sixth(store) == [1.0, 1.0] and sixth(fork) == [2.0, 2.0]
     buffer = store.key
-    store.set_lengths([5, 5])
-    store.append(torch.ones(1, HEADS, 1, DIM), torch.zeros(1, HEADS, 1, DIM), {}, rows.open(
-        1, 1, None, torch.device("cpu"), 0, 0))
+    replace_from_the_sixth(store, 3.0)
     assert store.key is buffer, "its own by now: no more copies"
 
 
