@@ -144,7 +144,7 @@ def memory_rows(lengths: tuple[int, ...]) -> list[Row]:
     per_token = 0.0
     for seq_len in lengths:
         ours = _peak_mib(seq_len, "channels")
-        naive = _peak_mib(seq_len, "naive") if seq_len <= 4096 else float("nan")
+        naive = _peak_mib(seq_len, "naive") if seq_len <= 4096 else None
         per_token = per_token or ours / seq_len
         name = f"attention/memory/T{seq_len}"
         rows.append(Row(name, ours, naive, ours / seq_len / per_token, "MiB", 1, "per token: flat"))

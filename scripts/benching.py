@@ -17,7 +17,7 @@ class Row:
 
     Attributes:
         name: what was measured, e.g. `attention/T2048/vs_naive`.
-        ours, peer: medians, in `unit`.
+        ours, peer: medians, in `unit`; peer is None where it was not run.
         ratio: the number `target` speaks of (times faster, or share), always of the two sides of one run.
         unit: of `ours` and `peer`.
         n: counted runs of each side.
@@ -26,7 +26,7 @@ class Row:
 
     name: str
     ours: float
-    peer: float
+    peer: float | None
     ratio: float
     unit: str
     n: int
@@ -58,7 +58,8 @@ def show(rows: Sequence[Row], title: str) -> None:
     table = Table("row", "ours", "peer", "unit", "ratio", "aim", "n", title=title)
     for row in rows:
         ratio = f"{row.ratio:.3f}" if row.ratio < 0.1 else f"{row.ratio:.2f}"
-        table.add_row(row.name, f"{row.ours:.4g}", f"{row.peer:.4g}", row.unit, ratio, row.target, str(row.n))
+        peer = "-" if row.peer is None else f"{row.peer:.4g}"
+        table.add_row(row.name, f"{row.ours:.4g}", peer, row.unit, ratio, row.target, str(row.n))
     Console().print(table)
 
 
@@ -67,5 +68,5 @@ def write_json(rows: Sequence[Row], path: str) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    temporary.write_text(json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False) + "\n")
     os.replace(temporary, target)

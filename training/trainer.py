@@ -172,12 +172,13 @@ class _Run:
         assert isinstance(finite, torch.Tensor)
         if bool(finite.all()):
             return
-        parts = ", ".join(f"{name} {float(getattr(losses, name)):g}" for name in ("ntp", "kl", "capacity"))
+        # Every process raises and names the batch at fault, which need not be its own.
+        process = int(finite.argmin())
+        start = first + (process - self.accelerator.process_index) * self.config.batch_size
         good = latest_state(self.output_dir / "checkpoints")
-        last = first + self.config.batch_size - 1
         raise NotFiniteError(
-            f"the loss is not finite at step {self.step + 1}, examples {first} to {last} of process "
-            f"{self.accelerator.process_index} ({parts}); the last good checkpoint is {good or 'none'}"
+            f"the loss is not finite at step {self.step + 1}, examples {start} to "
+            f"{start + self.config.batch_size - 1} of process {process}; the last good checkpoint is {good or 'none'}"
         )
 
     def evaluate(self, evaluate: Evaluate) -> None:
