@@ -9,21 +9,27 @@ from .checkpoint import CheckpointError, CheckpointInfo, fingerprint
 from .config import RetentionConfig
 from .gates import RetentionGates
 from .ops import gated_attention, occupancy
+from .prompt import Prompt, attach_after, read_prompt
 from .seams import UnsupportedModelError
 from .segments import Segments
+from .soft_eviction import SoftEviction
 
 __all__ = [
     "Attached",
     "Capacity",
     "CheckpointError",
     "CheckpointInfo",
+    "Prompt",
     "RetentionConfig",
     "RetentionGates",
     "Segments",
+    "SoftEviction",
     "UnsupportedModelError",
     "attach",
+    "attach_after",
     "capacity_loss",
     "fingerprint",
     "gated_attention",
     "occupancy",
+    "read_prompt",
 ]

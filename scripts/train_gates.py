@@ -68,7 +68,15 @@ def build_source(config: TrainConfig, tokenizer: Any) -> ExampleSource:
             raise ValueError("pack is for data sets; synthetic documents are made at their full length already")
         texts = [document.text for document in resolve_texts(config.texts, "train")]
         return RetrievalDocuments(
-            texts, tokenizer, lengths=config.lengths, seed=config.seed, text_share=config.text_share
+            texts,
+            tokenizer,
+            lengths=config.lengths,
+            seed=config.seed,
+            facts=config.facts,
+            questions=config.questions,
+            group_share=config.group_share,
+            text_share=config.text_share,
+            prompt_share=config.prompt_share,
         )
     source = load_examples(
         config.data,

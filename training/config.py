@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,18 @@ class TrainConfig:
     """Records of `data` shorter than this many tokens are dropped."""
     text_share: float = 0.1
     """Share of synthetic examples that are plain continuation of text."""
+    group_share: float = 0.3
+    """Share of the facts in synthetic documents that are groups of sentences which differ in key and value only."""
+    prompt_share: float = 0.0
+    """Share of synthetic examples whose document is a prompt: read without gates, as one compressed at its end is."""
+    eviction_budgets: tuple[float, ...] = ()
+    """Prompts are softly evicted at their end to one of these shares of their entries; none: their keys decay."""
+    eviction_temperature: float = 0.5
+    """Softness of that eviction; towards 0 it becomes the runtime's hard choice."""
+    facts: tuple[int, int] = (4, 8)
+    """Fewest and most facts in a synthetic document."""
+    questions: tuple[int, int] = (3, 6)
+    """Fewest and most questions after it."""
     pack: bool = False
     """Pack several documents into rows of the longest length; β never crosses a document."""
 
@@ -100,9 +113,26 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.lengths = tuple(self.lengths)
         self.eval_budgets = tuple(self.eval_budgets)
+        self.eviction_budgets = tuple(self.eviction_budgets)
+        self.facts, self.questions = _range("facts", self.facts), _range("questions", self.questions)
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "gate_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; 1 or more is accepted")
+        if any(not 0 < budget <= 1 for budget in self.eviction_budgets) or self.eviction_temperature <= 0:
+            raise ValueError(
+                f"eviction_budgets {self.eviction_budgets}, eviction_temperature {self.eviction_temperature}: shares "
+                "in (0, 1] and a temperature above 0 are accepted"
+            )
+        if not 0 <= self.prompt_share <= 1 or (self.eviction_budgets and not self.prompt_share):
+            raise ValueError(
+                f"prompt_share is {self.prompt_share}; a share in [0, 1] is accepted, above 0 with eviction_budgets: "
+                "they act on prompts only"
+            )
+        if self.prompt_share and self.gradient_checkpointing:
+            raise ValueError(
+                f"prompt_share is {self.prompt_share} and gradient_checkpointing is true; set gradient_checkpointing "
+                "to false: prompts are read without a graph, so it has nothing to save"
+            )
         if not self.lengths or min(self.lengths) < 64:
             raise ValueError(f"lengths is {self.lengths}; lengths of 64 tokens or more are accepted")
         if self.budget <= 0 or self.capacity_weight < 0 or self.learning_rate <= 0:
@@ -138,3 +168,9 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"{path} has unknown settings {unknown}; known: {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def _range(name: str, values: Sequence[int]) -> tuple[int, int]:
+    if len(values) != 2 or not 1 <= values[0] <= values[1]:
+        raise ValueError(f"{name} is {tuple(values)}; a range (fewest, most) from 1 on is accepted")
+    return values[0], values[1]

@@ -22,13 +22,15 @@ class Example:
 
     `input_ids`: token ids; `loss_mask`: True at a token that is a target, i.e. to be predicted from those before it
     (never the first); `kind`: where it comes from (`retrieval`, `text`, `chat`, `raw`); `position_ids`:
-    None for 0, 1, 2, …, else they restart at 0 with every packed document.
+    None for 0, 1, 2, …, else they restart at 0 with every packed document. `prompt_tokens`: how many
+    tokens from the start are a prompt, read without gates and compressed at its end; 0 in packed rows.
     """
 
     input_ids: list[int]
     loss_mask: list[bool]
     kind: str
     position_ids: list[int] | None = None
+    prompt_tokens: int = 0
 
 
 class ExampleSource(Protocol):

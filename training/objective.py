@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..retention import Attached, RetentionGates, attach, capacity_loss
+from ..retention import (
+    Attached,
+    RetentionGates,
+    Segments,
+    SoftEviction,
+    attach,
+    attach_after,
+    capacity_loss,
+    read_prompt,
+)
 from ..retention.capacity import Scope
 from ..retention.ops import Implementation
 from ..retention.seams import text_config, text_decoder
@@ -29,7 +40,8 @@ class Losses:
         kl: forward KL(teacher ‖ student), nats a target token.
         capacity: relative excess of occupancy over the budget.
         targets: number of target tokens.
-        occupancy: `(layers, batch, num_kv_heads, positions)`, detached.
+        occupancy: `(layers, batch, num_kv_heads, positions)`, detached; rows that were run one by one follow each
+            other along `positions`.
     """
 
     total: torch.Tensor
@@ -38,6 +50,25 @@ class Losses:
     capacity: torch.Tensor
     targets: int
     occupancy: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A batch, or one row of it, through teacher and student.
+
+    Attributes:
+        teacher, student: last hidden states of the tokens after the prompt (of all tokens without one).
+        input_ids, loss_mask: of the same tokens.
+        log_beta: `(layers, batch, num_kv_heads, seq_len)`, of all tokens.
+        segments: the documents of all tokens.
+    """
+
+    teacher: torch.Tensor
+    student: torch.Tensor
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    log_beta: torch.Tensor
+    segments: Segments
 
 
 class GateObjective(nn.Module):
@@ -55,6 +86,8 @@ class GateObjective(nn.Module):
         samples: positions per row at which occupancy is evaluated; None for all.
         chunk: target tokens whose logits exist at a time.
         implementation: of the gated attention.
+        evictions: of which one, drawn by `seed`, is what happens to a row's prompt at its end; without any, its keys
+            decay for what comes after it.
     """
 
     def __init__(
@@ -67,6 +100,7 @@ class GateObjective(nn.Module):
         samples: int | None = 64,
         chunk: int = 8192,
         implementation: Implementation = "auto",
+        evictions: Sequence[SoftEviction] = (),
     ) -> None:
         super().__init__()
         if budget <= 0:
@@ -77,7 +111,9 @@ class GateObjective(nn.Module):
         self.scope: Scope = scope
         self.samples, self.chunk = samples, chunk
         self.implementation: Implementation = implementation
+        self.evictions = tuple(evictions)
         self._student: Attached | None = None
+        self._recomputes = False
 
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes every decoder layer in backward, with its gates attached again; dropout stays off.
@@ -88,6 +124,7 @@ class GateObjective(nn.Module):
         if not self.model.supports_gradient_checkpointing:
             name = type(self.model).__name__
             raise ValueError(f"{name} has no gradient checkpointing; set gradient_checkpointing to false")
+        self._recomputes = True
         self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
         self.model.eval()
         for module in self.model.modules():
@@ -101,9 +138,38 @@ class GateObjective(nn.Module):
 
     def forward(self, batch: Batch, seed: int = 0) -> Losses:
         """Args:
-        batch: on the model's device.
-        seed: of the positions at which occupancy is sampled.
+        batch: on the model's device. If rows have a prompt, all rows run one by one.
+        seed: of the positions at which occupancy is sampled, and of the evictions.
+
+        Raises:
+            ValueError: no target token; prompts together with gradient checkpointing.
         """
+        rng = random.Random(seed)
+        if any(batch.prompt_tokens):
+            if self._recomputes:
+                raise ValueError("prompts leave nothing to recompute: turn gradient checkpointing off")
+            rows = [batch.row(index) for index in range(len(batch.input_ids))]
+            runs = [self._after_prompt(row, rng) if row.prompt_tokens[0] else self._whole(row) for row in rows]
+        else:
+            runs = [self._whole(batch)]
+        targets = sum(int(run.loss_mask[:, 1:].sum()) for run in runs)
+        if not targets:
+            raise ValueError("a batch has no target token: its documents are all prompt; see loss_on and max_length")
+        quality = [self._quality(run) for run in runs]
+        ntp, kl = (torch.stack(sums).sum() / targets for sums in zip(*quality, strict=True))
+        generator = torch.Generator().manual_seed(seed)
+        capacities = [
+            capacity_loss(
+                run.log_beta, run.segments, self._limit(run.segments.document), self.scope, self.samples, generator
+            )
+            for run in runs
+        ]
+        capacity = torch.stack([one.loss for one in capacities]).mean()
+        occupancy = torch.cat([one.occupancy for one in capacities], dim=-1)
+        return Losses((ntp + kl) / 2 + self.weight * capacity, ntp, kl, capacity, targets, occupancy)
+
+    def _whole(self, batch: Batch) -> _Run:
+        """Every token under gates."""
         decoder = text_decoder(self.model)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         inputs |= {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
@@ -113,22 +179,24 @@ class GateObjective(nn.Module):
             self._student = attached
             student = decoder(**inputs).last_hidden_state
             self._student = None
-            segments = attached.segments
-            log_beta = attached.log_beta()
-        assert segments is not None
-        ntp, kl, targets = self._quality(teacher, student, batch)
-        capacity = capacity_loss(
-            log_beta,
-            segments,
-            self._limit(batch, segments.document),
-            self.scope,
-            self.samples,
-            torch.Generator().manual_seed(seed),
-        )
-        total = (ntp + kl) / 2 + self.weight * capacity.loss
-        return Losses(total, ntp, kl, capacity.loss, targets, capacity.occupancy)
+        assert attached.segments is not None
+        return _Run(teacher, student, batch.input_ids, batch.loss_mask, attached.log_beta(), attached.segments)
 
-    def _limit(self, batch: Batch, document: torch.Tensor) -> float | torch.Tensor:
+    def _after_prompt(self, row: Batch, rng: random.Random) -> _Run:
+        """The prompt is read once, for teacher and student; gates act on what comes after it."""
+        start = row.prompt_tokens[0]
+        prompt = read_prompt(self.model, row.input_ids[:, :start])
+        rest = {"input_ids": row.input_ids[:, start:], "use_cache": True}
+        decoder = text_decoder(self.model)
+        with torch.no_grad():
+            teacher = decoder(**rest, past_key_values=prompt.new_cache()).last_hidden_state
+        eviction = rng.choice(self.evictions) if self.evictions else None
+        with attach_after(self.model, self.gates, prompt, eviction) as attached:
+            student = decoder(**rest).last_hidden_state
+        segments = Segments.whole(1, row.input_ids.shape[1], row.input_ids.device)
+        return _Run(teacher, student, rest["input_ids"], row.loss_mask[:, start:], attached.log_beta(), segments)
+
+    def _limit(self, document: torch.Tensor) -> float | torch.Tensor:
         """The budget in entries per layer and head: for a share, of the length of each token's own document."""
         if self.budget >= 1:
             return self.budget
@@ -137,16 +205,13 @@ class GateObjective(nn.Module):
         length = (member.sum(1, keepdim=True) * member).sum(-1)
         return (length * self.budget).clamp_min(1.0)
 
-    def _quality(
-        self, teacher: torch.Tensor, student: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        target = batch.loss_mask[:, 1:]
+    def _quality(self, run: _Run) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of cross-entropy and KL over the targets."""
+        target = run.loss_mask[:, 1:]
         count = int(target.sum())
-        if not count:
-            raise ValueError("a batch has no target token: its documents are all prompt; see loss_on and max_length")
-        labels = batch.input_ids[:, 1:][target]
+        labels = run.input_ids[:, 1:][target]
         before = F.pad(target, (0, 1))
-        teacher, student = teacher[before], student[before]
+        teacher, student = run.teacher[before], run.student[before]
         ntp, kl = student.new_zeros((), dtype=torch.float32), student.new_zeros((), dtype=torch.float32)
         for start in range(0, count, self.chunk):
             part = slice(start, start + self.chunk)
@@ -154,7 +219,7 @@ class GateObjective(nn.Module):
             sums = checkpoint(self._chunk_losses, teacher[part], student[part], labels[part], use_reentrant=False)
             assert isinstance(sums, tuple)
             ntp, kl = ntp + sums[0], kl + sums[1]
-        return ntp / count, kl / count, count
+        return ntp, kl
 
     def _chunk_losses(
         self, teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor

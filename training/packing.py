@@ -18,17 +18,32 @@ class Batch:
     `input_ids`, `position_ids`: int64; positions restart at 0 with every document. `attention_mask`: int64, 0 on
     padding; None when nothing is padded or rows are packed (which transformers sees with `use_cache=False` only).
     `loss_mask`: bool, True at tokens that are to be predicted from those before them; False at the first token of every
-    document and on padding.
+    document and on padding. `prompt_tokens`: of each row, how many tokens are a prompt, see `Example`.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     loss_mask: torch.Tensor
+    prompt_tokens: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return Batch(self.input_ids.to(device), self.position_ids.to(device), mask, self.loss_mask.to(device))
+        return Batch(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            mask,
+            self.loss_mask.to(device),
+            self.prompt_tokens,
+        )
+
+    def row(self, index: int) -> "Batch":
+        """One row as a batch, without its padding."""
+        real = slice(None) if self.attention_mask is None else self.attention_mask[index] != 0
+        input_ids, position_ids, loss_mask = (
+            tensor[index, real][None] for tensor in (self.input_ids, self.position_ids, self.loss_mask)
+        )
+        return Batch(input_ids, position_ids, None, loss_mask, self.prompt_tokens[index : index + 1])
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, padding_side: Literal["left", "right"] = "right") -> Batch:
@@ -68,6 +83,7 @@ def collate(examples: Sequence[Example], pad_token_id: int, padding_side: Litera
             position_ids,
             None if min(lengths) == shape[1] else attention_mask,
             loss_mask & (position_ids > 0),
+            tuple(example.prompt_tokens for example in examples),
         )
     return Batch(input_ids, position_ids, None, loss_mask & (position_ids > 0))
 

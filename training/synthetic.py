@@ -54,6 +54,8 @@ class RetrievalDocuments:
         kinds: kinds of facts, see `facts.KINDS`.
         group_share: share of the facts that are groups of 3 to 6 sentences differing in key and value only.
         text_share: share of the examples that are plain text, with loss on their second half.
+        prompt_share: share of the examples whose document (or first half of the text) is read without gates: they act
+            only where its compressed cache would be used, as when a prompt is evicted once at its end.
         brief_share: share of the documents whose questions are answered without the question's words.
         fact_share, question_share: most of a document's tokens that facts, and questions with answers, may take; they
             lower the number of facts and questions in short documents.
@@ -71,6 +73,7 @@ class RetrievalDocuments:
     kinds: Sequence[str] = KINDS
     group_share: float = 0.3
     text_share: float = 0.1
+    prompt_share: float = 0.0
     brief_share: float = 0.1
     fact_share: float = 0.25
     question_share: float = 0.35
@@ -117,7 +120,9 @@ class RetrievalDocuments:
         while len(ids) < length:
             ids += next(stream).ids
         half = length // 2
-        return Document(Example(ids[:length], [i >= half for i in range(length)], "text"), (), length)
+        prompt_tokens = half - 1 if rng.random() < self.prompt_share else 0
+        mask = [i >= half for i in range(length)]
+        return Document(Example(ids[:length], mask, "text", prompt_tokens=prompt_tokens), (), length)
 
     def _retrieval(self, corpus: Corpus, length: int, rng: random.Random) -> Document:
         stream = corpus.stream(rng)
@@ -139,7 +144,10 @@ class RetrievalDocuments:
             Answer(question, len(document) + start, len(document) + stop)
             for question, (start, stop) in zip(questions, spans, strict=True)
         )
-        example = Example(document + tail_ids, [False] * len(document) + tail_mask, "retrieval")
+        prompt_tokens = len(document) if rng.random() < self.prompt_share else 0
+        example = Example(
+            document + tail_ids, [False] * len(document) + tail_mask, "retrieval", prompt_tokens=prompt_tokens
+        )
         return Document(example, answers, len(document))
 
     def _draw_facts(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
-from ..retention import CheckpointInfo, RetentionGates
+from ..retention import CheckpointInfo, RetentionGates, SoftEviction
 from .assets import DEMO_MODEL_ID
 from .config import TrainConfig
 from .data import ExampleSource
@@ -94,6 +94,7 @@ class _Run:
             config.capacity_weight,
             config.capacity_samples,
             config.logits_chunk,
+            evictions=[SoftEviction(budget, config.eviction_temperature) for budget in config.eviction_budgets],
         )
         if config.gradient_checkpointing:
             objective.enable_gradient_checkpointing()

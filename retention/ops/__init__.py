@@ -3,7 +3,14 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.retention.ops', not {__name__!r}: a second name would give duplicate classes")
 
-from .gated_attention import Implementation, gated_attention
+from .gated_attention import Implementation, biased_attention, gated_attention, gated_attention_after
 from .occupancy import occupancy, occupancy_at
 
-__all__ = ["Implementation", "gated_attention", "occupancy", "occupancy_at"]
+__all__ = [
+    "Implementation",
+    "biased_attention",
+    "gated_attention",
+    "gated_attention_after",
+    "occupancy",
+    "occupancy_at",
+]

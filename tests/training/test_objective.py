@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from tenure.retention import RetentionGates, Segments, attach, capacity_loss
+from tenure.retention import RetentionGates, Segments, SoftEviction, attach, capacity_loss
 from tenure.training import Batch, GateObjective
 
 
@@ -71,8 +71,7 @@ def test_a_share_is_of_each_document(tiny_llama: PreTrainedModel) -> None:
     objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=0.2)
     position_ids = torch.cat([torch.arange(10), torch.arange(30)])[None]
     segments = Segments.from_inputs(1, 40, position_ids=position_ids)
-    batch = replace(make_batch(rows=1), position_ids=position_ids)
-    limit = objective._limit(batch, segments.document)
+    limit = objective._limit(segments.document)
     assert isinstance(limit, torch.Tensor)
     torch.testing.assert_close(limit, torch.tensor([[2.0] * 10 + [6.0] * 30]))
 
@@ -101,3 +100,43 @@ def test_wrong_arguments_are_named(tiny_llama: PreTrainedModel) -> None:
     batch = replace(make_batch(), loss_mask=torch.zeros(2, 40, dtype=torch.bool))
     with pytest.raises(ValueError, match="no target token"):
         GateObjective(tiny_llama, gates, budget=5)(batch)
+
+
+def prompts(length: int = 40) -> Batch:
+    """Rows of `length` and `length - 9` tokens whose first 20 and 11 are prompts, without targets before them."""
+    batch = make_batch(rows=2, length=length)
+    attention_mask = torch.ones_like(batch.input_ids)
+    attention_mask[1, length - 9 :] = 0
+    starts = torch.tensor([20, 11])
+    loss_mask = batch.loss_mask & (torch.arange(length) > starts[:, None]) & (attention_mask != 0)
+    return replace(batch, attention_mask=attention_mask, loss_mask=loss_mask, prompt_tokens=(20, 11))
+
+
+@pytest.mark.parametrize("evictions", [(), (SoftEviction(0.3, sinks=1, recent=2),)])
+def test_rows_with_prompts_are_run_one_by_one(any_tiny_model: PreTrainedModel, evictions: tuple) -> None:
+    objective = GateObjective(any_tiny_model, forgetful(any_tiny_model), budget=3, samples=None, evictions=evictions)
+    batch = prompts()
+    losses = objective(batch)
+    rows = [objective(batch.row(index)) for index in range(2)]
+    assert losses.targets == sum(row.targets for row in rows)
+    for name in ("ntp", "kl"):
+        mean = sum(getattr(row, name) * row.targets for row in rows) / losses.targets
+        torch.testing.assert_close(getattr(losses, name), mean)
+    torch.testing.assert_close(losses.capacity, (rows[0].capacity + rows[1].capacity) / 2)
+    assert losses.kl > 1e-4
+    losses.total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.gates.parameters())
+
+
+def test_a_prompt_is_read_without_gates(tiny_llama: PreTrainedModel) -> None:
+    """Kept whole, it leaves teacher and student the same; the gates of the whole sequence do not."""
+    objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=9, evictions=(SoftEviction(1.0),))
+    assert objective(prompts()).kl.abs() < 1e-6
+    assert objective(replace(prompts(), prompt_tokens=(0, 0))).kl > 1e-3
+
+
+def test_prompts_and_recomputation_exclude_each_other(tiny_llama: PreTrainedModel) -> None:
+    objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=9)
+    objective.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="leave nothing to recompute"):
+        objective(prompts())

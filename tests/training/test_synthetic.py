@@ -51,6 +51,23 @@ def test_same_index_same_example_in_any_order(documents: RetrievalDocuments, sam
     assert sample[0].example != sample[1].example
 
 
+def test_prompts_are_the_documents_and_change_no_token(
+    texts: list[str], chat_tokenizer: Any, sample: list[Document]
+) -> None:
+    prompts = RetrievalDocuments(texts, chat_tokenizer, lengths=(700, 1000), seed=5, prompt_share=1.0)
+    kinds = set()
+    for index in range(40):
+        document, before = prompts.document(index), sample[index]
+        assert document.example.input_ids == before.example.input_ids
+        assert before.example.prompt_tokens == 0
+        start = document.example.prompt_tokens
+        assert not any(document.example.loss_mask[: start + 1]) and any(document.example.loss_mask)
+        if document.example.kind == "retrieval":
+            assert start == document.document_stop
+        kinds.add(document.example.kind)
+    assert kinds == {"retrieval", "text"}
+
+
 def test_seed_changes_every_example(texts: list[str], chat_tokenizer: Any, sample: list[Document]) -> None:
     other = RetrievalDocuments(texts, chat_tokenizer, lengths=(700, 1000), seed=6)
     assert all(other[index].input_ids != sample[index].example.input_ids for index in range(10))

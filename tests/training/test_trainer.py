@@ -213,3 +213,37 @@ def test_wrong_config_files_are_named(tmp_path: Path, text: str, message: str) -
         TrainConfig.from_yaml(tmp_path / "c.yaml")
     with pytest.raises(ValueError, match="no config file at"):
         TrainConfig.from_yaml(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"eviction_budgets": (0.2,)}, "above 0 with eviction_budgets"),
+        ({"prompt_share": 1.5}, r"prompt_share is 1.5; a share in \[0, 1\]"),
+        ({"prompt_share": 0.5, "gradient_checkpointing": True}, "set gradient_checkpointing to false"),
+        ({"prompt_share": 0.5, "eviction_budgets": (0.2, 2.0)}, r"shares in \(0, 1\]"),
+        ({"prompt_share": 0.5, "eviction_budgets": (0.2,), "eviction_temperature": 0.0}, "temperature above 0"),
+        ({"facts": (3, 2)}, r"facts is \(3, 2\); a range"),
+        ({"questions": (1, 2, 3)}, r"questions is \(1, 2, 3\); a range"),
+    ],
+)
+def test_wrong_settings_of_synthetic_documents_are_named(tmp_path: Path, values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, **values)
+
+
+class Prompts:
+    """Two documents over and over, most of each a prompt."""
+
+    def __getitem__(self, index: int) -> Example:
+        generator = torch.Generator().manual_seed(index % 2)
+        ids = torch.randint(3, 128, (160,), generator=generator).tolist()
+        return Example(ids, [place > 120 for place in range(160)], "text", prompt_tokens=120)
+
+
+def test_soft_eviction_lowers_the_quality_loss(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    """Trained through the eviction itself, with no capacity loss at all."""
+    values = {"prompt_share": 1.0, "eviction_budgets": (0.4,), "capacity_weight": 0.0, "batch_size": 2}
+    train(settings(tmp_path, steps=60, **values), tiny_llama, Prompts())
+    quality = [ntp + kl for _, ntp, kl, _ in losses(tmp_path)]
+    assert quality[-1] < 0.97 * quality[0]
