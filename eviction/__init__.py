@@ -3,35 +3,60 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.eviction', not {__name__!r}: a second name would give duplicate classes")
 
+from .block import evict
 from .budget import Budget
 from .cache import RaggedCache
+from .persist import CacheFileError
 from .policies import (
+    H2O,
+    TOVA,
+    AdaCriticalKV,
+    AdaKV,
+    CriticalKV,
+    Defensive,
+    ExpectedAttention,
     Full,
     KeyDiff,
     Knorm,
+    LagKV,
+    LayerDefensive,
     Policy,
+    PyramidKV,
     Random,
     Retention,
+    RetentionDefensive,
     SnapKV,
     StreamingLLM,
     get_policy,
     policy_names,
 )
 from .report import Report
-from .session import Session, evict
+from .session import Session
 from .view import LayerView
 
 __all__ = [
+    "H2O",
+    "TOVA",
+    "AdaCriticalKV",
+    "AdaKV",
     "Budget",
+    "CacheFileError",
+    "CriticalKV",
+    "Defensive",
+    "ExpectedAttention",
     "Full",
     "KeyDiff",
     "Knorm",
+    "LagKV",
+    "LayerDefensive",
     "LayerView",
     "Policy",
+    "PyramidKV",
     "RaggedCache",
     "Random",
     "Report",
     "Retention",
+    "RetentionDefensive",
     "Session",
     "SnapKV",
     "StreamingLLM",

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache
 
 from ..retention.seams import AttentionCall
+from .allocate import Layout
 from .budget import Plan
-from .compress import choose
+from .compress import choose, layout_of
+from .contents import Contents
 from .layer import RaggedLayer
+from .persist import save_cache
 from .policies import Policy, get_policy
-from .report import Meter, Report
+from .protect import Protected
 from .rollback import Snapshot, fork_layer, take_back
-from .rows import Rows, Step
-from .store import SegmentStore
-from .view import LayerView
+from .rows import Input, Rows, Step
 
 if TYPE_CHECKING:
     from .session import Session
 
 
-class RaggedCache(Cache):
+class RaggedCache(Contents):
     """Made by `session.new_cache()`; pass it as `past_key_values` to the block's model or its `generate`.
 
     Rows are independent. Layers that are not full attention have the cache layer transformers gives them.
@@ -31,97 +33,48 @@ class RaggedCache(Cache):
     Attributes:
         session: the block it belongs to.
         plan: what is evicted and when.
-        layers: one a decoder layer.
-        ragged: those of them that evict, in the same order.
     """
 
     def __init__(self, session: Session, plan: Plan, layers: list[Any]) -> None:
-        super().__init__(layers=layers)
+        super().__init__(layers)
         self.session = session
         self.plan = plan
-        self.ragged = [layer for layer in layers if isinstance(layer, RaggedLayer)]
-        self._rows = Rows()
-        self._meter = Meter()
         self._step: Step | None = None
         self._snapshot: Snapshot | None = None
+        self._input: Input | None = None
+        self._layout: Layout | None = None
         self._broken = ""
 
-    # What it holds.
+    # One call of the model: begin_input, its forwards, end_input. A call that is one forward needs neither.
 
-    @property
-    def stores(self) -> list[SegmentStore]:
-        """The storage of each layer of `ragged` that has entries."""
-        return [layer.store for layer in self.ragged if layer.store is not None]
+    def begin_input(self, counts: list[int]) -> None:
+        """Opens an input of `counts[row]` real tokens that comes in several forwards.
 
-    @property
-    def columns_seen(self) -> int:
-        """Columns the model has run over, padding included."""
-        return self._rows.columns
-
-    @property
-    def tokens_seen(self) -> torch.Tensor:
-        """int64 `(batch,)`: real tokens of each row, evicted ones included."""
-        return torch.tensor(self._rows.tokens, dtype=torch.long)
-
-    @property
-    def query_positions(self) -> torch.Tensor:
-        """int64 `(batch, size)`: positions of the remembered queries in any order, -1 for none."""
-        recorded = self._rows.window_positions
-        return torch.empty(len(self._rows.tokens), 0, dtype=torch.long) if recorded is None else recorded
-
-    @property
-    def entries(self) -> int:
-        """Entries stored in all rows, layers and heads."""
-        return sum(self._rows.stored)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated for entries; storage shared with a fork is counted in full."""
-        return sum(store.nbytes for store in self.stores)
-
-    def lengths(self) -> torch.Tensor:
-        """int64 `(batch, layers, heads)`: entries of every segment, layers as in `report().layer_indices`."""
-        rows = [store.lengths for store in self.stores]
-        if not rows:
-            return torch.zeros(0, len(self.ragged), 0, dtype=torch.long)
-        return torch.tensor(rows).view(len(rows), len(self._rows.tokens), -1).transpose(0, 1).contiguous()
-
-    def positions(self, layer_idx: int) -> torch.Tensor:
-        """int64 `(batch, heads, n)`: positions of a layer's entries among the row's real tokens, padded with -1."""
-        layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
-        if not isinstance(layer, RaggedLayer):
-            known = ", ".join(str(one.layer_idx) for one in self.ragged)
-            raise ValueError(f"layer {layer_idx} does not evict; those that do: {known}")
-        if layer.store is None:
-            raise ValueError("the cache is empty: run the model with it first")
-        return LayerView(layer, self.tokens_seen.to(layer.device)).positions
-
-    def kept(self, layer_idx: int) -> list[list[torch.Tensor]]:
-        """Positions of a layer's entries, one ascending int64 tensor for each `[row][head]`."""
-        return [[head[head >= 0] for head in row] for row in self.positions(layer_idx)]
-
-    def report(self) -> Report:
-        """Counts what is stored and what was evicted."""
-        layer_indices = tuple(layer.layer_idx for layer in self.ragged)
-        return self._meter.report(self.stores, sum(self._rows.tokens), self.lengths(), layer_indices)
-
-    def check(self) -> None:
-        """Proves the cache's integrity.
+        From now on the budget is counted from the tokens seen at the end of the input, and if it is the prompt every
+        forward ends with an eviction down to it.
 
         Raises:
-            AssertionError: storage that does not add up, positions out of order or range, or wrong counts.
+            ValueError: as `begin_step`.
         """
-        tokens = self.tokens_seen.view(-1, 1, 1)
-        for layer in self.ragged:
-            if layer.store is not None:
-                assert layer.store.batch == len(self._rows.tokens), "one row a sequence"
-                layer.store.check()
-                assert bool((self.positions(layer.layer_idx).cpu() < tokens).all()), "positions are of tokens seen"
-        assert self._count() == self._rows.stored, "stored entries are counted right"
+        self._refuse_unless_ready(len(counts))
+        given = self._rows.input(counts)
+        self.plan.require_room(given.tokens, self.session.layout)
+        self._input = given
 
-    def _count(self) -> list[int]:
-        stores = self.stores
-        return [sum(store.row_entries(row) for store in stores) for row in range(len(self._rows.tokens))]
+    def end_input(self, completed: bool) -> None:
+        """Closes the input; one that raised is taken back as a whole, or the cache refuses to go on."""
+        given, self._input = self._input, None
+        if given is None or completed:
+            return
+        try:
+            if given.columns == 0:
+                return self.reset()
+            self.crop(given.columns - self.columns_seen)
+        except (ValueError, RuntimeError):  # transformers' sliding layers raise the latter
+            self._broken = (
+                "an earlier input to this cache raised after some of its chunks had been evicted and cannot be taken "
+                "back; go on with a fork made before it, or with a new cache"
+            )
 
     # A forward: begin_step, open_layer for each layer, end_step.
 
@@ -132,17 +85,24 @@ class RaggedCache(Cache):
             valid: bool `(batch, q_len)`, False for padding; None if all new tokens are real.
 
         Raises:
-            ValueError: another number of rows than before, or an earlier forward left the cache unusable.
+            ValueError: another number of rows than before, an earlier forward left the cache unusable, or the tokens to
+                protect exceed the budget of the prompt.
         """
-        if self._broken:
-            raise ValueError(self._broken)
-        if self._rows.tokens and len(self._rows.tokens) != batch:
-            raise ValueError(f"the cache holds {len(self._rows.tokens)} rows, the model got {batch}")
+        self._refuse_unless_ready(batch)
+        if not self._rows.tokens and self._input is None and self.plan.protect is not None:
+            counts = [q_len] * batch if valid is None else valid.sum(1).tolist()
+            self.plan.require_room(counts, self.session.layout)
         masked = q_len > 1 or valid is not None
         longest = max((max(store.lengths) for store in self.stores), default=0) if masked else 0
         self._snapshot = Snapshot(self.layers)
         self._step = self._rows.open(batch, q_len, valid, device, longest, self.session.window_size)
         return self._step
+
+    def _refuse_unless_ready(self, batch: int) -> None:
+        if self._broken:
+            raise ValueError(self._broken)
+        if self._rows.tokens and len(self._rows.tokens) != batch:
+            raise ValueError(f"the cache holds {len(self._rows.tokens)} rows, the model got {batch}")
 
     def open_layer(self, layer_idx: int, state: dict[str, torch.Tensor]) -> AttentionCall:
         """The call that computes a layer's attention in the running forward; see `RaggedLayer.open`."""
@@ -155,7 +115,7 @@ class RaggedCache(Cache):
         assert step is not None and snapshot is not None, "begin_step came first"
         self._step = self._snapshot = None
         for layer in self.ragged:
-            layer.close()
+            layer.close(completed)
         if not completed:
             if not snapshot.restore(self.layers, self._rows.columns):
                 self._broken = (
@@ -164,20 +124,22 @@ class RaggedCache(Cache):
                 )
             self._rows.abandon(step)
             return
-        segments = sum(store.num_kv_heads for store in self.stores)
+        if self._layout is None:
+            self._layout = layout_of([layer for layer in self.ragged if layer.store is not None])
         rows = self._rows
-        rows.advance(step, segments, self.session.window_size)
+        rows.advance(step, self._layout.segments, self.session.window_size)
         self._meter.note(self.entries, self.nbytes)
+        given = self._input or Input(rows.tokens, step.counts, rows.columns - step.q_len)
         due = [
-            self.plan.due(stored, tokens, new, segments)
-            for stored, tokens, new in zip(rows.stored, rows.tokens, step.counts, strict=True)
+            self.plan.due(stored, tokens, new, self._layout)
+            for stored, tokens, new in zip(rows.stored, given.tokens, given.new, strict=True)
         ]
         if any(due):
-            self._evict(due)
+            self._evict(self.plan, due, given.tokens)
 
-    def _evict(self, due: list[bool]) -> None:
+    def _evict(self, plan: Plan, due: list[bool], horizon: list[int]) -> None:
         layers = [layer for layer in self.ragged if layer.store is not None]
-        keeps = choose(layers, self.plan, self._rows.tokens, due, self._rows.window_positions)
+        keeps = choose(layers, plan, self._rows.tokens, due, self._rows.window_positions, horizon)
         entries, held = self.entries, self.nbytes
         for store, keep in zip(self.stores, keeps, strict=True):
             old = store.nbytes
@@ -191,34 +153,43 @@ class RaggedCache(Cache):
     def compress(
         self,
         policy: str | Policy | None = None,
-        budget: float | int | None = None,
+        budget: float | int | str | None = None,
         scope: str | None = None,
         gates: Any = None,
         sinks: int | None = None,
         recent: int | None = None,
         buffer: int | None = None,
+        floor: float | None = None,
+        protect: Any = None,
     ) -> RaggedCache:
         """Evicts down to the budget now, and goes on under the changed plan.
 
         Args:
             policy: another policy; the session must have recorded what it needs (see `observe` of `evict`).
-            scope: None for the new policy's default, or the plan's if the policy stays.
+            scope, floor: None for the new policy's default, or the plan's if the policy stays.
             gates: only the session's own gates are accepted: log β is recorded as tokens are written.
-            budget, sinks, recent, buffer: as in `evict`; None leaves the plan's.
+            budget, sinks, recent, buffer, protect: as in `evict`; None leaves the plan's, `protect=[]` frees all.
 
         Returns:
             The cache itself.
         Raises:
-            ValueError: a wrong option, or something the policy needs was not recorded.
+            ValueError: a wrong option, something the policy needs was not recorded, or the tokens to protect exceed the
+                budget. Nothing is changed then.
         """
         if gates is not None and gates is not self.session.gates:
             raise ValueError("log β is recorded as tokens are written: give the gates to evict(..., gates=...) instead")
         chosen = None if policy is None else get_policy(policy)
-        plan = self.plan.changed(chosen, budget, scope, sinks=sinks, recent=recent, buffer=buffer)
+        guard = None if protect is None else Protected.of(protect)
+        plan = self.plan.changed(
+            chosen, budget, scope=scope, floor=floor, sinks=sinks, recent=recent, buffer=buffer, protect=guard
+        )
         self.session.require_recorded(plan.policy)
+        tokens = self._rows.tokens
+        if self._layout is not None:
+            plan.require_room(tokens, self._layout)
+            if plan.evicts:
+                self._evict(plan, [True] * len(tokens), tokens)
         self.plan = plan
-        if self.plan.evicts and self.stores:
-            self._evict([True] * len(self._rows.tokens))
         return self
 
     # Copies, rows and rollback.
@@ -246,6 +217,7 @@ class RaggedCache(Cache):
         for layer in self.layers:
             layer.reorder_cache(rows)  # type: ignore[arg-type]
         self._rows.select(rows)
+        self.plan = self.plan.for_rows(rows.tolist())
         self._meter.note(self.entries, self.nbytes)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -270,6 +242,10 @@ class RaggedCache(Cache):
         self._rows = take_back(self.layers, self._rows, count)
         self._rows.stored = self._count()
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a file that `session.load_cache` reads; ValueError if the cache is empty or has state-space layers."""
+        save_cache(self, Path(path))
+
     def reset(self) -> None:
         super().reset()
-        self._rows, self._broken = Rows(), ""
+        self._rows, self._layout, self._broken = Rows(), None, ""

@@ -10,7 +10,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..retention.seams import AttentionCall, AttentionLayer
 from .attention import ragged_attention, refuse_unsupported
+from .observers import Observers
 from .rows import Step
+from .statistics import QueryStatistics
 from .store import SegmentStore
 
 
@@ -20,10 +22,14 @@ class RaggedLayer(CacheLayerMixin):
     A forward is `open(step, state)`, then transformers calls `update`, then the attention function `attend`.
 
     Attributes:
+        attention: the attention module and its sizes.
         layer_idx: index in the decoder.
         num_kv_groups: query heads that share a key/value head.
         store: the entries; None before the first forward.
         window: the last queries, a ring `(batch, num_heads, size, head_dim)`; None if no policy wants them.
+        observers: what is kept for policies while the model runs.
+        statistics: of the queries seen, tokens taken back included; None if no policy wants them, or before the first
+            forward.
         scaling: factor of the attention logits, known after the first forward.
     """
 
@@ -31,18 +37,23 @@ class RaggedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False  # an entry that was evicted does not come back
 
-    def __init__(self, layer: AttentionLayer, window_size: int = 0) -> None:
+    def __init__(self, layer: AttentionLayer, window_size: int = 0, observers: Observers | None = None) -> None:
         super().__init__()
+        self.attention = layer
         self.layer_idx = layer.layer_idx
         self.num_kv_groups = layer.num_heads // layer.num_kv_heads
         self.scaling = 1.0
         self.window_size = window_size
+        self.observers = observers or Observers()
+        self.statistics: QueryStatistics | None = None
         self.store: SegmentStore | None = None
         self.window: torch.Tensor | None = None
         self._window_shared = False
         self._seen = 0
         self._step: Step | None = None
         self._state: dict[str, torch.Tensor] = {}
+        # What the observers found before this forward: they replace tensors, so the old ones are enough to undo it.
+        self._before: tuple[QueryStatistics | None, dict[str, torch.Tensor]] = None, {}
 
     def open(self, step: Step, state: dict[str, torch.Tensor]) -> AttentionCall:
         """Prepares the layer for a forward.
@@ -56,11 +67,20 @@ class RaggedLayer(CacheLayerMixin):
             The call that computes the layer's attention.
         """
         self._step, self._state = step, state
+        self._before = self.statistics, {}
         return self.attend
 
-    def close(self) -> None:
-        """Ends the forward for this layer, whether it took part in it or not."""
-        self._step, self._state = None, {}
+    def close(self, completed: bool = True) -> None:
+        """Ends the forward for this layer, whether it took part in it or not.
+
+        Of one that is not `completed` the observations are undone; the new entries are left to `rewind`.
+        """
+        if not completed and self._step is not None:
+            self.statistics, states = self._before
+            for name, buffer in states.items():
+                assert self.store is not None, "states are of stored entries"
+                self.store.buffers[name] = buffer
+        self._step, self._state, self._before = None, {}, (None, {})
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -71,11 +91,15 @@ class RaggedLayer(CacheLayerMixin):
             raise ValueError(
                 "this cache belongs to an evict() block and works only inside it, with the block's own model"
             )
+        state = self._state
+        if self.observers.policies:
+            shape, device = key_states.shape[:3], key_states.device
+            state = state | {name: torch.zeros(shape, device=device) for name in self.observers.state_keys}
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
-            self.store = SegmentStore.from_dense(key_states, value_states, self._state, step)
+            self.store = SegmentStore.from_dense(key_states, value_states, state, step)
         else:
-            self.store.append(key_states, value_states, self._state, step)
+            self.store.append(key_states, value_states, state, step)
         self._seen += step.q_len
         return key_states, value_states
 
@@ -96,6 +120,8 @@ class RaggedLayer(CacheLayerMixin):
         self.scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         if step.window_index is not None:
             self._remember(query, step.window_index)
+        self._before[1].update((name, store.buffers[name]) for name in self.observers.state_keys)
+        self.observers.observe(self, query, step)
         if step.first:
             return base(module, query, key, value, attention_mask, **kwargs)
         refuse_unsupported(kwargs)
@@ -127,6 +153,8 @@ class RaggedLayer(CacheLayerMixin):
         if self.window is not None:
             self.window = self.window.index_select(0, rows.to(self.window.device))
             self._window_shared = False
+        if self.statistics is not None:
+            self.statistics = self.statistics.select(rows)
 
     def rewind(self, lengths: list[int] | None, columns: int) -> None:
         """Shortens the segments to `lengths` (None: to nothing) after `columns` columns are taken back."""
@@ -158,7 +186,7 @@ class RaggedLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.store, self.window, self._seen = None, None, 0
+        self.store, self.window, self.statistics, self._seen = None, None, None, 0
         self.is_initialized = False
         self.close()
 

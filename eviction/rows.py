@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -60,6 +61,21 @@ class Step:
         return self._columns[row]
 
 
+@dataclass(frozen=True)
+class Input:
+    """What the user gave in one call of the model, which may run in several forwards.
+
+    Attributes:
+        tokens: real tokens each row will have seen after it.
+        new: how many of them it brings.
+        columns: columns the cache had seen before it.
+    """
+
+    tokens: list[int]
+    new: list[int]
+    columns: int
+
+
 class Rows:
     """The rows of a cache: how much each has seen and stored.
 
@@ -78,11 +94,37 @@ class Rows:
         self._runs: list[tuple[int, torch.Tensor | None]] = []
         self.columns = 0
 
+    def input(self, counts: list[int]) -> Input:
+        """The input that brings `counts[row]` real tokens to each row."""
+        before = self.tokens or [0] * len(counts)
+        return Input([n + more for n, more in zip(before, counts, strict=True)], counts, self.columns)
+
     def copy(self) -> Rows:
         other = Rows()
         other.__dict__.update(self.__dict__)
         other._runs = list(self._runs)
         return other
+
+    def exported(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors by name, and plain values, that `restored` makes the same rows of; without `stored`."""
+        tensors = {f"mask.{index}": valid for index, (_, valid) in enumerate(self._runs) if valid is not None}
+        if self.window_positions is not None:
+            tensors["window_positions"] = self.window_positions
+        return tensors, {"tokens": self.tokens, "runs": [count for count, _ in self._runs]}
+
+    @classmethod
+    def restored(cls, document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Rows:
+        """The rows that `exported` described; `stored` is left to the caller.
+
+        Raises:
+            KeyError, TypeError, ValueError: a value is missing or no number.
+        """
+        rows = cls()
+        rows.tokens = [int(count) for count in document["tokens"]]
+        rows._runs = [(int(count), tensors.get(f"mask.{i}")) for i, count in enumerate(document["runs"])]
+        rows.columns = sum(count for count, _ in rows._runs)
+        rows.window_positions = tensors.get("window_positions")
+        return rows
 
     def open(
         self, batch: int, q_len: int, valid: torch.Tensor | None, device: torch.device, longest: int, window: int

@@ -33,6 +33,20 @@ def select_top(scores: torch.Tensor, k: list[int], order: Callable[[], torch.Ten
     return keep | (ties & (ranks >= _kth_highest(ranks, wanted.tolist())))
 
 
+def top_of_each_head(scores: torch.Tensor, positions: torch.Tensor, k: list[int]) -> torch.Tensor:
+    """Marks the highest scores of each head on its own; among equal scores the newer entries stay.
+
+    Args:
+        scores: fp32 `(batch, heads, n)`; -inf where there is no candidate; no NaN.
+        positions: int64 `(batch, heads, n)`, -1 for none.
+        k: how many to keep, row by row and head by head.
+
+    Returns:
+        bool `(batch, heads, n)`.
+    """
+    return select_top(scores.flatten(0, 1), k, lambda: positions.flatten(0, 1)).view(scores.shape)
+
+
 def _kth_highest(values: torch.Tensor, k: list[int]) -> torch.Tensor:
     """The `k[i]`-th highest value of each row, `(rows, 1)`: the highest possible for k <= 0, the lowest for k > n."""
     n = values.shape[1]

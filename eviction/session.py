@@ -1,10 +1,8 @@
-"""`evict`: a model that keeps its KV cache within a budget while the block lasts."""
+"""What happens inside an `evict` block: caches are made, forwards followed, what policies need recorded."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,40 +16,50 @@ from ..retention.seams import (
     Interceptor,
     UnsupportedModelError,
     full_attention_layers,
-    intercept,
     text_config,
 )
-from .budget import Budget, Plan
+from .allocate import Layout
+from .budget import Plan
 from .cache import RaggedCache
 from .gating import StackedGates
 from .layer import RaggedLayer
-from .policies import Policy, get_policy
+from .needs import check_model_has
+from .observers import Observers
+from .persist import load_cache
+from .policies import Policy
 from .report import Report
+from .rollback import replaces_tensors
+from .rotary import Rotary
 
 
 class Session(Interceptor):
     """What `evict` yields. Makes caches, follows the model's forwards, reports.
 
     Attributes:
+        model: the block's model.
         plan: what new caches evict and when.
         gates: the retention gates, if any.
+        policies: the plan's and those that are only observed.
         window_size: how many of the last queries every cache remembers.
+        observers: what every cache keeps for the policies while the model runs.
     """
 
     def __init__(
         self, model: PreTrainedModel, plan: Plan, gates: RetentionGates | None, observe: tuple[Policy, ...]
     ) -> None:
+        self.model = model
         self.plan = plan
         self.gates = gates
         self._config = text_config(model)
         self._layers = {layer.layer_idx: layer for layer in full_attention_layers(model)}
-        watched = (plan.policy, *observe)
+        self.policies = watched = (plan.policy, *observe)
         self._needs = frozenset().union(*(policy.needs for policy in watched))
         self.window_size = max(policy.window_size for policy in watched)
         self._running: RaggedCache | None = None
         self._last: RaggedCache | None = None
         self._check(model)
         self._stacked = StackedGates(gates) if gates is not None and "log_beta" in self._needs else None
+        self.observers = Observers(watched, Rotary(model) if "query_statistics" in self._needs else None)
         self._inputs: list[torch.Tensor] | None = None  # of a one-token forward, until its end
 
     def _check(self, model: PreTrainedModel) -> None:
@@ -62,6 +70,17 @@ class Session(Interceptor):
                 f"{type(model).__name__} is not supported by evict(): its attention layers use {', '.join(mixed)}; "
                 f"supported: {SUPPORTED_FAMILIES}"
             )
+        if self.plan.prefill_chunk is not None:
+            others = {type(layer).__name__ for index, layer in enumerate(kinds) if index not in self._layers
+                      and not replaces_tensors(layer)}
+            if others:
+                raise ValueError(
+                    f"prefill_chunk needs layers that take a prompt in pieces; {type(model).__name__} has "
+                    f"{', '.join(sorted(others))}: leave prefill_chunk unset"
+                )
+        self.plan.budget.total(1, self.layout)
+        for policy in self.policies:
+            check_model_has(policy, model, self._layers.values())
         devices = {parameter.device for layer in self._layers.values() for parameter in layer.module.parameters()}
         if len(devices) > 1:
             raise ValueError(f"evict() needs the model on one device, its layers are on {sorted(map(str, devices))}")
@@ -71,10 +90,18 @@ class Session(Interceptor):
             if devices and given not in devices:
                 raise ValueError(f"the gates are on {given}, the model is on {devices.pop()}: move them with .to()")
         elif "log_beta" in self._needs:
+            name = next(policy.name for policy in self.policies if "log_beta" in policy.needs)
             raise ValueError(
-                "policy 'retention' needs gates: give gates=RetentionGates.from_pretrained(folder), or the folder; "
+                f"policy {name!r} needs gates: give gates=RetentionGates.from_pretrained(folder), or the folder; "
                 "`tenure train` trains them. Other policies, such as 'snapkv', need none"
             )
+
+    @property
+    def layout(self) -> Layout:
+        """What a row's budget is shared among; of an entry's bytes only the key's and the position's are known yet."""
+        layers = list(self._layers.values())
+        width = max(layer.head_dim for layer in layers) * self.model.dtype.itemsize
+        return Layout(tuple(layer.num_kv_heads for layer in layers), width + torch.int32.itemsize)
 
     def new_cache(self) -> RaggedCache:
         """An empty cache for the block's model."""
@@ -82,10 +109,24 @@ class Session(Interceptor):
         while len(layers) <= max(self._layers):
             layers.append(None)  # type: ignore[arg-type]  # replaced below
         for index, layer in self._layers.items():
-            layers[index] = RaggedLayer(layer, self.window_size)  # type: ignore[call-overload]
+            layers[index] = RaggedLayer(layer, self.window_size, self.observers)  # type: ignore[call-overload]
         cache = RaggedCache(self, self.plan, layers)
         self.track(cache)
         return cache
+
+    def load_cache(self, path: str | os.PathLike) -> RaggedCache:
+        """The cache that `cache.save(path)` wrote, ready to go on with under the plan it was saved with.
+
+        Raises:
+            CacheFileError: a file that is absent, truncated, of another model, of other gates or of a newer schema; or
+                this session does not record what the cache holds. The message names which.
+        """
+        return load_cache(self, path)
+
+    @property
+    def entry_states(self) -> tuple[str, ...]:
+        """Names of what every entry carries beside key, value and position."""
+        return ("log_beta", *self.observers.state_keys) if self._stacked else self.observers.state_keys
 
     def track(self, cache: RaggedCache) -> None:
         """Makes `cache` the last one."""
@@ -108,7 +149,10 @@ class Session(Interceptor):
 
     def require_recorded(self, policy: Policy) -> None:
         """Raises ValueError if `policy` needs what this session does not record."""
-        missing = sorted((policy.needs & {"log_beta", "queries"}) - self._needs)
+        check_model_has(policy, self.model, self._layers.values())
+        missing = sorted((policy.needs & {"log_beta", "queries", "query_statistics"}) - self._needs)
+        if policy.states and policy not in self.observers.policies:
+            missing.append(f"{', '.join(policy.states)} of every entry as {policy!r} observes it")
         if policy.window_size > self.window_size and "queries" not in missing:
             missing.append(f"a window of {policy.window_size} queries (recorded: {self.window_size})")
         if missing:
@@ -119,25 +163,29 @@ class Session(Interceptor):
 
     # What the hooks ask.
 
+    def uses_cache(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a forward of the decoder with these arguments writes to a cache."""
+        use_cache = kwargs.get("use_cache")
+        wanted = self._config.use_cache if use_cache is None else use_cache
+        return bool(wanted) or isinstance(kwargs.get("past_key_values"), RaggedCache)
+
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._running = None
-        given = kwargs.get("past_key_values")
-        if not isinstance(given, RaggedCache):
-            use_cache = kwargs.get("use_cache")
-            if not (self._config.use_cache if use_cache is None else use_cache):
-                return kwargs
-        cache = self._cache(given)
+        if not self.uses_cache(kwargs):
+            return kwargs
+        cache = self.cache_for(kwargs.get("past_key_values"))
         source = kwargs.get("inputs_embeds")
         source = kwargs["input_ids"] if source is None else source
         batch, q_len = source.shape[:2]
-        valid = _new_tokens(kwargs.get("attention_mask"), batch, q_len, cache.columns_seen)
+        valid = new_tokens(kwargs.get("attention_mask"), batch, q_len, cache.columns_seen)
         step = cache.begin_step(batch, q_len, valid, source.device)
+        self.observers.begin(step, kwargs.get("position_ids"), cache.columns_seen)
         self._running = cache
         self._inputs = [] if self._stacked and not step.first and q_len == 1 and valid is None else None
         self.track(cache)
         return kwargs | {"past_key_values": cache, "use_cache": True}
 
-    def _cache(self, given: Any) -> RaggedCache:
+    def cache_for(self, given: Any) -> RaggedCache:
         """The session's cache that stands for the one given to the model."""
         if given is None:
             return self.new_cache()
@@ -186,7 +234,7 @@ class Session(Interceptor):
         cache.end_step(completed)
 
 
-def _new_tokens(mask: Any, batch: int, q_len: int, seen: int) -> torch.Tensor | None:
+def new_tokens(mask: Any, batch: int, q_len: int, seen: int) -> torch.Tensor | None:
     """Which of the new tokens are real: bool `(batch, q_len)`, or None if all are."""
     if mask is None:
         return None
@@ -200,49 +248,3 @@ def _new_tokens(mask: Any, batch: int, q_len: int, seen: int) -> torch.Tensor | 
         )
     valid = mask[:, seen:].bool()
     return None if bool(valid.all()) else valid
-
-
-@contextmanager
-def evict(
-    model: PreTrainedModel,
-    policy: str | Policy = "retention",
-    budget: float | int = 0.2,
-    scope: str | None = None,
-    gates: RetentionGates | str | os.PathLike | None = None,
-    sinks: int = 4,
-    recent: int = 32,
-    buffer: int = 128,
-    observe: Iterable[str | Policy] = (),
-) -> Iterator[Session]:
-    """Within the block `model(...)` and `model.generate(...)` keep their cache within a budget.
-
-    The first forward of a cache, the prompt, is evicted down to the budget at its end. After every later forward
-    each row stores at most `budget + buffer` entries per head on average: eviction runs when there are more.
-
-    Args:
-        model: a transformers decoder with full-attention layers; its other layers are left alone.
-        policy: a name (see `policy_names()`) or an instance.
-        budget: a float in (0, 1], the share of the tokens seen that may stay, or an int >= 1, entries per head on
-            average. 1.0 evicts nothing.
-        scope: who competes: "global" (all layers and heads of a row), "layer" (its heads), "head" (each has the same
-            number). None for the policy's default.
-        gates: for the retention policy; gates or the folder or Hub id they were saved to.
-        sinks, recent: first and last tokens of each row that always stay; counted in the budget, and fewer of them
-            (first of the recent ones) where they would exceed it.
-        buffer: tokens that may be written above the budget before the next eviction.
-        observe: other policies whose needs are recorded too, so that `cache.compress(policy=...)` can use them.
-
-    Yields:
-        The session: `new_cache()`, `report()`.
-    Raises:
-        ValueError: a wrong option; retention without gates; gates of another model; a model already in a block.
-        UnsupportedModelError: the model cannot be attached to.
-    """
-    chosen = get_policy(policy)
-    plan = Plan(chosen, Budget(budget), scope or chosen.default_scope, sinks, recent, buffer)
-    watched = tuple(get_policy(one) for one in ([observe] if isinstance(observe, str | Policy) else observe))
-    if gates is not None and not isinstance(gates, RetentionGates):
-        gates = RetentionGates.from_pretrained(gates, model)
-    session = Session(model, plan, gates, watched)
-    with intercept(model, session):
-        yield session

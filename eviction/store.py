@@ -150,6 +150,18 @@ class SegmentStore:
         assert self._last is not None, "one token was appended last"
         self.buffers[name].index_copy_(0, self._last, values)
 
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        """Gives every entry new values of some states. The old buffers are replaced, not written to.
+
+        Args:
+            states: fp32 `(batch, num_kv_heads, n)` by name, n the longest segment; arbitrary beyond a segment's length.
+        """
+        index, valid = self.dense_index()
+        slots = index[valid]
+        for name, values in states.items():
+            assert values.shape == index.shape and values.dtype == self.buffers[name].dtype, "one number an entry"
+            self.buffers[name] = self.buffers[name].index_copy(0, slots, values[valid])
+
     def _relay(self, wanted: list[int]) -> None:
         """Copies the entries into new buffers where segment `s` has room for `wanted[s]` entries and some slack."""
         slack = _slack(wanted)
@@ -224,12 +236,16 @@ class SegmentStore:
         shape = (self.batch, self.num_kv_heads, -1)
         return index.view(shape), valid.view(shape)
 
-    def dense(self, buffer: torch.Tensor) -> torch.Tensor:
-        """`buffer` as `(batch, num_kv_heads, n, ...)`: a view if all segments are equal, else a padded copy."""
+    def dense(self, buffer: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """`buffer` as `(batch, num_kv_heads, n, ...)`: a view if all segments are equal, else a padded copy.
+
+        Args:
+            index: that of `dense_index`, for a caller who has it already.
+        """
         if self.uniform and self.lengths:
             boxed = buffer.unflatten(0, (self.batch, self.num_kv_heads, self.rooms[0]))
             return boxed.narrow(2, 0, self.lengths[0])
-        return buffer[self.dense_index()[0]]
+        return buffer[self.dense_index()[0] if index is None else index]
 
     def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each segment, `(1, 1, lengths[s], dim)` views of the storage."""

@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .projection import output_weight
+from .rotary import Rotary
+
 if TYPE_CHECKING:
     from .layer import RaggedLayer
+    from .policies.base import Policy
+    from .statistics import QueryStatistics
 
 
 class LayerView:
@@ -22,16 +27,25 @@ class LayerView:
         time: int64 `(batch,)`: real tokens each row has seen, T.
         num_kv_groups: query heads that share a key/value head.
         scaling: factor of the attention logits.
+        budget: int64 `(batch,)`: entries that a head of this layer may keep, on average over those it competes with; 0
+            where nothing is about to be evicted.
     """
 
     def __init__(
-        self, layer: RaggedLayer, time: torch.Tensor, recorded: torch.Tensor | None = None, window: int = 0
+        self,
+        layer: RaggedLayer,
+        time: torch.Tensor,
+        recorded: torch.Tensor | None = None,
+        policy: Policy | None = None,
+        budget: torch.Tensor | None = None,
     ) -> None:
+        """Shows `layer` to `policy`; `recorded` are the positions of the remembered queries."""
         assert layer.store is not None, "the layer has entries"
         self._layer, self._store = layer, layer.store
         self._recorded = recorded
-        self._window = window
+        self._policy = policy
         self.time = time
+        self.budget = torch.zeros_like(time) if budget is None else budget
         self.layer_idx = layer.layer_idx
         self.scaling = layer.scaling
         self.num_kv_groups = layer.num_kv_groups
@@ -42,24 +56,31 @@ class LayerView:
         return self._store.batch, self._store.num_kv_heads, max(self._store.lengths, default=0)
 
     @cached_property
+    def _index(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._store.dense_index()
+
+    def _dense(self, buffer: str) -> torch.Tensor:
+        return self._store.dense(self._store.buffers[buffer], self._index[0])
+
+    @cached_property
     def valid(self) -> torch.Tensor:
         """bool `(batch, num_kv_heads, n)`: there is an entry."""
-        return self._store.dense_index()[1]
+        return self._index[1]
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """int64 `(batch, num_kv_heads, n)`: index of the entry's token among its row's real tokens; -1 for none."""
-        return torch.where(self.valid, self._store.dense(self._store.position), -1).long()
+        return torch.where(self.valid, self._dense("position"), -1).long()
 
     @cached_property
     def keys(self) -> torch.Tensor:
         """`(batch, num_kv_heads, n, head_dim)` post-RoPE, the model's dtype."""
-        return self._store.dense(self._store.key)
+        return self._dense("key")
 
     @cached_property
     def values(self) -> torch.Tensor:
         """`(batch, num_kv_heads, n, value_dim)`, the model's dtype."""
-        return self._store.dense(self._store.value)
+        return self._dense("value")
 
     @property
     def log_beta(self) -> torch.Tensor:
@@ -67,13 +88,36 @@ class LayerView:
         return self.state("log_beta")
 
     def state(self, name: str) -> torch.Tensor:
-        """A per-entry state by name, fp32 `(batch, num_kv_heads, n)`."""
-        return self._store.dense(self._store.buffers[name])
+        """A per-entry state by name, fp32 `(batch, num_kv_heads, n)`: one of the policy's `states`, or `log_beta`."""
+        if self._policy is not None and name in self._policy.states:
+            name = self._policy.state_key(name)
+        return self._dense(name)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """`(num_heads, value_dim, hidden_size)`: W_O, a view of the layer's output projection.
+
+        For policies that need `output_weight`.
+        """
+        return output_weight(self._layer.attention)
+
+    @property
+    def expected_queries(self) -> QueryStatistics:
+        """Mean and covariance of the row's queries before RoPE; for policies that need `query_statistics`."""
+        assert self._layer.statistics is not None, "the policy needs them and the cache records them"
+        return self._layer.statistics
+
+    @property
+    def rotary(self) -> Rotary:
+        """The model's rotation of queries; for policies that need `query_statistics`."""
+        rotary = self._layer.observers.rotary
+        assert rotary is not None, "the policy needs query statistics and the session records them"
+        return rotary
 
     @cached_property
     def _newest(self) -> torch.Tensor:
-        assert self._recorded is not None, "the policy needs queries and the cache records them"
-        newest = self._recorded.topk(self._window, dim=1).indices
+        assert self._recorded is not None and self._policy is not None, "the policy needs queries, the cache has them"
+        newest = self._recorded.topk(self._policy.window_size, dim=1).indices
         return newest.flip(1)
 
     @property

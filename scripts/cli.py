@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("generate_text", "Generate text under a KV-cache budget"),
     "inspect": Command("inspect_gates", "Show what is in a gates checkpoint and how long each head remembers"),
     "bench train": Command("bench_train", "Time gated attention, a training step and evicted decoding against peers"),
+    "bench kvpress": Command("compare_kvpress", "Compare what each policy keeps with kvpress, run in its own Python"),
 }
 
 USAGE_ERROR = 2

@@ -37,7 +37,9 @@ class Config:
     model: str = "demo"
     """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, fetched once)."""
     policy: str = "retention"
-    """Which entries stay: retention (needs gates), snapkv, keydiff, knorm, streaming_llm, random, or full."""
+    """Which entries stay: retention or retention_defensive (these need gates), defensive, layer_defensive, snapkv,
+    adakv, criticalkv, ada_criticalkv, pyramidkv, expected_attention, lagkv, keydiff, knorm, tova, h2o, streaming_llm,
+    random, or full."""
     gates: str = "examples/smollm2-135m-gates"
     """Trained gates for the retention policy: a folder or Hub id."""
     budget: int | float = 0.2

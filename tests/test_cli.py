@@ -233,7 +233,7 @@ def test_generate_compresses_before_the_question(folders: tuple[str, str], capsy
         (["--prompt", "x", "--raw", "--question", "y"], 2, "give one of them"),
         (["--prompt", " "], 1, "the prompt is empty"),
         (["--prompt-file", "/no/file"], 1, "no file '/no/file' to read the prompt from"),
-        (["--prompt", "x", "--policy", "nope"], 1, "unknown policy 'nope'; known: full"),
+        (["--prompt", "x", "--policy", "nope"], 1, "unknown policy 'nope'; known: ada_criticalkv"),
         (["--prompt", "x", "--gates", "/no/gates"], 1, "no gates at '/no/gates'"),
         (["--prompt", "x", "--policy", "full", "--model", "/no/model"], 1, "neither an existing folder nor a Hub id"),
     ],

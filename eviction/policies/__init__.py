@@ -3,23 +3,44 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import tenure.eviction.policies, not {__name__!r}: a second name would give duplicate classes")
 
+from .ada_criticalkv import AdaCriticalKV
+from .adakv import AdaKV
 from .base import Policy
+from .criticalkv import CriticalKV
+from .defensive import Defensive, LayerDefensive
+from .expected_attention import ExpectedAttention
 from .full import Full
+from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
+from .lagkv import LagKV
+from .pyramidkv import PyramidKV
 from .random import Random
 from .registry import get_policy, policy_names
 from .retention import Retention
+from .retention_defensive import RetentionDefensive
 from .snapkv import SnapKV
 from .streaming import StreamingLLM
+from .tova import TOVA
 
 __all__ = [
+    "H2O",
+    "TOVA",
+    "AdaCriticalKV",
+    "AdaKV",
+    "CriticalKV",
+    "Defensive",
+    "ExpectedAttention",
     "Full",
     "KeyDiff",
     "Knorm",
+    "LagKV",
+    "LayerDefensive",
     "Policy",
+    "PyramidKV",
     "Random",
     "Retention",
+    "RetentionDefensive",
     "SnapKV",
     "StreamingLLM",
     "get_policy",

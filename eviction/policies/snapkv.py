@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .base import Policy
+from .window import mean_over_queries, own_entries, window_attention
 
 if TYPE_CHECKING:
     from ..view import LayerView
@@ -21,7 +22,7 @@ class SnapKV(Policy):
     """Attention of the last queries, averaged over them and over the heads of a group, pooled along the sequence.
 
     Source: "SnapKV: LLM Knows What You are Looking for Before Generation" (Li et al., 2024), section 4; defaults and
-    pooling as in kvpress. With scope "layer" it is AdaKV's allocation without a floor.
+    pooling as in kvpress.
 
     Attributes:
         window: how many of the last queries observe; their own entries are kept.
@@ -37,10 +38,11 @@ class SnapKV(Policy):
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         if self.window < 1:
-            raise ValueError(f"SnapKV's window must be at least 1, got {self.window}")
+            raise ValueError(f"{name}'s window must be at least 1, got {self.window}")
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"SnapKV's kernel must be odd, got {self.kernel}")
+            raise ValueError(f"{name}'s kernel must be odd, got {self.kernel}")
         if self.pool not in POOLS:
             raise ValueError(f"unknown pool {self.pool!r}; known: {', '.join(POOLS)}")
 
@@ -49,19 +51,9 @@ class SnapKV(Policy):
         return self.window
 
     def score(self, view: LayerView) -> torch.Tensor:
-        batch, heads, n = view.shape
         observers = view.query_positions  # (batch, window), -1 where a row has fewer
-        queries = view.queries.float().view(batch, heads, -1, view.queries.shape[-1])  # the group's heads as queries
-        logits = queries @ view.keys.float().transpose(2, 3) * view.scaling
-        logits = logits.view(batch, heads, view.num_kv_groups, -1, n)
-        seen = view.positions.unsqueeze(2) <= observers[:, None, :, None]
-        visible = (seen & view.valid.unsqueeze(2)).unsqueeze(2)
-        attention = logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)  # NaN: nothing is visible
-        present = (observers >= 0)[:, None, None, :, None]
-        count = present.sum(3).clamp(min=1)
-        mean = ((attention * present).sum(3) / count).mean(2)
-
-        own = view.positions >= (view.time - self.window).view(-1, 1, 1)
+        mean = mean_over_queries(window_attention(view, view.queries, observers), observers)
+        own = own_entries(view, self.window)
         mean = mean.masked_fill(own | ~view.valid, 0.0)
         pooling = F.avg_pool1d if self.pool == "avg" else F.max_pool1d
         pooled = pooling(mean, self.kernel, stride=1, padding=self.kernel // 2)

@@ -6,9 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from tenure.eviction import LayerView, Policy
+from tenure.eviction.layer import RaggedLayer
+from tenure.eviction.rows import Rows
+from tenure.eviction.store import SegmentStore
 from tenure.retention import RetentionGates
+from tenure.retention.seams import AttentionLayer
 
 
 @pytest.fixture
@@ -29,5 +35,44 @@ def prompt() -> Callable[..., torch.Tensor]:
     def make(batch: int, length: int, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(3, 128, (batch, length), generator=generator)
+
+    return make
+
+
+@pytest.fixture
+def hand_view() -> Callable[..., LayerView]:
+    """A view of a layer whose entries, queries and projection are written down by hand; `scaling` is 1."""
+
+    def make(
+        policy: Policy,
+        keys: torch.Tensor,  # (batch, heads, n, dim)
+        values: torch.Tensor | None = None,
+        queries: torch.Tensor | None = None,  # (batch, query heads, window, dim) of the last tokens
+        weight: torch.Tensor | None = None,  # (query heads * dim, hidden), W_O
+        lengths: list[int] | None = None,  # entries of each (row, head); the last ones are taken away
+        budget: int = 0,
+        log_beta: torch.Tensor | None = None,
+        **states: torch.Tensor,
+    ) -> LayerView:
+        batch, heads, n, dim = keys.shape
+        num_heads = heads if queries is None else queries.shape[1]
+        module = nn.Module()
+        if weight is not None:
+            num_heads = weight.shape[0] // dim
+            module.o_proj = nn.Linear(*weight.shape, bias=False)
+            module.o_proj.weight.data = weight.t().contiguous()
+        layer = RaggedLayer(AttentionLayer(0, "attention", module, num_heads, heads, dim), policy.window_size)
+        stored = {policy.state_key(name): tensor for name, tensor in states.items()}
+        if log_beta is not None:
+            stored["log_beta"] = log_beta
+        step = Rows().open(batch, n, None, keys.device, 0, 0)
+        layer.store = SegmentStore.from_dense(keys, keys.clone() if values is None else values, stored, step)
+        if lengths is not None:
+            layer.store.compact(torch.arange(n) < torch.tensor(lengths).view(batch, heads, 1))
+        recorded = None
+        if queries is not None:
+            layer.window = queries
+            recorded = torch.arange(n - queries.shape[2], n).expand(batch, -1)
+        return LayerView(layer, torch.full((batch,), n), recorded, policy, torch.full((batch,), budget))
 
     return make

@@ -111,6 +111,32 @@ def test_a_question_after_a_compressed_context_stays_whole(tiny_llama, gates_for
         assert all(kept[-14:].tolist() == list(range(60, 74)) for kept in cache.kept(0)[0])
 
 
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@torch.no_grad()
+def test_a_question_rolled_back_leaves_the_context_as_a_fresh_fork_has_it(tiny_llama, gates_for, prompt, policy):
+    """Question after question on one compressed context, each rolled back with its answer, batched with padding."""
+    context, mask = prompt(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :17] = 0
+    with evict(tiny_llama, policy, 0.3, gates=gates_for(tiny_llama), sinks=2, recent=4, buffer=20) as session:
+        cache = session.new_cache()
+        tiny_llama(context, attention_mask=mask, past_key_values=cache)
+        untouched, kept = cache.fork(), [cache.kept(layer) for layer in range(3)]
+        for turn in range(4):
+            question, asked = prompt(2, 3 + turn, seed=turn + 1), torch.ones(2, 3 + turn, dtype=torch.long)
+            asked[0, :turn] = 0  # a shorter question in the other row
+            inputs = {"attention_mask": torch.cat([mask, asked], 1), "max_new_tokens": 6, "do_sample": False}
+            whole = torch.cat([context, question], dim=1)
+            expected = tiny_llama.generate(whole, past_key_values=untouched.fork(), **inputs)
+            assert torch.equal(tiny_llama.generate(whole, past_key_values=cache, **inputs), expected)
+            cache.check()
+            cache.crop(60 - cache.columns_seen)
+            cache.check()
+            assert cache.columns_seen == 60 and cache.tokens_seen.tolist() == [60, 43]
+            for layer in range(3):
+                for row, other in zip(cache.kept(layer), kept[layer], strict=True):
+                    assert all(torch.equal(one, two) for one, two in zip(row, other, strict=True))
+
+
 def test_check_finds_what_is_wrong(tiny_llama, prompt):
     def broken(change) -> None:
         with torch.no_grad(), evict(tiny_llama, Random(), 0.5) as session:

@@ -9,13 +9,24 @@ import pytest
 import torch
 
 from tenure.eviction import (
+    H2O,
+    TOVA,
+    AdaCriticalKV,
+    AdaKV,
+    CriticalKV,
+    Defensive,
+    ExpectedAttention,
     Full,
     KeyDiff,
     Knorm,
+    LagKV,
+    LayerDefensive,
     LayerView,
     Policy,
+    PyramidKV,
     Random,
     Retention,
+    RetentionDefensive,
     SnapKV,
     StreamingLLM,
     evict,
@@ -26,8 +37,21 @@ from tenure.eviction.policies.base import NEEDS
 
 MATRIX: list[Policy] = [
     Retention(),
+    Retention(lookahead=64),
     SnapKV(window=8),
     SnapKV(window=6, kernel=3, pool="max"),
+    AdaKV(window=8),
+    PyramidKV(window=8),
+    CriticalKV(window=4),
+    AdaCriticalKV(window=4),
+    Defensive(window=8),
+    Defensive(window=4, kernel=3, value_norm="tokens"),
+    LayerDefensive(window=4, value_norm="none"),
+    *(RetentionDefensive(window=4, combine=how) for how in ("prior", "max", "product", "rank")),
+    ExpectedAttention(),
+    LagKV(lag=4),
+    TOVA(),
+    H2O(),
     KeyDiff(),
     Knorm(),
     StreamingLLM(),
@@ -50,8 +74,9 @@ def views(tiny_model, gates_for, prompt):
             model(ids, attention_mask=mask, past_key_values=cache)
             grown = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1)
             model(prompt(2, 3, seed=1), attention_mask=grown, past_key_values=cache)
+            budget = torch.full((2,), 9)
             for layer in cache.ragged:
-                use(LayerView(layer, cache.tokens_seen, cache.query_positions, policy.window_size))
+                use(LayerView(layer, cache.tokens_seen, cache.query_positions, policy, budget))
 
     return make
 
@@ -63,7 +88,8 @@ def test_scores_have_the_shape_of_the_view_and_are_numbers(views, policy):
         score = policy.score(view)
         assert score.shape == view.shape == view.valid.shape
         assert score.dtype == torch.float32
-        assert score[view.valid].isfinite().all()
+        assert not score[view.valid].isnan().any()
+        assert (score[view.valid] > -torch.inf).all()
         assert torch.equal(view.keys, before), "a policy writes to nothing"
         assert torch.equal(policy.score(view), score), "and gives the same twice"
 
@@ -82,14 +108,60 @@ def test_a_policy_is_a_frozen_dataclass_that_says_what_it_needs(policy):
 
 def test_names_are_listed_when_one_is_unknown():
     assert set(policy_names()) == {policy.name for policy in MATRIX}
-    with pytest.raises(ValueError, match="unknown policy 'tova'; known: full, keydiff, knorm, random, retention"):
-        get_policy("tova")
+    with pytest.raises(ValueError, match=r"unknown policy 'lru'; known: ada_criticalkv, .*, streaming_llm, tova"):
+        get_policy("lru")
 
 
-@pytest.mark.parametrize("options", [{"window": 0}, {"kernel": 4}, {"kernel": 0}, {"pool": "median"}])
-def test_snapkv_refuses_options_that_make_no_sense(options):
-    with pytest.raises(ValueError, match=r"SnapKV's|unknown pool"):
-        SnapKV(**options)
+def test_options_are_given_by_name():
+    assert get_policy("retention", lookahead=64) == Retention(lookahead=64)
+    assert get_policy(SnapKV(window=8), kernel=3) == SnapKV(window=8, kernel=3)
+    with pytest.raises(ValueError, match="policy 'retention' has no option window; known: lookahead, threshold"):
+        get_policy("retention", window=8)
+    with pytest.raises(ValueError, match="policy 'full' has no option window; known: none"):
+        get_policy("full", window=8)
+    with pytest.raises(ValueError, match="SnapKV's window must be at least 1, got 0"):
+        get_policy("snapkv", window=0)
+
+
+def test_defaults_of_those_that_share_a_budget_between_heads():
+    defaults = {one.name: (one.default_scope, one.default_floor) for one in map(get_policy, policy_names())}
+    alone = {name for name, (scope, floor) in defaults.items() if scope == "head" and not floor}
+    assert {name: defaults[name] for name in defaults.keys() - alone} == {
+        "ada_criticalkv": ("layer", 0.2),
+        "adakv": ("layer", 0.2),
+        "defensive": ("layer", 0.0),
+        "layer_defensive": ("global", 0.0),
+        "pyramidkv": ("pyramid", 0.0),
+        "retention": ("global", 0.0),
+        "retention_defensive": ("global", 0.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("snapkv", {"window": 0}, "SnapKV's window must be at least 1, got 0"),
+        ("snapkv", {"kernel": 4}, "SnapKV's kernel must be odd, got 4"),
+        ("adakv", {"kernel": 0}, "AdaKV's kernel must be odd, got 0"),
+        ("snapkv", {"pool": "median"}, "unknown pool 'median'; known: avg, max"),
+        ("criticalkv", {"first_stage": 1.5}, r"share of the budget in \[0, 1\], got 1.5"),
+        ("criticalkv", {"epsilon": -1.0}, "epsilon must not be negative"),
+        ("defensive", {"window": 0}, "Defensive's window must be at least 1, got 0"),
+        ("layer_defensive", {"kernel": 2}, "LayerDefensive's kernel must be odd, got 2"),
+        ("defensive", {"value_norm": "keys"}, "unknown value_norm 'keys'; known: heads, tokens, raw, none"),
+        ("retention_defensive", {"combine": "sum"}, "unknown combine 'sum'; known: prior, max, product, rank"),
+        ("expected_attention", {"future": 0}, "future must be at least 1 position, got 0"),
+        ("expected_attention", {"epsilon": -1.0}, "epsilon must not be negative"),
+        ("lagkv", {"lag": 0}, "lag must be at least 1 entry, got 0"),
+        ("lagkv", {"first": -1}, "first must not be negative, got -1"),
+        ("h2o", {"recent": 2.0}, r"share of the budget in \[0, 1\], got 2.0"),
+        ("retention", {"lookahead": -1}, "lookahead must not be negative, got -1"),
+        ("retention", {"threshold": 1.0}, r"threshold is a retention in \(0, 1\), or None, got 1.0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_policy(name, **options)
 
 
 def entries(view: LayerView):
@@ -109,6 +181,51 @@ def test_retention_is_the_log_of_what_is_left_at_the_next_token(views):
                 assert score[row, head, i].item() == pytest.approx(math.log(beta**age), rel=1e-3, abs=1e-5)
 
     views(Retention(), use)
+
+
+def test_lookahead_judges_later_and_a_threshold_lets_go(hand_view):
+    log_beta = torch.tensor([[[-0.5, -0.1, -0.3, -0.2]]])
+    age = torch.tensor([5.0, 4.0, 3.0, 2.0])  # T + 1 - i with T = 4
+    view = hand_view(Retention(), torch.ones(1, 1, 4, 2), log_beta=log_beta)
+    torch.testing.assert_close(Retention().score(view), age * log_beta)
+    torch.testing.assert_close(Retention(lookahead=10).score(view), (age + 10) * log_beta)
+    below = Retention(threshold=0.5).score(view)  # the retentions are 0.08, 0.67, 0.41, 0.67
+    assert (below == -torch.inf).tolist() == [[[True, False, True, False]]]
+    torch.testing.assert_close(below[0, 0, 1::2], (age * log_beta)[0, 0, 1::2])
+    assert (Retention(lookahead=10, threshold=0.5).score(view) == -torch.inf).tolist() == [[[True, False, True, False]]]
+
+
+@torch.no_grad()
+def test_below_the_threshold_nothing_stays_even_if_there_is_room(tiny_llama, gates_for, prompt):
+    gates, ids = gates_for(tiny_llama), prompt(1, 60)
+    with evict(tiny_llama, "full", gates=gates, observe=["retention"]) as session:
+        cache = session.new_cache()
+        tiny_llama(ids, past_key_values=cache)
+        fading = {}
+        for layer in cache.ragged:
+            view = LayerView(layer, cache.tokens_seen, None, Retention())
+            fading[layer.layer_idx] = Retention().score(view).exp()[0] < 0.3
+        counts = [int(one.sum()) for one in fading.values()]
+        assert 60 < sum(counts) < 340, "some of the 360 entries have faded"
+        cache.compress(Retention(threshold=0.3), 0.95, sinks=2, recent=5)
+        for index, gone in fading.items():
+            for head, kept in zip(gone, cache.kept(index)[0], strict=True):
+                stays = ~head
+                stays[:2] = stays[-5:] = True
+                assert kept.tolist() == stays.nonzero().squeeze(1).tolist()
+        cache.check()
+
+
+@torch.no_grad()
+def test_a_row_that_is_not_due_keeps_what_is_below_the_threshold(tiny_llama, gates_for, prompt):
+    """A long row evicts while a short one beside it has room."""
+    ids, policy = prompt(2, 60), Retention(threshold=0.9)
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    with evict(tiny_llama, policy, 30, gates=gates_for(tiny_llama), recent=4) as session:
+        tiny_llama(ids, attention_mask=mask)
+        assert session.last_cache.lengths()[1].tolist() == [[20, 20]] * 3
+        assert session.last_cache.lengths()[0].sum() < 30 * 6
 
 
 def test_keydiff_and_knorm_equal_loops(views):
@@ -161,7 +278,7 @@ def test_remembered_queries_are_the_last_ones_in_order(tiny_llama, prompt):
         for start, end in ((0, 9), (9, 17), (17, 18), (18, 19), (19, 20)):
             tiny_llama(ids[:, start:end], past_key_values=pieces)
         for one, other in zip(whole.ragged, pieces.ragged, strict=True):
-            views = [LayerView(layer, cache.tokens_seen, cache.query_positions, 4)
+            views = [LayerView(layer, cache.tokens_seen, cache.query_positions, SnapKV(window=4))
                      for layer, cache in ((one, whole), (other, pieces))]
             assert views[0].query_positions.tolist() == views[1].query_positions.tolist() == [[16, 17, 18, 19]]
             torch.testing.assert_close(views[0].queries, views[1].queries, atol=1e-5, rtol=1e-5)

@@ -11,6 +11,7 @@ from tenure.eviction.budget import Budget, Plan
 from tenure.eviction.compress import choose
 from tenure.eviction.layer import RaggedLayer
 from tenure.eviction.policies import Policy
+from tenure.eviction.protect import Protected
 from tenure.eviction.rows import Rows
 from tenure.eviction.select import select_top
 from tenure.eviction.store import SegmentStore
@@ -73,53 +74,55 @@ def ragged_layers(keeps: list[torch.Tensor], tokens: int) -> tuple[list[RaggedLa
     return layers, stores
 
 
-@pytest.mark.parametrize("scope", ["global", "layer", "head"])
+@pytest.mark.parametrize(
+    ("scope", "floor"),
+    [("global", 0.0), ("global", 0.4), ("global", 1.0), ("layer", 0.0), ("layer", 0.2), ("head", 0.0), ("head", 0.5),
+     ("pyramid", 0.0)],
+)  # fmt: skip
 @pytest.mark.parametrize("seed", range(4))
-def test_choice_equals_plain_loops_over_rows_layers_and_heads(scope, seed):
+def test_choice_equals_plain_loops_over_rows_layers_and_heads(scope, floor, seed):
     torch.manual_seed(seed)
-    batch, tokens, head_counts = 3, 20, (2, 2, 3)
+    batch, tokens, head_counts, budget = 3, 20, (2, 2, 3), 6
+    if scope == "pyramid":
+        head_counts, budget = (2, 2, 2), 11
     layers, stores = ragged_layers([torch.rand(batch, heads, tokens) < 0.8 for heads in head_counts], tokens)
     views = [store.dense_index()[1] for store in stores]
     scores = {i: torch.randn(view.shape).mul(2).round() for i, view in enumerate(views)}
-    plan = Plan(Given(scores), Budget(5), scope, sinks=1, recent=2)
+    plan = Plan(Given(scores), Budget(budget), scope, sinks=1, recent=2, floor=floor)
     due = [True, False, True]
+    guard = {0: {5, 9}, 1: {3}, 2: {5, 9}}  # what `protect` names, row by row
+    mask = torch.zeros(batch, tokens, dtype=torch.bool)
+    for row, places in guard.items():
+        mask[row, list(places)] = True
+    plan = plan.changed(None, None, protect=Protected.of(mask))
     got = choose(layers, plan, [tokens] * batch, due, None)
 
     segments = sum(head_counts)
-    groups: dict[tuple[int, ...], list[tuple]] = {}
+    # The pyramid's bottom layer can hold no more than all 20 tokens, which leaves 2 · 11 − 20 for the top one.
+    allowed = {"global": [42], "layer": [12, 12, 18], "head": [6] * 7, "pyramid": [20, 20, 11, 11, 2, 2]}[scope]
+    groups: dict[tuple[int, int], list[list]] = {}
     for layer, heads in enumerate(head_counts):
         first = sum(head_counts[:layer])
+        share = allowed[first] if scope == "pyramid" else budget
         for row in range(batch):
+            # Two named tokens, then sinks, then recent ones, as far as a head's share goes.
+            wanted = [*guard[row], 0, 19, 18] if due[row] else []
+            stay = set(wanted[:share])
             for head in range(heads):
                 positions = stores[layer].dense(stores[layer].position)[row, head].tolist()
-                group = {"global": (row,), "layer": (row, layer), "head": (row, layer, head)}[scope]
+                entries = []
                 for i, (place, valid) in enumerate(zip(positions, views[layer][row, head].tolist(), strict=True)):
                     if valid:
-                        protected = place < 1 or place >= tokens - 2
-                        score = float("inf") if protected else scores[layer][row, head, i].item()
-                        entry = (score, place, segments - first - head, (layer, row, head, i))
-                        groups.setdefault(group, []).append(entry)
+                        score = float("inf") if place in stay else scores[layer][row, head, i].item()
+                        entries.append([score, place, segments - first - head, (layer, row, head, i)])
+                if floor and scope in ("global", "layer"):
+                    for entry in sorted(entries)[-max(1, int(floor * 6)) :]:
+                        entry[0] = float("inf")
+                group = {"global": 0, "layer": layer}.get(scope, first + head)
+                groups.setdefault((row, group), []).extend(entries)
     expected = [torch.zeros_like(view) for view in views]
-    for group, entries in groups.items():
-        rivals = len({(layer, head) for *_, (layer, _, head, _) in entries})
-        stay = sorted(entries)[-5 * rivals :] if due[group[0]] else entries
-        for *_, (layer, row, head, i) in stay:
+    for (row, group), entries in groups.items():
+        for *_, (layer, _, head, i) in sorted(entries)[-allowed[group] :] if due[row] else entries:
             expected[layer][row, head, i] = True
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other)
-
-
-def test_a_budget_counts_in_tokens_or_shares():
-    assert [Budget(0.29).per_head(n) for n in (1, 10, 100)] == [1, 2, 29]
-    assert [Budget(7).per_head(n) for n in (1, 100)] == [7, 7]
-    assert all(Budget(1.0).per_head(n) == n for n in range(1, 500)) and Budget(1.0).unlimited
-    assert not Budget(1).unlimited and not Budget(0.999).unlimited
-
-
-def test_a_plan_is_due_after_the_prompt_and_then_beyond_the_buffer():
-    plan = Plan(Given({}), Budget(10), "global", buffer=5)
-    assert plan.due(stored=41, tokens=11, new=11, segments=4)
-    assert not plan.due(stored=40, tokens=10, new=10, segments=4)
-    assert not plan.due(stored=60, tokens=30, new=1, segments=4)
-    assert plan.due(stored=61, tokens=30, new=1, segments=4)
-    assert not plan.due(stored=61, tokens=30, new=0, segments=4), "a row without a new token is left alone"

@@ -1,0 +1,98 @@
+"""What is kept for policies while the model runs: their per-entry states, and statistics of the queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from .policies.base import Policy
+from .rotary import Rotary
+from .rows import Step
+from .statistics import CHUNK, SINKS, QueryStatistics
+from .view import LayerView
+
+if TYPE_CHECKING:
+    from .layer import RaggedLayer
+
+
+class Observers:
+    """Follows the forwards of a session's model for all policies of the session; costs nothing if none wants it.
+
+    Attributes:
+        policies: those that have states.
+        rotary: the model's RoPE, if statistics of the queries are kept.
+    """
+
+    def __init__(self, policies: Iterable[Policy] = (), rotary: Rotary | None = None) -> None:
+        self.policies = tuple(dict.fromkeys(policy for policy in policies if policy.states))
+        self.rotary = rotary
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._next_position: torch.Tensor | None = None
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """The names under which storages keep the policies' states."""
+        return tuple(policy.state_key(state) for policy in self.policies for state in policy.states)
+
+    def begin(self, step: Step, position_ids: torch.Tensor | None, columns: int) -> None:
+        """Opens a forward: the layers' queries will be those of these positions.
+
+        Args:
+            position_ids: `(batch or 1, q_len)` as given to the model; None for the model's default, which counts
+                columns.
+            columns: columns seen before this forward.
+
+        Raises:
+            ValueError: position ids of another form.
+        """
+        if self.rotary is None:
+            return
+        batch, q_len = step.positions.shape
+        device = step.positions.device
+        if position_ids is None:
+            position_ids = torch.arange(columns, columns + q_len, device=device).unsqueeze(0)
+        elif position_ids.ndim != 2 or position_ids.shape[1] != q_len:
+            raise ValueError(
+                f"statistics of the queries need position_ids (batch, {q_len}), got {tuple(position_ids.shape)}"
+            )
+        positions = position_ids.to(device).long().expand(batch, q_len)
+        self._angles = self.rotary.angles(positions)
+        real = positions if step.valid is None else positions.masked_fill(~step.valid, -1)
+        self._next_position = real.amax(1) + 1  # 0 for a row that has only padding here
+
+    @torch.no_grad()
+    def observe(self, layer: RaggedLayer, queries: torch.Tensor, step: Step) -> None:
+        """Shows a layer's post-RoPE queries `(batch, num_heads, q_len, head_dim)`; its new entries are stored."""
+        queries = queries.detach()
+        if self.rotary is not None:
+            layer.statistics = self._counted(layer, queries, step)
+        if not self.policies:
+            return
+        store = layer.store
+        assert store is not None, "new entries are stored first"
+        positions = step.positions.long()
+        time = positions[:, -1] + 1  # padding repeats the position of the real token before it
+        if step.valid is not None:
+            positions = positions.masked_fill(~step.valid, -1)
+        for policy in self.policies:
+            view = LayerView(layer, time, None, policy)
+            new = policy.observe(view, queries, positions)
+            store.set_states({policy.state_key(state): values for state, values in new.items()})
+
+    def _counted(self, layer: RaggedLayer, queries: torch.Tensor, step: Step) -> QueryStatistics:
+        assert self.rotary is not None and self._angles is not None and self._next_position is not None, "begin came"
+        batch, num_heads, q_len, head_dim = queries.shape
+        statistics = layer.statistics
+        if statistics is None:
+            statistics = QueryStatistics.empty(batch, num_heads, head_dim, queries.device)
+        after = torch.where(self._next_position > 0, self._next_position, statistics.next_position)
+        counts = step.positions >= SINKS
+        if step.valid is not None:
+            counts &= step.valid
+        for start in range(0, q_len, CHUNK):
+            part = slice(start, start + CHUNK)
+            angles = self._angles[0][:, part], self._angles[1][:, part]
+            statistics = statistics.seen(self.rotary.undo(queries[:, :, part], angles), counts[:, part], after)
+        return statistics

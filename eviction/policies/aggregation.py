@@ -1,0 +1,72 @@
+"""The steps of defensive aggregation, one function each.
+
+Source: "Taming the Fragility of KV Cache Eviction" (Feng et al., ICLR 2026), section 4 and the released code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+MASS = 0.9  # attention that the protected entries and the window cover together
+
+
+def pool_and_renormalise(attention: torch.Tensor, counted: torch.Tensor, kernel: int) -> torch.Tensor:
+    """Average-pools each query's attention along the entries, then scales it back to its sum.
+
+    Args:
+        attention: fp32 `(batch, num_kv_heads, num_kv_groups, w, n)`.
+        counted: bool `(batch, num_kv_heads, n)`: entries outside the window; the others are taken for 0.
+        kernel: width of the pooling, odd; beyond the ends there are zeros.
+
+    Returns:
+        fp32, shaped as `attention`.
+    """
+    counted = counted[:, :, None, None]
+    attention = attention.masked_fill(~counted, 0.0)
+    rows = attention.flatten(0, 3).unsqueeze(1)
+    pooled = F.avg_pool1d(rows, kernel, stride=1, padding=kernel // 2).view_as(attention)
+    pooled = pooled.masked_fill(~counted, 0.0)
+    scale = attention.sum(-1, keepdim=True) / pooled.sum(-1, keepdim=True)
+    return pooled * scale.nan_to_num(0.0, posinf=0.0)  # a query that attends to nothing outside its window
+
+
+def worst_case(pooled: torch.Tensor) -> torch.Tensor:
+    """The most attention that any query of any head of the group pays: `(batch, num_kv_heads, n)`."""
+    return pooled.amax(dim=(2, 3))
+
+
+def flat_prior(worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Mean of the worst case over the head's entries outside the window: `(batch, num_kv_heads, 1)`."""
+    total = worst.masked_fill(~counted, 0.0).sum(2, keepdim=True)
+    return total / counted.sum(2, keepdim=True).clamp(min=1)
+
+
+def defensive_aggregate(worst: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """The risk of losing an entry: what was seen at its worst, but no less than the prior."""
+    return torch.maximum(worst, prior)
+
+
+def mass_protection(
+    mean: torch.Tensor, window_mass: torch.Tensor, counted: torch.Tensor, most: torch.Tensor
+) -> torch.Tensor:
+    """The fewest entries of each head that cover, with the window, `MASS` of the mean attention.
+
+    Entries are taken in the order of their mean attention. The released code measures the window's mass after it has
+    cut the window off; here it is that of the window.
+
+    Args:
+        mean: fp32 `(batch, num_kv_heads, n)`: attention, mean over queries and heads of the group.
+        window_mass: fp32 `(batch, num_kv_heads)`: the part of it that falls into the window.
+        counted: bool `(batch, num_kv_heads, n)`: entries outside the window.
+        most: int64 `(batch,)`: no more than that many in a head.
+
+    Returns:
+        bool `(batch, num_kv_heads, n)`.
+    """
+    mean = mean.masked_fill(~counted, 0.0)
+    mass, order = mean.sort(dim=2, descending=True, stable=True)
+    before = mass.cumsum(2) - mass
+    place = torch.arange(mean.shape[2], device=mean.device)
+    taken = (before < (MASS - window_mass).unsqueeze(2)) & (place < most.view(-1, 1, 1))
+    return torch.zeros_like(taken).scatter_(2, order, taken) & counted

@@ -1,0 +1,49 @@
+"""CriticalKV: attention first, then attention times what the value does to the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .selecting import best_of_each_head
+from .snapkv import SnapKV
+from .value_norms import value_norms
+from .window import own_entries
+
+if TYPE_CHECKING:
+    from ..view import LayerView
+
+
+@dataclass(frozen=True)
+class CriticalKV(SnapKV):
+    """Half of a head's budget by SnapKV's score s, the rest by `(s + ε) · ‖v_i W_O‖₁`.
+
+    Source: "Identify Critical KV Cache in LLM Inference from an Output Perturbation Perspective" (Feng et al., 2025),
+    algorithm 1; ε and the norm as in kvpress.
+
+    Attributes:
+        first_stage: the share of the budget chosen by attention alone.
+        epsilon: added to the score, so that entries without attention are told apart by their values.
+    """
+
+    first_stage: float = 0.5
+    epsilon: float = 1e-4
+
+    name: ClassVar[str] = "criticalkv"
+    needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "queries", "output_weight"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.first_stage <= 1:
+            raise ValueError(f"first_stage is a share of the budget in [0, 1], got {self.first_stage}")
+        if self.epsilon < 0:
+            raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        attention = super().score(view)
+        count = (view.budget * self.first_stage).long().unsqueeze(1).expand(-1, view.shape[1])
+        first = best_of_each_head(attention, view.valid, count)
+        score = (attention + self.epsilon) * value_norms(view.values, view.output_weight)
+        return score.masked_fill(first | own_entries(view, self.window), torch.inf)

@@ -1,0 +1,111 @@
+"""DefensiveKV and Layer-DefensiveKV: keep what was needed at the worst moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .aggregation import defensive_aggregate, flat_prior, mass_protection, pool_and_renormalise, worst_case
+from .base import Policy
+from .value_norms import value_norms
+from .window import last_queries, mean_over_queries, own_entries, window_attention
+
+if TYPE_CHECKING:
+    from ..view import LayerView
+
+VALUE_NORMS = ("heads", "tokens", "raw", "none")
+
+
+@dataclass(frozen=True)
+class Defensive(Policy):
+    """Worst case of the attention of a window's queries, no less than its mean, times `‖v_i W_O‖₁`.
+
+    Source: "Taming the Fragility of KV Cache Eviction" (Feng et al., ICLR 2026); options as in the released code. The
+    steps are in `aggregation`. Beside the window, the entries that cover 0.9 of its attention are kept.
+
+    The paper compresses a prompt once. Here the worst case is a running maximum over all windows: in every forward the
+    last `window` queries observe the entries outside the window, so that a prompt may come in chunks and decoding goes
+    on observing. In one forward it is the paper's. Windows of tokens that are taken back stay in the maximum.
+
+    Attributes:
+        window: how many of the last queries observe; their own entries are kept.
+        kernel: width of the pooling along the entries, odd.
+        value_norm: what the norm is divided by: "heads", its sum over the heads of the token (the released code);
+            "tokens", its sum over the entries of the head (the paper); "raw", nothing. "none": no value term.
+    """
+
+    window: int = 32
+    kernel: int = 5
+    value_norm: str = "heads"
+
+    name: ClassVar[str] = "defensive"
+    needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "queries", "output_weight"})
+    states: ClassVar[tuple[str, ...]] = ("worst", "value")
+    default_scope: ClassVar[str] = "layer"
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.window < 1:
+            raise ValueError(f"{name}'s window must be at least 1, got {self.window}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"{name}'s kernel must be odd, got {self.kernel}")
+        if self.value_norm not in VALUE_NORMS:
+            raise ValueError(f"unknown value_norm {self.value_norm!r}; known: {', '.join(VALUE_NORMS)}")
+
+    @property
+    def window_size(self) -> int:
+        return self.window
+
+    def observe(self, view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        counted = view.valid & ~own_entries(view, self.window)
+        attention = window_attention(view, *last_queries(queries, query_positions, self.window))
+        worst = worst_case(pool_and_renormalise(attention, counted, self.kernel))
+        new = {"worst": torch.maximum(view.state("worst"), worst)}
+        if self.value_norm != "none":
+            new["value"] = self._values(view, (query_positions >= 0).sum(1), queries.shape[2])
+        return new
+
+    def _values(self, view: LayerView, added: torch.Tensor, most: int) -> torch.Tensor:
+        """The state `value` with that of the newest entries, which all heads still have: `added[row]` <= `most`."""
+        first = view.valid.sum(2, keepdim=True) - added.view(-1, 1, 1)
+        index = (first + torch.arange(most, device=first.device)).clamp(0, view.shape[2] - 1)
+        values = view.values.gather(2, index.unsqueeze(3).expand(-1, -1, -1, view.values.shape[3]))
+        norms = value_norms(values, view.output_weight)
+        if self.value_norm == "heads":
+            norms = (norms / norms.sum(1, keepdim=True)).nan_to_num(0.0)
+        slot = torch.arange(view.shape[2], device=first.device) - first
+        return torch.where(slot >= 0, norms.gather(2, slot.clamp(0, most - 1)), view.state("value"))
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        own = own_entries(view, self.window)
+        counted = view.valid & ~own
+        score = self.aggregate(view, view.state("worst"), counted)
+        if self.value_norm != "none":
+            value = view.state("value")
+            if self.value_norm == "tokens":
+                total = value.masked_fill(~counted, 0.0).sum(2, keepdim=True)
+                value = value / total.clamp(min=torch.finfo(torch.float32).tiny)
+            score = score * value
+        mean = mean_over_queries(window_attention(view, view.queries, view.query_positions), view.query_positions)
+        window_mass = mean.masked_fill(~own, 0.0).sum(2)
+        needed = mass_protection(mean, window_mass, counted, view.budget - self.window)
+        return score.masked_fill(needed | own, torch.inf)
+
+    def aggregate(self, view: LayerView, worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """The risk of losing each entry, fp32 `(batch, num_kv_heads, n)`.
+
+        Args:
+            worst: the worst case, of that shape.
+            counted: bool of that shape: entries outside the window.
+        """
+        return defensive_aggregate(worst, flat_prior(worst, counted))
+
+
+@dataclass(frozen=True)
+class LayerDefensive(Defensive):
+    """`Defensive` with one budget for all layers and heads (the paper's Layer-DefensiveKV)."""
+
+    name: ClassVar[str] = "layer_defensive"
+    default_scope: ClassVar[str] = "global"

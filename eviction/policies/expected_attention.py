@@ -1,0 +1,66 @@
+"""Expected attention: what queries like those so far will attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ..statistics import SINKS
+from .base import Policy
+
+if TYPE_CHECKING:
+    from ..view import LayerView
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Policy):
+    """Attention expected from the next queries if they are Gaussian with the mean and covariance of those so far.
+
+    `E[exp(q·k/√d)] = exp(k·μ/√d + k·Σk/2d)` with μ and Σ before RoPE turned by the average rotation of the positions to
+    come; normalised over the head's entries, mean over the heads of a group, times the norm of the value. The first
+    four tokens are kept and left out of everything.
+
+    Source: "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution" (Devoto
+    et al., 2025), section 3; defaults as in kvpress.
+
+    Attributes:
+        future: how many positions to come are averaged over.
+        covariance: use Σ; if not, only the mean.
+        value_norm: multiply by `‖v_i‖₂`.
+        epsilon: added to the attention before that.
+    """
+
+    future: int = 512
+    covariance: bool = True
+    value_norm: bool = True
+    epsilon: float = 0.0
+
+    name: ClassVar[str] = "expected_attention"
+    needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "query_statistics"})
+
+    def __post_init__(self) -> None:
+        if self.future < 1:
+            raise ValueError(f"future must be at least 1 position, got {self.future}")
+        if self.epsilon < 0:
+            raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        statistics = view.expected_queries
+        mean, covariance = view.rotary.average(
+            statistics.mean, statistics.covariance, statistics.next_position, self.future
+        )
+        keys = view.keys.float() * view.scaling
+        first = view.positions < SINKS
+        expected = torch.zeros(view.shape, device=keys.device)
+        for group in range(view.num_kv_groups):
+            heads = slice(group, None, view.num_kv_groups)  # this group's query head of every key/value head
+            logits = (keys @ mean[:, heads].unsqueeze(3)).squeeze(3)
+            if self.covariance:
+                logits = logits + ((keys @ covariance[:, heads]) * keys).sum(3) / 2
+            logits = logits.masked_fill(first | ~view.valid, -torch.inf)
+            expected += logits.softmax(2).nan_to_num(0.0) / view.num_kv_groups  # NaN: there are only first tokens
+        if self.value_norm:
+            expected = (expected + self.epsilon) * torch.linalg.vector_norm(view.values.float(), dim=3)
+        return expected.masked_fill(first, torch.inf)

@@ -1,0 +1,58 @@
+"""H2O: heavy hitters of all attention so far, and the newest tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .base import Policy
+from .window import window_attention
+
+if TYPE_CHECKING:
+    from ..view import LayerView
+
+ATTENTION = 2**24  # attention weights that are held at a time
+
+
+@dataclass(frozen=True)
+class H2O(Policy):
+    """Attention that an entry has received from every query so far, summed, mean over the heads of a group.
+
+    Source: "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models" (Zhang et al., 2023),
+    algorithm 1: half of the budget for heavy hitters, half for the newest tokens. Attention is computed a second time
+    for it, in pieces. Queries of tokens that are taken back stay counted.
+
+    Attributes:
+        recent: the share of a head's budget that the newest tokens have.
+        average: divide by the number of queries that could attend to the entry, which the sum favours old ones by; as
+            `ObservedAttentionPress` of kvpress.
+    """
+
+    recent: float = 0.5
+    average: bool = False
+
+    name: ClassVar[str] = "h2o"
+    needs: ClassVar[frozenset[str]] = frozenset({"keys"})
+    states: ClassVar[tuple[str, ...]] = ("attention",)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.recent <= 1:
+            raise ValueError(f"recent is a share of the budget in [0, 1], got {self.recent}")
+
+    def observe(self, view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        batch, heads, n = view.shape
+        size = max(1, ATTENTION // (batch * heads * view.num_kv_groups * n))
+        total = view.state("attention").clone()
+        for start in range(0, queries.shape[2], size):
+            part = slice(start, start + size)
+            total += window_attention(view, queries[:, :, part], query_positions[:, part]).sum(3).mean(2)
+        return {"attention": total}
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        total = view.state("attention")
+        if self.average:
+            total = total / (view.time.view(-1, 1, 1) - view.positions)
+        newest = (view.budget * self.recent).long()
+        return total.masked_fill(view.positions >= (view.time - newest).view(-1, 1, 1), torch.inf)

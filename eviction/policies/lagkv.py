@@ -1,0 +1,80 @@
+"""LagKV: entries that stand out against the partition behind theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .base import Policy
+
+if TYPE_CHECKING:
+    from ..view import LayerView
+
+
+@dataclass(frozen=True)
+class LagKV(Policy):
+    """Spread of an entry's key and value over the channels, each scaled by its range in the next partition.
+
+    A head's entries behind the first ones form partitions; within each, an entry's score is its rank. The last whole
+    partition, which has none behind it, and what follows are kept; a head too short for two keeps its newest entries.
+
+    Source: "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important" (Liang et al., 2025),
+    equations 2 to 9; as in kvpress.
+
+    Attributes:
+        first: how many of a head's first entries are kept and left out.
+        lag: entries of a partition.
+        across: let partitions compete by the score itself instead of the rank.
+    """
+
+    first: int = 4
+    lag: int = 128
+    across: bool = False
+
+    name: ClassVar[str] = "lagkv"
+    needs: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
+
+    def __post_init__(self) -> None:
+        if self.first < 0:
+            raise ValueError(f"first must not be negative, got {self.first}")
+        if self.lag < 1:
+            raise ValueError(f"lag must be at least 1 entry, got {self.lag}")
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        n = view.shape[2]
+        lengths = view.valid.sum(2, keepdim=True)
+        index = torch.arange(n, device=lengths.device) - self.first
+        partitions = max(0, n - self.first) // self.lag
+        score = torch.ones(view.shape, device=lengths.device)
+        if partitions >= 2:
+            inner = slice(self.first, self.first + (partitions - 1) * self.lag)
+            spread = _spread(view.keys[:, :, self.first :], self.lag)
+            spread = (spread + _spread(view.values[:, :, self.first :], self.lag)) / 2
+            if not self.across:
+                spread = spread.argsort(-1).argsort(-1) / self.lag
+            score[:, :, inner] = spread.flatten(2)
+        # Partition p has a whole one behind it if the head reaches the end of that one.
+        followed = self.first + (index // self.lag + 2) * self.lag <= lengths
+        score = score.masked_fill((index < 0) | ~followed, 1.0)
+        newest = index / (lengths - self.first).clamp(min=1)
+        short = (lengths < self.first + 2 * self.lag) & (index >= 0)
+        return torch.where(short, newest, score)
+
+
+def _spread(states: torch.Tensor, lag: int) -> torch.Tensor:
+    """Softmax over each partition of the standard deviations of its entries, scaled by the next partition's range.
+
+    Args:
+        states: `(batch, num_kv_heads, n, dim)`.
+
+    Returns:
+        fp32 `(batch, num_kv_heads, n // lag - 1, lag)`.
+    """
+    whole = states.shape[2] // lag * lag
+    parts = states[:, :, :whole].float().unflatten(2, (-1, lag))
+    low, high = parts[:, :, 1:].aminmax(dim=3, keepdim=True)
+    # A channel that is constant there has no range: 0/0 would not be a number.
+    scaled = (parts[:, :, :-1] - low) / (high - low).clamp(min=1e-6)
+    return scaled.std(dim=-1).softmax(-1)

@@ -1,0 +1,87 @@
+"""Learned retention in the place of defensive aggregation's flat prior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .aggregation import defensive_aggregate, flat_prior
+from .defensive import Defensive
+from .retention import log_retention
+from .selecting import ranks
+
+if TYPE_CHECKING:
+    from ..view import LayerView
+
+COMBINATIONS = ("prior", "max", "product", "rank")
+
+
+@dataclass(frozen=True)
+class RetentionDefensive(Defensive):
+    """Layer-DefensiveKV that asks the gates about entries which no window has needed yet.
+
+    Defensive aggregation gives an entry that was never attended to the mean m of the head's worst cases w: all such
+    entries are alike. Here the retention `r_i = β_i^(T+1-i)` tells them apart. The value term and the protected entries
+    are those of `Defensive`. With means and maxima over the head's entries outside the window, the risk of entry i is
+
+    * "prior": `max(w_i, m · r_i / mean(r))`: the prior keeps its mean and follows the retention;
+    * "max": `max(w_i, max(w) · r_i / max(r))`: the entry retained most counts as much as the one attended to most;
+    * "product": `max(w_i, m) · r_i`: the defensive risk, discounted by the retention;
+    * "rank": `max(u_i, v_i)`, the shares of the head's entries whose w, and whose r, are no greater than the entry's:
+      only the orders count, and heads are alike.
+
+    Attributes:
+        combine: one of these.
+    """
+
+    combine: str = "prior"
+
+    name: ClassVar[str] = "retention_defensive"
+    needs: ClassVar[frozenset[str]] = Defensive.needs | {"log_beta"}
+    default_scope: ClassVar[str] = "global"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.combine not in COMBINATIONS:
+            raise ValueError(f"unknown combine {self.combine!r}; known: {', '.join(COMBINATIONS)}")
+
+    def aggregate(self, view: LayerView, worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        return combine(self.combine, worst, log_retention(view), counted)
+
+
+def combine(how: str, worst: torch.Tensor, log_retention: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """The risk of losing each entry by one of `COMBINATIONS`; see `RetentionDefensive`.
+
+    Args:
+        worst, log_retention: fp32 `(batch, num_kv_heads, n)`.
+        counted: bool of that shape: entries outside the window.
+    """
+    if how == "rank":
+        return defensive_aggregate(_percentile(worst, counted), _percentile(log_retention, counted))
+    flat = flat_prior(worst, counted)
+    if how == "product":
+        return defensive_aggregate(worst, flat) * log_retention.exp()
+    # Relative to the highest, so that a head whose entries have all faded still tells them apart.
+    highest = log_retention.masked_fill(~counted, -torch.inf).amax(2, keepdim=True)
+    relative = (log_retention - highest.clamp(min=torch.finfo(torch.float32).min)).exp().masked_fill(~counted, 0.0)
+    if how == "max":
+        return defensive_aggregate(worst, worst.masked_fill(~counted, 0.0).amax(2, keepdim=True) * relative)
+    mean = flat_prior(relative, counted).clamp(min=torch.finfo(torch.float32).tiny)
+    return defensive_aggregate(worst, flat * (relative / mean))
+
+
+def _percentile(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """The share of the head's counted entries whose value is no greater, in (0, 1]."""
+    ahead = ranks(values, counted)
+    # Equal values have the place of the first of them.
+    order = ahead.argsort(2)
+    ranked = values.gather(2, order)
+    changes = torch.ones_like(ranked, dtype=torch.bool)
+    changes[:, :, 1:] = ranked[:, :, 1:] != ranked[:, :, :-1]
+    places = torch.arange(values.shape[2], device=values.device).expand_as(order)
+    first = places.masked_fill(~changes, 0).cummax(2).values
+    place = torch.empty_like(first).scatter_(2, order, first)
+    total = counted.sum(2, keepdim=True).clamp(min=1)
+    return (total - place).float() / total

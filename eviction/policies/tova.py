@@ -1,0 +1,39 @@
+"""TOVA: what the last query attends to, over all heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .base import Policy
+from .window import own_entries, window_attention
+
+if TYPE_CHECKING:
+    from ..view import LayerView
+
+
+@dataclass(frozen=True)
+class TOVA(Policy):
+    """Attention of the last query, averaged over all heads of the layer: they keep the same tokens.
+
+    Source: "Transformers are Multi-State RNNs" (Oren et al., 2024), section 3.2. A head that no longer has a token
+    counts as paying no attention to it.
+    """
+
+    name: ClassVar[str] = "tova"
+    needs: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})
+
+    @property
+    def window_size(self) -> int:
+        return 1
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        attention = window_attention(view, view.queries, view.query_positions).squeeze(3).mean(2)
+        # Heads may store different tokens: the mean is over those at the same position.
+        place = view.positions.clamp(min=0).flatten(1)
+        total = attention.new_zeros(view.shape[0], int(view.time.max()))
+        total.scatter_add_(1, place, attention.masked_fill(~view.valid, 0.0).flatten(1))
+        mean = total.gather(1, place).view(view.shape) / view.shape[1]
+        return mean.masked_fill(own_entries(view, 1), torch.inf)

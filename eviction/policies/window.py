@@ -1,0 +1,63 @@
+"""What a window of queries attends to, for the policies that are built on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ..view import LayerView
+
+
+def window_attention(view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> torch.Tensor:
+    """Causal softmax of each query over all entries of its key/value head.
+
+    Args:
+        queries: `(batch, num_heads, w, head_dim)`, post-RoPE.
+        query_positions: int64 `(batch, w)`, -1 for no query.
+
+    Returns:
+        fp32 `(batch, num_kv_heads, num_kv_groups, w, n)`; zeros for a query that is missing or sees nothing.
+    """
+    batch, heads, n = view.shape
+    queries = queries.float().reshape(batch, heads, -1, queries.shape[-1])  # the group's heads as queries
+    logits = queries @ view.keys.float().transpose(2, 3) * view.scaling
+    logits = logits.view(batch, heads, view.num_kv_groups, -1, n)
+    seen = view.positions.unsqueeze(2) <= query_positions[:, None, :, None]
+    visible = (seen & view.valid.unsqueeze(2)).unsqueeze(2)
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)  # NaN: nothing is visible
+
+
+def mean_over_queries(attention: torch.Tensor, query_positions: torch.Tensor) -> torch.Tensor:
+    """Mean over the queries that exist, then over the heads of a group.
+
+    Args:
+        attention: fp32 `(batch, num_kv_heads, num_kv_groups, w, n)`.
+        query_positions: int64 `(batch, w)`, -1 for no query.
+
+    Returns:
+        fp32 `(batch, num_kv_heads, n)`.
+    """
+    present = (query_positions >= 0)[:, None, None, :, None]
+    count = present.sum(3).clamp(min=1)
+    return ((attention * present).sum(3) / count).mean(2)
+
+
+def own_entries(view: LayerView, window: int) -> torch.Tensor:
+    """bool `(batch, num_kv_heads, n)`: the entries of the last `window` tokens."""
+    return view.positions >= (view.time - window).view(-1, 1, 1)
+
+
+def last_queries(
+    queries: torch.Tensor, query_positions: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last `count` real queries of each row and their positions, ascending; -1 where a row has fewer.
+
+    Args:
+        queries: `(batch, num_heads, q_len, head_dim)`.
+        query_positions: int64 `(batch, q_len)`, -1 for padding.
+    """
+    newest = query_positions.topk(min(count, query_positions.shape[1]), dim=1).indices.flip(1)
+    index = newest[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
+    return queries.gather(2, index), query_positions.gather(1, newest)

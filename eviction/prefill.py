@@ -1,0 +1,154 @@
+"""Long inputs in chunks: the decoder runs once for each, and eviction after each bounds what is stored at any time.
+
+Hooks on the decoder do it, so it happens wherever the model is called, in `model.generate` too: before a long forward
+the pre-hook runs all chunks but the last as forwards of their own, then lets the forward go on with the last one, and
+the forward hook puts the hidden states together again. No more of them than the caller asked logits for are kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..retention.seams import text_decoder
+from .cache import RaggedCache
+from .session import Session, new_tokens
+
+# Arguments of a decoder with one column a new token: the dimension of the columns.
+SPLIT = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1,
+         "mm_token_type_ids": 1}  # fmt: skip
+# Tensors that are the same for all tokens, or that are cut in another way.
+WHOLE = ("attention_mask", "past_key_values")
+
+
+@contextmanager
+def chunked_prefill(model: PreTrainedModel, session: Session) -> Iterator[None]:
+    """Within the block, inputs longer than `plan.prefill_chunk` run in chunks; entered after `intercept`."""
+    decoder = text_decoder(model)
+    chunks = _Chunks(session, list(inspect.signature(decoder.forward).parameters))
+    with ExitStack() as stack:
+        if decoder is not model:
+            names = list(inspect.signature(model.forward).parameters)
+
+            def before_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                chunks.wanted = (dict(zip(names, args, strict=False)) | kwargs).get("logits_to_keep", 0)
+
+            def after_model(module: nn.Module, args: tuple, output: Any) -> None:
+                chunks.wanted = 0
+
+            stack.callback(model.register_forward_pre_hook(before_model, with_kwargs=True).remove)
+            stack.callback(model.register_forward_hook(after_model, always_call=True).remove)
+        # Ahead of the hook that opens a forward; after the one that closes it.
+        stack.callback(decoder.register_forward_pre_hook(chunks.before, with_kwargs=True, prepend=True).remove)
+        stack.callback(decoder.register_forward_hook(chunks.after, always_call=True).remove)
+        yield
+
+
+class _Chunks:
+    """The hooks of one decoder.
+
+    Attributes:
+        wanted: the running call's `logits_to_keep`: the decoder's caller reads so many of the last hidden states; 0 or
+            a tensor of indices for all.
+    """
+
+    def __init__(self, session: Session, names: list[str]) -> None:
+        self.session = session
+        self.names = names
+        self.wanted: Any = 0
+        self._inside = False  # one of our own forwards is running
+        self._cache: RaggedCache | None = None  # of the input that is running in chunks
+        self._hidden: list[torch.Tensor] = []
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Runs all chunks but the last; returns the arguments of that one."""
+        if self._inside:
+            return None
+        bound = dict(zip(self.names, args, strict=False)) | kwargs
+        given = bound.get("past_key_values")
+        plan = given.plan if isinstance(given, RaggedCache) else self.session.plan
+        source = bound.get("inputs_embeds")
+        source = bound.get("input_ids") if source is None else source
+        size = plan.prefill_chunk
+        if size is None or source is None or source.shape[1] <= size or not self.session.uses_cache(bound):
+            return None
+        _check_arguments(bound)
+        cache = self.session.cache_for(given)
+        seen, (batch, total) = cache.columns_seen, source.shape[:2]
+        valid = new_tokens(bound.get("attention_mask"), batch, total, seen)
+        cache.begin_input([total] * batch if valid is None else valid.sum(1).tolist())
+        self._cache = cache
+        bound |= {"past_key_values": cache, "use_cache": True}
+        last = (total - 1) // size * size
+        try:
+            self._inside = True
+            for start in range(0, last, size):
+                output = module(**_part(bound, seen, start, start + size))
+                self._keep(output[0])
+        except BaseException:
+            self._finish(completed=False)
+            raise
+        finally:
+            self._inside = False
+        return (), _part(bound, seen, last, total)
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Gives the output of the last chunk the hidden states of the earlier ones."""
+        if self._inside or self._cache is None:
+            return None
+        if output is None:  # it raised
+            self._finish(completed=False)
+            return None
+        self._keep(output[0])
+        hidden = torch.cat(self._hidden, dim=1)
+        self._finish(completed=True)
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output["last_hidden_state"] = hidden
+        return output
+
+    def _keep(self, hidden: torch.Tensor) -> None:
+        """Appends the hidden states `(batch, chunk, hidden_size)`, and lets go of those that nobody will read."""
+        self._hidden.append(hidden)
+        if not isinstance(self.wanted, int) or self.wanted == 0:
+            return
+        while sum(one.shape[1] for one in self._hidden[1:]) >= self.wanted:
+            del self._hidden[0]
+
+    def _finish(self, completed: bool) -> None:
+        cache, self._cache, self._hidden = self._cache, None, []
+        if cache is not None:
+            cache.end_input(completed)
+
+
+def _check_arguments(bound: dict[str, Any]) -> None:
+    """Raises ValueError for arguments that cannot be cut into chunks."""
+    asked = [name for name in ("output_hidden_states", "output_attentions") if bound.get(name)]
+    known = (*SPLIT, *WHOLE)
+    tensors = [name for name, value in bound.items() if name not in known and _holds_tensor(value)]
+    if asked or tensors:
+        raise ValueError(
+            f"a prompt longer than prefill_chunk runs in chunks, which {', '.join(asked + tensors)} cannot follow; "
+            "leave it out, or leave prefill_chunk unset"
+        )
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensor, value)))
+
+
+def _part(bound: dict[str, Any], seen: int, start: int, stop: int) -> dict[str, Any]:
+    """The decoder's arguments for columns `start` to `stop` of the new ones, of which `seen` were there before."""
+    part = dict(bound)
+    for name, dim in SPLIT.items():
+        if part.get(name) is not None:
+            part[name] = part[name].narrow(dim, start, stop - start)
+    if part.get("attention_mask") is not None:
+        part["attention_mask"] = part["attention_mask"][:, : seen + stop]
+    return part

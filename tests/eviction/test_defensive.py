@@ -1,0 +1,254 @@
+"""DefensiveKV: every step by hand, the whole against plain loops, chunk by chunk, with padding, on ragged segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from tenure.eviction import Defensive, LayerDefensive, LayerView, Policy, SnapKV, evict
+from tenure.eviction.policies.aggregation import (
+    defensive_aggregate,
+    flat_prior,
+    mass_protection,
+    pool_and_renormalise,
+    worst_case,
+)
+from tenure.eviction.policies.value_norms import value_norms
+from tenure.eviction.policies.window import last_queries, own_entries, window_attention
+
+
+def test_window_attention_by_hand(hand_view):
+    """Two entries with logits ln 3 and 0, and a third that only the last query may see."""
+    keys = torch.tensor([3.0, 1.0, 4.0]).log().view(1, 1, 3, 1)
+    queries = torch.ones(1, 2, 2, 1)
+    queries[0, 1] = 0
+    view = hand_view(SnapKV(window=2), keys, queries=queries)
+    expected = [[[3 / 4, 1 / 4, 0], [3 / 8, 1 / 8, 4 / 8]], [[1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]]]
+    attention = window_attention(view, view.queries, view.query_positions)
+    torch.testing.assert_close(attention, torch.tensor(expected).view(1, 1, 2, 2, 3))
+    missing = window_attention(view, view.queries, torch.tensor([[-1, 2]]))
+    assert missing[0, 0, :, 0].eq(0).all(), "a query that does not exist attends to nothing"
+
+
+def test_last_queries_of_rows_with_padding():
+    queries = torch.arange(5.0).view(1, 1, 5, 1).expand(2, 1, 5, 1)
+    positions = torch.tensor([[7, 8, 9, 10, 11], [-1, -1, -1, 4, 5]])
+    chosen, places = last_queries(queries, positions, 3)
+    assert places.tolist() == [[9, 10, 11], [-1, 4, 5]]
+    assert chosen[0, 0, :, 0].tolist() == [2, 3, 4]
+    assert chosen[1, 0, 1:, 0].tolist() == [3, 4]
+    assert last_queries(queries, positions, 9)[1].shape == (2, 5)
+
+
+def test_pool_and_renormalise_by_hand():
+    """[6, 0, 3, 0 | window 1] pools to [2, 3, 1, 1] (kernel 3): 7 is scaled back to 9."""
+    attention = torch.tensor([[6.0, 0, 3, 0, 1], [0, 0, 0, 0, 10]]).view(1, 1, 1, 2, 5) / 10
+    counted = torch.tensor([True, True, True, True, False]).view(1, 1, 5)
+    pooled = pool_and_renormalise(attention, counted, 3)
+    expected = torch.tensor([[2.0, 3, 1, 1, 0], [0, 0, 0, 0, 0]]) * 9 / 7 / 10
+    torch.testing.assert_close(pooled[0, 0, 0], expected)
+
+
+def test_worst_case_by_hand():
+    pooled = torch.tensor([[[1.0, 2], [5, 0]], [[3, 1], [0, 4]]]).view(1, 1, 2, 2, 2)
+    assert worst_case(pooled).tolist() == [[[5, 4]]]
+
+
+def test_prior_and_aggregate_by_hand():
+    worst = torch.tensor([[[0.6, 0.1, 0.2, 9.0]]])
+    counted = torch.tensor([[[True, True, True, False]]])
+    prior = flat_prior(worst, counted)
+    torch.testing.assert_close(prior, torch.tensor([[[0.3]]]))
+    torch.testing.assert_close(defensive_aggregate(worst, prior), torch.tensor([[[0.6, 0.3, 0.3, 9.0]]]))
+    assert flat_prior(worst, torch.zeros_like(counted)).item() == 0
+
+
+def test_value_norms_by_hand():
+    """One KV head with two query heads whose projections are [1, -1] and [3, 0]; L1 norms 2|v| and 3|v|."""
+    values = torch.tensor([1.0, -2.0]).view(1, 1, 2, 1)
+    weight = torch.tensor([[1.0, -1.0], [3.0, 0.0]]).view(2, 1, 2)
+    torch.testing.assert_close(value_norms(values, weight), torch.tensor([[[2.5, 5.0]]]))
+
+
+def test_value_norms_equal_the_projection_of_everything_at_once(monkeypatch):
+    monkeypatch.setattr("tenure.eviction.policies.value_norms.PROJECTED", 24)
+    torch.manual_seed(0)
+    values, weight = torch.randn(2, 3, 11, 5), torch.randn(6, 5, 7)
+    projected = torch.einsum("bhnd,hgdo->bhgno", values, weight.view(3, 2, 5, 7))
+    torch.testing.assert_close(value_norms(values, weight), projected.abs().sum(-1).mean(2))
+
+
+@pytest.mark.parametrize(
+    ("window_mass", "most", "expected"),
+    [
+        (0.1, 4, [False, True, False, True, True]),  # 0.4 + 0.3 < 0.8 <= 0.4 + 0.3 + 0.15
+        (0.3, 4, [False, True, False, True, False]),  # 0.4 < 0.6 <= 0.7
+        (0.1, 1, [False, True, False, False, False]),
+        (0.95, 4, [False] * 5),  # the window alone covers it
+        (0.1, -3, [False] * 5),
+    ],
+)
+def test_mass_protection_by_hand(window_mass, most, expected):
+    mean = torch.tensor([[[0.05, 0.4, 0.9, 0.3, 0.15]]])
+    counted = torch.tensor([[[True, True, False, True, True]]])
+    taken = mass_protection(mean, torch.tensor([[window_mass]]), counted, torch.tensor([most]))
+    assert taken.tolist() == [[expected]]
+
+
+def naive_scores(view: LayerView, policy: Defensive, worst: list[list[dict[int, float]]] | None = None) -> torch.Tensor:
+    """The scores of a layer in plain loops; `worst` of [row][head] by index replaces the window's own."""
+    score = torch.zeros(view.shape)
+    heads, group, w, half = view.shape[1], view.num_kv_groups, policy.window, policy.kernel // 2
+    for row in range(view.shape[0]):
+        time = int(view.time[row])
+        observers = [j for j, at in enumerate(view.query_positions[row].tolist()) if at >= 0]
+        norm: dict[tuple[int, int], float] = {}
+        for head in range(heads):
+            for i in view.valid[row, head].nonzero().flatten().tolist():
+                parts = [(view.values[row, head, i] @ view.output_weight[head * group + g]).abs().sum().item()
+                         for g in range(group)]
+                norm[head, int(view.positions[row, head, i])] = sum(parts) / group
+        for head in range(heads):
+            valid = view.valid[row, head].nonzero().flatten().tolist()
+            place = {i: int(view.positions[row, head, i]) for i in valid}
+            outside = [i for i in valid if place[i] < time - w]
+            high, mean, window_mass = dict.fromkeys(outside, 0.0), dict.fromkeys(outside, 0.0), 0.0
+            for g in range(group):
+                for j in observers:
+                    at = int(view.query_positions[row, j])
+                    seen = [i for i in valid if place[i] <= at]
+                    query = view.queries[row, head * group + g, j]
+                    share = (view.keys[row, head, seen] @ query * view.scaling).softmax(0).tolist()
+                    weights = dict(zip(seen, share, strict=True))
+                    near = {i: sum(weights[k] for k in range(i - half, i + half + 1) if k in outside) for i in outside}
+                    total, pooled = sum(weights[i] for i in outside), sum(near.values())
+                    for i in outside:
+                        high[i] = max(high[i], near[i] * total / pooled)
+                        mean[i] += weights[i] / group / len(observers)
+                    window_mass += (1 - total) / group / len(observers)
+            if worst is not None:
+                high = worst[row][head]
+            prior = sum(high.values()) / max(1, len(outside))
+            covered, protected = 0.0, set()
+            for i in sorted(outside, key=lambda i: -mean[i])[: max(0, int(view.budget[row]) - w)]:
+                if covered >= 0.9 - window_mass:
+                    break
+                covered += mean[i]
+                protected.add(i)
+            for i in valid:
+                value = 1.0
+                if policy.value_norm == "heads":
+                    value = norm[head, place[i]] / sum(norm[other, place[i]] for other in range(heads))
+                elif policy.value_norm == "tokens":
+                    value = norm[head, place[i]] / max(1e-30, sum(norm[head, place[k]] for k in outside))
+                elif policy.value_norm == "raw":
+                    value = norm[head, place[i]]
+                kept = i not in outside or i in protected
+                score[row, head, i] = float("inf") if kept else max(high[i], prior) * value
+    return score
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("options", [{}, {"value_norm": "tokens"}, {"value_norm": "raw"}, {"value_norm": "none"}])
+@torch.no_grad()
+def test_a_prompt_in_one_forward_equals_loops(tiny_model, prompt, family, options):
+    model, policy, ids = tiny_model(family), Defensive(window=6, kernel=3, **options), prompt(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    with evict(model, "full", observe=[policy]) as session:
+        cache = session.new_cache()
+        model(ids, attention_mask=mask, past_key_values=cache)
+        for layer in cache.ragged:
+            view = LayerView(layer, cache.tokens_seen, cache.query_positions, policy, torch.tensor([9, 8]))
+            expected, got = naive_scores(view, policy), policy.score(view)
+            torch.testing.assert_close(got[view.valid], expected[view.valid], atol=1e-5, rtol=1e-4)
+            assert 0 < got[0].isinf().sum() < got[0].numel()
+
+
+@dataclass(frozen=True)
+class Spy(Policy):
+    """Keeps what every forward showed."""
+
+    seen: Any = field(default=None, repr=False, compare=False)
+
+    name: ClassVar[str] = "spy"
+    states: ClassVar[tuple[str, ...]] = ("looked",)
+
+    def observe(self, view, queries, query_positions):
+        self.seen.append((view.layer_idx, view.keys.clone(), view.positions.clone(), queries, query_positions))
+        return {"looked": view.state("looked") + 1}
+
+    def score(self, view):
+        return view.state("looked")
+
+
+@torch.no_grad()
+def test_the_worst_case_is_the_maximum_over_the_windows_of_all_forwards(tiny_llama, prompt):
+    """Chunks of 9, 12 and 1 tokens, then five single ones: each window against what is then outside of it."""
+    ids, policy, spy = prompt(1, 27), Defensive(window=6, kernel=3), Spy(seen=[])
+    with evict(tiny_llama, "full", observe=[policy, spy]) as session:
+        cache = session.new_cache()
+        for start, stop in ((0, 9), (9, 21), (21, 22), *((i, i + 1) for i in range(22, 27))):
+            tiny_llama(ids[:, start:stop], past_key_values=cache)
+        views = [LayerView(one, cache.tokens_seen, cache.query_positions, policy) for one in cache.ragged]
+        for layer, view in zip(cache.ragged, views, strict=True):
+            expected = torch.zeros(1, 2, 27)
+            for index, keys, positions, queries, at in spy.seen:
+                if index != layer.layer_idx:
+                    continue
+                for head in range(2):
+                    outside = positions[0, head] < int(at.max()) + 1 - 6
+                    for g in range(2):
+                        for query, place in zip(queries[0, head * 2 + g, -6:], at[0, -6:], strict=True):
+                            logits = keys[0, head] @ query * view.scaling
+                            weights = logits.masked_fill(positions[0, head] > place, -torch.inf).softmax(0) * outside
+                            near = torch.nn.functional.avg_pool1d(weights.view(1, 1, -1), 3, 1, 1).flatten() * outside
+                            scaled = near * weights.sum() / near.sum() if outside.any() else near
+                            part = expected[0, head, : len(scaled)]
+                            part.copy_(torch.maximum(part, scaled))
+            torch.testing.assert_close(view.state("worst"), expected, atol=1e-6, rtol=1e-4)
+            assert LayerView(layer, cache.tokens_seen, None, spy).state("looked")[0, 0].tolist() == [8.0] * 9 + [
+                7.0
+            ] * 12 + [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+
+
+@torch.no_grad()
+def test_the_value_term_is_that_of_all_heads_when_written(tiny_llama, prompt):
+    """Its normalisation over heads survives that the heads keep different tokens."""
+    policy = Defensive(window=4)
+    with evict(tiny_llama, policy, 0.4, sinks=0, recent=4, buffer=4) as session:
+        full, cache = session.new_cache(), session.new_cache()
+        ids = prompt(1, 60)
+        for start, stop in ((0, 40), (40, 55), (55, 56), (56, 60)):
+            tiny_llama(ids[:, start:stop], past_key_values=cache)
+        cache.check()
+        full.plan = full.plan.changed(None, 1.0)
+        tiny_llama(ids, past_key_values=full)
+        one, other = cache.kept(0)[0]
+        assert one.tolist() != other.tolist(), "heads keep different tokens"
+        layer = cache.ragged[0]  # its values do not depend on what was evicted
+        view = LayerView(layer, cache.tokens_seen, None, policy)
+        whole = LayerView(full.ragged[0], full.tokens_seen, None, policy)
+        expected = whole.state("value").gather(2, view.positions.clamp(min=0))
+        torch.testing.assert_close(view.state("value")[view.valid], expected[view.valid], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(whole.state("value").sum(1), torch.ones(1, 60))
+
+
+@torch.no_grad()
+def test_window_and_mass_are_kept_and_heads_compete(tiny_llama, prompt):
+    with evict(tiny_llama, LayerDefensive(window=6), 0.8, sinks=0, recent=0) as session:
+        tiny_llama(prompt(1, 60))
+        report = session.report()
+        assert report.entries == 48 * 6
+        assert len(set(report.lengths.flatten().tolist())) > 1
+        for layer in range(3):
+            for head in session.last_cache.kept(layer)[0]:
+                assert head[-6:].tolist() == list(range(54, 60))
+
+
+def test_own_entries_are_those_of_the_last_tokens(hand_view):
+    view = hand_view(Defensive(window=2), torch.ones(1, 2, 5, 2), lengths=[5, 4])
+    assert (own_entries(view, 2) & view.valid).tolist() == [[[False] * 3 + [True] * 2, [False] * 3 + [True, False]]]
