@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
@@ -59,7 +60,7 @@ class Budget:
         if unit.lower() in ("entry", "entries") and number.isdigit():
             return int(number), "entries"
         if unit.upper() in _UNITS:
-            return int(float(number) * _UNITS[unit.upper()]), "bytes"
+            return int(Decimal(number) * _UNITS[unit.upper()]), "bytes"
         raise ValueError(f"budget {self.amount!r} is not understood: {_ACCEPTED}")
 
     @property

@@ -199,8 +199,11 @@ def _fill_ragged(layer: RaggedLayer, document: dict[str, Any], own: dict[str, to
         return
     attention, buffers = layer.attention, _under("entries.", own)
     key, batch = buffers["key"], len(rows.tokens)
-    assert key.shape[1:] == (attention.head_dim,), f"keys have {attention.head_dim} numbers a head"
-    assert len(lengths) == batch * attention.num_kv_heads and sum(lengths) == len(key), "one length a segment"
+    if key.shape[1:] != (attention.head_dim,):
+        raise CacheFileError(f"keys have {tuple(key.shape[1:])} numbers a head, the model {attention.head_dim}")
+    whole = all(isinstance(length, int) and length >= 0 for length in lengths)
+    if not whole or len(lengths) != batch * attention.num_kv_heads or sum(lengths) != len(key):
+        raise CacheFileError("cannot be used: one length a segment, together as many as there are entries, is needed")
     layer.lazy_initialization(key.view(1, 1, *key.shape))
     layer.batch_size = batch
     layer.store = SegmentStore(batch, attention.num_kv_heads, buffers, lengths, lengths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +16,50 @@ from .seams import AttentionCall, AttentionFunction, AttentionLayer, Interceptor
 from .segments import Segments
 
 
-class Attached(Interceptor):
+class GatedInterceptor(Interceptor):
+    """Runs gates beside a model's layers and keeps what they said in the last forward."""
+
+    def __init__(self, gates: RetentionGates) -> None:
+        self.gates = gates
+        self._log_beta: dict[int, torch.Tensor] = {}
+
+    def log_beta(self) -> torch.Tensor:
+        """log β of the last forward (with its prompt, if it had one), with its graph.
+
+        Returns:
+            `(layers, batch, num_kv_heads, seq_len)` fp32.
+        Raises:
+            RuntimeError: the model has not run inside this context.
+        """
+        if len(self._log_beta) != len(self.gates.layer_indices):
+            raise RuntimeError("log_beta() needs a forward of the attached model first")
+        device = self.gates.bias.device
+        return torch.stack([self._log_beta[index].to(device) for index in self.gates.layer_indices])
+
+
+def attention_call(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]) -> AttentionCall:
+    """The call that answers for a layer with `attend(query, key, value, scaling)`, `(batch, num_heads, q_len, dim)`."""
+
+    def call(
+        base: AttentionFunction,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if dropout:
+            raise ValueError(f"attention dropout is {dropout}; gated attention accepts 0 (set attention_dropout=0)")
+        output = attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        return output.transpose(1, 2).contiguous(), None
+
+    return call
+
+
+class Attached(GatedInterceptor):
     """What `attach` yields.
 
     Attributes:
@@ -25,21 +68,10 @@ class Attached(Interceptor):
     """
 
     def __init__(self, model: PreTrainedModel, gates: RetentionGates, implementation: Implementation) -> None:
-        self.model, self.gates = model, gates
+        super().__init__(gates)
+        self.model = model
         self.implementation: Implementation = implementation
         self.segments: Segments | None = None
-        self._log_beta: dict[int, torch.Tensor] = {}
-
-    def log_beta(self) -> torch.Tensor:
-        """log β of the last forward, `(layers, batch, num_kv_heads, seq_len)` fp32, with its graph.
-
-        Raises:
-            RuntimeError: the model has not run inside this context.
-        """
-        if len(self._log_beta) != len(self.gates.layer_indices):
-            raise RuntimeError("log_beta() needs a forward of the attached model first")
-        device = self.gates.bias.device
-        return torch.stack([self._log_beta[index].to(device) for index in self.gates.layer_indices])
 
     def again(self) -> AbstractContextManager[Any]:
         """Re-attaches while gradient checkpointing runs layers of the last forward again, after the block has ended."""
@@ -62,24 +94,10 @@ class Attached(Interceptor):
         assert self.segments is not None
         segments, implementation = self.segments, self.implementation
 
-        def attend(
-            base: AttentionFunction,
-            module: nn.Module,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attention_mask: Any,
-            scaling: float | None = None,
-            dropout: float = 0.0,
-            **kwargs: Any,
-        ) -> tuple[torch.Tensor, None]:
-            if dropout:
-                raise ValueError(f"attention dropout is {dropout}; gated attention accepts 0 (set attention_dropout=0)")
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            output = gated_attention(query, key, value, log_beta, scale, segments, implementation)
-            return output.transpose(1, 2).contiguous(), None
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+            return gated_attention(query, key, value, log_beta, scaling, segments, implementation)
 
-        return attend
+        return attention_call(attend)
 
 
 @contextmanager

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .attach import GatedInterceptor, attention_call
 from .gates import RetentionGates
 from .ops import biased_attention, gated_attention_after
-from .seams import AttentionCall, AttentionFunction, AttentionLayer, Interceptor, intercept, text_config, text_decoder
+from .seams import AttentionCall, AttentionLayer, Interceptor, intercept, text_config, text_decoder
 from .soft_eviction import SoftEviction
 
 
@@ -68,27 +69,17 @@ def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor) -> Prompt:
     return Prompt(reader.hidden_states, cache, input_ids.shape[1])
 
 
-class AttachedAfter(Interceptor):
+class AttachedAfter(GatedInterceptor):
     """What `attach_after` yields."""
 
     def __init__(self, gates: RetentionGates, prompt: Prompt, eviction: SoftEviction | None) -> None:
-        self.gates, self.prompt = gates, prompt
-        self._log_beta: dict[int, torch.Tensor] = {}
+        super().__init__(gates)
+        self.prompt = prompt
         self._of_prompt = {index: gates.log_beta(index, prompt.hidden_states[index]) for index in gates.layer_indices}
         self._log_weight: dict[int, torch.Tensor] = {}
         if eviction is not None:
             weights = eviction.log_weight(torch.stack(list(self._of_prompt.values())))
             self._log_weight = dict(zip(gates.layer_indices, weights, strict=True))
-
-    def log_beta(self) -> torch.Tensor:
-        """log β of prompt and last forward, `(layers, batch, num_kv_heads, prompt_len + seq_len)` fp32, with its graph.
-
-        Raises:
-            RuntimeError: the model has not run inside this context.
-        """
-        if len(self._log_beta) != len(self.gates.layer_indices):
-            raise RuntimeError("log_beta() needs a forward of the attached model first")
-        return torch.stack([self._log_beta[index] for index in self.gates.layer_indices])
 
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._log_beta = {}
@@ -102,24 +93,12 @@ class AttachedAfter(Interceptor):
         if self._log_weight:
             bias = nn.functional.pad(self._log_weight[index], (0, hidden_states.shape[1]))
 
-        def attend(
-            base: AttentionFunction,
-            module: nn.Module,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attention_mask: Any,
-            scaling: float | None = None,
-            **kwargs: Any,
-        ) -> tuple[torch.Tensor, None]:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
             if bias is None:
-                output = gated_attention_after(query, key, value, log_beta, scale)
-            else:
-                output = biased_attention(query, key, value, bias, scale)
-            return output.transpose(1, 2).contiguous(), None
+                return gated_attention_after(query, key, value, log_beta, scaling)
+            return biased_attention(query, key, value, bias, scaling)
 
-        return attend
+        return attention_call(attend)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class Config:
     """Trained gates for the retention policy: a folder or Hub id."""
     budget: int | float = 0.2
     """Entries that stay, per head on average: a share of the tokens seen (0.2), or a number (256)."""
-    scope: Literal["auto", "global", "layer", "head"] = "auto"
+    scope: Literal["auto", "global", "layer", "head", "pyramid"] = "auto"
     """Who competes for the budget: all heads, the heads of a layer, or each head alone; auto is the policy's choice."""
     sinks: int = 4
     """First tokens that always stay."""

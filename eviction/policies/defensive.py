@@ -10,7 +10,7 @@ import torch
 from .aggregation import defensive_aggregate, flat_prior, mass_protection, pool_and_renormalise, worst_case
 from .base import Policy
 from .value_norms import value_norms
-from .window import last_queries, mean_over_queries, own_entries, window_attention
+from .window import check_window, last_queries, mean_over_queries, own_entries, window_attention
 
 if TYPE_CHECKING:
     from ..view import LayerView
@@ -46,11 +46,7 @@ class Defensive(Policy):
     default_scope: ClassVar[str] = "layer"
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        if self.window < 1:
-            raise ValueError(f"{name}'s window must be at least 1, got {self.window}")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"{name}'s kernel must be odd, got {self.kernel}")
+        check_window(type(self).__name__, self.window, self.kernel)
         if self.value_norm not in VALUE_NORMS:
             raise ValueError(f"unknown value_norm {self.value_norm!r}; known: {', '.join(VALUE_NORMS)}")
 

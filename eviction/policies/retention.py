@@ -14,27 +14,28 @@ if TYPE_CHECKING:
     from ..view import LayerView
 
 
-def log_retention(view: LayerView, ahead: int = 0) -> torch.Tensor:
-    """`(T + 1 + ahead - i) · log β_i`, fp32 `(batch, num_kv_heads, n)`: the log of the retention so many tokens on."""
-    age = view.time.view(-1, 1, 1) + 1 + ahead - view.positions
+def log_retention(view: LayerView) -> torch.Tensor:
+    """`(T + 1 - i) · log β_i`, fp32 `(batch, num_kv_heads, n)`: the log of the retention at the next token."""
+    age = view.time.view(-1, 1, 1) + 1 - view.positions
     return age.float() * view.log_beta
 
 
 @dataclass(frozen=True)
 class Retention(Policy):
-    """`score_i = (T + 1 + lookahead - i) · log β_i`, the log of the retention β^(T+1-i) at the next token, or later.
+    """`score_i = (T + 1 - i) · log β_i`, the log of the retention β^(T+1-i) at the next token.
 
     Source: TRIM-KV and DBTrimKV (Bui et al., "Cache What Lasts" and "Make Each Token Count"). Needs trained gates;
     scores of different layers and heads are comparable, hence the global scope.
 
     Attributes:
-        lookahead: judge by the retention so many tokens after the next: the larger, the more β counts against age.
+        lookahead: n, how many of the next tokens to judge by: `log Σ_{s=1..n} β^(T+s-i)`, the use expected over them;
+            the larger, the more β counts against age.
         threshold: an entry whose retention at the next token is below it, in (0, 1), never stays: at an eviction it
             goes even if the budget has room. Evictions run when the budget is exceeded; sinks and recent tokens of the
             plan stay.
     """
 
-    lookahead: int = 0
+    lookahead: int = 1
     threshold: float | None = None
 
     name: ClassVar[str] = "retention"
@@ -42,13 +43,20 @@ class Retention(Policy):
     default_scope: ClassVar[str] = "global"
 
     def __post_init__(self) -> None:
-        if self.lookahead < 0:
-            raise ValueError(f"lookahead must not be negative, got {self.lookahead}")
+        if self.lookahead < 1:
+            raise ValueError(f"lookahead must be at least 1 token, got {self.lookahead}")
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise ValueError(f"threshold is a retention in (0, 1), or None, got {self.threshold}")
 
     def score(self, view: LayerView) -> torch.Tensor:
-        score = log_retention(view, self.lookahead)
-        if self.threshold is None:
-            return score
-        return score.masked_fill(log_retention(view) < math.log(self.threshold), -torch.inf)
+        now = log_retention(view)
+        score = now
+        if self.lookahead > 1:
+            score = now + log_geometric_sum(view.log_beta, self.lookahead)
+        return score if self.threshold is None else score.masked_fill(now < math.log(self.threshold), -torch.inf)
+
+
+def log_geometric_sum(log_beta: torch.Tensor, n: int) -> torch.Tensor:
+    """`log (1 + β + … + β^(n-1))`, shaped as `log_beta`; log n at β = 1."""
+    rate = log_beta.double().clamp(max=-1e-12)  # below, the quotient is n to double precision
+    return (torch.expm1(n * rate) / torch.expm1(rate)).log().to(log_beta.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .base import Policy
-from .window import mean_over_queries, own_entries, window_attention
+from .window import check_window, mean_over_queries, own_entries, window_attention
 
 if TYPE_CHECKING:
     from ..view import LayerView
@@ -38,11 +38,7 @@ class SnapKV(Policy):
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        if self.window < 1:
-            raise ValueError(f"{name}'s window must be at least 1, got {self.window}")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"{name}'s kernel must be odd, got {self.kernel}")
+        check_window(type(self).__name__, self.window, self.kernel)
         if self.pool not in POOLS:
             raise ValueError(f"unknown pool {self.pool!r}; known: {', '.join(POOLS)}")
 

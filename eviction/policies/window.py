@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from ..view import LayerView
 
 
+def check_window(policy: str, window: int, kernel: int) -> None:
+    """Raises ValueError unless `window` is at least 1 and the pooling's `kernel` odd."""
+    if window < 1:
+        raise ValueError(f"{policy}'s window must be at least 1, got {window}")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{policy}'s kernel must be odd, got {kernel}")
+
+
 def window_attention(view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> torch.Tensor:
     """Causal softmax of each query over all entries of its key/value head.
 

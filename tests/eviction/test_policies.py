@@ -34,6 +34,7 @@ from tenure.eviction import (
     policy_names,
 )
 from tenure.eviction.policies.base import NEEDS
+from tenure.eviction.policies.retention import log_geometric_sum
 
 MATRIX: list[Policy] = [
     Retention(),
@@ -155,7 +156,7 @@ def test_defaults_of_those_that_share_a_budget_between_heads():
         ("lagkv", {"lag": 0}, "lag must be at least 1 entry, got 0"),
         ("lagkv", {"first": -1}, "first must not be negative, got -1"),
         ("h2o", {"recent": 2.0}, r"share of the budget in \[0, 1\], got 2.0"),
-        ("retention", {"lookahead": -1}, "lookahead must not be negative, got -1"),
+        ("retention", {"lookahead": 0}, "lookahead must be at least 1 token, got 0"),
         ("retention", {"threshold": 1.0}, r"threshold is a retention in \(0, 1\), or None, got 1.0"),
     ],
 )
@@ -188,7 +189,10 @@ def test_lookahead_judges_later_and_a_threshold_lets_go(hand_view):
     age = torch.tensor([5.0, 4.0, 3.0, 2.0])  # T + 1 - i with T = 4
     view = hand_view(Retention(), torch.ones(1, 1, 4, 2), log_beta=log_beta)
     torch.testing.assert_close(Retention().score(view), age * log_beta)
-    torch.testing.assert_close(Retention(lookahead=10).score(view), (age + 10) * log_beta)
+    expected = torch.stack([((age + s) * log_beta).exp() for s in range(10)]).sum(0).log()
+    torch.testing.assert_close(Retention(lookahead=10).score(view), expected)
+    unfading = log_geometric_sum(torch.tensor([0.0, -1e-9, -1e-4]), 10)  # n at β = 1
+    torch.testing.assert_close(unfading, torch.tensor([10.0, 10.0, 9.99551]).log())
     below = Retention(threshold=0.5).score(view)  # the retentions are 0.08, 0.67, 0.41, 0.67
     assert (below == -torch.inf).tolist() == [[[True, False, True, False]]]
     torch.testing.assert_close(below[0, 0, 1::2], (age * log_beta)[0, 0, 1::2])
