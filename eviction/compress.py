@@ -9,6 +9,7 @@ import torch
 from .allocate import Allocation, Layout
 from .budget import Plan
 from .layer import RaggedLayer
+from .policies.base import Policy
 from .select import select_top, top_of_each_head
 from .view import LayerView
 
@@ -56,6 +57,7 @@ def choose(
     for index, layer in enumerate(layers):
         allowed = [0 if share is None else share.shares[index] for share in shares]
         view = LayerView(layer, time, query_positions, plan.policy, time.new_tensor(allowed))
+        conclude(layer, plan.policy, view, evicting)
         score = _checked(plan, layer.layer_idx, plan.policy.score(view), view.valid)
         score = torch.where(evicting, score, 0.0)  # a row that keeps everything keeps -inf as well
         score = score.masked_fill(kept_anyway.mask(view.positions, index), torch.inf)
@@ -72,6 +74,21 @@ def choose(
         _compete([score], [place], [share and share.groups[index] for share in shares])[0]
         for index, (score, place) in enumerate(zip(scores, positions, strict=True))
     ]
+
+
+def conclude(layer: RaggedLayer, policy: Policy, view: LayerView, evicting: torch.Tensor) -> None:
+    """Stores what the policy concludes about the rows that evict; the others must not depend on when these do.
+
+    Args:
+        evicting: bool `(batch, 1, 1)`.
+    """
+    new = {
+        policy.state_key(state): torch.where(evicting, values, view.state(state))
+        for state, values in policy.conclude(view).items()
+    }
+    if new:
+        assert layer.store is not None, "the layer has entries"
+        layer.store.set_states(new)
 
 
 class _Protection:

@@ -77,6 +77,8 @@ class Observers:
         if step.valid is not None:
             positions = positions.masked_fill(~step.valid, -1)
         for policy in self.policies:
+            if not policy.observes:
+                continue
             view = LayerView(layer, time, None, policy)
             new = policy.observe(view, queries, positions)
             store.set_states({policy.state_key(state): values for state, values in new.items()})

@@ -47,6 +47,31 @@ def top_of_each_head(scores: torch.Tensor, positions: torch.Tensor, k: list[int]
     return select_top(scores.flatten(0, 1), k, lambda: positions.flatten(0, 1)).view(scores.shape)
 
 
+def top_by_mass(values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """Marks the fewest highest values of each row whose sum reaches `mass`; of equal ones the last.
+
+    Cost is linear in the number of values: the lowest one that is needed is found bit by bit, no sort.
+
+    Args:
+        values: fp32 `(..., n)`, not negative, no NaN.
+        mass: fp32 `(...)`; nothing is marked for 0 or less, everything for more than there is.
+
+    Returns:
+        bool `(..., n)`.
+    """
+    bits = values.contiguous().view(torch.int32)  # not negative: ordered as the numbers are
+    needed = mass.unsqueeze(-1)
+    least = torch.zeros_like(needed, dtype=torch.int32)
+    for bit in reversed(range(31)):
+        higher = least | (1 << bit)
+        reached = values.masked_fill(bits < higher, 0.0).sum(-1, keepdim=True) >= needed
+        least = torch.where(reached, higher, least)
+    above, ties = bits > least, bits == least
+    missing = (needed - values.masked_fill(~above, 0.0).sum(-1, keepdim=True)) / least.view(torch.float32)
+    last_first = ties.flip(-1).cumsum(-1).flip(-1)
+    return (above | (ties & (last_first - 1 < missing))) & (needed > 0)
+
+
 def _kth_highest(values: torch.Tensor, k: list[int]) -> torch.Tensor:
     """The `k[i]`-th highest value of each row, `(rows, 1)`: the highest possible for k <= 0, the lowest for k > n."""
     n = values.shape[1]

@@ -222,7 +222,7 @@ class SegmentStore:
 
     def fork(self) -> SegmentStore:
         """A copy that shares the buffers; whichever side writes first takes its own."""
-        other = SegmentStore(self.batch, self.num_kv_heads, self.buffers, self.lengths, self.rooms)
+        other = SegmentStore(self.batch, self.num_kv_heads, dict(self.buffers), self.lengths, self.rooms)
         self.shared = other.shared = True
         return other
 

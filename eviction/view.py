@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .policies.window import window_attention
 from .projection import output_weight
 from .rotary import Rotary
 
@@ -133,3 +134,8 @@ class LayerView:
         assert data is not None
         index = self._newest[:, None, :, None].expand(-1, data.shape[1], -1, data.shape[3])
         return data.gather(2, index)
+
+    @cached_property
+    def window_attention(self) -> torch.Tensor:
+        """fp32 `(batch, num_kv_heads, num_kv_groups, window, n)`: what `queries` attend to, see `window_attention`."""
+        return window_attention(self, self.queries, self.query_positions)

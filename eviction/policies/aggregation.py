@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from ..select import top_by_mass, top_of_each_head
+
 MASS = 0.9  # attention that the protected entries and the window cover together
 
 
@@ -52,8 +54,8 @@ def mass_protection(
 ) -> torch.Tensor:
     """The fewest entries of each head that cover, with the window, `MASS` of the mean attention.
 
-    Entries are taken in the order of their mean attention. The released code measures the window's mass after it has
-    cut the window off; here it is that of the window.
+    Entries are taken in the order of their mean attention, of equal ones the last. The released code measures the
+    window's mass after it has cut the window off; here it is that of the window.
 
     Args:
         mean: fp32 `(batch, num_kv_heads, n)`: attention, mean over queries and heads of the group.
@@ -65,8 +67,9 @@ def mass_protection(
         bool `(batch, num_kv_heads, n)`.
     """
     mean = mean.masked_fill(~counted, 0.0)
-    mass, order = mean.sort(dim=2, descending=True, stable=True)
-    before = mass.cumsum(2) - mass
-    place = torch.arange(mean.shape[2], device=mean.device)
-    taken = (before < (MASS - window_mass).unsqueeze(2)) & (place < most.view(-1, 1, 1))
-    return torch.zeros_like(taken).scatter_(2, order, taken) & counted
+    covering = top_by_mass(mean, MASS - window_mass) & counted
+    if not bool((covering.sum(2) > most.view(-1, 1)).any()):
+        return covering
+    place = torch.arange(mean.shape[2], device=mean.device).expand(mean.shape)
+    each = [int(k) for k in most.tolist() for _ in range(mean.shape[1])]
+    return top_of_each_head(mean.masked_fill(~covering, -torch.inf), place, each)

@@ -17,13 +17,13 @@ class Policy(ABC):
     """Scores a layer's entries; a subclass is a frozen dataclass of its options, which are plain numbers and strings.
 
     A policy keeps nothing between calls and writes to nothing it is shown: what it wants remembered of an entry it
-    names in `states` and gives back from `observe`. Rows must be scored independently: a row's scores may depend only
-    on that row's entries.
+    names in `states` and gives back from `observe` or `conclude`. Rows must be scored independently: a row's scores may
+    depend only on that row's entries.
 
     Attributes:
         name: the name in the registry.
         needs: what the runtime must record or show, out of `NEEDS`.
-        states: what `observe` keeps of every entry, fp32 by name; 0 when the entry is written.
+        states: what is kept of every entry between calls, fp32 by name; 0 when the entry is written.
         default_scope: the scope used when the user names none.
         default_floor: the share of the per-head budget that every head is guaranteed in the scopes "layer" and "global"
             when the user names none (`Plan.floor`).
@@ -53,7 +53,9 @@ class Policy(ABC):
         """
 
     def observe(self, view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Called in every forward, once the layer's new entries are stored, if the policy has `states`.
+        """Called in every forward, once the layer's new entries are stored, if the policy overrides it.
+
+        It costs time at every decoded token; what an eviction can find out by itself belongs into `conclude`.
 
         Args:
             view: the layer with its new entries; `view.state(name)` is what was kept so far. The log β of a single
@@ -64,6 +66,19 @@ class Policy(ABC):
         Returns:
             The new values of those states that change, fp32 `(batch, num_kv_heads, n)`; arbitrary where not
             `view.valid`.
+        """
+        return {}
+
+    @property
+    def observes(self) -> bool:
+        """Whether it wants to see every forward."""
+        return type(self).observe is not Policy.observe
+
+    def conclude(self, view: LayerView) -> dict[str, torch.Tensor]:
+        """Called before `score` at each eviction: what the policy wants kept of the entries for the evictions to come.
+
+        Returns:
+            The new values of those states that change, as `observe`; `view.state` then gives them to `score`.
         """
         return {}
 

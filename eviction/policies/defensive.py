@@ -10,7 +10,7 @@ import torch
 from .aggregation import defensive_aggregate, flat_prior, mass_protection, pool_and_renormalise, worst_case
 from .base import Policy
 from .value_norms import value_norms
-from .window import check_window, last_queries, mean_over_queries, own_entries, window_attention
+from .window import check_window, mean_over_queries, own_entries
 
 if TYPE_CHECKING:
     from ..view import LayerView
@@ -25,9 +25,9 @@ class Defensive(Policy):
     Source: "Taming the Fragility of KV Cache Eviction" (Feng et al., ICLR 2026); options as in the released code. The
     steps are in `aggregation`. Beside the window, the entries that cover 0.9 of its attention are kept.
 
-    The paper compresses a prompt once. Here the worst case is a running maximum over all windows: in every forward the
-    last `window` queries observe the entries outside the window, so that a prompt may come in chunks and decoding goes
-    on observing. In one forward it is the paper's. Windows of tokens that are taken back stay in the maximum.
+    The paper compresses a prompt once. Here the worst case is a running maximum over the windows of all evictions: at
+    each the last `window` queries observe the entries outside the window, so that a prompt may come in chunks, and
+    decoding costs nothing between evictions. For a prompt that is evicted once it is the paper's.
 
     Attributes:
         window: how many of the last queries observe; their own entries are kept.
@@ -54,25 +54,33 @@ class Defensive(Policy):
     def window_size(self) -> int:
         return self.window
 
-    def observe(self, view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    def conclude(self, view: LayerView) -> dict[str, torch.Tensor]:
         counted = view.valid & ~own_entries(view, self.window)
-        attention = window_attention(view, *last_queries(queries, query_positions, self.window))
+        attention = view.window_attention
         worst = worst_case(pool_and_renormalise(attention, counted, self.kernel))
         new = {"worst": torch.maximum(view.state("worst"), worst)}
         if self.value_norm != "none":
-            new["value"] = self._values(view, (query_positions >= 0).sum(1), queries.shape[2])
+            new["value"] = self._values(view)
         return new
 
-    def _values(self, view: LayerView, added: torch.Tensor, most: int) -> torch.Tensor:
-        """The state `value` with that of the newest entries, which all heads still have: `added[row]` <= `most`."""
-        first = view.valid.sum(2, keepdim=True) - added.view(-1, 1, 1)
-        index = (first + torch.arange(most, device=first.device)).clamp(0, view.shape[2] - 1)
-        values = view.values.gather(2, index.unsqueeze(3).expand(-1, -1, -1, view.values.shape[3]))
+    def _values(self, view: LayerView) -> torch.Tensor:
+        """The state `value` with that of the entries since the last eviction, which all heads still have."""
+        value, n = view.state("value"), view.shape[2]
+        index = torch.arange(n, device=value.device)
+        known = ((index + 1) * (view.valid & (value > 0))).amax(2)
+        stored = view.valid.sum(2)
+        added = (stored - known).amin(1)
+        most = int(added.max())
+        if most == 0:
+            return value
+        first = (stored - added.view(-1, 1)).unsqueeze(2)
+        newest = (first + torch.arange(most, device=first.device)).clamp(max=n - 1)
+        values = view.values.gather(2, newest.unsqueeze(3).expand(-1, -1, -1, view.values.shape[3]))
         norms = value_norms(values, view.output_weight)
         if self.value_norm == "heads":
             norms = (norms / norms.sum(1, keepdim=True)).nan_to_num(0.0)
-        slot = torch.arange(view.shape[2], device=first.device) - first
-        return torch.where(slot >= 0, norms.gather(2, slot.clamp(0, most - 1)), view.state("value"))
+        slot = index - first
+        return torch.where(slot >= 0, norms.gather(2, slot.clamp(0, most - 1)), value)
 
     def score(self, view: LayerView) -> torch.Tensor:
         own = own_entries(view, self.window)
@@ -84,7 +92,7 @@ class Defensive(Policy):
                 total = value.masked_fill(~counted, 0.0).sum(2, keepdim=True)
                 value = value / total.clamp(min=torch.finfo(torch.float32).tiny)
             score = score * value
-        mean = mean_over_queries(window_attention(view, view.queries, view.query_positions), view.query_positions)
+        mean = mean_over_queries(view.window_attention, view.query_positions)
         window_mass = mean.masked_fill(~own, 0.0).sum(2)
         needed = mass_protection(mean, window_mass, counted, view.budget - self.window)
         return score.masked_fill(needed | own, torch.inf)

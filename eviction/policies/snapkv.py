@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .base import Policy
-from .window import check_window, mean_over_queries, own_entries, window_attention
+from .window import check_window, mean_over_queries, own_entries
 
 if TYPE_CHECKING:
     from ..view import LayerView
@@ -48,7 +48,7 @@ class SnapKV(Policy):
 
     def score(self, view: LayerView) -> torch.Tensor:
         observers = view.query_positions  # (batch, window), -1 where a row has fewer
-        mean = mean_over_queries(window_attention(view, view.queries, observers), observers)
+        mean = mean_over_queries(view.window_attention, observers)
         own = own_entries(view, self.window)
         mean = mean.masked_fill(own | ~view.valid, 0.0)
         pooling = F.avg_pool1d if self.pool == "avg" else F.max_pool1d

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .base import Policy
-from .window import own_entries, window_attention
+from .window import own_entries
 
 if TYPE_CHECKING:
     from ..view import LayerView
@@ -30,7 +30,7 @@ class TOVA(Policy):
         return 1
 
     def score(self, view: LayerView) -> torch.Tensor:
-        attention = window_attention(view, view.queries, view.query_positions).squeeze(3).mean(2)
+        attention = view.window_attention.squeeze(3).mean(2)
         # Heads may store different tokens: the mean is over those at the same position.
         place = view.positions.clamp(min=0).flatten(1)
         total = attention.new_zeros(view.shape[0], int(view.time.max()))

@@ -55,17 +55,3 @@ def mean_over_queries(attention: torch.Tensor, query_positions: torch.Tensor) ->
 def own_entries(view: LayerView, window: int) -> torch.Tensor:
     """bool `(batch, num_kv_heads, n)`: the entries of the last `window` tokens."""
     return view.positions >= (view.time - window).view(-1, 1, 1)
-
-
-def last_queries(
-    queries: torch.Tensor, query_positions: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last `count` real queries of each row and their positions, ascending; -1 where a row has fewer.
-
-    Args:
-        queries: `(batch, num_heads, q_len, head_dim)`.
-        query_positions: int64 `(batch, q_len)`, -1 for padding.
-    """
-    newest = query_positions.topk(min(count, query_positions.shape[1]), dim=1).indices.flip(1)
-    index = newest[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
-    return queries.gather(2, index), query_positions.gather(1, newest)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
 import pytest
 import torch
 
-from tenure.eviction import Defensive, LayerDefensive, LayerView, Policy, SnapKV, evict
+from tenure.eviction import Defensive, LayerDefensive, LayerView, SnapKV, evict
+from tenure.eviction.compress import conclude
 from tenure.eviction.policies.aggregation import (
     defensive_aggregate,
     flat_prior,
@@ -17,7 +15,7 @@ from tenure.eviction.policies.aggregation import (
     worst_case,
 )
 from tenure.eviction.policies.value_norms import value_norms
-from tenure.eviction.policies.window import last_queries, own_entries, window_attention
+from tenure.eviction.policies.window import own_entries, window_attention
 
 
 def test_window_attention_by_hand(hand_view):
@@ -31,16 +29,6 @@ def test_window_attention_by_hand(hand_view):
     torch.testing.assert_close(attention, torch.tensor(expected).view(1, 1, 2, 2, 3))
     missing = window_attention(view, view.queries, torch.tensor([[-1, 2]]))
     assert missing[0, 0, :, 0].eq(0).all(), "a query that does not exist attends to nothing"
-
-
-def test_last_queries_of_rows_with_padding():
-    queries = torch.arange(5.0).view(1, 1, 5, 1).expand(2, 1, 5, 1)
-    positions = torch.tensor([[7, 8, 9, 10, 11], [-1, -1, -1, 4, 5]])
-    chosen, places = last_queries(queries, positions, 3)
-    assert places.tolist() == [[9, 10, 11], [-1, 4, 5]]
-    assert chosen[0, 0, :, 0].tolist() == [2, 3, 4]
-    assert chosen[1, 0, 1:, 0].tolist() == [3, 4]
-    assert last_queries(queries, positions, 9)[1].shape == (2, 5)
 
 
 def test_pool_and_renormalise_by_hand():
@@ -163,56 +151,61 @@ def test_a_prompt_in_one_forward_equals_loops(tiny_model, prompt, family, option
         model(ids, attention_mask=mask, past_key_values=cache)
         for layer in cache.ragged:
             view = LayerView(layer, cache.tokens_seen, cache.query_positions, policy, torch.tensor([9, 8]))
+            conclude(layer, policy, view, torch.ones(2, 1, 1, dtype=torch.bool))
             expected, got = naive_scores(view, policy), policy.score(view)
             torch.testing.assert_close(got[view.valid], expected[view.valid], atol=1e-5, rtol=1e-4)
             assert 0 < got[0].isinf().sum() < got[0].numel()
 
 
-@dataclass(frozen=True)
-class Spy(Policy):
-    """Keeps what every forward showed."""
-
-    seen: Any = field(default=None, repr=False, compare=False)
-
-    name: ClassVar[str] = "spy"
-    states: ClassVar[tuple[str, ...]] = ("looked",)
-
-    def observe(self, view, queries, query_positions):
-        self.seen.append((view.layer_idx, view.keys.clone(), view.positions.clone(), queries, query_positions))
-        return {"looked": view.state("looked") + 1}
-
-    def score(self, view):
-        return view.state("looked")
+@torch.no_grad()
+def test_the_worst_case_is_the_maximum_over_the_windows_of_all_evictions(tiny_llama, prompt):
+    """Chunks of 9, 12 and 6 tokens, an eviction that keeps everything after each but the second; then a fork's own."""
+    ids, policy = prompt(1, 27), Defensive(window=6, kernel=3)
+    with evict(tiny_llama, "full", observe=[policy]) as session:
+        cache = session.new_cache()
+        expected = [torch.zeros(1, 2, 27) for _ in range(3)]
+        for start, stop, evicts in ((0, 9, True), (9, 21, False), (21, 27, True)):
+            tiny_llama(ids[:, start:stop], past_key_values=cache)
+            if not evicts:
+                continue
+            for layer, worst in zip(cache.ragged, expected, strict=True):
+                view = LayerView(layer, cache.tokens_seen, cache.query_positions, policy)
+                for head in range(2):
+                    outside = view.positions[0, head] < stop - 6
+                    for g in range(2):
+                        for query, place in zip(view.queries[0, head * 2 + g], view.query_positions[0], strict=True):
+                            logits = view.keys[0, head] @ query * view.scaling
+                            seen = view.positions[0, head] <= place
+                            weights = logits.masked_fill(~seen, -torch.inf).softmax(0) * outside
+                            near = torch.nn.functional.avg_pool1d(weights.view(1, 1, -1), 3, 1, 1).flatten() * outside
+                            part = worst[0, head, :stop]
+                            part.copy_(torch.maximum(part, near * weights.sum() / near.sum()))
+            cache.compress(policy, budget=stop)
+        views = [LayerView(layer, cache.tokens_seen, None, policy) for layer in cache.ragged]
+        for view, worst in zip(views, expected, strict=True):
+            torch.testing.assert_close(view.state("worst"), worst, atol=1e-6, rtol=1e-4)
+        before = [view.state("worst").clone() for view in views]
+        fork = cache.fork()
+        tiny_llama(prompt(1, 8), past_key_values=fork)
+        fork.compress(policy, budget=35)
+        for layer, old in zip(cache.ragged, before, strict=True):
+            kept = LayerView(layer, cache.tokens_seen, None, policy).state("worst")
+            assert torch.equal(kept, old), "what the fork concludes is its own"
 
 
 @torch.no_grad()
-def test_the_worst_case_is_the_maximum_over_the_windows_of_all_forwards(tiny_llama, prompt):
-    """Chunks of 9, 12 and 1 tokens, then five single ones: each window against what is then outside of it."""
-    ids, policy, spy = prompt(1, 27), Defensive(window=6, kernel=3), Spy(seen=[])
-    with evict(tiny_llama, "full", observe=[policy, spy]) as session:
+def test_a_row_does_not_conclude_when_another_evicts(tiny_llama, prompt):
+    """The first row is long enough to evict, the second is not: its states stay as they are."""
+    policy, ids = Defensive(window=4), prompt(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0
+    with evict(tiny_llama, policy, 20, sinks=0, recent=4, buffer=4) as session:
         cache = session.new_cache()
-        for start, stop in ((0, 9), (9, 21), (21, 22), *((i, i + 1) for i in range(22, 27))):
-            tiny_llama(ids[:, start:stop], past_key_values=cache)
-        views = [LayerView(one, cache.tokens_seen, cache.query_positions, policy) for one in cache.ragged]
-        for layer, view in zip(cache.ragged, views, strict=True):
-            expected = torch.zeros(1, 2, 27)
-            for index, keys, positions, queries, at in spy.seen:
-                if index != layer.layer_idx:
-                    continue
-                for head in range(2):
-                    outside = positions[0, head] < int(at.max()) + 1 - 6
-                    for g in range(2):
-                        for query, place in zip(queries[0, head * 2 + g, -6:], at[0, -6:], strict=True):
-                            logits = keys[0, head] @ query * view.scaling
-                            weights = logits.masked_fill(positions[0, head] > place, -torch.inf).softmax(0) * outside
-                            near = torch.nn.functional.avg_pool1d(weights.view(1, 1, -1), 3, 1, 1).flatten() * outside
-                            scaled = near * weights.sum() / near.sum() if outside.any() else near
-                            part = expected[0, head, : len(scaled)]
-                            part.copy_(torch.maximum(part, scaled))
-            torch.testing.assert_close(view.state("worst"), expected, atol=1e-6, rtol=1e-4)
-            assert LayerView(layer, cache.tokens_seen, None, spy).state("looked")[0, 0].tolist() == [8.0] * 9 + [
-                7.0
-            ] * 12 + [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+        tiny_llama(ids, attention_mask=mask, past_key_values=cache)
+        view = LayerView(cache.ragged[0], cache.tokens_seen, None, policy)
+        for name in policy.states:
+            state = view.state(name).masked_fill(~view.valid, 0.0)
+            assert bool(state[0].any()) and not state[1].any()
 
 
 @torch.no_grad()
@@ -224,9 +217,11 @@ def test_the_value_term_is_that_of_all_heads_when_written(tiny_llama, prompt):
         ids = prompt(1, 60)
         for start, stop in ((0, 40), (40, 55), (55, 56), (56, 60)):
             tiny_llama(ids[:, start:stop], past_key_values=cache)
+        cache.compress()
         cache.check()
         full.plan = full.plan.changed(None, 1.0)
         tiny_llama(ids, past_key_values=full)
+        full.compress(budget=60)
         one, other = cache.kept(0)[0]
         assert one.tolist() != other.tolist(), "heads keep different tokens"
         layer = cache.ragged[0]  # its values do not depend on what was evicted

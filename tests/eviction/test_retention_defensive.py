@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction import Defensive, LayerView, RetentionDefensive, evict, get_policy
+from tenure.eviction.compress import conclude
 from tenure.eviction.policies.retention_defensive import COMBINATIONS, combine
 
 WORST = torch.tensor([[[0.6, 0.1, 0.2, 0.1, 7.0]]])  # mean 0.25, maximum 0.6
@@ -54,6 +55,7 @@ def test_everything_else_is_defensives(tiny_llama, gates_for, prompt):
 
         def scores(policy: Defensive) -> torch.Tensor:
             view = LayerView(cache.ragged[1], cache.tokens_seen, cache.query_positions, policy, torch.tensor([9]))
+            conclude(cache.ragged[1], policy, view, torch.ones(1, 1, 1, dtype=torch.bool))
             return policy.score(view)
 
         expected, seen = scores(plain), []

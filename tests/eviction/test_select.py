@@ -13,7 +13,7 @@ from tenure.eviction.layer import RaggedLayer
 from tenure.eviction.policies import Policy
 from tenure.eviction.protect import Protected
 from tenure.eviction.rows import Rows
-from tenure.eviction.select import select_top
+from tenure.eviction.select import select_top, top_by_mass
 from tenure.eviction.store import SegmentStore
 from tenure.retention.seams import AttentionLayer
 
@@ -35,6 +35,30 @@ def test_select_top_equals_sorting(data):
     orders = [data.draw(st.permutations(range(n))) for _ in rows]
     got = select_top(torch.tensor(rows), k, lambda: torch.tensor(orders))
     assert got.tolist() == [naive_top(*one) for one in zip(rows, k, orders, strict=True)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 0.125, 0.25, 1.0, 3.0]), min_size=1, max_size=9), st.floats(-1, 12, width=32))
+def test_top_by_mass_equals_sorting(values, mass):
+    """The sums are exact, so the number of equal values that are needed is beyond doubt."""
+    expected, total = [False] * len(values), 0.0
+    for i in sorted(range(len(values)), key=lambda i: (values[i], i), reverse=True):
+        if total >= mass:
+            break
+        expected[i], total = True, total + values[i]
+    assert top_by_mass(torch.tensor([values]), torch.tensor([mass])).tolist() == [expected]
+
+
+def test_top_by_mass_of_many_distinct_values():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(3, 5, 400, generator=generator).softmax(-1)
+    mass = torch.rand(3, 5, generator=generator)
+    taken = top_by_mass(values, mass)
+    sums = values.masked_fill(~taken, 0.0).sum(-1)
+    least = values.masked_fill(~taken, torch.inf).amin(-1)
+    assert bool((sums >= mass - 1e-6).all()) and bool((sums - least < mass + 1e-6).all())
+    assert bool((values.masked_fill(taken, 0.0).amax(-1) <= least).all())
+
 
 
 def test_ties_are_broken_only_when_there_are_too_many():
