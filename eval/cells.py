@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..eviction import Budget, Policy, get_policy
+from ..eviction import Budget, Policy, get_policy, policy_text
 from ..eviction.budget import SCOPES
 
 NO_SCOPE = "none"
@@ -33,36 +33,52 @@ class Cell:
         policy: an instance.
         scope: "global", "layer" or "head"; "none" for the full cache.
         budget: share of the context that stays, or entries per head; 1.0 for the full cache.
+        prefill_chunk: the context is read in chunks of so many tokens and compressed after each; None: in one piece.
     """
 
     policy: Policy
     scope: str
     budget: float | int
+    prefill_chunk: int | None = None
 
     @classmethod
-    def of(cls, policy: str | Policy, budget: float | int = 1.0, scope: str | None = None) -> Cell:
+    def of(
+        cls,
+        policy: str | Policy,
+        budget: float | int = 1.0,
+        scope: str | None = None,
+        prefill_chunk: int | None = None,
+    ) -> Cell:
         """A cell with the policy's default scope unless one is given.
 
         Raises:
-            ValueError: unknown policy or scope, or a budget out of range.
+            ValueError: unknown policy or scope, or a budget or chunk out of range.
         """
         chosen = get_policy(policy)
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ValueError(f"chunks must have at least 1 token, got {prefill_chunk}")
         if not chosen.evicts:
             return cls(chosen, NO_SCOPE, 1.0)
         if scope is not None and scope not in SCOPES:
             raise ValueError(f"unknown scope {scope!r}; known: {', '.join(SCOPES)}")
         Budget(budget)
-        return cls(chosen, scope or chosen.default_scope, budget)
+        return cls(chosen, scope or chosen.default_scope, budget, prefill_chunk)
+
+    @property
+    def name(self) -> str:
+        """The policy with its options, and after an @ the chunks if the context is read in some."""
+        text = policy_text(self.policy)
+        return text if self.prefill_chunk is None else f"{text}@{self.prefill_chunk}"
 
     @property
     def key(self) -> tuple[str, str, float | int]:
-        """(policy's name, scope, budget)."""
-        return self.policy.name, self.scope, self.budget
+        """(name, scope, budget)."""
+        return self.name, self.scope, self.budget
 
     @property
     def label(self) -> str:
         """The name shown to people."""
-        return label(self.policy.name, self.scope)
+        return label(self.name, self.scope)
 
     @property
     def evicts(self) -> bool:
@@ -77,14 +93,19 @@ def label(policy: str, scope: str) -> str:
 def parse_cells(names: Iterable[str], budgets: Iterable[float | int]) -> list[Cell]:
     """Cells for names like "retention:global" or "snapkv", each at every budget; the full cache once.
 
+    A name is `POLICY[(OPTION=VALUE,...)][:SCOPE][@CHUNK]`, e.g. "snapkv(window=16):layer@256".
+
     Raises:
-        ValueError: see `Cell.of`.
+        ValueError: see `Cell.of`; a chunk that is no number.
     """
     cells: dict[Any, Cell] = {}
     budgets = list(budgets)
     for name in names:
-        policy, _, scope = name.partition(":")
+        rest, at, chunk = name.partition("@")
+        if at and not chunk.isdecimal():
+            raise ValueError(f"{name!r}: after @ comes the number of a chunk's tokens, got {chunk!r}")
+        policy, _, scope = rest.partition(":")
         for budget in budgets:
-            cell = Cell.of(policy, budget, scope or None)
+            cell = Cell.of(policy, budget, scope or None, int(chunk) if at else None)
             cells.setdefault(cell.key, cell)
     return list(cells.values())

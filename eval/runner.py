@@ -31,7 +31,7 @@ class Record:
 
     Attributes:
         task, length, index, seed, depth: the case.
-        policy, scope, budget: the cell.
+        policy, scope, budget: the cell, its options and chunks with the policy (`Cell.name`).
         correct: the greedy generation contains the answer.
         answer, prediction: what was hidden and what was generated.
         kl: KL to the full cache in nats, the mean over all positions of question and gold answer.
@@ -40,8 +40,8 @@ class Record:
         bytes: bytes allocated for them. With a retention cell among the compared, every cell's entries carry the
             gates' 4 bytes, since they come from one prompt.
         kept_share: entries as a share of the full cache's.
-        seconds: `compress_seconds + read_seconds`, the same work for every cell.
-        compress_seconds: scoring, choosing and moving what stays.
+        seconds: `compress_seconds + read_seconds`, the same work for every cell without chunks.
+        compress_seconds: scoring, choosing and moving what stays; of a context read in chunks, reading it too.
         read_seconds: forwards over the question and the gold answer.
     """
 
@@ -160,11 +160,18 @@ class _CaseRunner:
     def run(self, cell: Cell, inspect: Inspect | None) -> Record:
         case = self.case
         start = self._now()
-        cache = self.cache.fork()
-        if cell.evicts:
-            # Room for question and answer above the budget: nothing more is evicted while they are read.
-            room = len(case.question_ids) + len(case.answer_ids) + EXTRA_TOKENS
-            cache.compress(cell.policy, cell.budget, cell.scope, buffer=room)
+        # Room for question and answer above the budget: nothing more is evicted while they are read.
+        room = len(case.question_ids) + len(case.answer_ids) + EXTRA_TOKENS
+        if cell.prefill_chunk is not None:
+            cache = self.session.new_cache()
+            cache.plan = cache.plan.changed(
+                cell.policy, cell.budget, scope=cell.scope, buffer=room, prefill_chunk=cell.prefill_chunk
+            )
+            read(self.model, cache, case.context_ids, logits_to_keep=1)
+        else:
+            cache = self.cache.fork()
+            if cell.evicts:
+                cache.compress(cell.policy, cell.budget, cell.scope, buffer=room)
         compressed = self._now()
         report = self.session.report(cache)
         if inspect is not None:
@@ -174,7 +181,7 @@ class _CaseRunner:
         prediction = self._generate(asked)
         return Record(
             task=case.task, length=case.length, index=case.index, seed=case.seed, depth=case.depth,
-            policy=cell.policy.name, scope=cell.scope, budget=cell.budget,
+            policy=cell.name, scope=cell.scope, budget=cell.budget,
             correct=case.accepts(prediction), answer=case.answer, prediction=prediction,
             kl=float(kl_to_full(self.reference.logits, asked.logits).mean()),
             top1=float(top1_agreement(self.reference.logits, asked.logits).double().mean()),

@@ -29,6 +29,7 @@ from .policies import (
     StreamingLLM,
     get_policy,
     policy_names,
+    policy_text,
 )
 from .report import Report
 from .session import Session
@@ -63,4 +64,5 @@ __all__ = [
     "evict",
     "get_policy",
     "policy_names",
+    "policy_text",
 ]

@@ -116,20 +116,15 @@ def attention_rows(seq_len: int, runs: int) -> list[Row]:
 
 MEMORY_SCRIPT = """
 import sys
-from tenure.scripts.bench_train import _forward_backward, _status_kib
+from tenure.scripts.bench_train import _forward_backward
+from tenure.scripts.benching import status_kib
 run = _forward_backward(int(sys.argv[1]), sys.argv[2], 3, 1)
 _forward_backward(64, sys.argv[2], 3, 1)()
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
-before = _status_kib("VmRSS")
+before = status_kib("VmRSS")
 run()
-print((_status_kib("VmHWM") - before) / 1024)
+print((status_kib("VmHWM") - before) / 1024)
 """
-
-
-def _status_kib(field: str) -> int:
-    """A field of /proc/self/status in KiB (Linux)."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field))
 
 
 def _peak_mib(seq_len: int, implementation: str) -> float:

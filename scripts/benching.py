@@ -9,6 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 def show(rows: Sequence[Row], title: str) -> None:
     """A table on stdout."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("row", "ours", "peer", "unit", "ratio", "aim", "n", title=title)
+    table = Table(Column("row", no_wrap=True), "ours", "peer", "unit", "ratio", "aim", "n", title=title)
     for row in rows:
         ratio = f"{row.ratio:.3f}" if row.ratio < 0.1 else f"{row.ratio:.2f}"
         peer = "-" if row.peer is None else f"{row.peer:.4g}"
@@ -70,3 +74,23 @@ def write_json(rows: Sequence[Row], path: str) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.write_text(json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False) + "\n")
     os.replace(temporary, target)
+
+
+def status_kib(field: str) -> int:
+    """A field of /proc/self/status in KiB (Linux)."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field))
+
+
+def essay_prompts(tokenizer: Any, count: int, length: int) -> torch.Tensor:
+    """int64 `(count, length)`: the essays of the evaluation split one after the other."""
+    import torch
+
+    from ..training.assets import essays
+
+    ids: list[int] = []
+    for document in essays("eval"):
+        ids += tokenizer(document.text).input_ids
+        if len(ids) >= count * length:
+            return torch.tensor(ids[: count * length]).view(count, length)
+    raise ValueError(f"the essays have {len(ids)} tokens, {count * length} are needed")

@@ -30,6 +30,8 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("generate_text", "Generate text under a KV-cache budget"),
     "inspect": Command("inspect_gates", "Show what is in a gates checkpoint and how long each head remembers"),
     "bench train": Command("bench_train", "Time gated attention, a training step and evicted decoding against peers"),
+    "bench decode": Command("bench_decode", "Time decoding with a fifth of the cache kept against the plain cache"),
+    "bench prefill": Command("bench_prefill", "Time eviction and scoring against the prefill they follow; peak memory"),
     "bench kvpress": Command("compare_kvpress", "Compare what each policy keeps with kvpress, run in its own Python"),
 }
 

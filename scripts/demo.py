@@ -54,8 +54,9 @@ class Config:
     """Documents: `demo` (held-out essays), a text file or a folder."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")] = ("needle", "phrase", "multikey")
     """What is hidden: needle (a number), phrase (three words), multikey (four similar numbers), date."""
-    policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY[:SCOPE] ...")] = POLICIES
-    """What is compared: a policy and, after a colon, who competes (global, layer or head). snapkv:layer is AdaKV."""
+    policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY[:SCOPE][@CHUNK] ...")] = POLICIES
+    """What is compared: a policy, its options if any, e.g. snapkv(window=16); after a colon who competes (global, layer
+    or head); after an @ the tokens of the chunks in which the document is read. snapkv:layer is AdaKV."""
     length: int = 1024
     """Tokens of a document."""
     budgets: tuple[float, ...] = (0.2,)
@@ -132,7 +133,7 @@ def main(config: Config) -> int:
     console.print(demo_output.introduction(config.model, plan, cells))
     pictures = demo_output.Pictures(plan.tasks[0], plan.lengths[0], plan.shown_budget)
     records = _evaluate(model, tokenizer, cases, cells, gates, console, pictures.look)
-    source = None if gates is None else str(find_gates(config))
+    source = None if gates is None else str(find_gates(config.model, config.gates))
     settings = demo_output.settings(config, plan, model, source, time.perf_counter() - started)
     files = [demo_output.save_results(config.out, records, settings)]
     if config.full:
@@ -164,7 +165,7 @@ def _check(config: Config, plan: Plan) -> tuple[list[Cell], RetentionGates | Non
     cells = parse_cells(config.policies, plan.budgets)
     gates = None
     if any("log_beta" in cell.policy.needs for cell in cells):
-        gates = RetentionGates.from_pretrained(find_gates(config))
+        gates = RetentionGates.from_pretrained(find_gates(config.model, config.gates))
     source = resolve_model(config.model)
     from transformers import AutoConfig
 
@@ -174,22 +175,22 @@ def _check(config: Config, plan: Plan) -> tuple[list[Cell], RetentionGates | Non
     return cells, gates, texts
 
 
-def find_gates(config: Config) -> str | Path:
-    """The gates to use: `--gates`, or the shipped ones.
+def find_gates(model: str, gates: str | None) -> str | Path:
+    """The gates to use: those given, or the shipped ones of the demo model.
 
     Raises:
-        ValueError: the shipped gates are not for this model, or are not there.
+        ValueError: none are given and the shipped ones are not for this model, or are not there.
     """
-    if config.gates is not None:
-        return config.gates
-    if config.model != "demo":
-        raise ValueError(f"the shipped gates fit the demo model only: give --gates for {config.model!r}")
+    if gates is not None:
+        return gates
+    if model != "demo":
+        raise ValueError(f"the shipped gates fit the demo model only: give --gates for {model!r}")
     for root in (Path(__file__).resolve().parents[1], Path.cwd()):
         if (root / SHIPPED_GATES).is_dir():
             return root / SHIPPED_GATES
     raise ValueError(
-        f"the shipped gates ({SHIPPED_GATES}) are part of the repository and not of the installed package: run the "
-        "demo in a checkout, or give --gates"
+        f"the shipped gates ({SHIPPED_GATES}) are part of the repository and not of the installed package: run this in "
+        "a checkout, or give --gates"
     )
 
 

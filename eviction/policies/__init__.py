@@ -16,7 +16,7 @@ from .knorm import Knorm
 from .lagkv import LagKV
 from .pyramidkv import PyramidKV
 from .random import Random
-from .registry import get_policy, policy_names
+from .registry import get_policy, policy_names, policy_text
 from .retention import Retention
 from .retention_defensive import RetentionDefensive
 from .snapkv import SnapKV
@@ -45,4 +45,5 @@ __all__ = [
     "StreamingLLM",
     "get_policy",
     "policy_names",
+    "policy_text",
 ]

@@ -6,7 +6,6 @@ Source: "Taming the Fragility of KV Cache Eviction" (Feng et al., ICLR 2026), se
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from ..select import top_by_mass, top_of_each_head
 
@@ -24,13 +23,14 @@ def pool_and_renormalise(attention: torch.Tensor, counted: torch.Tensor, kernel:
     Returns:
         fp32, shaped as `attention`.
     """
-    counted = counted[:, :, None, None]
-    attention = attention.masked_fill(~counted, 0.0)
-    rows = attention.flatten(0, 3).unsqueeze(1)
-    pooled = F.avg_pool1d(rows, kernel, stride=1, padding=kernel // 2).view_as(attention)
-    pooled = pooled.masked_fill(~counted, 0.0)
-    scale = attention.sum(-1, keepdim=True) / pooled.sum(-1, keepdim=True)
-    return pooled * scale.nan_to_num(0.0, posinf=0.0)  # a query that attends to nothing outside its window
+    attention = attention.masked_fill(~counted[:, :, None, None], 0.0)
+    pooled = attention.clone()
+    for shift in range(1, min(kernel // 2, attention.shape[-1] - 1) + 1):
+        pooled[..., shift:] += attention[..., :-shift]
+        pooled[..., :-shift] += attention[..., shift:]
+    pooled.masked_fill_(~counted[:, :, None, None], 0.0)
+    scale = attention.sum(-1, keepdim=True) / pooled.sum(-1, keepdim=True)  # the kernel's width cancels out
+    return pooled.mul_(scale.nan_to_num(0.0, posinf=0.0))  # a query that attends to nothing outside its window
 
 
 def worst_case(pooled: torch.Tensor) -> torch.Tensor:

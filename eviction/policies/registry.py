@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from ast import literal_eval
 from dataclasses import fields, replace
 from typing import Any
 
@@ -54,10 +56,17 @@ def policy_names() -> tuple[str, ...]:
 def get_policy(policy: str | Policy, **options: Any) -> Policy:
     """The policy of that name, or an instance, with these options and for the rest its own.
 
+    Args:
+        policy: a name, with options behind it or not: "snapkv", "snapkv(window=16)", "retention_defensive(combine=max)".
+
     Raises:
         ValueError: no such policy, or no such option of it; the message lists those known.
     """
-    chosen = policy if isinstance(policy, Policy) else _by_name(policy)
+    if isinstance(policy, str):
+        name, given = _parsed(policy)
+        chosen, options = _by_name(name), given | options
+    else:
+        chosen = policy
     known = [field.name for field in fields(chosen)]  # type: ignore[arg-type]  # policies are dataclasses
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -65,6 +74,32 @@ def get_policy(policy: str | Policy, **options: Any) -> Policy:
             f"policy {chosen.name!r} has no option {', '.join(unknown)}; known: {', '.join(known) or 'none'}"
         )
     return replace(chosen, **options) if options else chosen  # type: ignore[type-var]
+
+
+def policy_text(policy: Policy) -> str:
+    """What `get_policy` makes the policy from: its name, and in brackets the options that are not its defaults."""
+    plain = type(policy)()
+    changed = {one.name: getattr(policy, one.name) for one in fields(policy)}  # type: ignore[arg-type]
+    changed = {name: value for name, value in changed.items() if value != getattr(plain, name)}
+    options = ",".join(f"{name}={value}" for name, value in changed.items())
+    return f"{policy.name}({options})" if options else policy.name
+
+
+def _parsed(text: str) -> tuple[str, dict[str, Any]]:
+    """The name, and the options of its brackets: numbers, True, False, None, or words."""
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
+    if match is None:
+        raise ValueError(f"policy {text!r} is not understood: give a name, or NAME(OPTION=VALUE,...)")
+    options = {}
+    for part in filter(None, map(str.strip, (match[2] or "").split(","))):
+        option, equals, value = map(str.strip, part.partition("="))
+        if not equals or not value:
+            raise ValueError(f"policy {text!r} is not understood at {part!r}: options are OPTION=VALUE")
+        try:
+            options[option] = literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[option] = value
+    return match[1], options
 
 
 def _by_name(name: str) -> Policy:

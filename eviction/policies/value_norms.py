@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-PROJECTED = 4096  # projected values, of query heads and entries, that are held at a time
+PROJECTED = 2**19  # projected numbers that are held at a time: few enough for a cache of the processor
 
 
 def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
@@ -21,10 +21,16 @@ def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tens
         fp32 `(batch, num_kv_heads, n)`.
     """
     batch, heads, n, _ = values.shape
-    weight = output_weight.to(values.dtype).unflatten(0, (heads, -1))
-    flat = values.transpose(0, 1).flatten(1, 2)  # (heads, batch * n, value_dim): the weight is not repeated for rows
-    norms = [
-        (part.unsqueeze(1) @ weight).abs().sum(-1, dtype=torch.float32).mean(1)
-        for part in flat.split(max(1, PROJECTED // output_weight.shape[0]), dim=1)
-    ]
-    return torch.cat(norms, dim=1).view(heads, batch, n).transpose(0, 1)
+    group = output_weight.shape[0] // heads
+    flat = values.transpose(0, 1).flatten(1, 2)  # (heads, batch * n, value_dim)
+    weight = output_weight.to(values.dtype).unflatten(0, (heads, group)).transpose(1, 2).flatten(2)
+    columns = weight.shape[2]  # those of all query heads of a group
+    norms = values.new_empty(heads, batch * n, dtype=torch.float32)
+    size = max(1, PROJECTED // columns)
+    projected = values.new_empty(min(size, batch * n), columns)
+    for head in range(heads):
+        for start in range(0, batch * n, size):
+            part = flat[head, start : start + size]
+            magnitude = torch.mm(part, weight[head], out=projected[: len(part)]).abs_()
+            norms[head, start : start + size] = magnitude.sum(1, dtype=torch.float32)
+    return (norms / group).view(heads, batch, n).transpose(0, 1)

@@ -30,11 +30,13 @@ def window_attention(view: LayerView, queries: torch.Tensor, query_positions: to
     """
     batch, heads, n = view.shape
     queries = queries.float().reshape(batch, heads, -1, queries.shape[-1])  # the group's heads as queries
-    logits = queries @ view.keys.float().transpose(2, 3) * view.scaling
+    logits = (queries * view.scaling) @ view.keys.float().transpose(2, 3)
     logits = logits.view(batch, heads, view.num_kv_groups, -1, n)
-    seen = view.positions.unsqueeze(2) <= query_positions[:, None, :, None]
-    visible = (seen & view.valid.unsqueeze(2)).unsqueeze(2)
-    return logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)  # NaN: nothing is visible
+    hidden = view.positions.unsqueeze(2) > query_positions[:, None, :, None]
+    hidden = (hidden | ~view.valid.unsqueeze(2)).unsqueeze(2)
+    attention = logits.masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(-1)
+    blind = hidden.all(-1, keepdim=True)
+    return attention.masked_fill_(blind, 0.0) if bool(blind.any()) else attention
 
 
 def mean_over_queries(attention: torch.Tensor, query_positions: torch.Tensor) -> torch.Tensor:

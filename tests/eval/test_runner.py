@@ -12,7 +12,7 @@ from tenure.eval import CaseBuilder, Cell, RetrievalProbe, check_inputs, evaluat
 from tenure.eval.decode import end_tokens, greedy, greedy_from_teacher, read
 from tenure.eval.runner import EXTRA_TOKENS
 from tenure.eval.summary import markdown_tables
-from tenure.eviction import evict
+from tenure.eviction import SnapKV, evict
 from tenure.retention import RetentionGates
 
 NAMES = ("full", "retention", "retention:head", "snapkv", "snapkv:layer", "keydiff", "knorm", "streaming_llm", "random")
@@ -241,3 +241,39 @@ def test_cells_by_name():
         parse_cells(["snapkv:heads"], [0.2])
     with pytest.raises(ValueError, match=r"budget 1\.5 is out of range"):
         parse_cells(["snapkv"], [1.5])
+
+
+def test_names_with_options_and_chunks():
+    cells = parse_cells(["snapkv(window=16):layer@256", "retention_defensive(combine=max,kernel=3)"], [0.5])
+    assert [cell.key for cell in cells] == [
+        ("snapkv(window=16)@256", "layer", 0.5),
+        ("retention_defensive(kernel=3,combine=max)", "global", 0.5),
+    ]
+    assert cells[0].policy == SnapKV(window=16) and cells[0].prefill_chunk == 256
+    again = parse_cells([cell.name.partition("@")[0] for cell in cells], [0.5])
+    assert [cell.policy for cell in again] == [cell.policy for cell in cells], "a name says all"
+    for name, message in (
+        ("snapkv@x", "after @ comes the number"),
+        ("snapkv@0", "chunks must have at least 1 token, got 0"),
+        ("snapkv(16)", "options are OPTION=VALUE"),
+        ("snapkv(width=16)", "has no option width; known: window"),
+        ("snapkv(", "is not understood"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_cells([name], [0.5])
+
+
+def test_a_context_in_chunks_is_compressed_after_each(model, gates, tokenizer, builder):
+    case = builder.case("needle", 0)
+    names = ["retention", "retention@64", "streaming_llm@64"]
+    peaks = {}
+    records = evaluate(
+        model, tokenizer, [case], parse_cells(names, [0.2]), gates,
+        inspect=lambda case, cell, cache: peaks.update({cell.name: cache.report().peak_entries}),
+    )  # fmt: skip
+    assert [record.policy for record in records] == names
+    segments = 3 * 2
+    assert len({record.entries for record in records}) == 1 and records[0].entries == segments * LENGTH // 5
+    assert peaks["retention"] == segments * LENGTH
+    assert peaks["retention@64"] == peaks["streaming_llm@64"] == segments * (LENGTH // 5 + 64)
+    assert records[0].kl > 0 and records[1].kl > 0

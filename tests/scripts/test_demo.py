@@ -203,4 +203,4 @@ def test_shipped_gates_are_asked_for_by_name_when_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "SHIPPED_GATES", Path("examples") / "not-there")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"not-there\) are part of the repository .* give --gates"):
-        find_gates(Config())
+        find_gates("demo", None)
