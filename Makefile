@@ -59,6 +59,6 @@ $(VENV)/.ready-dev: $(INPUTS) $(VENV)/.torch
 	@$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@# An editable install is found by an import hook; these links let the type checker see the same names.
 	@mkdir -p $(VENV)/typing/tenure
-	@for package in retention training eviction eval scripts; do \
+	@for package in retention training eviction serving eval scripts; do \
 	  ln -sfn ../../../$$package $(VENV)/typing/tenure/$$package; done
 	@touch $@ $(VENV)/.ready-demo

@@ -1,0 +1,78 @@
+"""How long a call and the pause after it take, learned from what is seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .spec import AgentSpec
+
+MEMORY = 32  # observations after which the running mean and spread forget as fast as they learn
+
+
+@dataclass
+class Duration:
+    """Running mean and spread of one kind of waiting, in seconds.
+
+    The law is a fixed part and an exponential rest, which has this mean and, as long as it is not larger than the mean,
+    this standard deviation: most calls have a floor and a tail, and both the discount and what is left of a wait are in
+    closed form. A tail heavier than exponential is not seen.
+
+    Attributes:
+        mean: seconds.
+        spread: standard deviation in seconds.
+        count: observations in it; at 0 the two are a guess, which the first observation replaces.
+    """
+
+    mean: float
+    spread: float
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("mean", self.mean), ("spread", self.spread)):
+            if not (0 <= value < math.inf):
+                raise ValueError(f"got the {name} {value} for a duration; accepted: seconds, 0 or more and finite")
+
+    def observe(self, seconds: float) -> None:
+        """Exponentially weighted mean and variance (West 1979), plain ones for the first `MEMORY` observations.
+
+        One observation says nothing of the spread, which then starts as large as the mean. A negative one (a clock was
+        set back) counts as 0.
+        """
+        seconds = max(0.0, seconds)
+        self.count += 1
+        if self.count == 1:
+            self.mean = self.spread = seconds
+            return
+        weight = 1 / min(self.count, MEMORY)
+        step = seconds - self.mean
+        self.mean += weight * step
+        self.spread = math.sqrt((1 - weight) * (self.spread**2 + weight * step**2))
+
+    def discount(self, rate: float, elapsed: float = 0.0) -> float:
+        """E[exp(-rate · what is left)] of a wait that has lasted `elapsed` seconds and is not over."""
+        tail = min(self.spread, self.mean)
+        left = max(0.0, self.mean - tail - elapsed)
+        return math.exp(-rate * left) / (1 + rate * tail)
+
+
+@dataclass
+class AgentDurations:
+    """Of one agent: its call (prefill and decode), and the pause (a tool, a user) until the call it leads to."""
+
+    call: Duration
+    pause: Duration
+
+    @classmethod
+    def guess(cls, spec: AgentSpec, default_s: float) -> AgentDurations:
+        """As `spec` says; where it does not, a call of `default_s` and no pause, with a spread as large as the mean."""
+        call = default_s if spec.call_s is None else spec.call_s
+        pause = 0.0 if spec.pause_s is None else spec.pause_s
+        return cls(
+            Duration(call, call if spec.call_spread_s is None else spec.call_spread_s),
+            Duration(pause, pause if spec.pause_spread_s is None else spec.pause_spread_s),
+        )
+
+    def discount(self, rate: float) -> float:
+        """E[exp(-rate · (call + pause))]."""
+        return self.call.discount(rate) * self.pause.discount(rate)

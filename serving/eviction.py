@@ -1,0 +1,141 @@
+"""Makes room in a tier: the victims of its order leave it, into the tier below where the policy saves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from .copies import Urgency
+from .node import TIERS, Node, Tier
+from .orders import LFU, LRU, ExpectedTime, Order, Rank, StepsToExecution
+from .residency import Residency
+from .transfers import Transfers
+
+
+class Room(Enum):
+    READY = "there is room"
+    PENDING = "there will be, once copies that are under way have ended"
+    REFUSED = "there is none, and nothing (more) may go"
+
+
+class WriteBack(Enum):
+    """What an eviction saves in the tier below."""
+
+    NOTHING = "nothing"
+    FIXED = "fixed"  # what belongs to an agent's fixed prompt (KVFlow)
+    ALL = "all"
+
+
+@dataclass(frozen=True)
+class TierPolicy:
+    """An order, and what its victims' last copies are worth: everything in which the policies differ but prefetching.
+
+    Attributes:
+        order: who goes first, in every tier.
+        write_back: what is saved below rather than dropped.
+    """
+
+    order: Order
+    write_back: WriteBack = WriteBack.ALL
+
+    def saves(self, node: Node) -> bool:
+        return self.write_back is WriteBack.ALL or (self.write_back is WriteBack.FIXED and node.fixed)
+
+
+_NAMED: dict[str, tuple[Callable[..., Order], WriteBack]] = {
+    "lru": (LRU, WriteBack.NOTHING),  # a cache on the device alone
+    "lfu": (LFU, WriteBack.ALL),
+    "lru_reactive": (LRU, WriteBack.ALL),  # as SGLang's HiCache: into the host's memory, and back on demand
+    "ste": (StepsToExecution, WriteBack.FIXED),
+    "expected_time": (ExpectedTime, WriteBack.ALL),
+}
+
+
+def tier_policy_names() -> tuple[str, ...]:
+    """The names `get_tier_policy` knows."""
+    return tuple(sorted(_NAMED))
+
+
+def get_tier_policy(name: str, **options: Any) -> TierPolicy:
+    """The policy of that name; `options` are its order's (`steps`, `reuse`, `costs`, ...).
+
+    Belady's order has no name here, as it needs a trace: `TierPolicy(Belady(prompts, page_size))`.
+
+    Raises:
+        ValueError: no such policy, or its order does not accept these options.
+    """
+    if name not in _NAMED:
+        raise ValueError(f"unknown tier policy {name!r}; known: {', '.join(tier_policy_names())}")
+    order, write_back = _NAMED[name]
+    try:
+        return TierPolicy(order(**options), write_back)
+    except TypeError as error:
+        raise ValueError(f"tier policy {name!r} does not accept {sorted(options)}: {error}") from None
+
+
+class Eviction:
+    """Applies a `TierPolicy`."""
+
+    def __init__(self, residency: Residency, transfers: Transfers, policy: TierPolicy) -> None:
+        self.residency, self.transfers, self.policy = residency, transfers, policy
+
+    def can_make_room(self, tier: Tier, nbytes: int) -> bool:
+        """Whether `nbytes` could be free in `tier` if everything without a user left it."""
+        pool = self.residency.pools[tier]
+        return nbytes <= pool.free + pool.leaving + pool.idle
+
+    def make_room(self, tier: Tier, nbytes: int, below: Rank | None = None) -> Room:
+        """Evicts from `tier` until `nbytes` are free there, or will be.
+
+        Args:
+            below: evict only what ranks below this.
+        """
+        pool, candidates = self.residency.pools[tier], self.residency.candidates[tier]
+        if pool.can_take(nbytes):
+            return Room.READY
+        if not self.can_make_room(tier, nbytes):
+            return Room.REFUSED
+        while pool.free + pool.leaving < nbytes:
+            victim = candidates.first()
+            if victim is None or (below is not None and candidates.rank(victim) >= below):
+                return Room.REFUSED
+            if self.evict(victim, tier) is Room.PENDING:
+                return Room.PENDING
+        return Room.READY if pool.can_take(nbytes) else Room.PENDING
+
+    def evict(self, node: Node, tier: Tier) -> Room:
+        """Has a candidate leave `tier`: at once, or when it has been copied into the tier below.
+
+        Returns:
+            PENDING, and nothing is done yet, if the tier below will have room once copies have ended; else READY.
+        """
+        only_copy = sum(copy is not None for copy in node.copies) == 1
+        if only_copy and self.policy.saves(node):
+            room = self._save(node, tier)
+            if room is not Room.REFUSED:
+                return room
+        statistics = self.transfers.statistics
+        statistics.evicted_copies += 1
+        statistics.dropped += only_copy
+        self.residency.lose(node, tier)
+        return Room.READY
+
+    def _save(self, node: Node, tier: Tier) -> Room:
+        """Begins to copy `node` out of `tier` into the next one below that has room for it; READY if that is so."""
+        for lower in TIERS[tier + 1 :]:
+            if lower not in self.residency.pools:
+                continue
+            payload = node.copies[tier]
+            assert payload is not None
+            needed = self.residency.pools[lower].charge(payload)
+            room = self.make_room(lower, needed, self.residency.candidates[lower].rank(node))
+            if node.copies[tier] is None:
+                return Room.READY  # what went from the tier below took with it what was built on it
+            if room is Room.PENDING:
+                return room
+            if room is Room.READY and self.transfers.start(node, lower, Urgency.WRITE_BACK, frees_source=True):
+                self.transfers.statistics.evicted_copies += 1
+                return room
+        return Room.REFUSED

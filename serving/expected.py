@@ -1,0 +1,169 @@
+"""Expected discounted reuse: E[exp(-γT)], T the time until an agent's next call, of a workflow's graph.
+
+exp(-γT) is the chance that a clock which rings after an exponential time of mean 1/γ rings after the call; so all of it
+is a calculation with chances. Two numbers describe an event: `reach`, the chance that it ever happens, and `reuse`,
+the chance that it happens before the clock rings; reuse / reach tells how soon it is if it happens.
+
+* One after another: the chances multiply; a duration D contributes E[exp(-γD)]. With branches only (one of the edges is
+  taken), first passages solve the linear system of semi-Markov processes (Pyke, Markov renewal processes, Ann. Math.
+  Stat. 32, 1961), q_w(x) = E[exp(-γD_w)] · Σ_y p_wy (1 if y = x else q_y(x)), and the result is exact.
+* The first of several (OR, forks, calls that run at once), taken as independent: wait for the sooner one if it comes at
+  all, else for the other (`first_of`). It is never above the true value, which may use whichever happens to be first,
+  nor below any single one.
+* The last of several (AND), taken as independent: all must come, and the latest in the mean decides (`last_of`); never
+  below the true value, E[exp(-γ max T)] <= min E[exp(-γT)].
+
+Not seen: dependence between branches of a fork (they may share a past), and tails that `durations` does not describe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+TOLERANCE = 1e-6
+
+
+class Chance(NamedTuple):
+    """Float64 arrays of one shape, 0 <= reuse <= reach <= 1."""
+
+    reach: np.ndarray
+    reuse: np.ndarray
+
+    def scaled(self, reach: float, reuse: float) -> Chance:
+        """After something else that has these chances."""
+        return Chance(self.reach * reach, self.reuse * reuse)
+
+
+def nothing(*shape: int) -> Chance:
+    return Chance(np.zeros(shape), np.zeros(shape))
+
+
+def first_of(one: Chance, other: Chance) -> Chance:
+    """Either of two independent events, whichever is sooner in the mean counting if both happen."""
+    sooner = np.maximum(
+        one.reuse + (1 - one.reach) * other.reuse,
+        other.reuse + (1 - other.reach) * one.reuse,
+    )
+    return Chance(1 - (1 - one.reach) * (1 - other.reach), sooner)
+
+
+def last_of(reach: np.ndarray, reuse: np.ndarray) -> tuple[float, float]:
+    """All of several independent events, arrays `(events,)`: reach and reuse of the last one."""
+    if not reach.all():
+        return 0.0, 0.0
+    return float(reach.prod()), float(reach.prod() * (reuse / reach).min())
+
+
+class FirstPassage:
+    """Chances that a call leads to the first later call of each agent.
+
+    AND joins let nothing pass: the edges into them are targets of their own, which `chances` joins. So the targets are
+    the agents 0 .. n-1 and then these edges.
+
+    Args:
+        branches: for each agent, its successors and the probabilities of the edges; those below 1 exclude each other.
+        is_and: for each agent.
+        legs: for each agent, E[exp(-γ(call + pause))], float64 `(agents,)`.
+    Attributes:
+        after: chances `(agents, targets)` of the target's first call after one of the agent that begins now.
+        onward: the same, counted from the end of the agent's call and pause.
+        gates: for each AND agent, for each predecessor, the target that stands for the edge.
+    """
+
+    def __init__(self, branches: Sequence[Mapping[int, float]], is_and: Sequence[bool], legs: np.ndarray) -> None:
+        self.agents = len(branches)
+        self.legs = legs
+        self.gates: dict[int, dict[int, int]] = {agent: {} for agent in range(self.agents) if is_and[agent]}
+        self.targets = self.agents
+        exclusive: list[tuple[int, int, float]] = []
+        always: list[list[int]] = [[] for _ in branches]
+        for agent, row in enumerate(branches):
+            scale = max(1.0, sum(p for p in row.values() if p < 1))
+            for successor, probability in row.items():
+                target = successor
+                if is_and[successor]:
+                    target = self.gates[successor][agent] = self.targets
+                    self.targets += 1
+                if probability < 1:
+                    exclusive.append((agent, target, probability / scale))
+                else:
+                    always[agent].append(target)
+        choice = np.zeros((self.agents, self.targets))
+        for agent, target, probability in exclusive:
+            choice[agent, target] = probability
+        width = max(map(len, always), default=0)
+        forks = np.full((self.agents, width), self.targets)  # filled up with a row of zeros
+        for agent, row in enumerate(always):
+            forks[agent, : len(row)] = row
+        self.onward = self._solve(choice, forks)
+        self.after = Chance(self.onward.reach, self.onward.reuse * legs[:, None])
+
+    def _solve(self, choice: np.ndarray, forks: np.ndarray) -> Chance:
+        """Rounds from zero up: the least solution, which is the first passage also where a cycle never ends.
+
+        A round is a call; those beyond the last round, which nothing here waits for, are not counted in `reach`.
+        """
+        onward = nothing(self.agents, self.targets)
+        arrived = np.zeros((self.targets + 1, self.targets))
+        own = np.arange(self.targets)
+        arrived[own, own] = 1.0
+        entered = Chance(arrived, arrived.copy())  # the chances of each target once something arrives at a target
+        agents = own[: self.agents]
+        for _ in range(4 * self.agents + 200):
+            step = Chance(choice @ entered.reach[:-1], choice @ entered.reuse[:-1])
+            for column in forks.T:
+                step = first_of(step, Chance(entered.reach[column], entered.reuse[column]))
+            change = max(np.abs(new - old).max(initial=0.0) for new, old in zip(step, onward, strict=True))
+            onward = step
+            if change < TOLERANCE:
+                break
+            entered.reach[: self.agents] = onward.reach
+            entered.reuse[: self.agents] = onward.reuse * self.legs[:, None]
+            for table in entered:
+                table[agents, agents] = 1.0
+        return onward
+
+    def beginning(self, agent: int) -> Chance:
+        """Chances `(targets,)` from a call of `agent` that begins now, itself included."""
+        row = Chance(self.after.reach[agent].copy(), self.after.reuse[agent].copy())
+        row.reach[agent] = row.reuse[agent] = 1.0
+        return row
+
+    def running(self, agent: int, left: float) -> Chance:
+        """Chances `(targets,)` from a call under way; `left`: E[exp(-γ · what is left of it and of its pause)]."""
+        return Chance(self.onward.reach[agent], self.onward.reuse[agent] * left)
+
+    def chances(self, sources: Sequence[Chance], waiting: Mapping[tuple[int, int], tuple[float, float]]) -> Chance:
+        """Chances `(agents,)` of each agent's next call.
+
+        Args:
+            sources: what is under way, each as chances `(targets,)`.
+            waiting: for edges (predecessor, AND agent) that are marked: reach and reuse of the rest of the pause.
+        """
+        base = nothing(self.targets)
+        for source in sources:
+            base = first_of(base, source)
+        joined = dict.fromkeys(self.gates, (0.0, 0.0))
+        total = base
+        for _ in range(len(self.gates) + 20):  # one more for each join that follows another, and some for cycles
+            total = base
+            for agent, (reach, reuse) in joined.items():
+                if reach:
+                    total = first_of(total, self.beginning(agent).scaled(reach, reuse))
+            before, joined = joined, {agent: self._join(agent, total, waiting) for agent in self.gates}
+            if all(abs(a - b) < TOLERANCE for g in joined for a, b in zip(joined[g], before[g], strict=True)):
+                break
+        return Chance(total.reach[: self.agents], total.reuse[: self.agents])
+
+    def _join(
+        self, agent: int, total: Chance, waiting: Mapping[tuple[int, int], tuple[float, float]]
+    ) -> tuple[float, float]:
+        gates = self.gates[agent]
+        if not gates:
+            return 0.0, 0.0
+        ways = [waiting.get((p, agent), (total.reach[gate], total.reuse[gate])) for p, gate in gates.items()]
+        reach, reuse = np.array(ways).T
+        return last_of(reach, reuse)

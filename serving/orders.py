@@ -1,0 +1,185 @@
+"""Which node goes first: one order for every tier, chosen by name or made by the user.
+
+An order answers in two steps, so that news about an agent touches no node: `local` ranks the nodes of one group of
+agents among each other and changes only when a node is used or cut; `rank` joins it with the group's value, which may
+change at every step of a workflow.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from .node import Node, Tier
+
+Agent = Hashable
+Rank = tuple[float, ...]
+AgentValue = Callable[[Agent], float] | Mapping[Any, float]  # how soon or how likely an agent comes back
+
+
+class Order(ABC):
+    """The order of eviction; what is smaller goes first. It reads nodes and writes to nothing.
+
+    Attributes:
+        name: for statistics and the registry.
+        uses_agents: nodes are grouped by agents. Otherwise all are in one group, that of nobody.
+    """
+
+    name: ClassVar[str]
+    uses_agents: ClassVar[bool] = False
+
+    @abstractmethod
+    def local(self, node: Node, tier: Tier) -> Rank:
+        """The place of `node` among the candidates of its group in `tier`. Read when it becomes a candidate."""
+
+    def rank(self, value: float, local: Rank) -> Rank:
+        """The place among all candidates of the tier; for one `value` it must not fall when `local` rises."""
+        return local
+
+    def value(self, agent: Agent) -> float:
+        """What `agent` is worth, larger = keep, never NaN. Read when `TieredTree.values_changed` says so."""
+        return 0.0
+
+    def nobody(self, now: float) -> float:
+        """What nodes of no agent are worth at the time `now` in seconds. Read at every choice of a victim."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class LRU(Order):
+    """Least recently used first."""
+
+    name = "lru"
+
+    def local(self, node: Node, tier: Tier) -> Rank:
+        return (node.last_used,)
+
+
+@dataclass(frozen=True)
+class LFU(Order):
+    """Least often used first, then least recently."""
+
+    name = "lfu"
+
+    def local(self, node: Node, tier: Tier) -> Rank:
+        return (node.hits, node.last_used)
+
+
+@dataclass(frozen=True)
+class StepsToExecution(Order):
+    """KVFlow (arXiv 2507.07400, section 4.1): what no fixed prompt needs, then the largest steps-to-execution.
+
+    Equal steps go by the least recent use. An agent without a number has infinitely many steps.
+
+    Attributes:
+        steps: of an agent, 0 = running.
+    """
+
+    steps: AgentValue
+    name = "ste"
+    uses_agents = True
+
+    def local(self, node: Node, tier: Tier) -> Rank:
+        return (node.last_used,)
+
+    def rank(self, value: float, local: Rank) -> Rank:
+        return (value, *local)
+
+    def value(self, agent: Agent) -> float:
+        # An agent nobody knows ranks after the suffixes of requests, which have minus infinity.
+        return max(-read(self.steps, agent, math.inf), -1e300)
+
+    def nobody(self, now: float) -> float:
+        return -math.inf
+
+
+class Costs(Protocol):
+    """What it takes to have KV back, in seconds."""
+
+    def recompute_s(self, start: int, end: int) -> float:
+        """To compute the KV of the tokens [start, end) of a prompt whose first `start` are cached."""
+        ...
+
+    def reload_s(self, nbytes: int, tier: Tier) -> float:
+        """To bring `nbytes` into `tier` from below it; infinity if nothing is below."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearCosts:
+    """Costs in proportion to tokens and bytes.
+
+    Attributes:
+        tokens_per_s: of a prefill.
+        bytes_per_s: of the links into DEVICE (from HOST) and into HOST (from DISK); 0 for one that does not exist.
+        latency_s: of starting a copy.
+    """
+
+    tokens_per_s: float
+    bytes_per_s: tuple[float, float]
+    latency_s: float = 0.0
+
+    def recompute_s(self, start: int, end: int) -> float:
+        return (end - start) / self.tokens_per_s
+
+    def reload_s(self, nbytes: int, tier: Tier) -> float:
+        speed = 0.0 if tier == Tier.DISK else self.bytes_per_s[tier]
+        return self.latency_s + nbytes / speed if speed else math.inf
+
+
+@dataclass(frozen=True)
+class ExpectedTime(Order):
+    """Ours: the time a node is expected to save per byte, P(reuse) · min(recompute, reload) / bytes.
+
+    P(reuse) of a fixed prompt is its agents' expected discounted reuse, e.g. E[exp(-γT)] with T the time until the next
+    call. For other nodes (suffixes of requests, sessions) it is `prior`, halved for every `half_life_s` since the last
+    use. Kept as logarithms: the age then adds the same to all of the latter, so their order stands still.
+
+    Attributes:
+        reuse: of an agent, 0 to 1; without a number 0.
+        costs: seconds to recompute or to reload.
+        prior, half_life_s: of nodes that are in no fixed prompt.
+    """
+
+    reuse: AgentValue
+    costs: Costs
+    prior: float = 0.05
+    half_life_s: float = 30.0
+    name = "expected_time"
+    uses_agents = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prior <= 1 or not self.half_life_s > 0:
+            raise ValueError(
+                f"got prior={self.prior}, half_life_s={self.half_life_s}; accepted: 0 < prior <= 1, half_life_s > 0"
+            )
+
+    def local(self, node: Node, tier: Tier) -> Rank:
+        begin = node.end - node.covers
+        seconds = min(self.costs.recompute_s(begin, node.end), self.costs.reload_s(node.nbytes, tier))
+        saved = _log(seconds / max(1, node.nbytes))
+        if not node.fixed:
+            saved += node.last_used * math.log(2) / self.half_life_s
+        return (saved, node.last_used)
+
+    def rank(self, value: float, local: Rank) -> Rank:
+        return (value + local[0], local[1])
+
+    def value(self, agent: Agent) -> float:
+        return _log(min(1.0, read(self.reuse, agent, 0.0)))
+
+    def nobody(self, now: float) -> float:
+        return math.log(self.prior) - now * math.log(2) / self.half_life_s
+
+
+def read(source: AgentValue, agent: Agent, missing: float) -> float:
+    """The number `source` has for `agent`; `missing` if there is none, or it is not a number."""
+    value = source.get(agent) if isinstance(source, Mapping) else source(agent)
+    return missing if value is None or math.isnan(value) else float(value)
+
+
+def _log(number: float) -> float:
+    return math.log(number) if number > 0 else -1e300  # finite: minus infinity plus infinity would be NaN

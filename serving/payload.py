@@ -1,0 +1,174 @@
+"""The KV of a span as the memory of one tier holds it: named tensors, copied a layer at a time.
+
+The tree and the tiers see nothing of it but its bytes, its layers, and whether it can be cut in two. `Phantom` has the
+same face and no tensors: with it, the simulator runs the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = tuple["torch.dtype", tuple[int, ...]]  # type and shape of a tensor
+
+
+class Payload(Protocol):
+    """What a tier holds of a node.
+
+    Attributes:
+        tokens: tokens of the prompt it stands for. A compressed payload may have fewer entries than that.
+        nbytes: bytes of its data.
+        layers: bytes of each part that is copied in one go; they add up to `nbytes`.
+        divisible: `split` works. What was compressed as a whole is not divisible: which entries were kept at its
+            beginning depends on its end.
+        token_dim: the dimension of its tensors that runs over the tokens, if it has any.
+    """
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def divisible(self) -> bool: ...
+
+    @property
+    def token_dim(self) -> int | None: ...
+
+    def kinds(self) -> dict[str, Kind]:
+        """Type and shape of each tensor by name, layer by layer; none for a payload without data."""
+        ...
+
+    def read(self, layer: int) -> dict[str, torch.Tensor]:
+        """The tensors of one layer by name, checked if they come from a file.
+
+        Raises:
+            LostCopyError: they cannot be had any more, or are not what was written.
+        """
+        ...
+
+    def split(self, at: int) -> tuple[Payload, Payload]:
+        """The first `at` tokens and the rest, each with memory of its own; `self` is left as it is."""
+        ...
+
+    def join(self, other: Payload) -> Payload | None:
+        """`self` followed by `other` with memory of its own; None if they cannot be joined."""
+        ...
+
+
+class LostCopyError(Exception):
+    """A copy that is gone or damaged: to the tree a miss."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorPayload:
+    """Tensors in the memory of a device.
+
+    Attributes:
+        tensors: by name. Names with the same beginning, up to the last dot, are one layer: `layers.3.key`,
+            `layers.3.value`. Layers are copied in the order in which they first appear.
+        tokens: as in `Payload`.
+        token_dim: the dimension of every tensor that runs over the tokens (-2 for keys and values of shape `(batch,
+            num_kv_heads, seq_len, head_dim)`); None if there is none, which makes the payload indivisible.
+        groups: the names of each layer.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    tokens: int
+    token_dim: int | None = -2
+    groups: tuple[tuple[str, ...], ...] = field(init=False)
+    layers: tuple[int, ...] = field(init=False)
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or not self.tensors:
+            raise ValueError(f"got {len(self.tensors)} tensors for {self.tokens} tokens; accepted: one or more of both")
+        dim = self.token_dim
+        if dim is not None:
+            wrong = {name: tuple(t.shape) for name, t in self.tensors.items() if t.shape[dim] != self.tokens}
+            if wrong:
+                raise ValueError(f"got {wrong}; accepted: {self.tokens} tokens in dimension {dim} of each tensor")
+        groups = group_layers(self.tensors)
+        layers = tuple(sum(self.tensors[name].nbytes for name in names) for names in groups)
+        for name, value in (("groups", groups), ("layers", layers), ("nbytes", sum(layers))):
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    @property
+    def divisible(self) -> bool:
+        return self.token_dim is not None
+
+    def kinds(self) -> dict[str, Kind]:
+        return {n: (self.tensors[n].dtype, tuple(self.tensors[n].shape)) for names in self.groups for n in names}
+
+    def read(self, layer: int) -> dict[str, torch.Tensor]:
+        return {name: self.tensors[name] for name in self.groups[layer]}
+
+    def split(self, at: int) -> tuple[TensorPayload, TensorPayload]:
+        dim = self.token_dim
+        assert dim is not None and 0 < at < self.tokens, "only divisible payloads are split, within"
+        # Clones: views would keep the memory of both halves alive until the last of them is evicted.
+        ranges = ((0, at), (at, self.tokens - at))
+        halves = [{n: t.narrow(dim, *each).clone() for n, t in self.tensors.items()} for each in ranges]
+        return TensorPayload(halves[0], at, dim), TensorPayload(halves[1], self.tokens - at, dim)
+
+    def join(self, other: Payload) -> TensorPayload | None:
+        import torch
+
+        dim = self.token_dim
+        if not isinstance(other, TensorPayload) or dim is None or other.token_dim != dim:
+            return None
+        if list(self.tensors) != list(other.tensors):
+            return None
+        pairs = {name: (tensor, other.tensors[name]) for name, tensor in self.tensors.items()}
+        if any(a.dtype != b.dtype or a.ndim != b.ndim for a, b in pairs.values()):
+            return None
+        return TensorPayload({n: torch.cat(pair, dim) for n, pair in pairs.items()}, self.tokens + other.tokens, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class Phantom:
+    """A payload of so many bytes and no data, in any tier."""
+
+    tokens: int
+    nbytes: int
+    num_layers: int = 1
+    divisible: bool = True
+    token_dim: int | None = None
+
+    def kinds(self) -> dict[str, Kind]:
+        return {}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        each, more = divmod(self.nbytes, self.num_layers)
+        return tuple(each + (layer < more) for layer in range(self.num_layers))
+
+    def read(self, layer: int) -> dict[str, torch.Tensor]:
+        return {}
+
+    def split(self, at: int) -> tuple[Phantom, Phantom]:
+        assert self.divisible and 0 < at < self.tokens, "only divisible payloads are split, within"
+        first = self.nbytes * at // self.tokens
+        rest = Phantom(self.tokens - at, self.nbytes - first, self.num_layers)
+        return Phantom(at, first, self.num_layers), rest
+
+    def join(self, other: Payload) -> Phantom | None:
+        if not isinstance(other, Phantom) or not (self.divisible and other.divisible):
+            return None
+        return Phantom(self.tokens + other.tokens, self.nbytes + other.nbytes, self.num_layers)
+
+
+def group_layers(names: Mapping[str, object]) -> tuple[tuple[str, ...], ...]:
+    """The names of each layer, layers in the order in which they first appear."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    return tuple(tuple(group) for group in groups.values())

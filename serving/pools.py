@@ -1,0 +1,153 @@
+"""The memory of a tier: a capacity in bytes, counted before anything is allocated, and where copies are made."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from .payload import Payload, Phantom, TensorPayload
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Builder(Protocol):
+    """A copy in the making, written layer by layer by one thread at a time."""
+
+    def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes over the contents of one layer, in order; on a GPU the work may still be queued on the stream."""
+        ...
+
+    def commit(self) -> Payload:
+        """The finished copy; every layer has been written."""
+        ...
+
+    def abort(self) -> None:
+        """Gives back what the unfinished copy has taken. Does not raise."""
+        ...
+
+
+class Pool(ABC):
+    """Counts the bytes of one tier's copies, finished and in the making; `used + free == capacity`.
+
+    The tiers call `take` before they begin a copy or adopt one, and `give` once it is dropped or has failed.
+
+    Attributes:
+        capacity: bytes.
+        used: bytes taken.
+        idle: bytes of copies whose nodes have no user: what eviction could free.
+        leaving: bytes that copies under way into a slower tier will free here.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 0:
+            raise ValueError(f"got a capacity of {capacity} bytes; accepted: 0 (no such tier) or more")
+        self.capacity = capacity
+        self.used = self.idle = self.leaving = 0
+
+    @property
+    def free(self) -> int:
+        return self.capacity - self.used
+
+    def charge(self, payload: Payload) -> int:
+        """Bytes that a copy of `payload` takes here."""
+        return payload.nbytes
+
+    def require(self, payload: Payload) -> None:  # noqa: B027  # memory holds everything
+        """Raises ValueError if the tier cannot hold such a payload, of whatever size."""
+
+    def can_take(self, nbytes: int) -> bool:
+        return nbytes <= self.free
+
+    def take(self, nbytes: int) -> None:
+        assert self.can_take(nbytes), "room is made before it is taken"
+        self.used += nbytes
+
+    def give(self, nbytes: int) -> None:
+        self.used -= nbytes
+        assert self.used >= 0, "what is given back was taken"
+
+    @abstractmethod
+    def begin(self, payload: Payload) -> Builder:
+        """Allocates for a copy of `payload`.
+
+        Raises:
+            OSError, RuntimeError, MemoryError: there is less memory than the capacity promises.
+        """
+
+    def discard(self, payload: Payload) -> None:  # noqa: B027  # memory needs nothing
+        """Called when a copy leaves the tier, so that what reference counting does not free can be."""
+
+    def close(self) -> None:  # noqa: B027
+        """Called once, when the tiers are closed."""
+
+
+class MemoryPool(Pool):
+    """Tensors on a device, or in the host's memory.
+
+    Args:
+        capacity: bytes.
+        device: where the tensors are.
+        pinned: page-locked, so that a GPU copies at full speed and asynchronously. PyTorch's allocator rounds pinned
+            blocks up to powers of two; they are counted as what they take.
+    """
+
+    def __init__(self, capacity: int, device: str | torch.device = "cpu", pinned: bool = False) -> None:
+        super().__init__(capacity)
+        self.device, self.pinned = device, pinned
+
+    def charge(self, payload: Payload) -> int:
+        if not self.pinned:
+            return payload.nbytes
+        sizes = [_bytes(*kind) for kind in payload.kinds().values()]
+        return sum(1 << (size - 1).bit_length() for size in sizes if size)
+
+    def begin(self, payload: Payload) -> Builder:
+        import torch
+
+        options = {"device": self.device, "pin_memory": self.pinned}
+        tensors = {n: torch.empty(shape, dtype=dtype, **options) for n, (dtype, shape) in payload.kinds().items()}
+        return _TensorBuilder(TensorPayload(tensors, payload.tokens, payload.token_dim))
+
+
+@dataclass
+class _TensorBuilder:
+    made: TensorPayload
+
+    def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.made.tensors[name].copy_(tensor, non_blocking=True)
+
+    def commit(self) -> Payload:
+        return self.made
+
+    def abort(self) -> None:
+        pass  # the memory goes with the tensors
+
+
+class PhantomPool(Pool):
+    """Counts and holds nothing: any tier of the simulator."""
+
+    def begin(self, payload: Payload) -> Builder:
+        assert isinstance(payload, Phantom), "a pool without memory holds payloads without data"
+        return _PhantomBuilder(payload)
+
+
+@dataclass
+class _PhantomBuilder:
+    payload: Phantom
+
+    def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        pass
+
+    def commit(self) -> Payload:
+        return self.payload
+
+    def abort(self) -> None:
+        pass
+
+
+def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)

@@ -1,0 +1,109 @@
+"""What is said of a workflow before it runs: its agents and edges, checked, since clients send them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_NAME = 256  # characters of an agent's or a workflow's name
+JOINS = ("or", "and")
+
+
+def check_name(name: object, what: str) -> str:
+    """`name`, if it can be one."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+        shown = repr(name) if not isinstance(name, str) else f"one of {len(name)} characters"
+        raise ValueError(f"got {shown[:60]} as the name of {what}; accepted: a string of 1 to {MAX_NAME} characters")
+    return name
+
+
+def check_probability(probability: object) -> float:
+    """`probability` as a float in (0, 1]."""
+    number = isinstance(probability, (int, float)) and not isinstance(probability, bool)
+    if not number or not 0 < probability <= 1:  # type: ignore[operator]
+        raise ValueError(
+            f"got {probability!r:.60} as the probability of an edge; accepted: a number above 0, at most 1"
+        )
+    return float(probability)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class AgentSpec:
+    """An agent of a workflow.
+
+    Attributes:
+        join: `or`: a call of any predecessor leads to one of this agent; `and`: it waits for all of them.
+        call_s, call_spread_s: guessed mean and standard deviation of a call in seconds; None: the graph's default.
+        pause_s, pause_spread_s: the same of the pause after a call, e.g. for a tool.
+    """
+
+    name: str
+    join: str = "or"
+    call_s: float | None = None
+    call_spread_s: float | None = None
+    pause_s: float | None = None
+    pause_spread_s: float | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "an agent")
+        if self.join not in JOINS:
+            raise ValueError(f"got join={self.join!r:.60} for the agent {self.name!r}; accepted: {' or '.join(JOINS)}")
+        for field in ("call_s", "call_spread_s", "pause_s", "pause_spread_s"):
+            value = getattr(self, field)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+            if value is not None and not number:
+                raise ValueError(
+                    f"got {field}={value!r:.60} for the agent {self.name!r}; accepted: seconds, 0 or more and finite"
+                )
+
+
+@dataclass(frozen=True)
+class EdgeSpec:
+    """A call of `source` leads to one of `target`: always at the probability 1, else as one of several branches.
+
+    Of an agent's branches (its edges below 1) one is taken, or none where they sum to less than 1; sums above 1 are
+    scaled down to it.
+    """
+
+    source: str
+    target: str
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_name(self.source, "an edge's source")
+        check_name(self.target, "an edge's target")
+        check_probability(self.probability)
+
+
+@dataclass(frozen=True)
+class WorkflowSpec:
+    """A workflow; `start` names the agents that are called first."""
+
+    name: str
+    agents: Sequence[AgentSpec]
+    edges: Sequence[EdgeSpec] = ()
+    start: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "a workflow")
+        known: set[str] = set()
+        for agent in self.agents:
+            if agent.name in known:
+                raise ValueError(f"the workflow {self.name!r} has the agent {agent.name!r} twice")
+            known.add(agent.name)
+        ends: set[tuple[str, str]] = set()
+        for edge in self.edges:
+            for end in (edge.source, edge.target):
+                if end not in known:
+                    raise ValueError(
+                        f"an edge of the workflow {self.name!r} names {end!r}, which is none of its agents"
+                    )
+            if (edge.source, edge.target) in ends:
+                raise ValueError(
+                    f"the workflow {self.name!r} has the edge from {edge.source!r} to {edge.target!r} twice"
+                )
+            ends.add((edge.source, edge.target))
+        for name in self.start:
+            if name not in known:
+                raise ValueError(f"the workflow {self.name!r} starts at {name!r}, which is none of its agents")

@@ -1,0 +1,146 @@
+"""The step graph: all workflows that run, and what their agents' caches are worth."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+from .reuse import WorkflowReuse
+from .shared import News, Shared
+from .spec import WorkflowSpec, check_name
+from .workflow import Workflow
+
+
+class StepGraph:
+    """Workflows by name. An agent that several of them call takes the smallest of its steps and the chances of all.
+
+    Agents are the strings that workflows share; a tree tags a fixed prompt with one. Clients' words are checked and
+    bounded here, and believed: they move memory, never answers. Not for several threads at once.
+
+    Args:
+        clock: seconds; a simulator passes its own.
+        horizon: steps; what is farther counts as out of sight.
+        discount_s: seconds, 1/γ: a call that far away is worth 1/e of one now.
+        default_s: guessed seconds of a call of an agent of which nothing is known.
+        max_workflows, max_agents, max_edges: what all clients together may declare.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        horizon: float = 64,
+        discount_s: float = 60.0,
+        default_s: float = 5.0,
+        max_workflows: int = 10_000,
+        max_agents: int = 100_000,
+        max_edges: int = 1_000_000,
+    ) -> None:
+        for name, value in (("horizon", horizon), ("discount_s", discount_s), ("default_s", default_s)):
+            if not value > 0 or (math.isinf(value) and name != "horizon"):
+                raise ValueError(f"got {name}={value}; accepted: a number above 0")
+        self.rate = 1 / discount_s
+        self.max_workflows = max_workflows
+        self._shared = Shared(clock, horizon, default_s, max_agents, max_edges)
+        self._workflows: dict[str, Workflow] = {}
+        self._reuse: dict[Workflow, WorkflowReuse] = {}
+
+    def add_workflow(self, spec: str | WorkflowSpec, name: str | None = None) -> Workflow:
+        """Declare a workflow, empty if only its name is given; `name` instead of the one in `spec` for one more run."""
+        if isinstance(spec, str):
+            spec = WorkflowSpec(spec, ())
+        name = check_name(spec.name if name is None else name, "a workflow")
+        shared = self._shared
+        if name in self._workflows:
+            raise ValueError(f"there is a workflow {name!r} already")
+        for kind, room in (
+            ("workflows", self.max_workflows - len(self._workflows) - 1),
+            ("agents", shared.max_agents - shared.agents - len(spec.agents)),
+            ("edges", shared.max_edges - shared.edges - len(spec.edges)),
+        ):
+            if room < 0:
+                limit = self.max_workflows if kind == "workflows" else getattr(shared, f"max_{kind}")
+                raise ValueError(f"the workflow {name!r} does not fit: {limit} {kind} are accepted in all")
+        workflow = self._workflows[name] = Workflow(name, shared)
+        for agent in spec.agents:
+            workflow.add_agent(agent)
+        for edge in spec.edges:
+            workflow.add_edge(edge)
+        for agent in spec.start:
+            workflow.expect(agent)
+        self._reuse[workflow] = WorkflowReuse(workflow, self.rate)
+        return workflow
+
+    def remove_workflow(self, name: str) -> None:
+        """It has ended, or its client has gone."""
+        workflow = self[name]
+        workflow.close()
+        del self._workflows[name], self._reuse[workflow]
+
+    def expire(self, seconds: float) -> list[str]:
+        """Remove the workflows without an event for so long; returns their names."""
+        limit = self._shared.clock() - seconds
+        old = [name for name, workflow in self._workflows.items() if workflow.touched < limit]
+        for name in old:
+            self.remove_workflow(name)
+        return old
+
+    def __getitem__(self, name: str) -> Workflow:
+        if name not in self._workflows:
+            raise ValueError(f"there is no workflow {name!r:.60}")
+        return self._workflows[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._workflows
+
+    def __iter__(self) -> Iterator[Workflow]:
+        return iter(self._workflows.values())
+
+    def __len__(self) -> int:
+        return len(self._workflows)
+
+    @property
+    def agents(self) -> int:
+        """Agents of all workflows, one that is in two counted twice."""
+        return self._shared.agents
+
+    @property
+    def edges(self) -> int:
+        return self._shared.edges
+
+    def steps(self, agent: str) -> float:
+        """The least steps-to-execution over the workflows that have `agent`; infinity if none has."""
+        return min((workflow.steps(agent) for workflow in self._shared.members.get(agent, ())), default=math.inf)
+
+    def next_steps(self, agent: str) -> float:
+        """As `steps`, with a running agent's next call instead of this one: the value for eviction."""
+        return min((workflow.next_steps(agent) for workflow in self._shared.members.get(agent, ())), default=math.inf)
+
+    def chance(self, agent: str) -> tuple[float, float]:
+        """The chance of another call, and the expected discounted reuse E[exp(-γT)]; see `expected`."""
+        reach, reuse = 0.0, 0.0
+        for workflow in sorted(self._shared.members.get(agent, ()), key=lambda workflow: workflow.name):
+            more, sooner = self._reuse[workflow].chances()[agent]
+            reuse = max(reuse + (1 - reach) * sooner, sooner + (1 - more) * reuse)  # `expected.first_of`
+            reach = 1 - (1 - reach) * (1 - more)
+        return reach, min(reuse, reach)  # they may differ by rounding only
+
+    def reuse(self, agent: str) -> float:
+        """Expected discounted reuse of `agent`, 0 to 1: the P(reuse) of `orders.ExpectedTime`."""
+        return self.chance(agent)[1]
+
+    def seconds(self, agent: str) -> float:
+        """Expected time to execution, -ln(E[exp(-γT) | called]) / γ: a sure time that is worth the same."""
+        reach, reuse = self.chance(agent)
+        return max(0.0, -math.log(reuse / reach) / self.rate) if reuse > 0 else math.inf
+
+    def changed_steps(self) -> set[str]:
+        """The agents whose steps may have changed since the last call: what a tree ordered by steps must be told."""
+        news, self._shared.steps_news = self._shared.steps_news, News()
+        return news.agents.union(*(workflow.drain() for workflow in news.workflows))
+
+    def changed_reuse(self) -> set[str]:
+        """As `changed_steps` for `reuse`: all agents of the workflows that had an event."""
+        news, self._shared.reuse_news = self._shared.reuse_news, News()
+        return news.agents.union(*(workflow.ids for workflow in news.workflows))

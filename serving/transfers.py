@@ -1,0 +1,123 @@
+"""Starts copies between tiers and, when the mover hands them back, writes the result into the tree."""
+
+from __future__ import annotations
+
+import logging
+
+from .copies import CopyJob, Mover, Outcome, Urgency
+from .node import TIERS, Node, Tier
+from .payload import LostCopyError
+from .residency import Residency
+from .statistics import TierStatistics
+
+logger = logging.getLogger(__name__)
+
+
+class Transfers:
+    """At most one copy of a node is under way. It locks the node's path, so nothing it builds on can go meanwhile.
+
+    Args:
+        residency: where results go.
+        mover: moves the bytes.
+        statistics: counts what has been moved.
+    """
+
+    def __init__(self, residency: Residency, mover: Mover, statistics: TierStatistics) -> None:
+        self.residency, self.mover, self.statistics = residency, mover, statistics
+        self.under_way: set[CopyJob] = set()
+
+    def start(
+        self,
+        node: Node,
+        target: Tier,
+        urgency: Urgency,
+        priority: float = 0.0,
+        frees_source: bool = False,
+    ) -> bool:
+        """Begins to copy `node` into `target`, from the fastest tier that has it; the room has been made.
+
+        Returns:
+            False if memory cannot be had though the pool has room for it.
+        """
+        assert node.flight is None and node.copies[target] is None, "one copy of a node at a time"
+        source = fastest(node)
+        assert source is not None, "there is something to copy"
+        payload, pool = node.copies[source], self.residency.pools[target]
+        assert payload is not None
+        held = pool.charge(payload)
+        pool.take(held)
+        try:
+            builder = pool.begin(payload)
+        except (OSError, RuntimeError, MemoryError) as error:
+            logger.warning("the pool of %s has less memory than its capacity: %s", target.name, error)
+            pool.give(held)
+            return False
+        job = CopyJob(node, source, target, payload, builder, urgency, priority, held, frees_source)
+        node.flight = job
+        self.under_way.add(job)
+        self.residency.lock(node)
+        if frees_source:
+            self.residency.pools[source].leaving += node.held[source]
+        self.mover.submit(job)
+        return True
+
+    def poll(self) -> list[Node]:
+        """Takes in what has ended.
+
+        Returns:
+            The nodes concerned; one that nothing needs any more may have left the tree.
+        """
+        jobs = self.mover.poll()
+        for job in jobs:
+            self._take_in(job)
+        return [job.node for job in jobs]
+
+    def _take_in(self, job: CopyJob) -> None:
+        node, residency = job.node, self.residency
+        self.under_way.remove(job)
+        node.flight = None
+        if job.frees_source:
+            residency.pools[job.source].leaving -= node.held[job.source]
+        if job.outcome is Outcome.DONE:
+            assert job.result is not None
+            residency.put(node, job.target, job.result, job.held)
+        else:
+            residency.pools[job.target].give(job.held)
+        self._count(job)
+        if isinstance(job.error, LostCopyError):
+            logger.warning("a cached copy is lost: %s", job.error)
+            residency.drop(node, job.source)
+        elif job.outcome is Outcome.FAILED:
+            logger.warning("copying %s from %s to %s failed: %r", node, job.source.name, job.target.name, job.error)
+        residency.unlock(node)
+        # An eviction that could not save the copy below goes on without: room was promised, and a cache may forget.
+        if job.frees_source and job.outcome is not Outcome.CANCELLED and node.evictable(job.source):
+            residency.lose(node, job.source)
+        residency.settle(node)
+
+    def _count(self, job: CopyJob) -> None:
+        moved = sum(job.payload.layers[: job.done])
+        self.statistics.moved(job.link, moved, job.outcome is Outcome.DONE)
+        self.statistics.copies_failed += job.outcome is Outcome.FAILED
+        self.statistics.copies_lost += isinstance(job.error, LostCopyError)
+        self.statistics.copies_cancelled += job.outcome is Outcome.CANCELLED
+
+    def check(self) -> None:
+        """Raises AssertionError unless flights are known and the bytes they take and will free are counted."""
+        flights = {node.flight for node in self.residency.tree if node.flight is not None}
+        assert flights == self.under_way, "every copy under way belongs to a node of the tree"
+        for tier, pool in self.residency.pools.items():
+            nodes = list(self.residency.tree)
+            stored = sum(node.held[tier] for node in nodes)
+            arriving = sum(job.held for job in flights if job.target == tier)
+            assert pool.used == stored + arriving, "the bytes of a pool are those of its copies"
+            assert 0 <= pool.used <= pool.capacity, "a pool stays within its capacity"
+            idle = sum(node.held[tier] for node in nodes if not node.users)
+            assert pool.idle == idle, "idle bytes are counted"
+            leaving = sum(job.node.held[tier] for job in flights if job.frees_source and job.source == tier)
+            assert pool.leaving == leaving, "leaving bytes are counted"
+
+
+def fastest(node: Node) -> Tier | None:
+    """The fastest tier that has a copy of `node`."""
+    return next((tier for tier in TIERS if node.copies[tier] is not None), None)

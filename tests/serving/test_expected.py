@@ -1,0 +1,326 @@
+"""Expected discounted reuse against the linear system where there is one, and against Monte Carlo everywhere."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tenure.serving import reuse as reuse_module
+from tenure.serving.durations import MEMORY, Duration
+from tenure.serving.expected import FirstPassage
+from tenure.serving.spec import AgentSpec, EdgeSpec, WorkflowSpec
+from tenure.serving.steps import StepGraph
+
+DISCOUNT_S = 10.0
+RUNS = 3000
+NOISE = 3.5 * 0.5 / math.sqrt(RUNS)  # of a mean of numbers from 0 to 1
+Draw = Callable[[float, float, random.Random], float]
+
+
+def shifted_exponential(mean: float, spread: float, draws: random.Random) -> float:
+    """The law that `durations` describes."""
+    return mean - spread + (draws.expovariate(1 / spread) if spread else 0.0)
+
+
+def lognormal(mean: float, spread: float, draws: random.Random) -> float:
+    variance = math.log(1 + (spread / mean) ** 2) if spread else 0.0
+    return draws.lognormvariate(math.log(mean) - variance / 2, math.sqrt(variance))
+
+
+def next_calls(
+    spec: WorkflowSpec, first: str, draws: random.Random, draw: Draw, elapsed: float = 0.0
+) -> dict[str, float]:
+    """One run of a workflow in which `first` has been running for `elapsed` seconds: when each agent starts next."""
+    agents = {agent.name: agent for agent in spec.agents}
+    out = {name: [edge for edge in spec.edges if edge.source == name] for name in agents}
+    into = {name: [edge.source for edge in spec.edges if edge.target == name] for name in agents}
+    arrived: dict[str, set[str]] = {name: set() for name in agents}
+    starts: dict[str, float] = {}
+    queue: list[tuple[float, int, str, str]] = []
+
+    def call(name: str, now: float, elapsed: float = 0.0) -> None:
+        agent = agents[name]
+        seconds = -1.0
+        while seconds < elapsed:
+            seconds = draw(agent.call_s or 0.0, agent.call_spread_s or 0.0, draws)
+        seconds += draw(agent.pause_s, agent.pause_spread_s or 0.0, draws) if agent.pause_s else 0.0
+        taken = [edge for edge in out[name] if edge.probability == 1]
+        choice = draws.random()
+        for edge in (edge for edge in out[name] if edge.probability < 1):
+            if choice < edge.probability:
+                taken.append(edge)
+                break
+            choice -= edge.probability
+        for edge in taken:
+            heapq.heappush(queue, (now + seconds - elapsed, len(queue), edge.target, name))
+
+    call(first, 0.0, elapsed)
+    for _ in range(300):
+        if not queue or queue[0][0] > 12 * DISCOUNT_S or len(starts) == len(agents):
+            break
+        now, _, name, source = heapq.heappop(queue)
+        if agents[name].join == "and":
+            arrived[name].add(source)
+            if len(arrived[name]) < len(into[name]):
+                continue
+            arrived[name].clear()
+        starts.setdefault(name, now)
+        call(name, now)
+    return starts
+
+
+def sampled(spec: WorkflowSpec, first: str, draw: Draw = shifted_exponential, elapsed: float = 0.0) -> dict[str, float]:
+    """Monte Carlo of E[exp(-T / DISCOUNT_S)] for every agent."""
+    draws = random.Random(0)
+    total = dict.fromkeys((agent.name for agent in spec.agents), 0.0)
+    for _ in range(RUNS):
+        for name, at in next_calls(spec, first, draws, draw, elapsed).items():
+            total[name] += math.exp(-at / DISCOUNT_S)
+    return {name: value / RUNS for name, value in total.items()}
+
+
+def computed(spec: WorkflowSpec, first: str, elapsed: float = 0.0) -> dict[str, float]:
+    seconds = [0.0]
+    graph = StepGraph(lambda: seconds[0], discount_s=DISCOUNT_S)
+    graph.add_workflow(spec).start(first)
+    seconds[0] = elapsed
+    return {agent.name: graph.reuse(agent.name) for agent in spec.agents}
+
+
+def agents(*names: str, **fields: object) -> list[AgentSpec]:
+    laws = [(2.0, 1.0), (3.0, 0.0), (1.0, 1.0), (4.0, 2.0), (0.5, 0.2)]
+    return [AgentSpec(n, call_s=m, call_spread_s=s, **fields) for n, (m, s) in zip(names, laws * 3, strict=False)]  # type: ignore[arg-type]
+
+
+BRANCHES = WorkflowSpec(
+    "branches",
+    [
+        *agents("plan", "code", "test", "ask"),
+        AgentSpec("done", call_s=1.0, call_spread_s=0.5, pause_s=3.0, pause_spread_s=2.0),
+    ],
+    [
+        EdgeSpec("plan", "code", 0.7),
+        EdgeSpec("plan", "ask", 0.3),
+        EdgeSpec("ask", "plan", 0.9),
+        EdgeSpec("code", "code", 0.2),
+        EdgeSpec("code", "test", 0.8),
+        EdgeSpec("test", "code", 0.5),
+        EdgeSpec("test", "done", 0.4),
+        EdgeSpec("done", "plan"),
+    ],
+)
+
+
+@pytest.mark.parametrize("first", ["plan", "test", "done"])
+def test_branches_and_loops_are_exact(first):
+    """Retries, a self loop, a pause for a tool and a branch that leads nowhere."""
+    for name, value in sampled(BRANCHES, first).items():
+        assert computed(BRANCHES, first)[name] == pytest.approx(value, abs=NOISE), name
+
+
+def test_what_is_left_of_a_running_call_is_exact():
+    assert computed(BRANCHES, "plan", elapsed=1.5) != computed(BRANCHES, "plan")
+    for name, value in sampled(BRANCHES, "plan", elapsed=1.5).items():
+        assert computed(BRANCHES, "plan", elapsed=1.5)[name] == pytest.approx(value, abs=NOISE), name
+
+
+def test_another_law_of_durations_matters_little():
+    """Lognormal calls of the same means and spreads."""
+    for name, value in sampled(BRANCHES, "plan", lognormal).items():
+        assert computed(BRANCHES, "plan")[name] == pytest.approx(value, abs=NOISE + 0.01), name
+
+
+def fork(join: str) -> WorkflowSpec:
+    """Two ways of unequal length that meet, the shorter of which may be retried, and a way back."""
+    workers = agents("plan", "left", "right", "more")
+    names = [
+        ("plan", "left"),
+        ("plan", "right"),
+        ("left", "more"),
+        ("more", "meet"),
+        ("right", "meet"),
+        ("meet", "plan"),
+    ]
+    edges = [EdgeSpec(*pair) for pair in names if pair != ("right", "meet")]
+    edges += [EdgeSpec("right", "meet", 0.6), EdgeSpec("right", "right", 0.4)]
+    return WorkflowSpec(join, [*workers, AgentSpec("meet", join, call_s=2.0, call_spread_s=1.0)], edges)
+
+
+def test_an_and_join_is_never_below_and_close():
+    spec = fork("and")
+    values = computed(spec, "plan")
+    for name, value in sampled(spec, "plan").items():
+        assert value - NOISE <= values[name] <= value + NOISE + 0.02, name
+
+
+def test_the_first_of_several_ways_is_never_above_and_close():
+    spec = fork("or")
+    values = computed(spec, "plan")
+    for name, value in sampled(spec, "plan").items():
+        assert value - NOISE - 0.02 <= values[name] <= value + NOISE, name
+
+
+def test_the_limit_of_and_joins_is_known():
+    """Two equal exponential calls: the later one is worth 1/(1 + γm) · 1/(1 + γm/2), and is taken for one of them."""
+    workers = [AgentSpec(name, call_s=4.0, call_spread_s=4.0) for name in ("left", "right")]
+    plan = AgentSpec("plan", call_s=0.0, call_spread_s=0.0)
+    edges = [EdgeSpec(*pair) for pair in (("plan", "left"), ("plan", "right"), ("left", "meet"), ("right", "meet"))]
+    spec = WorkflowSpec("limit", [plan, *workers, AgentSpec("meet", "and", call_s=1.0)], edges)
+    assert sampled(spec, "plan")["meet"] == pytest.approx(1 / 1.4 / 1.2, abs=NOISE)
+    assert computed(spec, "plan")["meet"] == pytest.approx(1 / 1.4, abs=1e-4)
+
+
+def test_sure_durations_make_forks_and_joins_exact():
+    spec = fork("and")
+    sure = [AgentSpec(agent.name, agent.join, agent.call_s, 0.0) for agent in spec.agents]
+    spec = WorkflowSpec(
+        "sure", sure, [edge for edge in spec.edges if edge.source != "right"] + [EdgeSpec("right", "meet")]
+    )
+    seconds = {"left": 2.0, "right": 2.0, "more": 5.0, "meet": 9.0, "plan": 11.0}
+    values = {name: math.exp(-at / DISCOUNT_S) for name, at in seconds.items()}
+    assert computed(spec, "plan") == pytest.approx(values, abs=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 7))
+def test_first_passages_solve_the_linear_system(seed, count):
+    draws = np.random.default_rng(seed)
+    edges = draws.random((count, count)) * (draws.random((count, count)) < 0.6)
+    edges *= 0.95 / np.maximum(0.95, edges.sum(1, keepdims=True))  # each call may be the last one
+    legs = draws.uniform(0.3, 0.98, count)
+    branches = [{t: float(p) for t, p in enumerate(row) if p} for row in edges]
+    passage = FirstPassage(branches, [False] * count, legs)
+    for target in range(count):
+        for name, weights in (("reuse", legs), ("reach", np.ones(count))):
+            step = weights[:, None] * edges
+            onward = np.delete(step, target, 1)
+            q = np.linalg.solve(np.eye(count) - onward @ np.delete(np.eye(count), target, 0), step[:, target])
+            assert getattr(passage.after, name)[:, target] == pytest.approx(q, abs=1e-4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_chances_are_chances(seed):
+    """Any graph, with joins and cycles through them, in any state: 0 <= reuse <= reach <= 1."""
+    draws = random.Random(seed)
+    names = [f"a{i}" for i in range(6)]
+    spec = WorkflowSpec(
+        "w",
+        [AgentSpec(name, draws.choice(["or", "and"]), call_s=draws.random() * 9) for name in names],
+        [EdgeSpec(s, t, draws.choice([1.0, 0.5])) for s in names for t in draws.sample(names, 2)],
+        draws.sample(names, 2),
+    )
+    seconds = [0.0]
+    graph = StepGraph(lambda: seconds[0], discount_s=DISCOUNT_S)
+    flow = graph.add_workflow(spec)
+    for _ in range(10):
+        seconds[0] += 1
+        agent = draws.choice(names)
+        flow.finish(agent) if flow.ids[agent] in flow.running else flow.start(agent)
+        for reach, value in graph._reuse[flow].chances().values():
+            assert 0 <= value <= reach + 1e-9 <= 1 + 2e-9
+
+
+def test_an_agent_nothing_leads_to_has_no_chance():
+    graph = StepGraph()
+    graph.add_workflow(
+        WorkflowSpec(
+            "w",
+            [AgentSpec("a"), AgentSpec("b", "and"), AgentSpec("c")],
+            [EdgeSpec("a", "b"), EdgeSpec("c", "b")],
+            ["a"],
+        )
+    )
+    assert graph.chance("b") == graph.chance("c") == graph.chance("nobody") == (0.0, 0.0)
+    assert graph.seconds("b") == math.inf
+    assert graph.chance("a") == (1.0, 1.0)
+
+
+def test_workflows_that_share_an_agent_add_their_chances():
+    spec = WorkflowSpec("w", [AgentSpec("a", call_s=1.0, call_spread_s=0.0), AgentSpec("b")], [EdgeSpec("a", "b", 0.5)])
+    graph = StepGraph(lambda: 0.0, discount_s=DISCOUNT_S)
+    for name in ("one", "two"):
+        graph.add_workflow(spec, name).start("a")
+    discount = math.exp(-0.1)
+    assert graph.chance("b") == pytest.approx((0.75, 0.75 * discount), abs=1e-5)
+    assert graph.seconds("b") == pytest.approx(1.0, abs=1e-3)
+
+
+def test_observed_durations_move_the_expected_time():
+    seconds = [0.0]
+    graph = StepGraph(lambda: seconds[0], discount_s=DISCOUNT_S, default_s=5.0)
+    flow = graph.add_workflow(
+        WorkflowSpec("w", [AgentSpec("a"), AgentSpec("b")], [EdgeSpec("a", "b"), EdgeSpec("b", "a")])
+    )
+    for _ in range(40):
+        for agent in ("a", "b"):
+            flow.start(agent)
+            seconds[0] += 1.0
+            flow.finish(agent)
+            seconds[0] += 2.0  # the pause for a tool
+    flow.start("a")
+    assert graph.seconds("b") == pytest.approx(3.0, rel=0.05)
+    assert graph.seconds("a") == pytest.approx(6.0, rel=0.05)
+    seconds[0] += 1.0
+    flow.finish("a")
+    assert graph.seconds("b") == pytest.approx(2.0, rel=0.05)
+    seconds[0] += 1.0
+    assert graph.seconds("b") == pytest.approx(1.0, rel=0.05)
+
+
+def test_large_workflows_follow_the_most_probable_path(monkeypatch):
+    """On a graph with one way to each agent the two ways to compute agree."""
+    chain = [f"a{i}" for i in range(8)]
+    spec = WorkflowSpec(
+        "chain",
+        [AgentSpec(name, call_s=1.0, call_spread_s=0.5) for name in [*chain, "side"]],
+        [*(EdgeSpec(s, t, 0.9) for s, t in pairwise(chain)), EdgeSpec("a2", "side", 0.1)],
+    )
+    exact = computed(spec, "a0")
+    monkeypatch.setattr(reuse_module, "EXACT_TARGETS", 3)
+    assert computed(spec, "a0") == pytest.approx(exact, abs=1e-4)
+    graph = StepGraph(lambda: 0.0, discount_s=DISCOUNT_S)
+    flow = graph.add_workflow(spec)
+    flow.start("a0")
+    graph.reuse("a1")
+    flow.finish("a0", chose=["a1"])
+    assert graph.reuse("a1") == 1.0
+    flow.start("a1")
+    assert graph.reuse("a2") == pytest.approx(exact["a1"], abs=1e-4)
+    assert graph.reuse("a1") == 0.0
+
+
+def test_running_mean_and_spread():
+    duration = Duration(7.0, 3.0)
+    duration.observe(2.0)
+    assert (duration.mean, duration.spread) == (2.0, 2.0)  # the guess is gone; one call says nothing of the spread
+    draws = np.random.default_rng(0)
+    values = draws.gamma(9.0, 0.5, 2000)
+    for value in values:
+        duration.observe(float(value))
+    assert duration.mean == pytest.approx(4.5, abs=4 * 1.5 / math.sqrt(MEMORY))
+    assert duration.spread == pytest.approx(1.5, rel=0.5)
+    for _ in range(200):
+        duration.observe(1.0)  # it forgets
+    assert duration.mean == pytest.approx(1.0, abs=0.05)
+    duration.observe(-5.0)  # the clock was set back
+    assert 0.9 < duration.mean < 1.0
+
+
+def test_the_discount_of_a_duration():
+    draws = np.random.default_rng(0)
+    left = 2.0 + draws.exponential(1.5, 200_000)
+    assert Duration(3.5, 1.5).discount(0.1) == pytest.approx(np.exp(-0.1 * left).mean(), abs=2e-3)
+    late = left[left > 3.0] - 3.0
+    assert Duration(3.5, 1.5).discount(0.1, elapsed=3.0) == pytest.approx(np.exp(-0.1 * late).mean(), abs=2e-3)
+    assert Duration(0.0, 0.0).discount(0.1) == 1.0
+    with pytest.raises(ValueError, match="got the spread nan for a duration; accepted: seconds, 0 or more and finite"):
+        Duration(1.0, math.nan)

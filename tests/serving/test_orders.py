@@ -1,0 +1,209 @@
+"""Orders of eviction: each against a linear scan, and on the rings of the papers."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tenure.serving import (
+    LFU,
+    LRU,
+    Belady,
+    ExpectedTime,
+    LinearCosts,
+    Phantom,
+    PhantomPool,
+    StepsToExecution,
+    Tier,
+    TieredTree,
+    TierPolicy,
+    VirtualClock,
+    VirtualCopies,
+    WriteBack,
+    get_tier_policy,
+    tier_policy_names,
+)
+
+COSTS = LinearCosts(tokens_per_s=1000.0, bytes_per_s=(1e6, 1e5), latency_s=1e-3)
+
+
+def on_device(order, capacity, page_size=2):
+    clock = VirtualClock()
+    policy = TierPolicy(order, WriteBack.NOTHING)
+    return TieredTree({Tier.DEVICE: PhantomPool(capacity)}, VirtualCopies(clock, {}), policy, page_size, clock)
+
+
+def pass_time(tiers: TieredTree, seconds: float) -> None:
+    assert isinstance(tiers.clock, VirtualClock)
+    tiers.clock.advance_to(tiers.clock() + seconds)
+
+
+def serve(tiers, prompt, agent=None, bytes_per_token=1):
+    """Whether the whole prompt was found; it is stored otherwise, and belongs to `agent`."""
+    pass_time(tiers, 1)
+    with tiers.open(prompt) as lease:
+        hit = lease.length == len(prompt)
+        new = len(prompt) - lease.length
+        tiers.insert(lease, prompt, Phantom(new, new * bytes_per_token) if new else None, agent, len(prompt))
+    return hit
+
+
+def ring(order, size, room, rounds, before):
+    """Hit rate of `size` equal agents called in turn, with room for `room` of them, after a first round."""
+    tiers = on_device(order, 8 * room)
+    hits = calls = 0
+    for call in range(size * rounds):
+        agent = call % size
+        before(tiers, call)
+        hit = serve(tiers, [agent + 10] * 8, agent)
+        hits, calls = (hits + hit, calls + 1) if call >= size else (0, 0)
+    tiers.check()
+    return hits / calls
+
+
+@pytest.mark.parametrize("room", [2, 5, 9])
+def test_a_ring_of_ten(room):
+    """The unit check of KVFlow's facts: LRU hits nothing, steps-to-execution (C - 1) / 9, and so does the oracle."""
+    steps: dict[int, float] = {}
+
+    def count_steps(tiers, call):
+        steps.update({agent: (agent - call) % 10 or 10 for agent in range(10)})
+        tiers.values_changed()
+
+    assert ring(LRU(), 10, room, 11, lambda tiers, call: None) == 0
+    assert ring(StepsToExecution(steps), 10, room, 91, count_steps) == pytest.approx((room - 1) / 9, abs=0.012)
+    oracle = Belady([[call % 10 + 10] * 8 for call in range(910)], page_size=2)
+    assert oracle.requests == 910
+    rate = ring(oracle, 10, room, 91, lambda tiers, call: oracle.advance())
+    assert rate == pytest.approx((room - 1) / 9, abs=0.012)
+
+    reuse: dict[int, float] = {}
+
+    def discount(tiers, call):
+        reuse.update({agent: math.exp(-0.1 * ((agent - call) % 10 or 10)) for agent in range(10)})
+        tiers.values_changed()
+
+    assert ring(ExpectedTime(reuse, COSTS), 10, room, 91, discount) == pytest.approx((room - 1) / 9, abs=0.012)
+
+
+def test_no_order_hits_more_than_the_oracle():
+    random = Random(3)
+    calls = [min(int(random.expovariate(0.25)), 19) for _ in range(600)]
+    prompts = [[call + 1] * 4 for call in calls]
+    rates = {}
+    for name, order in (("lru", LRU()), ("lfu", LFU()), ("belady", Belady(prompts, 2))):
+        tiers = on_device(order, 4 * 5)
+        hits = 0
+        for prompt in prompts:
+            if isinstance(order, Belady):
+                order.advance()
+            hits += serve(tiers, prompt)
+        rates[name] = hits / len(prompts)
+    assert rates["belady"] > rates["lfu"] > 0 and rates["belady"] > rates["lru"] > 0
+
+
+def test_suffixes_go_before_fixed_prompts_and_shared_nodes_count_for_the_first_who_returns():
+    steps = {"near": 1.0, "far": 9.0}
+    tiers = on_device(StepsToExecution(steps), 100)
+    serve(tiers, [1, 1, 2, 2], "near")
+    serve(tiers, [1, 1, 3, 3], "far")
+    serve(tiers, [1, 1, 2, 2, 7, 7])  # a request of "near" with its suffix
+    serve(tiers, [1, 1, 4, 4], "unheard of")
+    candidates, gone = tiers.residency.candidates[Tier.DEVICE], []
+    shared = tiers.match([1, 1]).nodes[0]
+    assert candidates.rank(shared)[0] == -1.0
+    while (node := candidates.first()) is not None:
+        gone.append(tuple(memoryview(node.span).cast("i")))
+        tiers.eviction.evict(node, Tier.DEVICE)
+    assert gone[:2] == [(7, 7), (4, 4)]
+    assert gone[2:] == [(3, 3), (2, 2), (1, 1)]
+    tiers.check()
+
+
+def test_expected_time_weighs_probability_costs_and_bytes():
+    reuse = {"likely": 0.9, "large": 0.9, "unlikely": 0.2}
+    tiers = on_device(ExpectedTime(reuse, COSTS, prior=0.05, half_life_s=10), 10**6)
+    serve(tiers, [1] * 8, "likely")
+    serve(tiers, [2] * 8, "unlikely")
+    serve(tiers, [3] * 8, "large", bytes_per_token=1000)  # reloading a byte costs less there: the latency is shared
+    serve(tiers, [4] * 8)
+    serve(tiers, [5] * 8)
+    ranks = {node.span[0]: tiers.residency.candidates[Tier.DEVICE].rank(node) for node in tiers.tree}
+    assert sorted(ranks, key=ranks.__getitem__) == [3, 4, 5, 2, 1]
+    seconds = min(COSTS.recompute_s(0, 8), COSTS.reload_s(8, Tier.DEVICE))
+    assert ranks[1][0] == pytest.approx(math.log(0.9 * seconds / 8))
+    age = tiers.clock() - 4
+    assert ranks[4][0] == pytest.approx(math.log(0.05 * 2 ** (-age / 10) * seconds / 8))
+    with pytest.raises(ValueError, match=r"prior=0, half_life_s=30.0; accepted: 0 < prior <= 1"):
+        ExpectedTime(reuse, COSTS, prior=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_first_candidate_is_that_of_a_linear_scan(data):
+    """`check` scans all nodes; values rise and fall, nodes are used, cut, tagged and evicted in between."""
+    values: dict[int, float] = {}
+    kind = data.draw(st.sampled_from(["lru", "lfu", "ste", "expected"]))
+    order = {
+        "lru": LRU(),
+        "lfu": LFU(),
+        "ste": StepsToExecution(values),
+        "expected": ExpectedTime(values, COSTS, half_life_s=3),
+    }[kind]
+    tiers = on_device(order, 60)
+    for _ in range(data.draw(st.integers(1, 40))):
+        action = data.draw(st.sampled_from(["serve", "serve", "values", "evict", "forget", "time"]))
+        agent = data.draw(st.none() | st.integers(0, 3))
+        if action == "serve":
+            prompt = data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=8))
+            serve(tiers, prompt[: len(prompt) // 2 * 2], agent)
+        elif action == "values":
+            changed = data.draw(st.dictionaries(st.integers(0, 3), st.sampled_from([0.0, 0.1, 0.7, 5.0])))
+            values.update(changed)
+            tiers.values_changed(changed)
+        elif action == "evict":
+            node = tiers.residency.candidates[Tier.DEVICE].first()
+            if node is not None:
+                tiers.eviction.evict(node, Tier.DEVICE)
+        elif action == "forget":
+            tiers.forget_agent(agent)
+        else:
+            pass_time(tiers, 5)
+        tiers.check()
+
+
+def test_stale_entries_do_not_pile_up():
+    values = dict.fromkeys(range(5), 1.0)
+    tiers = on_device(StepsToExecution(values), 10**6)
+    for agent in range(5):
+        serve(tiers, [1, 1, agent + 2, agent + 2], agent)
+    candidates = tiers.residency.candidates[Tier.DEVICE]
+    for turn in range(3000):
+        values.update({agent: float((agent + turn) % 7) for agent in range(5)})
+        tiers.values_changed()
+        serve(tiers, [1, 1, turn % 5 + 2, turn % 5 + 2])
+    assert sum(map(len, candidates._nodes.values())) < 400
+    assert len(candidates._groups) < 400
+    assert max(len(group._values) for group in {node.group for node in tiers.tree}) < 200
+    tiers.check()
+
+
+def test_numbers_that_are_none_count_as_unknown():
+    order = StepsToExecution({"a": math.nan, "b": 3.0})
+    assert order.value("a") == order.value("nobody knows") == -1e300
+    assert order.value("b") == -3.0
+    assert StepsToExecution(lambda agent: 2.0).value("x") == -2.0
+
+
+def test_policies_by_name():
+    assert tier_policy_names() == ("expected_time", "lfu", "lru", "lru_reactive", "ste")
+    assert get_tier_policy("lru").write_back is WriteBack.NOTHING
+    assert get_tier_policy("ste", steps={}).write_back is WriteBack.FIXED
+    with pytest.raises(ValueError, match="unknown tier policy 'fifo'; known: expected_time, lfu"):
+        get_tier_policy("fifo")
+    with pytest.raises(ValueError, match=r"tier policy 'ste' does not accept \['reuse'\]"):
+        get_tier_policy("ste", reuse={})

@@ -1,0 +1,42 @@
+"""What pools count, and payloads without data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tenure.serving import (
+    LRU,
+    MemoryPool,
+    Phantom,
+    TensorPayload,
+    Tier,
+    TieredTree,
+    TierPolicy,
+    VirtualClock,
+    VirtualCopies,
+)
+
+
+def test_pinned_memory_is_counted_as_it_is_allocated():
+    tensors = {"0.k": torch.zeros(3, dtype=torch.int8), "0.v": torch.zeros(5, dtype=torch.int64)}
+    payload = TensorPayload(tensors, 1, None)
+    assert MemoryPool(100, pinned=True).charge(payload) == 4 + 64
+    assert MemoryPool(100).charge(payload) == payload.nbytes == 43
+
+
+def test_what_can_be_got_wrong_is_told():
+    clock = VirtualClock()
+    with pytest.raises(ValueError, match=r"a pool for Tier\.DEVICE is needed"):
+        TieredTree({Tier.HOST: MemoryPool(1)}, VirtualCopies(clock, {}), TierPolicy(LRU()), 2, clock)
+    with pytest.raises(ValueError, match="a capacity of -1 bytes; accepted: 0"):
+        MemoryPool(-1)
+
+
+def test_phantoms_divide_their_bytes():
+    whole = Phantom(10, 1003, num_layers=4)
+    head, tail = whole.split(3)
+    assert (head.tokens, tail.tokens, head.nbytes + tail.nbytes) == (3, 7, 1003)
+    assert sum(whole.layers) == 1003 and len(whole.layers) == 4
+    assert (joined := head.join(tail)) is not None and joined.nbytes == 1003
+    assert whole.join(Phantom(1, 1, divisible=False)) is None

@@ -1,0 +1,39 @@
+"""The code in docs/tiers.md on nodes and orders runs, and does what is said there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tenure.serving import Order, Tier, TieredTree, TierPolicy
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks() -> list[str]:
+    text = (ROOT / "docs" / "tiers.md").read_text()
+    section = text[text.index("## The life of a node") :]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_example_runs():
+    scope: dict = {}
+    exec(next(block for block in blocks() if "TieredTree(" in block), scope)  # our own documentation
+    tiers = scope["tiers"]
+    assert isinstance(tiers, TieredTree)
+    found = tiers.match(scope["prompt"])
+    assert found.length == 96 and [node.length for node in found.nodes] == [64, 32]
+    assert tiers.tree.ends == {"planner": found.nodes[0]}
+    tiers.check()
+
+
+def test_the_order_evicts_what_it_says(make_tiers, cached):
+    scope: dict = {}
+    exec(next(block for block in blocks() if "(Order)" in block), scope)
+    order = scope["LargestFirst"]()
+    assert isinstance(order, Order)
+    tiers = make_tiers(device=20, policy=TierPolicy(order))
+    for prompt in ([1] * 4, [2] * 8, [3] * 6):
+        assert cached(tiers, prompt)
+    first = tiers.residency.candidates[Tier.DEVICE].first()
+    assert first is not None and first.length == 8
