@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .rows import Step
+from .step import Step
 from .store import SegmentStore
 
 # Attention arguments that change the result and that the ragged attention does not compute.

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from ..retention.gates import RetentionGates
 from ..retention.seams import intercept
-from .budget import Budget, Plan
+from .budget import CALIBRATED, Budget, Plan
+from .calibrated import with_budget
 from .policies import Policy, get_policy
 from .prefill import chunked_prefill
 from .protect import Protected
@@ -42,7 +43,8 @@ def evict(
         model: a transformers decoder with full-attention layers; its other layers are left alone.
         policy: a name (see `policy_names()`) or an instance.
         budget: a float in (0, 1], the share of the tokens seen that may stay; an int >= 1, entries per head on average;
-            or a row's total: "65536 entries", or bytes as "512MiB" or "2GB". 1.0 evicts nothing.
+            or a row's total: "65536 entries", or bytes as "512MiB" or "2GB". 1.0 evicts nothing. "calibrated" is the
+            one `tenure calibrate` stored with the gates, whose promise holds for documents like those it saw.
         scope: who competes: "global" (all layers and heads of a row), "layer" (its heads), "head" (each has the same
             number), "pyramid" (as "head", with more in the lower layers). None for the policy's default.
         gates: for the retention policy; gates or the folder or Hub id they were saved to.
@@ -62,15 +64,15 @@ def evict(
     Yields:
         The session: `new_cache()`, `load_cache()`, `report()`.
     Raises:
-        ValueError: a wrong option; retention without gates; gates of another model; a model already in a block. Later,
-            from a forward: a budget smaller than the tokens to protect (at a prompt before it runs, if the budget is
-            not in bytes; else at the eviction).
+        ValueError: a wrong option; retention without gates; gates of another model; "calibrated" without a calibration
+            for these options; a model already in a block. Later, from a forward: a budget smaller than the tokens to
+            protect (at a prompt before it runs, if the budget is not in bytes; else at the eviction).
         UnsupportedModelError: the model cannot be attached to.
     """
     chosen = get_policy(policy)
     plan = Plan(
         chosen,
-        Budget(budget),
+        Budget(1.0 if budget == CALIBRATED else budget),  # looked up once the gates are there
         scope or chosen.default_scope,
         sinks,
         recent,
@@ -82,6 +84,6 @@ def evict(
     watched = tuple(get_policy(one) for one in ([observe] if isinstance(observe, str | Policy) else observe))
     if gates is not None and not isinstance(gates, RetentionGates):
         gates = RetentionGates.from_pretrained(gates, model)
-    session = Session(model, plan, gates, watched)
+    session = Session(model, with_budget(plan, budget, gates), gates, watched)
     with intercept(model, session), chunked_prefill(model, session):
         yield session

@@ -14,6 +14,7 @@ from .policies.base import Policy
 from .protect import Protected
 from .store import SLACK
 
+CALIBRATED = "calibrated"
 _UNITS = {"B": 1} | {
     f"{prefix}{suffix}": base ** (power + 1)
     for power, prefix in enumerate("KMGT")
@@ -61,6 +62,11 @@ class Budget:
             return int(number), "entries"
         if unit.upper() in _UNITS:
             return int(Decimal(number) * _UNITS[unit.upper()]), "bytes"
+        if self.amount == CALIBRATED:
+            raise ValueError(
+                "budget 'calibrated' is looked up in the gates by evict() and cache.compress(); here its number is "
+                "needed: gates.calibration.budget"
+            )
         raise ValueError(f"budget {self.amount!r} is not understood: {_ACCEPTED}")
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import Cache
 
 from .layer import RaggedLayer
+from .marks import Marks
 from .report import Meter, Report
 from .rows import Rows
 from .store import SegmentStore
@@ -27,6 +29,7 @@ class Contents(Cache):
         self.ragged = [layer for layer in layers if isinstance(layer, RaggedLayer)]
         self._rows = Rows()
         self._meter = Meter()
+        self._marks = Marks()
 
     @property
     def stores(self) -> list[SegmentStore]:
@@ -86,18 +89,36 @@ class Contents(Cache):
         return self._meter.report(self.stores, sum(self._rows.tokens), self.lengths(), layer_indices)
 
     def check(self) -> None:
-        """Proves the cache's integrity.
+        """Proves the cache's integrity, under `python -O` too.
 
         Raises:
             AssertionError: storage that does not add up, positions out of order or range, or wrong counts.
         """
-        tokens = self.tokens_seen.view(-1, 1, 1)
+        for fault in self.faults():
+            raise AssertionError(fault)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the cache; read no further than the first."""
+        yield from self._rows.faults()
+        if not 0 <= self._marks.floor <= self.columns_seen:
+            yield "the last eviction was at a column that was not seen"
+        tokens = self.tokens_seen
+        new = torch.tensor(self._rows.since(self._marks.floor), dtype=torch.long)
         for layer in self.ragged:
-            if layer.store is not None:
-                assert layer.store.batch == len(self._rows.tokens), "one row a sequence"
-                layer.store.check()
-                assert bool((self.positions(layer.layer_idx).cpu() < tokens).all()), "positions are of tokens seen"
-        assert self._count() == self._rows.stored, "stored entries are counted right"
+            store = layer.store
+            if store is None:
+                continue
+            if store.batch != len(self._rows.tokens):
+                yield "there is not one row a sequence"
+            yield from store.faults()
+            positions = self.positions(layer.layer_idx).cpu()
+            if not bool((positions < tokens.view(-1, 1, 1)).all()):
+                yield "positions are not of tokens seen"
+            # They ascend, so the tokens since the last eviction are all there if there are as many.
+            if not bool(((positions >= (tokens - new).view(-1, 1, 1)).sum(2) == new.unsqueeze(1)).all()):
+                yield "entries of tokens since the last eviction are missing"
+        if self._count() != self._rows.stored:
+            yield "stored entries are not counted right"
 
     def _count(self) -> list[int]:
         """Entries of each row, counted in the storage."""

@@ -10,9 +10,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..retention.seams import AttentionCall, AttentionLayer
 from .attention import ragged_attention, refuse_unsupported
+from .inputs import Inputs
 from .observers import Observers
-from .rows import Step
+from .rows import ring_size
 from .statistics import QueryStatistics
+from .step import Step
 from .store import SegmentStore
 
 
@@ -26,11 +28,12 @@ class RaggedLayer(CacheLayerMixin):
         layer_idx: index in the decoder.
         num_kv_groups: query heads that share a key/value head.
         store: the entries; None before the first forward.
-        window: the last queries, a ring `(batch, num_heads, size, head_dim)`; None if no policy wants them.
+        window: the last queries, a ring `(batch, num_heads, size, head_dim)` with a few more than the policies want,
+            see `rows.SPARE`; None if no policy wants them.
         observers: what is kept for policies while the model runs.
-        statistics: of the queries seen, tokens taken back included; None if no policy wants them, or before the first
-            forward.
+        statistics: of the queries seen; None if no policy wants them, or before the first forward.
         scaling: factor of the attention logits, known after the first forward.
+        inputs: what the attention was given while nothing was evicted; None if no policy wants it, or it is not known.
     """
 
     is_compileable = False
@@ -43,17 +46,19 @@ class RaggedLayer(CacheLayerMixin):
         self.layer_idx = layer.layer_idx
         self.num_kv_groups = layer.num_heads // layer.num_kv_heads
         self.scaling = 1.0
-        self.window_size = window_size
+        self.ring_size = ring_size(window_size)
         self.observers = observers or Observers()
         self.statistics: QueryStatistics | None = None
         self.store: SegmentStore | None = None
+        self.inputs: Inputs | None = None
         self.window: torch.Tensor | None = None
         self._window_shared = False
         self._seen = 0
         self._step: Step | None = None
         self._state: dict[str, torch.Tensor] = {}
-        # What the observers found before this forward: they replace tensors, so the old ones are enough to undo it.
-        self._before: tuple[QueryStatistics | None, dict[str, torch.Tensor]] = None, {}
+        self._waiting: torch.Tensor | None = None  # queries of the step's columns that wait
+        # What was remembered before this forward: it replaces tensors, so the old ones are enough to undo it.
+        self._before: tuple[torch.Tensor | None, QueryStatistics | None, dict[str, torch.Tensor]] = None, None, {}
 
     def open(self, step: Step, state: dict[str, torch.Tensor]) -> AttentionCall:
         """Prepares the layer for a forward.
@@ -67,7 +72,7 @@ class RaggedLayer(CacheLayerMixin):
             The call that computes the layer's attention.
         """
         self._step, self._state = step, state
-        self._before = self.statistics, {}
+        self._before = self.window, self.statistics, {}
         return self.attend
 
     def close(self, completed: bool = True) -> None:
@@ -76,11 +81,12 @@ class RaggedLayer(CacheLayerMixin):
         Of one that is not `completed` the observations are undone; the new entries are left to `rewind`.
         """
         if not completed and self._step is not None:
-            self.statistics, states = self._before
+            self._waiting = None
+            self.window, self.statistics, states = self._before
             for name, buffer in states.items():
                 assert self.store is not None, "states are of stored entries"
                 self.store.buffers[name] = buffer
-        self._step, self._state, self._before = None, {}, (None, {})
+        self._step, self._state, self._before = None, {}, (None, None, {})
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -118,30 +124,53 @@ class RaggedLayer(CacheLayerMixin):
         assert step is not None and store is not None, "update() came before attend()"
         scaling = kwargs.get("scaling")
         self.scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        if step.window_index is not None:
-            self._remember(query, step.window_index)
-        self._before[1].update((name, store.buffers[name]) for name in self.observers.state_keys)
-        self.observers.observe(self, query, step)
+        if self.observers.observing:
+            self._before[2].update((name, store.buffers[name]) for name in self.observers.observed_keys)
+        if not step.waits:
+            self._watch(query, step)
+        else:
+            if step.watched is not None:
+                self._watch(query[:, :, : -step.waits], step.watched)
+            self._waiting = query[:, :, -step.waits :].detach()
         if step.first:
             return base(module, query, key, value, attention_mask, **kwargs)
         refuse_unsupported(kwargs)
         return ragged_attention(store, query, scaling, step), None
 
-    def _remember(self, query: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-        rows, columns, slots = index
+    def _watch(self, query: torch.Tensor, step: Step) -> None:
+        """Remembers and observes the queries `(batch, num_heads, step.q_len, head_dim)`."""
+        if step.slots is not None:
+            self._remember(query, *step.slots, in_place=step.q_len == 1)
+        self.observers.observe(self, query, step)
+
+    def watch_waiting(self, step: Step | None) -> None:
+        """Remembers and observes the first `step.q_len` columns of those that waited; their entries are stored."""
+        queries, self._waiting = self._waiting, None
+        if step is not None and queries is not None:
+            self._watch(queries[:, :, : step.q_len], step)
+
+    def _remember(
+        self, query: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, slots: torch.Tensor, in_place: bool
+    ) -> None:
         if self.window is None:
-            self.window = query.new_zeros(query.shape[0], query.shape[1], self.window_size, query.shape[3])
-        elif self._window_shared:
-            self.window = self.window.clone()  # a fork reads the old one
+            self.window = query.new_zeros(query.shape[0], query.shape[1], self.ring_size, query.shape[3])
+        elif self._window_shared or not in_place:
+            self.window = self.window.clone()  # a fork or a mark reads the old one, or the forward may raise
         self._window_shared = False
         self.window[rows, :, slots] = query.detach()[rows, :, columns]
+
+    def share_window(self) -> torch.Tensor | None:
+        """The ring, which is not written to from now on: the next forward makes a new one."""
+        self._window_shared = True
+        return self.window
 
     def fork(self) -> RaggedLayer:
         """A layer that shares this one's storage until either is written to."""
         other = copy.copy(self)
         if self.store is not None:
             other.store = self.store.fork()
-        self._window_shared = other._window_shared = True
+        self.share_window()
+        other.share_window()
         return other
 
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -155,6 +184,8 @@ class RaggedLayer(CacheLayerMixin):
             self._window_shared = False
         if self.statistics is not None:
             self.statistics = self.statistics.select(rows)
+        if self.inputs is not None:
+            self.inputs = self.inputs.select(rows)
 
     def rewind(self, lengths: list[int] | None, columns: int) -> None:
         """Shortens the segments to `lengths` (None: to nothing) after `columns` columns are taken back."""
@@ -162,6 +193,8 @@ class RaggedLayer(CacheLayerMixin):
             self.reset()
         elif self.store is not None:
             self.store.set_lengths(lengths)
+        if self.inputs is not None:
+            self.inputs = self.inputs.first(columns)
         self._seen = columns
 
     # What transformers asks of a cache layer.
@@ -186,8 +219,8 @@ class RaggedLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.store, self.window, self.statistics, self._seen = None, None, None, 0
-        self.is_initialized = False
+        self.store, self.window, self.statistics, self._waiting, self._seen = None, None, None, None, 0
+        self.inputs, self.is_initialized = None, False
         self.close()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

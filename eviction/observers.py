@@ -9,8 +9,8 @@ import torch
 
 from .policies.base import Policy
 from .rotary import Rotary
-from .rows import Step
 from .statistics import CHUNK, SINKS, QueryStatistics
+from .step import Step
 from .view import LayerView
 
 if TYPE_CHECKING:
@@ -22,19 +22,30 @@ class Observers:
 
     Attributes:
         policies: those that have states.
+        observing: those of them that want to see every forward.
         rotary: the model's RoPE, if statistics of the queries are kept.
     """
 
     def __init__(self, policies: Iterable[Policy] = (), rotary: Rotary | None = None) -> None:
         self.policies = tuple(dict.fromkeys(policy for policy in policies if policy.states))
+        self.observing = tuple(policy for policy in self.policies if policy.observes)
         self.rotary = rotary
-        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._next_position: torch.Tensor | None = None
 
     @property
     def state_keys(self) -> tuple[str, ...]:
         """The names under which storages keep the policies' states."""
         return tuple(policy.state_key(state) for policy in self.policies for state in policy.states)
+
+    @property
+    def observed_keys(self) -> tuple[str, ...]:
+        """Those of `state_keys` that change in every forward."""
+        return tuple(policy.state_key(state) for policy in self.observing for state in policy.states)
+
+    @property
+    def accumulated(self) -> str:
+        """What is a sum over all tokens so far and can be undone only by going back to an older one; may be empty."""
+        names = [f"the states of {policy.name!r}" for policy in self.observing]
+        return " and ".join(names + ["the statistics of the queries"] * (self.rotary is not None))
 
     def begin(self, step: Step, position_ids: torch.Tensor | None, columns: int) -> None:
         """Opens a forward: the layers' queries will be those of these positions.
@@ -58,17 +69,15 @@ class Observers:
                 f"statistics of the queries need position_ids (batch, {q_len}), got {tuple(position_ids.shape)}"
             )
         positions = position_ids.to(device).long().expand(batch, q_len)
-        self._angles = self.rotary.angles(positions)
-        real = positions if step.valid is None else positions.masked_fill(~step.valid, -1)
-        self._next_position = real.amax(1) + 1  # 0 for a row that has only padding here
+        step.rope_positions, step.angles = positions, self.rotary.angles(positions)
 
     @torch.no_grad()
     def observe(self, layer: RaggedLayer, queries: torch.Tensor, step: Step) -> None:
-        """Shows a layer's post-RoPE queries `(batch, num_heads, q_len, head_dim)`; its new entries are stored."""
+        """Shows a layer's post-RoPE queries `(batch, num_heads, step.q_len, head_dim)`; its new entries are stored."""
         queries = queries.detach()
         if self.rotary is not None:
             layer.statistics = self._counted(layer, queries, step)
-        if not self.policies:
+        if not self.observing:
             return
         store = layer.store
         assert store is not None, "new entries are stored first"
@@ -76,25 +85,26 @@ class Observers:
         time = positions[:, -1] + 1  # padding repeats the position of the real token before it
         if step.valid is not None:
             positions = positions.masked_fill(~step.valid, -1)
-        for policy in self.policies:
-            if not policy.observes:
-                continue
+        for policy in self.observing:
             view = LayerView(layer, time, None, policy)
             new = policy.observe(view, queries, positions)
             store.set_states({policy.state_key(state): values for state, values in new.items()})
 
     def _counted(self, layer: RaggedLayer, queries: torch.Tensor, step: Step) -> QueryStatistics:
-        assert self.rotary is not None and self._angles is not None and self._next_position is not None, "begin came"
+        positions, angles = step.rope_positions, step.angles
+        assert self.rotary is not None and positions is not None and angles is not None, "begin came first"
         batch, num_heads, q_len, head_dim = queries.shape
         statistics = layer.statistics
         if statistics is None:
             statistics = QueryStatistics.empty(batch, num_heads, head_dim, queries.device)
-        after = torch.where(self._next_position > 0, self._next_position, statistics.next_position)
+        real = positions if step.valid is None else positions.masked_fill(~step.valid, -1)
+        following = real.amax(1) + 1  # 0 for a row that has only padding here
+        after = torch.where(following > 0, following, statistics.next_position)
         counts = step.positions >= SINKS
         if step.valid is not None:
             counts &= step.valid
         for start in range(0, q_len, CHUNK):
             part = slice(start, start + CHUNK)
-            angles = self._angles[0][:, part], self._angles[1][:, part]
-            statistics = statistics.seen(self.rotary.undo(queries[:, :, part], angles), counts[:, part], after)
+            turned = self.rotary.undo(queries[:, :, part], (angles[0][:, part], angles[1][:, part]))
+            statistics = statistics.seen(turned, counts[:, part], after)
         return statistics

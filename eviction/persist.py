@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
-from transformers.cache_utils import CacheLayerMixin
 
 from ..retention.checkpoint import fingerprint, write_atomic
 from ..retention.gates import RetentionGates
 from .layer import RaggedLayer
 from .plan_json import plan_from_json, plan_to_json
+from .restore import FOREIGN_NUMBERS, restore
 from .rollback import replaces_tensors
-from .rows import Rows
 from .statistics import QueryStatistics
-from .store import SegmentStore
 
 if TYPE_CHECKING:
     from .cache import RaggedCache
@@ -62,6 +60,7 @@ def save_cache(cache: RaggedCache, path: Path) -> None:
         "gates": _gates(cache.session),
         "plan": plan_to_json(cache.plan),
         "rows": rows,
+        "last_eviction": cache._marks.floor,
         "window_size": cache.session.window_size,
         "counters": vars(cache._meter),
         "layers": layers,
@@ -79,11 +78,10 @@ def load_cache(session: Session, path: str | os.PathLike) -> RaggedCache:
         cache = session.new_cache()
         cache.plan = plan_from_json(header["plan"], session.policies)
         session.require_recorded(cache.plan.policy)
-        _fill(cache, header, tensors)
-        cache.check()
+        restore(cache, header, tensors)
     except CacheFileError as error:
         raise CacheFileError(f"{file}: {error}") from None
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, RuntimeError) as error:
         raise CacheFileError(f"{file} cannot be used: {error}") from None
     return cache
 
@@ -109,8 +107,7 @@ def _foreign(layer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ValueError(f"a cache with layers of the kind {kind} cannot be saved")
     if not layer.is_initialized:
         return {}, {"kind": kind, "numbers": None}
-    names = [name for name in ("cumulative_length", "record_past") if hasattr(layer, name)]
-    numbers = {name: getattr(layer, name) for name in names}
+    numbers = {name: getattr(layer, name) for name in FOREIGN_NUMBERS if hasattr(layer, name)}
     return {"keys": layer.keys, "values": layer.values}, {"kind": kind, "numbers": numbers}
 
 
@@ -170,52 +167,6 @@ def _check_fits(session: Session, header: dict[str, Any], names: set[str]) -> No
             f"it holds {', '.join(sorted(recorded))}, this session records {', '.join(sorted(records))}: open evict() "
             "with the policies (policy=, observe=) that the cache was made under"
         )
-
-
-def _fill(cache: RaggedCache, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    device = cache.session.model.device
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    rows = cache._rows = Rows.restored(header["rows"], _under("rows.", tensors))
-    kinds = [type(layer).__name__ for layer in cache.layers]
-    saved = [layer["kind"] for layer in header["layers"]]
-    if saved != kinds:
-        raise CacheFileError(f"it has the layers {saved}, the model's are {kinds}")
-    for index, (layer, document) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-        own = _under(f"layers.{index}.", tensors)
-        if isinstance(layer, RaggedLayer):
-            _fill_ragged(layer, document, own, rows)
-        elif document["numbers"] is not None:
-            assert isinstance(layer, CacheLayerMixin)
-            layer.lazy_initialization(own["keys"], own["values"])
-            vars(layer).update(keys=own["keys"], values=own["values"], **document["numbers"])
-    rows.stored = cache._count()
-    vars(cache._meter).update({name: int(header["counters"][name]) for name in vars(cache._meter)})
-
-
-def _fill_ragged(layer: RaggedLayer, document: dict[str, Any], own: dict[str, torch.Tensor], rows: Rows) -> None:
-    lengths = document["lengths"]
-    if lengths is None:
-        layer.rewind(None, rows.columns)
-        return
-    attention, buffers = layer.attention, _under("entries.", own)
-    key, batch = buffers["key"], len(rows.tokens)
-    if key.shape[1:] != (attention.head_dim,):
-        raise CacheFileError(f"keys have {tuple(key.shape[1:])} numbers a head, the model {attention.head_dim}")
-    whole = all(isinstance(length, int) and length >= 0 for length in lengths)
-    if not whole or len(lengths) != batch * attention.num_kv_heads or sum(lengths) != len(key):
-        raise CacheFileError("cannot be used: one length a segment, together as many as there are entries, is needed")
-    layer.lazy_initialization(key.view(1, 1, *key.shape))
-    layer.batch_size = batch
-    layer.store = SegmentStore(batch, attention.num_kv_heads, buffers, lengths, lengths)
-    layer.rewind(lengths, rows.columns)
-    layer.scaling, layer.window = float(document["scaling"]), own.get("window")
-    statistics = _under("statistics.", own)
-    layer.statistics = QueryStatistics(**statistics) if statistics else None
-
-
-def _under(start: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those whose names begin with `start`, without it."""
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _model(session: Session) -> dict[str, str]:

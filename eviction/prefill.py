@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ..retention.seams import text_decoder
 from .cache import RaggedCache
-from .session import Session, new_tokens
+from .session import Session
+from .step import new_tokens
 
 # Arguments of a decoder with one column a new token: the dimension of the columns.
 SPLIT = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1,
@@ -37,10 +38,10 @@ def chunked_prefill(model: PreTrainedModel, session: Session) -> Iterator[None]:
             names = list(inspect.signature(model.forward).parameters)
 
             def before_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                chunks.wanted = (dict(zip(names, args, strict=False)) | kwargs).get("logits_to_keep", 0)
+                session.logits_to_keep = (dict(zip(names, args, strict=False)) | kwargs).get("logits_to_keep", 0)
 
             def after_model(module: nn.Module, args: tuple, output: Any) -> None:
-                chunks.wanted = 0
+                session.logits_to_keep = 0
 
             stack.callback(model.register_forward_pre_hook(before_model, with_kwargs=True).remove)
             stack.callback(model.register_forward_hook(after_model, always_call=True).remove)
@@ -51,17 +52,11 @@ def chunked_prefill(model: PreTrainedModel, session: Session) -> Iterator[None]:
 
 
 class _Chunks:
-    """The hooks of one decoder.
-
-    Attributes:
-        wanted: the running call's `logits_to_keep`: the decoder's caller reads so many of the last hidden states; 0 or
-            a tensor of indices for all.
-    """
+    """The hooks of one decoder."""
 
     def __init__(self, session: Session, names: list[str]) -> None:
         self.session = session
         self.names = names
-        self.wanted: Any = 0
         self._inside = False  # one of our own forwards is running
         self._cache: RaggedCache | None = None  # of the input that is running in chunks
         self._hidden: list[torch.Tensor] = []
@@ -86,10 +81,12 @@ class _Chunks:
         self._cache = cache
         bound |= {"past_key_values": cache, "use_cache": True}
         last = (total - 1) // size * size
+        if cache.of_generate or cache.drafting:
+            last = min(last, _before_drafts(total, size, self.session.drafts))
         try:
             self._inside = True
             for start in range(0, last, size):
-                output = module(**_part(bound, seen, start, start + size))
+                output = module(**_part(bound, seen, start, min(start + size, last)))
                 self._keep(output[0])
         except BaseException:
             self._finish(completed=False)
@@ -116,15 +113,30 @@ class _Chunks:
     def _keep(self, hidden: torch.Tensor) -> None:
         """Appends the hidden states `(batch, chunk, hidden_size)`, and lets go of those that nobody will read."""
         self._hidden.append(hidden)
-        if not isinstance(self.wanted, int) or self.wanted == 0:
+        wanted = self.session.logits_to_keep
+        if not isinstance(wanted, int) or wanted == 0:
             return
-        while sum(one.shape[1] for one in self._hidden[1:]) >= self.wanted:
+        while sum(one.shape[1] for one in self._hidden[1:]) >= wanted:
             del self._hidden[0]
 
     def _finish(self, completed: bool) -> None:
         cache, self._cache, self._hidden = self._cache, None, []
         if cache is not None:
             cache.end_input(completed)
+
+
+def _before_drafts(total: int, size: int, drafts: int) -> int:
+    """Where the last of `total` columns' chunks must begin so that no draft is evicted before it is taken back.
+
+    Raises:
+        ValueError: the drafts, with a token before them, are more than a chunk.
+    """
+    if drafts >= size:
+        raise ValueError(
+            f"generate drafts {drafts} tokens at once, a chunk has room for {size - 1}: raise prefill_chunk, or draft "
+            "fewer"
+        )
+    return total - drafts - 1
 
 
 def _check_arguments(bound: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .layer import RaggedLayer
+from .marks import Marks
 from .rows import Rows
-from .store import SegmentStore
 
 
 def replaces_tensors(layer: Any) -> bool:
@@ -53,50 +53,56 @@ class Snapshot:
         return complete
 
 
-def take_back(layers: Sequence[Any], rows: Rows, count: int) -> Rows:
-    """Removes the newest `count` columns from `layers`; all or nothing as far as ragged layers are concerned.
+def take_back(layers: Sequence[Any], rows: Rows, count: int, marks: Marks, window: int, waiting: int) -> Rows:
+    """Removes the newest `count` columns from `layers`, which then are as if these columns had never come.
+
+    All or nothing as far as ragged layers are concerned.
+
+    Args:
+        marks: those of the cache; left to the caller.
+        window: how many of the last queries the policies read.
+        waiting: so many of the newest columns have not been observed yet.
 
     Returns:
         The rows as they are then; `stored` is left to the caller.
     Raises:
-        ValueError: entries of these tokens were evicted, or there are not so many columns.
+        ValueError: something was evicted since, there are not so many columns, or what was accumulated over them cannot
+            be told apart.
     """
-    if count > rows.columns:
+    before = rows.columns - count
+    if before < 0:
         raise ValueError(f"cannot take back {count} columns of {rows.columns}")
+    if count and before < marks.floor:
+        raise ValueError(
+            f"entries were evicted in the meantime, at {marks.floor} columns: cannot go back to {before}; fork() the "
+            "cache before the part that you want to undo (and let no model inside evict() draft for another one)"
+        )
+    ragged = [layer for layer in layers if _is_ragged(layer)]
     rows = rows.copy()
     gone = rows.drop(count)
-    ragged = [layer for layer in layers if _is_ragged(layer)]
-    lengths = [_shortened(layer.store, gone, rows.tokens) if layer.store else None for layer in ragged]
+    mark = marks.at(before) if count else None
+    if count > waiting and mark is None:
+        accumulated = ragged[0].observers.accumulated
+        if not accumulated and not rows.remembers(window):
+            accumulated = f"the window of the last {window} queries"
+        if accumulated:
+            places = ", ".join(map(str, marks.places)) or "nowhere"
+            raise ValueError(
+                f"cannot go back to {before} columns: {accumulated} can be restored only where an input began or "
+                f"ended (at {places}); go back to one of these, or fork() before the part that you want to undo"
+            )
     for layer in layers:
         if not _is_ragged(layer) and (count or getattr(layer, "record_past", False)):
             layer.crop(-count)  # 0 trims what a recording layer holds; older transformers would empty the layer
-    for layer, shorter in zip(ragged, lengths, strict=True):
-        layer.rewind(shorter, rows.columns)
+    for layer in ragged:
+        store = layer.store
+        if store is not None and count:
+            less = [n for n in gone for _ in range(store.num_kv_heads)]
+            # New entries stand at the ends of their segments, and nothing was evicted since.
+            layer.rewind([n - k for n, k in zip(store.lengths, less, strict=True)], rows.columns)
+    if mark is not None:
+        mark.restore(ragged, rows)
     return rows
-
-
-def _shortened(store: SegmentStore, gone: Sequence[int], tokens: Sequence[int]) -> list[int]:
-    """The lengths of a layer's segments without the newest tokens.
-
-    Args:
-        gone: how many of its newest real tokens each row loses.
-        tokens: how many real tokens each row has left then.
-
-    Raises:
-        ValueError: some of these tokens' entries were evicted.
-    """
-    heads = range(store.num_kv_heads)
-    removed = [count for count in gone for _ in heads]
-    expected = [count for count in tokens for _ in heads]
-    lengths = [n - less for n, less in zip(store.lengths, removed, strict=True)]
-    for start, length, less, position in zip(store.starts, lengths, removed, expected, strict=True):
-        # Positions ascend: if the oldest of the newest tokens is at its place, so are the ones behind it.
-        if less and (length < 0 or int(store.position[start + length]) != position):
-            raise ValueError(
-                "entries of the tokens to take back were evicted in the meantime; fork() the cache before the part "
-                "that you want to undo"
-            )
-    return lengths
 
 
 def _is_ragged(layer: Any) -> bool:

@@ -1,79 +1,20 @@
-"""What a cache knows of its rows, and one forward of the decoder as the cache sees it."""
+"""What a cache knows of its rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from .step import Input, Step
 
-@dataclass
-class Step:
-    """The new tokens of one forward, the same for all layers.
-
-    Attributes:
-        q_len: new columns.
-        first: the cache was empty before.
-        counts: real new tokens of each row.
-        valid: bool `(batch, q_len)`, False for padding; None if all new tokens are real.
-        positions: int32 `(batch, q_len)`: index among the row's real tokens (arbitrary for padding).
-        longest: no segment of any layer is longer after this forward; 0 where no mask is needed.
-        window_index: `(row, column, slot)` index tensors of the queries to remember, or None.
-    """
-
-    q_len: int
-    first: bool
-    counts: list[int]
-    valid: torch.Tensor | None
-    positions: torch.Tensor
-    longest: int
-    window_index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    _mask: torch.Tensor | None = field(default=None, repr=False)
-    _flat: torch.Tensor | None = field(default=None, repr=False)
-    _columns: list[torch.Tensor] | None = field(default=None, repr=False)
-
-    def causal_mask(self, count: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask `(count, length)` for the last `count` of `length` entries attending causally.
-
-        Built once for the longest segment of the forward; every segment's mask is its lower right corner.
-        """
-        if self._mask is None or self._mask.dtype != dtype:
-            seen = torch.ones(self.q_len, self.longest, dtype=torch.bool, device=self.positions.device)
-            hidden = ~seen.tril(self.longest - self.q_len)
-            self._mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-        return self._mask[self.q_len - count :, self.longest - length :]
-
-    def flat_positions(self, num_kv_heads: int) -> torch.Tensor:
-        """Positions of the new entries, int32, in the order (row, head, real token)."""
-        if self._flat is None or self.valid is not None or len(self._flat) != num_kv_heads * self.positions.numel():
-            batch, n = self.positions.shape
-            spread = self.positions.unsqueeze(1).expand(batch, num_kv_heads, n)
-            flat = spread.reshape(-1) if self.valid is None else spread[self.valid.unsqueeze(1).expand_as(spread)]
-            self._flat = flat
-        return self._flat
-
-    def real_columns(self, row: int) -> torch.Tensor:
-        """Indices of the row's real tokens among the new columns."""
-        if self._columns is None:
-            assert self.valid is not None
-            self._columns = [one.nonzero().squeeze(1) for one in self.valid]
-        return self._columns[row]
+SPARE = 32  # queries that are remembered beyond the window, so that as many tokens can be taken back
 
 
-@dataclass(frozen=True)
-class Input:
-    """What the user gave in one call of the model, which may run in several forwards.
-
-    Attributes:
-        tokens: real tokens each row will have seen after it.
-        new: how many of them it brings.
-        columns: columns the cache had seen before it.
-    """
-
-    tokens: list[int]
-    new: list[int]
-    columns: int
+def ring_size(window: int) -> int:
+    """Slots of the ring that holds the last `window` queries of a row; 0 for none."""
+    return window + SPARE if window else 0
 
 
 class Rows:
@@ -127,14 +68,14 @@ class Rows:
         return rows
 
     def open(
-        self, batch: int, q_len: int, valid: torch.Tensor | None, device: torch.device, longest: int, window: int
+        self, batch: int, q_len: int, valid: torch.Tensor | None, device: torch.device, longest: int, ring: int
     ) -> Step:
         """The step that brings `q_len` new columns; nothing changes before `advance`.
 
         Args:
             valid: bool `(batch, q_len)`, False for padding; None if all new tokens are real.
             longest: entries of the longest segment.
-            window: size of the ring of remembered queries, 0 for none.
+            ring: size of the ring of remembered queries, 0 for none.
         """
         before = self.tokens or [0] * batch
         counts = [q_len] * batch if valid is None else valid.sum(1).tolist()
@@ -143,29 +84,26 @@ class Rows:
             offsets = torch.arange(q_len, dtype=torch.int32, device=device)
         else:
             offsets = valid.cumsum(1, dtype=torch.int32) - 1
-        step = Step(q_len, not self.tokens, counts, valid, start + offsets, longest + q_len)
-        if window:
-            after = torch.tensor([n + more for n, more in zip(before, counts, strict=True)], device=device)
-            chosen = step.positions >= (after - window).unsqueeze(1)
-            rows, columns = (chosen if valid is None else chosen & valid).nonzero(as_tuple=True)
-            # A query's slot is its position modulo the ring's size: the newest overwrite the oldest.
-            step.window_index = (rows, columns, step.positions[rows, columns].long() % window)
-        return step
+        return Step(q_len, not self.tokens, counts, valid, start + offsets, longest + q_len, ring)
 
-    def advance(self, step: Step, segments: int, window: int) -> None:
+    def advance(self, step: Step, segments: int) -> None:
         """Counts a completed step; `segments` entries were stored for each token."""
         batch = len(step.counts)
-        if step.window_index is not None:
-            rows, columns, slots = step.window_index
-            self._place(rows, slots, step.positions[rows, columns].long(), (batch, window))
+        self.remember(step.watched)
         self.tokens = [n + more for n, more in zip(self.tokens or [0] * batch, step.counts, strict=True)]
         self.stored = [n + more * segments for n, more in zip(self.stored or [0] * batch, step.counts, strict=True)]
         self._add_run(step.q_len, step.valid)
 
+    def remember(self, step: Step | None) -> None:
+        """Notes whose queries the layers have written to their rings."""
+        if step is not None and step.slots is not None:
+            rows, columns, slots = step.slots
+            self._place(rows, slots, step.positions[rows, columns].long(), (len(step.counts), step.ring))
+
     def abandon(self, step: Step) -> None:
-        """Notes that a step which is not counted has overwritten some of the oldest remembered queries."""
-        if step.window_index is not None and self.window_positions is not None:
-            rows, _, slots = step.window_index
+        """Notes that a step of one token, which is not counted, has overwritten the oldest remembered query."""
+        if step.q_len == 1 and step.slots is not None and self.window_positions is not None:
+            rows, _, slots = step.slots
             self._place(rows, slots, slots.new_tensor(-1), tuple(self.window_positions.shape))
 
     def _place(self, rows: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -173,6 +111,31 @@ class Rows:
         placed = slots.new_full(shape, -1) if old is None else old.clone()
         placed[rows, slots] = positions
         self.window_positions = placed
+
+    def remembers(self, window: int) -> bool:
+        """Whether the last `window` queries of every row, or all if it has fewer, are remembered."""
+        if not window or not self.tokens:
+            return True
+        if self.window_positions is None:
+            return False
+        ends = torch.tensor(self.tokens, device=self.window_positions.device)
+        newest = (self.window_positions >= (ends - window).clamp(min=0).unsqueeze(1)).sum(1)
+        return bool((newest == ends.clamp(max=window)).all())
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the counts; read no further than the first."""
+        if any(count < 0 for count in self.tokens) or self.columns < 0 or any(count < 0 for count, _ in self._runs):
+            yield "tokens are counted below zero"
+        batch = (len(self.tokens),)
+        for count, valid in self._runs:
+            if valid is not None and (valid.dtype != torch.bool or valid.shape != (*batch, count)):
+                yield "masks of padding do not have one bool a row and column"
+        if self.columns != sum(count for count, _ in self._runs) or self.since(0) != self.tokens:
+            yield "tokens are not counted as padding says"
+
+    def since(self, columns: int) -> list[int]:
+        """How many real tokens each row has in the columns from `columns` on."""
+        return self.copy().drop(self.columns - columns)
 
     def select(self, rows: torch.Tensor) -> None:
         """Row `i` becomes a copy of the former row `rows[i]`."""

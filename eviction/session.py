@@ -22,6 +22,7 @@ from .allocate import Layout
 from .budget import Plan
 from .cache import RaggedCache
 from .gating import StackedGates
+from .inputs import InputRecorder
 from .layer import RaggedLayer
 from .needs import check_model_has
 from .observers import Observers
@@ -30,6 +31,7 @@ from .policies import Policy
 from .report import Report
 from .rollback import replaces_tensors
 from .rotary import Rotary
+from .step import new_tokens
 
 
 class Session(Interceptor):
@@ -42,6 +44,8 @@ class Session(Interceptor):
         policies: the plan's and those that are only observed.
         window_size: how many of the last queries every cache remembers.
         observers: what every cache keeps for the policies while the model runs.
+        logits_to_keep: the running call's argument: its caller reads so many of the last logits; 0 or a tensor of
+            indices for all.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Session(Interceptor):
         self.plan = plan
         self.gates = gates
         self._config = text_config(model)
+        self._depth = self._config.num_hidden_layers
         self._layers = {layer.layer_idx: layer for layer in full_attention_layers(model)}
         self.policies = watched = (plan.policy, *observe)
         self._needs = frozenset().union(*(policy.needs for policy in watched))
@@ -60,6 +65,8 @@ class Session(Interceptor):
         self._check(model)
         self._stacked = StackedGates(gates) if gates is not None and "log_beta" in self._needs else None
         self.observers = Observers(watched, Rotary(model) if "query_statistics" in self._needs else None)
+        self._recorder = InputRecorder(Rotary(model) if "hidden_states" in self._needs else None)
+        self.logits_to_keep: Any = 0
         self._inputs: list[torch.Tensor] | None = None  # of a one-token forward, until its end
 
     def _check(self, model: PreTrainedModel) -> None:
@@ -81,6 +88,8 @@ class Session(Interceptor):
         self.plan.budget.total(1, self.layout)
         for policy in self.policies:
             check_model_has(policy, model, self._layers.values())
+            if "hidden_states" in policy.needs and self.plan.prefill_chunk is not None:
+                raise ValueError(f"policy {policy.name!r} scores a prompt as a whole: leave prefill_chunk unset")
         devices = {parameter.device for layer in self._layers.values() for parameter in layer.module.parameters()}
         if len(devices) > 1:
             raise ValueError(f"evict() needs the model on one device, its layers are on {sorted(map(str, devices))}")
@@ -104,7 +113,13 @@ class Session(Interceptor):
         return Layout(tuple(layer.num_kv_heads for layer in layers), width + torch.int32.itemsize)
 
     def new_cache(self) -> RaggedCache:
-        """An empty cache for the block's model."""
+        """An empty cache for the block's model; ValueError while `generate` runs only some of its layers."""
+        if self._config.num_hidden_layers != self._depth:
+            self._config.num_hidden_layers = self._depth  # transformers does not put it back if its draft raises
+            raise ValueError(
+                "assistant_early_exit, which drafts with some of the model's layers, is not supported inside evict(); "
+                "use assistant_model or prompt_lookup_num_tokens"
+            )
         layers = DynamicCache(config=self._config).layers
         while len(layers) <= max(self._layers):
             layers.append(None)  # type: ignore[arg-type]  # replaced below
@@ -150,7 +165,7 @@ class Session(Interceptor):
     def require_recorded(self, policy: Policy) -> None:
         """Raises ValueError if `policy` needs what this session does not record."""
         check_model_has(policy, self.model, self._layers.values())
-        missing = sorted((policy.needs & {"log_beta", "queries", "query_statistics"}) - self._needs)
+        missing = sorted((policy.needs & {"log_beta", "queries", "query_statistics", "hidden_states"}) - self._needs)
         if policy.states and policy not in self.observers.policies:
             missing.append(f"{', '.join(policy.states)} of every entry as {policy!r} observes it")
         if policy.window_size > self.window_size and "queries" not in missing:
@@ -177,13 +192,21 @@ class Session(Interceptor):
         source = kwargs.get("inputs_embeds")
         source = kwargs["input_ids"] if source is None else source
         batch, q_len = source.shape[:2]
+        if self.drafts and cache.of_generate and not cache.drafting:
+            cache.activate_past_recording()
         valid = new_tokens(kwargs.get("attention_mask"), batch, q_len, cache.columns_seen)
         step = cache.begin_step(batch, q_len, valid, source.device)
         self.observers.begin(step, kwargs.get("position_ids"), cache.columns_seen)
+        self._recorder.begin(step, kwargs.get("position_ids"), cache.columns_seen)
         self._running = cache
         self._inputs = [] if self._stacked and not step.first and q_len == 1 and valid is None else None
         self.track(cache)
         return kwargs | {"past_key_values": cache, "use_cache": True}
+
+    @property
+    def drafts(self) -> int:
+        """How many of the running call's last tokens are drafts, which may be taken back, if `generate` called."""
+        return max(0, self.logits_to_keep - 1) if isinstance(self.logits_to_keep, int) else 0
 
     def cache_for(self, given: Any) -> RaggedCache:
         """The session's cache that stands for the one given to the model."""
@@ -206,6 +229,7 @@ class Session(Interceptor):
                 "the cache given to the model was filled outside this evict() block; start with session.new_cache()"
             )
         cache = self.new_cache()
+        cache.of_generate = True
         if any(getattr(layer, "record_past", False) for layer in given.layers):
             cache.activate_past_recording()  # assisted decoding will take tokens back from the sliding layers
         return cache
@@ -219,7 +243,9 @@ class Session(Interceptor):
         elif self._stacked is not None:
             with torch.no_grad():
                 state["log_beta"] = self._stacked.gates.log_beta(layer.layer_idx, hidden_states)
-        return self._running.open_layer(layer.layer_idx, state)
+        call = self._running.open_layer(layer.layer_idx, state)
+        self._recorder.record(self._running.layers[layer.layer_idx], hidden_states)  # type: ignore[arg-type]
+        return call
 
     def end(self, completed: bool) -> None:
         cache, self._running = self._running, None
@@ -232,19 +258,3 @@ class Session(Interceptor):
                 assert layer.store is not None
                 layer.store.fill("log_beta", values)
         cache.end_step(completed)
-
-
-def new_tokens(mask: Any, batch: int, q_len: int, seen: int) -> torch.Tensor | None:
-    """Which of the new tokens are real: bool `(batch, q_len)`, or None if all are."""
-    if mask is None:
-        return None
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"evict() needs a 2-D attention_mask (batch, tokens), got {shape}")
-    if mask.shape != (batch, seen + q_len):
-        raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}, expected {(batch, seen + q_len)}: one column for each of the "
-            f"{seen} tokens the cache has seen and the {q_len} new ones"
-        )
-    valid = mask[:, seen:].bool()
-    return None if bool(valid.all()) else valid

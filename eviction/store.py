@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from .rows import Step
+from .step import Step
 
 SLACK = 0.06  # free room added when a segment is laid out anew, as a share of the layer's mean segment
 
@@ -255,24 +255,38 @@ class SegmentStore:
         return zip(keys[::2], values[::2], strict=True)
 
     def check(self) -> None:
-        """Raises AssertionError unless the ranges partition the buffers and positions ascend in every segment."""
+        """Raises AssertionError unless there is nothing to say about `faults`."""
+        for fault in self.faults():
+            raise AssertionError(fault)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong: ranges must partition the buffers, positions must ascend. Read no further than the first."""
         count = self.batch * self.num_kv_heads
-        assert len(self.starts) == len(self.lengths) == len(self.rooms) == count, "one range a segment"
-        assert self.starts == [0, *accumulate(self.rooms)][:count], "rooms follow each other without a gap"
-        assert sum(self.rooms) == self.capacity, "free + owned == total"
-        assert all(0 <= n <= room for n, room in zip(self.lengths, self.rooms, strict=True)), "entries fit their room"
-        assert self._free == min((r - n for r, n in zip(self.rooms, self.lengths, strict=True)), default=0), "free room"
-        assert self.uniform == (len(set(self.lengths)) <= 1 and len(set(self.rooms)) <= 1), "uniform segments are known"
+        if not len(self.starts) == len(self.lengths) == len(self.rooms) == count:
+            yield "one range a segment is needed"
+        if self.starts != [0, *accumulate(self.rooms)][:count]:
+            yield "rooms do not follow each other without a gap"
+        if sum(self.rooms) != self.capacity:
+            yield "free and used entries are not all that there are"
+        if not all(0 <= n <= room for n, room in zip(self.lengths, self.rooms, strict=True)):
+            yield "entries do not fit their room"
+        if self._free != min((r - n for r, n in zip(self.rooms, self.lengths, strict=True)), default=0):
+            yield "free room is counted wrong"
+        if self.uniform != (len(set(self.lengths)) <= 1 and len(set(self.rooms)) <= 1):
+            yield "segments are uniform, or not, and it is not known"
         ends = [start + n for start, n in zip(self.starts, self.lengths, strict=True)]
-        assert self._next is None or self._next.tolist() == ends, "the next entry goes behind the last"
+        if self._next is not None and self._next.tolist() != ends:
+            yield "the next entry does not go behind the last"
         for name, buffer in self.buffers.items():
-            assert buffer.shape[0] == self.capacity, f"{name} has the capacity of the others"
+            if buffer.shape[0] != self.capacity:
+                yield f"{name} does not have the capacity of the others"
         if count and self.entries:
             index, valid = self.dense_index()
             position = self.position[index]
-            rising = (position[..., 1:] > position[..., :-1]) | ~valid[..., 1:]
-            assert bool(rising.all()), "positions ascend in every segment"
-            assert bool(((position >= 0) | ~valid).all()), "positions are not negative"
+            if not bool(((position[..., 1:] > position[..., :-1]) | ~valid[..., 1:]).all()):
+                yield "positions do not ascend in every segment"
+            if not bool(((position >= 0) | ~valid).all()):
+                yield "positions are negative"
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

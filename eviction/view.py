@@ -12,6 +12,8 @@ from .projection import output_weight
 from .rotary import Rotary
 
 if TYPE_CHECKING:
+    from ..retention.seams import AttentionLayer
+    from .inputs import Inputs
     from .layer import RaggedLayer
     from .policies.base import Policy
     from .statistics import QueryStatistics
@@ -101,6 +103,16 @@ class LayerView:
         For policies that need `output_weight`.
         """
         return output_weight(self._layer.attention)
+
+    @property
+    def attention(self) -> AttentionLayer:
+        """The layer's attention module and its sizes."""
+        return self._layer.attention
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """What the attention was given, for policies that need `hidden_states`; None in a cache that was loaded."""
+        return self._layer.inputs
 
     @property
     def expected_queries(self) -> QueryStatistics:

@@ -4,6 +4,7 @@ if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.retention', not {__name__!r}: a second name would give duplicate classes")
 
 from .attach import Attached, attach
+from .calibration import Calibration, TriedBudget
 from .capacity import Capacity, capacity_loss
 from .checkpoint import CheckpointError, CheckpointInfo, fingerprint
 from .config import RetentionConfig
@@ -16,6 +17,7 @@ from .soft_eviction import SoftEviction
 
 __all__ = [
     "Attached",
+    "Calibration",
     "Capacity",
     "CheckpointError",
     "CheckpointInfo",
@@ -24,6 +26,7 @@ __all__ = [
     "RetentionGates",
     "Segments",
     "SoftEviction",
+    "TriedBudget",
     "UnsupportedModelError",
     "attach",
     "attach_after",

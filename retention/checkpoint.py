@@ -1,4 +1,4 @@
-"""Gates on disk: a folder with `tenure_config.json` and `gates.safetensors`."""
+"""Gates on disk: a folder with `tenure_config.json`, `gates.safetensors` and, once calibrated, `calibration.json`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .config import RetentionConfig
 
 CONFIG_FILE = "tenure_config.json"
 WEIGHTS_FILE = "gates.safetensors"
+CALIBRATION_FILE = "calibration.json"
 SCHEMA_VERSION = 1
 
 
@@ -75,7 +76,10 @@ def save_checkpoint(
     info: CheckpointInfo,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes both files, each under a temporary name first; the configuration, renamed last, seals the weights."""
+    """Writes both files, each under a temporary name first; the configuration, renamed last, seals the weights.
+
+    A calibration in the folder is removed: it belongs to the gates that were there before.
+    """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
@@ -87,6 +91,7 @@ def save_checkpoint(
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     write_atomic(path / WEIGHTS_FILE, weights)
+    (path / CALIBRATION_FILE).unlink(missing_ok=True)
     write_atomic(path / CONFIG_FILE, (json.dumps(document, indent=2) + "\n").encode())
 
 
@@ -105,13 +110,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
-def load_checkpoint(source: str | os.PathLike, revision: str | None = None) -> tuple[dict[str, Any], bytes]:
-    """The parsed configuration and the raw weights of a local folder or Hub repository.
+def load_checkpoint(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The parsed configuration and the raw weights of a folder, see `local_folder`.
 
     Raises:
         CheckpointError: a file is absent, truncated or altered, or the schema is newer than this version reads.
     """
-    path = _local_folder(source, revision)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise CheckpointError(f"{path} has no {name}; a gates folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -134,7 +138,12 @@ def load_checkpoint(source: str | os.PathLike, revision: str | None = None) -> t
     return document, weights
 
 
-def _local_folder(source: str | os.PathLike, revision: str | None) -> Path:
+def local_folder(source: str | os.PathLike, revision: str | None = None) -> Path:
+    """The folder itself, or that of the Hub repository's files on this machine.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that the Hub gives.
+    """
     path = Path(source)
     if path.is_dir():
         return path
@@ -144,7 +153,8 @@ def _local_folder(source: str | os.PathLike, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        files = [CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE]
+        return Path(snapshot_download(text, revision=revision, allow_patterns=files))
     except Exception as error:  # the Hub client raises many types, from requests to its own
         raise CheckpointError(f"no folder {text!r} here, and the Hub did not give it: {error}") from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,9 +12,21 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from .checkpoint import CheckpointInfo, fingerprint, load_checkpoint, parse_config, parse_weights, save_checkpoint
+from .calibration import Calibration, load_calibration, save_calibration, weights_digest
+from .checkpoint import (
+    CALIBRATION_FILE,
+    CheckpointInfo,
+    fingerprint,
+    load_checkpoint,
+    local_folder,
+    parse_config,
+    parse_weights,
+    save_checkpoint,
+)
 from .config import RetentionConfig
 from .seams import full_attention_layers, text_config
+
+logger = logging.getLogger(__name__)
 
 
 class RetentionGates(nn.Module):
@@ -23,6 +37,7 @@ class RetentionGates(nn.Module):
     Attributes:
         config: the shape of the gates.
         info: where they come from: base model, training, metrics.
+        calibration: the budget that `tenure calibrate` found for them, or None.
         bodies: one small MLP a layer, keyed by the layer's index.
         weight, bias: the output projection. `shared`: `(num_kv_heads, gate_width)` and `(num_kv_heads,)`, the same
             for all layers; `shared_heads`: `(1, gate_width)` and `(1,)`, the same for all layers and heads;
@@ -33,6 +48,7 @@ class RetentionGates(nn.Module):
         super().__init__()
         self.config = config
         self.info = info or CheckpointInfo()
+        self.calibration: Calibration | None = None
         width, heads = config.gate_width, config.num_kv_heads
         self.bodies = nn.ModuleDict({str(index): self._body() for index in config.layer_indices})
         shape = {
@@ -128,13 +144,20 @@ class RetentionGates(nn.Module):
     def save_pretrained(
         self, folder: str | os.PathLike, info: CheckpointInfo | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Writes `tenure_config.json` and `gates.safetensors` into `folder`, atomically.
+        """Writes `tenure_config.json` and `gates.safetensors` into `folder`, atomically, and then `calibration.json`.
+
+        A calibration that was measured on other weights, for example before more training, is left out with a warning.
 
         Args:
             info: replaces `self.info` in the file.
             dtype: dtype of the stored weights; bf16 halves the file.
         """
-        save_checkpoint(folder, self.config, self.state_dict(), info or self.info, dtype)
+        state = {name: tensor.detach().to(dtype) for name, tensor in self.state_dict().items()}
+        save_checkpoint(folder, self.config, state, info or self.info, dtype)
+        if self.calibration is not None and self.calibration.weights != weights_digest(state):
+            logger.warning("the gates' calibration was measured on other weights and is not saved in %s", folder)
+        elif self.calibration is not None:
+            save_calibration(Path(folder), self.calibration)
 
     @classmethod
     def from_pretrained(
@@ -148,20 +171,26 @@ class RetentionGates(nn.Module):
             revision: of the Hub repository.
 
         Raises:
-            CheckpointError: files absent, truncated or altered; a newer schema; missing or unexpected keys.
+            CheckpointError: files absent, truncated or altered; a newer schema; missing or unexpected keys; a
+                calibration that is broken or belongs to other gates.
             ValueError: the gates do not belong to `model`.
         """
-        document, weights = load_checkpoint(source, revision)
+        where = local_folder(source, revision)
+        document, weights = load_checkpoint(where)
         config, info = parse_config(document, str(source))
         gates = cls(config, info)
         gates.load_state_dict(parse_weights(weights, gates.state_dict(), str(source)))
+        gates.calibration = load_calibration(where, gates.state_dict())
         if model is not None:
             gates.check_model(model)
             gates.to(next(model.parameters()).device)
         return gates
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Uploads the two files to `repo_id` on the Hub, creating it if needed; returns the address of the commit."""
+        """Uploads the files to `repo_id` on the Hub, creating it if needed; returns the address of the commit.
+
+        A calibration that lies there of gates before these is removed.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
@@ -170,4 +199,10 @@ class RetentionGates(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload retention gates"))
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message="Upload retention gates",
+                delete_patterns=CALIBRATION_FILE,
+            )
+            return str(commit)

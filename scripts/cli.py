@@ -27,11 +27,14 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command("demo", "See the shipped gates at work on a real model, then train fresh ones for a few steps"),
     "train": Command("train_gates", "Train retention gates on a frozen model"),
+    "calibrate": Command("calibrate", "Find the smallest budget that keeps the loss below a bound, with a guarantee"),
     "generate": Command("generate_text", "Generate text under a KV-cache budget"),
     "inspect": Command("inspect_gates", "Show what is in a gates checkpoint and how long each head remembers"),
     "bench train": Command("bench_train", "Time gated attention, a training step and evicted decoding against peers"),
     "bench decode": Command("bench_decode", "Time decoding with a fifth of the cache kept against the plain cache"),
     "bench prefill": Command("bench_prefill", "Time eviction and scoring against the prefill they follow; peak memory"),
+    "bench tree": Command("bench_tree", "Time the prefix tree and the choice of victims against plain ways"),
+    "bench steps": Command("bench_steps", "Time steps-to-execution on large step graphs: full solves and updates"),
     "bench kvpress": Command("compare_kvpress", "Compare what each policy keeps with kvpress, run in its own Python"),
 }
 

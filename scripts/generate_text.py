@@ -32,6 +32,8 @@ class Config:
     """What to say to the model."""
     prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Read the prompt from this file (- for stdin)."""
+    data: Annotated[str | None, tyro.conf.arg(metavar="TEXTS")] = None
+    """Take the first text of these as the prompt: `demo` (held-out essays), a text file or a folder."""
     question: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """Ask this about the prompt once the prompt has been compressed."""
     model: str = "demo"
@@ -41,9 +43,10 @@ class Config:
     adakv, criticalkv, ada_criticalkv, pyramidkv, expected_attention, lagkv, keydiff, knorm, tova, h2o, streaming_llm,
     random, or full."""
     gates: str = "examples/smollm2-135m-gates"
-    """Trained gates for the retention policy: a folder or Hub id."""
-    budget: int | float = 0.2
-    """Entries that stay, per head on average: a share of the tokens seen (0.2), or a number (256)."""
+    """Trained gates for the retention policy and the calibrated budget: a folder or Hub id."""
+    budget: int | float | Literal["calibrated"] = 0.2
+    """Entries that stay, per head on average: a share of the tokens seen (0.2), or a number (256); calibrated is what
+    `tenure calibrate` stored with the gates."""
     scope: Literal["auto", "global", "layer", "head", "pyramid"] = "auto"
     """Who competes for the budget: all heads, the heads of a layer, or each head alone; auto is the policy's choice."""
     sinks: int = 4
@@ -52,6 +55,8 @@ class Config:
     """Last tokens that always stay."""
     buffer: int = 128
     """Tokens written above the budget before the next eviction."""
+    prefill_chunk: int | None = None
+    """Read a longer prompt in chunks of so many tokens with an eviction after each: bounds the memory it needs."""
     max_new_tokens: int = 128
     """Stop after this many tokens."""
     temperature: float = 0.0
@@ -66,8 +71,8 @@ class Config:
     """auto is bfloat16 on a GPU and float32 on a CPU."""
 
     def __post_init__(self) -> None:
-        if (self.prompt is None) == (self.prompt_file is None):
-            raise ValueError("give the prompt with either --prompt or --prompt-file")
+        if sum(source is not None for source in (self.prompt, self.prompt_file, self.data)) != 1:
+            raise ValueError("give the prompt with one of --prompt, --prompt-file and --data")
         if self.question is not None and self.raw:
             raise ValueError("--question uses the model's chat template and --raw leaves it out: give one of them")
         if self.max_new_tokens < 1 or self.temperature < 0:
@@ -79,10 +84,12 @@ def main(config: Config) -> int:
     import torch
 
     from ..eviction import evict, get_policy
+    from ..eviction.budget import CALIBRATED
     from ..retention import RetentionGates
 
     policy = get_policy(config.policy)  # first what is quick: mistakes are told before the model is loaded
-    gates = RetentionGates.from_pretrained(config.gates) if "log_beta" in policy.needs else None
+    needs_gates = "log_beta" in policy.needs or config.budget == CALIBRATED
+    gates = RetentionGates.from_pretrained(config.gates) if needs_gates else None
     model, tokenizer = load_model(config.model, config.device, config.dtype)
     torch.manual_seed(config.seed)
     context, rest = _encode(config, tokenizer, prompt)
@@ -95,6 +102,7 @@ def main(config: Config) -> int:
         sinks=config.sinks,
         recent=config.recent,
         buffer=config.buffer,
+        prefill_chunk=config.prefill_chunk,
     ) as session:
         started = time.perf_counter()
         tokens = _stream(config, model, tokenizer, session, context, rest)
@@ -103,8 +111,12 @@ def main(config: Config) -> int:
 
 
 def _read_prompt(config: Config) -> str:
+    from ..training.assets import resolve_texts
+
     if config.prompt is not None:
         text = config.prompt
+    elif config.data is not None:
+        text = resolve_texts(config.data, "eval")[0].text
     elif str(config.prompt_file) == "-":
         text = sys.stdin.read()
     else:
@@ -169,9 +181,13 @@ def _show(config: Config, session: Session, tokens: int, seconds: float) -> None
     from rich.console import Console
     from rich.table import Table
 
+    from ..eviction.budget import CALIBRATED
+
     report = session.report()
     lengths = report.lengths[0]
-    title = f"KV cache: {config.policy}, budget {config.budget:g}, scope {session.plan.scope}"
+    budget = session.plan.budget.amount
+    shown = budget if isinstance(budget, str) else f"{budget:g}"
+    title = f"KV cache: {config.policy}, budget {shown}, scope {session.plan.scope}"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -180,5 +196,8 @@ def _show(config: Config, session: Session, tokens: int, seconds: float) -> None
     table.add_row("memory now / peak", f"{report.bytes / 1e6:.1f} / {report.peak_bytes / 1e6:.1f} MB")
     table.add_row("entries per head", f"{lengths.min()} to {lengths.max()}, mean {lengths.float().mean():.0f}")
     table.add_row("evicted", f"{report.evicted_entries:,} in {report.evictions} evictions")
+    if config.budget == CALIBRATED:
+        assert session.gates is not None and session.gates.calibration is not None, "the block found the budget there"
+        table.add_row("calibrated", session.gates.calibration.promise)
     table.add_row("new tokens", f"{tokens} in {seconds:.1f} s, prompt included")
     Console(stderr=True).print(table)

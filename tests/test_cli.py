@@ -213,6 +213,11 @@ def test_generate_streams_and_reports(folders: tuple[str, str], tmp_path: Path, 
     assert "(100%)" in err
     assert exit_code("generate", *arguments, "--budget", "1.0") == 0
     assert capsys.readouterr().out == full
+    assert exit_code("generate", *arguments, "--prefill-chunk", "64") == 0
+    assert "in 4 evictions" in capsys.readouterr().err
+    arguments[:2] = ["--data", str(tmp_path / "prompt.txt")]
+    assert exit_code("generate", *arguments, "--policy", "full") == 0
+    assert capsys.readouterr().out == full
 
 
 def test_generate_compresses_before_the_question(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]):
@@ -228,8 +233,10 @@ def test_generate_compresses_before_the_question(folders: tuple[str, str], capsy
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        ([], 2, "either --prompt or --prompt-file"),
-        (["--prompt", "x", "--prompt-file", "y"], 2, "either --prompt or --prompt-file"),
+        ([], 2, "with one of --prompt, --prompt-file and --data"),
+        (["--prompt", "x", "--prompt-file", "y"], 2, "with one of --prompt, --prompt-file and --data"),
+        (["--prompt", "x", "--data", "demo"], 2, "with one of --prompt, --prompt-file and --data"),
+        (["--data", "/no/texts"], 1, "no file or folder '/no/texts'"),
         (["--prompt", "x", "--raw", "--question", "y"], 2, "give one of them"),
         (["--prompt", " "], 1, "the prompt is empty"),
         (["--prompt-file", "/no/file"], 1, "no file '/no/file' to read the prompt from"),

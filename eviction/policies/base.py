@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from ..view import LayerView
 
-NEEDS = ("keys", "values", "log_beta", "queries", "output_weight", "query_statistics")
+NEEDS = ("keys", "values", "log_beta", "queries", "output_weight", "query_statistics", "hidden_states")
 
 
 class Policy(ABC):
@@ -54,6 +54,8 @@ class Policy(ABC):
 
     def observe(self, view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> dict[str, torch.Tensor]:
         """Called in every forward, once the layer's new entries are stored, if the policy overrides it.
+
+        Queries of drafted tokens come when it is known which of them stay, and then perhaps in two pieces.
 
         It costs time at every decoded token; what an eviction can find out by itself belongs into `conclude`.
 

@@ -22,7 +22,7 @@ class H2O(Policy):
 
     Source: "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models" (Zhang et al., 2023),
     algorithm 1: half of the budget for heavy hitters, half for the newest tokens. Attention is computed a second time
-    for it, in pieces. Queries of tokens that are taken back stay counted.
+    for it, in pieces.
 
     Attributes:
         recent: the share of a head's budget that the newest tokens have.

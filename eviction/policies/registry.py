@@ -57,7 +57,7 @@ def get_policy(policy: str | Policy, **options: Any) -> Policy:
     """The policy of that name, or an instance, with these options and for the rest its own.
 
     Args:
-        policy: a name, with options behind it or not: "snapkv", "snapkv(window=16)", "retention_defensive(combine=max)".
+        policy: a name, with options behind it or not: "snapkv", "snapkv(window=16)", "defensive(value_norm=raw)".
 
     Raises:
         ValueError: no such policy, or no such option of it; the message lists those known.

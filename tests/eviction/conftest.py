@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tenure.eviction import LayerView, Policy
+from tenure.eviction import LayerView, Policy, evict
 from tenure.eviction.layer import RaggedLayer
 from tenure.eviction.rows import Rows
 from tenure.eviction.store import SegmentStore
 from tenure.retention import RetentionGates
 from tenure.retention.seams import AttentionLayer
+
+from .saved import OPTIONS, filled
 
 
 @pytest.fixture
@@ -76,3 +79,12 @@ def hand_view() -> Callable[..., LayerView]:
         return LayerView(layer, torch.full((batch,), n), recorded, policy, torch.full((batch,), budget))
 
     return make
+
+
+@pytest.fixture
+def saved(tiny_llama, prompt, tmp_path) -> Path:
+    """The file of a cache of `tiny_llama` under SnapKV."""
+    file = tmp_path / "context.safetensors"
+    with evict(tiny_llama, "snapkv", 0.4, **OPTIONS) as session:
+        filled(session, tiny_llama, prompt)[0].save(file)
+    return file

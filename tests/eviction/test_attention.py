@@ -73,6 +73,52 @@ def test_kept_entries_attend_like_a_masked_full_cache(any_tiny_model, prompt, sc
     torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("padding", ["none", "left"])
+@torch.no_grad()
+def test_any_keep_set_attends_like_a_masked_full_cache(any_tiny_model, prompt, padding):
+    """Heads that keep nothing, everything, and random halves; then forwards of several tokens and of one, in turn."""
+    model, ids, sizes = any_tiny_model, prompt(2, 40), (5, 1, 1, 3, 1)
+    mask = torch.ones(2, 40 + sum(sizes), dtype=torch.long)
+    if padding == "left":
+        mask[1, :17] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    generator = torch.Generator().manual_seed(0)
+    plain = DynamicCache(config=model.config)
+    with evict(model, "full") as session:
+        cache = session.new_cache()
+        context = {"attention_mask": mask[:, :40], "position_ids": positions[:, :40]}
+        model(ids, past_key_values=cache, **context)
+        visible = {}
+        for layer in cache.ragged:
+            real = mask[:, None, :40].bool()
+            keep = (torch.rand(2, 2, 40, generator=generator) < 0.5) & real
+            keep[0, 0], keep[1, 1] = False, real[1, 0]
+            visible[layer.layer_idx] = keep
+            entries = torch.zeros(2, 2, 40, dtype=torch.bool)
+            for row in range(2):
+                entries[row, :, : int(real[row].sum())] = keep[row][:, real[row, 0]]
+            cache.stores[len(visible) - 1].compact(entries)
+        cache._rows.stored = cache._count()
+        cache._marks.evicted(40)
+        cache.check()
+        got, start = [], 40
+        for size in sizes:
+            new = {"attention_mask": mask[:, : start + size], "position_ids": positions[:, start : start + size]}
+            got.append(model(prompt(2, size, seed=start), past_key_values=cache, **new).logits)
+            start += size
+        cache.check()
+    model(ids, past_key_values=plain, **context)
+    start = 40
+    for size, logits in zip(sizes, got, strict=True):
+        new = {"attention_mask": mask[:, : start + size], "position_ids": positions[:, start : start + size]}
+        with intercept(model, Masked(visible)):
+            expected = model(prompt(2, size, seed=start), past_key_values=plain, **new).logits
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        seen = torch.ones(2, 2, size, dtype=torch.bool)
+        visible = {layer: torch.cat([before, seen], dim=2) for layer, before in visible.items()}
+        start += size
+
+
 @pytest.mark.parametrize("lengths", [[5, 5, 5, 5], [5, 1, 9, 7]])
 @pytest.mark.parametrize("q_len", [1, 3])
 def test_value_dim_may_differ_and_nothing_is_read_outside_segments(lengths, q_len):

@@ -86,10 +86,29 @@ def test_a_share_counts_from_the_whole_prompt_from_the_first_chunk_on(tiny_llama
     assert stored == [10, 20, 30, 30, 30, 30], "30 of 60 may stay: nothing of the first 30 goes early"
 
 
+class Counter:
+    """The most entries that a cache's storage held at any time, counted in the storage after every layer."""
+
+    def __init__(self, model: Any) -> None:
+        self.cache: RaggedCache | None = None
+        self.most = 0
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_hook(self)
+
+    def __call__(self, *_: Any) -> None:
+        if self.cache is not None:
+            self.most = max(self.most, sum(sum(store.lengths) for store in self.cache.stores))
+
+
+@pytest.fixture
+def counter(tiny_llama) -> Counter:
+    return Counter(tiny_llama)
+
+
 # The model is the same for all examples: nothing writes to it.
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_stored_entries_never_exceed_budget_chunk_and_buffer(tiny_llama, gates_for, data):
+def test_stored_entries_never_exceed_budget_chunk_and_buffer(tiny_llama, gates_for, counter, data):
     budget = data.draw(st.sampled_from([0.1, 0.37, 0.9, 3, 11, 40, "70 entries"]), "budget")
     chunk, buffer = data.draw(st.integers(1, 40), "chunk"), data.draw(st.integers(0, 12), "buffer")
     scope = data.draw(st.sampled_from(["global", "layer", "head", "pyramid"]), "scope")
@@ -100,7 +119,8 @@ def test_stored_entries_never_exceed_budget_chunk_and_buffer(tiny_llama, gates_f
     torch.manual_seed(data.draw(st.integers(0, 9), "seed"))
     options = {"gates": gates_for(tiny_llama), "sinks": 2, "recent": 4, "buffer": buffer, "floor": floor}
     with torch.no_grad(), evict(tiny_llama, policy, budget, scope, prefill_chunk=chunk, **options) as session:
-        cache = session.new_cache()
+        cache = counter.cache = session.new_cache()
+        counter.most = 0
         mask = torch.ones(len(pads), 0, dtype=torch.long)
         allowed: list[int] = []
         for turn, length in enumerate(lengths):  # the second is a long question to a compressed context
@@ -112,12 +132,21 @@ def test_stored_entries_never_exceed_budget_chunk_and_buffer(tiny_llama, gates_f
             cache.check()
             allowed = [session.plan.budget.total(n, session.layout) for n in cache.tokens_seen.tolist()]
             limit = sum(allowed) + len(pads) * (chunk + (buffer if turn else 0)) * 6
-            assert session.report().peak_entries <= limit
+            assert counter.most <= session.report().peak_entries <= limit
+            counter.most = 0
             for row, stored in enumerate(cache.lengths().sum((1, 2)).tolist()):
                 assert stored <= allowed[row] + (buffer * 6 if turn else 0)
-        if len(lengths) == 1 and scope != "pyramid":
-            expected = [min(n * 6, allow) for n, allow in zip(cache.tokens_seen.tolist(), allowed, strict=True)]
-            assert cache.entries == sum(expected), "and the budget is used in full"
+            if len(lengths) == 1 and scope != "pyramid":
+                expected = [min(n * 6, allow) for n, allow in zip(cache.tokens_seen.tolist(), allowed, strict=True)]
+                assert cache.entries == sum(expected), "and the budget is used in full"
+            for _ in range(3):  # and an answer, token by token
+                mask = torch.cat([mask, torch.ones(len(pads), 1, dtype=torch.long)], dim=1)
+                tiny_llama(torch.randint(3, 128, (len(pads), 1)), attention_mask=mask, past_key_values=cache)
+                room = [session.plan.budget.total(n, session.layout) for n in cache.tokens_seen.tolist()]
+                assert counter.most <= sum(room) + len(pads) * (buffer + 1) * 6
+                for row, stored in enumerate(cache.lengths().sum((1, 2)).tolist()):
+                    assert stored <= room[row] + buffer * 6
+                counter.most = 0
 
 
 @torch.no_grad()

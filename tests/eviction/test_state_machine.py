@@ -45,17 +45,21 @@ class Entry:
 
 @dataclass
 class Row:
-    """What a row must hold; `columns` says of each column seen whether its token was real."""
+    """What a row must hold; `columns` says of each column seen whether its token was real.
+
+    `floor` is how many there were when its cache last evicted.
+    """
 
     columns: list[bool] = field(default_factory=list)
     segments: list[list[Entry]] = field(default_factory=lambda: [[] for _ in range(LAYERS * HEADS)])
+    floor: int = 0
 
     @property
     def tokens(self) -> int:
         return sum(self.columns)
 
     def copy(self) -> Row:
-        return Row(list(self.columns), [list(one) for one in self.segments])
+        return Row(list(self.columns), [list(one) for one in self.segments], self.floor)
 
     def evict(self, budget: int, scope: str) -> None:
         """Keeps the best by sorting: protected entries, then large numbers, which are all different."""
@@ -71,13 +75,12 @@ class Row:
         return entry.position < SINKS or entry.position >= self.tokens - RECENT, entry.number
 
     def taken_back(self, count: int) -> Row | None:
-        """The row without its newest `count` columns; None if one of their entries is gone."""
-        less = sum(self.columns[len(self.columns) - count :])
-        shorter = [segment[: len(segment) - less] for segment in self.segments]
-        expected = list(range(self.tokens - less, self.tokens))
-        if any([e.position for e in one[len(one) - less :]] != expected for one in self.segments if less):
+        """The row without its newest `count` columns; None if something was evicted since."""
+        left = len(self.columns) - count
+        if count and left < self.floor:
             return None
-        return Row(self.columns[: len(self.columns) - count], shorter)
+        less = sum(self.columns[left:])
+        return Row(self.columns[:left], [one[: len(one) - less] for one in self.segments], self.floor)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -117,6 +120,11 @@ class CacheMachine(RuleBasedStateMachine):
         valid = torch.tensor([[i >= pad for i in range(n)] for pad in pads]) if any(pads) else None
         with self.forward(cache, n, valid, len(rows)) as fresh:
             cache.end_step(completed=True)
+        self.appended(cache, rows, fresh, n, pads)
+
+    def appended(self, cache: RaggedCache, rows: list[Row], fresh: list, n: int, pads: list[int]) -> None:
+        """Puts what a forward of `n` columns stored into its rows, and evicts from them where due."""
+        evicted = False
         for row, more, pad in zip(rows, fresh, pads, strict=True):
             prompt = row.tokens == 0
             row.columns += [i >= pad for i in range(n)]
@@ -124,6 +132,9 @@ class CacheMachine(RuleBasedStateMachine):
             stored = sum(map(len, row.segments))
             if n > pad and stored > (BUDGET if prompt else BUDGET + BUFFER) * LAYERS * HEADS:
                 row.evict(BUDGET, cache.plan.scope)
+                evicted = True
+        for row in rows:
+            row.floor = len(row.columns) if evicted else row.floor
 
     def pick(self, data) -> tuple[RaggedCache, list[Row]]:
         return self.pairs[data.draw(st.integers(0, len(self.pairs) - 1))]
@@ -146,6 +157,19 @@ class CacheMachine(RuleBasedStateMachine):
         self.run(cache, rows, n, pads)
 
     @precondition(lambda self: self.pairs)
+    @rule(accepted=st.integers(1, 4), rejected=st.integers(1, 6), data=st.data())
+    def draft(self, accepted, rejected, data):
+        """Rejected tokens leave no trace, not even in what is evicted."""
+        cache, rows = self.pick(data)
+        cache.activate_past_recording()
+        with self.forward(cache, accepted + rejected, None, len(rows)) as fresh:
+            cache.end_step(completed=True)
+        cache.crop(-rejected)
+        cache.drafting = False
+        first = [[segment[:accepted] for segment in row] for row in fresh]
+        self.appended(cache, rows, first, accepted, [0] * len(rows))
+
+    @precondition(lambda self: self.pairs)
     @rule(n=st.integers(1, 3), layers=st.integers(0, LAYERS), data=st.data())
     def a_forward_that_raises(self, n, layers, data):
         cache, rows = self.pick(data)
@@ -166,6 +190,7 @@ class CacheMachine(RuleBasedStateMachine):
         cache.plan = plan
         for row in rows:
             row.evict(budget, scope)
+            row.floor = len(row.columns)
 
     @precondition(lambda self: 0 < len(self.pairs) < 4)
     @rule(copied=st.sampled_from([RaggedCache.fork, copy.deepcopy]), data=st.data())

@@ -59,7 +59,7 @@ class StoreMachine(RuleBasedStateMachine):
         pads = data.draw(st.lists(st.integers(0, n - 1), min_size=batch, max_size=batch))
         rows = Rows()
         step, key, value, state, fresh = self.new(batch, n, pads, rows)
-        rows.advance(step, HEADS, 0)
+        rows.advance(step, HEADS)
         self.pairs.append((SegmentStore.from_dense(key, value, state, step), Mirror(fresh, rows)))
 
     def pick(self, data) -> tuple[SegmentStore, Mirror]:
@@ -76,7 +76,7 @@ class StoreMachine(RuleBasedStateMachine):
             store.fill("state", state["state"].flatten())
         else:
             store.append(key, value, state, step)
-        mirror.rows.advance(step, HEADS, 0)
+        mirror.rows.advance(step, HEADS)
         for row, more in zip(mirror.segments, fresh, strict=True):
             for head, entries in zip(row, more, strict=True):
                 head.extend(entries)
@@ -162,7 +162,7 @@ def test_room_that_a_fork_may_use_is_not_written_to():
     rows = Rows()
     step = rows.open(1, 8, None, torch.device("cpu"), 0, 0)
     store = SegmentStore.from_dense(torch.zeros(1, HEADS, 8, DIM), torch.zeros(1, HEADS, 8, DIM), {}, step)
-    rows.advance(step, HEADS, 0)
+    rows.advance(step, HEADS)
 
     def replace_from_the_sixth(one: SegmentStore, number: float) -> None:
         one.set_lengths([5, 5])  # taken back: the room behind may hold entries of the other
@@ -186,12 +186,12 @@ def test_appending_is_amortised():
     step = Rows().open(1, 1000, None, torch.device("cpu"), 0, 0)
     store = SegmentStore.from_dense(torch.zeros(1, HEADS, 1000, DIM), torch.zeros(1, HEADS, 1000, DIM), {}, step)
     rows = Rows()
-    rows.advance(step, HEADS, 0)
+    rows.advance(step, HEADS)
     layouts = set()
     for _ in range(300):
         step = rows.open(1, 1, None, torch.device("cpu"), 0, 0)
         store.append(torch.ones(1, HEADS, 1, DIM), torch.ones(1, HEADS, 1, DIM), {}, step)
-        rows.advance(step, HEADS, 0)
+        rows.advance(step, HEADS)
         layouts.add(store.capacity)
     assert len(layouts) <= 6, "laid out anew a few times, not at every token"
     assert store.nbytes <= store.entries * store.entry_bytes * 1.08

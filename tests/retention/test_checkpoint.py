@@ -172,12 +172,14 @@ def test_push_to_hub_uploads_both_files(gates: RetentionGates, monkeypatch: pyte
         def create_repo(self, repo_id: str, **kwargs: object) -> None:
             uploaded["created"] = repo_id, kwargs
 
-        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str, delete_patterns: str) -> str:
             uploaded["files"] = sorted(os.listdir(folder_path))
+            uploaded["removed"] = delete_patterns
             RetentionGates.from_pretrained(folder_path)
             return "https://hub/commit"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert gates.push_to_hub("me/gates", private=True, token="t") == "https://hub/commit"
     assert uploaded["files"] == [WEIGHTS_FILE, CONFIG_FILE]
+    assert uploaded["removed"] == "calibration.json"  # of gates that were there before
     assert uploaded["created"] == ("me/gates", {"private": True, "exist_ok": True})
