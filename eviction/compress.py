@@ -49,14 +49,14 @@ def choose(
     """
     time = torch.tensor(list(tokens), device=layers[0].device)
     layout = layout_of(layers)
-    ends = tokens if horizon is None else horizon
+    ends = list(tokens if horizon is None else horizon)
     shares = [plan.allocate(end, layout) if now else None for end, now in zip(ends, due, strict=True)]
     kept_anyway = _Protection(plan, tokens, shares, time)
     evicting = torch.tensor(list(due), device=time.device).view(-1, 1, 1)
     scores, positions = [], []
     for index, layer in enumerate(layers):
         allowed = [0 if share is None else share.shares[index] for share in shares]
-        view = LayerView(layer, time, query_positions, plan.policy, time.new_tensor(allowed))
+        view = LayerView(layer, time, query_positions, plan.policy, time.new_tensor(allowed), time.new_tensor(ends))
         conclude(layer, plan.policy, view, evicting)
         score = _checked(plan, layer.layer_idx, plan.policy.score(view), view.valid)
         score = torch.where(evicting, score, 0.0)  # a row that keeps everything keeps -inf as well

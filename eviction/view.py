@@ -28,6 +28,8 @@ class LayerView:
     Attributes:
         layer_idx: the layer's index in the decoder.
         time: int64 `(batch,)`: real tokens each row has seen, T.
+        horizon: int64 `(batch,)`: those it will have seen at the end of the running input; more than `time` between the
+            chunks of a long prompt.
         num_kv_groups: query heads that share a key/value head.
         scaling: factor of the attention logits.
         budget: int64 `(batch,)`: entries that a head of this layer may keep, on average over those it competes with; 0
@@ -41,6 +43,7 @@ class LayerView:
         recorded: torch.Tensor | None = None,
         policy: Policy | None = None,
         budget: torch.Tensor | None = None,
+        horizon: torch.Tensor | None = None,
     ) -> None:
         """Shows `layer` to `policy`; `recorded` are the positions of the remembered queries."""
         assert layer.store is not None, "the layer has entries"
@@ -48,6 +51,7 @@ class LayerView:
         self._recorded = recorded
         self._policy = policy
         self.time = time
+        self.horizon = time if horizon is None else horizon
         self.budget = torch.zeros_like(time) if budget is None else budget
         self.layer_idx = layer.layer_idx
         self.scaling = layer.scaling

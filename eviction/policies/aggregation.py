@@ -9,7 +9,7 @@ import torch
 
 from ..select import top_by_mass, top_of_each_head
 
-MASS = 0.9  # attention that the protected entries and the window cover together
+MASS = 0.9  # attention that the protected entries and the window cover together, in the paper
 
 
 def pool_and_renormalise(attention: torch.Tensor, counted: torch.Tensor, kernel: int) -> torch.Tensor:
@@ -50,16 +50,16 @@ def defensive_aggregate(worst: torch.Tensor, prior: torch.Tensor) -> torch.Tenso
 
 
 def mass_protection(
-    mean: torch.Tensor, window_mass: torch.Tensor, counted: torch.Tensor, most: torch.Tensor
+    mean: torch.Tensor, needed: torch.Tensor, counted: torch.Tensor, most: torch.Tensor
 ) -> torch.Tensor:
-    """The fewest entries of each head that cover, with the window, `MASS` of the mean attention.
+    """The fewest entries of each head that cover a mass of the mean attention.
 
-    Entries are taken in the order of their mean attention, of equal ones the last. The released code measures the
-    window's mass after it has cut the window off; here it is that of the window.
+    Entries are taken in the order of their mean attention, of equal ones the last.
 
     Args:
         mean: fp32 `(batch, num_kv_heads, n)`: attention, mean over queries and heads of the group.
-        window_mass: fp32 `(batch, num_kv_heads)`: the part of it that falls into the window.
+        needed: fp32 `(batch, num_kv_heads)`: the mass to cover: `MASS` less the part that falls into the window. The
+            released code measures that part after it has cut the window off; here it is that of the window.
         counted: bool `(batch, num_kv_heads, n)`: entries outside the window.
         most: int64 `(batch,)`: no more than that many in a head.
 
@@ -67,7 +67,7 @@ def mass_protection(
         bool `(batch, num_kv_heads, n)`.
     """
     mean = mean.masked_fill(~counted, 0.0)
-    covering = top_by_mass(mean, MASS - window_mass) & counted
+    covering = top_by_mass(mean, needed) & counted
     if not bool((covering.sum(2) > most.view(-1, 1)).any()):
         return covering
     place = torch.arange(mean.shape[2], device=mean.device).expand(mean.shape)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .aggregation import defensive_aggregate, flat_prior, mass_protection, pool_and_renormalise, worst_case
+from .aggregation import MASS, defensive_aggregate, flat_prior, mass_protection, pool_and_renormalise, worst_case
 from .base import Policy
 from .value_norms import value_norms
 from .window import check_window, mean_over_queries, own_entries
@@ -23,7 +23,7 @@ class Defensive(Policy):
     """Worst case of the attention of a window's queries, no less than its mean, times `‖v_i W_O‖₁`.
 
     Source: "Taming the Fragility of KV Cache Eviction" (Feng et al., ICLR 2026); options as in the released code. The
-    steps are in `aggregation`. Beside the window, the entries that cover 0.9 of its attention are kept.
+    steps are in `aggregation`. Beside the window, the entries that cover `mass` of its attention are kept.
 
     The paper compresses a prompt once. Here the worst case is a running maximum over the windows of all evictions: at
     each the last `window` queries observe the entries outside the window, so that a prompt may come in chunks, and
@@ -34,11 +34,14 @@ class Defensive(Policy):
         kernel: width of the pooling along the entries, odd.
         value_norm: what the norm is divided by: "heads", its sum over the heads of the token (the released code);
             "tokens", its sum over the entries of the head (the paper); "raw", nothing. "none": no value term.
+        mass: the share of the window's mean attention, in [0, 1], that the window and the best entries of each head
+            cover together: these stay whatever their risk, up to a head's average budget. 0 protects none.
     """
 
     window: int = 32
     kernel: int = 5
     value_norm: str = "heads"
+    mass: float = MASS
 
     name: ClassVar[str] = "defensive"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "queries", "output_weight"})
@@ -47,6 +50,8 @@ class Defensive(Policy):
 
     def __post_init__(self) -> None:
         check_window(type(self).__name__, self.window, self.kernel)
+        if not 0 <= self.mass <= 1:
+            raise ValueError(f"mass is a share of the attention in [0, 1], got {self.mass}")
         if self.value_norm not in VALUE_NORMS:
             raise ValueError(f"unknown value_norm {self.value_norm!r}; known: {', '.join(VALUE_NORMS)}")
 
@@ -97,9 +102,11 @@ class Defensive(Policy):
                 total = value.masked_fill(~counted, 0.0).sum(2, keepdim=True)
                 value = value / total.clamp(min=torch.finfo(torch.float32).tiny)
             score = score * value
+        if self.mass == 0:
+            return score.masked_fill(own, torch.inf)
         mean = mean_over_queries(view.window_attention, view.query_positions)
         window_mass = mean.masked_fill(~own, 0.0).sum(2)
-        needed = mass_protection(mean, window_mass, counted, view.budget - self.window)
+        needed = mass_protection(mean, self.mass - window_mass, counted, view.budget - self.window)
         return score.masked_fill(needed | own, torch.inf)
 
     def aggregate(self, view: LayerView, worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
 
 def log_retention(view: LayerView) -> torch.Tensor:
-    """`(T + 1 - i) · log β_i`, fp32 `(batch, num_kv_heads, n)`: the log of the retention at the next token."""
-    age = view.time.view(-1, 1, 1) + 1 - view.positions
+    """`(T + 1 - i) · log β_i`, fp32 `(batch, num_kv_heads, n)`: the log of the retention at the next token.
+
+    Between the chunks of a prompt T is the end of the prompt: an entry is judged by what will be left of it when the
+    prompt has been read, so that every chunk's eviction works towards the same choice.
+    """
+    age = view.horizon.view(-1, 1, 1) + 1 - view.positions
     return age.float() * view.log_beta
 
 

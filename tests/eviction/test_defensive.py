@@ -82,7 +82,7 @@ def test_value_norms_equal_the_projection_of_everything_at_once(monkeypatch):
 def test_mass_protection_by_hand(window_mass, most, expected):
     mean = torch.tensor([[[0.05, 0.4, 0.9, 0.3, 0.15]]])
     counted = torch.tensor([[[True, True, False, True, True]]])
-    taken = mass_protection(mean, torch.tensor([[window_mass]]), counted, torch.tensor([most]))
+    taken = mass_protection(mean, torch.tensor([[0.9 - window_mass]]), counted, torch.tensor([most]))
     assert taken.tolist() == [[expected]]
 
 
@@ -247,3 +247,18 @@ def test_window_and_mass_are_kept_and_heads_compete(tiny_llama, prompt):
 def test_own_entries_are_those_of_the_last_tokens(hand_view):
     view = hand_view(Defensive(window=2), torch.ones(1, 2, 5, 2), lengths=[5, 4])
     assert (own_entries(view, 2) & view.valid).tolist() == [[[False] * 3 + [True] * 2, [False] * 3 + [True, False]]]
+
+
+@torch.no_grad()
+def test_without_mass_only_the_window_is_protected(tiny_llama, prompt):
+    with evict(tiny_llama, "full", observe=[Defensive(window=4, mass=0.0), Defensive(window=4)]) as session:
+        cache = session.new_cache()
+        tiny_llama(prompt(1, 40), past_key_values=cache)
+        counts = []
+        for policy in (Defensive(window=4, mass=0.0), Defensive(window=4)):
+            view = LayerView(cache.ragged[0], cache.tokens_seen, cache.query_positions, policy, torch.tensor([12]))
+            conclude(cache.ragged[0], policy, view, torch.ones(1, 1, 1, dtype=torch.bool))
+            counts.append(policy.score(view).isinf().sum(2).flatten().tolist())
+    assert counts[0] == [4, 4] and all(count > 4 for count in counts[1])
+    with pytest.raises(ValueError, match=r"mass is a share of the attention in \[0, 1\], got 1\.5"):
+        Defensive(mass=1.5)

@@ -303,3 +303,20 @@ def test_hooks_are_gone_after_the_block(tiny_llama, prompt):
     with evict(tiny_llama, "knorm", prefill_chunk=8):
         tiny_llama(prompt(1, 20))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in tiny_llama.modules())
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+@torch.no_grad()
+def test_chunks_work_towards_the_choice_of_one_eviction(tiny_llama, gates_for, prompt, scope):
+    """Retention judges by the end of the prompt: where log β does not depend on what was evicted, all is as at once.
+
+    The first layer's gates see the embeddings alone. Scores at the end of each chunk would let old entries outlive newer
+    ones that fade more slowly from then on.
+    """
+    kept = []
+    for chunk in (None, 7, 20):
+        options = {"gates": gates_for(tiny_llama), "sinks": 0, "recent": 0, "prefill_chunk": chunk}
+        with evict(tiny_llama, "retention", 0.3, scope, **options) as session:
+            tiny_llama(prompt(2, 60), past_key_values=session.new_cache())
+            kept.append([[head.tolist() for head in row] for row in session.last_cache.kept(0)])
+    assert kept[1] == kept[0] and kept[2] == kept[0]
