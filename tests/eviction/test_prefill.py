@@ -310,8 +310,7 @@ def test_hooks_are_gone_after_the_block(tiny_llama, prompt):
 def test_chunks_work_towards_the_choice_of_one_eviction(tiny_llama, gates_for, prompt, scope):
     """Retention judges by the end of the prompt: where log β does not depend on what was evicted, all is as at once.
 
-    The first layer's gates see the embeddings alone. Scores at the end of each chunk would let old entries outlive newer
-    ones that fade more slowly from then on.
+    The first layer's gates see the embeddings alone. Scores at the end of each chunk would choose differently.
     """
     kept = []
     for chunk in (None, 7, 20):
