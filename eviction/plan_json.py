@@ -10,6 +10,7 @@ from .budget import Budget, Plan
 from .policies import Policy, get_policy
 from .protect import Protected
 
+_PLAIN = (bool, int, float, str, dict, list, tuple, type(None))
 NUMBERS = ("scope", "sinks", "recent", "buffer", "floor", "prefill_chunk")
 
 
@@ -44,6 +45,12 @@ def plan_from_json(document: dict[str, Any], known: Iterable[Policy]) -> Plan:
 def _policy_to_json(policy: Policy) -> dict[str, Any]:
     options = {field.name: getattr(policy, field.name) for field in fields(policy)}  # type: ignore[arg-type]
     plain = {name: _policy_to_json(value) if isinstance(value, Policy) else value for name, value in options.items()}
+    other = [name for name, value in plain.items() if not isinstance(value, _PLAIN)]
+    if other:
+        raise ValueError(
+            f"a cache under policy {policy.name!r} cannot be saved, its {', '.join(other)} is no plain value; "
+            'cache.compress("full", 1.0) first goes on without it'
+        )
     return {"name": policy.name, "options": plain}
 
 

@@ -215,9 +215,12 @@ def _register(base: str) -> str:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: Any,
+        dropout: float = 0.0,
+        *,
         tenure: AttentionCall | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        kwargs["dropout"] = dropout  # by position where kvpress has wrapped this function
         ordinary = _base_function(base, module)
         if tenure is None:
             return ordinary(module, query, key, value, attention_mask, **kwargs)
