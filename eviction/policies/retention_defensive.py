@@ -32,11 +32,16 @@ class RetentionDefensive(Defensive):
     * "rank": `max(u_i, v_i)`, the shares of the head's entries whose w, and whose r, are no greater than the entry's:
       only the orders count, and heads are alike.
 
+    docs/eviction.md has the study that the defaults come from.
+
     Attributes:
+        mass: as in `Defensive`, but 0: what the window attends to fills a small budget and crowds out what the gates
+            know.
         combine: one of these.
     """
 
-    combine: str = "prior"
+    mass: float = 0.0
+    combine: str = "product"
 
     name: ClassVar[str] = "retention_defensive"
     needs: ClassVar[frozenset[str]] = Defensive.needs | {"log_beta"}
