@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.table import Table
 
 from ..eval import Cell, Outcome, Resplits, RiskControl, bootstrap_mean, resplit
 from ..eval.summary import budget_text
@@ -18,6 +17,7 @@ from ..retention.checkpoint import write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from .calibrate import Config
     from .calibrate_cases import Measured

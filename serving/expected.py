@@ -54,7 +54,7 @@ def last_of(reach: np.ndarray, reuse: np.ndarray) -> tuple[float, float]:
     """All of several independent events, arrays `(events,)`: reach and reuse of the last one."""
     if not reach.all():
         return 0.0, 0.0
-    return float(reach.prod()), float(reach.prod() * (reuse / reach).max())
+    return float(reach.prod()), float(reach.prod() * (reuse / reach).min())
 
 
 class FirstPassage:
