@@ -117,7 +117,8 @@ class Calibration:
         else:
             what = f"share of answers lost ({', '.join(self.tasks)})"
         how = "on average" if self.confidence is None else f"with confidence {self.confidence:g}"
-        return f"{what} at most {self.bound:g} {how}"
+        tokens = " to ".join(str(length) for length in dict.fromkeys(self.lengths))
+        return f"{what} at most {self.bound:g} {how}, for documents of {tokens} tokens"
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}

@@ -43,6 +43,8 @@ def introduction(config: Config, cells: Sequence[Cell], names: Sequence[str]) ->
 
 def table(config: Config, outcome: Outcome, losses: np.ndarray) -> Table:
     """One row a budget, the largest first."""
+    from rich.table import Table
+
     statistic = "p-value" if config.method == "ltt" else "bound on the mean"
     rows = Table(title=f"Loss: {loss_text(config)}; bound {config.bound:g}", title_justify="left")
     for name in ("budget", "mean loss", "largest", statistic):
@@ -66,10 +68,7 @@ def loss_text(config: Config) -> str:
 
 def conclusion(calibration: Calibration) -> str:
     """The chosen budget and its promise."""
-    return (
-        f"{budget_text(calibration.budget)} of the cache: {calibration.promise}, for documents of "
-        f"{' to '.join(str(length) for length in dict.fromkeys(calibration.lengths))} tokens drawn like these."
-    )
+    return f"{budget_text(calibration.budget)} of the cache: {calibration.promise} drawn like these."
 
 
 def refusal(control: RiskControl, outcome: Outcome, cases: int) -> str:
@@ -96,6 +95,8 @@ def show_validation(
     validation: Measured,
 ) -> None:
     """The chosen budget on the held-out documents, and the promise in random splits of all documents."""
+    from rich.table import Table
+
     names = ", ".join(dict.fromkeys(sorted(validation.documents)))
     if outcome.accepted is not None:
         found = bootstrap_mean(list(validation.losses[:, outcome.accepted]), config.seed)

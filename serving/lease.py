@@ -59,7 +59,8 @@ class Lease:
     def load(self, urgency: Urgency = Urgency.DEMAND, priority: float = 0.0, only_below: bool = False) -> LoadState:
         """Sees to it that everything leased comes to the device; to be called until it is READY.
 
-        Either all that is missing has room and its copies begin, or none does. What is being loaded already is not
+        Either all that is missing has room and its copies begin, or none does. A demand takes the room of prefetches
+        that are under way if there is no other. What is being loaded already is not
         loaded twice, but becomes as urgent as asked for here.
 
         Args:
@@ -98,6 +99,12 @@ class Lease:
         needed = sum(pool.charge(payload) for payload in payloads if payload is not None)
         below = tiers.residency.candidates[Tier.DEVICE].rank(self.node) if only_below else None
         room = tiers.eviction.make_room(Tier.DEVICE, needed, below)
+        if (
+            room is Room.REFUSED
+            and urgency is Urgency.DEMAND
+            and tiers.transfers.cancel_prefetches(Tier.DEVICE, needed)
+        ):
+            return LoadState.WAITING
         if room is not Room.READY:
             return LoadState.WAITING if room is Room.PENDING else LoadState.NO_ROOM
         for node in nodes:

@@ -24,7 +24,7 @@ class Transfers:
 
     def __init__(self, residency: Residency, mover: Mover, statistics: TierStatistics) -> None:
         self.residency, self.mover, self.statistics = residency, mover, statistics
-        self.under_way: set[CopyJob] = set()
+        self.under_way: dict[CopyJob, None] = {}  # in the order of their beginnings
 
     def start(
         self,
@@ -54,11 +54,28 @@ class Transfers:
             return False
         job = CopyJob(node, source, target, payload, builder, urgency, priority, held, frees_source)
         node.flight = job
-        self.under_way.add(job)
+        self.under_way[job] = None
         self.residency.lock(node)
         if frees_source:
             self.residency.pools[source].leaving += node.held[source]
         self.mover.submit(job)
+        return True
+
+    def cancel_prefetches(self, tier: Tier, nbytes: int) -> bool:
+        """Cancels prefetches into `tier`, the least urgent first, if that can make `nbytes` free there.
+
+        Returns:
+            Whether it can; the bytes are free once the copies have ended.
+        """
+        pool = self.residency.pools[tier]
+        jobs = [job for job in self.under_way if job.target == tier and job.urgency is Urgency.PREFETCH]
+        missing = nbytes - (pool.free + pool.leaving + pool.idle)
+        if missing > sum(job.held for job in jobs):
+            return False
+        for job in sorted(jobs, key=lambda job: job.priority, reverse=True):
+            if missing > 0:
+                self.mover.cancel(job)
+                missing -= job.held
         return True
 
     def poll(self) -> list[Node]:
@@ -74,7 +91,7 @@ class Transfers:
 
     def _take_in(self, job: CopyJob) -> None:
         node, residency = job.node, self.residency
-        self.under_way.remove(job)
+        del self.under_way[job]
         node.flight = None
         if job.frees_source:
             residency.pools[job.source].leaving -= node.held[job.source]
@@ -105,7 +122,7 @@ class Transfers:
     def check(self) -> None:
         """Raises AssertionError unless flights are known and the bytes they take and will free are counted."""
         flights = {node.flight for node in self.residency.tree if node.flight is not None}
-        assert flights == self.under_way, "every copy under way belongs to a node of the tree"
+        assert flights == set(self.under_way), "every copy under way belongs to a node of the tree"
         for tier, pool in self.residency.pools.items():
             nodes = list(self.residency.tree)
             stored = sum(node.held[tier] for node in nodes)

@@ -268,6 +268,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert store.buffers["log_beta"][at].tolist() == [entry.state for entry in wanted]
 
 
+@pytest.mark.timeout(900)  # a minute where nothing else runs
 def test_ten_thousand_steps(tiny_model, gates_for):
     model = tiny_model("llama", num_hidden_layers=LAYERS)
     options = {"gates": gates_for(model), "sinks": SINKS, "recent": RECENT, "buffer": BUFFER, "observe": ["retention"]}

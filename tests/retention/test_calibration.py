@@ -47,7 +47,8 @@ def test_round_trip(gates: RetentionGates, folder: Path) -> None:
     loaded = RetentionGates.from_pretrained(folder)
     assert loaded.calibration == gates.calibration
     assert loaded.calibration is not None and loaded.calibration.promise == (
-        "mean KL to the full cache (at most 1 nats a case) at most 0.2 with confidence 0.9"
+        "mean KL to the full cache (at most 1 nats a case) at most 0.2 with confidence 0.9, for documents of 300 to "
+        "400 tokens"
     )
     (folder / CALIBRATION_FILE).unlink()
     assert RetentionGates.from_pretrained(folder).calibration is None
@@ -61,7 +62,7 @@ def test_entries_and_conformal_risk_control_come_back_as_they_were(gates: Retent
     gates.save_pretrained(tmp_path)
     found = RetentionGates.from_pretrained(tmp_path).calibration
     assert found is not None and found == given and type(found.budget) is int
-    assert found.promise == "share of answers lost (needle) at most 0.1 on average"
+    assert found.promise == "share of answers lost (needle) at most 0.1 on average, for documents of 300 to 400 tokens"
 
 
 def test_it_goes_along_in_bf16(gates: RetentionGates, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tenure.serving import (
     VirtualClock,
     VirtualCopies,
 )
+from tenure.serving.disk import FilePayload
 from tenure.serving.node import Node
 from tenure.serving.pools import Pool
 
@@ -64,8 +65,11 @@ def ids_of(node: Node) -> list[int]:
     return memoryview(b"".join(reversed([each.span for each in node.path()]))).cast("i").tolist()
 
 
-def damage(path: Path, how: str) -> None:
-    """Has the last byte of a file changed ("flip") or missing ("cut"), or no file ("remove")."""
+def damage(node: Node, how: str) -> None:
+    """Has the last byte of the node's file changed ("flip") or missing ("cut"), or no file ("remove")."""
+    file = node.copies[Tier.DISK]
+    assert isinstance(file, FilePayload)
+    path = file.path
     content = path.read_bytes() if path.exists() else b""
     path.unlink(missing_ok=True)
     if content and how != "remove":

@@ -64,8 +64,8 @@ class TierMachine(RuleBasedStateMachine):
     )
     def begin(self, order, write_back, below):
         costs = LinearCosts(100.0, (1000.0, 500.0))
-        soonest, likeliest = StepsToExecution(self.values), ExpectedTime(self.values, costs)
-        made = {"lru": LRU(), "lfu": LFU(), "ste": soonest, "expected": likeliest}[order]
+        by_agent = {"ste": StepsToExecution(self.values), "expected": ExpectedTime(self.values, costs)}
+        made = {"lru": LRU(), "lfu": LFU(), **by_agent}[order]
         pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(12 * self.kv.token_bytes)}
         if "host" in below:
             pools[Tier.HOST] = MemoryPool(10 * self.kv.token_bytes)
@@ -81,10 +81,8 @@ class TierMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.leases) < 4)
     @rule(prompt=prompts)
     def open(self, prompt):
-        known = self.tiers.match(prompt)
-        lease = self.tiers.open(prompt)
-        assert lease.length == known.length
-        assert lease.length % PAGE == 0 and lease.length <= len(prompt)
+        known, lease = self.tiers.match(prompt), self.tiers.open(prompt)
+        assert lease.length == known.length and lease.length % PAGE == 0 and lease.length <= len(prompt)
         self.leases.append((lease, prompt))
 
     @rule(prompt=prompts, agent=st.none() | agents, fixed=st.integers(0, 14), compressed=st.booleans())
@@ -132,7 +130,7 @@ class TierMachine(RuleBasedStateMachine):
             on_disk = [node for node in self.tiers.tree if node.copies[Tier.DISK] is not None]
             if on_disk and random.random() < 0.3:
                 node = random.choice(on_disk)
-                self.kv.damage(node.copies[Tier.DISK].path, random.choice(["flip", "cut", "remove"]))
+                self.kv.damage(node, random.choice(["flip", "cut", "remove"]))
                 self.serve(self.kv.ids_of(node), None, 0, False)
 
     @precondition(lambda self: len(self.leases) < 4 and self.tiers.tree.ends)
@@ -146,8 +144,7 @@ class TierMachine(RuleBasedStateMachine):
     @rule(agent=st.none() | agents, fixed=st.integers(0, 12), compressed=st.booleans(), data=st.data())
     def insert(self, agent, fixed, compressed, data):
         lease, prompt = self.pick(data)
-        end = self.tiers.whole_pages(len(prompt))
-        before = lease.length
+        end, before = self.tiers.whole_pages(len(prompt)), lease.length
         payload = self.kv.of(prompt, before, end, compressed) if end > before else None
         stored = self.tiers.insert(lease, prompt, payload, agent, fixed) is Room.READY
         assert lease.length == (end if stored else before)
@@ -200,12 +197,9 @@ class TierMachine(RuleBasedStateMachine):
     @invariant()
     def everything_is_counted(self):
         type(self).steps += 1
-        if hasattr(self, "tiers"):
-            self.tiers.check()
+        self.tiers.check()
 
     def teardown(self):
-        if not hasattr(self, "tiers"):
-            return
         self.copies.fault = None
         for lease, _ in self.leases:
             lease.release()

@@ -154,6 +154,22 @@ def test_a_load_is_shared_promoted_and_cancelled_by_the_last_who_waits(make_tier
     second.release()
 
 
+def test_a_demand_takes_the_room_of_a_prefetch(make_tiers, cached, kv):
+    tiers = make_tiers(device=4, host=12, policy=ALL)
+    for prompt in (A, B, C):
+        spill(tiers, cached, prompt)
+    tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes)
+    later(tiers)
+    ahead, request, other = tiers.open(A), tiers.open(B), tiers.open(C)
+    assert ahead.load(Urgency.PREFETCH) is LoadState.LOADING
+    assert other.load(Urgency.PREFETCH) is LoadState.NO_ROOM, "another prefetch does not"
+    assert request.load() is LoadState.WAITING
+    assert request.wait(100) is LoadState.READY
+    kv.assert_holds(request.payloads(), B)
+    assert tiers.statistics.copies_cancelled == 1
+    assert ahead.load(Urgency.PREFETCH) is other.load() is LoadState.NO_ROOM
+
+
 def test_a_cut_during_a_copy_is_made_when_it_has_ended(make_tiers, cached, kv):
     tiers = make_tiers(device=8, host=8, policy=ALL)
     assert cached(tiers, [*A, *B])
