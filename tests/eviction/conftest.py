@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tenure.eviction import LayerView, Policy, evict
+from tenure.eviction import LayerView, Policy, SnapKV, evict
 from tenure.eviction.layer import RaggedLayer
 from tenure.eviction.rows import Rows
 from tenure.eviction.store import SegmentStore
@@ -88,3 +88,24 @@ def saved(tiny_llama, prompt, tmp_path) -> Path:
     with evict(tiny_llama, "snapkv", 0.4, **OPTIONS) as session:
         filled(session, tiny_llama, prompt)[0].save(file)
     return file
+
+
+@pytest.fixture
+def views(tiny_model, gates_for, prompt):
+    """Views of ragged layers of a batch with padding, for any policy; calls `use(view)` for each layer."""
+
+    @torch.no_grad()
+    def make(policy: Policy, use, padded: bool = True) -> None:
+        model, ids = tiny_model("qwen3"), prompt(2, 30)
+        mask = torch.ones_like(ids)
+        mask[1, : 11 if padded else 0] = 0
+        with evict(model, "random", 0.6, "layer", gates_for(model), observe=[policy, SnapKV(window=12)]) as session:
+            cache = session.new_cache()
+            model(ids, attention_mask=mask, past_key_values=cache)
+            grown = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1)
+            model(prompt(2, 3, seed=1), attention_mask=grown, past_key_values=cache)
+            budget = torch.full((2,), 9)
+            for layer in cache.ragged:
+                use(LayerView(layer, cache.tokens_seen, cache.query_positions, policy, budget))
+
+    return make
