@@ -149,6 +149,7 @@ class Node:
             begin = node.end - node.covers
             while node.parent is not None and node.end > begin:
                 node = node.parent
+            assert node.end == begin, "copies begin where a span does"
         chain.reverse()
         return chain
 

@@ -166,7 +166,8 @@ class ExpectedTime(Order):
         return (saved, node.last_used)
 
     def rank(self, value: float, local: Rank) -> Rank:
-        return (value + local[0], local[1])
+        # Again by `local` where the sum is too coarse to tell: a large value swallows what is added to it.
+        return (value + local[0], *local)
 
     def value(self, agent: Agent) -> float:
         return _log(min(1.0, read(self.reuse, agent, 0.0)))

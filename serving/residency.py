@@ -135,11 +135,11 @@ class Residency(Ledger):
         if lower.users or upper.users or upper.group.agents.keys() != lower.group.agents.keys():
             return False
         if not upper.has_data:
-            if lower.has_data and lower.covers < upper.length + lower.length:
+            if (lower.has_data and lower.covers < upper.length + lower.length) or _begin_at(lower):
                 return False
             self.tree.merge(upper)
         else:
-            joined = self._joined(upper, lower) if copying else None
+            joined = self._joined(upper, lower) if copying and not _begin_at(lower) else None
             if joined is None:
                 return False
             for tier in joined:
@@ -167,3 +167,14 @@ class Residency(Ledger):
                 return None
             joined[tier] = whole
         return joined
+
+
+def _begin_at(node: Node) -> bool:
+    """Whether some copy below `node` covers its span and begins where that begins: its parent must stay apart then."""
+    waiting = list(node.children.values())
+    while waiting:
+        each = waiting.pop()
+        if each.has_data and each.end - each.covers == node.start:
+            return True
+        waiting += each.children.values()
+    return False

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: their threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, and by the tests' own processes
 
 import pytest
 import torch

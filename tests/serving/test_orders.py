@@ -142,6 +142,15 @@ def test_expected_time_weighs_probability_costs_and_bytes():
         ExpectedTime(reuse, COSTS, prior=0)
 
 
+def test_agents_of_no_worth_are_still_ranked():
+    tiers = on_device(ExpectedTime({}, COSTS), 10**6)
+    serve(tiers, [1] * 8, "unknown", bytes_per_token=1)
+    serve(tiers, [2] * 8, "unheard of", bytes_per_token=1000)  # later, and less is saved per byte
+    tiers.check()
+    first = tiers.residency.candidates[Tier.DEVICE].first()
+    assert first is not None and first.span[0] == 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_the_first_candidate_is_that_of_a_linear_scan(data):

@@ -153,6 +153,20 @@ def test_a_cut_that_moved_no_data_is_undone_when_the_branch_goes(make_tiers, cac
         kv.assert_holds(lease.payloads(), a)
 
 
+def test_spans_stay_apart_where_a_copy_below_begins(make_tiers, cached, kv):
+    """[3, 3] holds what was compressed together with [2, 2], before that was computed on its own."""
+    tiers = make_tiers(device=40)
+    long = [1, 1, 2, 2, 3, 3]
+    assert cached(tiers, long[:2])
+    assert cached(tiers, long, compressed=True)
+    assert cached(tiers, [1, 1, 2, 2])
+    assert [(node.length, node.covers) for node in tiers.tree] == [(2, 2), (2, 2), (2, 4)]
+    assert tiers.merge_spans() == 0
+    with tiers.open(long) as lease:
+        assert lease.length == 6
+        kv.assert_holds(lease.payloads(), long)
+
+
 def test_namespaces_are_apart(make_tiers, kv):
     tiers = make_tiers(device=40)
     prompt = [1, 2, 3, 4]
