@@ -77,12 +77,14 @@ class _Chunks:
         cache = self.session.cache_for(given)
         seen, (batch, total) = cache.columns_seen, source.shape[:2]
         valid = new_tokens(bound.get("attention_mask"), batch, total, seen)
-        cache.begin_input([total] * batch if valid is None else valid.sum(1).tolist())
+        drafts = self.session.drafts if cache.of_generate or cache.drafting else 0
+        last = (total - 1) // size * size
+        if drafts:
+            last = min(last, _before_drafts(total, size, drafts))
+        sure = total - drafts
+        cache.begin_input([sure] * batch if valid is None else valid[:, :sure].sum(1).tolist())
         self._cache = cache
         bound |= {"past_key_values": cache, "use_cache": True}
-        last = (total - 1) // size * size
-        if cache.of_generate or cache.drafting:
-            last = min(last, _before_drafts(total, size, self.session.drafts))
         try:
             self._inside = True
             for start in range(0, last, size):

@@ -47,7 +47,7 @@ class Running(Contents):
     # One call of the model: begin_input, its forwards, end_input. A call that is one forward needs neither.
 
     def begin_input(self, counts: list[int]) -> None:
-        """Opens an input of `counts[row]` real tokens that comes in several forwards.
+        """Opens an input of `counts[row]` real tokens, without drafts, that comes in several forwards.
 
         From now on the budget is counted from the tokens seen at the end of the input, and if it is the prompt every
         forward ends with an eviction down to it.
