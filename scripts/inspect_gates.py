@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..retention import RetentionGates
+    from ..retention.calibration import Calibration
 
 
 @dataclass
@@ -51,6 +52,8 @@ def main(config: Config) -> int:
     for title, values in (("Training", gates.info.training), ("Metrics", gates.info.metrics)):
         if values:
             console.print(_table(title, _flat(values)))
+    if gates.calibration is not None:
+        _show_calibration(console, gates.calibration)
     if config.model is not None:
         _show_half_lives(console, measured_half_lives(config, gates), gates)
     return 0
@@ -94,6 +97,26 @@ def _summary(path: str, gates: RetentionGates) -> Table:
         "output bias": f"{gates.bias.min():.2f} to {gates.bias.max():.2f}",
     }
     return _table(f"Retention gates in {path}", rows)
+
+
+def _show_calibration(console: Console, found: Calibration) -> None:
+    from rich.table import Table
+
+    table = Table(title="Calibration", title_justify="left")
+    for name in ("budget", "mean loss", "p-value" if found.method == "ltt" else "bound on the mean", "accepted"):
+        table.add_column(name, justify="right")
+    for row in found.table:
+        table.add_row(
+            f"{row.budget:g}", f"{row.mean_loss:.3f}", f"{row.statistic:.3g}", "yes" if row.accepted else "no"
+        )
+    console.print(table)
+    surety = f"with confidence {found.confidence:g}" if found.confidence is not None else "on average"
+    console.print(
+        f"Budget {found.budget:g} keeps the expected loss ({found.loss}) below {found.bound:g} {surety}: "
+        f"{found.policy}, {found.scope}, {found.cases} documents of {found.lengths[0]} to {found.lengths[1]} tokens "
+        f"({found.data})",
+        highlight=False,
+    )
 
 
 def _table(title: str, rows: dict[str, Any]) -> Table:

@@ -82,6 +82,9 @@ def test_it_stores_what_it_found_and_generate_uses_it(arguments, tmp_path, capsy
     assert "KV cache: retention, budget 0.1, scope global" in shown and "share of answers lost (needle)" in shown
     assert cli.main(["generate", *flags, "--budget", "calibrated", "--policy", "snapkv"]) == 1
     assert "promises nothing with policy 'snapkv' (calibrated: 'retention')" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path / "gates")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Budget 0.1 keeps the expected loss (needle) below 0.5 with confidence 0.5: retention, global" in shown
 
 
 def test_none_qualifies(arguments, tmp_path, capsys):
