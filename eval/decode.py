@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import Cache, PreTrainedModel
 
+from ..retention.seams import end_tokens
+
 
 def read(model: PreTrainedModel, cache: Cache, ids: Sequence[int], logits_to_keep: int = 0) -> torch.Tensor:
     """Feeds one row of tokens after what `cache` holds, and extends the cache by them.
@@ -76,12 +78,3 @@ def greedy_from_teacher(
             break
     before = list(generated)
     return before + greedy(model, cache, before, max_new_tokens - len(before), lambda more: stop(before + more))
-
-
-def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """Token ids that end a sequence, as `model.generate` takes them from the generation configuration."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    configured = model.config.eos_token_id if configured is None else configured
-    if configured is None:
-        return frozenset()
-    return frozenset(configured if isinstance(configured, list | tuple) else [configured])

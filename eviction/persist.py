@@ -38,7 +38,14 @@ class CacheFileError(ValueError):
 
 
 def save_cache(cache: RaggedCache, path: Path) -> None:
-    """Writes `cache` to `path`, under a temporary name first.
+    """Writes `cache` to `path`, under a temporary name first; raises what `export_cache` raises."""
+    header, tensors = export_cache(cache)
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    write_atomic(path, save_safetensors(tensors, metadata={HEADER: json.dumps(header)}))
+
+
+def export_cache(cache: RaggedCache) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The header of a file and its tensors; some of these may be the cache's own.
 
     Raises:
         ValueError: the cache is empty, or has layers that cannot be saved (state space).
@@ -49,11 +56,10 @@ def save_cache(cache: RaggedCache, path: Path) -> None:
     layers = []
     for index, layer in enumerate(cache.layers):
         values, document = _ragged(layer) if isinstance(layer, RaggedLayer) else _foreign(layer)
-        tensors |= {f"layers.{index}.{name}": value for name, value in values.items()}
+        tensors |= {f"layers.{index}.{name}": value.detach() for name, value in values.items()}
         layers.append(document)
     values, rows = cache._rows.exported()
     tensors |= {f"rows.{name}": value for name, value in values.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     header = {
         "schema_version": SCHEMA_VERSION,
         "model": _model(cache.session),
@@ -66,7 +72,7 @@ def save_cache(cache: RaggedCache, path: Path) -> None:
         "layers": layers,
         "tensors": {name: _kind(value.dtype, value.shape) for name, value in tensors.items()},
     }
-    write_atomic(path, save_safetensors(tensors, metadata={HEADER: json.dumps(header)}))
+    return header, tensors
 
 
 def load_cache(session: Session, path: str | os.PathLike) -> RaggedCache:
@@ -74,15 +80,25 @@ def load_cache(session: Session, path: str | os.PathLike) -> RaggedCache:
     file = Path(path)
     header, tensors = _read(file)
     try:
-        _check_fits(session, header, set(tensors))
-        cache = session.new_cache()
-        cache.plan = plan_from_json(header["plan"], session.policies)
-        session.require_recorded(cache.plan.policy)
-        restore(cache, header, tensors)
+        return import_cache(session, header, tensors)
     except CacheFileError as error:
         raise CacheFileError(f"{file}: {error}") from None
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, RuntimeError) as error:
         raise CacheFileError(f"{file} cannot be used: {error}") from None
+
+
+def import_cache(session: Session, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> RaggedCache:
+    """The cache that `export_cache` has described; the tensors become its own.
+
+    Raises:
+        CacheFileError: it does not fit the session.
+        KeyError, TypeError, ValueError: something is missing, of another kind, or does not add up.
+    """
+    _check_fits(session, header, set(tensors))
+    cache = session.new_cache()
+    cache.plan = plan_from_json(header["plan"], session.policies)
+    session.require_recorded(cache.plan.policy)
+    restore(cache, header, tensors)
     return cache
 
 

@@ -237,3 +237,12 @@ def _base_function(base: str, module: nn.Module) -> AttentionFunction:
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Token ids that end a sequence, as `model.generate` takes them from the generation configuration."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    configured = model.config.eos_token_id if configured is None else configured
+    if configured is None:
+        return frozenset()
+    return frozenset(configured if isinstance(configured, list | tuple) else [configured])

@@ -1,0 +1,65 @@
+"""Prompts cut into parts and put together again: the cache is the one that was computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tenure.eviction import evict
+from tenure.eviction.parts import cache_of, check_parts, part_of
+
+from .remembered import assert_same
+
+
+@pytest.mark.parametrize("observe", [(), ("retention",)])
+@torch.no_grad()
+def test_parts_of_two_prompts_make_a_third(any_tiny_model, family, gates_for, prompt, observe):
+    model = any_tiny_model
+    gates = gates_for(model) if observe else None
+    with evict(model, "full", gates=gates, observe=observe) as session:
+        if family == "gemma3":
+            with pytest.raises(ValueError, match=r"cache layers of the kind Dynamic.*; prompts are cached in parts"):
+                check_parts(session)
+            return
+        check_parts(session)
+        ids = prompt(1, 30)
+        other = torch.cat([ids[:, :12], prompt(1, 8, seed=1)], dim=1)
+        long, short = session.new_cache(), session.new_cache()
+        model(ids, past_key_values=long)
+        model(other, past_key_values=short)
+        parts = [part_of(short, 0, 5), part_of(long, 5, 12), part_of(long, 12, 30)]
+        kept = {name: tensor.clone() for name, tensor in parts[0].items()}
+        joined = cache_of(session, parts)
+        assert_same(joined, long, atol=1e-5, rtol=1e-5)
+        question = prompt(1, 6, seed=2)
+        logits = [model(question, past_key_values=cache).logits for cache in (joined, long)]
+        torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in parts[0].items()), "parts are copied"
+        if observe:
+            for cache in (joined, long):
+                cache.compress("retention", 0.4)
+            assert_same(joined, long, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_what_cannot_be_cut_is_refused(tiny_llama, gates_for, prompt):
+    with evict(tiny_llama, "full", gates=gates_for(tiny_llama), observe=["retention"]) as session:
+        cache, padded = session.new_cache(), session.new_cache()
+        tiny_llama(prompt(1, 60), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"got the tokens \[4, 61\); accepted: some of the 60"):
+            part_of(cache, 4, 61)
+        part = part_of(cache, 0, 4)
+        cache.compress("retention", 0.7)
+        with pytest.raises(ValueError, match="has evicted entries: export it as a whole"):
+            part_of(cache, 0, 4)
+        tiny_llama(prompt(2, 9), past_key_values=padded)
+        with pytest.raises(ValueError, match="got a cache of 2 rows"):
+            part_of(padded, 0, 4)
+        del part["layers.1.log_beta"]
+        with pytest.raises(ValueError, match=r"got 1 parts that differ .* in layers\.1\.log_beta"):
+            cache_of(session, [part])
+    with (
+        evict(tiny_llama, "full", observe=["snapkv", "h2o"]) as session,
+        pytest.raises(ValueError, match=r"full, snapkv, h2o need a window of .* queries, the states of 'h2o', which"),
+    ):
+        check_parts(session)
