@@ -1,0 +1,200 @@
+"""Answers requests with a transformers model on what the tiers hold, driven by the scheduler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..eviction import get_policy, policy_text
+from ..retention.seams import end_tokens
+from .eviction import Room
+from .prompt_kv import Compression, PromptKV
+from .scheduling import Decode, Ended, Keep, Prefill, Request
+
+if TYPE_CHECKING:
+    from ..eviction import RaggedCache, Session
+    from .payload import TensorPayload
+    from .systems import System
+
+logger = logging.getLogger(__name__)
+Choose = Callable[[Request, torch.Tensor], int]
+
+
+def greedy(request: Request, logits: torch.Tensor) -> int:
+    """The most likely token of `logits`, `(vocab,)`."""
+    return int(logits.argmax())
+
+
+class Engine:
+    """Computes what the scheduler hands out, one request after the other, and ends what has been answered.
+
+    The tokens of an answer are those that the model gives without any cache, up to the rounding of a prompt computed in
+    pieces: what is reused is what was computed, wherever it has been meanwhile.
+
+    With a `compression`, the fixed prompt of every request that names one is compressed and stored so; suffix and
+    answer are then not stored. Plain and compressed prompts, and those of different lengths, are never mixed.
+
+    Args:
+        session: inside an `evict(model, "full", observe=[…])` block that records what the compression's policy needs.
+        system: whose tiers and scheduler are used, see `build_system`; its device pool must be on the model's device.
+        compression: of fixed prompts; None: they are stored as they are.
+        choose: picks the next token from logits `(vocab,)`.
+    Raises:
+        ValueError: the session evicts by itself, or the model or the policy cannot be used, see `PromptKV`.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        system: System,
+        compression: Compression | None = None,
+        choose: Choose = greedy,
+    ) -> None:
+        if session.plan.evicts:
+            raise ValueError(
+                f"got a session under policy {session.plan.policy.name!r}; accepted: evict(model, 'full', observe=…), "
+                "as the engine says what is compressed"
+            )
+        self.session, self.system, self.compression, self.choose = session, system, compression, choose
+        self.kv = PromptKV(session)
+        if compression is not None:
+            session.require_recorded(get_policy(compression.policy))
+        self._ends = end_tokens(session.model)
+        self._caches: dict[str, RaggedCache] = {}
+        self._compressed: dict[str, TensorPayload] = {}
+
+    def submit(self, request: Request) -> None:
+        """Takes over a request; from any thread.
+
+        Raises:
+            ValueError: see `Scheduler.submit`; a prompt longer than the model's context.
+        """
+        limit = getattr(self.session.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        wanted = len(request.prompt) + request.max_new_tokens
+        if limit is not None and wanted > limit:
+            raise ValueError(f"got {wanted} tokens of prompt and answer; accepted: the model's {limit}")
+        boundary = self._boundary(request)
+        if boundary:
+            namespace = self._namespace(request.namespace, boundary)
+            request = replace(request, namespace=namespace, fixed_tokens=boundary, keep=Keep.DISCARD)
+        self.system.scheduler.submit(request)
+
+    def prepare(self, prompt: Sequence[int]) -> TensorPayload:
+        """The KV of a fixed prompt, whole pages of it, computed now and compressed as its requests would be."""
+        tokens = self.system.tiers.whole_pages(len(prompt))
+        if not tokens:
+            page = self.system.tiers.tree.page_size
+            raise ValueError(f"got a fixed prompt of {len(prompt)} tokens; accepted: a page of {page} at the least")
+        return self.kv.computed(prompt[:tokens], self.compression)
+
+    def store(self, agent: str, prompt: Sequence[int], payload: TensorPayload, namespace: Hashable = None) -> Room:
+        """Offers the tiers an agent's fixed prompt, so that it is there before the agent's first request.
+
+        Args:
+            payload: what `prepare` made of the prompt; the tiers own it if they take it.
+
+        Returns:
+            READY, or why not, see `TieredTree.insert`.
+        """
+        tiers = self.system.tiers
+        if self.compression is not None:
+            namespace = self._namespace(namespace, payload.tokens)
+        fixed = list(prompt[: payload.tokens])
+        if self.system.prefetcher is not None:
+            self.system.prefetcher.register(agent, fixed, namespace)
+        with tiers.open(fixed, namespace) as lease:
+            if lease.length == len(fixed):
+                return Room.READY
+            if lease.length and not payload.divisible:
+                return Room.REFUSED
+            rest = payload.split(lease.length)[1] if lease.length else payload
+            return tiers.insert(lease, fixed, rest, agent, len(fixed))
+
+    def step(self, patience_s: float = 0.1) -> list[Ended]:
+        """Computes the next piece of work, or waits for one; returns the requests that have ended."""
+        scheduler = self.system.scheduler
+        work = scheduler.next_work()
+        if work is None:
+            ended = self._take_ended()
+            if not ended:
+                scheduler.wait(patience_s)
+            return ended
+        try:
+            for item in (*work.prefills, *work.decodes):
+                self._run(item)
+        except BaseException as error:
+            scheduler.complete(work, error=error)
+            raise
+        scheduler.complete(work)
+        return self._take_ended()
+
+    def run(self) -> Iterator[Ended]:
+        """Steps until all requests have ended; more may be submitted meanwhile."""
+        while len(self.system.scheduler):
+            yield from self.step()
+        yield from self._take_ended()
+
+    def _take_ended(self) -> list[Ended]:
+        ended = self.system.scheduler.take_ended()
+        for each in ended:
+            self._caches.pop(each.request.id, None)
+            self._compressed.pop(each.request.id, None)
+        return ended
+
+    @torch.no_grad()
+    def _run(self, item: Prefill | Decode) -> None:
+        try:
+            if isinstance(item, Prefill):
+                self._prefill(item)
+            else:
+                self._decode(item)
+        except Exception as error:
+            logger.warning("request %r failed: %r", item.request.id, error)
+            item.error = error
+
+    def _prefill(self, item: Prefill) -> None:
+        request = item.request
+        if item.first:
+            self._caches[request.id] = self.kv.cache(item.lease.payloads())
+        cache, start, boundary = self._caches[request.id], item.start, self._boundary(request)
+        logits = None
+        if item.start < boundary <= item.end:
+            logits = self.kv.forward(cache, request.prompt[start:boundary])
+            assert self.compression is not None
+            self.kv.compress(cache, self.compression)
+            self._compressed[request.id] = self.kv.compressed(cache)
+            start = boundary
+        if start < item.end:
+            logits = self.kv.forward(cache, request.prompt[start : item.end])
+        if item.store is not None:
+            item.payload = self._compressed.pop(request.id) if boundary else self.kv.plain(cache, *item.store)
+        if item.last:
+            assert logits is not None, "a prompt's last token is always computed"
+            token = self.choose(request, logits)
+            item.tokens, item.finished = [token], token in self._ends
+
+    def _decode(self, item: Decode) -> None:
+        cache, request = self._caches[item.request.id], item.request
+        last = item.entry.tokens[-1]
+        token = self.choose(request, self.kv.forward(cache, [last]))
+        item.tokens, item.finished = [token], token in self._ends
+        span = item.store_span()
+        if span is not None:
+            item.payload = self.kv.plain(cache, *span)
+
+    def _namespace(self, namespace: Hashable, boundary: int) -> Hashable:
+        """Keeps apart what was compressed in another way, or together with other tokens."""
+        how = self.compression
+        assert how is not None
+        policy = policy_text(get_policy(how.policy))
+        return namespace, policy, how.budget, how.scope, how.sinks, how.recent, boundary
+
+    def _boundary(self, request: Request) -> int:
+        """Where the part of the prompt ends that is compressed; 0 if none is."""
+        if self.compression is None or request.agent is None:
+            return 0
+        return self.system.tiers.whole_pages(min(request.fixed_tokens, len(request.prompt) - 1))

@@ -1,0 +1,227 @@
+"""Agent workflows on a model for real: whatever is cached, moved and evicted, the answers are those without it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tenure.eviction import Session, evict
+from tenure.retention import RetentionGates
+from tenure.serving import (
+    AgentSpec,
+    DiskPool,
+    EdgeSpec,
+    LinearCosts,
+    MemoryPool,
+    Request,
+    RequestOutcome,
+    Room,
+    ThreadedCopies,
+    Tier,
+    WorkflowSpec,
+    build_system,
+    system_names,
+)
+from tenure.serving.engine import Compression, Engine
+from tenure.serving.prompt_kv import PromptKV
+
+AGENTS, FIXED, SUFFIX, ANSWER, PAGE = 5, 48, 9, 6, 8
+RETENTION = Compression("retention", 0.4, sinks=2, recent=4)
+
+
+@pytest.fixture
+def model(tiny_llama):
+    return tiny_llama
+
+
+@pytest.fixture
+def session(model) -> Iterator[Session]:
+    torch.manual_seed(1)
+    gates = RetentionGates.for_model(model, gate_width=8, init_std=0.5, initial_bias=2.0)
+    with evict(model, "full", gates=gates, observe=["retention"]) as session:
+        yield session
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 128, (count,), generator=generator).tolist()
+
+
+def fixed_prompt(agent: int) -> list[int]:
+    """The first pages are common to all agents."""
+    return tokens(1000, 16) + tokens(agent, FIXED - 16)
+
+
+def calls(rounds: int = 3) -> list[tuple[int, list[int]]]:
+    """Agent and prompt of each call around the ring."""
+    return [(n % AGENTS, fixed_prompt(n % AGENTS) + tokens(100 + n, SUFFIX)) for n in range(rounds * AGENTS)]
+
+
+def answer_without_cache(session: Session, prompt: list[int], how: Compression | None, fixed: int = FIXED) -> list[int]:
+    """Greedy, on a fresh cache; the fixed prompt is computed and compressed on its own if `how` says so."""
+    kv = PromptKV(session)
+    cache = session.new_cache()
+    if how is not None:
+        kv.forward(cache, prompt[:fixed])
+        kv.compress(cache, how)
+        prompt = prompt[fixed:]
+    answer, following = [], prompt
+    while len(answer) < ANSWER and answer[-1:] != [2]:
+        answer.append(int(kv.forward(cache, following).argmax()))
+        following = answer[-1:]
+    return answer
+
+
+def make_engine(session, name, how=None, prompts=1.7, host=20.0, disk=None, speed=None, **options) -> Engine:
+    """An engine whose device pool holds so many of the fixed prompts uncompressed, beside one request."""
+    rate = PromptKV(session).bytes_per_token()
+    pools = {Tier.DEVICE: MemoryPool(int(rate * (prompts * FIXED + FIXED + SUFFIX + ANSWER)))}
+    if host:
+        pools[Tier.HOST] = MemoryPool(int(rate * host * FIXED))
+    if disk is not None:
+        pools[Tier.DISK] = DiskPool(10**9, disk)
+    links = {(a, b): speed for a in Tier for b in Tier if a != b} if speed else None
+    known = [prompt for _, prompt in calls()] if name == "belady" else None
+    system = build_system(
+        name, pools, ThreadedCopies(links), costs=LinearCosts(2000.0, (1e8, 1e8), 0.0), bytes_per_token=rate,
+        clock=time.monotonic, page_size=PAGE, prompts=known,
+    )  # fmt: skip
+    names = [f"agent{i}" for i in range(AGENTS)]
+    edges = [EdgeSpec(names[i], names[(i + 1) % AGENTS]) for i in range(AGENTS)]
+    system.graph.add_workflow(WorkflowSpec("ring", [AgentSpec(name) for name in names], edges))
+    return Engine(session, system, how, **options)
+
+
+def request(number: int, agent: int, prompt: list[int], **options) -> Request:
+    who = {"workflow": "ring", "agent": f"agent{agent}", "fixed_tokens": FIXED}
+    return Request(f"call{number}", prompt, ANSWER, **who, **options)
+
+
+def close(engine: Engine) -> None:
+    engine.system.scheduler.close("the test is over")
+    tiers = engine.system.tiers
+    tiers.tree.check()
+    tiers.transfers.check()
+    if engine.system.name != "expected_time":  # whose values are other ones at every moment
+        tiers.check()
+    tiers.close()
+    pool = tiers.pools[Tier.DEVICE]
+    assert not engine._caches and not engine._compressed
+    assert pool.used <= pool.capacity
+
+
+@pytest.mark.parametrize("how", [None, RETENTION], ids=["plain", "compressed"])
+@pytest.mark.parametrize("name", system_names())
+def test_answers_are_those_without_a_cache(session, name, how, tmp_path):
+    """Too little room on the device and on the host: prompts go to the host, to disk, and come back."""
+    disk = tmp_path if name in ("lru_reactive", "ste_prefetch") else None
+    engine = make_engine(session, name, how, prompts=1.7 if how is None else 0.7, host=1.5, disk=disk)
+    for number, (agent, prompt) in enumerate(calls()):
+        engine.submit(request(number, agent, prompt))
+        (ended,) = engine.run()
+        assert ended.error is None and ended.outcome is RequestOutcome.ANSWERED
+        assert ended.tokens == answer_without_cache(session, prompt, how), f"call {number}"
+    statistics = engine.system.tiers.statistics
+    assert statistics.evicted_copies > 0
+    if name != "lru":  # which finds nothing in a ring
+        assert statistics.tokens_found > 0
+        assert statistics.bytes_moved[Tier.DEVICE, Tier.HOST] > 0 and statistics.bytes_moved[Tier.HOST, Tier.DEVICE] > 0
+    close(engine)
+
+
+@pytest.mark.parametrize("how", [None, RETENTION], ids=["plain", "compressed"])
+def test_requests_that_run_together_do_not_disturb_each_other(session, how):
+    """Also while some are cancelled at any point."""
+    engine = make_engine(session, "expected_time", how, prompts=6.0)
+    wanted = {f"call{n}": answer_without_cache(session, prompt, how) for n, (_, prompt) in enumerate(calls())}
+    for number, (agent, prompt) in enumerate(calls()):
+        engine.submit(request(number, agent, prompt, session=f"s{number}"))
+    ended = []
+    for turn in range(1000):
+        if turn % 4 == 3:
+            engine.system.scheduler.cancel(f"call{turn}")
+        ended += engine.step()
+        if len(ended) == len(wanted):
+            break
+    assert {each.request.id for each in ended} == set(wanted) and len(ended) == len(wanted)
+    outcomes = {each.outcome for each in ended}
+    assert outcomes == {RequestOutcome.ANSWERED, RequestOutcome.CANCELLED}
+    for each in ended:
+        if each.outcome is RequestOutcome.ANSWERED:
+            assert each.tokens == wanted[each.request.id]
+        else:
+            assert each.tokens == wanted[each.request.id][: len(each.tokens)]
+    close(engine)
+
+
+def test_a_compressed_prompt_takes_its_share_of_the_memory(session):
+    """40 % of the entries, and what tells one from the other beside them."""
+    plain, small = (make_engine(session, "ste", how, prompts=20.0) for how in (None, RETENTION))
+    prompt = fixed_prompt(0)
+    whole, part = (engine.prepare(prompt) for engine in (plain, small))
+    assert (whole.tokens, part.tokens) == (FIXED, FIXED)
+    entries = sum(tensor.nbytes for name, tensor in part.tensors.items() if ".entries." in name)
+    assert 0.35 < entries / whole.nbytes < 0.5
+    for engine, payload in ((plain, whole), (small, part)):
+        assert engine.store("agent0", prompt, payload) is Room.READY
+        assert engine.store("agent0", prompt, engine.prepare(prompt)) is Room.READY, "it is there already"
+        engine.submit(request(0, 0, prompt + tokens(7, SUFFIX)))
+        (ended,) = engine.run()
+        assert ended.cached_tokens == FIXED
+        assert ended.tokens == answer_without_cache(session, prompt + tokens(7, SUFFIX), engine.compression)
+        close(engine)
+
+
+def test_prompts_of_other_lengths_and_kinds_are_not_mixed(session):
+    """One agent's fixed prompt is the beginning of another's, and some requests name no agent."""
+    engine = make_engine(session, "lru_reactive", RETENTION, prompts=10.0)
+    prompt = fixed_prompt(0) + tokens(8, 16)
+    for number, fixed in enumerate((FIXED, FIXED + 16, 24, FIXED)):
+        one = Request(f"call{number}", prompt, ANSWER, workflow="ring", agent=f"agent{number}", fixed_tokens=fixed)
+        engine.submit(one)
+        (ended,) = engine.run()
+        boundary = min(fixed, len(prompt) - 1) // PAGE * PAGE
+        assert ended.tokens == answer_without_cache(session, prompt, RETENTION, boundary), f"fixed {fixed}"
+        assert ended.cached_tokens == (FIXED if number == 3 else 0)
+    engine.submit(Request("plain", prompt, ANSWER))
+    (ended,) = engine.run()
+    assert ended.tokens == answer_without_cache(session, prompt, None)
+    close(engine)
+
+
+def test_one_that_fails_ends_alone(session):
+    def choose(one: Request, logits: torch.Tensor) -> int:
+        if one.id == "call1":
+            raise RuntimeError("no token")
+        return int(logits.argmax())
+
+    engine = make_engine(session, "lru_reactive", prompts=6.0, choose=choose)
+    for number, (agent, prompt) in enumerate(calls(1)[:3]):
+        engine.submit(request(number, agent, prompt))
+    ended = {each.request.id: each for each in engine.run()}
+    assert ended["call1"].outcome is RequestOutcome.FAILED and "no token" in (ended["call1"].error or "")
+    for number in (0, 2):
+        assert ended[f"call{number}"].tokens == answer_without_cache(session, calls(1)[number][1], None)
+    close(engine)
+
+
+def test_what_an_engine_refuses(session, model):
+    engine = make_engine(session, "lru", host=0)
+    with pytest.raises(ValueError, match=r"got 519 tokens of prompt and answer; accepted: the model's 512"):
+        engine.submit(Request("long", tokens(1, 513), ANSWER))
+    with pytest.raises(ValueError, match="got a fixed prompt of 7 tokens; accepted: a page of 8 at the least"):
+        engine.prepare(tokens(1, 7))
+    with pytest.raises(ValueError, match="policy 'snapkv' needs"):
+        make_engine(session, "lru", Compression("snapkv"))
+    with pytest.raises(ValueError, match="unknown policy 'nothing'"):
+        Compression("nothing")
+    close(engine)
+
+
+def test_an_engine_says_itself_what_is_compressed(model):
+    wrong = pytest.raises(ValueError, match="got a session under policy 'keydiff'")
+    with evict(model, "keydiff", 0.5) as evicting, wrong:
+        make_engine(evicting, "lru", host=0)
