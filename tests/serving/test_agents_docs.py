@@ -1,0 +1,28 @@
+"""The example in docs/agents.md runs and answers from a compressed prompt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from tenure.retention import RetentionGates
+from tenure.serving import Tier
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_example_runs(tiny_llama):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "agents.md").read_text(), re.DOTALL)
+    torch.manual_seed(1)
+    gates = RetentionGates.for_model(tiny_llama, gate_width=8, init_std=0.5, initial_bias=2.0)
+    planner, question = (torch.randint(3, 128, (count,)).tolist() for count in (200, 10))
+    scope = {"model": tiny_llama, "gates": gates, "planner": planner, "question": question}
+    exec(code, scope)  # our own documentation
+    (answer,) = scope["answers"]
+    assert 1 <= len(answer) <= 20
+    system = scope["system"]
+    (node,) = system.tiers.tree
+    held = node.held[Tier.DEVICE]
+    assert node.length == 192 and 0 < held < 0.35 * 192 * scope["PromptKV"](scope["session"]).bytes_per_token()
