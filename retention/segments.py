@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -27,6 +28,23 @@ class Segments:
         """True when every row is one document without padding."""
         batch, seq_len = self.document.shape
         return len(self.spans) == batch and all(end - start == seq_len for _, start, end in self.spans)
+
+    @cached_property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The documents as the kernels read them, without a wait for the device: two `(batch, seq_len)` int32.
+
+        Token t attends to columns `start[t] <= i <= t`, and column i is attended to by `i <= t < end[i]`; on padding
+        both ranges are empty.
+        """
+        seq_len = self.document.shape[1]
+        index = torch.arange(seq_len, device=self.device).expand_as(self.document)
+        real = self.document >= 0
+        start = torch.where(real, index - self.position, index + 1)
+        is_last = torch.ones_like(real)
+        is_last[:, :-1] = self.document.diff(dim=-1) != 0
+        end = torch.where(is_last, index + 1, seq_len).flip(-1).cummin(-1).values.flip(-1)
+        end = torch.where(real, end, index)
+        return start.to(torch.int32).contiguous(), end.to(torch.int32).contiguous()
 
     @property
     def device(self) -> torch.device:

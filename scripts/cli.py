@@ -27,6 +27,8 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command("demo", "See the shipped gates at work on a real model, then train fresh ones for a few steps"),
     "train": Command("train_gates", "Train retention gates on a frozen model"),
+    "eval": Command("run_lm_eval", "Run lm-eval, with all its flags, under a KV-cache budget (--model tenure)"),
+    "fidelity": Command("measure_fidelity", "Measure KL, perplexity and kept attention against the full cache"),
     "calibrate": Command("calibrate", "Find the smallest budget that keeps the loss below a bound, with a guarantee"),
     "generate": Command("generate_text", "Generate text under a KV-cache budget"),
     "inspect": Command("inspect_gates", "Show what is in a gates checkpoint and how long each head remembers"),
@@ -35,7 +37,11 @@ COMMANDS: dict[str, Command] = {
     "bench prefill": Command("bench_prefill", "Time eviction and scoring against the prefill they follow; peak memory"),
     "bench tree": Command("bench_tree", "Time the prefix tree and the choice of victims against plain ways"),
     "bench steps": Command("bench_steps", "Time steps-to-execution on large step graphs: full solves and updates"),
+    "bench agents": Command("bench_agents", "Run agent workflows on a real model whose prompts do not all fit"),
+    "bench kernels": Command("bench_kernels", "Compile the Triton kernels for A100 and H100: registers, spills"),
     "bench kvpress": Command("compare_kvpress", "Compare what each policy keeps with kvpress, run in its own Python"),
+    "simulate": Command("simulate", "Replay papers' set-ups, studies and traces of serving on a virtual clock"),
+    "soak": Command("soak", "Random load with faults on tiers, prefetch and scheduler; everything is checked"),
 }
 
 USAGE_ERROR = 2

@@ -7,6 +7,9 @@ from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: their threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, and by the tests' own processes
+# Triton kernels run in its interpreter, on the CPU. It is read when Triton is first imported, whichever test does it.
+# On a machine with a GPU, TRITON_INTERPRET=0 runs the same tests compiled.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

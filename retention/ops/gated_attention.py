@@ -4,7 +4,8 @@
 `[log β_i, -i·log β_i]` appended to the key turn the gated attention into ordinary attention, which any fused kernel
 computes exactly, with gradients, in memory linear in the sequence length (`channels`). The two products cancel, so
 that form runs in fp32: with positions centred the error of a logit is at most about
-`seq_len / 2 · max|log β| · 6e-8`. On CUDA the bias is added in fp32 inside FlexAttention instead (`flex`).
+`seq_len / 2 · max|log β| · 6e-8`. On CUDA the bias is added in fp32 inside a Triton kernel instead (`triton`), or
+inside FlexAttention (`flex`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 
 from ..segments import Segments
 from . import naive
+from .kernel_choice import chosen_kernels
 
-Implementation = Literal["auto", "channels", "flex", "naive"]
+Implementation = Literal["auto", "channels", "flex", "naive", "triton"]
 CHANNEL_MULTIPLE = 8  # fused CPU and CUDA kernels want head dimensions that are multiples of 8
 
 
@@ -39,14 +41,16 @@ def gated_attention(
         log_beta: `(batch, num_kv_heads, seq_len)`, ≤ 0, fp32 (fp64 in tests).
         scaling: factor of `q·k`.
         segments: documents and padding; None means every row is one document.
-        implementation: `auto` is `channels` on CPU and `flex` on CUDA.
+        implementation: `auto` is `triton` on CUDA and `channels` on CPU. `TENURE_KERNELS=reference` in the environment
+            makes it `flex` on CUDA, `TENURE_KERNELS=triton` makes it `triton` wherever that runs.
 
     Returns:
         `(batch, num_heads, seq_len, value_dim)` in the query's dtype, 0 on padding. Differentiable in query, key,
         value and log_beta.
 
     Raises:
-        ValueError: unknown implementation, or shapes that do not belong together.
+        ValueError: unknown implementation, shapes that do not belong together, or for `triton` a dtype or head
+            dimension that its kernels do not have, or a device on which they do not run.
     """
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation is {implementation!r}; accepted: {', '.join(get_args(Implementation))}")
@@ -54,9 +58,12 @@ def gated_attention(
     if segments is None:
         segments = Segments.whole(query.shape[0], query.shape[2], query.device)
     if implementation == "auto":
-        implementation = "flex" if query.device.type == "cuda" else "channels"
-    function = {"channels": channels, "flex": flex, "naive": naive.gated_attention}[implementation]
-    return function(query, key, value, log_beta, scaling, segments)
+        if chosen_kernels(query.device) == "triton":
+            implementation = "triton"
+        else:
+            implementation = "flex" if query.device.type == "cuda" else "channels"
+    functions = {"channels": channels, "flex": flex, "naive": naive.gated_attention, "triton": triton}
+    return functions[implementation](query, key, value, log_beta, scaling, segments)
 
 
 def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor) -> None:
@@ -156,6 +163,21 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
 
 def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
     return F.pad(x, (0, width - x.shape[-1]))
+
+
+def triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_beta: torch.Tensor,
+    scaling: float,
+    segments: Segments,
+) -> torch.Tensor:
+    """Our kernels, see `gated_attention_triton`; they are loaded here."""
+    chosen_kernels(query.device, "triton")
+    from .gated_attention_triton import gated_attention as launch
+
+    return launch(query, key, value, log_beta, scaling, segments)
 
 
 def flex(

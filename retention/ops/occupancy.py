@@ -2,7 +2,8 @@
 
 Both forms share one tiled kernel that never holds more than a tile of the T x T terms, forward or backward, and
 skips tiles whose terms all lie below fp32 resolution. `occupancy` evaluates it at every position (exact, for
-evaluation); `occupancy_at` at chosen positions only (the sampled training loss).
+evaluation); `occupancy_at` at chosen positions only (the sampled training loss). On CUDA the kernel is Triton's, see
+`occupancy_triton`; elsewhere it is the plain torch below.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from ..segments import Segments
+from .kernel_choice import Kernels, chosen_kernels
 
 QUERY_BLOCK = 128
 KEY_BLOCK = 512
@@ -19,36 +21,57 @@ KEY_BLOCK = 512
 NEGLIGIBLE = -30.0
 
 
-def occupancy(log_beta: torch.Tensor, segments: Segments) -> torch.Tensor:
+def occupancy(log_beta: torch.Tensor, segments: Segments, kernels: Kernels = "auto") -> torch.Tensor:
     """Exact occupancy at every position.
 
     Args:
-        log_beta: `(..., batch, num_kv_heads, seq_len)`, ≤ 0, fp32 or fp64. Leading axes (layers) are free.
+        log_beta: `(..., batch, num_kv_heads, seq_len)`, ≤ 0, fp32; plain torch takes fp64 too. Leading axes are free.
         segments: documents and padding of the batch.
+        kernels: see `kernel_choice.chosen_kernels`.
 
     Returns:
         The same shape: `S[..., b, h, t]`, self included, 0 on padding; entries of another document never count.
+
+    Raises:
+        ValueError: the Triton kernels do not run on this device, or log_beta is not fp32 for them.
     """
+    if chosen_kernels(log_beta.device, kernels) == "triton":
+        return _launch(log_beta, None, segments)
     batch, seq_len = segments.document.shape
     index = torch.arange(seq_len, device=log_beta.device).expand(batch, seq_len)
-    return occupancy_at(log_beta, index, segments)
+    return occupancy_at(log_beta, index, segments, "reference")
 
 
-def occupancy_at(log_beta: torch.Tensor, query_index: torch.Tensor, segments: Segments) -> torch.Tensor:
+def occupancy_at(
+    log_beta: torch.Tensor, query_index: torch.Tensor, segments: Segments, kernels: Kernels = "auto"
+) -> torch.Tensor:
     """Occupancy at chosen positions: cost `O(samples · seq_len)` instead of `O(seq_len²)`.
 
     Args:
         log_beta: as in `occupancy`.
         query_index: `(batch, samples)` int64, rising in each row, columns of the batch (not document positions).
+        kernels: as in `occupancy`.
 
     Returns:
         `(..., batch, num_kv_heads, samples)`, differentiable in log_beta.
+
+    Raises:
+        ValueError: as in `occupancy`.
     """
+    if chosen_kernels(log_beta.device, kernels) == "triton":
+        return _launch(log_beta, query_index, segments)
     lead = log_beta.shape[:-3]
     flat = log_beta.reshape(-1, *log_beta.shape[-3:])
     out = _Occupancy.apply(flat, query_index, segments)
     assert isinstance(out, torch.Tensor)
     return out.reshape(*lead, *out.shape[1:])
+
+
+def _launch(log_beta: torch.Tensor, query_index: torch.Tensor | None, segments: Segments) -> torch.Tensor:
+    from .occupancy_triton import occupancy as launch
+
+    out = launch(log_beta.reshape(-1, *log_beta.shape[-3:]), query_index, segments)
+    return out.reshape(*log_beta.shape[:-3], *out.shape[1:])
 
 
 class _Occupancy(torch.autograd.Function):

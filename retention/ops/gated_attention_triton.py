@@ -1,0 +1,249 @@
+"""Launching the Triton kernels of gated attention, as custom ops that autograd, `torch.compile` and export see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log2
+from typing import Any
+
+import torch
+
+from ..segments import Segments
+from .gated_attention_kernels import delta_kernel, forward_kernel, key_grad_kernel, query_grad_kernel
+from .kernel_choice import LAUNCH_OPTIONS, check_dtype, dot_precision, interpreting, launching_on
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 256
+LEAST_BLOCK = 16  # of a matrix product in Triton
+LOG2_E = log2(2.718281828459045)
+DELTA_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a tile, warps of a block, and copies of what is loaded ahead.
+
+    The values are the largest of those tried that compile without spills; how fast they are was not measured.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One tile for each kernel."""
+
+    forward: Tile
+    query_grad: Tile
+    key_grad: Tile
+
+    @classmethod
+    def choose(cls, width: int, dtype: torch.dtype, capability: int | None) -> Tiles:
+        """Args:
+        width: the larger head dimension, rounded up to a power of two.
+        capability: of the card, e.g. 90; None in the interpreter, where small tiles let short sequences have many.
+        """
+        if capability is None:
+            return cls(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
+        hopper = capability >= 90
+        if dtype == torch.float32:
+            return cls(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1))
+        if width > 128:
+            return cls(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1))
+        if width > 64:
+            key_grad = Tile(32, 128, 8, 2) if hopper else Tile(64, 64, 8, 2)
+        else:
+            key_grad = Tile(64, 128, 8, 2) if hopper else Tile(32, 64, 4, 2)
+        if hopper:
+            return cls(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), key_grad)
+        return cls(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), key_grad)
+
+
+def gated_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_beta: torch.Tensor,
+    scaling: float,
+    segments: Segments,
+) -> torch.Tensor:
+    """Same contract as `retention.ops.gated_attention`: q·k in the model's dtype, the bias in fp32.
+
+    Under autocast query, key and value are cast to its dtype. Every gradient has one owner: no atomics, the same bits
+    in every run.
+
+    Raises:
+        ValueError: a dtype other than bf16, fp16, fp32, unequal dtypes, or a head dimension above 256.
+    """
+    device, dtype = query.device.type, query.dtype
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_dtype("gated attention", name, x, DTYPES)
+    if not query.dtype == key.dtype == value.dtype:
+        given = ", ".join(str(x.dtype).removeprefix("torch.") for x in (query, key, value))
+        raise ValueError(f"gated attention in Triton: query, key and value are {given}; one dtype is accepted")
+    width = max(query.shape[-1], value.shape[-1])
+    if width > MAX_HEAD_DIM:
+        raise ValueError(f"gated attention in Triton: a head dimension is {width}; up to {MAX_HEAD_DIM} is accepted")
+    start, end = segments.bounds
+    with torch.autocast(device, enabled=False):
+        output, _ = forward_op(query, key, value, log_beta.float(), start, end, scaling)
+    return output.to(dtype)
+
+
+@torch.library.custom_op("tenure::gated_attention", mutates_args=())
+def forward_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_beta: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output, and `lse` `(batch, num_heads, seq_len)` fp32: log2 of each row's sum, 0 where a row has no key.
+
+    Args:
+        start, end: `Segments.bounds`.
+    """
+    query, key, value = (_last_contiguous(x) for x in (query, key, value))
+    output, lse = _outputs(query, value)
+    batch, heads, seq_len, _ = query.shape
+    if not query.numel():
+        return output, lse
+    tile, numbers = _numbers("forward", query, key, value)
+    grid = (-(-seq_len // tile.queries), batch * heads)
+    with launching_on(query):
+        forward_kernel[grid](
+            query, key, value, log_beta.contiguous(), start, output, lse,
+            *_strides(query, key, value, output), heads, seq_len, scaling * LOG2_E, **numbers,
+        )  # fmt: skip
+    return output, lse
+
+
+@forward_op.register_fake
+def _(query, key, value, log_beta, start, end, scaling):
+    return _outputs(query, value)
+
+
+@torch.library.custom_op("tenure::gated_attention_backward", mutates_args=())
+def backward_op(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_beta: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    scaling: float,
+    with_query: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query (empty without `with_query`), key, value and log_beta."""
+    query, key, value, grad = (_last_contiguous(x) for x in (query, key, value, grad))
+    grads = query_grad, key_grad, value_grad, beta_grad = _gradients(query, key, value, log_beta, with_query)
+    batch, heads, seq_len, _ = query.shape
+    if not query.numel():
+        return grads
+    log_beta = log_beta.contiguous()
+    delta = torch.empty_like(lse)
+    tile, numbers = _numbers("key_grad", query, key, value)
+    of_values = {name: numbers[name] for name in ("VALUE_DIM", "BLOCK_V")}
+    scale = scaling * LOG2_E
+    with launching_on(query):
+        delta_kernel[(-(-seq_len // DELTA_ROWS), batch * heads)](
+            output, grad, delta, *_strides(output, grad), heads, seq_len, BLOCK_M=DELTA_ROWS, **of_values,
+            **LAUNCH_OPTIONS,
+        )  # fmt: skip
+        key_grad_kernel[(-(-seq_len // tile.keys), batch * key.shape[1])](
+            query, key, value, log_beta, end, grad, lse, delta, key_grad, value_grad, beta_grad,
+            *_strides(query, key, value, grad, key_grad, value_grad), key.shape[1], seq_len, scale, scaling, **numbers,
+        )  # fmt: skip
+        if with_query:
+            tile, numbers = _numbers("query_grad", query, key, value)
+            query_grad_kernel[(-(-seq_len // tile.queries), batch * heads)](
+                query, key, value, log_beta, start, grad, lse, delta, query_grad,
+                *_strides(query, key, value, grad, query_grad), heads, seq_len, scale, scaling, **numbers,
+            )  # fmt: skip
+    return grads
+
+
+@backward_op.register_fake
+def _(grad, query, key, value, log_beta, start, end, output, lse, scaling, with_query):
+    return _gradients(query, key, value, log_beta, with_query)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.scaling = inputs[6]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    with_query = ctx.needs_input_grad[0]  # not in a model's first layer, whose gates see what no gate has touched
+    grads = backward_op(grad, *ctx.saved_tensors, ctx.scaling, with_query)
+    return (grads[0] if with_query else None, *grads[1:], None, None, None)
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output lies in memory as `(batch, seq_len, num_heads, value_dim)`, which is how models read it."""
+    batch, heads, seq_len, _ = query.shape
+    output = query.new_empty(batch, seq_len, heads, value.shape[-1]).transpose(1, 2)
+    return output, query.new_empty(batch, heads, seq_len, dtype=torch.float32)
+
+
+def _gradients(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, with_query: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """In memory as the output, whatever the strides of the inputs."""
+    wanted = (query, key, value)
+    query_grad, key_grad, value_grad = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in wanted)
+    return query_grad if with_query else query.new_empty(0), key_grad, value_grad, log_beta.new_empty(log_beta.shape)
+
+
+def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _numbers(kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Tile, dict[str, Any]]:
+    """The tile of a launch, its constants and its options."""
+    capability = None
+    if not interpreting():
+        major, minor = torch.cuda.get_device_capability(query.device)
+        capability = 10 * major + minor
+    groups = query.shape[1] // key.shape[1]
+    return launch_numbers(kernel, query.shape[-1], value.shape[-1], groups, query.dtype, capability)
+
+
+def launch_numbers(
+    kernel: str, head_dim: int, value_dim: int, groups: int, dtype: torch.dtype, capability: int | None
+) -> tuple[Tile, dict[str, Any]]:
+    """The tile of `forward`, `query_grad` or `key_grad`, and what its launch passes by keyword."""
+    block_d, block_v = (max(LEAST_BLOCK, 1 << (width - 1).bit_length()) for width in (head_dim, value_dim))
+    tile: Tile = getattr(Tiles.choose(max(block_d, block_v), dtype, capability), kernel)
+    numbers = {
+        "GROUPS": groups,
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_V": block_v,
+        "BLOCK_M": tile.queries,
+        "BLOCK_N": tile.keys,
+        "PRECISION": dot_precision(dtype),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        **LAUNCH_OPTIONS,
+    }
+    return tile, numbers

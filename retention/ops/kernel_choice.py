@@ -1,0 +1,99 @@
+"""Which form of an operation runs, the Triton kernel or plain torch: by device, and by force."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+Kernels = Literal["auto", "triton", "reference"]
+VARIABLE = "TENURE_KERNELS"
+# Triton 3.10 turns the fusion of multiplies and adds off unless a launch asks for it.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
+
+def chosen_kernels(device: torch.device | str, kernels: Kernels = "auto") -> Literal["triton", "reference"]:
+    """What an operation on `device` runs.
+
+    Args:
+        kernels: an argument other than `auto` decides; then the environment variable `TENURE_KERNELS`; then the device:
+            `triton` on CUDA, if Triton is installed, and `reference` elsewhere.
+
+    Raises:
+        ValueError: an unknown choice, or `triton` where it cannot run: off CUDA without Triton's interpreter.
+        ImportError: `triton` was asked for and is not installed.
+    """
+    asked: str = kernels
+    source = "kernels"
+    if kernels == "auto":
+        asked, source = os.environ.get(VARIABLE, "auto") or "auto", VARIABLE
+    if asked not in get_args(Kernels):
+        raise ValueError(f"{source} is {asked!r}; accepted: {', '.join(get_args(Kernels))}")
+    on_cuda = torch.device(device).type == "cuda"
+    if asked == "triton":
+        require_triton()
+        if not on_cuda and not interpreting():
+            raise ValueError(
+                f"{source} is 'triton' and the tensors are on {torch.device(device).type}: Triton kernels run on CUDA, "
+                "or anywhere in a process started with TRITON_INTERPRET=1"
+            )
+        return "triton"
+    if asked == "auto" and on_cuda and _installed():
+        return "triton"
+    return "reference"
+
+
+def require_triton() -> None:
+    """Raises ImportError, saying what to install, if Triton is missing."""
+    if not _installed():
+        raise ImportError("Triton kernels need Triton: pip install triton (Linux), or set TENURE_KERNELS=reference")
+
+
+def interpreting() -> bool:
+    """Whether this process runs Triton kernels in Triton's interpreter, on the CPU (`TRITON_INTERPRET=1`)."""
+    require_triton()
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def launching_on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Around launches: Triton launches on the current device, which in a model on several need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How a kernel multiplies matrices of this dtype: fp32 without rounding to TF32; bf16 and fp16 as they are.
+
+    Triton's interpreter keeps bf16 as bits and would multiply those, so there the operands are `widened` to fp32, in
+    which their products are exact.
+    """
+    if dtype == torch.bfloat16 and interpreting():
+        return "widened"
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def check_dtype(operation: str, name: str, tensor: torch.Tensor, accepted: Iterable[torch.dtype]) -> None:
+    """Raises ValueError naming the tensor, its dtype and the dtypes that the Triton kernel of `operation` accepts."""
+    accepted = tuple(accepted)
+    if tensor.dtype not in accepted:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
+        given = str(tensor.dtype).removeprefix("torch.")
+        others = f"{VARIABLE}=reference takes others"
+        raise ValueError(f"{operation} in Triton: {name} is {given}; accepted: {names} ({others})")
+
+
+@cache
+def _installed() -> bool:
+    if find_spec("triton") is None:
+        logger.warning("Triton is not installed: operations on CUDA run in plain torch")
+        return False
+    return True

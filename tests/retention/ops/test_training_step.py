@@ -1,0 +1,51 @@
+"""A training step of a tiny model with the Triton kernels forced, against the CPU paths: losses and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tenure.retention import RetentionGates
+from tenure.retention.ops import gated_attention_triton, occupancy_triton
+from tenure.training import Batch, GateObjective
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+LENGTH = 21
+
+
+def batch(packed: bool, device: str) -> Batch:
+    """Two rows: packed documents, or one document a row of which the second is padded on the left."""
+    generator = torch.Generator().manual_seed(2)
+    input_ids = torch.randint(3, 128, (2, LENGTH), generator=generator)
+    position_ids, mask = torch.arange(LENGTH).expand(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
+    if packed:
+        position_ids = torch.cat([torch.arange(8), torch.arange(LENGTH - 8)]).expand(2, LENGTH)
+    else:
+        mask[1, :6] = 0
+    targets = (torch.rand(2, LENGTH, generator=generator) < 0.5) & (position_ids > 0) & (mask.cumsum(-1) > 1)
+    return Batch(input_ids, position_ids, None if packed else mask, targets).to(device)
+
+
+@pytest.mark.parametrize(("packed", "samples"), [(True, 5), (False, None)])
+def test_a_step_is_the_same(packed, samples, tiny_model, device, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    for module in (gated_attention_triton, occupancy_triton):
+        launch = next(name for name in ("gated_attention", "occupancy") if hasattr(module, name))
+        real = getattr(module, launch)
+        monkeypatch.setattr(module, launch, lambda *a, real=real, name=launch: launched.append(name) or real(*a))
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny_model("qwen3", **sizes).to(device)
+    found = {}
+    for kernels in ("reference", "triton"):
+        monkeypatch.setenv("TENURE_KERNELS", kernels)
+        torch.manual_seed(3)
+        gates = RetentionGates.for_model(model, gate_width=16, initial_bias=1.0, init_std=0.4).to(device)
+        losses = GateObjective(model, gates, budget=3, samples=samples)(batch(packed, device))
+        losses.total.backward()
+        gradients = [p.grad for p in gates.parameters()]
+        found[kernels] = [losses.total, losses.ntp, losses.kl, losses.capacity, losses.occupancy, *gradients]
+        assert sorted(launched) == ([] if kernels == "reference" else ["gated_attention"] * 2 + ["occupancy"])
+    assert found["triton"][3] > 0
+    for ours, reference in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-4, atol=2e-6)
+        assert reference.abs().sum() > 0
