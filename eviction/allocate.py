@@ -17,10 +17,12 @@ class Layout:
     Attributes:
         heads: key/value heads of each layer that evicts.
         entry_bytes: bytes of one entry: key, value, position and per-entry state; of the layer where it is largest.
+        spare: entries a segment that the storage may have room for beyond the slack.
     """
 
     heads: tuple[int, ...]
     entry_bytes: int
+    spare: int = 1
 
     @property
     def segments(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .paged import PagedStore
 from .step import Step
 from .store import SegmentStore
 
@@ -37,6 +38,8 @@ def ragged_attention(store: SegmentStore, query: torch.Tensor, scaling: float | 
     Returns:
         `(batch, q_len, num_heads, value_dim)`; zeros for padding.
     """
+    if isinstance(store, PagedStore):
+        return store.attend(query, scaling, step)
     if step.valid is not None:
         return _padded(store, query, scaling, step)
     if query.shape[2] == 1:

@@ -82,8 +82,8 @@ class Budget:
         """Entries that a row which has seen `tokens` tokens may store in all its layers and heads.
 
         A float counts whole entries per head, at least 1. Bytes are divided by the bytes of an entry (key, value,
-        position and per-entry state) after the free room that the storage adds is set aside: at most one entry a
-        segment or `SLACK` of the entries, whichever is more.
+        position and per-entry state) after the free room that the storage adds is set aside: at most `SLACK` of the
+        entries, and one entry a segment (where they are in pages, two pages).
 
         Raises:
             ValueError: less than one entry per head.
@@ -95,11 +95,11 @@ class Budget:
         number, unit = self._parsed()
         entries = number
         if unit == "bytes":
-            entries = int((number / layout.entry_bytes - layout.segments) / (1 + SLACK))
+            entries = int((number / layout.entry_bytes - layout.segments * layout.spare) / (1 + SLACK))
         if entries < layout.segments:
             least = f"{layout.segments} entries"
             if unit == "bytes":
-                least = f"{int((2 + SLACK) * layout.segments * layout.entry_bytes) + 1}B"
+                least = f"{int((1 + layout.spare + SLACK) * layout.segments * layout.entry_bytes) + 1}B"
             raise ValueError(
                 f"budget {self.amount!r} is less than one entry for each of a row's {layout.segments} heads in "
                 f"{len(layout.heads)} layers; the least is '{least}'"

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from ..retention.ops.kernel_choice import chosen_kernels
 from .allocate import Allocation, Layout
 from .budget import Plan
 from .layer import RaggedLayer
 from .policies.base import Policy
-from .select import select_top, top_of_each_head
+from .select import select_top, select_with_kernels, top_of_each_head
 from .view import LayerView
 
 
@@ -19,7 +20,8 @@ def layout_of(layers: Sequence[RaggedLayer]) -> Layout:
     stores = [layer.store for layer in layers if layer.store is not None]
     assert len(stores) == len(layers), "every layer has entries"
     heads = tuple(store.num_kv_heads for store in stores)
-    return Layout(heads, max((store.entry_bytes for store in stores), default=0))
+    entry_bytes = max((store.entry_bytes for store in stores), default=0)
+    return Layout(heads, entry_bytes, max((store.spare for store in stores), default=1))
 
 
 @torch.no_grad()
@@ -142,6 +144,8 @@ def _compete(
     batch = scores[0].shape[0]
     segments = sum(score.shape[1] for score in scores)
     flat = torch.cat([score.flatten(1) for score in scores], dim=1)
+    wanted = [flat.shape[1] if k is None else k for k in allowed]
+    sizes = [score[0].numel() for score in scores]
 
     def order() -> torch.Tensor:
         """Newer first, then the lower layer and head."""
@@ -152,8 +156,11 @@ def _compete(
             before += place.shape[1]
         return torch.cat(parts, dim=1)
 
-    keep = select_top(flat, [flat.shape[1] if k is None else k for k in allowed], order)
-    sizes = [score[0].numel() for score in scores]
+    if chosen_kernels(flat.device) == "triton":
+        place = torch.cat([one.flatten(1) for one in positions], dim=1)
+        keep = select_with_kernels(flat, place, wanted, [n for one in scores for n in [one.shape[2]] * one.shape[1]])
+    else:
+        keep = select_top(flat, wanted, order)
     parts = keep.split(sizes, dim=1)
     return [part.view(batch, *score.shape[1:]) for part, score in zip(parts, scores, strict=True)]
 

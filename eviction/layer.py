@@ -12,6 +12,7 @@ from ..retention.seams import AttentionCall, AttentionLayer
 from .attention import ragged_attention, refuse_unsupported
 from .inputs import Inputs
 from .observers import Observers
+from .paged import store_class
 from .rows import ring_size
 from .statistics import QueryStatistics
 from .step import Step
@@ -103,7 +104,8 @@ class RaggedLayer(CacheLayerMixin):
             state = state | {name: torch.zeros(shape, device=device) for name in self.observers.state_keys}
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
-            self.store = SegmentStore.from_dense(key_states, value_states, state, step)
+            kind = store_class(key_states.device, key_states.dtype, key_states.shape[-1], value_states.shape[-1])
+            self.store = kind.from_dense(key_states, value_states, state, step)
         else:
             self.store.append(key_states, value_states, state, step)
         self._seen += step.q_len

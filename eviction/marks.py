@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from .layer import RaggedLayer
 from .rows import Rows
 from .statistics import QueryStatistics
+
+if TYPE_CHECKING:
+    from .store import Places
 
 KEPT = 4  # marks of a cache: the oldest since the last eviction and the newest
 
@@ -22,7 +26,7 @@ KEPT = 4  # marks of a cache: the oldest since the last eviction and the newest
 class LayerMark:
     """What a layer's observers had made of the tokens so far, and where its entries lay then."""
 
-    starts: list[int]
+    places: Places
     lengths: list[int]
     states: dict[str, torch.Tensor]
     statistics: QueryStatistics | None
@@ -34,7 +38,7 @@ class LayerMark:
         assert store is not None, "a cache that has seen something is marked"
         # In these buffers `append` writes only behind the entries of now.
         states = {name: store.buffers[name] for name in layer.observers.observed_keys}
-        return cls(store.starts, store.lengths, states, layer.statistics, layer.share_window())
+        return cls(store.places(), store.lengths, states, layer.statistics, layer.share_window())
 
     def restore(self, layer: RaggedLayer, rows: Sequence[int] | None) -> None:
         """Gives it back to `layer`, whose segments have been shortened to the entries of then.
@@ -50,9 +54,8 @@ class LayerMark:
             order = [row * store.num_kv_heads + head for row in rows for head in heads]
         assert store.lengths == [self.lengths[segment] for segment in order], "nothing was evicted since"
         if self.states:
-            device = store.key.device
-            old = _indices([self.starts[segment] for segment in order], store.lengths, device)
-            new = _indices(store.starts, store.lengths, device)
+            old = self.places.index(order, store.lengths)
+            new = store.places().index(range(len(store.lengths)), store.lengths)
             for name, buffer in self.states.items():
                 store.buffers[name] = store.buffers[name].index_copy(0, new, buffer[old])
         layer.statistics, layer.window = self.statistics, self.window
@@ -143,8 +146,3 @@ class Marks:
             for mark in self._marks
         )
 
-
-def _indices(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Flat index of every entry of segments that begin at `starts`, int64."""
-    parts = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    return torch.cat(parts).to(device)

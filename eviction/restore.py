@@ -12,6 +12,7 @@ import torch
 from .compress import layout_of
 from .layer import RaggedLayer
 from .marks import Marks
+from .paged import PagedStore, store_class
 from .rows import Rows
 from .statistics import QueryStatistics
 from .store import SegmentStore
@@ -81,7 +82,10 @@ def _fill_ragged(layer: RaggedLayer, document: dict[str, Any], own: dict[str, to
         raise ValueError("one length a segment, together as many as there are entries, is needed")
     layer.lazy_initialization(key.view(1, 1, *key.shape))
     layer.batch_size = batch
-    layer.store = SegmentStore(batch, attention.num_kv_heads, buffers, lengths, lengths)
+    if store_class(key.device, key.dtype, key.shape[1], value.shape[1]) is PagedStore:
+        layer.store = PagedStore.of_segments(batch, attention.num_kv_heads, buffers, lengths)
+    else:
+        layer.store = SegmentStore(batch, attention.num_kv_heads, buffers, lengths, lengths)
     layer.rewind(lengths, rows.columns)
     layer.scaling = float(document["scaling"])
     if not 0 < layer.scaling < math.inf:

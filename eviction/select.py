@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+
+from ..retention.ops.kernel_choice import chosen_kernels
 
 
 def select_top(scores: torch.Tensor, k: list[int], order: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -44,7 +46,21 @@ def top_of_each_head(scores: torch.Tensor, positions: torch.Tensor, k: list[int]
     Returns:
         bool `(batch, heads, n)`.
     """
-    return select_top(scores.flatten(0, 1), k, lambda: positions.flatten(0, 1)).view(scores.shape)
+    flat = scores.flatten(0, 1)
+    if chosen_kernels(scores.device) == "triton":
+        return select_with_kernels(flat, positions.flatten(0, 1), k, [scores.shape[2]]).view(scores.shape)
+    return select_top(flat, k, lambda: positions.flatten(0, 1)).view(scores.shape)
+
+
+def select_with_kernels(
+    scores: torch.Tensor, positions: torch.Tensor, k: list[int], widths: Sequence[int]
+) -> torch.Tensor:
+    """`select_top` by radix, ties in the order of `ops.select.select_top`; rows are segments of these widths."""
+    from .ops.select import select_top as select_by_radix
+
+    sizes = torch.tensor([0, *widths], device=scores.device)
+    wanted = torch.tensor(k, dtype=torch.int32, device=scores.device)
+    return select_by_radix(scores, positions.int(), wanted, sizes.cumsum(0, dtype=torch.int32))[0]
 
 
 def top_by_mass(values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from .inputs import InputRecorder
 from .layer import RaggedLayer
 from .needs import check_model_has
 from .observers import Observers
+from .paged import store_class
 from .persist import load_cache
 from .policies import Policy
 from .report import Report
@@ -109,8 +110,10 @@ class Session(Interceptor):
     def layout(self) -> Layout:
         """What a row's budget is shared among; of an entry's bytes only the key's and the position's are known yet."""
         layers = list(self._layers.values())
-        width = max(layer.head_dim for layer in layers) * self.model.dtype.itemsize
-        return Layout(tuple(layer.num_kv_heads for layer in layers), width + torch.int32.itemsize)
+        dim = max(layer.head_dim for layer in layers)
+        width = dim * self.model.dtype.itemsize + torch.int32.itemsize
+        kind = store_class(self.model.device, self.model.dtype, dim)
+        return Layout(tuple(layer.num_kv_heads for layer in layers), width, kind.spare)
 
     def new_cache(self) -> RaggedCache:
         """An empty cache for the block's model; ValueError while `generate` runs only some of its layers."""

@@ -68,6 +68,24 @@ class Step:
         return self._columns[row]
 
     @cached_property
+    def ranks(self) -> torch.Tensor:
+        """int32 `(batch, q_len)`: a token's place among the real new ones of its row; -1 for padding."""
+        if self.valid is None:
+            ranks = torch.arange(self.q_len, dtype=torch.int32, device=self.positions.device)
+            return ranks.expand(self.positions.shape).contiguous()
+        return torch.where(self.valid, self.valid.cumsum(1, dtype=torch.int32) - 1, -1)
+
+    @cached_property
+    def hidden(self) -> torch.Tensor:
+        """int32 `(batch, q_len)`: how many real new tokens come behind each; -1 for padding."""
+        behind = self.ranks.amax(1, keepdim=True) - self.ranks
+        return torch.where(self.ranks < 0, -1, behind)
+
+    def added(self, num_kv_heads: int) -> torch.Tensor:
+        """int32 `(batch * num_kv_heads,)`: new entries of each segment."""
+        return (self.ranks.amax(1) + 1).repeat_interleave(num_kv_heads)
+
+    @cached_property
     def slots(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """`(row, column, slot)` index tensors of the queries to remember; None if none are."""
         if not self.ring:

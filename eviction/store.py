@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 
@@ -30,6 +32,8 @@ class SegmentStore:
         uniform: all lengths and all rooms are equal.
         shared: another `SegmentStore` may hold the same buffers (after `fork`): they must not be written to.
     """
+
+    spare = 1  # entries a segment that the storage may have room for beyond `SLACK`
 
     def __init__(
         self,
@@ -226,6 +230,10 @@ class SegmentStore:
         self.shared = other.shared = True
         return other
 
+    def places(self) -> Places:
+        """Where the entries stand now, for whoever wants to find them later in the buffers of now."""
+        return SegmentPlaces(self.starts, self.key.device)
+
     def dense_index(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Flat index and validity of every entry, both `(batch, num_kv_heads, n)` with n the longest segment."""
         device = self.key.device
@@ -280,13 +288,36 @@ class SegmentStore:
         for name, buffer in self.buffers.items():
             if buffer.shape[0] != self.capacity:
                 yield f"{name} does not have the capacity of the others"
-        if count and self.entries:
+        yield from self._position_faults()
+
+    def _position_faults(self) -> Iterator[str]:
+        if self.lengths and self.entries:
             index, valid = self.dense_index()
             position = self.position[index]
             if not bool(((position[..., 1:] > position[..., :-1]) | ~valid[..., 1:]).all()):
                 yield "positions do not ascend in every segment"
             if not bool(((position >= 0) | ~valid).all()):
                 yield "positions are negative"
+
+
+class Places(Protocol):
+    """Where the entries of a store stood at one time."""
+
+    def index(self, segments: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Flat indices of the first `lengths[i]` entries of each of `segments`, int64, one segment after the other."""
+        ...
+
+
+@dataclass(frozen=True)
+class SegmentPlaces:
+    """Where segments began."""
+
+    starts: list[int]
+    device: torch.device
+
+    def index(self, segments: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        parts = [torch.arange(self.starts[s], self.starts[s] + n) for s, n in zip(segments, lengths, strict=True)]
+        return torch.cat(parts).to(self.device)
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

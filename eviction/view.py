@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .policies.window import window_attention
+from ..retention.ops.kernel_choice import chosen_kernels
+from .policies.aggregation import pool_and_renormalise, worst_case
+from .policies.window import mean_over_queries, own_entries, window_attention
 from .projection import output_weight
 from .rotary import Rotary
 
@@ -50,6 +52,7 @@ class LayerView:
         self._layer, self._store = layer, layer.store
         self._recorded = recorded
         self._policy = policy
+        self._risks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by width of the pooling
         self.time = time
         self.horizon = time if horizon is None else horizon
         self.budget = torch.zeros_like(time) if budget is None else budget
@@ -155,3 +158,47 @@ class LayerView:
     def window_attention(self) -> torch.Tensor:
         """fp32 `(batch, num_kv_heads, num_kv_groups, window, n)`: what `queries` attend to, see `window_attention`."""
         return window_attention(self, self.queries, self.query_positions)
+
+    def worst_attention(self, kernel: int) -> torch.Tensor:
+        """fp32 `(batch, num_kv_heads, n)`: the worst case of `window_attention`, pooled and renormalised.
+
+        See `policies.aggregation`; 0 for the window's own entries. With kernels, `window_attention` is not made.
+
+        Args:
+            kernel: width of the pooling, odd.
+        """
+        if self._by_kernel(kernel):
+            return self._risk(kernel)[0]
+        counted = self.valid & ~own_entries(self, self._window)
+        return worst_case(pool_and_renormalise(self.window_attention, counted, kernel))
+
+    @property
+    def mean_attention(self) -> torch.Tensor:
+        """fp32 `(batch, num_kv_heads, n)`: `window_attention`, mean over queries and heads of a group."""
+        if self._by_kernel(1):
+            return self._risk(next(iter(self._risks), 1))[1]
+        return mean_over_queries(self.window_attention, self.query_positions)
+
+    @property
+    def _window(self) -> int:
+        assert self._policy is not None, "the policy has a window"
+        return self._policy.window_size
+
+    def _by_kernel(self, width: int) -> bool:
+        if chosen_kernels(self.time.device) == "reference":
+            return False
+        from .ops.defensive import DTYPES, MAX_DIM, MAX_KERNEL
+
+        return width <= MAX_KERNEL and self.keys.dtype in DTYPES and self.keys.shape[3] <= MAX_DIM
+
+    def _risk(self, kernel: int) -> tuple[torch.Tensor, torch.Tensor]:
+        from .ops.defensive import window_risk
+
+        if kernel not in self._risks:
+            limit = self.time - self._window
+            worst, mean = window_risk(
+                self.queries, self.keys, self.positions, self.query_positions, limit, self.scaling, kernel, mean=True
+            )
+            assert mean is not None, "it was asked for"
+            self._risks[kernel] = worst, mean
+        return self._risks[kernel]

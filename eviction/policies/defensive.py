@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .aggregation import MASS, defensive_aggregate, flat_prior, mass_protection, pool_and_renormalise, worst_case
+from .aggregation import MASS, defensive_aggregate, flat_prior, mass_protection
 from .base import Policy
 from .value_norms import value_norms
-from .window import check_window, mean_over_queries, own_entries
+from .window import check_window, own_entries
 
 if TYPE_CHECKING:
     from ..view import LayerView
@@ -60,10 +60,7 @@ class Defensive(Policy):
         return self.window
 
     def conclude(self, view: LayerView) -> dict[str, torch.Tensor]:
-        counted = view.valid & ~own_entries(view, self.window)
-        attention = view.window_attention
-        worst = worst_case(pool_and_renormalise(attention, counted, self.kernel))
-        new = {"worst": torch.maximum(view.state("worst"), worst)}
+        new = {"worst": torch.maximum(view.state("worst"), view.worst_attention(self.kernel))}
         if self.value_norm != "none":
             new["value"] = self._values(view)
         return new
@@ -104,7 +101,7 @@ class Defensive(Policy):
             score = score * value
         if self.mass == 0:
             return score.masked_fill(own, torch.inf)
-        mean = mean_over_queries(view.window_attention, view.query_positions)
+        mean = view.mean_attention
         window_mass = mean.masked_fill(~own, 0.0).sum(2)
         needed = mass_protection(mean, self.mass - window_mass, counted, view.budget - self.window)
         return score.masked_fill(needed | own, torch.inf)

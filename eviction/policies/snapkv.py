@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .base import Policy
-from .window import check_window, mean_over_queries, own_entries
+from .window import check_window, own_entries
 
 if TYPE_CHECKING:
     from ..view import LayerView
@@ -47,8 +47,7 @@ class SnapKV(Policy):
         return self.window
 
     def score(self, view: LayerView) -> torch.Tensor:
-        observers = view.query_positions  # (batch, window), -1 where a row has fewer
-        mean = mean_over_queries(view.window_attention, observers)
+        mean = view.mean_attention
         own = own_entries(view, self.window)
         mean = mean.masked_fill(own | ~view.valid, 0.0)
         pooling = F.avg_pool1d if self.pool == "avg" else F.max_pool1d

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from ...retention.ops.kernel_choice import chosen_kernels
+
 PROJECTED = 2**19  # projected numbers that are held at a time: few enough for a cache of the processor
 
 
 def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
-    """`‖v_i W_O‖₁`, mean over the query heads of a group; a few entries are projected at a time.
+    """`‖v_i W_O‖₁`, mean over the query heads of a group.
 
     Source: CriticalKV (Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation
     Perspective", 2025), section 4.
@@ -20,6 +22,15 @@ def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tens
     Returns:
         fp32 `(batch, num_kv_heads, n)`.
     """
+    if chosen_kernels(values.device) == "triton":
+        from ..ops.value_norms import value_norms as norms_by_kernel
+
+        return norms_by_kernel(values, output_weight)
+    return norms_by_parts(values, output_weight)
+
+
+def norms_by_parts(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    """`value_norms` in plain torch; a few entries are projected at a time."""
     batch, heads, n, _ = values.shape
     group = output_weight.shape[0] // heads
     flat = values.transpose(0, 1).flatten(1, 2)  # (heads, batch * n, value_dim)

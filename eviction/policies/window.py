@@ -28,12 +28,24 @@ def window_attention(view: LayerView, queries: torch.Tensor, query_positions: to
     Returns:
         fp32 `(batch, num_kv_heads, num_kv_groups, w, n)`; zeros for a query that is missing or sees nothing.
     """
-    batch, heads, n = view.shape
+    return attention_over(view.keys, view.positions, queries, query_positions, view.scaling)
+
+
+def attention_over(
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    queries: torch.Tensor,
+    query_positions: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """`window_attention` over keys `(batch, num_kv_heads, n, head_dim)` at `positions`, -1 for no entry."""
+    batch, heads, n, _ = keys.shape
+    groups = queries.shape[1] // heads
     queries = queries.float().reshape(batch, heads, -1, queries.shape[-1])  # the group's heads as queries
-    logits = (queries * view.scaling) @ view.keys.float().transpose(2, 3)
-    logits = logits.view(batch, heads, view.num_kv_groups, -1, n)
-    hidden = view.positions.unsqueeze(2) > query_positions[:, None, :, None]
-    hidden = (hidden | ~view.valid.unsqueeze(2)).unsqueeze(2)
+    logits = (queries * scaling) @ keys.float().transpose(2, 3)
+    logits = logits.view(batch, heads, groups, -1, n)
+    hidden = positions.unsqueeze(2) > query_positions[:, None, :, None]
+    hidden = (hidden | (positions < 0).unsqueeze(2)).unsqueeze(2)
     attention = logits.masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(-1)
     blind = hidden.all(-1, keepdim=True)
     return attention.masked_fill_(blind, 0.0) if bool(blind.any()) else attention

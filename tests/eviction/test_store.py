@@ -27,6 +27,8 @@ class Mirror:
 class StoreMachine(RuleBasedStateMachine):
     """Several stores that share buffers through forks, each beside its mirror."""
 
+    store: type[SegmentStore] = SegmentStore
+
     def __init__(self) -> None:
         super().__init__()
         self.pairs: list[tuple[SegmentStore, Mirror]] = []
@@ -60,7 +62,7 @@ class StoreMachine(RuleBasedStateMachine):
         rows = Rows()
         step, key, value, state, fresh = self.new(batch, n, pads, rows)
         rows.advance(step, HEADS)
-        self.pairs.append((SegmentStore.from_dense(key, value, state, step), Mirror(fresh, rows)))
+        self.pairs.append((self.store.from_dense(key, value, state, step), Mirror(fresh, rows)))
 
     def pick(self, data) -> tuple[SegmentStore, Mirror]:
         return self.pairs[data.draw(st.integers(0, len(self.pairs) - 1))]

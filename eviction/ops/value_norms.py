@@ -1,0 +1,95 @@
+"""What values do to a layer's output when they are attended to: `‖v W_O‖₁`, and no product is stored.
+
+Twin: `eviction.policies.value_norms.norms_by_parts`, which holds the products of some entries.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision
+from ...retention.ops.triton_language import dot, jit, tl
+from . import naive
+from .decode import DTYPES, MAX_DIM
+from .defensive import dense, power
+
+BLOCK = 64  # entries of a tile
+HIDDEN_BLOCK = 128  # columns of the output projection that a program holds
+
+
+@jit
+def project_norms(
+    values, weight, norms, heads, n, hidden, value_row, value_head, value_token, weight_head, weight_dim,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of entries, segments): `‖v_i W_O‖₁`, mean over the group, some columns of the product at a time."""
+    segment = tl.program_id(1)
+    batch, head = segment // heads, segment % heads
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    dim, column = tl.arange(0, DIM_BLOCK), tl.arange(0, COLUMNS)
+    at = batch.to(tl.int64) * value_row + head.to(tl.int64) * value_head + entry.to(tl.int64) * value_token
+    whole = (entry < n)[:, None] & (dim < DIM)[None, :]
+    v = tl.load(values + at[:, None] + dim[None, :], mask=whole, other=0.0)
+    total = tl.zeros([BLOCK], tl.float32)
+    blocks = tl.cdiv(hidden, COLUMNS)
+    for step in range(0, GROUP * blocks):
+        member, first = step // blocks, (step % blocks) * COLUMNS
+        line = (head * GROUP + member).to(tl.int64) * weight_head + dim.to(tl.int64) * weight_dim
+        inside = (dim < DIM)[:, None] & (first + column < hidden)[None, :]
+        w = tl.load(weight + line[:, None] + (first + column)[None, :], mask=inside, other=0.0)
+        total += tl.sum(tl.abs(dot(v, w, None, PRECISION)), 1)
+    tl.store(norms + segment.to(tl.int64) * n + entry, total / GROUP, mask=entry < n)
+
+
+def _launch(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    values, weight = dense(values), dense(output_weight.to(values.dtype))
+    (batch, heads, n, dim), hidden = values.shape, weight.shape[2]
+    norms = values.new_zeros(batch, heads, n, dtype=torch.float32)
+    if norms.numel():
+        project_norms[(-(-n // BLOCK), batch * heads)](
+            values, weight, norms, heads, n, hidden, *values.stride()[:3], *weight.stride()[:2],
+            GROUP=weight.shape[0] // heads, DIM=dim, DIM_BLOCK=power(dim), BLOCK=BLOCK,
+            PRECISION=dot_precision(values.dtype), **norm_options(values.element_size()), **LAUNCH_OPTIONS,
+        )  # fmt: skip
+    return norms
+
+
+def norm_options(itemsize: int) -> dict[str, int]:
+    """Columns of a tile, warps and stages of `project_norms`."""
+    return {"COLUMNS": HIDDEN_BLOCK // (itemsize // 2), "num_warps": 4, "num_stages": 3 if itemsize == 2 else 2}
+
+
+@torch.library.custom_op("tenure::value_norms", mutates_args=())
+def _value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    run = _launch if chosen_kernels(values.device) == "triton" else naive.value_norms
+    return run(values, output_weight)
+
+
+@_value_norms.register_fake
+def _(values, output_weight):
+    return values.new_empty(values.shape[:3], dtype=torch.float32)
+
+
+def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    """`‖v_i W_O‖₁`, mean over the query heads of a group (CriticalKV, section 4); no product is stored.
+
+    Args:
+        values: `(batch, num_kv_heads, n, value_dim)`, fp16, bf16 or fp32.
+        output_weight: `(num_heads, value_dim, hidden_size)`; taken in the values' dtype.
+
+    Returns:
+        fp32 `(batch, num_kv_heads, n)`.
+    Raises:
+        ValueError: shapes or dtypes that the operation does not take.
+    """
+    heads, dim = output_weight.shape[0], output_weight.shape[1]
+    if values.dtype not in DTYPES or values.ndim != 4 or heads % values.shape[1] or dim != values.shape[3]:
+        raise ValueError(
+            f"value norms got values {values.dtype} {tuple(values.shape)} and W_O {tuple(output_weight.shape)}; "
+            f"accepted: (batch, num_kv_heads, n, value_dim) of {', '.join(map(str, DTYPES))}, and (num_heads, "
+            "value_dim, hidden_size) with a multiple of num_kv_heads heads"
+        )
+    if dim > MAX_DIM:
+        raise ValueError(f"value norms got {dim} numbers a head; accepted: at most {MAX_DIM}")
+    return _value_norms(values, output_weight)

@@ -1,0 +1,124 @@
+"""Ragged decode attention against plain softmax in fp64, over pages whose free slots hold NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tenure.eviction.ops import decode, naive
+from tenure.eviction.ops.decode import ragged_decode
+from tenure.retention.ops.kernel_choice import interpreting
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def queries(batch: int, heads: int, q_len: int, dim: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """As a model gives them: a view of `(batch, q_len, heads, dim)`."""
+    generator = torch.Generator().manual_seed(q_len)
+    return torch.randn(batch, q_len, heads, dim, generator=generator).to(device=device, dtype=dtype).transpose(1, 2)
+
+
+def in_double(query, pages, scaling, hidden=None):
+    key, value = pages.key_pages.double(), pages.value_pages.double()
+    return naive.ragged_decode(query.double(), key, value, pages.table, pages.lengths, hidden, scaling)
+
+
+CASES = [
+    # batch, kv heads, group, q_len, key and value dim, page size, lengths, dtype
+    (1, 2, 2, 1, 8, 8, 16, [0, 0], torch.float32),
+    (1, 2, 1, 1, 8, 8, 16, [16, 15], torch.float32),
+    (2, 2, 3, 1, 8, 5, 32, [0, 17, 300, 1], torch.float32),
+    (2, 1, 3, 5, 20, 8, 16, [5, 129], torch.float32),
+    (1, 3, 1, 2, 16, 16, 64, [64, 2, 257], torch.float16),
+    (1, 1, 4, 1, 64, 64, 128, [129], torch.bfloat16),
+    (1, 2, 4, 7, 16, 16, 16, [100, 33], torch.bfloat16),
+    (1, 1, 5, 16, 8, 8, 16, [41], torch.float32),  # more rows than a tile has
+]
+
+
+@pytest.mark.parametrize(("batch", "heads", "group", "q_len", "dim", "value_dim", "size", "lengths", "dtype"), CASES)
+def test_decode_equals_softmax(
+    batch, heads, group, q_len, dim, value_dim, size, lengths, dtype, filled_segments, device, triton_kernels
+):
+    pages = filled_segments(lengths, size, dim, value_dim, dtype)
+    query = queries(batch, heads * group, q_len, dim, dtype, device)
+    got = ragged_decode(query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, 0.3)
+    assert got.shape == (batch, q_len, heads * group, value_dim) and got.dtype == dtype
+    expected = in_double(query, pages, 0.3)
+    torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    for segment, length in enumerate(lengths):
+        if length == 0:
+            row, head = divmod(segment, heads)
+            assert not got[row, :, head * group : (head + 1) * group].any()
+
+
+def test_padding_gives_zeros_and_hides_the_right_entries(filled_segments, device, triton_kernels):
+    pages = filled_segments([40, 3, 70, 18], 16, 8, 8)
+    query = queries(2, 4, 4, 8, torch.float32, device)
+    hidden = torch.tensor([[-1, 1, -1, 0], [-1, -1, -1, -1]], dtype=torch.int32, device=device)
+    got = ragged_decode(query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, 0.3, hidden)
+    torch.testing.assert_close(got.double(), in_double(query, pages, 0.3, hidden), atol=2e-6, rtol=2e-6)
+    assert not got[0, 0].any() and not got[0, 2].any() and not got[1].any() and got[0, 3].all()
+
+
+@pytest.mark.parametrize("programs", [1, 3, 40])
+def test_the_result_does_not_depend_on_how_entries_are_shared_out(programs, filled_segments, device, monkeypatch):
+    """One program for all, and pieces of a block each, of which a long segment has many."""
+    monkeypatch.setenv("TENURE_KERNELS", "triton")
+    monkeypatch.setattr(decode, "PROGRAMS", programs)
+    monkeypatch.setattr(decode, "_multiprocessors", lambda index: programs)
+    pages = filled_segments([1300, 1, 64, 0], 16, 8, 8)
+    query = queries(1, 4, 1, 8, torch.float32, device)
+    got = ragged_decode(query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, 0.3)
+    torch.testing.assert_close(got.double(), in_double(query, pages, 0.3), atol=2e-6, rtol=2e-6)
+
+
+def test_large_logits_do_not_overflow(filled_segments, device, triton_kernels):
+    pages = filled_segments([50], 16, 8, 8)
+    query = queries(1, 1, 1, 8, torch.float32, device) * 1000
+    got = ragged_decode(query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, 1.0)
+    torch.testing.assert_close(got.double(), in_double(query, pages, 1.0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(interpreting(), reason="the interpreter has no CUDA graphs")
+def test_a_replayed_graph_follows_lengths_and_tables(filled_segments, device, triton_kernels):
+    """Captured once over short segments; then the segments are others."""
+    pages, longer = filled_segments([5, 0, 40, 3], 16, 64, 64), filled_segments([300, 17, 0, 129], 16, 64, 64)
+    held: Any = [torch.zeros_like(one) for one in (longer.key_pages, longer.value_pages, longer.table, longer.lengths)]
+    query = queries(2, 8, 1, 64, torch.float32, device)
+    ragged_decode(query, *held, scaling=0.3)  # compiled before it is captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ragged_decode(query, *held, scaling=0.3)
+    for segments in (pages, longer):
+        given = (segments.key_pages, segments.value_pages, segments.table, segments.lengths)
+        for one, new in zip(held, given, strict=True):
+            one[tuple(slice(0, size) for size in new.shape)] = new
+        graph.replay()
+        torch.testing.assert_close(out.double(), in_double(query, segments, 0.3), atol=2e-6, rtol=2e-6)
+
+
+def test_wrong_inputs_are_named(filled_segments, device):
+    pages = filled_segments([5, 5], 16, 8, 8)
+    given: Any = [pages.key_pages, pages.value_pages, pages.table, pages.lengths, 0.3]
+    query = queries(1, 2, 1, 8, torch.float32, device)
+    with pytest.raises(ValueError, match=r"of torch.bfloat16, torch.float32; accepted: one of torch.float16"):
+        ragged_decode(query.bfloat16(), *given)
+    with pytest.raises(ValueError, match=r"head dimensions \(4, 8, 8\).*pages of 16 entries"):
+        ragged_decode(query[..., :4], *given)
+    with pytest.raises(ValueError, match=r"queries \(1, 3, 1, 8\) for 2 segments"):
+        ragged_decode(queries(1, 3, 1, 8, torch.float32, device), *given)
+    with pytest.raises(ValueError, match=r"lengths torch.int64 \(2,\).*accepted: contiguous torch.int32"):
+        ragged_decode(query, given[0], given[1], given[2], pages.lengths.long(), scaling=0.3)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_opcheck(padded, filled_segments, device, monkeypatch):
+    monkeypatch.setenv("TENURE_KERNELS", "reference")
+    pages = filled_segments([5, 20], 16, 8, 4)
+    query = queries(1, 4, 2, 8, torch.float32, device)
+    hidden = torch.tensor([[-1, 0]], dtype=torch.int32, device=device) if padded else None
+    arguments = (query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, hidden, 0.3)
+    torch.library.opcheck(torch.ops.tenure.ragged_decode.default, arguments)
