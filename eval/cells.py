@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from ..eviction import Budget, Policy, get_policy, policy_text
@@ -34,12 +35,15 @@ class Cell:
         scope: "global", "layer" or "head"; "none" for the full cache.
         budget: share of the context that stays, or entries per head; 1.0 for the full cache.
         prefill_chunk: the context is read in chunks of so many tokens and compressed after each; None: in one piece.
+        aware: the question is read before the compression (question-aware), as when a served model is given both; else
+            after it (question-agnostic).
     """
 
     policy: Policy
     scope: str
     budget: float | int
     prefill_chunk: int | None = None
+    aware: bool = False
 
     @classmethod
     def of(
@@ -48,6 +52,7 @@ class Cell:
         budget: float | int = 1.0,
         scope: str | None = None,
         prefill_chunk: int | None = None,
+        aware: bool = False,
     ) -> Cell:
         """A cell with the policy's default scope unless one is given.
 
@@ -58,11 +63,11 @@ class Cell:
         if prefill_chunk is not None and prefill_chunk < 1:
             raise ValueError(f"chunks must have at least 1 token, got {prefill_chunk}")
         if not chosen.evicts:
-            return cls(chosen, NO_SCOPE, 1.0)
+            return cls(chosen, NO_SCOPE, 1.0, aware=aware)
         if scope is not None and scope not in SCOPES:
             raise ValueError(f"unknown scope {scope!r}; known: {', '.join(SCOPES)}")
         Budget(budget)
-        return cls(chosen, scope or chosen.default_scope, budget, prefill_chunk)
+        return cls(chosen, scope or chosen.default_scope, budget, prefill_chunk, aware)
 
     @property
     def name(self) -> str:
@@ -90,8 +95,12 @@ def label(policy: str, scope: str) -> str:
     return LABELS.get((policy, scope), f"{policy} ({scope})")
 
 
-def parse_cells(names: Iterable[str], budgets: Iterable[float | int]) -> list[Cell]:
+def parse_cells(
+    names: Iterable[str], budgets: Iterable[float | int], aware: Iterable[bool] = (False,)
+) -> list[Cell]:
     """Cells for names like "retention:global" or "snapkv", each at every budget; the full cache once.
+
+    `aware` says whether the question is read before the compression; both values give two cells each.
 
     A name is `POLICY[(OPTION=VALUE,...)][:SCOPE][@CHUNK]`, e.g. "snapkv(window=16):layer@256".
 
@@ -99,13 +108,13 @@ def parse_cells(names: Iterable[str], budgets: Iterable[float | int]) -> list[Ce
         ValueError: see `Cell.of`; a chunk that is no number.
     """
     cells: dict[Any, Cell] = {}
-    budgets = list(budgets)
+    budgets, aware = list(budgets), list(aware)
     for name in names:
         rest, at, chunk = name.partition("@")
         if at and not chunk.isdecimal():
             raise ValueError(f"{name!r}: after @ comes the number of a chunk's tokens, got {chunk!r}")
         policy, _, scope = rest.partition(":")
-        for budget in budgets:
-            cell = Cell.of(policy, budget, scope or None, int(chunk) if at else None)
-            cells.setdefault(cell.key, cell)
+        for budget, knows in product(budgets, aware):
+            cell = Cell.of(policy, budget, scope or None, int(chunk) if at else None, knows)
+            cells.setdefault((*cell.key, cell.aware), cell)
     return list(cells.values())

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from .cases import Case
 from .prompts import encode
-from .retrieval import Case, CaseBuilder
+from .retrieval import CaseBuilder
 from .runner import Record
 from .templates import TASKS, get_task
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +23,56 @@ class Frame:
 
 
 def chat_frame(tokenizer: Any, intro: str) -> Frame:
-    """The frame of one user turn that begins with `intro` and a document and stays open for a question.
+    """The frame of one user turn that begins with `intro`, if any, and a document and stays open for a question.
 
     A tokenizer without a chat template gets its beginning-of-sequence token, if any, and plain paragraphs.
     """
+    opening = f"{intro}\n\n" if intro else ""
     if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": f"{intro}\n\n{_MARK}"}]
+        turn = [{"role": "user", "content": f"{opening}{_MARK}"}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         before, _, after = text.partition(_MARK)
         return Frame(tuple(encode(tokenizer, before)), after)
     start = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    return Frame(start + tuple(encode(tokenizer, f"{intro}\n\n")), "\n\nAnswer:")
+    return Frame(start + tuple(encode(tokenizer, opening) if opening else ()), "\n\nAnswer:")
+
+
+def ask(
+    tokenizer: Any, frame: Frame, question: str, reply: str, answer: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of the question with the start of the assistant's reply, and of the gold answer after it."""
+    asked = encode(tokenizer, f"\n\n{question}", plain=True) + encode(tokenizer, frame.after)
+    # The reply's start and the answer are encoded together, so that they split as the model would write them.
+    space = "" if frame.after.endswith(("\n", " ")) else " "
+    start = encode(tokenizer, space + reply, plain=True)
+    whole = encode(tokenizer, f"{space}{reply} {answer}.", plain=True)
+    common = shared_start(start, whole)
+    return tuple(asked + whole[:common]), tuple(whole[common:])
+
+
+def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many of the first ids are the same in both."""
+    count = 0
+    while count < min(len(one), len(other)) and one[count] == other[count]:
+        count += 1
+    return count
+
+
+def token_spans(tokenizer: Any, text: str, pieces: Sequence[str]) -> list[tuple[int, int]]:
+    """Token ranges `(start, end)` of verbatim pieces of `text`, each at its first place, counted in the whole text.
+
+    A token that a piece shares with what is around it belongs to the piece.
+    """
+    whole = encode(tokenizer, text, plain=True)
+    spans = []
+    for piece in pieces:
+        start = text.index(piece)
+        first = shared_start(encode(tokenizer, text[:start], plain=True), whole)
+        last = shared_start(encode(tokenizer, text[: start + len(piece)], plain=True), whole)
+        if last < len(whole) and len(encode(tokenizer, text[: start + len(piece)], plain=True)) > last:
+            last += 1
+        spans.append((first, last))
+    return spans
 
 
 def encode(tokenizer: Any, text: str, plain: bool = False) -> list[int]:

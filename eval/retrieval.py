@@ -8,63 +8,22 @@ that a score measures whether the fact survived and not how a small model likes 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from .prompts import Frame, chat_frame, encode
-from .templates import Facts, get_task
+from .cases import Case
+from .prompts import Frame, ask, chat_frame, encode
+from .tasks.kinds import KINDS, TaskBuilder
+from .tasks.source import split_sentences
+from .templates import TASKS, get_task
 
 INTRO = "Read the following text and remember it. You will be asked a question about it afterwards."
 DEPTHS = (0.08, 0.92)  # facts lie between these shares of the document, clear of the tokens protected by position
 _GOLDEN = 0.6180339887498949  # steps of the golden ratio spread any number of depths evenly
 
 
-@dataclass(frozen=True)
-class Case:
-    """One document with a question that is asked only after the document's cache has been compressed.
-
-    Attributes:
-        task, index, seed: what generated it; together with the texts and the tokenizer they determine it.
-        context_ids: exactly `length` token ids: chat template and document, the user's turn still open.
-        question_ids: the question, the end of the user's turn and the start of the assistant's reply.
-        answer_ids: the gold continuation.
-        question, answer: their texts.
-        depth: where the asked fact begins, as a share of the context.
-        facts: token ranges `(start, end)` of the planted sentences in the context, the asked one first.
-        key: what is asked about.
-    """
-
-    task: str
-    index: int
-    seed: int
-    context_ids: tuple[int, ...] = field(repr=False)
-    question_ids: tuple[int, ...] = field(repr=False)
-    answer_ids: tuple[int, ...]
-    question: str
-    answer: str
-    depth: float
-    facts: tuple[tuple[int, int], ...]
-    key: str
-
-    @property
-    def length(self) -> int:
-        """Tokens of the context."""
-        return len(self.context_ids)
-
-    def accepts(self, text: str) -> bool:
-        """Whether the generated `text` contains the answer (without case, quotes and thousands separators)."""
-        return re.search(rf"(?<!\w){re.escape(_normalise(self.answer))}(?!\w)", _normalise(text)) is not None
-
-
-def _normalise(text: str) -> str:
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower())
-    return " ".join(re.sub(r"[\"'“”‘’*`]", "", text).split())
-
-
 class CaseBuilder:
-    """Builds cases of any task over the given texts for one tokenizer.
+    """Builds cases of any task, of `templates.TASKS` or `tasks.kinds.KINDS`, over the given texts for one tokenizer.
 
     Args:
         tokenizer: a transformers tokenizer; its chat template is used when it has one.
@@ -85,9 +44,17 @@ class CaseBuilder:
         if not self._sentences:
             raise ValueError("the texts to hide facts in are empty")
         self._encoded: dict[int, list[int]] = {}
+        self._generated = TaskBuilder(tokenizer, texts, length, seed)
 
     def case(self, task: str, index: int) -> Case:
-        """Case number `index` of `task`."""
+        """Case number `index` of `task`.
+
+        Raises:
+            ValueError: an unknown task, or a length that cannot hold the facts.
+        """
+        if task in KINDS:
+            return self._generated.case(task, index)
+        check_task(task)
         rng = random.Random(f"{self.seed}/{task}/{index}")
         facts = get_task(task).facts(rng)
         planted = [self._encode(f" {sentence}") for sentence in facts.sentences]
@@ -99,12 +66,12 @@ class CaseBuilder:
             )
         haystack = self._haystack(rng, room)
         context, spans = self._insert(haystack, planted, self._depths(rng, index, len(planted)))
-        question_ids, answer_ids = self._ask(facts)
+        question_ids, answer_ids = ask(self.tokenizer, self.frame, facts.question, facts.reply, facts.answer)
         return Case(
             task=task, index=index, seed=self.seed, context_ids=tuple(context), question_ids=question_ids,
             answer_ids=answer_ids, question=facts.question, answer=facts.answer, depth=spans[0][0] / self.length,
             facts=tuple(spans), key=facts.key,
-        )
+        )  # fmt: skip
 
     def cases(self, tasks: Sequence[str], count: int) -> Iterator[Case]:
         """`count` cases of each task."""
@@ -157,20 +124,8 @@ class CaseBuilder:
             read += len(sentence)
         return context, spans
 
-    def _ask(self, facts: Facts) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        question = self._encode(f"\n\n{facts.question}")
-        question += encode(self.tokenizer, self.frame.after)
-        # The reply's start and the answer are encoded together, so that they split as the model would write them.
-        space = "" if self.frame.after.endswith(("\n", " ")) else " "
-        start = self._encode(space + facts.reply)
-        whole = self._encode(f"{space}{facts.reply} {facts.answer}.")
-        common = 0
-        while common < min(len(start), len(whole)) and start[common] == whole[common]:
-            common += 1
-        return tuple(question + whole[:common]), tuple(whole[common:])
 
-
-def split_sentences(text: str) -> list[str]:
-    """Sentences of `text` with line breaks and repeated spaces removed; joined by spaces they are the text."""
-    flat = " ".join(text.split())
-    return [sentence for sentence in re.split(r"(?<=[.!?])\s+(?=[\"'“(\[]?[A-Z0-9])", flat) if sentence]
+def check_task(name: str) -> None:
+    """Raises ValueError unless cases of the task `name` can be built."""
+    if name not in TASKS and name not in KINDS:
+        raise ValueError(f"unknown task {name!r}; known tasks: {', '.join((*TASKS, *KINDS))}")

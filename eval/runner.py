@@ -1,8 +1,9 @@
-"""Question-agnostic evaluation: every context is read once and compressed in every way from there.
+"""Evaluation in which every context is read once and compressed in every way from there.
 
 A context is prefilled with nothing evicted while everything the policies need is recorded. Each cell then takes a fork
-of that cache, compresses it, and only then sees the question. So all cells judge the same keys and values, and the
-prompt, which costs most, is paid for once.
+of that cache. A question-agnostic cell compresses it and only then sees the question; a question-aware one reads the
+question first, and what is left answers. So all cells judge the same keys and values, and the prompt, which costs
+most, is paid for once.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from transformers import PreTrainedModel
 
 from ..eviction import RaggedCache, Session, evict
 from ..retention import RetentionGates
+from .cases import EXTRA_TOKENS, Case
 from .cells import Cell
 from .decode import greedy_from_teacher, read
 from .fidelity import kl_to_full, top1_agreement
-from .retrieval import Case
 
-EXTRA_TOKENS = 4  # generation may go this far beyond the gold answer's length
+__all__ = ["EXTRA_TOKENS", "Record", "check_inputs", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class Record:
     Attributes:
         task, length, index, seed, depth: the case.
         policy, scope, budget: the cell, its options and chunks with the policy (`Cell.name`).
-        correct: the greedy generation contains the answer.
+        correct: the greedy generation contains the answer, or all of them.
         answer, prediction: what was hidden and what was generated.
-        kl: KL to the full cache in nats, the mean over all positions of question and gold answer.
+        kl: KL to the full cache in nats, the mean over all positions of question and gold answer; of a question-aware
+            cell over those of the answer, since the question is read before anything is evicted.
         top1: share of these positions where both have the same most likely token.
         entries: cache entries after compression, all layers and heads.
         bytes: bytes allocated for them. With a retention cell among the compared, every cell's entries carry the
@@ -43,6 +45,8 @@ class Record:
         seconds: `compress_seconds + read_seconds`, the same work for every cell without chunks.
         compress_seconds: scoring, choosing and moving what stays; of a context read in chunks, reading it too.
         read_seconds: forwards over the question and the gold answer.
+        score: how right the generation is, in [0, 1]: the share of the answers it contains.
+        aware: whether the question was read before the compression.
     """
 
     task: str
@@ -64,6 +68,8 @@ class Record:
     seconds: float
     compress_seconds: float
     read_seconds: float
+    score: float = 0.0
+    aware: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +104,8 @@ def check_inputs(
         )
     if gates is None and any("log_beta" in cell.policy.needs for cell in cells):
         raise ValueError("policy 'retention' needs gates: give the folder of a trained gates checkpoint")
+    if any(cell.aware and cell.prefill_chunk for cell in cells):
+        raise ValueError("a question-aware cell reads its prompt in one piece: leave out the @CHUNK or the awareness")
 
 
 @torch.no_grad()
@@ -160,40 +168,55 @@ class _CaseRunner:
     def run(self, cell: Cell, inspect: Inspect | None) -> Record:
         case = self.case
         start = self._now()
+        cache, question = self._compressed(cell)
+        compressed = self._now()
+        report = self.session.report(cache)
+        if inspect is not None:
+            inspect(case, cell, cache)
+        # The full cache has just been asked, as the reference; all others are asked now.
+        asked = self._ask(cache, question) if cell.evicts else self.reference
+        prediction = self._generate(asked)
+        first = len(case.question_ids) if cell.aware else 0
+        score = case.score(prediction)
+        return Record(
+            task=case.task, length=case.length, index=case.index, seed=case.seed, depth=case.depth,
+            policy=cell.name, scope=cell.scope, budget=cell.budget,
+            correct=score == 1.0, answer=case.answer, prediction=prediction,
+            kl=float(kl_to_full(self.reference.logits[first:], asked.logits[first:]).mean()),
+            top1=float(top1_agreement(self.reference.logits[first:], asked.logits[first:]).double().mean()),
+            entries=report.entries, bytes=report.bytes, kept_share=report.kept_share,
+            seconds=compressed - start + asked.seconds,
+            compress_seconds=compressed - start, read_seconds=asked.seconds,
+            score=score, aware=cell.aware,
+        )  # fmt: skip
+
+    def _compressed(self, cell: Cell) -> tuple[RaggedCache, torch.Tensor | None]:
+        """A cache as `cell` leaves it, and the logits `(question, vocab)` if it has read the question already."""
+        case = self.case
         # Room for question and answer above the budget: nothing more is evicted while they are read.
-        room = len(case.question_ids) + len(case.answer_ids) + EXTRA_TOKENS
+        room = len(case.question_ids) + len(case.answer_ids) + case.extra_tokens
         if cell.prefill_chunk is not None:
             cache = self.session.new_cache()
             cache.plan = cache.plan.changed(
                 cell.policy, cell.budget, scope=cell.scope, buffer=room, prefill_chunk=cell.prefill_chunk
             )
             read(self.model, cache, case.context_ids, logits_to_keep=1)
-        else:
-            cache = self.cache.fork()
-            if cell.evicts:
-                cache.compress(cell.policy, cell.budget, cell.scope, buffer=room)
-        compressed = self._now()
-        report = self.session.report(cache)
-        if inspect is not None:
-            inspect(case, cell, cache)
-        # The full cache has just been asked, as the reference; all others are asked now.
-        asked = self._ask(cache) if cell.evicts else self.reference
-        prediction = self._generate(asked)
-        return Record(
-            task=case.task, length=case.length, index=case.index, seed=case.seed, depth=case.depth,
-            policy=cell.name, scope=cell.scope, budget=cell.budget,
-            correct=case.accepts(prediction), answer=case.answer, prediction=prediction,
-            kl=float(kl_to_full(self.reference.logits, asked.logits).mean()),
-            top1=float(top1_agreement(self.reference.logits, asked.logits).double().mean()),
-            entries=report.entries, bytes=report.bytes, kept_share=report.kept_share,
-            seconds=compressed - start + asked.seconds,
-            compress_seconds=compressed - start, read_seconds=asked.seconds,
-        )  # fmt: skip
+            return cache, None
+        cache = self.cache.fork()
+        question = read(self.model, cache, case.question_ids) if cell.aware and cell.evicts else None
+        if cell.evicts:
+            cache.compress(cell.policy, cell.budget, cell.scope, buffer=room)
+        return cache, question
 
-    def _ask(self, cache: RaggedCache) -> _Asked:
-        """Reads question and gold answer after what `cache` holds; the answer on a fork, so that it can be undone."""
+    def _ask(self, cache: RaggedCache, question: torch.Tensor | None = None) -> _Asked:
+        """Reads question and gold answer after what `cache` holds; the answer on a fork, so that it can be undone.
+
+        Args:
+            question: the question's logits, if `cache` holds it already.
+        """
         start = self._now()
-        question = read(self.model, cache, self.case.question_ids)
+        if question is None:
+            question = read(self.model, cache, self.case.question_ids)
         gold = read(self.model, cache.fork(), self.case.answer_ids)
         return _Asked(cache, torch.cat([question, gold]), self._now() - start)
 
@@ -204,7 +227,7 @@ class _CaseRunner:
             """The answer stands in the text and one more token shows that it does not go on ("481" in "4812")."""
             return case.accepts(self._text(generated)) and case.accepts(self._text(generated[:-1]))
 
-        limit = len(case.answer_ids) + EXTRA_TOKENS
+        limit = len(case.answer_ids) + case.extra_tokens
         logits = asked.logits[len(case.question_ids) - 1 :]
         cache = asked.cache.fork()
         return self._text(greedy_from_teacher(self.model, cache, case.answer_ids, logits, limit, complete))

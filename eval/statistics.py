@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -17,6 +17,10 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def to_dict(self, scale: Callable[[float], float] = float) -> dict[str, float]:
+        """`value, low, high`, each after `scale`, which must rise."""
+        return {"value": scale(self.value), "low": scale(self.low), "high": scale(self.high)}
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:

@@ -13,24 +13,32 @@ Row = dict[str, Any]
 
 
 def summarise(records: Iterable[Record], confidence: float = 0.95) -> list[Row]:
-    """One row for each task, length, policy, scope and budget, in order of first appearance.
+    """One row for each task, length, policy, scope, budget and awareness, in order of first appearance.
 
-    A row has `task, length, policy, scope, budget, accuracy, ci_low, ci_high` (Wilson's interval), `n` (cases), `kl`
-    (nats), `entries`, `bytes` and `seconds` (means over the cases).
+    A row has `task, length, policy, scope, budget, aware, accuracy, ci_low, ci_high`, `n` (cases), `kl` (nats),
+    `entries`, `bytes` and `seconds` (means over the cases). The interval is Wilson's where every answer is right or
+    wrong, the bootstrap's where some are right in part.
     """
     groups: dict[tuple, list[Record]] = {}
     for record in records:
-        key = (record.task, record.length, record.policy, record.scope, record.budget)
+        key = (record.task, record.length, record.policy, record.scope, record.budget, record.aware)
         groups.setdefault(key, []).append(record)
     rows = []
-    for (task, length, policy, scope, budget), group in groups.items():
-        accuracy = wilson(sum(record.correct for record in group), len(group), confidence)
+    for (task, length, policy, scope, budget, aware), group in groups.items():
+        accuracy = accuracy_interval([record.score for record in group], confidence)
         rows.append(
-            {"task": task, "length": length, "policy": policy, "scope": scope, "budget": budget}
+            {"task": task, "length": length, "policy": policy, "scope": scope, "budget": budget, "aware": aware}
             | {"accuracy": accuracy.value, "ci_low": accuracy.low, "ci_high": accuracy.high, "n": len(group)}
             | {name: _mean(group, name) for name in ("kl", "entries", "bytes", "seconds")}
         )
     return rows
+
+
+def accuracy_interval(scores: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean of scores in [0, 1] with Wilson's interval if all are 0 or 1, else the bootstrap's; ValueError for none."""
+    if all(score in (0.0, 1.0) for score in scores):
+        return wilson(int(sum(scores)), len(scores), confidence)
+    return bootstrap_mean(scores, confidence=confidence)
 
 
 def kl_intervals(records: Sequence[Record], seed: int = 0) -> dict[tuple, Interval]:

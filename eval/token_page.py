@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..retention.checkpoint import write_atomic
-from .retrieval import Case
+from .cases import Case
 
 _SLOT = "__DATA__"
 

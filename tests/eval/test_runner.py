@@ -159,8 +159,8 @@ def test_rows_have_the_promised_columns(model, gates, tokenizer, builder):
     assert len(rows) == 2 * len(NAMES)
     for summary in rows:
         assert list(summary) == [
-            "task", "length", "policy", "scope", "budget", "accuracy", "ci_low", "ci_high", "n", "kl", "entries",
-            "bytes", "seconds",
+            "task", "length", "policy", "scope", "budget", "aware", "accuracy", "ci_low", "ci_high", "n", "kl",
+            "entries", "bytes", "seconds",
         ]  # fmt: skip
         assert summary["n"] == 2 and summary["ci_low"] <= summary["accuracy"] <= summary["ci_high"]
         assert math.isfinite(summary["kl"]) and summary["seconds"] > 0
@@ -277,3 +277,21 @@ def test_a_context_in_chunks_is_compressed_after_each(model, gates, tokenizer, b
     assert peaks["retention"] == segments * LENGTH
     assert peaks["retention@64"] == peaks["streaming_llm@64"] == segments * (LENGTH // 5 + 64)
     assert records[0].kl > 0 and records[1].kl > 0
+
+
+@pytest.mark.parametrize("name", ["snapkv(window=16)", "retention", "knorm", "h2o"])
+def test_a_question_aware_cell_is_a_prompt_read_with_its_question(name, model, gates, tokenizer, builder):
+    """As a served model reads it: question and context in one forward, then the eviction."""
+    case = builder.case("needle", 2)
+    (found,) = evaluate(model, tokenizer, [case], parse_cells([name], [0.2], aware=(True,)), gates)
+    prompt, answer = row([*case.context_ids, *case.question_ids]), row(case.answer_ids)
+    with torch.no_grad():
+        full = model(torch.cat([prompt, answer], 1)).logits[0, prompt.shape[1] :]
+        policy = parse_cells([name], [0.2])[0].policy
+        with evict(model, policy, 0.2, gates=gates, buffer=64, observe=["retention"]) as session:
+            cache = session.new_cache()
+            model(prompt, past_key_values=cache)
+            entries = cache.report().entries
+            logits = model(answer, past_key_values=cache).logits[0]
+    assert found.aware and found.entries == entries
+    assert found.kl == pytest.approx(float(kl_to_full(full, logits).mean()), abs=1e-5)

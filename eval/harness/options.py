@@ -1,0 +1,183 @@
+"""What `--model_args` of the model type `tenure` say beside lm-eval's own, checked before a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from ...eviction import Budget, Policy, get_policy, policy_text
+from ...eviction.budget import CALIBRATED, Plan
+from ...retention import RetentionGates
+
+if TYPE_CHECKING:
+    from .boundary import Boundaries
+
+QUESTIONS = ("auto", "agnostic", "aware")
+SEVERAL_DEVICES = ("parallelize", "tp_plan")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the model evicts.
+
+    Attributes:
+        policy: a name with options, as `snapkv(window=16)`; "full" evicts nothing.
+        budget: as in `evict`: a share, entries per head, or text such as "512MiB"; "calibrated" asks the gates.
+        scope: who competes; None for the policy's default.
+        gates: folder or Hub id of trained gates, for policies that need them.
+        prefill_chunk: contexts are read in chunks of so many tokens with an eviction after each.
+        sinks, recent, buffer, floor: as in `evict`.
+        question: "agnostic": a context is compressed before its question is read; "aware": the whole prompt is read and
+            then compressed, as a served model does; "auto": what the task's documents say in a field `aware`, and
+            "aware" where they say nothing.
+        question_field: the field of a document whose text, at its last place in the prompt, begins the question.
+        question_pattern: a regular expression; its last match in the prompt begins the question.
+
+    Raises:
+        ValueError: an unknown policy, scope or `question`, or a number out of range.
+    """
+
+    policy: str = "retention"
+    budget: float | int | str = 0.2
+    scope: str | None = None
+    gates: Any = None
+    prefill_chunk: int | None = None
+    sinks: int = 4
+    recent: int = 32
+    buffer: int = 128
+    floor: float | None = None
+    question: str = "auto"
+    question_field: str | None = None
+    question_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.question not in QUESTIONS:
+            raise ValueError(f"question is {self.question!r}; accepted: {', '.join(QUESTIONS)}")
+        if self.question_field and self.question_pattern:
+            raise ValueError("question_field and question_pattern exclude each other: give one of them")
+        _ = self.plan, self.boundaries
+
+    @classmethod
+    def split(cls, arguments: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
+        """The options among keyword arguments, and the other arguments."""
+        known = {field.name for field in fields(cls)}
+        given = {name: value for name, value in arguments.items() if name in known}
+        return cls(**given), {name: value for name, value in arguments.items() if name not in known}
+
+    @property
+    def chosen(self) -> Policy:
+        return get_policy(self.policy)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that `evict` makes of the options, a calibrated budget not yet looked up."""
+        policy = self.chosen
+        return Plan(
+            policy,
+            Budget(1.0 if self.budget == CALIBRATED else self.budget),
+            self.scope or policy.default_scope,
+            self.sinks,
+            self.recent,
+            self.buffer,
+            floor=policy.default_floor if self.floor is None else self.floor,
+            prefill_chunk=self.prefill_chunk,
+        )
+
+    @property
+    def evicts(self) -> bool:
+        """Whether anything can be evicted."""
+        return self.budget == CALIBRATED or self.plan.evicts
+
+    @property
+    def needs_gates(self) -> bool:
+        return "log_beta" in self.chosen.needs or self.budget == CALIBRATED
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """Where questions begin."""
+        from .boundary import Boundaries
+
+        return Boundaries(self.question, self.question_field, self.question_pattern)
+
+    @property
+    def evict_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `evict`, the gates left out."""
+        names = ("budget", "scope", "prefill_chunk", "sinks", "recent", "buffer", "floor")
+        return {"policy": self.chosen} | {name: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the results: plain values by name, the policy with its options, the scope as it is used."""
+        shown = {field.name: getattr(self, field.name) for field in fields(self)}
+        gates = None if self.gates is None else getattr(self.gates, "info", None) or str(self.gates)
+        if not self.evicts:
+            shown |= {"budget": 1.0}
+        shown |= {"policy": policy_text(self.chosen), "scope": self.plan.scope if self.evicts else "none"}
+        return shown | {"gates": gates if gates is None or isinstance(gates, str) else gates.base_model}
+
+
+def load_gates(options: Options) -> RetentionGates | None:
+    """The gates that the options name, on the CPU; None where the policy needs none.
+
+    Raises:
+        ValueError: they are needed and not given, or cannot be loaded.
+    """
+    if not options.needs_gates:
+        return None
+    if options.gates is None:
+        raise ValueError(f"policy {options.policy!r} needs gates: add gates=FOLDER to --model_args")
+    if isinstance(options.gates, RetentionGates):
+        return options.gates
+    return RetentionGates.from_pretrained(options.gates)
+
+
+def check_config(options: Options, gates: RetentionGates | None, config: Any, others: dict[str, Any]) -> None:
+    """Refuses what cannot work with a model of this configuration, before the model is loaded.
+
+    Args:
+        config: the model's configuration.
+        others: lm-eval's own model arguments.
+
+    Raises:
+        ValueError: gates of another shape, a model that has no decoder to evict from, a `max_length` beyond the model's
+            positions, or a model spread over several devices.
+    """
+    text = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    longest = others.get("max_length")
+    if longest is not None and positions is not None and int(longest) > positions:
+        raise ValueError(f"max_length is {longest}; the model has {positions} positions")
+    if getattr(config, "is_encoder_decoder", False) or others.get("backend") == "seq2seq":
+        raise ValueError("the model type 'tenure' takes decoders only: use lm-eval's own 'hf' for this model")
+    several = [name for name in SEVERAL_DEVICES if others.get(name)]
+    if several and options.evicts:
+        raise ValueError(f"eviction needs the model on one device: leave out {several[0]}")
+    if gates is None:
+        return
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    found = {"hidden_size": text.hidden_size, "num_kv_heads": heads}
+    wrong = [f"{name} {getattr(gates.config, name)} against {now}" for name, now in found.items()
+             if getattr(gates.config, name) != now]  # fmt: skip
+    if max(gates.layer_indices) >= text.num_hidden_layers:
+        wrong.append(f"layer {max(gates.layer_indices)} against {text.num_hidden_layers} layers")
+    if wrong:
+        name = gates.info.base_model or "another model"
+        raise ValueError(f"the gates, of {name}, do not fit this model: {'; '.join(wrong)} in the model")
+
+
+def find_config(name: str, others: dict[str, Any]) -> tuple[str, Any]:
+    """(what `from_pretrained` is given for the model `name`, its configuration).
+
+    Args:
+        name: a Hub id, a local folder, or `demo`.
+        others: lm-eval's own model arguments.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    from ...training.assets import resolve_model
+
+    source = resolve_model(name)
+    own = {key: others[key] for key in ("revision", "trust_remote_code", "subfolder", "gguf_file") if others.get(key)}
+    return source, AutoConfig.from_pretrained(source, **own)

@@ -1,0 +1,160 @@
+"""Log-likelihoods under eviction: contexts are read and compressed, then continuations are read as if generated."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...eviction import RaggedCache, Session
+from ...eviction.compress import layout_of
+from .meter import Meter
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One request.
+
+    Attributes:
+        context: token ids that are read and compressed, at least one.
+        question: token ids read after the compression and not scored; may be empty.
+        continuation: token ids to be scored, at least one.
+    """
+
+    context: tuple[int, ...]
+    question: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """What is read after the context: all but the last token, which is only predicted."""
+        return (self.question + self.continuation)[:-1]
+
+
+class Scorer:
+    """Scores batches of requests on one model inside an `evict` block.
+
+    Args:
+        session: of the block.
+        meter: counts every compressed context.
+        pad: token id that fills short rows; it is masked.
+        softmax_dtype: of the log-probabilities; None for the logits' own.
+    """
+
+    def __init__(self, session: Session, meter: Meter, pad: int, softmax_dtype: torch.dtype | None = None) -> None:
+        self.session, self.meter, self.pad, self.softmax_dtype = session, meter, pad, softmax_dtype
+        self.model = session.model
+
+    @torch.no_grad()
+    def score(self, groups: Sequence[Sequence[Scored]]) -> list[list[tuple[float, bool]]]:
+        """`(log-likelihood, is greedy)` of every continuation.
+
+        Args:
+            groups: a row of the batch each: requests with the same context, which is read once.
+        """
+        contexts = [group[0].context for group in groups]
+        cache, mask, first = self._compress(contexts)
+        answers: list[list[tuple[float, bool]]] = [[] for _ in groups]
+        for member in range(max(map(len, groups))):
+            rows = [row for row, group in enumerate(groups) if len(group) > member]
+            fork = cache.fork()
+            fork.select_rows(torch.tensor(rows, device=mask.device))
+            asked = [groups[row][member] for row in rows]
+            for row, answer in zip(rows, self._continue(fork, mask[rows], first[rows], asked), strict=True):
+                answers[row].append(answer)
+            self.meter.seen(fork)
+        return answers
+
+    def _compress(self, contexts: Sequence[Sequence[int]]) -> tuple[RaggedCache, torch.Tensor, torch.Tensor]:
+        """(compressed cache, mask `(batch, columns)`, logits `(batch, vocab)` after the last token) of the contexts."""
+        ids, mask = left_padded(contexts, self.pad, self.model.device)
+        cache = self.session.new_cache()
+        logits = read_contexts(self.model, cache, ids, mask)
+        self.meter.compressed(cache, [len(context) for context in contexts])
+        return cache, mask, logits
+
+    def _continue(
+        self, cache: RaggedCache, mask: torch.Tensor, first: torch.Tensor, asked: Sequence[Scored]
+    ) -> list[tuple[float, bool]]:
+        """Reads what follows the contexts and scores it.
+
+        A piece ends where the next eviction is due, so that every token sees what it would see if the tokens before it
+        had been generated one by one.
+        """
+        device = mask.device
+        totals = torch.zeros(len(asked), dtype=torch.float64, device=device)
+        greedy = torch.ones(len(asked), dtype=torch.bool, device=device)
+        seen = mask.sum(1, keepdim=True)
+        longest = max(len(one.read) for one in asked)
+        # What the logits at each column of the read tokens are to predict; -1 for nothing.
+        targets = torch.full((len(asked), longest + 1), -1, device=device)
+        ids = torch.full((len(asked), longest), self.pad, device=device)
+        valid = torch.zeros_like(ids)
+        for row, one in enumerate(asked):
+            ids[row, : len(one.read)] = torch.tensor(one.read, device=device)
+            valid[row, : len(one.read)] = 1
+            start = len(one.question)
+            targets[row, start : start + len(one.continuation)] = torch.tensor(one.continuation, device=device)
+        self._count(first.unsqueeze(1), targets[:, :1], totals, greedy)
+        start = 0
+        while start < longest:
+            part = slice(start, start + tokens_until_due(cache, longest - start))
+            start = part.stop
+            mask = torch.cat([mask, valid[:, part]], dim=1)
+            positions = seen + torch.arange(part.start, part.stop, device=device)
+            output = self.model(
+                input_ids=ids[:, part], attention_mask=mask, position_ids=positions, past_key_values=cache,
+                use_cache=True,
+            )  # fmt: skip
+            logits = output.logits
+            self._count(logits, targets[:, part.start + 1 : part.stop + 1], totals, greedy)
+        return list(zip(totals.tolist(), greedy.tolist(), strict=True))
+
+    def _count(
+        self, logits: torch.Tensor, targets: torch.Tensor, totals: torch.Tensor, greedy: torch.Tensor
+    ) -> None:
+        """Adds log-probabilities of `targets` `(batch, n)` under `logits` `(batch, n, vocab)` to `totals`."""
+        wanted = targets >= 0
+        if not bool(wanted.any()):
+            return
+        chosen = targets.clamp(min=0).unsqueeze(-1)
+        log_probs = torch.log_softmax(logits, dim=-1, dtype=self.softmax_dtype).gather(-1, chosen).squeeze(-1)
+        totals += torch.where(wanted, log_probs, 0.0).sum(1).double()
+        greedy &= ((logits.argmax(-1) == targets) | ~wanted).all(1)
+
+
+def tokens_until_due(cache: RaggedCache, most: int) -> int:
+    """How many tokens every row can take, at most `most`, until one of the rows evicts, which the last one causes."""
+    layout = layout_of(cache.ragged)
+
+    def due(stored: int, tokens: int, count: int) -> bool:
+        return cache.plan.due(stored + count * layout.segments, tokens + count, count, layout)
+
+    left = most
+    for stored, tokens in zip(cache.lengths().sum((1, 2)).tolist(), cache.tokens_seen.tolist(), strict=True):
+        # A budget that is a share grows with the tokens, but never as fast as they come: due stays due.
+        left = min(left, 1 + bisect_left(range(1, left), True, key=lambda count: due(stored, tokens, count)))
+    return left
+
+
+def read_contexts(model: Any, cache: RaggedCache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Reads left-padded rows into an empty cache; logits `(batch, vocab)` of their last tokens."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    return output.logits[:, -1]
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both int64 `(batch, longest)`; the mask is 0 where a row is padded on its left."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
