@@ -149,7 +149,7 @@ class Mover(Protocol):
     """Moves the bytes of jobs and hands them back when they have ended, in the order in which they ended.
 
     Attributes:
-        ended: how many jobs have ended so far, polled or not.
+        ended: how many jobs have ended so far, polled or not, and how often waiting was interrupted.
     """
 
     ended: int
@@ -172,6 +172,14 @@ class Mover(Protocol):
 
     def wait(self, ended: int, timeout_s: float) -> bool:
         """Waits until more than `ended` jobs have ended; False if the time runs out first."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ends everybody's waiting: there is other news."""
+        ...
+
+    def next_time(self) -> float | None:
+        """When the next layer will have been copied; None if nothing is under way, or only real time will tell."""
         ...
 
     def close(self) -> None:

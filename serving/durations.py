@@ -36,13 +36,14 @@ class Duration:
     def observe(self, seconds: float) -> None:
         """Exponentially weighted mean and variance (West 1979), plain ones for the first `MEMORY` observations.
 
-        One observation says nothing of the spread, which then starts as large as the mean. A negative one (a clock was
-        set back) counts as 0.
+        One observation says nothing of the spread, which keeps its share of the mean from the guess. A negative one (a
+        clock was set back) counts as 0.
         """
         seconds = max(0.0, seconds)
         self.count += 1
         if self.count == 1:
-            self.mean = self.spread = seconds
+            share = min(1.0, self.spread / self.mean) if self.mean else 1.0
+            self.mean, self.spread = seconds, share * seconds
             return
         weight = 1 / min(self.count, MEMORY)
         step = seconds - self.mean

@@ -101,9 +101,22 @@ class Eviction:
             victim = candidates.first()
             if victim is None or (below is not None and candidates.rank(victim) >= below):
                 return Room.REFUSED
+            if self._follows(victim, tier):
+                return Room.PENDING
             if self.evict(victim, tier) is Room.PENDING:
                 return Room.PENDING
         return Room.READY if pool.can_take(nbytes) else Room.PENDING
+
+    def _follows(self, victim: Node, tier: Tier) -> bool:
+        """Whether a node that ranks below `victim` becomes a candidate as soon as what builds on it has been saved."""
+        rank = self.residency.candidates[tier].rank
+        for job in self.transfers.under_way:
+            parent = job.node.parent
+            if not job.frees_source or job.source != tier or parent is None or parent.copies[tier] is None:
+                continue
+            if parent.users == 1 and parent.below[tier] == 1 and rank(parent) < rank(victim):
+                return True
+        return False
 
     def evict(self, node: Node, tier: Tier) -> Room:
         """Has a candidate leave `tier`: at once, or when it has been copied into the tier below.

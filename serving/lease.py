@@ -82,15 +82,14 @@ class Lease:
             return self._begin([node for node in missing if node.flight is None], urgency, priority, only_below)
 
     def _join(self, flight: CopyJob | None, urgency: Urgency, priority: float) -> None:
-        mover = self._tiers.transfers.mover
+        transfers = self._tiers.transfers
         if flight is None:
             return
-        if flight.target is not Tier.DEVICE:
-            mover.cancel(flight)  # on its way from the host to the disk; it keeps the copy it has
-            return
         flight.waiters.add(self.number)
-        if (urgency, priority) < (flight.urgency, flight.priority):
-            mover.promote(flight, urgency, priority)
+        if flight.target is not Tier.DEVICE:
+            transfers.mover.cancel(flight)  # on its way from the host to the disk; it keeps the copy it has
+        elif (urgency, priority) < (flight.urgency, flight.priority):
+            transfers.promote(flight, urgency, priority)
 
     def _begin(self, nodes: list[Node], urgency: Urgency, priority: float, only_below: bool) -> LoadState:
         tiers = self._tiers
@@ -140,6 +139,14 @@ class Lease:
             if chain is None or len(payloads) < len(chain):
                 raise ValueError("the leased prompt is not on the device: call load() until it says READY")
             return payloads
+
+    def shorten(self, node: Node) -> None:
+        """Covers only what ends at `node`, one of `nodes()` or their root; the rest may be evicted again."""
+        with self._tiers.lock:
+            self._require_live()
+            self.cancel()
+            before, self.node = self.node, node
+            self._tiers.residency.unlock(before, above=node)
 
     def cancel(self) -> None:
         """This lease does not wait for loads any more; those that nobody else waits for are cancelled."""

@@ -142,12 +142,16 @@ class ExpectedTime(Order):
         reuse: of an agent, 0 to 1; without a number 0.
         costs: seconds to recompute or to reload.
         prior, half_life_s: of nodes that are in no fixed prompt.
+        rate, clock: 1/s and seconds. A chance that was read at one time and one that was read at another are compared
+            as if both had grown by exp(rate · time) since, which is what E[exp(-γT)] does while a call comes nearer.
     """
 
     reuse: AgentValue
     costs: Costs
     prior: float = 0.05
     half_life_s: float = 30.0
+    rate: float = 0.0
+    clock: Callable[[], float] = lambda: 0.0
     name = "expected_time"
     uses_agents = True
 
@@ -170,10 +174,10 @@ class ExpectedTime(Order):
         return (value + local[0], *local)
 
     def value(self, agent: Agent) -> float:
-        return _log(min(1.0, read(self.reuse, agent, 0.0)))
+        return _log(min(1.0, read(self.reuse, agent, 0.0))) - self.rate * self.clock()
 
     def nobody(self, now: float) -> float:
-        return math.log(self.prior) - now * math.log(2) / self.half_life_s
+        return math.log(self.prior) - now * (math.log(2) / self.half_life_s + self.rate)
 
 
 def read(source: AgentValue, agent: Agent, missing: float) -> float:

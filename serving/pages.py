@@ -16,15 +16,22 @@ TOKEN = np.dtype("<i4")
 TOKEN_BYTES = TOKEN.itemsize
 
 
+class Pages(bytes):
+    """Whole pages that have been encoded already: what is asked for several times is encoded once."""
+
+
 def encode(token_ids: Sequence[int] | np.ndarray | Any, page_size: int) -> bytes:
     """The whole pages of `token_ids`; tokens of an unfinished last page are left out.
 
     Args:
-        token_ids: one-dimensional integers in [0, 2^31): a list, an array, or a tensor in CPU memory.
+        token_ids: one-dimensional integers in [0, 2^31): a list, an array, or a tensor in CPU memory. `Pages` of this
+            page size are returned as they are.
         page_size: tokens a page.
     Raises:
         ValueError: other shapes, other numbers.
     """
+    if isinstance(token_ids, Pages):
+        return token_ids
     ids = _as_array(token_ids)
     if ids.size == 0:
         return b""

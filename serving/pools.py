@@ -37,6 +37,7 @@ class Pool(ABC):
     Attributes:
         capacity: bytes.
         used: bytes taken.
+        reserved: of these, the bytes of requests that are being computed: nothing of the tree's.
         idle: bytes of copies whose nodes have no user: what eviction could free.
         leaving: bytes that copies under way into a slower tier will free here.
     """
@@ -45,7 +46,7 @@ class Pool(ABC):
         if capacity < 0:
             raise ValueError(f"got a capacity of {capacity} bytes; accepted: 0 (no such tier) or more")
         self.capacity = capacity
-        self.used = self.idle = self.leaving = 0
+        self.used = self.idle = self.leaving = self.reserved = 0
 
     @property
     def free(self) -> int:
@@ -68,6 +69,16 @@ class Pool(ABC):
     def give(self, nbytes: int) -> None:
         self.used -= nbytes
         assert self.used >= 0, "what is given back was taken"
+
+    def reserve(self, nbytes: int) -> None:
+        """Takes room for what is computed outside the tree; `unreserve` gives it back."""
+        self.take(nbytes)
+        self.reserved += nbytes
+
+    def unreserve(self, nbytes: int) -> None:
+        self.give(nbytes)
+        self.reserved -= nbytes
+        assert self.reserved >= 0, "what is given back was reserved"
 
     @abstractmethod
     def begin(self, payload: Payload) -> Builder:

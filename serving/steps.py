@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from .reuse import WorkflowReuse
 from .shared import News, Shared
@@ -120,7 +120,10 @@ class StepGraph:
     def chance(self, agent: str) -> tuple[float, float]:
         """The chance of another call, and the expected discounted reuse E[exp(-γT)]; see `expected`."""
         reach, reuse = 0.0, 0.0
-        for workflow in sorted(self._shared.members.get(agent, ()), key=lambda workflow: workflow.name):
+        members: Collection[Workflow] = self._shared.members.get(agent, ())
+        if len(members) > 1:
+            members = sorted(members, key=lambda workflow: workflow.name)
+        for workflow in members:
             more, sooner = self._reuse[workflow].chances()[agent]
             reuse = max(reuse + (1 - reach) * sooner, sooner + (1 - more) * reuse)  # `expected.first_of`
             reach = 1 - (1 - reach) * (1 - more)
@@ -134,6 +137,13 @@ class StepGraph:
         """Expected time to execution, -ln(E[exp(-γT) | called]) / γ: a sure time that is worth the same."""
         reach, reuse = self.chance(agent)
         return max(0.0, -math.log(reuse / reach) / self.rate) if reuse > 0 else math.inf
+
+    def observe_pause(self, agent: str, seconds: float) -> None:
+        """The pause after a call of `agent` took, or is said to take, so long; nothing if no workflow has it."""
+        if agent in self._shared.members:
+            self._shared.durations[agent].pause.observe(seconds)
+            for workflow in self._shared.members[agent]:
+                workflow.durations_changed()
 
     def changed_steps(self) -> set[str]:
         """The agents whose steps may have changed since the last call: what a tree ordered by steps must be told."""

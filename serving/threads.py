@@ -84,6 +84,14 @@ class ThreadedCopies:
         with self._changed:
             return self._changed.wait_for(lambda: self.ended > ended, timeout_s)
 
+    def interrupt(self) -> None:
+        with self._changed:
+            self.ended += 1
+            self._changed.notify_all()
+
+    def next_time(self) -> None:
+        return None
+
     def close(self) -> None:
         with self._changed:
             self._closing.set()

@@ -82,10 +82,11 @@ class TieredTree:
             self.poll()
             return find(self.tree, key, namespace)
 
-    def open(self, token_ids: Sequence[int] | Any, namespace: Hashable = None) -> Lease:
+    def open(self, token_ids: Sequence[int] | Any, namespace: Hashable = None, again: bool = False) -> Lease:
         """Leases what the tree has of a prompt: until its release nothing of that is evicted.
 
-        The lease may cover no tokens at all; what it covers may have to be loaded (`Lease.load`).
+        The lease may cover no tokens at all; what it covers may have to be loaded (`Lease.load`). What is opened
+        `again`, after it has been refused room, is not counted in the statistics a second time.
         """
         key = encode(token_ids, self.tree.page_size)
         with self.lock:
@@ -96,8 +97,9 @@ class TieredTree:
                 node = self.residency.split(node, found.part)
                 if node.chain() is None:  # the halves would not have fitted
                     node = found.nodes[-2] if len(found.nodes) > 1 else self.tree.root(namespace)
-            self.statistics.tokens_asked += len(key) // TOKEN_BYTES
-            self.statistics.tokens_found += node.end
+            if not again:
+                self.statistics.tokens_asked += len(key) // TOKEN_BYTES
+                self.statistics.tokens_found += node.end
             return self._lease(node)
 
     def open_agent(self, agent: Agent) -> Lease | None:
@@ -174,6 +176,28 @@ class TieredTree:
         node.last_used = self.clock()
         lease.node = node
         return room
+
+    def reserve(self, nbytes: int, beside: int = 0) -> Room:
+        """Takes `nbytes` of the device for a request that is computed, evicting for it; `release` gives them back.
+
+        Args:
+            beside: bytes for which there must be room as well, e.g. for what the request will load.
+
+        Returns:
+            READY: they are taken. PENDING, REFUSED: nothing is; after the former there will be room once copies have
+            ended.
+        """
+        with self.lock:
+            self.poll()
+            room = self.eviction.make_room(Tier.DEVICE, nbytes + beside)
+            if room is Room.READY:
+                self.pools[Tier.DEVICE].reserve(nbytes)
+            return room
+
+    def release(self, nbytes: int) -> None:
+        """Gives reserved bytes back."""
+        with self.lock:
+            self.pools[Tier.DEVICE].unreserve(nbytes)
 
     def merge_spans(self) -> int:
         """Joins idle nodes that no branch keeps apart any more; for quiet times, as it copies data.

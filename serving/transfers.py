@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
-from .copies import CopyJob, Mover, Outcome, Urgency
+from .copies import CopyJob, Link, Mover, Outcome, Urgency
 from .node import TIERS, Node, Tier
 from .payload import LostCopyError
 from .residency import Residency
@@ -20,11 +21,17 @@ class Transfers:
         residency: where results go.
         mover: moves the bytes.
         statistics: counts what has been moved.
+    Attributes:
+        under_way: in the order of their beginnings.
+        demanded: by link, bytes of the copies that are under way because a request waits for them.
+        listeners: called with every copy that has ended, once the tree has its result.
     """
 
     def __init__(self, residency: Residency, mover: Mover, statistics: TierStatistics) -> None:
         self.residency, self.mover, self.statistics = residency, mover, statistics
-        self.under_way: dict[CopyJob, None] = {}  # in the order of their beginnings
+        self.under_way: dict[CopyJob, None] = {}
+        self.demanded: dict[Link, int] = {}
+        self.listeners: list[Callable[[CopyJob], None]] = []
 
     def start(
         self,
@@ -58,8 +65,18 @@ class Transfers:
         self.residency.lock(node)
         if frees_source:
             self.residency.pools[source].leaving += node.held[source]
+        if urgency is Urgency.DEMAND:
+            self._count_demand(job, +1)
         self.mover.submit(job)
         return True
+
+    def promote(self, job: CopyJob, urgency: Urgency, priority: float) -> None:
+        """Makes a copy under way that urgent."""
+        self._count_demand(job, (urgency is Urgency.DEMAND) - (job.urgency is Urgency.DEMAND))
+        self.mover.promote(job, urgency, priority)
+
+    def _count_demand(self, job: CopyJob, change: int) -> None:
+        self.demanded[job.link] = self.demanded.get(job.link, 0) + change * job.payload.nbytes
 
     def cancel_prefetches(self, tier: Tier, nbytes: int) -> bool:
         """Cancels prefetches into `tier`, the least urgent first, if that can make `nbytes` free there.
@@ -87,12 +104,16 @@ class Transfers:
         jobs = self.mover.poll()
         for job in jobs:
             self._take_in(job)
+            for listener in self.listeners:
+                listener(job)
         return [job.node for job in jobs]
 
     def _take_in(self, job: CopyJob) -> None:
         node, residency = job.node, self.residency
         del self.under_way[job]
         node.flight = None
+        if job.urgency is Urgency.DEMAND:
+            self._count_demand(job, -1)
         if job.frees_source:
             residency.pools[job.source].leaving -= node.held[job.source]
         if job.outcome is Outcome.DONE:
@@ -121,18 +142,21 @@ class Transfers:
 
     def check(self) -> None:
         """Raises AssertionError unless flights are known and the bytes they take and will free are counted."""
-        flights = {node.flight for node in self.residency.tree if node.flight is not None}
+        nodes = list(self.residency.tree)
+        flights = {node.flight for node in nodes if node.flight is not None}
         assert flights == set(self.under_way), "every copy under way belongs to a node of the tree"
         for tier, pool in self.residency.pools.items():
-            nodes = list(self.residency.tree)
             stored = sum(node.held[tier] for node in nodes)
             arriving = sum(job.held for job in flights if job.target == tier)
-            assert pool.used == stored + arriving, "the bytes of a pool are those of its copies"
+            assert pool.used == stored + arriving + pool.reserved, "the bytes of a pool are those of its copies"
             assert 0 <= pool.used <= pool.capacity, "a pool stays within its capacity"
             idle = sum(node.held[tier] for node in nodes if not node.users)
             assert pool.idle == idle, "idle bytes are counted"
             leaving = sum(job.node.held[tier] for job in flights if job.frees_source and job.source == tier)
             assert pool.leaving == leaving, "leaving bytes are counted"
+        for link, nbytes in self.demanded.items():
+            waited_for = [job for job in flights if job.link == link and job.urgency is Urgency.DEMAND]
+            assert nbytes == sum(job.payload.nbytes for job in waited_for), "bytes waited for are counted"
 
 
 def fastest(node: Node) -> Tier | None:

@@ -92,6 +92,9 @@ class VirtualCopies:
             self.clock.advance_to(deadline)
         return self.ended > ended
 
+    def interrupt(self) -> None:
+        self.ended += 1
+
     def close(self) -> None:
         for queue in self._queues.values():
             while (job := queue.take()) is not None:

@@ -168,6 +168,17 @@ class Workflow:
             self._unmark(node, target)
         self.expect(agent)
 
+    def withdraw(self, agent: str) -> None:
+        """The calls that the edges of `agent` foretold after its last one will not come: another one came instead."""
+        node = self._id(agent)
+        for target in self.branches[node]:
+            self._unmark(node, target)
+        self._event()
+
+    def durations_changed(self) -> None:
+        """There is news of how long calls or pauses take."""
+        self._event()
+
     def steps(self, agent: str) -> float:
         """Steps to the execution of `agent`: 0 = running or ready, infinity = not in sight."""
         return self.solver.distance(self._id(agent))

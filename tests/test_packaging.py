@@ -79,7 +79,7 @@ def test_wheel_metadata(wheel: Path):
     assert "Requires-Python: >=3.10" in text
     assert "License: Apache-2.0" in text
     extras = {line.split(": ")[1] for line in text.splitlines() if line.startswith("Provides-Extra: ")}
-    assert extras == {"demo", "train", "eval", "kvpress", "agents", "serve", "test", "dev"}
+    assert extras == {"demo", "train", "eval", "kvpress", "agents", "simulate", "serve", "test", "dev"}
 
 
 def test_plain_install_imports_everything(wheel: Path, tmp_path: Path):
@@ -232,7 +232,7 @@ def test_importing_everything_outside_the_checkout_has_no_side_effects(tmp_path:
 def test_the_base_install_is_enough_to_import(tmp_path: Path):
     """Without any extra: gates, runtime, data and losses, and the command line."""
     blocked = ["accelerate", "datasets", "wandb", "matplotlib", "gguf", "triton", "lm_eval", "fastapi", "uvicorn"]
-    blocked += ["langgraph"]
+    blocked += ["langgraph", "peft"]
     code = (
         "import sys, importlib\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"

@@ -20,8 +20,8 @@ from tenure.scripts.demo import Config, Plan, find_gates, main
 NASTY = 'He wrote </script><img src=x onerror="alert(1)"> & left it there. '
 TEXT = NASTY + " ".join(f"On day {day} the crew wrote down what the weather was like." for day in range(150))
 ROW = {
-    "task", "length", "policy", "scope", "budget", "accuracy", "ci_low", "ci_high", "n", "kl", "entries", "bytes",
-    "seconds",
+    "task", "length", "policy", "scope", "budget", "aware", "accuracy", "ci_low", "ci_high", "n", "kl", "entries",
+    "bytes", "seconds",
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from tenure.serving import (
     system_names,
 )
 from tenure.serving.engine import Compression, Engine
+from tenure.serving.pools import Pool
 from tenure.serving.prompt_kv import PromptKV
 
 AGENTS, FIXED, SUFFIX, ANSWER, PAGE = 5, 48, 9, 6, 8
@@ -78,7 +79,7 @@ def answer_without_cache(session: Session, prompt: list[int], how: Compression |
 def make_engine(session, name, how=None, prompts=1.7, host=20.0, disk=None, speed=None, **options) -> Engine:
     """An engine whose device pool holds so many of the fixed prompts uncompressed, beside one request."""
     rate = PromptKV(session).bytes_per_token()
-    pools = {Tier.DEVICE: MemoryPool(int(rate * (prompts * FIXED + FIXED + SUFFIX + ANSWER)))}
+    pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(int(rate * (prompts * FIXED + FIXED + SUFFIX + ANSWER)))}
     if host:
         pools[Tier.HOST] = MemoryPool(int(rate * host * FIXED))
     if disk is not None:

@@ -301,7 +301,7 @@ def test_large_workflows_follow_the_most_probable_path(monkeypatch):
 def test_running_mean_and_spread():
     duration = Duration(7.0, 3.0)
     duration.observe(2.0)
-    assert (duration.mean, duration.spread) == (2.0, 2.0)  # the guess is gone; one call says nothing of the spread
+    assert (duration.mean, duration.spread) == (2.0, 2.0 * 3 / 7)  # one call says nothing of the spread but its scale
     draws = np.random.default_rng(0)
     values = draws.gamma(9.0, 0.5, 2000)
     for value in values:

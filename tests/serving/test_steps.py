@@ -223,6 +223,18 @@ def test_a_branch_that_is_not_taken_is_dropped():
     assert [graph.next_steps(name) for name in ("tool", "answer")] == [math.inf, 0]
 
 
+def test_what_was_foretold_is_withdrawn_when_another_call_comes():
+    graph, edges = StepGraph(lambda: 0.0), [EdgeSpec(f"a{i}", f"a{(i + 1) % 4}") for i in range(4)]
+    flow = graph.add_workflow(WorkflowSpec("w", [AgentSpec(f"a{i}") for i in range(4)], edges))
+    flow.start("a0")
+    flow.finish("a0")
+    flow.start("a2")  # not a1, which the edge foretold
+    assert flow.next_steps("a1") == 0
+    flow.withdraw("a0")
+    assert flow.next_steps("a1") == 3 and flow.next_steps("a3") == 1
+    assert {"a1"} <= graph.changed_steps()
+
+
 def test_a_retry_withdraws_the_answer():
     graph = StepGraph()
     flow = graph.add_workflow(ring(3))

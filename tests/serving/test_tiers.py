@@ -17,6 +17,8 @@ from tenure.serving import (
     VirtualCopies,
     WriteBack,
 )
+from tenure.serving.copies import Outcome
+from tenure.serving.pages import Pages, encode
 
 ALL = TierPolicy(LRU(), WriteBack.ALL)
 A, B, C, D = ([n] * 4 for n in (1, 2, 3, 4))
@@ -248,3 +250,64 @@ def test_memory_that_is_not_there(make_tiers, cached):
     assert cached(tiers, A) and cached(tiers, B), "dropped instead of saved"
     assert pools[Tier.HOST].used == 0 and tiers.match(A).length == 0
     tiers.check()
+
+
+def test_reserved_bytes_are_not_the_trees(make_tiers, cached, kv):
+    tiers = make_tiers(device=8, host=8, policy=ALL)
+    assert cached(tiers, A) and cached(tiers, B)
+    size = 4 * kv.token_bytes
+    assert tiers.reserve(size, beside=2 * size) is Room.REFUSED
+    assert tiers.reserve(size) is Room.PENDING, "A is on its way down"
+    later(tiers)
+    assert tiers.reserve(size) is Room.READY and tiers.pools[Tier.DEVICE].reserved == size
+    tiers.check()
+    with tiers.open(B) as lease:
+        assert lease.load() is LoadState.READY
+        assert tiers.reserve(1) is Room.REFUSED and not cached(tiers, C), "one is leased, the other reserved"
+    tiers.release(size)
+    assert tiers.pools[Tier.DEVICE].reserved == 0
+    tiers.check()
+
+
+def test_a_lease_is_shortened(make_tiers, cached):
+    tiers = make_tiers(device=20, host=20, policy=ALL)
+    assert cached(tiers, [*A, *B], "a", 4)
+    with tiers.open([*A, *B]) as lease:
+        nodes = lease.nodes()
+        assert nodes is not None
+        first, second = nodes
+        assert (first.users, second.users) == (1, 1)
+        lease.shorten(first)
+        assert (first.users, second.users, lease.length) == (1, 0, 4)
+        tiers.check()
+        lease.shorten(first.root)
+        assert (first.users, lease.length, lease.payloads()) == (0, 0, [])
+        tiers.check()
+
+
+def test_what_is_encoded_once_is_not_encoded_again(make_tiers, cached):
+    tiers = make_tiers(device=20)
+    assert cached(tiers, A)
+    pages = Pages(encode(A, 2))
+    assert encode(pages, 2) is pages and tiers.match(pages).length == 4
+    statistics = tiers.statistics
+    before = statistics.tokens_asked
+    tiers.open(pages, again=True).release()
+    assert statistics.tokens_asked == before
+    tiers.open(pages).release()
+    assert statistics.tokens_asked == before + 4
+
+
+def test_who_listens_hears_of_every_copy_that_has_ended(make_tiers, cached, kv):
+    tiers, heard = make_tiers(device=4, host=8, policy=ALL, copies=kv.FaultyCopies), []
+    tiers.transfers.listeners.append(lambda job: heard.append((job.target, job.outcome)))
+    assert cached(tiers, A)
+    tiers.eviction.make_room(Tier.DEVICE, 1)
+    later(tiers)
+    with tiers.open(A) as lease:
+        lease.load()
+        assert tiers.transfers.demanded[Tier.HOST, Tier.DEVICE] == 4 * kv.token_bytes
+        tiers.transfers.mover.fault = RuntimeError("bus error")
+        later(tiers)
+        assert tiers.transfers.demanded[Tier.HOST, Tier.DEVICE] == 0
+    assert heard == [(Tier.HOST, Outcome.DONE), (Tier.DEVICE, Outcome.FAILED)]

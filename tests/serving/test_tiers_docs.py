@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tenure.serving import Order, Tier, TieredTree, TierPolicy
+from tenure.serving import Order, RequestOutcome, Tier, TieredTree, TierPolicy, hint_formats, system_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,3 +37,22 @@ def test_the_order_evicts_what_it_says(make_tiers, cached):
         assert cached(tiers, prompt)
     first = tiers.residency.candidates[Tier.DEVICE].first()
     assert first is not None and first.length == 8
+
+
+def test_the_request_is_answered_and_the_hint_taken():
+    scope: dict = {}
+    exec(next(block for block in blocks() if "build_system(" in block), scope)
+    ended, system = scope["ended"], scope["system"]
+    assert ended.outcome is RequestOutcome.ANSWERED and ended.produced == 4
+    assert system.tiers.tree.ends["planner"].end == 960
+    exec(next(block for block in blocks() if "HintReader" in block), scope)
+    assert scope["request"].agent == "planner" and scope["request"].client == "team-a"
+    assert system.outlook.steps("planner") < 2
+    system.scheduler.check()
+
+
+def test_the_tables_name_what_there_is():
+    text = (ROOT / "docs" / "tiers.md").read_text()
+    for heading, names in (("### Systems", system_names()), ("### What a hint", hint_formats())):
+        rows = re.findall(r"^\| `(\w+)` \|", text[text.index(heading) :].split("\n###")[0], re.MULTILINE)
+        assert sorted(rows) == sorted(names)

@@ -1,0 +1,177 @@
+"""`tenure simulate`: replays set-ups of papers, studies and traces on a virtual clock, with the real scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from .simulate_output import Comparison, show_comparison, show_study, study_rows, write_rows
+
+if TYPE_CHECKING:
+    from ..serving.simulation.setups import Cell, Setup
+
+
+@dataclass
+class Config:
+    """Simulate serving policies: how many times as fast as each baseline they are, beside what a paper reports."""
+
+    setups: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="PATH ...")] = field(default_factory=list)
+    """YAML set-ups (examples/kvflow_*.yaml; docs/simulator.md has the format)."""
+    policies: list[str] = field(default_factory=list)
+    """Only these, beside the baselines; by default what the set-up names."""
+    cells: str | None = None
+    """Only cells whose name contains this."""
+    repeats: int | None = None
+    """Seeds of each run; by default what the set-up says."""
+    study: bool = False
+    """Vary the first cell's workload instead: mispredictions, noise, changes, tails, numbers, hostile clients."""
+    workflows: list[int] = field(default_factory=lambda: [64, 250, 1000])
+    """Numbers of workflows that the study tries."""
+    trace: str | None = None
+    """Replay this trace (JSONL) on the first cell's machine; without a set-up, on the one it was recorded on."""
+    record: str | None = None
+    """Write a trace of the last policy's run of the first cell to this file."""
+    timeline: str | None = None
+    """Draw where the agents' prompts were, for the first cell, to this file (.png or .svg)."""
+    timeline_s: float | None = None
+    """Only the first so many seconds of it."""
+    plot: str | None = None
+    """Draw the speed-ups with their spread, or the study, to this file."""
+    json: str | None = None
+    """Also write the rows to this file."""
+
+    def __post_init__(self) -> None:
+        if self.repeats is not None and self.repeats < 1:
+            raise ValueError(f"--repeats accepts 1 or more, not {self.repeats}")
+        if not self.setups and not self.trace:
+            raise ValueError("no set-up is named, as examples/kvflow_single.yaml, and no --trace")
+        if (self.study or self.trace) and len(self.setups) > 1:
+            raise ValueError(f"--study and --trace accept one set-up, not {len(self.setups)}")
+        if any(number < 1 for number in self.workflows):
+            raise ValueError(f"--workflows accepts numbers from 1 up, not {min(self.workflows)}")
+
+
+def main(config: Config) -> int:
+    from ..serving.simulation.setups import load_setup
+
+    if config.trace:
+        return _trace(config)
+    setups = [_chosen(load_setup(path), config) for path in config.setups]
+    if config.study:
+        return _study(setups[0], config)
+    comparisons = []
+    for setup in setups:
+        for cell in setup.cells:
+            comparisons.append(compare(setup, cell))
+        show_comparison([each for each in comparisons if each.setup is setup])
+    _extras(setups[0], comparisons, config)
+    if config.json:
+        write_rows([row for each in comparisons for row in each.rows()], config.json)
+    return 0
+
+
+def _chosen(setup: Setup, config: Config) -> Setup:
+    """Only the cells, policies and repeats that the command line asks for."""
+    from dataclasses import replace
+
+    if config.policies:
+        setup = setup.with_policies(tuple(config.policies))
+    cells = tuple(cell for cell in setup.cells if config.cells is None or config.cells in cell.name)
+    if not cells:
+        raise ValueError(f"no cell of {setup.name} has {config.cells!r} in its name: "
+                         + ", ".join(cell.name for cell in setup.cells))  # fmt: skip
+    return replace(setup, cells=cells, repeats=config.repeats or setup.repeats)
+
+
+def compare(setup: Setup, cell: Cell) -> Comparison:
+    """Runs every policy of a cell with every seed."""
+    from rich.progress import Progress
+
+    from ..serving.simulation.simulate import simulate
+
+    outcomes: dict[str, list[Any]] = {policy: [] for policy in setup.policies}
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(cell.name, total=setup.repeats * len(setup.policies))
+        for seed in range(setup.seed, setup.seed + setup.repeats):
+            for policy in setup.policies:
+                progress.update(bar, description=f"{cell.name}: {policy}")
+                outcomes[policy].append(simulate(cell.machine, cell.workload, policy, seed))
+                progress.advance(bar)
+    return Comparison(setup, cell, outcomes)
+
+
+def _study(setup: Setup, config: Config) -> int:
+    from rich.progress import Progress
+
+    from ..serving.simulation.plots import draw_study
+    from ..serving.simulation.study import questions_for, run_study
+
+    cell, baseline = setup.cells[0], setup.baselines[-1]
+    questions = questions_for(cell.workload, config.workflows)
+    seeds = range(setup.seed, setup.seed + setup.repeats)
+    with Progress(transient=True) as progress:
+        total = len(setup.policies) * sum(len(question.values) for question in questions)
+        bar = progress.add_task("", total=total)
+        points = []
+        run = run_study(cell.machine, cell.workload, questions, setup.policies, baseline, seeds,
+                        lambda text: progress.update(bar, description=text))  # fmt: skip
+        for point in run:
+            points.append(point)
+            progress.advance(bar)
+    show_study(setup, points, baseline)
+    if config.plot:
+        draw_study(points, config.plot, baseline)
+    if config.json:
+        write_rows(study_rows(setup.name, points, baseline), config.json)
+    return 0
+
+
+def _trace(config: Config) -> int:
+    """Replays a trace under every policy, beside the makespan that was recorded."""
+    from ..serving.simulation.setups import Cell, Setup, load_setup
+    from ..serving.simulation.simulate import machine_of, replay
+    from ..serving.simulation.traces import read_trace
+    from ..serving.simulation.workload import Workload
+
+    path = config.trace or ""
+    trace = read_trace(path)
+    machine = load_setup(config.setups[0]).cells[0].machine if config.setups else machine_of(trace)
+    cell = Cell(Path(path).name, machine, Workload())
+    setup = _chosen(
+        Setup(Path(path).stem, f"trace {path}: {len(trace.calls)} calls", "replayed", (cell,), repeats=1), config
+    )
+    outcomes = {policy: [replay(machine, trace, policy)] for policy in setup.policies}
+    comparison = Comparison(setup, cell, outcomes, recorded_s=trace.makespan_s)
+    show_comparison([comparison])
+    if config.json:
+        write_rows(comparison.rows(), config.json)
+    return 0
+
+
+def _extras(setup: Setup, comparisons: Sequence[Comparison], config: Config) -> None:
+    """Pictures and a recorded trace of the first cell."""
+    from ..serving.simulation.plots import draw_speedups, draw_timelines
+    from ..serving.simulation.recording import TraceRecorder
+    from ..serving.simulation.simulate import simulate
+    from ..serving.simulation.timeline import Timeline
+
+    cell = setup.cells[0]
+    if config.timeline:
+        timelines = {policy: Timeline() for policy in setup.policies}
+        for policy, timeline in timelines.items():
+            simulate(cell.machine, cell.workload, policy, setup.seed, timeline=timeline)
+        draw_timelines(timelines, config.timeline, config.timeline_s)
+    if config.record:
+        about = {"setup": setup.name, "cell": cell.name, "policy": setup.policies[-1], "seed": setup.seed}
+        machine = cell.machine
+        with TraceRecorder(Path(config.record), machine.bytes_per_token, machine.page_size, about) as recorder:
+            simulate(cell.machine, cell.workload, setup.policies[-1], setup.seed, recorder=recorder)
+    if config.plot:
+        baseline = setup.baselines[-1]
+        ratios = {each.cell.name: each.all_ratios(baseline) for each in comparisons}
+        paper = {each.cell.name: each.cell.paper[baseline] for each in comparisons if baseline in each.cell.paper}
+        draw_speedups(ratios, config.plot, baseline, paper)

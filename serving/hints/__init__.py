@@ -1,0 +1,10 @@
+"""What clients say about what they will do next: one internal type, and a reader for each wire format."""
+
+if not __name__.startswith("tenure."):
+    raise ImportError(f"import 'tenure.serving.hints', not {__name__!r}: a second name would give duplicate classes")
+
+from .board import HintBoard
+from .hint import Action, ActionKind, Hint, SessionAction
+from .reader import HintReader, hint_formats, request_fields
+
+__all__ = ["Action", "ActionKind", "Hint", "HintBoard", "HintReader", "SessionAction", "hint_formats", "request_fields"]

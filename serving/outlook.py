@@ -1,0 +1,195 @@
+"""What is known of the agents' next calls, from graphs, hints and queues: one answer for eviction and prefetch."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from .durations import Duration
+from .hints.board import HintBoard
+from .hints.hint import Hint, SessionAction
+from .learned_prefix import LearnedPrefixes
+from .markov import LearnedTransitions
+from .pages import Pages
+from .shares import Shares
+from .steps import StepGraph
+from .tiers import TieredTree
+
+if TYPE_CHECKING:
+    from .scheduling.request import Request
+
+logger = logging.getLogger(__name__)
+CAPPED_REUSE = 0.01  # of an agent beyond its client's share
+
+
+class Measure(Enum):
+    """What an agent is measured by."""
+
+    NOTHING = "nothing"
+    STEPS = "steps to execution"
+    TIME = "expected time"
+
+
+class Outlook:
+    """Listens to calls and hints, and says how soon an agent is called again.
+
+    Used under the lock of the tiers, as the graph is not for several threads.
+
+    Args:
+        graph: the workflows. The outlook is the one who drains its changes.
+        measure: by steps or by time.
+        learned: learns the transitions of sessions for which no workflow is declared.
+        opened: called for each request just before its prompt is looked up (Belady's order counts them).
+        step_s: guessed seconds of one step, until calls have been seen.
+    """
+
+    def __init__(
+        self,
+        graph: StepGraph,
+        measure: Measure,
+        clock: Callable[[], float],
+        learned: LearnedTransitions | None = None,
+        opened: Callable[[], None] | None = None,
+        step_s: float = 5.0,
+    ) -> None:
+        self.graph, self.measure, self.learned = graph, measure, learned
+        self.board = HintBoard(clock)
+        self.step = Duration(step_s, step_s)
+        self._opened = opened
+        self._waiting: dict[str, int] = {}
+        self._news: set[str] = set()
+        self._shares: Shares | None = None
+        self._prefixes: LearnedPrefixes | None = None
+
+    def attach(self, tiers: TieredTree) -> None:
+        """The tree whose order asks here; called once."""
+        self._shares = Shares(tiers, self._worth)
+        self._prefixes = LearnedPrefixes(tiers.tree.page_size)
+
+    @property
+    def by_time(self) -> bool:
+        return self.measure is Measure.TIME
+
+    @property
+    def shares(self) -> Shares:
+        assert self._shares is not None, "attached to a tree"
+        return self._shares
+
+    # What is asked ----------------------------------------------------------------------------------------------
+
+    def steps(self, agent: Any) -> float:
+        """Steps to the next call of `agent`, for eviction; infinity: not in sight, or beyond its client's share."""
+        return math.inf if agent in self.shares.capped else self._steps(agent)
+
+    def reuse(self, agent: Any) -> float:
+        """Expected discounted reuse of `agent`, 0 to 1, for eviction."""
+        reuse = self._reuse(agent)
+        return min(reuse, CAPPED_REUSE) if agent in self.shares.capped else reuse
+
+    def due(self, agent: str) -> tuple[float, float]:
+        """Steps and expected seconds to the next call of `agent`, infinite where nothing is known, for prefetching.
+
+        By steps, the seconds are so many mean calls; by time, the steps are the seconds in mean calls.
+        """
+        if self.by_time:
+            seconds = self._seconds(agent)
+            return seconds / self._step_s, seconds
+        steps = self._steps(agent)
+        return steps, steps * self._step_s
+
+    def _steps(self, agent: str) -> float:
+        if agent in self._waiting:
+            return 0.0
+        return self.board.steps(agent, self.graph.next_steps(agent))
+
+    def _reuse(self, agent: str) -> float:
+        return 1.0 if agent in self._waiting else self.board.reuse(agent, self.graph.reuse(agent))
+
+    def _seconds(self, agent: str) -> float:
+        if agent in self._waiting:
+            return 0.0
+        return self.board.steps(agent, self.graph.seconds(agent) / self._step_s) * self._step_s
+
+    @property
+    def _step_s(self) -> float:
+        return max(1e-9, self.step.mean)
+
+    def _worth(self, agent: str) -> float:
+        return self._reuse(agent) if self.by_time else -self._steps(agent)
+
+    def fixed_tokens(self, request: Request, key: Pages) -> int:
+        """How much of a prompt is its agent's fixed prompt, where the request does not say so: learned."""
+        assert self._prefixes is not None, "attached to a tree"
+        return 0 if request.agent is None else self._prefixes.observe((request.namespace, request.agent), key)
+
+    def changed(self) -> set[str]:
+        """The agents whose values may be other ones than at the last call."""
+        if self.measure is Measure.NOTHING:
+            return set()
+        graph = self.graph
+        news, self._news = self._news, set()
+        news |= graph.changed_reuse() if self.by_time else graph.changed_steps()
+        news |= self.board.expired()
+        return news | self.shares.update(news) if news else news
+
+    # What is heard ----------------------------------------------------------------------------------------------
+
+    def called(self, request: Request) -> bool:
+        """A request has come; whether a workflow counts it as a call under way."""
+        agent = request.agent
+        if agent is None:
+            return False
+        if self.shares.own(agent, request.client):
+            self.board.served(agent)
+            self._news.add(agent)
+        name = request.workflow
+        try:
+            if name is not None and name in self.graph and agent in self.graph[name].ids:
+                self.graph[name].start(agent, request.id)
+                return True
+            if self.learned is not None:
+                self.learned.observe((request.client, request.session or name or ""), agent)
+        except ValueError as error:  # the graph is full: a request is answered all the same
+            logger.debug("the call of the request %s: %s", request.id, error)
+        return False
+
+    def waits(self, request: Request) -> None:
+        """It waits to be admitted: what its agent has cached is needed next."""
+        agent = request.agent
+        if agent is not None:
+            self._waiting[agent] = self._waiting.get(agent, 0) + 1
+            self._news.add(agent)
+
+    def opened(self, request: Request) -> None:
+        if self._opened is not None:
+            self._opened()
+
+    def admitted(self, request: Request) -> None:
+        """It does not wait any more: its lease keeps what it needs."""
+        agent = request.agent
+        if agent is not None:
+            self._waiting[agent] -= 1
+            if not self._waiting[agent]:
+                del self._waiting[agent]
+            self._news.add(agent)
+
+    def answered(self, request: Request, seconds: float, well: bool) -> None:
+        """A call that a workflow counts is over; one that was not answered leads nowhere."""
+        assert request.workflow is not None and request.agent is not None, "what was started has both"
+        self.step.observe(seconds)
+        try:
+            self.graph[request.workflow].finish(request.agent, request.id, None if well else ())
+        except ValueError as error:  # the workflow has ended or changed meanwhile
+            logger.debug("the end of the request %s: %s", request.id, error)
+
+    def hinted(self, hint: Hint) -> None:
+        """Takes in what a client says about its own agents."""
+        own = {agent for agent in hint.agents() if self.shares.own(agent, hint.client)}
+        self._news |= self.board.take(hint, own)
+        if hint.pause_s is not None and hint.agent in own:
+            self.graph.observe_pause(hint.agent, hint.pause_s)
+        if hint.session_action is SessionAction.CLOSE and hint.session is not None and self.learned is not None:
+            self.learned.end((hint.client, hint.session))

@@ -1,0 +1,294 @@
+"""Brings fixed prompts to the device ahead of their agents' calls: within budgets, in time, or not at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .copies import CopyJob, Outcome, Urgency
+from .estimates import Estimates
+from .lease import Lease, LoadState
+from .node import Node, Tier
+from .outlook import Outlook
+from .pages import TOKEN_BYTES, Pages, encode
+from .prefetch_limits import PrefetchLimits, PrefetchStatistics
+from .tiers import TieredTree
+from .wishes import Wish, Wishes
+
+MAX_REGISTERED = 10_000  # agents that are remembered until a request of theirs comes
+FAILURES = 2  # of one wish, after which it waits for news of its agent
+
+
+@dataclass(eq=False)
+class Flight:
+    """A prompt on its way; the lease keeps it until it has arrived."""
+
+    wish: Wish
+    lease: Lease
+    nbytes: int
+    seconds: float
+    client: str
+
+
+class Prefetcher:
+    """Driven by a scheduler: `changed` when values have, `pump` whenever copies may be begun.
+
+    It takes only memory that is free or that holds what ranks below the prompt in the order of eviction, and it holds
+    a lease only while the prompt is on its way; afterwards the order alone keeps it.
+
+    Args:
+        only_below: False: as a demand, it evicts whatever the order puts first (for orders that know no agents, under
+            which a prompt that is called next may rank last).
+        counts_as_use: an arrival counts as a use, for orders that go by the last use.
+    """
+
+    def __init__(
+        self,
+        tiers: TieredTree,
+        estimates: Estimates,
+        outlook: Outlook,
+        limits: PrefetchLimits | None = None,
+        only_below: bool = True,
+        counts_as_use: bool = False,
+    ) -> None:
+        self.tiers, self.estimates, self.outlook = tiers, estimates, outlook
+        self.limits = limits or PrefetchLimits()
+        self.only_below, self.counts_as_use = only_below, counts_as_use
+        self.statistics = PrefetchStatistics()
+        self._wishes = Wishes()
+        self._flights: dict[str, Flight] = {}
+        self._by_lease: dict[int, Flight] = {}
+        self._landed: dict[Flight, CopyJob] = {}
+        self._arrived: dict[str, None] = {}
+        self._registered: dict[str, tuple[Pages, Hashable]] = {}
+        self._bytes, self._seconds = 0, 0.0
+        self._news = False
+        tiers.transfers.listeners.append(self._on_copy)
+
+    def register(self, agent: str, prompt: Sequence[int] | Any, namespace: Hashable = None) -> None:
+        """`prompt` is the fixed prompt of `agent`, of which no request has told yet.
+
+        Raises:
+            ValueError: see `pages.encode`.
+        """
+        with self.tiers.lock:
+            if agent not in self._registered and len(self._registered) >= MAX_REGISTERED:
+                del self._registered[next(iter(self._registered))]
+            self._registered[agent] = Pages(encode(prompt, self.tiers.tree.page_size)), namespace
+            self.changed([agent])
+
+    # Wishes -----------------------------------------------------------------------------------------------------
+
+    def changed(self, agents: Iterable[str]) -> None:
+        """The outlook of these agents is a new one: wishes come and go, and copies for what is not wanted stop."""
+        for agent in agents:
+            self._consider(agent)
+        self._news = True
+
+    def called(self, agent: str) -> None:
+        """A request of `agent` has come."""
+        if agent in self._arrived:
+            del self._arrived[agent]
+            self.statistics.used += 1
+
+    def _consider(self, agent: str) -> None:
+        now, limits = self.tiers.clock(), self.limits
+        steps, seconds = self.outlook.due(agent)
+        by_time = self.outlook.by_time
+        if seconds > limits.look_ahead_s if by_time else steps > limits.look_ahead_steps:
+            self._forget(agent)
+            if by_time and seconds < math.inf:
+                self._wishes.look_at(agent, now + seconds - limits.look_ahead_s)
+            return
+        end = self.tiers.tree.ends.get(agent)
+        if end is None and agent not in self._registered:
+            return  # nothing of it is cached
+        if end is not None and agent not in self._flights and all(_comes(node) for node in end.path()):
+            self._wishes.forget(agent)  # it is there
+            return
+        wish = self._wishes.want(agent, now, now + seconds)
+        if agent not in self._flights:
+            self._wishes.enter(wish)
+
+    def _forget(self, agent: str) -> None:
+        """It is not wanted any more; a copy that is under way for it alone stops."""
+        self._wishes.forget(agent)
+        flight = self._flights.get(agent)
+        if flight is not None:
+            self._end(flight)
+            self.statistics.cancelled += 1
+
+    # Copies -----------------------------------------------------------------------------------------------------
+
+    def pump(self, hold: bool = False, room: bool = False) -> None:
+        """Takes in what has arrived, and begins the most urgent copies that the budgets allow.
+
+        Args:
+            hold: begin nothing: requests wait for memory.
+            room: there may be some that there was not at the last call.
+        """
+        self._news = self._news or room
+        for flight, job in list(self._landed.items()):
+            del self._landed[flight]
+            self._land(flight, job)
+        for agent in self._wishes.due(self.tiers.clock()):
+            self._consider(agent)
+            self._news = True
+        if hold or not self._news:
+            return
+        self._news = False
+        while len(self._flights) < self.limits.copies:
+            wish = self._wishes.first()
+            if wish is None or not self._begin(wish):
+                return  # what is wanted less may not pass it
+
+    def _begin(self, wish: Wish) -> bool:
+        """Begins the copies for a wish, or finds that it needs none; False if it has to wait, as the next ones do."""
+        if self._is_hopeless(wish.agent):
+            self.statistics.no_room += 1
+            return False
+        lease = self._open(wish.agent)
+        missing = [] if lease is None else [node for node in lease.nodes() or () if not _comes(node)]
+        if lease is None or not missing:
+            self._drop(wish, lease)
+            return True
+        nbytes, seconds = sum(node.nbytes for node in missing), self.estimates.load_s(missing)
+        verdict = self._may_begin(wish, lease, missing, nbytes, seconds)
+        if verdict is not None:
+            lease.release()
+            if verdict:
+                self._drop(wish, None)
+            return verdict
+        state = lease.load(Urgency.PREFETCH, wish.key, only_below=self.only_below)
+        if state is LoadState.LOADING:
+            wish.stamp = 0
+            flight = Flight(wish, lease, nbytes, seconds, self.outlook.shares.owner(wish.agent))
+            self._flights[wish.agent] = self._by_lease[lease.number] = flight
+            self._bytes, self._seconds = self._bytes + nbytes, self._seconds + seconds
+            self.statistics.begun += 1
+            self.statistics.bytes += nbytes
+            return True
+        lease.release()
+        self.statistics.no_room += state is LoadState.NO_ROOM
+        if state in (LoadState.WAITING, LoadState.NO_ROOM):
+            return False
+        self._drop(wish, None)
+        return True
+
+    def _is_hopeless(self, agent: str) -> bool:
+        """Whether there is no room and nothing that ranks below: found without a lease, as it is asked often."""
+        end, pool = self.tiers.tree.ends.get(agent), self.tiers.pools[Tier.DEVICE]
+        if end is None or not self.only_below or _comes(end) or end.nbytes <= pool.free + pool.leaving:
+            return False
+        candidates = self.tiers.residency.candidates[Tier.DEVICE]
+        first = candidates.first_rank()
+        return first is None or first >= candidates.rank(end)
+
+    def _may_begin(self, wish: Wish, lease: Lease, missing: list[Node], nbytes: int, seconds: float) -> bool | None:
+        """None: it may. False: not yet. True: it is not to be tried again before there is news of its agent."""
+        budget = self.limits.share * self.tiers.pools[Tier.DEVICE].capacity
+        statistics = self.statistics
+        if nbytes > budget:
+            statistics.over_budget += 1
+            return True
+        begin = missing[0].end - missing[0].covers
+        computed = self.estimates.costs.recompute_s(begin, lease.length)
+        if self.tiers.clock() + self._seconds + seconds > max(wish.due, self.tiers.clock()) + computed:
+            statistics.too_late += 1
+            return True
+        client = self.outlook.shares.owner(wish.agent)
+        mine = sum(flight.nbytes for flight in self._flights.values() if flight.client == client) if client else 0
+        if client and mine and mine + nbytes > budget * self.outlook.shares.part(client):
+            return False
+        if self._flights and (self._bytes + nbytes > budget or self._seconds + seconds > self.limits.seconds):
+            return False
+        return None
+
+    def _open(self, agent: str) -> Lease | None:
+        lease = self.tiers.open_agent(agent)
+        if lease is not None or agent not in self._registered:
+            return lease
+        prompt, namespace = self._registered[agent]
+        with self.tiers.open(prompt, namespace, again=True) as found:
+            if found.length == 0:
+                return None
+            self.tiers.insert(found, Pages(prompt[: found.length * TOKEN_BYTES]), None, agent, found.length)
+        return self.tiers.open_agent(agent)
+
+    def _drop(self, wish: Wish, lease: Lease | None) -> None:
+        """Nothing is to be done for it until there is news of its agent."""
+        wish.stamp = 0
+        if self._wishes.holds(wish):
+            self._wishes.drop(wish.agent)
+        if lease is not None:
+            lease.release()
+
+    def _on_copy(self, job: CopyJob) -> None:
+        self._news = True  # there may be room
+        for number in job.waiters:
+            flight = self._by_lease.get(number)
+            if flight is not None:
+                self._landed[flight] = job
+
+    def _land(self, flight: Flight, job: CopyJob) -> None:
+        """One of its copies has ended."""
+        if self._by_lease.get(flight.lease.number) is not flight:
+            return
+        chain = flight.lease.nodes()
+        missing = None if chain is None else [node for node in chain if node.copies[Tier.DEVICE] is None]
+        wish, statistics = flight.wish, self.statistics
+        if missing and job.outcome is Outcome.DONE and all(node.flight is not None for node in missing):
+            return
+        if missing == []:
+            statistics.arrived += 1
+            self._arrived[wish.agent] = None
+            if len(self._arrived) > MAX_REGISTERED:
+                del self._arrived[next(iter(self._arrived))]
+            if self.counts_as_use:
+                self._touch(flight.lease)
+            self._end(flight)
+            self._drop(wish, None)
+            return
+        statistics.displaced += job.outcome is Outcome.CANCELLED
+        statistics.failed += job.outcome is not Outcome.CANCELLED
+        wish.failures += 1
+        self._end(flight)
+        if wish.failures < FAILURES and self._wishes.holds(wish):
+            self._wishes.enter(wish)
+        else:
+            self._drop(wish, None)
+
+    def _touch(self, lease: Lease) -> None:
+        """The leased nodes have been used now; their places in the order are taken note of at the release."""
+        now = self.tiers.clock()
+        for node in lease.node.path():
+            node.last_used = now
+
+    def _end(self, flight: Flight) -> None:
+        del self._flights[flight.wish.agent], self._by_lease[flight.lease.number]
+        self._landed.pop(flight, None)
+        self._bytes, self._seconds = self._bytes - flight.nbytes, self._seconds - flight.seconds
+        flight.lease.release()
+
+    # Time -------------------------------------------------------------------------------------------------------
+
+    def next_time(self) -> float | None:
+        """When an agent comes into sight without other news."""
+        return self._wishes.next_time()
+
+    def leases(self) -> set[int]:
+        """The numbers of the leases that it holds."""
+        return set(self._by_lease)
+
+    def close(self) -> None:
+        """Gives up everything that is under way."""
+        for flight in list(self._flights.values()):
+            self._end(flight)
+        self._wishes.clear()
+
+
+def _comes(node: Node) -> bool:
+    """Whether it is on the device, or on its way there."""
+    return node.copies[Tier.DEVICE] is not None or (node.flight is not None and node.flight.target is Tier.DEVICE)

@@ -1,0 +1,140 @@
+"""Pictures of simulations, by matplotlib (`pip install 'tenure[simulate]'`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .study import Point
+    from .timeline import Timeline
+
+PLACES = {  # where a prompt is: on the device, on its way, below, nowhere
+    "gpu": "#2a9d8f",
+    "offloading": "#a8d5ba",
+    "loading": "#f4a261",
+    "cpu": "#8ab0d9",
+    "disk": "#c9b6d6",
+    "absent": "#eeeeee",
+}
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure without a window, and its axes in two dimensions.
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'tenure[simulate]'") from error
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made, made.subplots(rows, columns, squeeze=False)
+
+
+def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path, seconds: float | None = None) -> None:
+    """One panel a policy, one line an agent: where its fixed prompt was, and its calls with what they waited for.
+
+    Args:
+        seconds: only the first so many.
+    """
+    lines = max(len(timeline.agents) for timeline in timelines.values())
+    made, axes = figure(11, 0.9 + len(timelines) * (0.7 + 0.2 * lines), rows=len(timelines))
+    last = max((each.end for timeline in timelines.values() for each in timeline.stretches), default=1.0)
+    for panel, (policy, timeline) in zip(axes[:, 0], timelines.items(), strict=True):
+        _panel(panel, policy, timeline)
+        panel.set_xlim(0, min(seconds, last) if seconds else last)
+    axes[-1, 0].set_xlabel("seconds")
+    made.legend(handles=_legend(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+    made.savefig(path, dpi=130)
+
+
+def _panel(panel: Any, policy: str, timeline: Timeline) -> None:
+    line = {agent: number for number, agent in enumerate(timeline.agents)}
+    for each in timeline.stretches:
+        panel.broken_barh(
+            [(each.begin, each.end - each.begin)], (line[each.agent] - 0.4, 0.8), color=PLACES[each.place]
+        )
+    for call in timeline.calls:
+        if call.agent in line:
+            at = line[call.agent]
+            panel.plot([call.arrived, call.admitted], [at, at], color="#d62828", linewidth=2.5, solid_capstyle="butt")
+            panel.plot([call.admitted, call.ended], [at, at], color="black", linewidth=2.5, solid_capstyle="butt")
+    panel.set_yticks(list(line.values()), [agent.rpartition("/")[2] for agent in line], fontsize=7)
+    panel.set_ylim(len(line) - 0.5, -0.5)
+    panel.set_title(policy, fontsize=9, loc="left")
+
+
+def _legend() -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    names = {"gpu": "device", "cpu": "host", "absent": "nowhere"}
+    patches = [Patch(color=color, label=names.get(place, place)) for place, color in PLACES.items() if place != "disk"]
+    lines = [("#d62828", "waits"), ("black", "is computed")]
+    return [*patches, *(Line2D([], [], color=color, linewidth=2.5, label=label) for color, label in lines)]
+
+
+def draw_speedups(
+    ratios: Mapping[str, Mapping[str, Sequence[float]]],
+    path: str | Path,
+    baseline: str,
+    paper: Mapping[str, float] | None = None,
+) -> None:
+    """Bars with their spread, a group a cell.
+
+    Args:
+        ratios: by cell and policy, one number a repeat.
+        baseline: what they are over, for the axis.
+        paper: what the paper reports, by cell, drawn as a line across the group.
+    """
+    policies = list(dict.fromkeys(policy for cell in ratios.values() for policy in cell))
+    made, axes = figure(max(6.5, 2 + 1.9 * len(ratios)), 4)
+    panel, width = axes[0, 0], 0.8 / len(policies)
+    for number, policy in enumerate(policies):
+        xs, means, below, above = [], [], [], []
+        for at, cell in enumerate(ratios.values()):
+            values = cell.get(policy, ())
+            if values:
+                mean = sum(values) / len(values)
+                xs.append(at - 0.4 + width * (number + 0.5))
+                means.append(mean)
+                below.append(mean - min(values))
+                above.append(max(values) - mean)
+        panel.bar(xs, means, width * 0.95, yerr=[below, above], capsize=2, label=policy, error_kw={"linewidth": 0.8})
+    for at, cell in enumerate(ratios):
+        if paper and cell in paper:
+            panel.plot([at - 0.42, at + 0.42], [paper[cell]] * 2, color="black", linestyle="--", linewidth=1)
+            panel.annotate(f"paper {paper[cell]:.2f}", (at + 0.42, paper[cell]), fontsize=7, ha="right", va="bottom")
+    panel.axhline(1, color="#888888", linewidth=0.8)
+    panel.set_xticks(range(len(ratios)), [name.replace(", ", "\n") for name in ratios], fontsize=8)
+    panel.set_ylabel(f"times as fast as {baseline}")
+    made.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=len(policies))
+    made.savefig(path, dpi=130)
+
+
+def draw_study(points: Sequence[Point], path: str | Path, baseline: str) -> None:
+    """A column a question: speed-up above, P99 of the time to first token below, a line a policy."""
+    questions = list(dict.fromkeys(point.question for point in points))
+    policies = list(dict.fromkeys(point.policy for point in points))
+    made, axes = figure(2.6 * len(questions) + 1, 5.4, rows=2, columns=len(questions))
+    for column, question in enumerate(questions):
+        for policy in policies:
+            mine = [point for point in points if (point.question, point.policy) == (question, policy)]
+            at = list(range(len(mine)))
+            axes[0, column].plot(at, [point.ratio for point in mine], marker="o", markersize=3, label=policy)
+            axes[1, column].plot(at, [point.ttft_p99_s for point in mine], marker="o", markersize=3)
+            for panel in axes[:, column]:
+                panel.set_xticks(at, [point.value for point in mine], fontsize=7)
+        axes[0, column].axhline(0.97, color="#d62828", linewidth=0.8, linestyle=":")
+        axes[0, column].set_title(question, fontsize=8)
+        axes[1, column].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel(f"times as fast as {baseline}", fontsize=8)
+    axes[1, 0].set_ylabel("P99 of the time to first token, s", fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=len(policies), fontsize=8, frameon=False)
+    made.savefig(path, dpi=130)

@@ -1,0 +1,137 @@
+"""Set-ups to simulate, from YAML: a machine, the workloads of a table's cells, policies, and what a paper reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .. import Limits, PrefetchLimits, system_names
+from .costs import Links, RooflineCosts
+from .machine import Machine
+from .presets import card, model
+from .workload import Workload
+
+POLICIES = ("lru", "lru_reactive", "lru_prefetch", "ste", "ste_prefetch", "expected_time")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One workload of a set-up.
+
+    Attributes:
+        paper: ratios that the paper reports for its policy, by the baseline they are over.
+        paper_policy: ours that stands for it.
+        why: what explains a difference, in words.
+    """
+
+    name: str
+    machine: Machine
+    workload: Workload
+    paper: Mapping[str, float] = field(default_factory=dict)
+    paper_policy: str = "ste_prefetch"
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What `tenure simulate` runs.
+
+    Attributes:
+        policies: names of systems. baselines: of those, the ones that the others are compared with.
+        repeats: with the seeds `seed`, `seed` + 1, ...
+    """
+
+    name: str
+    title: str
+    source: str
+    cells: tuple[Cell, ...]
+    policies: tuple[str, ...] = POLICIES
+    baselines: tuple[str, ...] = ("lru", "lru_reactive")
+    repeats: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (*self.policies, *self.baselines):
+            if name not in system_names():
+                raise ValueError(f"unknown policy {name!r:.60}; known: {', '.join(system_names())}")
+        missing = [name for name in self.baselines if name not in self.policies]
+        if missing:
+            raise ValueError(f"the baseline {missing[0]!r} is not among the policies {', '.join(self.policies)}")
+        if not self.cells or self.repeats < 1:
+            raise ValueError(f"got {len(self.cells)} cells and {self.repeats} repeats; accepted: 1 or more of both")
+
+    def with_policies(self, names: tuple[str, ...]) -> Setup:
+        """Only these, and the baselines."""
+        chosen = tuple(dict.fromkeys((*self.baselines, *names)))
+        return replace(self, policies=chosen)
+
+
+def load_setup(path: str | Path) -> Setup:
+    """Reads a set-up; docs/simulator.md has the format.
+
+    Raises:
+        ValueError: unknown names or wrong values, with the file's name.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("set-ups are YAML: pip install 'tenure[simulate]'") from error
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return read_setup(given, Path(path).stem)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_setup(given: Any, name: str) -> Setup:
+    """From what YAML gives."""
+    _only(
+        given, {"title", "source", "machine", "workload", "cells", "policies", "baselines", "repeats", "seed"}, "set-up"
+    )
+    cells = tuple(_cell(each, given) for each in given.get("cells") or [{"name": name}])
+    options = {key: given[key] for key in ("repeats", "seed") if key in given}
+    options |= {key: tuple(given[key]) for key in ("policies", "baselines") if key in given}
+    return Setup(name, given.get("title", name), given.get("source", ""), cells, **options)
+
+
+def _cell(given: Any, setup: dict[str, Any]) -> Cell:
+    _only(given, {"name", "machine", "workload", "paper", "paper_policy", "why"}, "cell")
+    machine = read_machine({**setup.get("machine", {}), **given.get("machine", {})})
+    workload = Workload.read({**setup.get("workload", {}), **given.get("workload", {})})
+    more = {key: given[key] for key in ("paper", "paper_policy", "why") if key in given}
+    return Cell(str(given.get("name", "")), machine, workload, **more)
+
+
+def read_machine(given: dict[str, Any]) -> Machine:
+    """A card and a model of `presets`, at the shares of `RooflineCosts`; sizes in GB (10^9 bytes)."""
+    rates = {"compute_share", "memory_share", "overhead_s"}
+    sizes = {"card", "model", "card_share", "pool_tokens", "host_gb", "disk_gb", "link_gb_s", "disk_gb_s", "latency_s"}
+    _only(given, rates | sizes | {"page_size", "copy_parts", "limits", "prefetch"}, "machine")
+    links = Links(1e9 * given.get("link_gb_s", 0), 1e9 * given.get("disk_gb_s", 0), given.get("latency_s", 0.0))
+    shape = model(given.get("model", "llama-3.1-8b"))
+    costs = RooflineCosts(
+        card(given.get("card", "h100")), shape, links, **{key: given[key] for key in rates if key in given}
+    )
+    rate = shape.kv_bytes_per_token
+    device = given["pool_tokens"] * rate if "pool_tokens" in given else costs.pool_bytes(given.get("card_share", 0.88))
+    options = {key: given[key] for key in ("page_size", "copy_parts") if key in given}
+    if "limits" in given:
+        options["limits"] = Limits(**given["limits"])
+    if "prefetch" in given:
+        options["prefetch"] = PrefetchLimits(**given["prefetch"])
+    host, disk = (int(1e9 * given.get(key, 0)) for key in ("host_gb", "disk_gb"))
+    return Machine(costs, links, int(device), host, disk, rate, **options)
+
+
+def _only(given: Any, known: set[str], what: str) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"got {type(given).__name__} for a {what}; accepted: a mapping")
+    unknown = sorted(given.keys() - known, key=str)
+    if unknown:
+        raise ValueError(f"a {what} has no {unknown[0]!r:.60}; accepted: {', '.join(sorted(known))}")

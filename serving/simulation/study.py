@@ -1,0 +1,110 @@
+"""The robustness study: what becomes of each policy when what the server is told is wrong, late, or meant to harm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .draws import Spread
+from .machine import Machine
+from .results import Outcome
+from .simulate import simulate
+from .workload import Workload
+
+TOLERANCE = 0.03  # by which no policy should be slower than the baseline
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is varied, and the values, each by its label and the fields of the workload that it changes."""
+
+    name: str
+    values: Mapping[str, Mapping[str, Any]]
+
+
+def questions_for(workload: Workload, many: Sequence[int] = (64, 250, 1000)) -> list[Question]:
+    """The study's questions about a workload.
+
+    Args:
+        many: numbers of workflows.
+    """
+    tool = workload.tool_s.mean or 2.0
+    tails = {
+        "constant": Spread(tool),
+        "exponential": Spread(tool, "exponential"),
+        "Pareto 1.5": Spread(tool, "pareto", 1.5),
+        "Pareto 1.1": Spread(tool, "pareto", 1.1),
+    }
+    return [
+        Question("mispredicted next agents", {f"{p:.0%}": {"mispredicted": p} for p in (0.0, 0.25, 0.5, 0.75, 1.0)}),
+        Question("noise of durations (σ of the log)", {f"{s:g}": {"noise": s} for s in (0.0, 0.5, 1.0, 2.0)}),
+        Question("agents replaced per call", {f"{p:.0%}": {"changes": p} for p in (0.0, 0.05, 0.2)}),
+        Question("tail of tool times", {name: {"tool_s": spread} for name, spread in tails.items()}),
+        Question("workflows", {str(n): {"workflows": n, "rounds": min(2, workload.rounds)} for n in many}),
+        Question("clients that mark all urgent", {str(n): {"adversaries": n} for n in (0, 1, 4)}),
+    ]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy at one value of a question, means over the seeds.
+
+    Attributes:
+        ratio: mean time of a call under the baseline over that under the policy, both of honest clients.
+        worst: the least of these ratios over the seeds.
+    """
+
+    question: str
+    value: str
+    policy: str
+    ratio: float
+    worst: float
+    makespan_ratio: float
+    ttft_p99_s: float
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def harmed(self) -> bool:
+        """It is slower than the baseline by more than `TOLERANCE`."""
+        return self.ratio < 1 - TOLERANCE
+
+
+def run_study(
+    machine: Machine,
+    workload: Workload,
+    questions: Sequence[Question],
+    policies: Sequence[str],
+    baseline: str,
+    seeds: Sequence[int],
+    progress: Callable[[str], None] = lambda text: None,
+) -> Iterator[Point]:
+    """All policies at all values, the baseline first.
+
+    Args:
+        progress: is told what is run next.
+    """
+    for question in questions:
+        for value, changes in question.values.items():
+            varied = replace(workload, **changes)
+            base: Sequence[Outcome] = ()
+            for policy in dict.fromkeys((baseline, *policies)):
+                progress(f"{question.name}: {value}, {policy}")
+                outcomes = tuple(simulate(machine, varied, policy, seed) for seed in seeds)
+                base = base or outcomes
+                yield _point(question.name, value, policy, base, outcomes)
+
+
+def _point(question: str, value: str, policy: str, base: Sequence[Outcome], outcomes: tuple[Outcome, ...]) -> Point:
+    ratios = [one.call_s / other.call_s for one, other in zip(base, outcomes, strict=True)]
+    makespans = [one.makespan_s / other.makespan_s for one, other in zip(base, outcomes, strict=True)]
+    return Point(
+        question,
+        value,
+        policy,
+        ratio=sum(ratios) / len(ratios),
+        worst=min(ratios),
+        makespan_ratio=sum(makespans) / len(makespans),
+        ttft_p99_s=sum(each.ttft_p99_s for each in outcomes) / len(outcomes),
+        outcomes=outcomes,
+    )

@@ -1,0 +1,163 @@
+"""What is known of agents: graphs, hints and queues together, and shares of clients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tenure.serving import Hint, Tier, build_system, system_names
+from tenure.serving.hints import Action, ActionKind, SessionAction
+
+
+def hint(driver, client="", **steps):
+    driver.scheduler.hint(Hint("kvflow", client=client, steps=steps))
+
+
+def retain(driver, agent, client, priority=1.0, ttl_s=1000.0):
+    action = Action(ActionKind.RETAIN, agent, priority, ttl_s)
+    driver.scheduler.hint(Hint("kv_hints", client=client, actions=(action,)))
+
+
+def store(driver, prompt_of, agents, client="", length=20):
+    for agent in agents:
+        driver.serve(f"store {agent}", prompt_of(agent, length), agent=agent, fixed_tokens=length, client=client)
+
+
+def first_victims(driver):
+    """The agents in the order in which their prompts would leave the device."""
+    tiers, found = driver.system.tiers, []
+    candidates = tiers.residency.candidates[Tier.DEVICE]
+    while (node := candidates.first()) is not None:
+        found += list(node.group.agents)
+        tiers.eviction.evict(node, Tier.DEVICE)
+    return found
+
+
+@pytest.mark.parametrize("name", ["ste", "expected_time"])
+def test_a_client_protects_its_share_and_no_more(make_driver, prompt_of, name):
+    """Room for ten prompts, two clients: of the eight that one calls urgent, three count less than the other's."""
+    driver = make_driver(name, device=200)
+    store(driver, prompt_of, "abcdefgh", "greedy")
+    store(driver, prompt_of, "z", "modest")
+    for agent in "abcdefgh":
+        retain(driver, agent, "greedy", priority=1.0)
+    retain(driver, "z", "modest", priority=0.6)
+    driver.begin()
+    assert len(driver.system.outlook.shares.capped) == 3
+    victims = first_victims(driver)
+    assert victims.index("z") == 3
+
+
+def test_a_client_that_is_alone_may_protect_everything(make_driver, prompt_of):
+    driver = make_driver("ste", device=60)
+    store(driver, prompt_of, "abc", "one")
+    hint(driver, "one", a=0, b=0, c=0)
+    driver.begin()
+    assert not driver.system.outlook.shares.capped
+
+
+def test_nobody_hints_about_others_agents(make_driver, prompt_of):
+    driver = make_driver("ste", device=60)
+    store(driver, prompt_of, "a", "owner")
+    hint(driver, "owner", a=1)
+    hint(driver, "stranger", a=9, b=2)
+    driver.scheduler.hint(Hint("vllm", client="stranger", actions=(Action(ActionKind.EVICT, "a"),)))
+    assert driver.system.outlook.steps("a") == 1
+    assert driver.system.outlook.steps("b") == 2
+
+
+def test_the_prompt_of_a_request_that_waits_is_not_the_first_to_go(make_driver, ring, prompt_of):
+    """A running agent is called again in N steps; one whose request is still in the queue is needed now."""
+    driver = make_driver("ste", device=90)
+    store(driver, prompt_of, "abc")
+    ring(driver, list("abc"))
+    driver.submit("blocker", [7] * 20, 8)
+    driver.submit("r", [*prompt_of("a"), *range(40)], 10, workflow="ring", agent="a", fixed_tokens=20)
+    driver.begin()
+    outlook = driver.system.outlook
+    assert outlook.steps("a") == 0.0 and outlook.due("a") == (0.0, 0.0) and outlook.reuse("a") == 1.0
+    driver.finish(driver.works[-1][1])
+    driver.run(lambda: any(e.request.id == "blocker" for e in driver.ended))
+    driver.begin()
+    assert outlook.steps("a") == 3.0, "admitted: its lease keeps the prompt, what counts is its next turn"
+    driver.finish(driver.works[-1][1])
+
+
+def test_the_workflow_hears_of_calls_and_their_ends(make_driver, ring, prompt_of):
+    driver = make_driver("ste", device=90)
+    ring(driver, list("abc"))
+    graph = driver.system.graph
+    driver.submit("r", [*prompt_of("a"), 1], 2, workflow="ring", agent="a", fixed_tokens=20)
+    assert (graph.steps("a"), graph.steps("b")) == (0, 1)
+    driver.run()
+    assert (graph.steps("b"), graph.steps("c")) == (0, 1), "its successor is ready"
+    driver.submit("s", [*prompt_of("b"), 1], 2, workflow="ring", agent="b", fixed_tokens=20)
+    driver.scheduler.cancel("s")
+    assert graph.steps("c") == math.inf, "a call that was cancelled leads nowhere"
+    driver.submit("t", [*prompt_of("c"), 1], 2, workflow="ring", agent="c", fixed_tokens=20)
+    graph.remove_workflow("ring")
+    driver.run()
+
+
+def test_transitions_are_learned_where_no_workflow_is_declared(make_driver, prompt_of):
+    driver = make_driver("ste", device=200, learn=True)
+    for turn in range(6):
+        for agent in "ab":
+            driver.serve(f"{agent}{turn}", [*prompt_of(agent), turn], agent=agent, session="s", fixed_tokens=20)
+    assert driver.system.outlook.steps("a") == 1.0
+    driver.scheduler.hint(Hint("dynamo", session="s", session_action=SessionAction.CLOSE))
+    assert driver.system.outlook.steps("a") == math.inf
+
+
+def test_a_hinted_pause_moves_the_expected_time(make_driver, ring, prompt_of):
+    driver = make_driver("expected_time", device=90)
+    ring(driver, list("ab"))
+    driver.submit("r", [*prompt_of("a"), 1], 2, workflow="ring", agent="a", fixed_tokens=20)
+    before = driver.system.graph.seconds("b")
+    driver.scheduler.hint(Hint("sglang", agent="a", pause_s=30.0))
+    assert driver.system.graph.seconds("b") > before + 10
+    driver.run()
+
+
+def test_duplicates_and_late_hints_change_nothing(make_driver):
+    driver = make_driver("ste")
+    fetch = Hint("kv_hints", message="m", actions=(Action(ActionKind.FETCH, "a"),))
+    driver.scheduler.hint(fetch)
+    hint(driver, "", a=4)
+    driver.scheduler.hint(fetch)
+    assert driver.system.outlook.steps("a") == 4
+    driver.scheduler.hint(Hint("kvflow", steps={"b": 3.0}, sequence=5))
+    driver.scheduler.hint(Hint("kvflow", steps={"b": 9.0}, sequence=4))
+    driver.scheduler.hint(Hint("kvflow", steps={"b": 9.0}, sequence=5))
+    assert driver.system.outlook.steps("b") == 3
+    driver.scheduler.hint(Hint("kvflow", steps={"b": 2.0}, sequence=6))
+    assert driver.system.outlook.steps("b") == 2
+
+
+def test_systems_by_name():
+    assert system_names() == (
+        "lru", "lru_reactive", "lru_prefetch", "ste", "ste_prefetch", "expected_time", "belady"
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="unknown system 'fifo'; known: lru, lru_reactive"):
+        build_system("fifo", {}, None, clock=None, costs=None, bytes_per_token=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got no prompts for the system 'belady'"):
+        build_system("belady", {}, None, clock=None, costs=None, bytes_per_token=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got prompts for the system 'lru'"):
+        build_system("lru", {}, None, clock=None, costs=None, bytes_per_token=1, prompts=[[1]])  # type: ignore[arg-type]
+
+
+def test_lru_on_the_device_alone_and_the_oracle(make_driver, prompt_of):
+    """A ring of five with room for two: LRU hits nothing, the oracle a quarter of the calls and more."""
+    agents = list("abcde")
+    prompts = [[*prompt_of(agents[n % 5]), n] for n in range(40)]
+    hits = {}
+    for name in ("lru", "lru_reactive", "belady"):
+        driver = make_driver(name, device=48, prompts=prompts if name == "belady" else None)
+        for number, prompt in enumerate(prompts):
+            agent = agents[number % 5]
+            driver.serve(f"r{number}", prompt, agent=agent, fixed_tokens=20)
+        hits[name] = sum(e.cached_tokens - e.loaded_tokens for e in driver.ended) / sum(20 for _ in prompts)
+        used = driver.system.tiers.pools.keys()
+        assert (Tier.HOST in used) == (name != "lru")
+    assert hits["lru"] == hits["lru_reactive"] == 0 and hits["belady"] >= 0.2

@@ -1,0 +1,262 @@
+"""Fixed prompts come up before their agents are called: in time, within budgets, and not at others' cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from tenure.serving import (
+    Hint,
+    LinearCosts,
+    PrefetchLimits,
+    RequestOutcome,
+    Tier,
+    VirtualCopies,
+)
+from tenure.serving.hints import Action, ActionKind
+
+AGENTS = list("abcdef")
+
+
+def warm(driver, prompt_of, agents=AGENTS, length=20):
+    """Every agent's fixed prompt is in the host's memory, and none on the device."""
+    for agent in agents:
+        driver.serve(f"warm {agent}", prompt_of(agent, length), agent=agent, fixed_tokens=length)
+    driver.send_down()
+
+
+def call(driver, prompt_of, agent, number, new=4, length=20):
+    prompt = [*prompt_of(agent, length), 9000 + number, 1]
+    return driver.serve(f"{agent}{number}", prompt, new, workflow="ring", agent=agent, fixed_tokens=length)
+
+
+@pytest.mark.parametrize("name", ["lru_prefetch", "ste_prefetch", "expected_time"])
+def test_the_next_agents_prompt_is_there_when_it_is_called(make_driver, ring, prompt_of, name):
+    driver = make_driver(name, device=90)
+    warm(driver, prompt_of)
+    ring(driver, AGENTS)
+    calls = [call(driver, prompt_of, AGENTS[n % 6], n) for n in range(18)]
+    assert calls[0].loaded_tokens in (0, 20)
+    assert all(each.loaded_tokens == 0 and each.cached_tokens == 20 for each in calls[2:]), "all prefetched"
+    statistics = driver.system.prefetcher.statistics
+    assert statistics.used >= 8 and statistics.bytes == 20 * statistics.begun
+    assert driver.system.scheduler.statistics.stalled_s <= 0.05
+
+
+def test_without_prefetch_every_call_loads(make_driver, ring, prompt_of):
+    driver = make_driver("lru_reactive", device=90)
+    warm(driver, prompt_of)
+    ring(driver, AGENTS)
+    assert all(call(driver, prompt_of, AGENTS[n % 6], n).loaded_tokens == 20 for n in range(12))
+
+
+def test_a_branch_has_all_its_candidates_prefetched(make_driver, prompt_of):
+    from tenure.serving import AgentSpec, EdgeSpec, WorkflowSpec
+
+    driver = make_driver("ste_prefetch", device=90)
+    warm(driver, prompt_of, AGENTS[:4])
+    edges = [EdgeSpec("a", "b", 0.5), EdgeSpec("a", "c", 0.5), EdgeSpec("b", "d"), EdgeSpec("c", "d")]
+    driver.system.graph.add_workflow(WorkflowSpec("ring", [AgentSpec(a) for a in "abcd"], edges, ["a"]))
+    driver.submit("r", [*prompt_of("a"), 5], 5, workflow="ring", agent="a", fixed_tokens=20)
+    driver.run()
+    assert [driver.cached(prompt_of(agent)) for agent in "abc"] == [20, 20, 20]
+
+
+def test_it_spares_what_ranks_higher(make_driver, ring, prompt_of):
+    """Room for two: of the agents at 0, 1 and 2 steps, the farthest does not take the room of the nearer."""
+    driver = make_driver("ste_prefetch", device=46, prefetch=PrefetchLimits(share=0.9))
+    warm(driver, prompt_of)
+    ring(driver, AGENTS)
+    driver.step()
+    for _ in range(20):
+        driver.clock.advance_to(driver.clock() + 1)
+        driver.begin()
+    assert [driver.cached(prompt_of(agent)) for agent in "abc"] == [20, 20, 0]
+    assert driver.system.prefetcher.statistics.no_room >= 1
+
+
+class Plan:
+    """A driver whose plan says that an agent is `steps` away, by KVFlow's hint."""
+
+    def __init__(self, driver) -> None:
+        self.driver, self.counter = driver, 0
+
+    def __call__(self, **steps: float) -> None:
+        self.counter += 1
+        self.driver.scheduler.hint(Hint("kvflow", steps=steps, sequence=self.counter))
+        assert self.driver.begin() is None
+
+
+def test_a_changed_plan_stops_what_is_on_its_way(make_driver, prompt_of):
+    driver = make_driver("ste_prefetch", device=90, link=10.0, costs=LinearCosts(5.0, (10.0, 0.0)))
+    warm(driver, prompt_of)
+    plan = Plan(driver)
+    plan(a=1)
+    assert driver.system.prefetcher.statistics.begun == 1 and driver.system.tiers.transfers.under_way
+    plan(a=20)
+    assert driver.system.prefetcher.statistics.cancelled == 1
+    driver.clock.advance_to(driver.clock() + 100)
+    driver.begin()
+    assert driver.cached(prompt_of("a")) == 0 and driver.system.tiers.statistics.copies_cancelled == 1
+
+
+def test_what_cannot_come_in_time_is_computed(make_driver, prompt_of):
+    """Loading takes 20 s; the call is a second away and computing would take 4 s."""
+    driver = make_driver("ste_prefetch", device=90, link=1.0, costs=LinearCosts(5.0, (1.0, 0.0)))
+    warm(driver, prompt_of)
+    Plan(driver)(a=1)
+    statistics = driver.system.prefetcher.statistics
+    assert (statistics.begun, statistics.too_late) == (0, 1)
+    ended = driver.serve("r", [*prompt_of("a"), 5], agent="a", fixed_tokens=20)
+    assert ended.recomputed_tokens == 20 and driver.scheduler.statistics.recomputed_late == 1
+
+
+def test_what_comes_late_is_still_worth_it_where_computing_is_slower(make_driver, prompt_of):
+    driver = make_driver("ste_prefetch", device=90, link=1.0, costs=LinearCosts(0.1, (1.0, 0.0)))
+    warm(driver, prompt_of)
+    Plan(driver)(a=1)
+    assert driver.system.prefetcher.statistics.begun == 1
+
+
+def test_a_request_joins_the_copy_that_is_on_its_way(make_driver, prompt_of):
+    driver = make_driver("ste_prefetch", device=90, link=20.0, costs=LinearCosts(5.0, (20.0, 0.0)))
+    warm(driver, prompt_of)
+    Plan(driver)(a=1)
+    driver.clock.advance_to(driver.clock() + 0.6)
+    ended = driver.serve("r", [*prompt_of("a"), 5], agent="a", fixed_tokens=20)
+    assert ended.loaded_tokens == 20 and ended.stalled_s == pytest.approx(0.4)
+    moved = driver.system.tiers.statistics.bytes_moved[Tier.HOST, Tier.DEVICE]
+    assert moved == 20, "it is not copied twice"
+
+
+def test_a_demand_displaces_a_prefetch_which_is_begun_again(make_driver, prompt_of):
+    driver = make_driver("ste_prefetch", device=50, link=10.0, costs=LinearCosts(2.0, (10.0, 0.0)))
+    warm(driver, prompt_of)
+    Plan(driver)(a=1)
+    ended = driver.serve("r", [*prompt_of("b"), 5], 20, agent="b", fixed_tokens=20)
+    assert ended.outcome is RequestOutcome.ANSWERED and ended.stalled_s < 4
+    statistics = driver.system.prefetcher.statistics
+    assert statistics.displaced == 1
+    for _ in range(30):
+        driver.clock.advance_to(driver.clock() + 1)
+        driver.begin()
+    assert statistics.arrived == 1 and driver.cached(prompt_of("a")) == 20
+
+
+@pytest.mark.parametrize(
+    ("limits", "begun"),
+    [
+        ({"copies": 2}, 2),
+        ({"share": 0.5}, 2),
+        ({"share": 0.25, "copies": 9}, 1),
+        ({"seconds": 3.0, "copies": 9, "share": 0.9}, 1),
+        ({"seconds": 4.0, "copies": 9, "share": 0.9}, 2),
+        ({"copies": 9, "share": 0.9}, 4),
+        ({"copies": 9, "share": 0.1}, 0),
+    ],
+)
+def test_budgets(make_driver, prompt_of, limits, begun):
+    driver = make_driver("ste_prefetch", device=90, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)),
+                         prefetch=PrefetchLimits(**{"seconds": 100.0, **limits}))  # fmt: skip
+    warm(driver, prompt_of)
+    Plan(driver)(a=1, b=1, c=2, d=2, e=7)
+    assert driver.system.prefetcher.statistics.begun == begun
+    assert driver.system.prefetcher.statistics.over_budget == (4 if begun == 0 else 0)
+
+
+def test_the_nearest_goes_first_and_who_has_waited_before_who_has_just_come(make_driver, prompt_of):
+    driver = make_driver("ste_prefetch", device=500, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)),
+                         prefetch=PrefetchLimits(copies=1))  # fmt: skip
+    warm(driver, prompt_of)
+    plan = Plan(driver)
+    plan(a=1)
+    plan(b=2)  # has to wait for a
+    arrived = []
+    for number in range(12):
+        driver.clock.advance_to(driver.clock() + 1)
+        plan(**{"cd"[number % 2]: 1.0})  # always somebody nearer
+        arrived = [agent for agent in AGENTS if driver.cached(prompt_of(agent)) and agent not in arrived] + arrived
+    assert (arrived[-1] == "a" and arrived[-2] == "b") or arrived.index("b") > 0, arrived
+    assert driver.cached(prompt_of("b")) == 20, "nothing starves"
+
+
+def test_a_client_has_its_share_of_the_budget(make_driver, prompt_of):
+    driver = make_driver("ste_prefetch", device=200, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)),
+                         prefetch=PrefetchLimits(copies=9, share=0.4, seconds=100.0))  # fmt: skip
+    warm(driver, prompt_of)
+    for client, agents in (("greedy", "abcde"), ("modest", "f")):
+        steps = dict.fromkeys(agents, 1.0 if client == "greedy" else 2.0)
+        driver.scheduler.hint(Hint("kvflow", client=client, steps=steps))
+    driver.begin()
+    owners = [flight.client for flight in driver.system.prefetcher._flights.values()]
+    assert owners.count("greedy") == 2, "half of 80 bytes"
+
+
+def test_a_registered_prompt_needs_no_request(make_driver, prompt_of):
+    driver = make_driver("lru_prefetch", device=90)
+    driver.serve("r", prompt_of("a"))  # nobody's
+    driver.send_down()
+    driver.system.prefetcher.register("a", prompt_of("a"))
+    Plan(driver)(a=1)
+    driver.clock.advance_to(driver.clock() + 1)
+    driver.begin()
+    assert driver.cached(prompt_of("a")) == 20
+    with pytest.raises(ValueError, match="accepted: 0 to"):
+        driver.system.prefetcher.register("b", [-1, 5])
+
+
+def test_a_hint_to_fetch_lasts_for_its_time(make_driver, prompt_of):
+    driver = make_driver("expected_time", device=90)
+    warm(driver, prompt_of)
+    driver.scheduler.hint(Hint("vllm", actions=(Action(ActionKind.FETCH, "a", ttl_s=5.0),)))
+    driver.begin()
+    driver.clock.advance_to(driver.clock() + 1)
+    driver.begin()
+    assert driver.cached(prompt_of("a")) == 20
+    assert driver.system.outlook.reuse("a") == 0.5
+    driver.clock.advance_to(driver.clock() + 5)
+    assert driver.system.outlook.reuse("a") == 0.0
+
+
+def test_an_agent_comes_into_sight_with_time_alone(make_driver, ring, prompt_of):
+    driver = make_driver("expected_time", device=90, prefetch=PrefetchLimits(look_ahead_s=5.0))
+    warm(driver, prompt_of, AGENTS[:2])
+    ring(driver, ["a", "b"], call_s=60.0)
+    call(driver, prompt_of, "a", 0)
+    driver.send_down()
+    graph = driver.system.graph["ring"]
+    graph.finish("a") if graph.running else None
+    graph.start("b", "slow")  # will take a minute
+    driver.begin()
+    assert driver.cached(prompt_of("a")) == 0, "not yet in sight"
+    due = driver.scheduler.next_time()
+    assert due is not None and 30 < due - driver.clock() < 60
+    driver.clock.advance_to(due)
+    driver.begin()
+    driver.clock.advance_to(driver.clock() + 1)
+    driver.begin()
+    assert driver.cached(prompt_of("a")) == 20
+
+
+class Failing(VirtualCopies):
+    def copy_layer(self, job):
+        if job.target is Tier.DEVICE:
+            raise RuntimeError("bus error")
+        super().copy_layer(job)
+
+
+def test_failed_prefetches_are_given_up_until_there_is_news(make_driver, prompt_of):
+    driver = make_driver("ste_prefetch", device=90, copies=Failing)
+    warm(driver, prompt_of)
+    plan = Plan(driver)
+    plan(a=1)
+    for _ in range(10):
+        driver.clock.advance_to(driver.clock() + 1)
+        driver.begin()
+    assert driver.system.prefetcher.statistics.failed == driver.system.prefetcher.statistics.begun == 2
+    plan(a=1)
+    assert driver.system.prefetcher.statistics.begun == 3
+
+
+def test_limits_are_checked():
+    with pytest.raises(ValueError, match="got share=0; accepted: a finite number above 0"):
+        PrefetchLimits(share=0)

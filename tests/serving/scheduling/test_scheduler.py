@@ -1,0 +1,390 @@
+"""Requests from arrival to end: batches, memory, loads and their alternatives, and every way to end."""
+
+from __future__ import annotations
+
+import pytest
+
+from tenure.serving import (
+    Keep,
+    Limits,
+    LinearCosts,
+    Phantom,
+    Request,
+    RequestOutcome,
+    Tier,
+    VirtualCopies,
+)
+
+A, B, C, D = ([n * 100 + k for k in range(40)] for n in (1, 2, 3, 4))
+
+
+def test_a_request_from_arrival_to_answer(make_driver):
+    driver = make_driver()
+    driver.submit("r", A, 3)
+    work = driver.begin()
+    (item,) = work.prefills
+    assert (item.start, item.end, item.first, item.last, item.store) == (0, 40, True, True, (0, 40))
+    assert driver.system.tiers.pools[Tier.DEVICE].reserved == 43
+    item.tokens = [7]
+    driver.finish(work)
+    assert driver.cached(A) == 40 and driver.system.tiers.pools[Tier.DEVICE].reserved == 3
+    work = driver.begin()
+    assert not work.prefills and [item.request.id for item in work.decodes] == ["r"]
+    work.decodes[0].tokens = [8]
+    assert work.decodes[0].store_span() is None, "it goes on"
+    driver.finish(work)
+    work = driver.begin()
+    work.decodes[0].tokens = [9]
+    assert work.decodes[0].store_span() == (40, 42), "the KV of the last token was never computed"
+    work.decodes[0].payload = Phantom(2, 2)
+    driver.finish(work)
+    (ended,) = driver.ended
+    assert (ended.outcome, ended.error, ended.tokens, ended.produced) == (RequestOutcome.ANSWERED, None, [7, 8, 9], 3)
+    assert (ended.times.arrived, ended.times.admitted, ended.times.first_token, ended.times.ended) == (0, 0, 0.4, 2.4)
+    assert driver.cached([*A, 7, 8]) == 42 and driver.system.tiers.pools[Tier.DEVICE].used == 42
+    again = driver.serve("s", [*A, 7, 8, 5], 1)
+    assert again.cached_tokens == 42 and driver.works[-1][1].prefills[0].start == 42, "the conversation goes on"
+
+
+def test_a_prompt_that_is_cached_whole_still_computes_its_last_token(make_driver):
+    driver = make_driver()
+    assert driver.serve("r", A).cached_tokens == 0
+    assert driver.serve("s", A).cached_tokens == 38
+    assert driver.works[-1][1].prefills[0].start == 38
+
+
+def test_chunks_share_the_budget_beside_decodes(make_driver):
+    driver = make_driver(device=1000, limits=Limits(batch_tokens=24, chunk_tokens=16, running=4))
+    driver.submit("a", A, 4)
+    driver.submit("b", B, 1)
+    spans = []
+    while len(driver.scheduler):
+        work = driver.begin()
+        assert work.tokens <= 24
+        spans.append([(item.request.id, item.start, item.end) for item in work.prefills] + [len(work.decodes)])
+        driver.finish(work)
+    assert spans[:4] == [
+        [("a", 0, 16), ("b", 0, 8), 0],
+        [("a", 16, 32), ("b", 8, 16), 0],
+        [("a", 32, 40), ("b", 16, 32), 0],
+        [("b", 32, 40), 1],
+    ]
+
+
+def test_a_chunk_ends_with_the_fixed_prompt_which_is_stored_by_itself(make_driver):
+    driver = make_driver("ste")
+    driver.serve("r", A, agent="a", fixed_tokens=31)
+    first, second = (work.prefills[0] for _, work in driver.works)
+    assert (first.start, first.end, first.store, first.last) == (0, 30, (0, 30), False)
+    assert (second.start, second.end, second.store, second.last) == (30, 40, (30, 40), True)
+    nodes = driver.system.tiers.match(A).nodes
+    assert [node.length for node in nodes] == [30, 10] and driver.system.tiers.tree.ends == {"a": nodes[0]}
+
+
+def test_an_agents_fixed_prompt_is_learned_from_its_calls(make_driver):
+    driver = make_driver("ste")
+    driver.serve("r", [*A[:20], *B[:7]], agent="a")
+    assert not driver.system.tiers.tree.ends
+    driver.serve("s", [*A[:20], *C[:8]], agent="a")
+    end = driver.system.tiers.tree.ends["a"]
+    assert end.end == 20
+    driver.serve("t", [*A[:20], *D[:9]], agent="a")
+    assert driver.system.tiers.tree.ends["a"] is end
+
+
+def test_discarded_suffixes_leave_the_fixed_prompt(make_driver):
+    driver = make_driver("ste")
+    driver.serve("r", A, 2, agent="a", fixed_tokens=20, keep=Keep.DISCARD)
+    assert driver.cached(A) == 20 and driver.system.tiers.pools[Tier.DEVICE].used == 20
+
+
+def test_memory_is_reserved_until_the_end_so_all_that_is_admitted_can_finish(make_driver):
+    driver = make_driver(device=100)
+    for name, prompt in (("a", A), ("b", B), ("c", C)):
+        driver.submit(name, prompt, 5)
+    work = driver.begin()
+    assert [item.request.id for item in work.prefills] == ["a", "b"], "c has no room before one of them ends"
+    driver.finish(work)
+    driver.run()
+    assert {ended.request.id: ended.outcome for ended in driver.ended} == dict.fromkeys("abc", RequestOutcome.ANSWERED)
+    assert driver.scheduler.statistics.refusals > 0
+
+
+def test_what_does_not_fit_is_passed_until_patience_ends(make_driver):
+    limits = Limits(batch_tokens=200, running=8, room_patience_s=3.0, timeout_s=1e4)
+    driver = make_driver("lru", device=100, limits=limits)
+    driver.submit("first", A[:10], 30)
+    driver.step()
+    driver.submit("large", B, 45)
+    for number in range(40):
+        driver.submit(f"small{number}", [5000 + number, 1], 4)
+    driver.run()
+    order = sorted(driver.ended, key=lambda ended: ended.times.admitted)
+    place = [ended.request.id for ended in order].index("large")
+    assert 1 < place < 35, "others passed it, but not for ever"
+    assert all(ended.outcome is RequestOutcome.ANSWERED for ended in driver.ended)
+
+
+def spill(driver, *prompts):
+    """These are computed, then pushed down into the host's memory."""
+    for prompt in prompts:
+        driver.serve(f"fill{len(driver.ended)}", prompt)
+    driver.send_down()
+    for prompt in prompts:
+        assert driver.cached(prompt) == 0 and driver.cached(prompt, Tier.HOST) == len(prompt)
+
+
+def test_what_loads_is_skipped_and_dispatched_when_it_is_ready(make_driver):
+    driver = make_driver(device=100, link=100.0, costs=LinearCosts(50.0, (100.0, 0.0)))
+    spill(driver, A)
+    driver.serve("fill", C)
+    driver.submit("cold", [*A, 1, 2])
+    driver.submit("warm", [*C[:20], 1])
+    work = driver.begin()
+    assert [item.request.id for item in work.prefills] == ["warm"], "the other one's KV is on its way"
+    driver.finish(work)
+    driver.run()
+    cold = driver.answer("cold")
+    assert cold.loaded_tokens == 40 and cold.cached_tokens == 40 and cold.recomputed_tokens == 0
+    assert cold.stalled_s >= 0.4 and driver.scheduler.statistics.stalled_s == cold.stalled_s
+    assert driver.answer("warm").times.ended < cold.times.ended
+
+
+def test_a_load_that_would_end_later_than_computing_is_computed(make_driver):
+    driver = make_driver(device=100, link=10.0, costs=LinearCosts(100.0, (10.0, 0.0)))
+    spill(driver, A)
+    ended = driver.serve("r", [*A, 1])
+    assert (ended.cached_tokens, ended.loaded_tokens, ended.recomputed_tokens) == (0, 0, 40)
+    assert driver.scheduler.statistics.recomputed_late == 1 and driver.scheduler.statistics.recomputed_tokens == 40
+    assert driver.cached(A) == 40, "what was computed lies on the device again"
+
+
+def test_a_queue_of_loads_makes_computing_sooner(make_driver):
+    """40 tokens load in 0.1 s and compute in 0.15 s: worth it alone, not behind another one's."""
+    driver = make_driver(device=200, link=400.0, costs=LinearCosts(260.0, (400.0, 0.0)))
+    spill(driver, A, B)
+    driver.submit("a", [*A, 1])
+    driver.submit("b", [*B, 1])
+    driver.run()
+    assert driver.answer("a").loaded_tokens == 40
+    assert driver.answer("b").recomputed_tokens > 0 == driver.answer("b").loaded_tokens
+
+
+def test_a_prefix_that_is_cheap_to_load_is_loaded_and_the_rest_computed(make_driver):
+    class Steep:
+        """The beginning of a prompt is dear to compute, the rest is not."""
+
+        def recompute_s(self, start, end):
+            return max(0, 20 - start) / 10 + max(0, end - max(start, 20)) / 1000
+
+        def reload_s(self, nbytes, tier):
+            return nbytes / 100
+
+    driver = make_driver(device=100, link=100.0, costs=Steep())
+    driver.serve("one", A, agent="a", fixed_tokens=20)
+    driver.send_down()
+    ended = driver.serve("r", [*A, 1])
+    assert (ended.loaded_tokens, ended.recomputed_tokens) == (20, 20)
+
+
+class Broken(VirtualCopies):
+    """Copies into the device fail."""
+
+    def copy_layer(self, job):
+        if job.target is Tier.DEVICE:
+            raise RuntimeError("bus error")
+        super().copy_layer(job)
+
+
+class Stuck(VirtualCopies):
+    """Once `stuck`, copies into the device take a thousand times as long as anybody thinks."""
+
+    stuck = False
+
+    def copy_layer(self, job):
+        super().copy_layer(job)
+
+    def submit(self, job):
+        if self.stuck and job.target is Tier.DEVICE:
+            self.speeds[job.link] = type(self.speeds[job.link])(1e-3)
+        super().submit(job)
+
+
+def test_failed_loads_are_computed_after_another_try(make_driver):
+    driver = make_driver(copies=Broken)
+    spill(driver, A)
+    ended = driver.serve("r", [*A, 1])
+    assert ended.outcome is RequestOutcome.ANSWERED and ended.recomputed_tokens == 40
+    assert driver.system.tiers.statistics.copies_failed == 2 and driver.scheduler.statistics.recomputed_refused == 1
+
+
+def test_a_load_that_does_not_end_is_given_up(make_driver):
+    driver = make_driver(copies=Stuck, link=400.0)
+    spill(driver, A)
+    driver.system.tiers.transfers.mover.stuck = True
+    before = driver.clock()
+    ended = driver.serve("r", [*A, 1])
+    assert ended.outcome is RequestOutcome.ANSWERED and ended.recomputed_tokens == 40
+    assert ended.times.ended - before < 5, "not the hours that the load would have taken"
+
+
+def test_cancelled_in_every_state(make_driver):
+    driver = make_driver(device=100, link=100.0, costs=LinearCosts(50.0, (100.0, 0.0)))
+    spill(driver, A)
+    pool = driver.system.tiers.pools[Tier.DEVICE]
+    for name, prompt in (("loading", [*A, 1]), ("prefill", D), ("waiting", B)):
+        driver.submit(name, prompt, 5)
+    work = driver.begin()
+    assert [item.request.id for item in work.prefills] == ["prefill"]
+    driver.scheduler.cancel("prefill")
+    assert not driver.scheduler.take_ended(), "it is being computed: it ends when the work is back"
+    for name in ("loading", "waiting", "nobody"):
+        driver.scheduler.cancel(name)
+    driver.finish(work)
+    assert {e.request.id: e.outcome for e in driver.ended[-3:]} == dict.fromkeys(
+        ("loading", "waiting", "prefill"), RequestOutcome.CANCELLED
+    )
+    assert driver.answer("loading").error == "the request was cancelled"
+    driver.scheduler.check()
+    assert len(driver.scheduler) == 0 and pool.reserved == 0 and not driver.system.tiers.leases
+    driver.submit("decode", D[:10], 9)
+    driver.step()
+    work = driver.begin()
+    assert work.decodes
+    driver.scheduler.cancel("decode")
+    driver.finish(work)
+    assert driver.answer("decode").produced == 1 and pool.reserved == 0
+
+
+def test_timed_out_in_every_state(make_driver):
+    driver = make_driver(device=100)
+    driver.submit("running", A, 50, timeout_s=3.0)
+    driver.submit("waiting", B, 50, timeout_s=2.0)
+    driver.run()
+    running, waiting = driver.answer("running"), driver.answer("waiting")
+    assert running.outcome is waiting.outcome is RequestOutcome.TIMED_OUT
+    assert running.error == "it was not answered within 3 s; its answer was being computed"
+    assert waiting.error == "it was not answered within 2 s; it was waiting to be admitted"
+    assert 0 < running.produced < 50
+
+
+def test_a_failed_item_ends_its_request_and_a_failed_batch_all_of_it(make_driver):
+    driver = make_driver(device=200)
+    driver.submit("a", A, 3)
+    driver.submit("b", B, 3)
+    work = driver.begin()
+    work.prefills[0].error = RuntimeError("NaN in layer 3")
+    driver.finish(work)
+    assert driver.answer("a").error == "computing it failed: RuntimeError: NaN in layer 3"
+    work = driver.begin()
+    driver.scheduler.complete(work, MemoryError("no memory"))
+    driver.take()
+    assert driver.answer("b").outcome is RequestOutcome.FAILED
+    assert driver.answer("b").error == "computing it failed: MemoryError: no memory"
+    driver.submit("c", C, 1)
+    work = driver.begin()
+    work.prefills[0].payload = Phantom(3, 3)
+    driver.scheduler.complete(work)
+    driver.take()
+    assert "got a payload of 3 tokens; accepted: one of the 40 tokens in [0, 40)" in driver.answer("c").error
+    driver.scheduler.check()
+
+
+def test_closing_ends_everything(make_driver):
+    driver = make_driver(device=100)
+    for name, prompt in (("a", A), ("b", B), ("c", C)):
+        driver.submit(name, prompt, 5)
+    work = driver.begin()
+    assert work is not None
+    driver.scheduler.close("the server stops")
+    driver.take()
+    assert {(ended.request.id, ended.error) for ended in driver.ended} == {(n, "the server stops") for n in "abc"}
+    with pytest.raises(ValueError, match="the scheduler is closed: the server stops"):
+        driver.submit("d", D)
+    with pytest.raises(ValueError, match="is not out"):
+        driver.scheduler.complete(work)
+
+
+def test_many_steps_at_once_when_nothing_else_is_to_be_done(make_driver):
+    driver = make_driver(device=200, limits=Limits(batch_tokens=100, running=8))
+    driver.submit("a", A, 10)
+    driver.submit("b", B, 6)
+    assert driver.begin(100).steps == 1, "beside prefills"
+    driver.finish(driver.works[-1][1])
+    work = driver.begin(100)
+    assert work.steps == 5 and len(work.decodes) == 2
+    work.steps = 3
+    driver.finish(work)
+    assert driver.begin(100).steps == 2
+    driver.finish(driver.works[-1][1])
+    assert [ended.request.id for ended in driver.ended] == ["b"]
+    driver.run(max_steps=100)
+    assert driver.answer("a").produced == 10 and driver.answer("a").tokens == []
+    assert driver.scheduler.statistics.decoded == 9 + 5
+
+
+def test_an_answer_may_end_early(make_driver):
+    driver = make_driver()
+    driver.submit("a", A, 30)
+    work = driver.begin()
+    work.prefills[0].tokens, work.prefills[0].finished = [3], True
+    driver.finish(work)
+    assert driver.answer("a").tokens == [3] and driver.system.tiers.pools[Tier.DEVICE].reserved == 0
+
+
+def test_a_request_whose_own_cached_prompt_is_in_the_way_is_computed_without_it(make_driver):
+    """The cached KV takes twice the bytes a token that computing takes: both do not fit beside each other."""
+    driver = make_driver("lru", device=60)
+    tiers = driver.system.tiers
+    with tiers.open(A) as lease:
+        tiers.insert(lease, A, Phantom(40, 55))
+    ended = driver.serve("r", A, 10)
+    assert ended.outcome is RequestOutcome.ANSWERED and ended.cached_tokens == 0
+
+
+def test_what_can_never_be_is_refused_at_once(make_driver):
+    driver = make_driver(device=100, limits=Limits(waiting=2, running=4))
+    with pytest.raises(ValueError, match=r"'r' needs 101 bytes for 40 \+ 61 tokens; the device's pool has 100"):
+        driver.submit("r", A, 61)
+    with pytest.raises(ValueError, match="'r' has an empty prompt"):
+        driver.submit("r", [])
+    with pytest.raises(ValueError, match="accepted: one row of integers"):
+        driver.submit("r", [[1], [2]])
+    driver.submit("r", A)
+    with pytest.raises(ValueError, match="there is a request 'r' already that is not over"):
+        driver.submit("r", A)
+    driver.submit("s", B)
+    with pytest.raises(ValueError, match="the queue is full: 2 waiting requests"):
+        driver.submit("t", C)
+    work = driver.begin()
+    with pytest.raises(ValueError, match="still out"):
+        driver.scheduler.next_work()
+    with pytest.raises(ValueError, match="max_steps=0"):
+        driver.scheduler.next_work(0)
+    driver.finish(work)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id": ""}, "as the name of a request|one of 0 characters"),
+        ({"max_new_tokens": 0}, "got max_new_tokens=0 for a request; accepted: a whole number from 1 up"),
+        ({"fixed_tokens": -1}, "got fixed_tokens=-1"),
+        ({"max_new_tokens": True}, "got max_new_tokens=True"),
+        ({"priority": 2}, "got priority=2 for a request; accepted: 0 to 1"),
+        ({"priority": float("nan")}, "got priority=nan"),
+        ({"timeout_s": 0}, "got timeout_s=0 for a request; accepted: seconds above 0"),
+        ({"agent": 5}, "got 5 as the name of an agent"),
+        ({"expected_tokens": 0}, "got expected_tokens=0"),
+    ],
+)
+def test_requests_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**{"id": "r", "prompt": A, "max_new_tokens": 1, **fields})
+
+
+def test_limits_are_checked():
+    with pytest.raises(ValueError, match="got batch_tokens=0"):
+        Limits(batch_tokens=0)
+    with pytest.raises(ValueError, match="got batch_tokens=64 and running=64; accepted: more tokens than requests"):
+        Limits(batch_tokens=64)

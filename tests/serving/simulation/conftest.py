@@ -1,0 +1,46 @@
+"""Small machines and workloads: a call takes a tenth of a second, a prompt is 64 tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from tenure.serving import Limits
+from tenure.serving.simulation.costs import Links
+from tenure.serving.simulation.draws import Spread
+from tenure.serving.simulation.fitting import FittedCosts
+from tenure.serving.simulation.machine import Machine
+from tenure.serving.simulation.workload import Workload
+
+FIXED, DYNAMIC, OUTPUT, RATE = 64, 16, 16, 1000
+
+
+@dataclass(frozen=True)
+class Small:
+    """What the tests build."""
+
+    machine: Callable[..., Machine]
+    workload: Callable[..., Workload]
+    fixed: int = FIXED
+    rate: int = RATE
+
+
+@pytest.fixture
+def small() -> Small:
+    def machine(prompts: float, host: int = 1000, bytes_per_s: float = 1e6, running: int = 1) -> Machine:
+        """Room for so many fixed prompts, and one request beside them."""
+        links = Links(bytes_per_s)
+        room = int((prompts * FIXED + DYNAMIC + OUTPUT) * RATE)
+        limits = Limits(running=running, batch_tokens=256)
+        return Machine(
+            FittedCosts(0.005, 1e-3, 0.0, 0.0, links), links, room, host * FIXED * RATE, 0, RATE, limits=limits
+        )
+
+    def workload(**values) -> Workload:
+        sizes = {"fixed_tokens": FIXED, "dynamic_tokens": DYNAMIC, "output_tokens": OUTPUT}
+        spreads = {name: values.pop(name, Spread(size)) for name, size in sizes.items()}
+        return Workload(**{"agents": 10, "rounds": 12, **values}, **spreads)
+
+    return Small(machine, workload)

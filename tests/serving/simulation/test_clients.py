@@ -1,0 +1,123 @@
+"""Generated workflows: what is drawn, what is declared, and what really happens."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import numpy as np
+import pytest
+
+from tenure.serving.simulation.clients import Client
+from tenure.serving.simulation.draws import Spread
+from tenure.serving.simulation.workload import Workload
+
+
+def run(client: Client) -> list[str]:
+    """The agents in the order of their calls, each answered before the next one that was asked later."""
+    waiting, called = [client.first_call()], []
+    while waiting:
+        call = waiting.pop(0)
+        called.append(call.agent)
+        following = client.following(call.agent)
+        client.change(call.agent, following)
+        waiting += following
+    assert client.open == 0
+    return called
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("constant", 0), ("uniform", 0.5), ("exponential", 0), ("lognormal", 0.5), ("pareto", 3.0)]
+)
+def test_spreads_have_their_means(kind: str, shape: float) -> None:
+    draws = random.Random(0)
+    values = [Spread(7.0, kind, shape).draw(draws) for _ in range(40_000)]
+    assert statistics.fmean(values) == pytest.approx(7.0, rel=0.03)
+    assert min(values) >= 0
+
+
+def test_a_ring_goes_round() -> None:
+    client = Client(Workload(agents=4, rounds=3), 0, 0)
+    names = [f"workflow0/agent{n}" for n in range(4)]
+    assert run(client) == names * 3
+    spec = client.spec(1.5)
+    assert [(edge.source, edge.target) for edge in spec.edges] == list(zip(names, [*names[1:], names[0]], strict=True))
+    assert spec.start == names[:1] and spec.agents[0].call_s == 1.5
+
+
+def test_branches_exclude_each_other() -> None:
+    called = run(Client(Workload(agents=6, branches=2, rounds=200), 0, 0))
+    assert len(called) == 600
+    assert all({"01": 0, "23": 1, "45": 2}["".join(p for p in ("01", "23", "45") if name[-1] in p)] == at % 3
+               for at, name in enumerate(called))  # fmt: skip
+    assert 60 < sum(name.endswith("agent2") for name in called) < 140
+
+
+def test_a_fan_waits_for_all_workers() -> None:
+    called = [name.rpartition("agent")[2] for name in run(Client(Workload("fan", agents=5, rounds=2), 0, 0))]
+    assert called == ["0", "1", "2", "3", "4"] * 2
+    spec = Client(Workload("fan", agents=5), 0, 0).spec(1.0)
+    assert [agent.name for agent in spec.agents if agent.join == "and"] == ["workflow0/agent4"]
+
+
+def test_branching_takes_likely_ways_more_often() -> None:
+    called = run(Client(Workload("branching", agents=8, branches=3, rounds=100), 0, 0))
+    first, last = (sum(name.endswith(f"agent{n}") for name in called) for n in (1, 3))
+    assert first > 2 * last > 0
+
+
+def test_prompts_are_an_agents_own_and_suffixes_fresh() -> None:
+    own, other = (Client(Workload(agents=2, workflows=2), 0, number) for number in (0, 1))
+    call, again = own.first_call(), own.following("workflow0/agent0")[0]
+    assert call.prompt.dtype == np.int32 and len(call.prompt) == 4096 + 32
+    assert not np.array_equal(call.prompt[:4096], again.prompt[:4096])
+    assert not np.array_equal(call.prompt[:4096], other.first_call().prompt[:4096])
+    third = own.following("workflow0/agent1")[0]
+    assert np.array_equal(call.prompt[:4096], third.prompt[:4096])
+    assert not np.array_equal(call.prompt[4096:], third.prompt[4096:])
+    shared = [Client(Workload(agents=2, shared=True), 0, number).first_call() for number in (0, 1)]
+    assert shared[0].agent == shared[1].agent == "agent0"
+    assert np.array_equal(shared[0].prompt[:4096], shared[1].prompt[:4096])
+
+
+def test_mispredictions_and_changes_come_as_often_as_asked() -> None:
+    client = Client(Workload(agents=5, rounds=400, mispredicted=0.3, changes=0.1), 0, 0)
+    wrong, names, call = 0, set(), client.first_call()
+    changes = 0
+    while True:
+        names.add(call.agent)
+        following = client.following(call.agent)
+        changes += client.change(call.agent, following) is not None
+        if not following:
+            break
+        wrong += not following[0].foretold
+        call = following[0]
+    assert wrong / 2000 == pytest.approx(0.3, abs=0.04)
+    assert changes / 2000 == pytest.approx(0.1, abs=0.03)
+    assert len(names) > 100
+
+
+def test_hostile_clients_say_that_everybody_comes_next() -> None:
+    client = Client(Workload(agents=3, shared=True), 0, 7, hostile=True)
+    assert client.client == client.name == "hostile7"
+    assert list(client.spec(1.0).start) == [f"hostile7/agent{n}" for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shape": "star"}, "shape='star'.*accepted: ring, branching, fan"),
+        ({"agents": 1}, "agents=1 .*accepted: a whole number from 2 up"),
+        ({"mispredicted": 1.5}, "mispredicted=1.5.*accepted: chances from 0 to 1"),
+        ({"branches": 3}, "10 agents and 3 branches"),
+        ({"shape": "fan", "changes": 0.1}, "a fan accepts"),
+        ({"shape": "branching", "agents": 3, "branches": 3}, "accepted: more than its branches"),
+        ({"colour": 1}, "a workload has no 'colour'"),
+        ({"tool_s": "long"}, "got 'long' for a distribution"),
+        ({"tool_s": {"mean": 1, "kind": "pareto", "shape": 1}}, "above 1 .pareto."),
+        ({"tool_s": {"mean": 1, "kind": "zipf"}}, "accepted: constant, uniform"),
+    ],
+)
+def test_what_cannot_be_is_refused(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Workload.read(values)
