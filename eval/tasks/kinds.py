@@ -19,7 +19,7 @@ from .tracing import common_words, frequent_words, variable_tracking
 DEPTHS = (0.05, 0.95)  # facts lie between these shares of the filler
 MOST_PLANTED = 8
 _GOLDEN = 0.6180339887498949  # steps of the golden ratio spread any number of depths evenly
-_EACH_MORE = 4  # tokens that generation may take beyond the gold answer for each answer after the first
+_EACH_MORE = 8  # tokens that generation may take beyond the gold answer for each answer after the first
 
 Drafting = Callable[[random.Random, Source, Sequence[float], int], Draft]
 

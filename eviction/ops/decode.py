@@ -154,8 +154,10 @@ def _power(n: int, least: int = 16) -> int:
 
 def tile_sizes(group: int, q_len: int, key_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
     """Rows of a tile, entries of a block, and warps and stages of `attend_piece`, by the shapes."""
-    rows = min(ROWS, _power(group * q_len))
+    if itemsize == 4:  # multiplied without tensor cores, in registers
+        return {"ROWS": 16, "BLOCK": 16, "num_warps": 4, "num_stages": 2}
     wide = max(key_dim, value_dim) * itemsize > 256
+    rows = min(ROWS // 2 if wide else ROWS, _power(group * q_len))
     return {"ROWS": rows, "BLOCK": 32 if wide else 64, "num_warps": 4, "num_stages": 2 if wide else 3}
 
 
