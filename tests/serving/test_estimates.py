@@ -1,0 +1,44 @@
+"""Loading or computing: for one request alone, and where others wait for the device."""
+
+from __future__ import annotations
+
+from tenure.serving import (
+    LRU,
+    Estimates,
+    LinearCosts,
+    LinkSpeed,
+    Phantom,
+    PhantomPool,
+    Tier,
+    TieredTree,
+    TierPolicy,
+    Urgency,
+    VirtualClock,
+    VirtualCopies,
+)
+
+
+def test_a_busy_link_sends_a_request_to_a_free_device_only() -> None:
+    """A load takes 1 s, behind another one 2, and computing 1.5: alone one computes, beside others one waits."""
+    clock = VirtualClock()
+    pools = {tier: PhantomPool(10_000) for tier in (Tier.DEVICE, Tier.HOST)}
+    speeds = {(a, b): LinkSpeed(1000.0) for a in pools for b in pools if a != b}
+    tiers = TieredTree(pools, VirtualCopies(clock, speeds), TierPolicy(LRU()), 1, clock)
+    prompts = [[first, *range(99)] for first in (1000, 2000)]
+    for prompt in prompts:
+        with tiers.open(prompt) as lease:
+            tiers.insert(lease, prompt, Phantom(100, 1000))
+        node = tiers.match(prompt).nodes[-1]
+        tiers.eviction.evict(node, Tier.DEVICE)
+        clock.advance_to(clock.now + 2.0)
+        tiers.poll()
+        assert node.copies[Tier.DEVICE] is None and node.copies[Tier.HOST] is not None
+    estimates = Estimates(LinearCosts(100 / 1.5, (1000.0, 0.0)), tiers.transfers)
+    first, second = (tiers.open(prompt) for prompt in prompts)
+    chain = second.nodes()
+    assert chain is not None
+    assert estimates.choose(chain, 101).nodes == 1, "a free link is sooner"
+    first.load(Urgency.DEMAND)
+    alone, beside = estimates.choose(chain, 101), estimates.choose(chain, 101, others=3)
+    assert (alone.nodes, beside.nodes) == (0, 1)
+    assert beside.load_s == 2.0 and abs(alone.compute_s - 1.515) < 1e-9
