@@ -83,9 +83,9 @@ def top_by_mass(values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         reached = values.masked_fill(bits < higher, 0.0).sum(-1, keepdim=True) >= needed
         least = torch.where(reached, higher, least)
     above, ties = bits > least, bits == least
-    missing = (needed - values.masked_fill(~above, 0.0).sum(-1, keepdim=True)) / least.view(torch.float32)
-    last_first = ties.flip(-1).cumsum(-1).flip(-1)
-    return (above | (ties & (last_first - 1 < missing))) & (needed > 0)
+    missing = needed - values.masked_fill(~above, 0.0).sum(-1, keepdim=True)
+    behind = ties.flip(-1).cumsum(-1).flip(-1) - 1
+    return (above | (ties & (behind * least.view(torch.float32) < missing))) & (needed > 0)
 
 
 def _kth_highest(values: torch.Tensor, k: list[int]) -> torch.Tensor:
