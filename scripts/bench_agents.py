@@ -150,7 +150,7 @@ def compare(session: Session, workload: Workload, pool: float, config: Config) -
     for keep in config.keep:
         answers = {run.answers for cell, several in runs.items() if cell[1] == keep for run in several}
         assert len(answers) == 1, "every system gives the same answers"
-    rows = [row(workload, pool, cell, runs) for cell in cells]
+    rows = [row(workload, pool, cell, runs, cells[cell], warm[cell[1]]) for cell in cells]
     link = f"{config.bandwidth:g} MB/s, prefill {speed:.0f} tokens/s"
     show(rows, f"{workload.name}, pool {pool:.0%} of the prompts, {link}")
     return rows
@@ -178,8 +178,22 @@ def prepared(session: Session, workload: Workload, how: Compression | None) -> d
     return {agent: kv.computed(prompt, how) for agent, prompt in workload.fixed.items()}
 
 
-def row(workload: Workload, pool: float, cell: tuple[str, float], runs: dict[tuple[str, float], list[Run]]) -> dict:
-    """Medians over the runs; the ratio is that of the baseline without compression, turn by turn."""
+def row(
+    workload: Workload,
+    pool: float,
+    cell: tuple[str, float],
+    runs: dict[tuple[str, float], list[Run]],
+    setting: Setting,
+    warm: dict[str, TensorPayload],
+) -> dict[str, Any]:
+    """Medians over the runs; the ratio is that of the baseline without compression, turn by turn.
+
+    `agents_fit` is how many fixed prompts, as they are stored, the device pool has room for.
+    """
+    from ..serving import MemoryPool
+
+    charge = MemoryPool(setting.device_bytes).charge
+    stored = statistics.mean(charge(payload) for payload in warm.values())
     own = runs[cell]
     base = runs.get((BASELINE, 1.0)) or runs.get((BASELINE, cell[1])) or own
     waits = sorted(wait for run in own for wait in run.ttft_s)
@@ -192,9 +206,11 @@ def row(workload: Workload, pool: float, cell: tuple[str, float], runs: dict[tup
         "hit_rate": statistics.median(run.hit_rate for run in own),
         "stall_s": statistics.median(run.stall_s for run in own),
         "bytes_moved": int(statistics.median(run.bytes_moved for run in own)),
+        "bytes_moved_per_call": statistics.median(run.bytes_moved for run in own) / len(workload.calls),
         "bytes_wasted": int(statistics.median(run.bytes_wasted for run in own)),
         "ttft_p50_s": statistics.median(waits),
         "ttft_p99_s": waits[min(len(waits) - 1, int(0.99 * len(waits)))],
+        "agents_fit": int(setting.device_bytes / stored),
         "paper_ratio": None,
     }
 
@@ -203,12 +219,13 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("policy", "seconds", f"× {BASELINE}", "hits", "stall s", "MiB moved", "wasted", "TTFT P50", "P99")
+    columns = ("policy", "seconds", f"× {BASELINE}", "fit", "hits", "stall s", "MiB a call", "wasted", "TTFT P50", "P99")
     table = Table(*columns, title=title)
     for each in rows:
         table.add_row(
-            each["policy"], f"{each['makespan_s']:.1f}", f"{each['ratio']:.2f}", f"{each['hit_rate']:.2f}",
-            f"{each['stall_s']:.1f}", f"{each['bytes_moved'] / MIB:.0f}", f"{each['bytes_wasted'] / MIB:.0f}",
+            each["policy"], f"{each['makespan_s']:.1f}", f"{each['ratio']:.2f}",
+            str(each["agents_fit"]), f"{each['hit_rate']:.2f}", f"{each['stall_s']:.1f}",
+            f"{each['bytes_moved_per_call'] / MIB:.1f}", f"{each['bytes_wasted'] / MIB:.0f}",
             f"{each['ttft_p50_s']:.2f}", f"{each['ttft_p99_s']:.2f}",
         )  # fmt: skip
     Console().print(table)

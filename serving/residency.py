@@ -123,6 +123,16 @@ class Residency(Ledger):
             if not each.children:
                 self.tree.remove_leaf(each)
 
+    def empty(self) -> None:
+        """Drops all copies, and the nodes without a user: as nodes know each other, they would wait for the collector."""
+        for node in reversed(list(self.tree)):
+            for tier in self.pools:
+                if node.copies[tier] is not None:
+                    self.drop(node, tier)
+            node.covers = node.length
+            if not (node.children or node.users):
+                self.tree.remove_leaf(node)
+
     def merge(self, upper: Node, copying: bool = True) -> bool:
         """Joins `upper` and its only child where both are alike: the same agents, idle, copies in the same tiers.
 

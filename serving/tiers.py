@@ -237,9 +237,11 @@ class TieredTree:
             return self.transfers.poll()
 
     def close(self) -> None:
-        """Ends all copies and closes the pools; leases are worth nothing afterwards."""
+        """Ends all copies, lets go of the memory and closes the pools; leases are worth nothing afterwards."""
         self.transfers.mover.close()
-        self.poll()
+        with self.lock:
+            self.poll()
+            self.residency.empty()
         for pool in self.pools.values():
             pool.close()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 from tenure.serving import (
     LRU,
     LoadState,
@@ -311,3 +314,21 @@ def test_who_listens_hears_of_every_copy_that_has_ended(make_tiers, cached, kv):
         later(tiers)
         assert tiers.transfers.demanded[Tier.HOST, Tier.DEVICE] == 0
     assert heard == [(Tier.HOST, Outcome.DONE), (Tier.DEVICE, Outcome.FAILED)]
+
+
+def test_closing_lets_go_of_the_memory(make_tiers, cached, kv):
+    tiers = make_tiers(device=12, host=12, policy=ALL)
+    for prompt in (A, A + B, C):
+        spill(tiers, cached, prompt)
+    held = [weakref.ref(payload) for node in tiers.tree for payload in node.copies if payload is not None]
+    lease = tiers.open(C)
+    gc.disable()
+    try:
+        tiers.close()
+        assert len(held) >= 3 and not any(payload() for payload in held)
+    finally:
+        gc.enable()
+    assert [pool.used for pool in tiers.pools.values()] == [0, 0]
+    assert [node.end for node in tiers.tree] == [4], "a lease keeps its nodes, without data"
+    lease.release()
+    assert not list(tiers.tree)
