@@ -57,6 +57,7 @@ class RaggedCache(Running):
         """
         if gates is not None and gates is not self.session.gates:
             raise ValueError("log β is recorded as tokens are written: give the gates to evict(..., gates=...) instead")
+        self._refuse_unobserved("compressed")
         chosen = None if policy is None else get_policy(policy)
         guard = None if protect is None else Protected.of(protect)
         plan = self.plan.changed(
@@ -116,5 +117,12 @@ class RaggedCache(Running):
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a file that `session.load_cache` reads; ValueError if the cache is empty or has state-space layers."""
+        self._refuse_unobserved("saved")
         self._settle(0)
         save_cache(self, Path(path))
+
+    def _refuse_unobserved(self, done: str) -> None:
+        if not self.observed:
+            raise ValueError(
+                f"a stacked cache remembers nothing for policies and cannot be {done}: stack caches that have been"
+            )

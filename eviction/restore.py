@@ -82,10 +82,7 @@ def _fill_ragged(layer: RaggedLayer, document: dict[str, Any], own: dict[str, to
         raise ValueError("one length a segment, together as many as there are entries, is needed")
     layer.lazy_initialization(key.view(1, 1, *key.shape))
     layer.batch_size = batch
-    if store_class(key.device, key.dtype, key.shape[1], value.shape[1]) is PagedStore:
-        layer.store = PagedStore.of_segments(batch, attention.num_kv_heads, buffers, lengths)
-    else:
-        layer.store = SegmentStore(batch, attention.num_kv_heads, buffers, lengths, lengths)
+    layer.store = store_of(batch, attention.num_kv_heads, buffers, lengths)
     layer.rewind(lengths, rows.columns)
     layer.scaling = float(document["scaling"])
     if not 0 < layer.scaling < math.inf:
@@ -100,6 +97,14 @@ def _fill_ragged(layer: RaggedLayer, document: dict[str, Any], own: dict[str, to
         layer.statistics = QueryStatistics(
             **{name: _shaped(own[f"statistics.{name}"], shapes[name], f"statistics.{name}") for name in names}
         )
+
+
+def store_of(batch: int, num_kv_heads: int, buffers: dict[str, torch.Tensor], lengths: list[int]) -> SegmentStore:
+    """The storage for entries that stand behind each other, segment by segment; it may adopt the buffers."""
+    key, value = buffers["key"], buffers["value"]
+    if store_class(key.device, key.dtype, key.shape[1], value.shape[1]) is PagedStore:
+        return PagedStore.of_segments(batch, num_kv_heads, buffers, lengths)
+    return SegmentStore(batch, num_kv_heads, buffers, lengths, lengths)
 
 
 def _fill_foreign(layer: Any, numbers: Any, own: dict[str, torch.Tensor], rows: Rows) -> None:

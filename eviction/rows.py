@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from .step import Input, Step
 
@@ -66,6 +67,22 @@ class Rows:
         rows.columns = sum(count for count, _ in rows._runs)
         rows.window_positions = tensors.get("window_positions")
         return rows
+
+    @classmethod
+    def stacked(cls, several: Sequence[Rows], columns: int) -> Rows:
+        """The rows of all, one after the other, padded on the left to `columns` columns; no queries are remembered."""
+        rows = cls()
+        rows.tokens = [count for one in several for count in one.tokens]
+        rows.stored = [count for one in several for count in one.stored]
+        masks = torch.cat([pad(one.mask(), (columns - one.columns, 0)) for one in several])
+        rows._add_run(columns, None if bool(masks.all()) else masks)
+        return rows
+
+    def mask(self) -> torch.Tensor:
+        """bool `(batch, columns)`: which columns are real tokens."""
+        batch = len(self.tokens)
+        runs = [torch.ones(batch, n, dtype=torch.bool) if valid is None else valid.cpu() for n, valid in self._runs]
+        return torch.cat([torch.zeros(batch, 0, dtype=torch.bool), *runs], dim=1)
 
     def open(
         self, batch: int, q_len: int, valid: torch.Tensor | None, device: torch.device, longest: int, ring: int

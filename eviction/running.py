@@ -28,6 +28,7 @@ class Running(Contents):
     Attributes:
         session: the block it belongs to.
         plan: what is evicted and when.
+        observed: its queries are shown to the session's policies; not those of a stack (see `stacking.stack`).
         of_generate: made in place of the cache that `generate` brought.
         drafting: transformers drafts tokens: see `activate_past_recording`.
     """
@@ -41,6 +42,7 @@ class Running(Contents):
         self._input: Input | None = None
         self._layout: Layout | None = None
         self._broken = ""
+        self.observed = True
         self.of_generate = self.drafting = False
         self._held: tuple[Step, list[int]] | None = None  # a step that waits, and the rows' tokens before its input
 
@@ -99,13 +101,17 @@ class Running(Contents):
         if self._marks.due or (q_len > 1 and not self.drafting):
             self._mark()
         self._snapshot = Snapshot(self.layers)
-        self._step = self._rows.open(batch, q_len, valid, device, longest, ring_size(self.session.window_size))
+        self._step = self._rows.open(batch, q_len, valid, device, longest, ring_size(self._window_size))
         self._step.waits = min(q_len, WAITING) if self.drafting and q_len > 1 else 0
         return self._step
 
+    @property
+    def _window_size(self) -> int:
+        return self.session.window_size if self.observed else 0
+
     def _mark(self) -> None:
         """Notes where `crop` may come back to, if there is something that it could not undo without."""
-        wanted = self.session.window_size or self.session.observers.accumulated
+        wanted = self._window_size or (self.observed and self.session.observers.accumulated)
         if wanted and (self._input is None or self._input.columns == self.columns_seen):
             self._marks.set(self.ragged, self._rows)
 
@@ -201,7 +207,7 @@ class Running(Contents):
         if 0 < count == self.columns_seen and self._marks.floor == 0:
             return self.reset()
         waiting = self._held[0].waits if self._held is not None else 0
-        self._rows = take_back(self.layers, self._rows, count, self._marks, self.session.window_size, waiting)
+        self._rows = take_back(self.layers, self._rows, count, self._marks, self._window_size, waiting)
         if count:
             self._rows.stored = self._count()
             self._marks.taken_back(self.columns_seen)

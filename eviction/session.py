@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .policies import Policy
 from .report import Report
 from .rollback import replaces_tensors
 from .rotary import Rotary
+from .stacking import stack
 from .step import new_tokens
 
 
@@ -131,6 +133,10 @@ class Session(Interceptor):
         cache = RaggedCache(self, self.plan, layers)
         self.track(cache)
         return cache
+
+    def stack(self, caches: Sequence[RaggedCache]) -> RaggedCache:
+        """One cache whose rows continue those of `caches`, for answering all at once; see `stacking.stack`."""
+        return stack(caches)
 
     def load_cache(self, path: str | os.PathLike) -> RaggedCache:
         """The cache that `cache.save(path)` wrote, ready to go on with under the plan it was saved with.
