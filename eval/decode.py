@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import Cache, PreTrainedModel
 
-from ..retention.seams import end_tokens
+from ..eviction import RaggedCache
 
 
 def read(model: PreTrainedModel, cache: Cache, ids: Sequence[int], logits_to_keep: int = 0) -> torch.Tensor:
@@ -25,56 +25,69 @@ def read(model: PreTrainedModel, cache: Cache, ids: Sequence[int], logits_to_kee
     return output.logits[0]
 
 
-def greedy(
-    model: PreTrainedModel,
-    cache: Cache,
-    ids: Sequence[int],
-    max_new_tokens: int,
-    stop: Callable[[list[int]], bool] = lambda generated: False,
-) -> list[int]:
-    """What `model.generate(do_sample=False)` appends to `ids`, one token at a time.
-
-    Args:
-        cache: holds what comes before `ids`; it is extended.
-        stop: sees the tokens generated so far after each of them and may end the generation; a token that ends the
-            sequence ends it anyway.
-    """
-    ending = end_tokens(model)
-    generated: list[int] = []
-    following = list(ids)
-    while len(generated) < max_new_tokens:
-        token = int(read(model, cache, following, logits_to_keep=1)[-1].argmax())
-        generated.append(token)
-        if token in ending or stop(generated):
-            break
-        following = [token]
-    return generated
+def read_rows(model: PreTrainedModel, cache: RaggedCache, ids: Sequence[int], logits_to_keep: int = 0) -> torch.Tensor:
+    """`read` for every row of `cache`, at least one: logits `(rows, positions, vocab)`."""
+    rows = max(1, len(cache.tokens_seen))
+    tokens = torch.tensor([list(ids)], device=model.device).expand(rows, -1)
+    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep)
+    return output.logits
 
 
-def greedy_from_teacher(
-    model: PreTrainedModel,
-    cache: Cache,
-    gold: Sequence[int],
-    logits: torch.Tensor,
-    max_new_tokens: int,
-    stop: Callable[[list[int]], bool] = lambda generated: False,
-) -> list[int]:
-    """`greedy` after the question, at no cost as far as the model agrees with the gold answer.
+def agreed(
+    gold: Sequence[int], logits: torch.Tensor, ends: Callable[[list[int]], bool]
+) -> tuple[list[int], bool]:
+    """The beginning of a greedy generation that costs nothing: as far as the model agrees with the gold answer.
 
     Where every teacher-forced choice is the gold token, greedy decoding would have taken the same path; so decoding
-    proper starts only at the first token that differs.
+    proper starts only behind the first token that differs.
 
     Args:
-        cache: holds everything up to the end of the question; it is extended.
         logits: `(1 + len(gold), vocab)`: of the question's last token and of the gold answer fed after it.
+        ends: whether the generation ends behind these tokens.
+
+    Returns:
+        The tokens, and whether the generation ends with them.
     """
-    ending = end_tokens(model)
     generated: list[int] = []
     for choice, expected in zip(logits.argmax(-1).tolist(), [*gold, None], strict=True):
         generated.append(choice)
-        if choice in ending or len(generated) >= max_new_tokens or stop(generated):
-            return generated
+        if ends(generated):
+            return generated, True
         if choice != expected:
             break
-    before = list(generated)
-    return before + greedy(model, cache, before, max_new_tokens - len(before), lambda more: stop(before + more))
+    return generated, False
+
+
+def greedy_rows(
+    model: PreTrainedModel,
+    cache: RaggedCache,
+    before: Sequence[Sequence[int]],
+    ends: Callable[[list[int]], bool],
+) -> list[list[int]]:
+    """Greedy generations of all rows at once, each behind the tokens it has generated already.
+
+    Args:
+        cache: a row for each; it is extended and may lose rows.
+        before: at least one token a row, of different numbers perhaps.
+        ends: whether a generation ends behind these tokens.
+
+    Returns:
+        For each row the tokens of `before` and those after them.
+    """
+    generated = [list(tokens) for tokens in before]
+    rows, live, fed = list(range(len(generated))), set(range(len(generated))), 0
+    while live:
+        width = min(len(generated[row]) for row in live) - fed
+        ids = torch.tensor([(generated[row] + [0] * width)[fed : fed + width] if row in live else [0] * width
+                            for row in rows], device=model.device)  # fmt: skip
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        fed += width
+        for row, choice in zip(rows, output.logits[:, -1].argmax(-1).tolist(), strict=True):
+            if row in live and len(generated[row]) == fed:
+                generated[row].append(choice)
+                if ends(generated[row]):
+                    live.remove(row)
+        if live and 2 * len(live) <= len(rows):  # what is done is left out once it is worth the copy
+            cache.select_rows(torch.tensor([place for place, row in enumerate(rows) if row in live]))
+            rows = [row for row in rows if row in live]
+    return generated

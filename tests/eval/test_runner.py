@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tenure.eval import CaseBuilder, Cell, RetrievalProbe, check_inputs, evaluate, kl_to_full, parse_cells, summarise
-from tenure.eval.decode import end_tokens, greedy, greedy_from_teacher, read
+from tenure.eval.decode import agreed, greedy_rows, read
 from tenure.eval.runner import EXTRA_TOKENS
 from tenure.eval.summary import markdown_tables
 from tenure.eviction import SnapKV, evict
@@ -94,15 +94,28 @@ def test_policies_are_really_different(model, gates, tokenizer, builder):
     assert len({round(record.kl, 9) for record in records}) == len(NAMES)
 
 
-def test_greedy_is_generate(model):
-    prompt = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(0))
-    expected = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=25, do_sample=False, pad_token_id=0
-    )[0, 40:].tolist()
+def continued(model, prompt: torch.Tensor, count: int) -> list[int]:
+    """What `generate` appends to a row of tokens."""
+    mask = torch.ones_like(prompt)
+    output = model.generate(prompt, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return output[0, prompt.shape[1] :].tolist()
+
+
+def test_rows_are_decoded_as_generate_does(model):
+    """Rows that begin with other numbers of tokens and end at other times, and so leave the batch one by one."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 500, (5, 30), generator=generator)
+    expected = [continued(model, prompt[None], 25) for prompt in prompts]
+    lengths = {tokens[0]: 5 + 4 * row for row, tokens in enumerate(expected)}
+    assert len(lengths) == 5, "the rows can be told apart by their first token"
     with torch.no_grad(), evict(model, "full") as session:
-        cache = session.new_cache()
-        read(model, cache, prompt[0, :30].tolist())
-        assert greedy(model, cache, prompt[0, 30:].tolist(), 25) == expected
+        caches = []
+        for prompt in prompts:
+            caches.append(session.new_cache())
+            read(model, caches[-1], prompt.tolist())
+        before = [tokens[: 1 + row] for row, tokens in enumerate(expected)]
+        answers = greedy_rows(model, session.stack(caches), before, lambda tokens: len(tokens) == lengths[tokens[0]])
+    assert answers == [tokens[: 5 + 4 * row] for row, tokens in enumerate(expected)]
 
 
 @pytest.mark.parametrize("agreeing", [0, 1, 4, 9])
@@ -110,32 +123,44 @@ def test_decoding_from_the_teacher_is_greedy(model, agreeing):
     """Whatever part of the gold answer the model agrees with."""
     generator = torch.Generator().manual_seed(4)
     context, question = torch.randint(3, 500, (2, 20), generator=generator).tolist()
+    expected = continued(model, row([*context, *question]), 12)
     with torch.no_grad(), evict(model, "full") as session:
         cache = session.new_cache()
         read(model, cache, context)
-        expected = greedy(model, cache.fork(), question, 12)
-        assert len(expected) == 12
         gold = expected[:agreeing] + [(token + 1) % 500 for token in expected[agreeing:9]]
-        asked = cache.fork()
-        logits = torch.cat([read(model, asked, question)[-1:], read(model, asked.fork(), gold)])
-        assert greedy_from_teacher(model, asked.fork(), gold, logits, 12) == expected
-        stopped = greedy_from_teacher(model, asked, gold, logits, 12, lambda generated: len(generated) == 6)
-        assert stopped == expected[:6]
+        logits = torch.cat([read(model, cache, question)[-1:], read(model, cache.fork(), gold)])
+        for length in (12, 6):
+            begun, ended = agreed(gold, logits, lambda tokens, full=length: len(tokens) >= full)
+            assert begun == expected[: min(length, agreeing + 1)] and ended == (length <= agreeing + 1)
+            if not ended:
+                whole = greedy_rows(model, cache.fork(), [begun], lambda tokens, full=length: len(tokens) >= full)
+                assert whole == [expected[:length]]
 
 
-def test_decoding_ends_at_a_token_that_ends_the_sequence(model):
-    question = list(range(10, 30))
-    with torch.no_grad(), evict(model, "full") as session:
-        cache = session.new_cache()
-        read(model, cache, question)
-        free = greedy(model, cache.fork(), [50], 8)
-        model.generation_config.eos_token_id = [2, free[3]]
-        assert end_tokens(model) == {2, free[3]}
-        first = free.index(free[3])
-        assert greedy(model, cache.fork(), [50], 8) == free[: first + 1]
-        logits = read(model, cache.fork(), [50, *free[:6]])
-        read(model, cache, [50])
-        assert greedy_from_teacher(model, cache, free[:6], logits, 8) == free[: first + 1]
+def test_a_generation_ends_where_the_model_ends_it(model, tokenizer, builder):
+    """Not only behind the last token it may have."""
+    case = builder.case("needle", 0)
+    (free,) = evaluate(model, tokenizer, [case], [Cell.of("full")])
+    tokens = continued(model, row([*case.context_ids, *case.question_ids]), len(case.answer_ids) + EXTRA_TOKENS)
+    assert free.prediction == tokenizer.decode(tokens, skip_special_tokens=True)
+    model.generation_config.eos_token_id = [2, tokens[3]]
+    (ended,) = evaluate(model, tokenizer, [case], [Cell.of("full")])
+    assert ended.prediction == tokenizer.decode(tokens[: tokens.index(tokens[3]) + 1], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_cells_that_are_asked_together_get_what_they_get_alone(model, gates, tokenizer, builder, aware):
+    cells = parse_cells((*NAMES, "h2o", "snapkv@128"[: 6 if aware else None]), [0.5, 0.1], aware=(aware,))
+    cases = [builder.case("needle", 1), builder.case("phrase", 2)]
+    alone = evaluate(model, tokenizer, cases, cells, gates)
+    seen = []
+    records = evaluate(model, tokenizer, cases, cells, gates, progress=seen.append, together=7)
+    assert seen == records and len(records) == 2 * len(cells)
+    for one, other in zip(alone, records, strict=True):
+        same = {"kl": 0.0, "seconds": 0.0, "compress_seconds": 0.0, "read_seconds": 0.0}
+        assert replace(one, **same) == replace(other, **same)
+        assert other.kl == pytest.approx(one.kl, abs=1e-6)
+        assert other.seconds == pytest.approx(other.compress_seconds + other.read_seconds)
 
 
 def test_callbacks_see_every_cell_before_the_question(model, gates, tokenizer, builder):
