@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..retention.ops.kernel_choice import chosen_kernels
-from .policies.aggregation import pool_and_renormalise, worst_case
-from .policies.window import mean_over_queries, own_entries, window_attention
+from .policies.head_by_head import window_risk_by_heads
+from .policies.window import window_attention
 from .projection import output_weight
 from .rotary import Rotary
 
@@ -52,7 +52,8 @@ class LayerView:
         self._layer, self._store = layer, layer.store
         self._recorded = recorded
         self._policy = policy
-        self._risks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by width of the pooling
+        # By width of the pooling; None without the worst case.
+        self._risks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor]] = {}
         self.time = time
         self.horizon = time if horizon is None else horizon
         self.budget = torch.zeros_like(time) if budget is None else budget
@@ -162,22 +163,19 @@ class LayerView:
     def worst_attention(self, kernel: int) -> torch.Tensor:
         """fp32 `(batch, num_kv_heads, n)`: the worst case of `window_attention`, pooled and renormalised.
 
-        See `policies.aggregation`; 0 for the window's own entries. With kernels, `window_attention` is not made.
+        See `policies.aggregation`; 0 for the window's own entries. `window_attention` is not made for it.
 
         Args:
             kernel: width of the pooling, odd.
         """
-        if self._by_kernel(kernel):
-            return self._risk(kernel)[0]
-        counted = self.valid & ~own_entries(self, self._window)
-        return worst_case(pool_and_renormalise(self.window_attention, counted, kernel))
+        worst, _ = self._risk(kernel)
+        assert worst is not None, "it was asked for"
+        return worst
 
     @property
     def mean_attention(self) -> torch.Tensor:
         """fp32 `(batch, num_kv_heads, n)`: `window_attention`, mean over queries and heads of a group."""
-        if self._by_kernel(1):
-            return self._risk(next(iter(self._risks), 1))[1]
-        return mean_over_queries(self.window_attention, self.query_positions)
+        return self._risk(next(iter(self._risks), None))[1]
 
     @property
     def _window(self) -> int:
@@ -191,14 +189,17 @@ class LayerView:
 
         return width <= MAX_KERNEL and self.keys.dtype in DTYPES and self.keys.shape[3] <= MAX_DIM
 
-    def _risk(self, kernel: int) -> tuple[torch.Tensor, torch.Tensor]:
-        from .ops.defensive import window_risk
-
+    def _risk(self, kernel: int | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The worst case with a pooling of that width, None if it is not wanted, and the mean."""
         if kernel not in self._risks:
             limit = self.time - self._window
-            worst, mean = window_risk(
-                self.queries, self.keys, self.positions, self.query_positions, limit, self.scaling, kernel, mean=True
-            )
-            assert mean is not None, "it was asked for"
-            self._risks[kernel] = worst, mean
+            what = self.queries, self.keys, self.positions, self.query_positions, limit, self.scaling
+            if self._by_kernel(kernel or 1):
+                from .ops.defensive import window_risk
+
+                worst, mean = window_risk(*what, kernel or 1, mean=True)
+                assert mean is not None, "it was asked for"
+                self._risks[kernel] = worst, mean
+            else:
+                self._risks[kernel] = window_risk_by_heads(*what, kernel)
         return self._risks[kernel]
