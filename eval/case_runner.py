@@ -48,7 +48,7 @@ class CaseRunner:
         self.reference = self._ask(self.cache.fork())
 
     def run(self, cells: Sequence[Cell], inspect: Callable[[Case, Cell, RaggedCache], None] | None) -> list[Record]:
-        """The records of `cells`, which are asked in one batch: all evict, or it is one; all have the same awareness."""
+        """The records of `cells`, asked in one batch: all evict, or it is one; all have the same awareness."""
         compressed = [self._compressed(cell) for cell in cells]
         if inspect is not None:
             for each in compressed:
@@ -99,10 +99,8 @@ class CaseRunner:
     def _ask_all(self, compressed: Sequence[_Compressed]) -> _Asked:
         questions = [each.question for each in compressed if each.question is not None]
         start = self._now()
-        if len(compressed) == 1:
-            cache = compressed[0].cache
-        else:
-            cache = self.session.stack([each.cache for each in compressed])
+        caches = [each.cache for each in compressed]
+        cache = caches[0] if len(caches) == 1 else self.session.stack(caches)
         asked = self._ask(cache, torch.stack(questions) if questions else None)
         asked.seconds = self._now() - start
         return asked

@@ -11,8 +11,8 @@ import torch
 
 from .compress import layout_of
 from .layer import RaggedLayer
-from .observers import Observers
 from .marks import Marks
+from .observers import Observers
 from .policies import get_policy
 from .restore import store_of
 from .rollback import replaces_tensors

@@ -32,6 +32,7 @@ class SweepConfig:
         data: texts: "demo" (held-out essays), a file or a folder.
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
         sinks, recent: first and last tokens that always stay.
+        together: cells that are asked in one batch, see `evaluate`.
         threads: CPU threads of a process; None shares the cores among the processes.
         output: folder of the results.
 
@@ -54,6 +55,7 @@ class SweepConfig:
     dtype: str = "auto"
     sinks: int = 4
     recent: int = 32
+    together: int = 8
     threads: int | None = None
     output: str = "runs/sweep"
 
@@ -61,7 +63,7 @@ class SweepConfig:
         for name, kind in (("policies", str), ("budgets", (int, float)), ("tasks", str), ("scopes", str),
                            ("lengths", int), ("seeds", int)):  # fmt: skip
             object.__setattr__(self, name, _several(name, getattr(self, name), kind))
-        for name, least in (("cases", 1), ("sinks", 0), ("recent", 0), ("threads", 1)):
+        for name, least in (("cases", 1), ("sinks", 0), ("recent", 0), ("together", 1), ("threads", 1)):
             value = getattr(self, name)
             if (value is not None or name != "threads") and (not _is(value, int) or value < least):
                 raise ValueError(f"{name} is {value!r}; a whole number of {least} or more is accepted")

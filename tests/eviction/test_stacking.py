@@ -7,7 +7,9 @@ import torch
 
 from tenure.eviction import evict
 
-POLICIES = (("retention", 0.5, "global"), ("h2o", 0.3, "head"), ("snapkv", 6, "layer"), ("expected_attention", 0.7, "head"))
+POLICIES = (
+    ("retention", 0.5, "global"), ("h2o", 0.3, "head"), ("snapkv", 6, "layer"), ("expected_attention", 0.7, "head"),
+)  # fmt: skip
 
 
 def compressed(session, model, ids, **options):

@@ -1,0 +1,121 @@
+"""Answers under kvpress. Runs by path in a Python that has kvpress and not tenure; see `sweep_kvpress`.
+
+`python kvpress_answers.py JOB`: JOB is JSON with `model` (a folder), `threads` and `cells`, a list of [press, share of
+the entries that stay]. After "ready", every line read is JSON with `context_ids`, `question_ids`, `answer_ids`, `limit`
+(of generated tokens) and `ending` (ids that end a generation); the line written for it is a JSON list of `{ids, kl,
+top1, entries, bytes, seconds}`, for the full cache and then for each cell: the greedy answer, KL to the full cache and
+agreement with it over question and gold answer, what is kept and held after the context, and what reading that took.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent))  # python -I leaves it out; last, so that it hides nothing
+
+from kvpress_kept import presses  # pyright: ignore[reportMissingImports]
+
+
+class Answers:
+    """A model that reads contexts under presses.
+
+    kvpress's heads with budgets of their own evict nothing: the entries are masked until the mask is taken off.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        torch.set_num_threads(job["threads"])
+        torch.set_grad_enabled(False)
+        self.cells = [(name, presses()[name], share) for name, share in job["cells"]]
+        self.model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+
+    def answer(self, case: dict[str, Any]) -> list[dict[str, Any]]:
+        """What the full cache does on a case, and then all cells."""
+        results: list[dict[str, Any]] = []
+        whole = None
+        for name, press, share in [("full", None, 1.0), *self.cells]:
+            # Only this one needs the attention weights, only AdaKV's refuse to have them.
+            self.model.set_attn_implementation("eager" if name == "observed_attention" else "sdpa")
+            start = time.perf_counter()
+            cache = self._read(case, press, share)
+            seconds = time.perf_counter() - start
+            held = sum(layer.keys.shape[1] * layer.keys.shape[2] for layer in cache.layers) - self._masked()
+            nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            logits, ids = self._asked(case, cache)
+            whole = logits if whole is None else whole
+            log_p, log_q = whole.double().log_softmax(-1), logits.double().log_softmax(-1)
+            results.append({
+                "ids": ids,
+                "kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp(min=0.0)),
+                "top1": float((whole.argmax(-1) == logits.argmax(-1)).double().mean()),
+                "entries": held,
+                "bytes": nbytes,
+                "seconds": seconds,
+            })
+            self._unmask()
+        return results
+
+    def _read(self, case: dict[str, Any], press: Any, share: float) -> Any:
+        """The cache after the context."""
+        import contextlib
+
+        import torch
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        if press is not None:  # presses keep int(n * (1 - ratio)), which rounding must not make one less
+            count = len(case["context_ids"])
+            press.compression_ratio = 1 - (int(count * share + 1e-6) + 0.5) / count
+        with contextlib.nullcontext() if press is None else press(self.model):
+            self.model(torch.tensor([case["context_ids"]]), past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def _asked(self, case: dict[str, Any], cache: Any) -> tuple[Any, list[int]]:
+        """Logits `(question + gold answer, vocab)`, and the greedy answer."""
+        import torch
+
+        place = len(case["context_ids"])
+        question = self._forward(cache, case["question_ids"], place)
+        place += len(case["question_ids"])
+        asked = [(layer.keys, layer.values) for layer in cache.layers]
+        gold = self._forward(cache, case["answer_ids"], place)
+        for layer, (keys, values) in zip(cache.layers, asked, strict=True):
+            layer.keys, layer.values = keys, values
+        ids = [int(question[-1].argmax())]
+        while ids[-1] not in case["ending"] and len(ids) < case["limit"]:
+            ids.append(int(self._forward(cache, ids[-1:], place + len(ids) - 1)[-1].argmax()))
+        return torch.cat([question, gold]), ids
+
+    def _forward(self, cache: Any, ids: list[int], place: int) -> Any:
+        import torch
+
+        positions = torch.arange(place, place + len(ids)).unsqueeze(0)
+        return self.model(torch.tensor([ids]), past_key_values=cache, position_ids=positions).logits[0]
+
+    def _masked(self) -> int:
+        masks = [getattr(layer.self_attn, "masked_key_indices", None) for layer in self.model.model.layers]
+        return sum(len(mask[0]) for mask in masks if mask is not None)
+
+    def _unmask(self) -> None:
+        for layer in self.model.model.layers:
+            if getattr(layer.self_attn, "masked_key_indices", None) is not None:
+                layer.self_attn.masked_key_indices = None
+
+
+def main(job: dict[str, Any]) -> None:
+    answers = Answers(job)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answers.answer(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,105 @@
+"""A sweep under kvpress: what its side computes, and what is refused. A whole run takes a Python that has kvpress."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from tenure.eval import CaseBuilder, kl_to_full
+from tenure.eval.cells import parse_cells
+from tenure.eval.sweep import SweepConfig
+from tenure.scripts.kvpress_answers import Answers
+from tenure.scripts.sweep import Config
+from tenure.scripts.sweep_kvpress import KvpressRunner, check_kvpress
+
+CONTEXT, QUESTION, GOLD = list(range(3, 43)), [50, 51, 52, 53], [60, 61, 62]
+
+
+class FirstEntries:
+    """Keeps the first `int(n (1 - compression_ratio))` entries of every head, as presses round."""
+
+    compression_ratio = 0.0
+
+    @contextmanager
+    def __call__(self, model):
+        yield
+        for layer in self.cache.layers:
+            kept = int(layer.keys.shape[2] * (1 - self.compression_ratio))
+            layer.keys, layer.values = layer.keys[:, :, :kept], layer.values[:, :, :kept]
+
+
+@pytest.fixture
+def answers(tiny_llama, monkeypatch):
+    """kvpress's side with a press of our own, which is told the cache that a hook would see."""
+    side = Answers.__new__(Answers)
+    press = FirstEntries()
+    side.model, side.cells = tiny_llama, [("first", press, 0.3), ("first", press, 1.0)]
+    forward = tiny_llama.forward
+
+    def watched(*args, past_key_values=None, **kwargs):
+        press.cache = past_key_values
+        return forward(*args, past_key_values=past_key_values, **kwargs)
+
+    monkeypatch.setattr(tiny_llama, "forward", watched)
+    with torch.no_grad():
+        yield side
+
+
+def test_answers_are_those_of_the_model_over_the_kept_entries(answers, tiny_llama):
+    asked = {"context_ids": CONTEXT, "question_ids": QUESTION, "answer_ids": GOLD, "limit": 6, "ending": [-1]}
+    full, cut, whole = answers.answer(asked)
+    prompt = torch.tensor([CONTEXT + QUESTION])
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert full["ids"] == tiny_llama.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
+    assert (full["kl"], full["top1"], full["entries"]) == (0.0, 1.0, 3 * 2 * 40)
+    assert whole["ids"] == full["ids"] and whole["kl"] < 1e-9 and whole["entries"] == full["entries"]
+    assert cut["entries"] == 3 * 2 * 12, "the share is not rounded down to one less"
+    assert cut["bytes"] / full["bytes"] == 12 / 40
+
+    rest = torch.tensor([QUESTION + GOLD])
+    cache = tiny_llama(torch.tensor([CONTEXT]), use_cache=True).past_key_values
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :12], layer.values[:, :, :12]
+    logits = tiny_llama(rest, past_key_values=cache, position_ids=torch.arange(40, 47)[None]).logits[0]
+    reference = tiny_llama(torch.tensor([CONTEXT + QUESTION + GOLD])).logits[0, 40:]
+    assert cut["kl"] == pytest.approx(float(kl_to_full(reference, logits).mean()), abs=1e-6) and cut["kl"] > 1e-3
+    assert cut["ids"][0] == int(logits[3].argmax())
+
+
+def test_an_answer_ends_at_a_token_that_ends_it(answers):
+    asked = {"context_ids": CONTEXT, "question_ids": QUESTION, "answer_ids": GOLD, "limit": 6, "ending": [-1]}
+    ids = answers.answer(asked)[0]["ids"]
+    ended = answers.answer(asked | {"ending": [ids[2]]})[0]["ids"]
+    assert ended == ids[: ids.index(ids[2]) + 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policies": ("retention", "knorm")}, "kvpress has no retention; with --kvpress accepted: snapkv, adakv,"),
+        ({"policies": ("snapkv:layer",)}, "leave out that of snapkv:layer"),
+        ({"question": "both"}, "question: agnostic is accepted"),
+        ({"budgets": (0.5, 64)}, "budgets between 0 and 1 are accepted"),
+        ({"recent": 32}, "recent: 0 are accepted, the sweep has 0 and 32"),
+        ({"dtype": "bfloat16"}, "dtype: float32 is accepted, the sweep has bfloat16"),
+    ],
+)
+def test_sweeps_that_kvpress_cannot_run_are_refused(changes, message):
+    values = {"policies": ("snapkv",), "budgets": (0.5,), "tasks": ("needle",), "sinks": 0, "recent": 0}
+    sweep = SweepConfig(**(values | {"dtype": "float32"} | changes))
+    with pytest.raises(ValueError, match=message):
+        check_kvpress(Path(sys.executable), sweep, sweep.cells())
+
+
+def test_pythons_that_cannot_run_kvpress_are_refused():
+    sweep = SweepConfig(("snapkv",), (0.5,), ("needle",), sinks=0, recent=0, dtype="float32")
+    with pytest.raises(ValueError, match="--kvpress /no/python cannot be run"):
+        check_kvpress(Path("/no/python"), sweep, sweep.cells())
+    with pytest.raises(ValueError, match="--kvpress runs on the CPU; --devices has cuda:0"):
+        Config(Path("sweep.yaml"), devices=["cuda:0"], kvpress=Path("python"))
+    with pytest.raises(ValueError, match="could not run kvpress: "):
+        KvpressRunner(Path(sys.executable), "/no/model", None, parse_cells(["snapkv"], [0.5]), CaseBuilder, [2])
