@@ -67,7 +67,8 @@ def measure(
     with bars.Progress(bars.TextColumn("measuring"), *columns, console=console) as progress:
         bar = progress.add_task("measuring", total=count * len(plan.cells))
         records = evaluate(
-            model, tokenizer, cases, plan.cells, plan.gates, plan.sinks, plan.recent, lambda _: progress.advance(bar)
-        )
+            model, tokenizer, cases, plan.cells, plan.gates, plan.sinks, plan.recent, lambda _: progress.advance(bar),
+            together=8,
+        )  # fmt: skip
     losses = losses_of(records, plan.budgets, config.loss, plan.control.max_loss)
     return Measured([texts[number].name for number in numbers], records, losses)

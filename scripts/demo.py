@@ -228,7 +228,7 @@ def _evaluate(
             place = f"{record.length} tokens, {record.task} {record.index + 1}"
             progress.update(bar, advance=1, description=f"asking ({place})")
 
-        records = evaluate(model, tokenizer, cases, cells, gates, progress=advance, inspect=look)
+        records = evaluate(model, tokenizer, cases, cells, gates, progress=advance, inspect=look, together=8)
         progress.update(bar, description="asked")
     return records
 
