@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tenure.eval import bootstrap_mean, paired_bootstrap, wilson
+from tenure.eval.statistics import holm, stratified_difference, stratified_mean
 
 
 @pytest.mark.parametrize(
@@ -74,3 +75,32 @@ def test_paired_bootstrap_without_a_difference():
     assert difference.low < 0 < difference.high and difference.p_value > 0.05
     with pytest.raises(ValueError, match="got 2 and 1"):
         paired_bootstrap([1.0, 2.0], [1.0])
+
+
+def test_stratified_means_resample_within_the_strata():
+    easy, hard = [1.0] * 40, [0.0] * 10
+    interval = stratified_mean([easy, hard])
+    assert (interval.low, interval.value, interval.high) == (0.5, 0.5, 0.5)  # nothing varies within a stratum
+    values = np.random.default_rng(0).normal(size=(2, 200))
+    interval = stratified_mean([list(values[0] + 9), list(values[1])], seed=3)
+    error = np.sqrt((values[0].var() + values[1].var()) / 200) / 2
+    assert interval.value == pytest.approx((values[0].mean() + 9 + values[1].mean()) / 2)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert interval == stratified_mean([list(values[0] + 9), list(values[1])], seed=3)
+    with pytest.raises(ValueError, match="no values"):
+        stratified_mean([[1.0], []])
+
+
+def test_stratified_differences_have_the_paired_bootstraps_p_value():
+    differences = np.random.default_rng(1).normal(0.25, 1.0, 60)
+    one = stratified_difference([list(differences)])
+    other = paired_bootstrap(list(differences), [0.0] * 60)
+    assert one.value == pytest.approx(other.value) and one.p_value == pytest.approx(other.p_value, abs=0.02)
+    assert stratified_difference([[0.0, 0.0]]).p_value == 1.0
+
+
+def test_holm_has_the_textbooks_values():
+    """Holm 1979's procedure: the smallest is multiplied by 4, the next by 3, and none falls below the one before."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []

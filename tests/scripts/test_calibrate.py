@@ -153,7 +153,7 @@ def test_a_run_over_a_broken_calibration_says_what_to_do(arguments, tmp_path, ca
     ],
 )
 def test_what_cannot_work_is_one_sentence_before_any_work(flags, code, sentence, arguments, capsys, monkeypatch):
-    monkeypatch.setattr("tenure.eval.runner._CaseRunner", None)
+    monkeypatch.setattr("tenure.eval.runner.CaseRunner", None)
     assert calibrate(arguments, "--bound", "0.5", *flags) == code
     _, err = capsys.readouterr()
     assert sentence in " ".join(err.split()).replace("│ ", "").replace(" │", "") and "Traceback" not in err

@@ -177,7 +177,7 @@ def test_quick_only_lowers():
     ],
 )
 def test_what_cannot_work_is_one_sentence_before_any_work(changes, message, config, monkeypatch):
-    monkeypatch.setattr("tenure.eval.runner._CaseRunner", None)  # nothing may get as far as running a case
+    monkeypatch.setattr("tenure.eval.runner.CaseRunner", None)  # nothing may get as far as running a case
     with pytest.raises(ValueError, match=message):
         main(change(config, **changes))
     assert not (config.out / "results.json").exists()

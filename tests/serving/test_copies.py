@@ -72,6 +72,28 @@ def test_a_demand_load_overtakes_a_prefetch_at_a_layer_boundary():
     assert not copies.wait(2, 3.0) and clock() == 10.5, "waiting for nothing takes its time"
 
 
+def test_the_next_time_is_the_end_of_a_copy_and_not_of_a_layer():
+    """A driver that goes there misses nothing: until then no copy ends, whatever link it is on."""
+    clock = VirtualClock()
+    copies = VirtualCopies(clock, {UP: LinkSpeed(100.0, latency_s=0.5), DOWN: LinkSpeed(100.0)})
+    prefetch, other = job(), job(nbytes=900, layers=3, link=DOWN)
+    copies.submit(prefetch)  # 4 layers of 1.5 s
+    copies.submit(other)  # 3 of 3 s
+    assert copies.next_time() == 6.0
+    clock.advance_to(2.0)
+    demand = job(Urgency.DEMAND, nbytes=100, layers=1)
+    copies.submit(demand)
+    assert copies.next_time() == 3.0, "the prefetch makes way there"
+    clock.advance_to(3.0)
+    assert copies.poll() == [] and copies.next_time() == 4.5
+    clock.advance_to(4.5)
+    assert copies.poll() == [demand] and copies.next_time() == 7.5
+    copies.cancel(prefetch)
+    assert copies.next_time() == 6.0, "it stops at its next boundary"
+    clock.advance_to(9.0)
+    assert copies.poll() == [prefetch, other] and copies.next_time() is None
+
+
 def test_promoting_and_cancelling_on_a_virtual_clock():
     clock = VirtualClock()
     copies = VirtualCopies(clock, {UP: LinkSpeed(100.0)})

@@ -206,6 +206,28 @@ def test_first_passages_solve_the_linear_system(seed, count):
             assert getattr(passage.after, name)[:, target] == pytest.approx(q, abs=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_expected_visits_give_what_rounds_give(seed):
+    """Graphs without forks: with endless cycles, calls that take no time, dead ends, and edges into a join."""
+    draws = random.Random(seed)
+    count = draws.randrange(2, 9)
+    is_and = [draws.random() < 0.2 for _ in range(count)]
+    branches: list[dict[int, float]] = []
+    for _ in range(count):
+        ways = draws.sample(range(count), draws.randrange(min(4, count)))
+        branches.append({way: 1 / len(ways) for way in ways})  # one way alone is a sure one
+    legs = np.array([draws.choice([1.0, draws.uniform(0.5, 0.99)]) for _ in range(count)])
+    passage = FirstPassage(branches, is_and, legs)
+    choice = np.zeros((count, passage.targets))
+    for agent, row in enumerate(branches):
+        for way, probability in row.items():
+            choice[agent, passage.gates[way][agent] if is_and[way] else way] = probability
+    direct, rounds = passage._by_visits(choice), passage._by_rounds(choice, np.zeros((count, 0), dtype=np.int64))
+    for name in ("reach", "reuse"):
+        assert getattr(direct, name) == pytest.approx(getattr(rounds, name), abs=2e-5)
+        assert getattr(passage.onward, name) == pytest.approx(getattr(direct, name), abs=0)
+
+
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_chances_are_chances(seed):

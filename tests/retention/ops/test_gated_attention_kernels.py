@@ -130,11 +130,11 @@ def test_autocast_decides_the_dtype(device) -> None:
 def test_ops_are_well_formed(device) -> None:
     tensors, segments = inputs(5, (2, 1), (8, 8), device, batch=1), Segments.whole(1, 5, device)
     start, end = segments.bounds
-    torch.library.opcheck(forward_op, (*tensors, start, end, 0.3))
+    torch.library.opcheck(forward_op, (*tensors, start, end, 0.3, True))
     plain = tuple(x.detach() for x in tensors)
-    output, lse = forward_op(*plain, start, end, 0.3)
+    output, lse = forward_op(*plain, start, end, 0.3, True)
     for with_query in (True, False):
-        arguments = (torch.randn_like(output), *plain, start, end, output, lse, 0.3, with_query)
+        arguments = (torch.randn_like(output), *plain, start, end, output, lse, 0.3, True, with_query)
         torch.library.opcheck(backward_op, arguments)
 
 

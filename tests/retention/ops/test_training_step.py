@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tenure.retention import RetentionGates
+from tenure.retention import RetentionGates, SoftEviction
 from tenure.retention.ops import gated_attention_triton, occupancy_triton
 from tenure.training import Batch, GateObjective
 
@@ -46,6 +48,32 @@ def test_a_step_is_the_same(packed, samples, tiny_model, device, monkeypatch: py
         found[kernels] = [losses.total, losses.ntp, losses.kl, losses.capacity, losses.occupancy, *gradients]
         assert sorted(launched) == ([] if kernels == "reference" else ["gated_attention"] * 2 + ["occupancy"])
     assert found["triton"][3] > 0
+    for ours, reference in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-4, atol=2e-6)
+        assert reference.abs().sum() > 0
+
+
+@pytest.mark.parametrize("evictions", [(), (SoftEviction(0.4, sinks=1, recent=2),)])
+def test_a_step_after_prompts_is_the_same(evictions, tiny_model, device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose prompts are read once and decay, or are evicted: no other attention runs under gates."""
+    launched: list[bool] = []
+    real = gated_attention_triton.attention_after
+    counting = lambda *a, **k: launched.append(True) or real(*a, **k)  # noqa: E731
+    monkeypatch.setattr(gated_attention_triton, "attention_after", counting)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny_model("qwen3", **sizes).to(device)
+    rows = batch(False, device)
+    rows.loss_mask[:, :14] = False
+    rows = replace(rows, prompt_tokens=(13, 7))
+    found = {}
+    for kernels in ("reference", "triton"):
+        monkeypatch.setenv("TENURE_KERNELS", kernels)
+        torch.manual_seed(3)
+        gates = RetentionGates.for_model(model, gate_width=16, initial_bias=1.0, init_std=0.4).to(device)
+        losses = GateObjective(model, gates, budget=3, samples=None, evictions=evictions)(rows)
+        losses.total.backward()
+        found[kernels] = [losses.total, losses.ntp, losses.kl, *(p.grad for p in gates.parameters())]
+        assert len(launched) == (0 if kernels == "reference" else 4)
     for ours, reference in zip(found["triton"], found["reference"], strict=True):
         torch.testing.assert_close(ours, reference, rtol=2e-4, atol=2e-6)
         assert reference.abs().sum() > 0

@@ -237,6 +237,26 @@ def test_an_agent_comes_into_sight_with_time_alone(make_driver, ring, prompt_of)
     assert driver.cached(prompt_of("a")) == 20
 
 
+def test_what_is_out_of_sight_by_a_rounding_error_does_not_stop_the_clock(make_driver, prompt_of):
+    """Expected seconds stand still between two readings of the graph, so a look at the same time would be the same."""
+    from tenure.serving import AgentSpec, EdgeSpec, WorkflowSpec
+
+    driver = make_driver("expected_time", device=90, prefetch=PrefetchLimits(look_ahead_s=7.0))
+    warm(driver, prompt_of, ["a", "b"])
+    agents = [AgentSpec("a", call_s=7.0, call_spread_s=0.0), AgentSpec("b")]
+    driver.system.graph.add_workflow(WorkflowSpec("ring", agents, [EdgeSpec("a", "b")]))
+    driver.system.graph["ring"].start("a")
+    assert 7.0 < driver.system.graph.seconds("b") < 7.000001
+    prefetcher = driver.system.prefetcher
+    prefetcher.changed(["b"])
+    due = prefetcher.next_time()
+    assert due is None or due > driver.clock() + 0.01
+    driver.begin()
+    driver.clock.advance_to(driver.clock() + 1)
+    driver.begin()
+    assert driver.cached(prompt_of("b")) == 20
+
+
 class Failing(VirtualCopies):
     def copy_layer(self, job):
         if job.target is Tier.DEVICE:

@@ -1,0 +1,87 @@
+"""The report's tables as Markdown, to stand in other pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..cells import NO_SCOPE
+from .compare import Difference
+from .load import Run
+from .numbers import Point, Setting, is_full, method_label, settings_of
+from .tables import between, kept, short_names, signed
+from .words import budget_name, intervals_note, run_line, significant_line
+
+FULL = ("full", NO_SCOPE)
+
+
+def report_markdown(runs: Sequence[Run], differences: Sequence[Difference]) -> str:
+    """Accuracy and KL of every policy and budget, each task, and the differences of two runs."""
+    parts = [f"# {' and '.join(run.name for run in runs)}"]
+    if differences:
+        parts += ["## Differences", significant_line(differences), _differences(runs, differences)]
+    for run in runs:
+        note = f"{intervals_note()} Bold: the best at this budget, or tied with it."
+        parts += [f"## {run.name}", run_line(run), note]
+        if run.units is not None and run.done < run.units:
+            parts.append(f"Not finished: {run.done} of {run.units} cases.")
+        for setting in settings_of(run.records):
+            parts += [f"### {setting.title}", _means(setting)]
+            parts += [text for budget in setting.budgets for text in (f"#### {kept(budget)}", _tasks(setting, budget))]
+        if run.failures:
+            parts += ["### Failures", "\n".join(f"* {one.name}: {one.error}" for one in run.failures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _means(setting: Setting) -> str:
+    """Accuracy with its interval and KL, policies down and budgets across."""
+
+    def cell(point: Point | None) -> str:
+        if point is None:
+            return "–"
+        text = f"{point.accuracy.value:.2f} [{between(point.accuracy)}]"
+        text = f"**{text}**" if point.ahead else text
+        return text if point.kl is None else f"{text}, KL {point.kl.value:.3f}"
+
+    budgets = setting.budgets or (1.0,)
+    rows = [["policy", *map(kept, budgets)], ["---"] * (1 + len(budgets))]
+    for method in setting.methods:
+        points = [setting.point(method, budget) for budget in budgets]
+        cells = [cell(points[0]), *[""] * (len(budgets) - 1)] if is_full(method) else list(map(cell, points))
+        rows.append([method_label(method), *cells])
+    return _table(rows)
+
+
+def _tasks(setting: Setting, budget: float | int) -> str:
+    rows = [["policy", *setting.tasks], ["---"] * (1 + len(setting.tasks))]
+    for method in setting.methods:
+        point = setting.point(method, budget)
+        if point is not None:
+            cells = [_task(point, task) for task in setting.tasks]
+            rows.append([method_label(method), *cells])
+    return _table(rows)
+
+
+def _task(point: Point, task: str) -> str:
+    found = point.tasks.get(task)
+    if found is None:
+        return "–"
+    text = f"{found.value:.2f} [{between(found)}]"
+    return f"**{text}**" if task in point.tasks_ahead else text
+
+
+def _differences(runs: Sequence[Run], found: Sequence[Difference]) -> str:
+    names = ["policy", "kept", "cases", *short_names(runs), "difference", "95 %", "p", "p (Holm)", "KL difference"]
+    rows = [names, ["---"] * len(names)]
+    for one in found:
+        change = one.accuracy
+        star = " *" if one.significant else ""
+        kl = "–" if one.kl is None else f"{one.kl.value:+.4f} ({signed(one.kl, 4)})"
+        rows.append([
+            method_label(one.method), budget_name(one), str(one.cases), f"{one.before:.3f}", f"{one.after:.3f}",
+            f"{change.value:+.3f}{star}", signed(change), f"{change.p_value:.4f}", f"{one.holm:.4f}", kl,
+        ])  # fmt: skip
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows)

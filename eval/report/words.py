@@ -1,0 +1,76 @@
+"""Sentences and facts that the page and the Markdown share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .compare import Difference
+from .load import Run
+from .numbers import SEED, method_label
+
+
+def run_line(run: Run) -> str:
+    """One line about a run: model, device, versions, how much there is."""
+    settings = run.settings
+    model = settings.get("model", "")
+    name = model.get("id", "") if isinstance(model, Mapping) else str(model)
+    versions = settings.get("versions", {})
+    parts = [
+        ", ".join(filter(None, [name, str(settings.get("dtype", "")), str(settings.get("device", ""))])),
+        f"{run.done} cases, {len(run.records):,} records",
+        ", ".join(f"{key} {value}" for key, value in versions.items()),
+    ]
+    return "; ".join(filter(None, parts)) + "."
+
+
+def intervals_note() -> str:
+    return (
+        "Accuracy is the mean of the tasks' mean scores. Intervals are 95 %: the bootstrap's over cases within the "
+        f"tasks (2000 resamples, seed {SEED}); of a single task, Wilson's if every answer is right or wrong."
+    )
+
+
+def significant_line(differences: Sequence[Difference]) -> str:
+    """Which accuracies differ."""
+    found = [one for one in differences if one.significant]
+    if not found:
+        return f"No accuracy differs significantly: all {len(differences)} intervals hold 0."
+    names = [f"{method_label(one.method)} at {budget_name(one)} ({one.accuracy.value:+.2f})" for one in found]
+    kept = sum(one.holm < 0.05 for one in found)
+    return (
+        f"{len(found)} of {len(differences)} accuracies differ (their interval leaves out 0), {kept} of them also "
+        f"after Holm's correction: {'; '.join(names)}."
+    )
+
+
+def budget_name(one: Difference) -> str:
+    from ..summary import budget_text
+
+    return budget_text(one.budget) + (", question-aware" if one.aware else "")
+
+
+def facts_of(run: Run) -> list[tuple[str, str]]:
+    """Settings and sessions, flat, as (name, value), without the list of cells, which follows from the others."""
+    settings = {name: value for name, value in run.settings.items() if name != "cells"}
+    facts = list(_flat(settings))
+    for number, session in enumerate(run.sessions, 1):
+        facts += _flat(session, f"session {number}: ")
+    return facts
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            facts += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            facts.append((prefix + name, ", ".join(map(_plain, value)) or "–"))
+        else:
+            facts.append((prefix + name, _plain(value)))
+    return facts
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

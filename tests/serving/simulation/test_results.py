@@ -1,0 +1,92 @@
+"""Numbers of a run, ratios of a study, and what the driver refuses to hide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tenure.serving.simulation.clients import clients_of
+from tenure.serving.simulation.draws import Spread
+from tenure.serving.simulation.driver import Driver
+from tenure.serving.simulation.results import Before, outcome_of, quantile, row_of
+from tenure.serving.simulation.simulate import answer_seconds, simulate
+from tenure.serving.simulation.sources import ClientCalls, WarmUp
+from tenure.serving.simulation.study import Question, run_study
+
+
+def test_quantiles_are_values_that_occurred() -> None:
+    values = [5.0, 1.0, 3.0, 2.0, 4.0]
+    assert [quantile(values, share) for share in (0.0, 0.2, 0.5, 0.99, 1.0)] == [1.0, 1.0, 3.0, 5.0, 5.0]
+    assert quantile(list(map(float, range(1, 201))), 0.99) == 198.0
+    assert quantile([], 0.5) == 0.0
+
+
+def test_hostile_calls_are_in_the_run_and_not_in_its_numbers(small) -> None:
+    machine = small.machine(6, running=8)
+    workload = small.workload(workflows=1, agents=3, rounds=3, adversaries=1)
+    system, clock = machine.build("lru_reactive")
+    clients = clients_of(workload, 0)
+    before = Before.read(Driver(machine, system, clock).run(WarmUp(clients)))
+    run = Driver(machine, system, clock).run(ClientCalls(clients, answer_seconds(machine)))
+    honest, everybody = outcome_of(run, before), outcome_of(run, before, honest=False)
+    assert (honest.calls, everybody.calls) == (9, 18) and len(run.ended) == 18
+    own = [ended for ended in run.ended if ended.request.client == "honest"]
+    assert honest.makespan_s == max(ended.times.ended for ended in own) - run.begin_s
+    assert honest.call_s == pytest.approx(sum(e.times.ended - e.times.arrived for e in own) / 9)
+    assert honest.events == everybody.events == run.events
+
+
+def test_what_is_wasted_is_what_nobody_used(small) -> None:
+    """With a graph that is always wrong, most of what a prefetch brings is for nothing; with a true one, nothing."""
+    machine = small.machine(4)
+    true = simulate(machine, small.workload(), "ste_prefetch")
+    wrong = simulate(machine, small.workload(mispredicted=1.0), "ste_prefetch")
+    assert wrong.bytes_wasted > 0.3 * wrong.bytes_moved > 0
+    assert true.bytes_wasted < 0.05 * true.bytes_moved
+    reactive = simulate(machine, small.workload(mispredicted=1.0), "lru_reactive")
+    assert reactive.bytes_wasted == 0.0
+
+
+def test_a_row_has_means_over_the_seeds(small) -> None:
+    workload = small.workload(rounds=2, tool_s=Spread(0.2, "exponential"))
+    outcomes = [simulate(small.machine(3), workload, "ste", seed) for seed in (0, 1)]
+    row = row_of("here", "ste", outcomes, 1.25, 2.0)
+    assert row.makespan_s == pytest.approx((outcomes[0].makespan_s + outcomes[1].makespan_s) / 2)
+    assert (row.name, row.policy, row.ratio, row.paper_ratio) == ("here", "ste", 1.25, 2.0)
+    assert row.bytes_moved == sum(outcome.bytes_moved for outcome in outcomes) / 2
+
+
+def test_a_study_compares_seed_by_seed_and_names_who_is_harmed(small) -> None:
+    workload = small.workload(agents=5, rounds=3)
+    question = Question("room", {"as it is": {}, "half as long": {"rounds": 2}})
+    machine = small.machine(3, bytes_per_s=4e6)
+    points = list(run_study(machine, workload, [question], ("ste_prefetch", "lru"), "lru_reactive", (0, 1)))
+    assert [(point.value, point.policy) for point in points[:3]] == [
+        ("as it is", "lru_reactive"), ("as it is", "ste_prefetch"), ("as it is", "lru"),
+    ]  # fmt: skip
+    base, ours, alone = points[:3]
+    ratios = [one.call_s / other.call_s for one, other in zip(base.outcomes, ours.outcomes, strict=True)]
+    assert ours.ratio == pytest.approx(sum(ratios) / 2) and ours.worst == min(ratios)
+    assert not base.harmed and not ours.harmed and alone.harmed, "computing every prompt anew is slower than loading"
+    assert replace(ours, ratio=0.97).harmed is False and replace(ours, ratio=0.969).harmed is True
+    assert points[3].outcomes[0].calls == 10 and points[0].outcomes[0].calls == 15
+
+
+def test_a_request_that_never_ends_is_an_error_and_not_an_endless_loop(small) -> None:
+    machine = small.machine(4)
+    system, clock = machine.build("lru")
+    driver = Driver(machine, system, clock)
+    source = WarmUp(clients_of(small.workload(agents=2), 0))
+    system.scheduler.cancel("warm/workflow0/agent0")  # nothing of that name yet
+    begin = source.begin
+
+    def cancelled(of):
+        asks = begin(of)
+        driver.scheduler.submit(asks[0][1].request)
+        driver.scheduler.cancel(asks[0][1].request.id)
+        return []
+
+    source.begin = cancelled
+    with pytest.raises(RuntimeError, match="'warm/workflow0/agent0' ended as cancelled: the request was cancelled"):
+        driver.run(source)
