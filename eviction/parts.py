@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from .layer import RaggedLayer
+from .paged import PagedStore
 from .restore import restore
 
 if TYPE_CHECKING:
     from .cache import RaggedCache
     from .session import Session
+    from .store import SegmentStore
 
 Part = dict[str, torch.Tensor]
 
@@ -40,32 +42,49 @@ def check_parts(session: Session) -> None:
         )
 
 
-def part_of(cache: RaggedCache, start: int, stop: int) -> Part:
-    """The KV of the tokens [start, stop) of a cache with one row that has evicted nothing; the caller owns it.
+def part_of(cache: RaggedCache, start: int, stop: int, row: int | None = None) -> Part:
+    """The KV of the tokens [start, stop) of a row that has evicted nothing; the caller owns it.
+
+    Args:
+        row: which; None if the cache has one.
 
     Returns:
         By name, `layers.I.key`, `.value` and the session's per-entry states, e.g. `.log_beta`: each
         `(1, num_kv_heads, stop - start, dim)`, dim 1 for states, which are fp32.
     Raises:
-        ValueError: several rows, evicted entries, or tokens that the cache has not seen.
+        ValueError: several rows and none is named, evicted entries, or tokens that the row has not seen.
     """
-    tokens = cache.tokens_seen.tolist()
-    if len(tokens) != 1 or cache.columns_seen != tokens[0]:
-        raise ValueError(f"got a cache of {len(tokens)} rows and {cache.columns_seen} columns; accepted: one, unpadded")
-    if not 0 <= start < stop <= tokens[0]:
-        raise ValueError(f"got the tokens [{start}, {stop}); accepted: some of the {tokens[0]} that the cache has seen")
+    rows = cache.tokens_seen.tolist()
+    if row is None and len(rows) != 1:
+        raise ValueError(f"got a cache of {len(rows)} rows; accepted: one, or the number of the row")
+    row = row or 0
+    if not 0 <= row < len(rows):
+        raise ValueError(f"got row {row}; accepted: 0 to {len(rows) - 1}")
+    tokens = rows[row]
+    if not 0 <= start < stop <= tokens:
+        raise ValueError(f"got the tokens [{start}, {stop}); accepted: some of the {tokens} that the row has seen")
     part: Part = {}
     for layer in cache.ragged:
         store = layer.store
         if store is None:
             continue
-        if any(length != tokens[0] for length in store.lengths):
+        heads = store.num_kv_heads
+        if any(length != tokens for length in store.lengths[row * heads : (row + 1) * heads]):
             raise ValueError("the cache has evicted entries: export it as a whole")
-        for name, buffer in store.buffers.items():
-            if name != "position":
-                dense = store.dense(buffer)[:, :, start:stop]
-                part[f"layers.{layer.layer_idx}.{name}"] = (dense.unsqueeze(3) if dense.ndim == 3 else dense).clone()
+        for name, entries in _cut(store, row, start, stop).items():
+            part[f"layers.{layer.layer_idx}.{name}"] = entries.view(1, heads, stop - start, -1)
     return part
+
+
+def _cut(store: SegmentStore, row: int, start: int, stop: int) -> dict[str, torch.Tensor]:
+    """Contiguous copies `(num_kv_heads * (stop - start), …)` of entries of all heads of a row, positions apart."""
+    from .ops.copies import entries_at
+
+    buffers = {name: buffer for name, buffer in store.buffers.items() if name != "position"}
+    slots = store.dense_index()[0][row, :, start:stop].flatten()
+    if isinstance(store, PagedStore):
+        return entries_at(buffers, slots)
+    return {name: buffer[slots] for name, buffer in buffers.items()}
 
 
 def cache_of(session: Session, parts: Sequence[Mapping[str, torch.Tensor]]) -> RaggedCache:

@@ -11,6 +11,7 @@ import torch
 
 from ..eviction import get_policy, policy_text
 from ..retention.seams import end_tokens
+from .decoding import DecodeBatch
 from .eviction import Room
 from .prompt_kv import Compression, PromptKV
 from .scheduling import Decode, Ended, Keep, Prefill, Request
@@ -30,7 +31,7 @@ def greedy(request: Request, logits: torch.Tensor) -> int:
 
 
 class Engine:
-    """Computes what the scheduler hands out, one request after the other, and ends what has been answered.
+    """Computes what the scheduler hands out, prompts one by one and answers together, and ends what is answered.
 
     The tokens of an answer are those that the model gives without any cache, up to the rounding of a prompt computed in
     pieces: what is reused is what was computed, wherever it has been meanwhile.
@@ -64,7 +65,8 @@ class Engine:
         if compression is not None:
             session.require_recorded(get_policy(compression.policy))
         self._ends = end_tokens(session.model)
-        self._caches: dict[str, RaggedCache] = {}
+        self._caches: dict[str, RaggedCache] = {}  # of prompts, until they are decoded
+        self._answering = DecodeBatch(session)
         self._compressed: dict[str, TensorPayload] = {}
 
     def submit(self, request: Request) -> None:
@@ -124,8 +126,10 @@ class Engine:
                 scheduler.wait(patience_s)
             return ended
         try:
-            for item in (*work.prefills, *work.decodes):
-                self._run(item)
+            for item in work.prefills:
+                self._run(item, lambda item=item: self._prefill(item))
+            if work.decodes:
+                self._decode(work.decodes)
         except BaseException as error:
             scheduler.complete(work, error=error)
             raise
@@ -143,19 +147,18 @@ class Engine:
         for each in ended:
             self._caches.pop(each.request.id, None)
             self._compressed.pop(each.request.id, None)
+        if not len(self.system.scheduler):
+            self._answering.clear()
         return ended
 
-    @torch.no_grad()
-    def _run(self, item: Prefill | Decode) -> None:
+    def _run(self, item: Prefill | Decode, call: Callable[[], None]) -> None:
         try:
-            if isinstance(item, Prefill):
-                self._prefill(item)
-            else:
-                self._decode(item)
+            call()
         except Exception as error:
             logger.warning("request %r failed: %r", item.request.id, error)
             item.error = error
 
+    @torch.no_grad()
     def _prefill(self, item: Prefill) -> None:
         request = item.request
         if item.first:
@@ -177,14 +180,31 @@ class Engine:
             token = self.choose(request, logits)
             item.tokens, item.finished = [token], token in self._ends
 
-    def _decode(self, item: Decode) -> None:
-        cache, request = self._caches[item.request.id], item.request
-        last = item.entry.tokens[-1]
-        token = self.choose(request, self.kv.forward(cache, [last]))
+    def _decode(self, items: Sequence[Decode]) -> None:
+        """A token for each of `items`; if the model fails, all of them have."""
+        of = {item.request.id: item for item in items}
+        batch = self._answering
+        try:
+            rows = list(batch.arrange(list(of), self._caches))
+            for one in rows:
+                self._caches.pop(one, None)
+            logits = batch.step([of[one].entry.tokens[-1] for one in rows])
+        except Exception as error:
+            logger.warning("requests %s failed: %r", ", ".join(map(repr, of)), error)
+            batch.clear()
+            for item in items:
+                item.error = error
+            return
+        for row, one in enumerate(rows):
+            self._run(of[one], lambda item=of[one], row=row: self._take(item, logits[row], row))
+
+    def _take(self, item: Decode, logits: torch.Tensor, row: int) -> None:
+        token = self.choose(item.request, logits)
         item.tokens, item.finished = [token], token in self._ends
         span = item.store_span()
         if span is not None:
-            item.payload = self.kv.plain(cache, *span)
+            assert self._answering.cache is not None, "it has just been extended"
+            item.payload = self.kv.plain(self._answering.cache, *span, row=row)
 
     def _namespace(self, namespace: Hashable, boundary: int) -> Hashable:
         """Keeps apart what was compressed in another way, or together with other tokens."""

@@ -64,14 +64,14 @@ class PromptKV:
             for layer in self.session.new_cache().ragged
         )
 
-    def plain(self, cache: RaggedCache, start: int, stop: int) -> TensorPayload:
-        """The KV of the tokens [start, stop); ValueError if `cache` has evicted something."""
-        return TensorPayload(part_of(cache, start, stop), stop - start, token_dim=-2)
+    def plain(self, cache: RaggedCache, start: int, stop: int, row: int | None = None) -> TensorPayload:
+        """The KV of the tokens [start, stop) of a row, see `part_of`; ValueError if it has evicted something."""
+        return TensorPayload(part_of(cache, start, stop, row), stop - start, token_dim=-2)
 
     def compressed(self, cache: RaggedCache) -> TensorPayload:
         """Everything that `cache` holds of the tokens it has seen."""
         header, tensors = export_cache(cache)
-        owned = {name: value.clone() for name, value in tensors.items()}
+        owned = {name: value if ".entries." in name else value.clone() for name, value in tensors.items()}
         text = json.dumps(header, separators=(",", ":")).encode()
         owned[HEADER] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.session.model.device)
         return TensorPayload(owned, cache.columns_seen, token_dim=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...retention.ops.compiling import Constant, KernelCase
-from . import decode, defensive, pages, select, value_norms
+from . import copies, decode, decode_kernels, defensive, defensive_kernels, pages, pages_kernels, select, value_norms
 
 # Query heads, key/value heads and numbers of a head are the same in both; the width of the hidden states differs.
 MODELS = {"Qwen3-4B": 2560, "Llama-3.1-8B": 4096}
@@ -23,6 +23,7 @@ def compile_cases() -> list[KernelCase]:
     for model in MODELS:
         cases += _decode_cases(model)
         cases += _page_cases(model)
+        cases += _copy_cases(model)
         cases += _select_cases(model)
         cases += _defensive_cases(model)
     return cases
@@ -49,11 +50,11 @@ def _decode_cases(model: str) -> list[KernelCase]:
         }  # fmt: skip
         divisible = ("width", "query_row", "query_head", "query_token")
         name = f"ragged decode, q={q_len}, pages of {page}"
-        cases.append(KernelCase(name, decode.attend_piece, attend, divisible=divisible, shape=model, **options))
+        cases.append(KernelCase(name, decode_kernels.attend_piece, attend, divisible=divisible, shape=model, **options))
         if page == 16:
             merge = {"partial": "*fp32", "log_sum": "*fp32", "lengths": "*i32", "out": MODEL_DTYPE, "tiles": "i32",
                      "MERGED": decode.MERGED, **shared}  # fmt: skip
-            cases.append(KernelCase(f"ragged decode merge, q={q_len}", decode.merge_pieces, merge, shape=model))
+            cases.append(KernelCase(f"ragged decode merge, q={q_len}", decode_kernels.merge_pieces, merge, shape=model))
     return cases
 
 
@@ -74,17 +75,30 @@ def _page_cases(model: str) -> list[KernelCase]:
     back = {"plan": "*i32", "table": "*i32", "free": "*i32", "segments": "i32", "width": "i32", "BLOCK": pages.OWNED}
     numbers = {"numbers": "*fp32", "pages": "*fp32", **written}
     kernels = [
-        ("append, plan", pages.plan_append, {"added": "*i32", **planned, **page, **lane}, ()),
-        ("append one token", pages.write_new, {"BLOCK": 1, **new}, (*strides, "width")),
-        ("append a prompt", pages.write_new, {"BLOCK": pages.COLUMNS, **new}, (*strides, "width", "n")),
-        ("append one state", pages.write_numbers, {"BLOCK": 1, **numbers}, ("width",)),
-        ("append a prompt's states", pages.write_numbers, {"BLOCK": 64, **numbers}, ("width", "n")),
-        ("compaction, keys or values", pages.move_kept, {**moved, **whole}, ("width", "n")),
-        ("compaction, positions or states", pages.move_kept, {**moved, **single}, ("width", "n")),
-        ("release, plan", pages.plan_release, {"shorter": "*i32", **planned, **page, **lane}, ()),
-        ("release", pages.give_back, back, ("width",)),
+        ("append, plan", pages_kernels.plan_append, {"added": "*i32", **planned, **page, **lane}, ()),
+        ("append one token", pages_kernels.write_new, {"BLOCK": 1, **new}, (*strides, "width")),
+        ("append a prompt", pages_kernels.write_new, {"BLOCK": pages.COLUMNS, **new}, (*strides, "width", "n")),
+        ("append one state", pages_kernels.write_numbers, {"BLOCK": 1, **numbers}, ("width",)),
+        ("append a prompt's states", pages_kernels.write_numbers, {"BLOCK": 64, **numbers}, ("width", "n")),
+        ("compaction, keys or values", pages_kernels.move_kept, {**moved, **whole}, ("width", "n")),
+        ("compaction, positions or states", pages_kernels.move_kept, {**moved, **single}, ("width", "n")),
+        ("release, plan", pages_kernels.plan_release, {"shorter": "*i32", **planned, **page, **lane}, ()),
+        ("release", pages_kernels.give_back, back, ("width",)),
     ]
     return [KernelCase(name, kernel, given, divisible=even, shape=model) for name, kernel, given, even in kernels]
+
+
+def _copy_cases(model: str) -> list[KernelCase]:
+    """Keys, values, positions and log β of a layer: out of pages, into pages, and from pages to pages."""
+    widths = (DIM // 2, DIM // 2, 1, 1)  # words of 4 bytes
+    fixed = {"sources": ("*i32",) * 4, "targets": ("*i32",) * 4, "count": "i32", "WIDTHS": widths}
+    fixed |= copies.tile_sizes(widths)
+    slots = {"gather": ("*i64", None), "scatter": (None, "*i64"), "new layout": ("*i64", "*i64")}
+    return [
+        KernelCase(f"tier copies, {name}", copies.move_words, {**fixed, "source_slots": source, "target_slots": target},
+                   num_stages=3, shape=model)
+        for name, (source, target) in slots.items()
+    ]  # fmt: skip
 
 
 def _select_cases(model: str) -> list[KernelCase]:
@@ -123,10 +137,10 @@ def _defensive_cases(model: str) -> list[KernelCase]:
     }  # fmt: skip
     finish = {"sums": "*fp32", "scales": "*fp32", "splits": "i32", "ROWS": defensive.ROWS}
     kernels = [
-        ("defensive, first pass", defensive.sum_rows, first, options, even),
-        ("defensive, merge", defensive.finish_rows, finish, {"num_warps": 4, "num_stages": 3}, ()),
-        ("defensive, worst case", defensive.take_worst, {"mean": None, **worst}, options, even),
-        ("defensive, worst case and mean", defensive.take_worst, {"mean": "*fp32", **worst}, options, even),
+        ("defensive, first pass", defensive_kernels.sum_rows, first, options, even),
+        ("defensive, merge", defensive_kernels.finish_rows, finish, {"num_warps": 4, "num_stages": 3}, ()),
+        ("defensive, worst case", defensive_kernels.take_worst, {"mean": None, **worst}, options, even),
+        ("defensive, worst case and mean", defensive_kernels.take_worst, {"mean": "*fp32", **worst}, options, even),
         ("value norms", value_norms.project_norms, norms, weights, (*strides, "n", "hidden")),
     ]
     return [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..policies.aggregation import pool_and_renormalise, worst_case
@@ -102,6 +104,19 @@ def release_pages(
         free[top : top + len(gone)] = gone
         lengths[segment], top = new, top + len(gone)
     counters[0] = top
+
+
+def copy_entries(
+    sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], source_slots: torch.Tensor | None,
+    target_slots: torch.Tensor | None, count: int,
+) -> None:  # fmt: skip
+    """Same contract as `eviction.ops.copies.copy_entries`."""
+    for source, target in zip(sources, targets, strict=True):
+        chosen = source[:count] if source_slots is None else source.index_select(0, source_slots)
+        if target_slots is None:
+            target[:count] = chosen
+        else:
+            target.index_copy_(0, target_slots.long(), chosen)
 
 
 def ragged_decode(

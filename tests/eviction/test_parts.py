@@ -42,6 +42,24 @@ def test_parts_of_two_prompts_make_a_third(any_tiny_model, family, gates_for, pr
 
 
 @torch.no_grad()
+def test_a_row_of_a_padded_stack_is_cut_as_if_it_were_alone(tiny_llama, gates_for, prompt):
+    with evict(tiny_llama, "full", gates=gates_for(tiny_llama), observe=["retention"]) as session:
+        caches = [session.new_cache(), session.new_cache()]
+        for length, cache in zip((30, 17), caches, strict=True):
+            tiny_llama(prompt(1, length), past_key_values=cache)
+        stacked = session.stack(caches)
+        for row, cache in enumerate(caches):
+            part, alone = part_of(stacked, 5, 17, row), part_of(cache, 5, 17)
+            assert part.keys() == alone.keys()
+            assert all(torch.equal(tensor, alone[name]) for name, tensor in part.items())
+        caches[1].compress("retention", 0.5)
+        stacked = session.stack(caches)
+        assert part_of(stacked, 0, 30, 0).keys() == alone.keys(), "the other row's evictions do not matter"
+        with pytest.raises(ValueError, match="has evicted entries"):
+            part_of(stacked, 0, 4, 1)
+
+
+@torch.no_grad()
 def test_what_cannot_be_cut_is_refused(tiny_llama, gates_for, prompt):
     with evict(tiny_llama, "full", gates=gates_for(tiny_llama), observe=["retention"]) as session:
         cache, padded = session.new_cache(), session.new_cache()
@@ -53,8 +71,10 @@ def test_what_cannot_be_cut_is_refused(tiny_llama, gates_for, prompt):
         with pytest.raises(ValueError, match="has evicted entries: export it as a whole"):
             part_of(cache, 0, 4)
         tiny_llama(prompt(2, 9), past_key_values=padded)
-        with pytest.raises(ValueError, match="got a cache of 2 rows"):
+        with pytest.raises(ValueError, match="got a cache of 2 rows; accepted: one, or the number of the row"):
             part_of(padded, 0, 4)
+        with pytest.raises(ValueError, match="got row 2; accepted: 0 to 1"):
+            part_of(padded, 0, 4, row=2)
         del part["layers.1.log_beta"]
         with pytest.raises(ValueError, match=r"got 1 parts that differ .* in layers\.1\.log_beta"):
             cache_of(session, [part])

@@ -25,6 +25,7 @@ from tenure.serving import (
     build_system,
     system_names,
 )
+from tenure.serving.decoding import DecodeBatch
 from tenure.serving.engine import Compression, Engine
 from tenure.serving.pools import Pool
 from tenure.serving.prompt_kv import PromptKV
@@ -134,8 +135,11 @@ def test_answers_are_those_without_a_cache(session, name, how, tmp_path):
 
 
 @pytest.mark.parametrize("how", [None, RETENTION], ids=["plain", "compressed"])
-def test_requests_that_run_together_do_not_disturb_each_other(session, how):
-    """Also while some are cancelled at any point."""
+def test_requests_that_run_together_do_not_disturb_each_other(session, how, monkeypatch):
+    """Also while some are cancelled at any point: they leave the rows of a cache that others stay in."""
+    widths = []
+    step = DecodeBatch.step
+    monkeypatch.setattr(DecodeBatch, "step", lambda self, tokens: widths.append(len(tokens)) or step(self, tokens))
     engine = make_engine(session, "expected_time", how, prompts=6.0)
     wanted = {f"call{n}": answer_without_cache(session, prompt, how) for n, (_, prompt) in enumerate(calls())}
     for number, (agent, prompt) in enumerate(calls()):
@@ -148,6 +152,7 @@ def test_requests_that_run_together_do_not_disturb_each_other(session, how):
         if len(ended) == len(wanted):
             break
     assert {each.request.id for each in ended} == set(wanted) and len(ended) == len(wanted)
+    assert max(widths) >= 3, "answers are decoded together"
     outcomes = {each.outcome for each in ended}
     assert outcomes == {RequestOutcome.ANSWERED, RequestOutcome.CANCELLED}
     for each in ended:
@@ -155,6 +160,45 @@ def test_requests_that_run_together_do_not_disturb_each_other(session, how):
             assert each.tokens == wanted[each.request.id]
         else:
             assert each.tokens == wanted[each.request.id][: len(each.tokens)]
+    close(engine)
+
+
+def test_answers_that_were_decoded_together_are_stored(session):
+    """Prompts of different lengths; a request that goes on from prompt and answer finds both."""
+    engine = make_engine(session, "lru_reactive", prompts=20.0)
+    prompts = [fixed_prompt(agent) + tokens(50 + agent, 9 + 5 * agent) for agent in range(3)]
+    for number, prompt in enumerate(prompts):
+        engine.submit(Request(f"first{number}", prompt, 12))
+    answers = {each.request.id: each.tokens for each in engine.run()}
+    for number, prompt in enumerate(prompts):
+        known = prompt + answers[f"first{number}"]
+        longer = known + tokens(60 + number, 7)
+        engine.submit(Request(f"second{number}", longer, ANSWER))
+        (ended,) = engine.run()
+        assert ended.cached_tokens >= (len(known) - 1) // PAGE * PAGE > len(prompt)
+        assert ended.tokens == answer_without_cache(session, longer, None)
+    close(engine)
+
+
+def test_a_failing_model_ends_those_that_were_decoded_together(session, monkeypatch):
+    engine = make_engine(session, "lru_reactive", prompts=6.0)
+    step, failing = DecodeBatch.step, iter([False, False, True])
+
+    def failing_step(self, tokens):
+        if next(failing, False):
+            raise RuntimeError("the device is gone")
+        return step(self, tokens)
+
+    monkeypatch.setattr(DecodeBatch, "step", failing_step)
+    for number, (agent, prompt) in enumerate(calls(1)[:3]):
+        engine.submit(request(number, agent, prompt))
+    ended = list(engine.run())
+    assert len(ended) == 3 and {each.outcome for each in ended} == {RequestOutcome.FAILED}
+    assert all("the device is gone" in (each.error or "") for each in ended)
+    agent, prompt = calls(1)[3]
+    engine.submit(request(3, agent, prompt))
+    (after,) = engine.run()
+    assert after.tokens == answer_without_cache(session, prompt, None), "the next one is answered"
     close(engine)
 
 
