@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
 
 from .cells import label
@@ -42,29 +43,36 @@ def accuracy_interval(scores: Sequence[float], confidence: float = 0.95) -> Inte
 
 
 def kl_intervals(records: Sequence[Record], seed: int = 0) -> dict[tuple, Interval]:
-    """Mean KL with its bootstrap interval for each (length, policy, scope, budget), over all tasks."""
+    """Mean KL with its bootstrap interval for each (length, policy, scope, budget, aware), over all tasks."""
     groups: dict[tuple, list[float]] = {}
     for record in records:
-        groups.setdefault((record.length, record.policy, record.scope, record.budget), []).append(record.kl)
+        key = (record.length, record.policy, record.scope, record.budget, record.aware)
+        groups.setdefault(key, []).append(record.kl)
     return {key: bootstrap_mean(values, seed) for key, values in groups.items()}
 
 
 def markdown_tables(records: Sequence[Record]) -> str:
-    """One Markdown table a length and budget: policies down, tasks across, as the demo prints it."""
+    """One Markdown table a kind of question, length and budget: policies down, tasks across, as the demo prints it."""
     rows = summarise(records)
     kl = kl_intervals(records)
+    awareness = list(dict.fromkeys(row["aware"] for row in rows))
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     budgets = list(dict.fromkeys(row["budget"] for row in rows if row["policy"] != "full"))
-    return "\n\n".join(
-        _markdown(table_rows(rows, length, budget), length, budget, kl) for length in lengths for budget in budgets
-    )
+    tables = [
+        (table_rows(rows, length, budget, aware), length, budget, kl)
+        for aware, length, budget in product(awareness, lengths, budgets)
+    ]
+    return "\n\n".join(_markdown(*table) for table in tables if table[0])
 
 
-def table_rows(rows: Sequence[Row], length: int, budget: float | int) -> dict[tuple[str, str], list[Row]]:
-    """The rows of one table by (policy, scope): this length, this budget, and the full cache for comparison."""
+def table_rows(
+    rows: Sequence[Row], length: int, budget: float | int, aware: bool = False
+) -> dict[tuple[str, str], list[Row]]:
+    """The rows of one table by (policy, scope): this length, budget and awareness, and the full cache beside them."""
     table: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["length"] == length and (row["budget"] == budget or row["policy"] == "full"):
+        here = row["length"] == length and row["aware"] == aware
+        if here and (row["budget"] == budget or row["policy"] == "full"):
             table.setdefault((row["policy"], row["scope"]), []).append(row)
     return table
 
@@ -87,15 +95,17 @@ def mean_over_tasks(rows: Sequence[Row], name: str) -> float:
 def _markdown(
     table: dict[tuple[str, str], list[Row]], length: int, budget: float | int, kl: dict[tuple, Interval]
 ) -> str:
-    tasks = [row["task"] for row in next(iter(table.values()))]
+    tasks = list(dict.fromkeys(row["task"] for rows in table.values() for row in rows))
+    aware = ", question-aware" if next(iter(table.values()))[0]["aware"] else ""
     lines = [
-        f"**{length} tokens, {budget_text(budget)} kept** ({table_cases(table)} cases a cell)\n",
+        f"**{length} tokens, {budget_text(budget)} kept{aware}** ({table_cases(table)} cases a cell)\n",
         f"| policy | {' | '.join(tasks)} | KL to full (nats) | entries | MB | ms |",
         "|" + " --- |" * (len(tasks) + 5),
     ]
     for (policy, scope), rows in table.items():
-        interval = kl[(length, policy, scope, rows[0]["budget"])]
-        cells = [label(policy, scope), *map(accuracy_text, rows)]
+        interval = kl[(length, policy, scope, rows[0]["budget"], rows[0]["aware"])]
+        by_task = {row["task"]: accuracy_text(row) for row in rows}
+        cells = [label(policy, scope), *(by_task.get(task, "–") for task in tasks)]
         cells.append(f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
         cells.append(f"{mean_over_tasks(rows, 'entries'):,.0f}")
         cells.append(f"{mean_over_tasks(rows, 'bytes') / 1e6:.1f}")

@@ -101,7 +101,7 @@ def _table(
         table.add_row(
             label(policy, scope),
             *map(accuracy_text, group),
-            f"{kl[(length, policy, scope, group[0]['budget'])].value:.3f}",
+            f"{kl[(length, policy, scope, group[0]['budget'], group[0]['aware'])].value:.3f}",
             f"{mean_over_tasks(group, 'entries'):,.0f}",
             f"{mean_over_tasks(group, 'bytes') / 1e6:.1f}",
             f"{mean_over_tasks(group, 'seconds') * 1e3:.0f}",

@@ -15,10 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent))  # python -I leaves it out; last, so that it hides nothing
-
-from kvpress_kept import presses  # pyright: ignore[reportMissingImports]
-
 
 class Answers:
     """A model that reads contexts under presses.
@@ -30,6 +26,9 @@ class Answers:
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
+
+        sys.path.append(str(Path(__file__).parent))  # python -I leaves it out; last, so that it hides nothing
+        from kvpress_kept import presses  # pyright: ignore[reportMissingImports]
 
         logging.disable_progress_bar()
         torch.set_num_threads(job["threads"])

@@ -71,7 +71,7 @@ def _sections(run: Run, found: Sequence[Setting], folder: Path) -> list[tuple[st
 def _warnings(run: Run) -> list[str]:
     warnings = []
     if run.units is not None and run.done < run.units:
-        warnings.append(f"not finished, {run.done} of {run.units} cases are here.")
+        warnings.append(f"Not finished: {run.done} of {run.units} cases are here.")
     if run.failures:
         count = len(run.failures)
         warnings.append(f"{count} failure{'s' * (count != 1)}; what failed is left out of the means.")
@@ -80,7 +80,7 @@ def _warnings(run: Run) -> list[str]:
 
 def _accuracy(found: Sequence[Setting]) -> str:
     note = (
-        f"{intervals_note()} The percentage is that of the full cache's accuracy. Shaded with a dot: the best at this "
+        f"{intervals_note()} Under each, its share of the full cache's accuracy. Shaded with a dot: the best at this "
         "budget, and every policy whose paired 95 % interval of the difference to it, on the same cases, holds 0 (not "
         "corrected for the number of policies)."
     )

@@ -23,10 +23,10 @@ def accuracy(setting: Setting) -> str:
     def cell(point: Point) -> str:
         full = setting.full
         share = "" if full is None or full is point or not full.accuracy.value else (
-            f", {point.accuracy.value / full.accuracy.value:.0%}"
+            f"<small>{point.accuracy.value / full.accuracy.value:.0%} of full</small>"
         )  # fmt: skip
         value = f"<b>{point.accuracy.value:.2f}</b>"
-        return f"<td{_ahead(point)}>{value}<small>{between(point.accuracy)}{share}</small></td>"
+        return f"<td{_ahead(point)}>{value}<small>{between(point.accuracy)}</small>{share}</td>"
 
     return _by_budget(setting, cell)
 
@@ -129,7 +129,7 @@ def failures(found: Sequence[Failure]) -> str:
 
 def facts(found: Iterable[tuple[str, str]]) -> str:
     """Names and values."""
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in found)
+    rows = "".join(f"<tr><th>{breakable(name)}</th><td>{escape(value)}</td></tr>" for name, value in found)
     return f'<div class="card scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
 
 
@@ -140,8 +140,8 @@ def short_names(runs: Sequence[Run]) -> list[str]:
 
 
 def breakable(name: str) -> str:
-    """A name that may be broken after its underscores."""
-    return escape(name).replace("_", "_<wbr>")
+    """A name that may be broken after its underscores and dots."""
+    return escape(name).replace("_", "_<wbr>").replace(".", ".<wbr>")
 
 
 def kept(budget: Amount) -> str:

@@ -73,4 +73,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _plain(value: Any) -> str:
+    if value is None or value == "":
+        return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -63,9 +63,10 @@ class SweepConfig:
         for name, kind in (("policies", str), ("budgets", (int, float)), ("tasks", str), ("scopes", str),
                            ("lengths", int), ("seeds", int)):  # fmt: skip
             object.__setattr__(self, name, _several(name, getattr(self, name), kind))
-        for name, least in (("cases", 1), ("sinks", 0), ("recent", 0), ("together", 1), ("threads", 1)):
+        threads = {} if self.threads is None else {"threads": 1}
+        for name, least in ({"cases": 1, "sinks": 0, "recent": 0, "together": 1} | threads).items():
             value = getattr(self, name)
-            if (value is not None or name != "threads") and (not _is(value, int) or value < least):
+            if not _is(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; a whole number of {least} or more is accepted")
         for name in ("model", "data", "output"):
             if not _is(getattr(self, name), str):

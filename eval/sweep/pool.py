@@ -92,7 +92,8 @@ class _Pool:
         self.busy: dict[Connection, Unit | None] = {}
         self.processes: list[Any] = []
         for number, device in enumerate(devices):
-            ours, theirs = context.Pipe()
+            ends: tuple[Any, Any] = context.Pipe()
+            ours, theirs = ends
             arguments = prepare, device, part_path(folder, number), theirs
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()

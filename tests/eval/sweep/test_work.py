@@ -119,3 +119,16 @@ def _greedy(model, line) -> list[int]:
         pad_token_id=0,
     )  # fmt: skip
     return output[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_both_kinds_of_question_and_sliding_windows(family, tiny_model, tokenizer, texts):
+    model = tiny_model(family, vocab_size=512, max_position_embeddings=1024)
+    cells = parse_cells(["full", "knorm", "snapkv"], [0.5, 0.2], (False, True))
+    runner = UnitRunner(model, tokenizer, cells, lambda length, seed: CaseBuilder(tokenizer, texts, length, seed))
+    alone = runner.run(UNIT)
+    assert [(one.policy, one.budget, one.aware) for one in alone] == [(c.name, c.budget, c.aware) for c in cells]
+    assert all(isinstance(one, Record) for one in alone)
+    runner.together = 4
+    for one, other in zip(without_times(alone), without_times(runner.run(UNIT)), strict=True):
+        assert dataclasses.replace(one, kl=0.0) == dataclasses.replace(other, kl=0.0)

@@ -1,0 +1,43 @@
+"""`tenure report`: one or two runs as an HTML page and Markdown tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass
+class Config:
+    """Make a page of a run: accuracy, KL and bytes of every policy and budget, tasks, settings, failures.
+
+    Of two runs it also shows how they differ on the cases that both have, with paired bootstrap intervals. The page is
+    one file that loads nothing; the same tables stand beside it as Markdown (the name with .md).
+    """
+
+    runs: Annotated[list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN]")]
+    """Folders that `tenure sweep` or `tenure demo` wrote; a sweep need not be finished."""
+    output: Path | None = None
+    """Where the page is written; by default report.html in the last run's folder."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.runs) <= 2:
+            raise ValueError(f"{len(self.runs)} runs are named; one, or two to compare, are accepted")
+        if self.output is not None and self.output.suffix not in (".html", ".htm"):
+            raise ValueError(f"--output is {self.output}; a name that ends with .html is accepted")
+
+
+def main(config: Config) -> int:
+    from ..eval.report import compare_runs, load_run, report_markdown, report_page
+    from ..retention.checkpoint import write_atomic
+
+    runs = [load_run(folder) for folder in config.runs]
+    differences = compare_runs(*runs) if len(runs) == 2 else []
+    page = config.output or config.runs[-1] / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(page, report_page(runs, differences, page.parent).encode())
+    write_atomic(page.with_suffix(".md"), report_markdown(runs, differences).encode())
+    print(f"Written: {page}, {page.with_suffix('.md')}")
+    return 0

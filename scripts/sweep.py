@@ -1,0 +1,189 @@
+"""`tenure sweep`: policies × budgets on many cases, resumable, one process a device."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from .loading import load_model
+from .sweep_checks import check, load_gates, load_texts, make_builder, pick_devices
+from .sweep_kvpress import check_kvpress, prepare_kvpress
+
+if TYPE_CHECKING:
+    from ..eval.sweep import Failure, SweepConfig, Unit, UnitRunner
+    from ..eval.sweep.pool import Finished, Prepare
+
+SHOWN_FAILURES = 20
+EVERY_S = 30.0  # between two lines of progress where stderr is no terminal
+
+
+@dataclass
+class Config:
+    """Measure every policy at every budget on the cases of a YAML file (examples/sweep_smollm2.yaml).
+
+    Each case's context is read once for all policies and budgets. Results are appended to part-K.jsonl in `--output`,
+    one line for each case and cell; the same command goes on where it was stopped. What fails is recorded and does not
+    stop the rest; the exit status is then 1. `tenure report OUTPUT` makes a page of the results.
+    """
+
+    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="YAML")]
+    """What is swept; docs/evaluation.md lists the keys."""
+    output: Path | None = None
+    """Folder of the results; by default what the YAML file says."""
+    devices: list[str] = field(default_factory=list)
+    """One process each: cuda:0 cuda:1 …, or cpu. By default the GPU if there is one."""
+    processes: int = 1
+    """So many processes on the CPU."""
+    model: str | None = None
+    """In place of the YAML file's."""
+    question: Literal["agnostic", "aware", "both"] | None = None
+    """In place of the YAML file's: caches are compressed before the question (agnostic), after it, or both."""
+    cases: int | None = None
+    """In place of the YAML file's: cases of each task, length and seed."""
+    retry_failed: bool = False
+    """Run again the cases in which something failed."""
+    export_cases: Path | None = None
+    """Only write the cases to this file, one JSON line each, for another program; nothing is measured."""
+    kvpress: Annotated[Path | None, tyro.conf.arg(metavar="PYTHON")] = None
+    """Run the same cases under kvpress instead: Python of an environment that has it (examples/sweep_kvpress.yaml)."""
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"--processes is {self.processes}; 1 or more is accepted")
+        if self.kvpress is not None and any(name != "cpu" for name in self.devices):
+            raise ValueError(f"--kvpress runs on the CPU; --devices has {', '.join(self.devices)}")
+
+
+def main(config: Config) -> int:
+    from ..eval.sweep import Store, SweepConfig, all_units, export_cases, run_units
+
+    given = {name: getattr(config, name) for name in ("model", "question", "cases")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    sweep = SweepConfig.from_yaml(config.config, **changes)
+    devices = pick_devices(config.devices, config.processes)
+    job = check(sweep, devices)
+    start: Prepare = partial(prepare, sweep, job.threads)
+    if config.kvpress is not None:
+        job.settings["kvpress"] = check_kvpress(config.kvpress, sweep, job.cells)
+        start = partial(prepare_kvpress, config.kvpress, sweep, job.threads)
+    units = all_units(sweep)
+    if config.export_cases is not None:
+        count = export_cases(config.export_cases, units, job.builder, job.tokenizer)
+        print(f"{count} cases written to {config.export_cases}")
+        return 0
+    folder = Path(sweep.output) if config.output is None else config.output
+    with Store(folder, job.settings, _session(devices, job.threads), config.retry_failed) as store:
+        left = [unit for unit in units if unit not in store.done]
+        _say(f"{len(units) - len(left)} of {len(units)} cases are there, {len(left)} to do on {', '.join(devices)}")
+        progress = _Progress(left)
+        lost = run_units(start, devices, left, folder, progress) if left else []
+        progress.end()
+        return _conclude(folder, store.failures(), lost, len(units) * len(job.cells))
+
+
+def prepare(sweep: SweepConfig, threads: int | None, device: str) -> UnitRunner:
+    """What a process needs on its device; called there.
+
+    Raises:
+        ValueError: the gates were made for another model, or the device cannot be used.
+    """
+    import torch
+
+    from ..eval.sweep import UnitRunner
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    texts, cells = load_texts(sweep), sweep.cells()
+    dtype: Any = sweep.dtype
+    model, tokenizer = load_model(sweep.model, device, dtype, sweep.revision)
+    gates = load_gates(sweep, cells)
+    if gates is not None:
+        gates.check_model(model)
+        gates.to(model.device)
+    builder = partial(make_builder, tokenizer, texts)
+    return UnitRunner(model, tokenizer, cells, builder, gates, sweep.sinks, sweep.recent, sweep.together)
+
+
+def _session(devices: Sequence[str], threads: int | None) -> dict[str, Any]:
+    """When and where this start ran: for the timings, not for the answers."""
+    import platform
+
+    import torch
+
+    cuda = [torch.cuda.get_device_name(name) for name in devices if name.startswith("cuda")]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "devices": list(devices),
+        "device_names": cuda or [platform.processor() or platform.machine()],
+        "threads": torch.get_num_threads() if threads is None else threads,
+        "python": platform.python_version(),
+        "command": sys.argv[1:],
+    }
+
+
+def _conclude(folder: Path, failures: Sequence[Failure], lost: Sequence[Unit], records: int) -> int:
+    """Says what failed; the exit status."""
+    for failure in failures[:SHOWN_FAILURES]:
+        _say(f"failed: {failure.name}: {failure.error}")
+    if len(failures) > SHOWN_FAILURES:
+        _say(f"failed: {len(failures) - SHOWN_FAILURES} more; `tenure report {folder}` lists all")
+    for unit in lost[:SHOWN_FAILURES]:
+        _say(f"not run, since a process died: {unit.name}")
+    if failures:
+        _say(f"{len(failures)} failed; add --retry-failed to run these cases again")
+    if lost:
+        _say(f"{len(lost)} cases were not run; the same command runs them")
+    print(f"{folder}: {'unfinished' if lost else 'finished'}, {records} results wanted, {len(failures)} failures")
+    return 1 if failures or lost else 0
+
+
+class _Progress:
+    """A line on stderr: how far it is, and how long it will take if a case takes as long as its context."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units, self._tokens = len(units), sum(unit.length for unit in units)
+        self.done = self.failed = self._read = 0
+        self._started = self._last = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, finished: Finished) -> None:
+        self.done += 1
+        self.failed += len(finished.failures)
+        self._read += finished.unit.length
+        now = time.monotonic()
+        if self._terminal or self.done in (1, self.units) or now - self._last >= EVERY_S:
+            self._last = now
+            left = (now - self._started) * (self._tokens - self._read) / self._read
+            self._show(
+                f"{self.done} of {self.units} cases, {self.failed} failures, about {_span(left)} left; "
+                f"{finished.unit.name} took {finished.seconds:.1f} s"
+            )
+
+    def end(self) -> None:
+        if self._terminal and self.done:
+            print(file=sys.stderr)
+
+    def _show(self, text: str) -> None:
+        if self._terminal:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        else:
+            _say(text)
+
+
+def _span(seconds: float) -> str:
+    """`2 h 05 min`, `7 min` or `40 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes else f"{rest} s"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
