@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..retention.ops.kernel_choice import chosen_kernels
-from .store import SLACK, Places, SegmentStore
+from .page_layout import PAGE, PagedPlaces, fresh_layout, grown_stack, pages_of, spare_pages, widened
+from .store import Places, SegmentStore
 
 if TYPE_CHECKING:
     from .step import Step
-
-PAGE = 16  # entries of a page
-WIDTH_SLACK = 1.25  # how much wider a page table is made than it must be
 
 
 class PagedStore(SegmentStore):
@@ -79,16 +75,8 @@ class PagedStore(SegmentStore):
 
     def _reset(self, buffers: dict[str, torch.Tensor], lengths: list[int], spare: int) -> None:
         """Takes over `buffers`, whose pages belong to the segments one after the other; the last `spare` are free."""
-        device = buffers["key"].device
-        owned = [pages_of(length) for length in lengths]
-        count, width = sum(owned) + spare, max([1, *owned])
-        first = torch.tensor([[0, *accumulate(owned)][:-1], owned, lengths], dtype=torch.int32, device=device)
-        column = torch.arange(width, dtype=torch.int32, device=device)
-        self.table = torch.where(column < first[1].unsqueeze(1), first[0].unsqueeze(1) + column, 0)
-        self.device_lengths = first[2].clone()
-        order = torch.arange(count - 1, -1, -1, dtype=torch.int32, device=device)
-        self.free = torch.cat([order[:spare], order.new_zeros(count - spare)])
-        self.counters = torch.tensor([spare, 0], dtype=torch.int32, device=device)
+        fresh = fresh_layout(lengths, spare, buffers["key"].device)
+        self.table, self.device_lengths, self.free, self.counters = fresh
         self._take(buffers)
         self._note(lengths)
 
@@ -103,14 +91,14 @@ class PagedStore(SegmentStore):
 
     def _lay_out(self, source: torch.Tensor, lengths: list[int]) -> None:
         """New pages for the entries at `source`, flat indices in the order of the segments; the old ones go."""
+        from .ops.copies import copy_entries
+
         spare = spare_pages(lengths)
         count = sum(map(pages_of, lengths)) + spare
         old = self.buffers
         self._reset({name: b.new_zeros(count * PAGE, *b.shape[1:]) for name, b in old.items()}, lengths, spare)
-        index, valid = self.dense_index()
-        target = index[valid]
-        for name, buffer in self.buffers.items():
-            buffer.index_copy_(0, target, old[name].index_select(0, source))
+        target = self.places().index(range(len(lengths)), lengths)
+        copy_entries(list(old.values()), list(self.buffers.values()), source, target)
         self.shared = False
 
     def _own(self) -> None:
@@ -121,17 +109,12 @@ class PagedStore(SegmentStore):
 
     def _grow(self, lengths: list[int]) -> None:
         """Sees to it that there are pages and room in the table for segments of `lengths` entries."""
-        width = max([1, *map(pages_of, lengths)])
-        if width > self.table.shape[1]:
-            self.table = torch.nn.functional.pad(self.table, (0, int(width * WIDTH_SLACK) - self.table.shape[1]))
+        self.table = widened(self.table, max([1, *map(pages_of, lengths)]))
         count, held = sum(map(pages_of, lengths)), self.num_pages
         if count <= held:
             return self._own()
         total = count + spare_pages(lengths)
-        new = torch.arange(total - 1, held - 1, -1, dtype=torch.int32, device=self.free.device)
-        # The new pages come to lie under the free ones, which are taken first.
-        left = self.free_pages
-        self.free = torch.cat([new, self.free[:left], self.free.new_zeros(held - left)])
+        self.free = grown_stack(self.free, self.free_pages, total)
         self.counters = self.counters + self.counters.new_tensor([total - held, 0])
         grown = {}
         for name, buffer in self.buffers.items():
@@ -189,8 +172,7 @@ class PagedStore(SegmentStore):
         self._release(kept)
         self._note(kept.tolist())
         if self.free_pages > spare_pages(self.lengths):
-            index, valid = self.dense_index()
-            self._lay_out(index[valid], self.lengths)
+            self._lay_out(self.places().index(range(len(self.lengths)), self.lengths), self.lengths)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         heads = self.num_kv_heads
@@ -253,31 +235,6 @@ class PagedStore(SegmentStore):
         if any(len(buffer) != self.num_pages * PAGE for buffer in self.buffers.values()):
             yield "buffers do not have one slot for each entry of a page"
         yield from self._position_faults()
-
-
-@dataclass(frozen=True)
-class PagedPlaces:
-    """Which pages segments had; see `store.Places`."""
-
-    table: torch.Tensor
-
-    def index(self, segments: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        device = self.table.device
-        count, segment = torch.tensor([list(lengths), list(segments)], device=device).view(2, -1).unbind(0)
-        total = sum(lengths)
-        owner = segment.repeat_interleave(count, output_size=total)
-        first = (count.cumsum(0) - count).repeat_interleave(count, output_size=total)
-        within = torch.arange(total, device=device) - first
-        return self.table[owner, within // PAGE].long() * PAGE + within % PAGE
-
-
-def pages_of(length: int) -> int:
-    return -(-length // PAGE)
-
-
-def spare_pages(lengths: Sequence[int]) -> int:
-    """Free pages that a layout has: one a segment, or `SLACK` of the owned ones, so that appends rarely lay it out."""
-    return max(len(lengths), int(SLACK * sum(map(pages_of, lengths))))
 
 
 def store_class(device: torch.device, dtype: torch.dtype, *dims: int) -> type[SegmentStore]:

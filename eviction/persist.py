@@ -45,7 +45,7 @@ def save_cache(cache: RaggedCache, path: Path) -> None:
 
 
 def export_cache(cache: RaggedCache) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The header of a file and its tensors; some of these may be the cache's own.
+    """The header of a file and its tensors: of the entries copies, the others may be the cache's own.
 
     Raises:
         ValueError: the cache is empty, or has layers that cannot be saved (state space).
@@ -104,11 +104,13 @@ def import_cache(session: Session, header: dict[str, Any], tensors: dict[str, to
 
 def _ragged(layer: RaggedLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors of a layer by name, and what else it takes to restore it."""
+    from .ops.copies import entries_at
+
     store = layer.store
     if store is None:
         return {}, {"kind": "RaggedLayer", "lengths": None}
-    index, valid = store.dense_index()
-    tensors = {f"entries.{name}": buffer[index[valid]] for name, buffer in store.buffers.items()}
+    slots = store.places().index(range(len(store.lengths)), store.lengths)
+    tensors = {f"entries.{name}": entries for name, entries in entries_at(store.buffers, slots).items()}
     if layer.window is not None:
         tensors["window"] = layer.window
     if layer.statistics is not None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ..eviction import Session
-    from ..serving import Ended, TensorPayload, WorkflowSpec
+    from ..serving import Ended, System, TensorPayload, WorkflowSpec
     from ..serving.orders import Costs
     from ..serving.prompt_kv import Compression
 
@@ -127,12 +127,19 @@ def copied(payload: TensorPayload) -> TensorPayload:
     return replace(payload, tensors=tensors)
 
 
-def one_run(session: Session, workload: Workload, setting: Setting, warm: Mapping[str, TensorPayload]) -> Run:
+def one_run(
+    session: Session,
+    workload: Workload,
+    setting: Setting,
+    warm: Mapping[str, TensorPayload],
+    watch: Callable[[System], System] = lambda system: system,
+) -> Run:
     """Runs the calls one after the other on a new system whose tiers have been offered every agent's fixed prompt.
 
     Args:
         session: `evict(model, "full", …)`.
         warm: the KV of each agent's fixed prompt, as `setting.compression` leaves it; copied.
+        watch: is given the system before anything happens on it; what it returns is used, e.g. one that records.
 
     Raises:
         RuntimeError: a call was not answered.
@@ -154,6 +161,7 @@ def one_run(session: Session, workload: Workload, setting: Setting, warm: Mappin
     )
     try:
         system.graph.add_workflow(workload.spec)
+        system = watch(system)
         engine = Engine(session, system, setting.compression)
         for agent, payload in warm.items():
             while engine.store(agent, workload.fixed[agent], copied(payload)) is Room.PENDING:

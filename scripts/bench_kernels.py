@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,14 +58,8 @@ def compile_all(only: str = "") -> list[Compiled]:
 def _cases(capability: int) -> list[KernelCase]:
     from ..eviction.ops import compile_cases as of_eviction
     from ..retention.ops import compile_cases as of_retention
-    from ..serving.ops import compile_cases as of_serving
 
-    sources: list[Callable[[], list[KernelCase]]] = [
-        lambda: of_retention.compile_cases(capability),
-        of_eviction.compile_cases,
-        of_serving.compile_cases,
-    ]
-    return [case for source in sources for case in source()]
+    return [*of_retention.compile_cases(capability), *of_eviction.compile_cases()]
 
 
 def _show(rows: list[Compiled]) -> None:

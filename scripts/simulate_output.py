@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,7 +63,7 @@ class Comparison:
 
 def show_comparison(comparisons: Sequence[Comparison]) -> None:
     """A table for each cell of a set-up on stdout, and what explains its differences from the paper."""
-    setup, console = comparisons[0].setup, _console()
+    setup, console = comparisons[0].setup, make_console()
     console.print(f"{setup.title}\n{setup.source}; mean ± standard deviation of {setup.repeats} seeds", highlight=False)
     for each in comparisons:
         console.print(_table(each))
@@ -108,7 +108,7 @@ def _table(comparison: Comparison) -> Table:
     return table
 
 
-def _console() -> Console:
+def make_console() -> Console:
     """As wide as the terminal; wide enough for the tables where there is none."""
     from rich.console import Console
 
@@ -134,7 +134,7 @@ def show_study(setup: Setup, points: Sequence[Point], baseline: str) -> None:
     """A table a question, and the points that are slower than the baseline by more than is promised."""
     from rich.table import Table
 
-    console = _console()
+    console = make_console()
     policies = list(dict.fromkeys(point.policy for point in points))
     console.print(f"{setup.title}: {setup.cells[0].name}; {setup.repeats} seeds", highlight=False)
     for question in dict.fromkeys(point.question for point in points):
@@ -160,8 +160,8 @@ def study_rows(name: str, points: Sequence[Point], baseline: str) -> list[Row]:
     ]
 
 
-def write_rows(rows: Sequence[Row], path: str) -> None:
-    """The rows as a JSON list, written under a temporary name first."""
+def write_rows(rows: Sequence[Any], path: str) -> None:
+    """The rows, dataclasses, as a JSON list, written under a temporary name first."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")

@@ -66,9 +66,10 @@ class Candidates:
 
     def revalue(self, groups: Iterable[Group]) -> None:
         """The values of `groups` are new."""
+        nodes, note = self._nodes, self._note
         for group in groups:
-            if group in self._nodes:
-                self._note(group)
+            if group in nodes:
+                note(group)
 
     def first(self) -> Node | None:
         """The next victim; it stays a candidate."""

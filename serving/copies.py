@@ -179,7 +179,7 @@ class Mover(Protocol):
         ...
 
     def next_time(self) -> float | None:
-        """When the next layer will have been copied; None if nothing is under way, or only real time will tell."""
+        """When the next copy will have ended; None if nothing is under way, or only real time will tell."""
         ...
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .spec import AgentSpec
 
@@ -52,9 +52,10 @@ class Duration:
 
     def discount(self, rate: float, elapsed: float = 0.0) -> float:
         """E[exp(-rate · what is left)] of a wait that has lasted `elapsed` seconds and is not over."""
-        tail = min(self.spread, self.mean)
-        left = max(0.0, self.mean - tail - elapsed)
-        return math.exp(-rate * left) / (1 + rate * tail)
+        spread, mean = self.spread, self.mean
+        tail = spread if spread < mean else mean
+        left = mean - tail - elapsed
+        return (math.exp(-rate * left) if left > 0.0 else 1.0) / (1 + rate * tail)
 
 
 @dataclass
@@ -63,6 +64,9 @@ class AgentDurations:
 
     call: Duration
     pause: Duration
+    _discount: tuple[int, int, float, float] = field(  # as of so many observations, at that rate
+        default=(-1, -1, 0.0, 0.0), init=False, repr=False, compare=False
+    )
 
     @classmethod
     def guess(cls, spec: AgentSpec, default_s: float) -> AgentDurations:
@@ -76,4 +80,9 @@ class AgentDurations:
 
     def discount(self, rate: float) -> float:
         """E[exp(-rate · (call + pause))]."""
-        return self.call.discount(rate) * self.pause.discount(rate)
+        calls, pauses, at, known = self._discount
+        if calls == self.call.count and pauses == self.pause.count and at == rate:
+            return known
+        known = self.call.discount(rate) * self.pause.discount(rate)
+        self._discount = self.call.count, self.pause.count, rate, known
+        return known

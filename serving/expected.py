@@ -94,14 +94,32 @@ class FirstPassage:
         choice = np.zeros((self.agents, self.targets))
         for agent, target, probability in exclusive:
             choice[agent, target] = probability
+        for agent in range(self.agents):
+            if len(always[agent]) == 1 and not choice[agent].any():  # one sure way is a branch of probability 1
+                choice[agent, always[agent].pop()] = 1.0
         width = max(map(len, always), default=0)
         forks = np.full((self.agents, width), self.targets)  # filled up with a row of zeros
         for agent, row in enumerate(always):
             forks[agent, : len(row)] = row
-        self.onward = self._solve(choice, forks)
+        self.onward = self._by_rounds(choice, forks) if width else self._by_visits(choice)
         self.after = Chance(self.onward.reach, self.onward.reuse * legs[:, None])
 
-    def _solve(self, choice: np.ndarray, forks: np.ndarray) -> Chance:
+    def _by_visits(self, choice: np.ndarray) -> Chance:
+        """Without forks: the expected number of arrivals at each target is a linear system, and that of all arrivals is
+        the chance of a first one times that of the arrivals from there on (Pyke 1961, renewal equation).
+
+        An endless cycle has endlessly many arrivals, so a call counts a little less than 1 at the most.
+        """
+        most, found = np.full(self.agents, 1 - 0.01 * TOLERANCE), []
+        for legs in (most, np.minimum(most, self.legs)):
+            arrivals = np.linalg.solve(np.eye(self.agents) - choice[:, : self.agents] * legs, choice)
+            arrivals[:, : self.agents] /= 1 + legs * arrivals[: self.agents, : self.agents].diagonal()
+            found.append(np.clip(arrivals, 0.0, 1.0))
+        reach, reuse = found
+        reach[reach > 1 - TOLERANCE] = 1.0
+        return Chance(reach, np.minimum(reuse, reach))
+
+    def _by_rounds(self, choice: np.ndarray, forks: np.ndarray) -> Chance:
         """Rounds from zero up: the least solution, which is the first passage also where a cycle never ends.
 
         A round is a call; those beyond the last round, which nothing here waits for, are not counted in `reach`.
@@ -143,9 +161,11 @@ class FirstPassage:
             sources: what is under way, each as chances `(targets,)`.
             waiting: for edges (predecessor, AND agent) that are marked: reach and reuse of the rest of the pause.
         """
-        base = nothing(self.targets)
-        for source in sources:
+        base = sources[0] if sources else nothing(self.targets)
+        for source in sources[1:]:
             base = first_of(base, source)
+        if not self.gates:
+            return Chance(base.reach[: self.agents], base.reuse[: self.agents])
         joined = dict.fromkeys(self.gates, (0.0, 0.0))
         total = base
         for _ in range(len(self.gates) + 20):  # one more for each join that follows another, and some for cycles

@@ -110,7 +110,10 @@ class Node:
     @property
     def nbytes(self) -> int:
         """Bytes of its KV; 0 if no tier has any."""
-        return next((copy.nbytes for copy in self.copies if copy is not None), 0)
+        for copy in self.copies:
+            if copy is not None:
+                return copy.nbytes
+        return 0
 
     @property
     def status(self) -> Status:

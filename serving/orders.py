@@ -182,7 +182,7 @@ class ExpectedTime(Order):
 
 def read(source: AgentValue, agent: Agent, missing: float) -> float:
     """The number `source` has for `agent`; `missing` if there is none, or it is not a number."""
-    value = source.get(agent) if isinstance(source, Mapping) else source(agent)
+    value = source(agent) if callable(source) else source.get(agent)
     return missing if value is None or math.isnan(value) else float(value)
 
 

@@ -142,14 +142,14 @@ class Phantom:
     num_layers: int = 1
     divisible: bool = True
     token_dim: int | None = None
+    layers: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        each, more = divmod(self.nbytes, self.num_layers)
+        object.__setattr__(self, "layers", (each + 1,) * more + (each,) * (self.num_layers - more))
 
     def kinds(self) -> dict[str, Kind]:
         return {}
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        each, more = divmod(self.nbytes, self.num_layers)
-        return tuple(each + (layer < more) for layer in range(self.num_layers))
 
     def read(self, layer: int) -> dict[str, torch.Tensor]:
         return {}

@@ -18,6 +18,7 @@ from .tiers import TieredTree
 from .wishes import Wish, Wishes
 
 MAX_REGISTERED = 10_000  # agents that are remembered until a request of theirs comes
+SOON = 0.01  # of the look-ahead: what comes into sight within that is in sight; see `_consider`
 FAILURES = 2  # of one wish, after which it waits for news of its agent
 
 
@@ -97,7 +98,9 @@ class Prefetcher:
         now, limits = self.tiers.clock(), self.limits
         steps, seconds = self.outlook.due(agent)
         by_time = self.outlook.by_time
-        if seconds > limits.look_ahead_s if by_time else steps > limits.look_ahead_steps:
+        # Expected seconds stand still between two readings of the graph: without `SOON`, what is out of sight by a
+        # rounding error would be looked at again and again at (nearly) the same time.
+        if seconds > (1 + SOON) * limits.look_ahead_s if by_time else steps > limits.look_ahead_steps:
             self._forget(agent)
             if by_time and seconds < math.inf:
                 self._wishes.look_at(agent, now + seconds - limits.look_ahead_s)
@@ -115,8 +118,8 @@ class Prefetcher:
     def _forget(self, agent: str) -> None:
         """It is not wanted any more; a copy that is under way for it alone stops."""
         self._wishes.forget(agent)
-        flight = self._flights.get(agent)
-        if flight is not None:
+        if agent in self._flights:
+            flight = self._flights[agent]
             self._end(flight)
             self.statistics.cancelled += 1
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from .durations import AgentDurations
 from .expected import Chance, FirstPassage, nothing
 from .solver import JoinSolver
 from .workflow import Workflow
@@ -34,6 +35,8 @@ class WorkflowReuse:
         self._paths: _BestPaths | None = None
         self._structure = -1
         self._nodes: list[int] = []
+        self._durations: list[AgentDurations] = []  # of these
+        self._legs: list[float] = []  # that the kept passages were found with
 
     def chances(self) -> dict[str, tuple[float, float]]:
         """Of each agent, reach and reuse: the chance that it is called again, and E[exp(-γT)]."""
@@ -82,13 +85,16 @@ class WorkflowReuse:
         workflow = self.workflow
         if self._structure != workflow.structure:
             self._nodes, self._passage = list(workflow.names), None
+            self._durations = [workflow.shared.durations[agent] for agent in workflow.names.values()]
             self._structure = workflow.structure
-        durations = workflow.shared.durations
-        legs = np.array([durations[workflow.names[node]].discount(self.rate) for node in self._nodes])
-        if self._passage is None or (np.abs(legs - self._passage.legs) > DRIFT * self._passage.legs).any():
+        rate = self.rate
+        legs = [durations.discount(rate) for durations in self._durations]
+        if self._passage is None or any(abs(a - b) > DRIFT * b for a, b in zip(legs, self._legs, strict=True)):
+            self._legs = legs
             index = {node: place for place, node in enumerate(self._nodes)}
             branches = [{index[t]: p for t, p in workflow.branches[node].items()} for node in self._nodes]
-            self._passage = FirstPassage(branches, [workflow.solver.is_and[node] for node in self._nodes], legs)
+            is_and = [workflow.solver.is_and[node] for node in self._nodes]
+            self._passage = FirstPassage(branches, is_and, np.array(legs))
         return self._passage
 
     def _by_best_paths(self) -> dict[str, tuple[float, float]]:

@@ -47,6 +47,8 @@ class Shares:
 
     def update(self, agents: Iterable[str]) -> set[str]:
         """The values of `agents` are new; returns those that a cap begins or ceases to apply to."""
+        if len(self._agents) < 2 and not self.capped:
+            return set()
         clients = {self._owner[agent] for agent in agents if agent in self._owner}
         changed: set[str] = set()
         for client in clients:

@@ -110,12 +110,14 @@ class JoinSolver:
 
     def distance(self, node: int) -> float:
         """0 for a source."""
-        self._spread()
+        if self._stale:
+            self._spread()
         return self._distance[node]
 
     def next_distance(self, node: int) -> float:
         """The join over the predecessors: for a source, the distance of its next turn."""
-        self._spread()
+        if self._stale:
+            self._spread()
         return self._joined[node]
 
     def drain(self) -> list[int]:

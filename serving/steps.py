@@ -115,15 +115,20 @@ class StepGraph:
 
     def next_steps(self, agent: str) -> float:
         """As `steps`, with a running agent's next call instead of this one: the value for eviction."""
-        return min((workflow.next_steps(agent) for workflow in self._shared.members.get(agent, ())), default=math.inf)
+        least = math.inf
+        for workflow in self._shared.members.get(agent, ()):
+            least = min(least, workflow.next_steps(agent))
+        return least
 
     def chance(self, agent: str) -> tuple[float, float]:
         """The chance of another call, and the expected discounted reuse E[exp(-γT)]; see `expected`."""
         reach, reuse = 0.0, 0.0
         members: Collection[Workflow] = self._shared.members.get(agent, ())
-        if len(members) > 1:
-            members = sorted(members, key=lambda workflow: workflow.name)
-        for workflow in members:
+        if len(members) == 1:
+            (workflow,) = members
+            reach, reuse = self._reuse[workflow].chances()[agent]
+            return reach, min(reuse, reach)
+        for workflow in sorted(members, key=lambda workflow: workflow.name):
             more, sooner = self._reuse[workflow].chances()[agent]
             reuse = max(reuse + (1 - reach) * sooner, sooner + (1 - more) * reuse)  # `expected.first_of`
             reach = 1 - (1 - reach) * (1 - more)
@@ -147,10 +152,16 @@ class StepGraph:
 
     def changed_steps(self) -> set[str]:
         """The agents whose steps may have changed since the last call: what a tree ordered by steps must be told."""
-        news, self._shared.steps_news = self._shared.steps_news, News()
+        news = self._shared.steps_news
+        if not news.workflows and not news.agents:
+            return set()
+        self._shared.steps_news = News()
         return news.agents.union(*(workflow.drain() for workflow in news.workflows))
 
     def changed_reuse(self) -> set[str]:
         """As `changed_steps` for `reuse`: all agents of the workflows that had an event."""
-        news, self._shared.reuse_news = self._shared.reuse_news, News()
+        news = self._shared.reuse_news
+        if not news.workflows and not news.agents:
+            return set()
+        self._shared.reuse_news = News()
         return news.agents.union(*(workflow.ids for workflow in news.workflows))

@@ -161,4 +161,7 @@ class Transfers:
 
 def fastest(node: Node) -> Tier | None:
     """The fastest tier that has a copy of `node`."""
-    return next((tier for tier in TIERS if node.copies[tier] is not None), None)
+    for tier in TIERS:
+        if node.copies[tier] is not None:
+            return tier
+    return None

@@ -75,13 +75,24 @@ class VirtualCopies:
 
     def poll(self) -> Sequence[CopyJob]:
         self._run(self.clock.now)
+        if not self._finished:
+            return []
         finished = list(self._finished)
         self._finished.clear()
         return finished
 
     def next_time(self) -> float | None:
-        """When the next layer will have been copied; None if nothing is under way."""
-        return self._due[0][0] if self._due else None
+        """When the next copy will have ended if nothing else happens; None if nothing is under way."""
+        return min((self._end_time(time, self._running[link]) for time, _, link in self._due), default=None)
+
+    def _end_time(self, time: float, job: CopyJob) -> float:
+        """When the running `job`, whose next layer is there at `time`, ends; `time` if it may stop there."""
+        first = self._queues[job.link].first()
+        if not job.cancelled and (first is None or first.urgency >= job.urgency):
+            speed = self.speeds[job.link]
+            for nbytes in job.payload.layers[job.done + 1 :]:
+                time += speed.seconds(nbytes)
+        return time
 
     def wait(self, ended: int, timeout_s: float) -> bool:
         deadline = self.clock.now + timeout_s

@@ -185,7 +185,7 @@ class Workflow:
 
     def next_steps(self, agent: str) -> float:
         """As `steps`, but of a running agent those to its next call (N in a ring of N): what its cache is kept for."""
-        node = self._id(agent)
+        node = self.ids[agent] if agent in self.ids else self._id(agent)
         waiting = node in self.expected or node not in self.running
         return self.solver.distance(node) if waiting else self.solver.next_distance(node)
 

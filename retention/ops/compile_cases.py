@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import gated_attention_kernels, occupancy_kernels
+from . import gated_attention_gradients, gated_attention_kernels, occupancy_kernels
 from .compiling import Constant, KernelCase
 from .gated_attention_triton import DELTA_ROWS, launch_numbers
 from .kernel_choice import LAUNCH_OPTIONS
@@ -15,6 +15,7 @@ from .occupancy_triton import BLOCK_M, BLOCK_N, WARPS
 
 POINTERS = {"start": "*i32", "end": "*i32", "log_beta": "*fp32", "lse": "*fp32", "delta": "*fp32", "beta_grad": "*fp32"}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SIZES = ("batch", "heads", "kv_heads", "q_len", "seq_len", "samples")
 STAGES = 3  # Triton's own default
 
 
@@ -38,16 +39,21 @@ def compile_cases(capability: int, models: tuple[ModelShape, ...] = MODELS) -> l
 
 
 def attention_cases(model: ModelShape, capability: int, dtype: torch.dtype = torch.bfloat16) -> list[KernelCase]:
-    """Forward, and backward's three kernels."""
+    """Forward, and backward's three kernels; after a prompt the same ones run, or those with one bias a key."""
     cases = []
     groups = model.heads // model.kv_heads
-    for name in ("forward", "query_grad", "key_grad"):
-        _, numbers = launch_numbers(name, model.head_dim, model.head_dim, groups, dtype, capability)
-        kernel = getattr(gated_attention_kernels, f"{name}_kernel")
-        cases.append(_case(f"gated attention {name}", kernel, numbers, dtype, model))
+    kernels = {
+        "forward": gated_attention_kernels.forward_kernel,
+        "query_grad": gated_attention_gradients.query_grad_kernel,
+        "key_grad": gated_attention_gradients.key_grad_kernel,
+    }
+    for kind, decays in (("gated", True), ("biased", False)):
+        for name, kernel in kernels.items():
+            _, numbers = launch_numbers(name, model.head_dim, model.head_dim, groups, dtype, capability, decays)
+            cases.append(_case(f"{kind} attention {name}", kernel, numbers, dtype, model))
     block = cases[0].arguments["BLOCK_V"]
     numbers = {"VALUE_DIM": model.head_dim, "BLOCK_V": block, "BLOCK_M": DELTA_ROWS, **LAUNCH_OPTIONS}
-    return [*cases, _case("gated attention delta", gated_attention_kernels.delta_kernel, numbers, dtype, model)]
+    return [*cases, _case("gated attention delta", gated_attention_gradients.delta_kernel, numbers, dtype, model)]
 
 
 def occupancy_cases(model: ModelShape) -> list[KernelCase]:
@@ -75,7 +81,7 @@ def _case(name: str, kernel: Any, numbers: dict[str, Any], dtype: torch.dtype, m
             arguments[argument] = "*i32" if numbers["CHOSEN"] else "*fp32"
         elif argument in ("scale", "scaling"):
             arguments[argument] = "fp32"
-        elif argument.startswith("stride_") or argument in ("batch", "heads", "kv_heads", "seq_len", "samples"):
+        elif argument.startswith("stride_") or argument in SIZES:
             arguments[argument] = "i32"
         else:
             arguments[argument] = f"*{TYPES[dtype]}"

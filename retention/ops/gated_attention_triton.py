@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..segments import Segments
-from .gated_attention_kernels import delta_kernel, forward_kernel, key_grad_kernel, query_grad_kernel
+from .gated_attention_gradients import delta_kernel, key_grad_kernel, query_grad_kernel
+from .gated_attention_kernels import forward_kernel
 from .kernel_choice import LAUNCH_OPTIONS, check_dtype, dot_precision, interpreting, launching_on
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -41,22 +42,24 @@ class Tiles:
     key_grad: Tile
 
     @classmethod
-    def choose(cls, width: int, dtype: torch.dtype, capability: int | None) -> Tiles:
+    def choose(cls, width: int, dtype: torch.dtype, capability: int | None, decays: bool) -> Tiles:
         """Args:
         width: the larger head dimension, rounded up to a power of two.
         capability: of the card, e.g. 90; None in the interpreter, where small tiles let short sequences have many.
+        decays: see `forward_op`.
         """
         if capability is None:
             return cls(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
         hopper = capability >= 90
+        ahead = 2 if decays else 1  # without decays Ampere's compiler keeps more in registers, and spills
         if dtype == torch.float32:
             return cls(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1))
         if width > 128:
             return cls(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1))
         if width > 64:
-            key_grad = Tile(32, 128, 8, 2) if hopper else Tile(64, 64, 8, 2)
+            key_grad = Tile(32, 128, 8, 2) if hopper else Tile(64, 64, 8, ahead)
         else:
-            key_grad = Tile(64, 128, 8, 2) if hopper else Tile(32, 64, 4, 2)
+            key_grad = Tile(64, 128, 8, 2) if hopper else Tile(32, 64, 4, ahead)
         if hopper:
             return cls(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), key_grad)
         return cls(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), key_grad)
@@ -78,6 +81,26 @@ def gated_attention(
     Raises:
         ValueError: a dtype other than bf16, fp16, fp32, unequal dtypes, or a head dimension above 256.
     """
+    return _attend(query, key, value, log_beta, scaling, segments.bounds, decays=True)
+
+
+def attention_after(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float, decays: bool
+) -> torch.Tensor:
+    """`gated_attention_after`, bias being log β, or without `decays` `biased_attention`: the same kernels."""
+    start = torch.zeros(key.shape[0], key.shape[2], dtype=torch.int32, device=key.device)
+    return _attend(query, key, value, bias, scaling, (start, torch.full_like(start, key.shape[2])), decays)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    scaling: float,
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    decays: bool,
+) -> torch.Tensor:
     device, dtype = query.device.type, query.dtype
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
@@ -89,9 +112,8 @@ def gated_attention(
     width = max(query.shape[-1], value.shape[-1])
     if width > MAX_HEAD_DIM:
         raise ValueError(f"gated attention in Triton: a head dimension is {width}; up to {MAX_HEAD_DIM} is accepted")
-    start, end = segments.bounds
     with torch.autocast(device, enabled=False):
-        output, _ = forward_op(query, key, value, log_beta.float(), start, end, scaling)
+        output, _ = forward_op(query, key, value, bias.float(), *bounds, scaling, decays)
     return output.to(dtype)
 
 
@@ -104,29 +126,32 @@ def forward_op(
     start: torch.Tensor,
     end: torch.Tensor,
     scaling: float,
+    decays: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, and `lse` `(batch, num_heads, seq_len)` fp32: log2 of each row's sum, 0 where a row has no key.
+    """Output, and `lse` `(batch, num_heads, q_len)` fp32: log2 of each row's sum, 0 where a row has no key.
 
     Args:
-        start, end: `Segments.bounds`.
+        query: of the last `q_len` tokens of the sequence.
+        start, end: `Segments.bounds` of the whole sequence.
+        decays: whether log_beta decays with the age of a key, or is the bias of its logits as it is.
     """
     query, key, value = (_last_contiguous(x) for x in (query, key, value))
     output, lse = _outputs(query, value)
-    batch, heads, seq_len, _ = query.shape
+    batch, heads, q_len, _ = query.shape
     if not query.numel():
         return output, lse
-    tile, numbers = _numbers("forward", query, key, value)
-    grid = (-(-seq_len // tile.queries), batch * heads)
+    tile, numbers = _numbers("forward", query, key, value, decays)
+    grid = (-(-q_len // tile.queries), batch * heads)
     with launching_on(query):
         forward_kernel[grid](
             query, key, value, log_beta.contiguous(), start, output, lse,
-            *_strides(query, key, value, output), heads, seq_len, scaling * LOG2_E, **numbers,
+            *_strides(query, key, value, output), heads, q_len, key.shape[2], scaling * LOG2_E, **numbers,
         )  # fmt: skip
     return output, lse
 
 
 @forward_op.register_fake
-def _(query, key, value, log_beta, start, end, scaling):
+def _(query, key, value, log_beta, start, end, scaling, decays):
     return _outputs(query, value)
 
 
@@ -142,62 +167,66 @@ def backward_op(
     output: torch.Tensor,
     lse: torch.Tensor,
     scaling: float,
+    decays: bool,
     with_query: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query (empty without `with_query`), key, value and log_beta."""
     query, key, value, grad = (_last_contiguous(x) for x in (query, key, value, grad))
     grads = query_grad, key_grad, value_grad, beta_grad = _gradients(query, key, value, log_beta, with_query)
-    batch, heads, seq_len, _ = query.shape
+    (batch, heads, q_len, _), (kv_heads, seq_len) = query.shape, key.shape[1:3]
     if not query.numel():
+        for gradient in grads:
+            gradient.zero_()
         return grads
     log_beta = log_beta.contiguous()
     delta = torch.empty_like(lse)
-    tile, numbers = _numbers("key_grad", query, key, value)
+    tile, numbers = _numbers("key_grad", query, key, value, decays)
     of_values = {name: numbers[name] for name in ("VALUE_DIM", "BLOCK_V")}
     scale = scaling * LOG2_E
     with launching_on(query):
-        delta_kernel[(-(-seq_len // DELTA_ROWS), batch * heads)](
-            output, grad, delta, *_strides(output, grad), heads, seq_len, BLOCK_M=DELTA_ROWS, **of_values,
+        delta_kernel[(-(-q_len // DELTA_ROWS), batch * heads)](
+            output, grad, delta, *_strides(output, grad), heads, q_len, BLOCK_M=DELTA_ROWS, **of_values,
             **LAUNCH_OPTIONS,
         )  # fmt: skip
-        key_grad_kernel[(-(-seq_len // tile.keys), batch * key.shape[1])](
+        key_grad_kernel[(-(-seq_len // tile.keys), batch * kv_heads)](
             query, key, value, log_beta, end, grad, lse, delta, key_grad, value_grad, beta_grad,
-            *_strides(query, key, value, grad, key_grad, value_grad), key.shape[1], seq_len, scale, scaling, **numbers,
+            *_strides(query, key, value, grad, key_grad, value_grad), kv_heads, q_len, seq_len, scale, scaling,
+            **numbers,
         )  # fmt: skip
         if with_query:
-            tile, numbers = _numbers("query_grad", query, key, value)
-            query_grad_kernel[(-(-seq_len // tile.queries), batch * heads)](
+            tile, numbers = _numbers("query_grad", query, key, value, decays)
+            query_grad_kernel[(-(-q_len // tile.queries), batch * heads)](
                 query, key, value, log_beta, start, grad, lse, delta, query_grad,
-                *_strides(query, key, value, grad, query_grad), heads, seq_len, scale, scaling, **numbers,
+                *_strides(query, key, value, grad, query_grad), heads, q_len, seq_len, scale, scaling, **numbers,
             )  # fmt: skip
     return grads
 
 
 @backward_op.register_fake
-def _(grad, query, key, value, log_beta, start, end, output, lse, scaling, with_query):
+def _(grad, query, key, value, log_beta, start, end, output, lse, scaling, decays, with_query):
     return _gradients(query, key, value, log_beta, with_query)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     ctx.save_for_backward(*inputs[:6], *output)
-    ctx.scaling = inputs[6]
+    ctx.scaling, ctx.decays = inputs[6:]
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     with_query = ctx.needs_input_grad[0]  # not in a model's first layer, whose gates see what no gate has touched
-    grads = backward_op(grad, *ctx.saved_tensors, ctx.scaling, with_query)
-    return (grads[0] if with_query else None, *grads[1:], None, None, None)
+    grads = backward_op(grad, *ctx.saved_tensors, ctx.scaling, ctx.decays, with_query)
+    return (grads[0] if with_query else None, *grads[1:], None, None, None, None)
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output lies in memory as `(batch, seq_len, num_heads, value_dim)`, which is how models read it."""
-    batch, heads, seq_len, _ = query.shape
-    output = query.new_empty(batch, seq_len, heads, value.shape[-1]).transpose(1, 2)
-    return output, query.new_empty(batch, heads, seq_len, dtype=torch.float32)
+    """The output lies in memory as `(batch, q_len, num_heads, value_dim)`, which is how models read it."""
+    batch, heads, q_len, _ = query.shape
+    output = query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
+    return output, query.new_empty(batch, heads, q_len, dtype=torch.float32)
 
 
 def _gradients(
@@ -217,22 +246,30 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _numbers(kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Tile, dict[str, Any]]:
+def _numbers(
+    kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decays: bool
+) -> tuple[Tile, dict[str, Any]]:
     """The tile of a launch, its constants and its options."""
     capability = None
     if not interpreting():
         major, minor = torch.cuda.get_device_capability(query.device)
         capability = 10 * major + minor
     groups = query.shape[1] // key.shape[1]
-    return launch_numbers(kernel, query.shape[-1], value.shape[-1], groups, query.dtype, capability)
+    return launch_numbers(kernel, query.shape[-1], value.shape[-1], groups, query.dtype, capability, decays)
 
 
 def launch_numbers(
-    kernel: str, head_dim: int, value_dim: int, groups: int, dtype: torch.dtype, capability: int | None
+    kernel: str,
+    head_dim: int,
+    value_dim: int,
+    groups: int,
+    dtype: torch.dtype,
+    capability: int | None,
+    decays: bool = True,
 ) -> tuple[Tile, dict[str, Any]]:
     """The tile of `forward`, `query_grad` or `key_grad`, and what its launch passes by keyword."""
     block_d, block_v = (max(LEAST_BLOCK, 1 << (width - 1).bit_length()) for width in (head_dim, value_dim))
-    tile: Tile = getattr(Tiles.choose(max(block_d, block_v), dtype, capability), kernel)
+    tile: Tile = getattr(Tiles.choose(max(block_d, block_v), dtype, capability, decays), kernel)
     numbers = {
         "GROUPS": groups,
         "HEAD_DIM": head_dim,
@@ -242,6 +279,7 @@ def launch_numbers(
         "BLOCK_M": tile.queries,
         "BLOCK_N": tile.keys,
         "PRECISION": dot_precision(dtype),
+        "DECAYS": decays,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **LAUNCH_OPTIONS,

@@ -39,6 +39,33 @@ def gated_attention(
     return weights.to(value.dtype) @ value
 
 
+def gated_attention_after(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Same contract as `retention.ops.gated_attention_after`, computed with the explicit bias."""
+    index = torch.arange(key.shape[2], device=key.device)
+    age = index[key.shape[2] - query.shape[2] :, None] - index
+    return _after(query, key, value, age.clamp_min(0) * log_beta[:, :, None, :], scaling)
+
+
+def biased_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Same contract as `retention.ops.biased_attention`, computed with the explicit bias."""
+    return _after(query, key, value, bias[:, :, None, :], scaling)
+
+
+def _after(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of the last queries; `bias` `(batch, num_kv_heads, q_len or 1, seq_len)` is added to the logits."""
+    groups, (q_len, seq_len) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
+    key, value, bias = (x.repeat_interleave(groups, dim=1) for x in (key, value, bias))
+    future = torch.ones(q_len, seq_len, dtype=torch.bool, device=query.device).triu(seq_len - q_len + 1)
+    logits = (query @ key.transpose(-1, -2) * scaling + bias).masked_fill(future, float("-inf"))
+    return torch.softmax(logits, dim=-1).to(value.dtype) @ value
+
+
 def occupancy(log_beta: torch.Tensor, segments: Segments) -> torch.Tensor:
     """Same contract as `retention.ops.occupancy`, with the T x T matrix."""
     terms = torch.exp(distance(segments) * log_beta[..., None, :])

@@ -130,14 +130,14 @@ class HintBoard:
 
     def steps(self, agent: str, known: float) -> float:
         """Steps to the next call of `agent`, of which a graph says `known`."""
-        note = self._current(agent)
+        note = self._current(agent) if self._notes else None
         if note is None:
             return known
         return math.inf if note.evict else min(note.steps, known)
 
     def reuse(self, agent: str, known: float) -> float:
         """Its expected discounted reuse, of which a graph says `known`."""
-        note = self._current(agent)
+        note = self._current(agent) if self._notes else None
         if note is None:
             return known
         return 0.0 if note.evict else max(known, HINTED_REUSE * max(0.0, 1 - note.steps / FAR_STEPS))

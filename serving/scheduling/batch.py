@@ -100,6 +100,14 @@ class Batch:
     def take_decode(self, item: Decode, steps: int) -> bool:
         """Takes the next tokens of an answer; whether it ends with them."""
         entry = item.entry
+        if item.tokens is None and item.payload is None:  # not told: nothing to be kept
+            left = entry.request.max_new_tokens - entry.produced
+            new = min(steps, left)
+            entry.produced += new
+            entry.told = False
+            self.statistics.decoded += new
+            self.statistics.events += new
+            return item.finished or new == left
         span = None if item.payload is None else item.store_span()
         before = entry.produced
         self._tell(entry, item.tokens, min(steps, item.left))
@@ -146,6 +154,8 @@ class Batch:
     def _key(self, entry: Entry, end: int) -> Pages:
         """The first `end` tokens of prompt and answer, whole pages."""
         key, missing = entry.key, end - len(entry.key) // TOKEN_BYTES
-        if missing <= 0:
+        if not missing:
+            return key
+        if missing < 0:
             return Pages(key[: end * TOKEN_BYTES])
         return Pages(key + encode([*entry.tail, *entry.tokens][:missing], self.tiers.tree.page_size))

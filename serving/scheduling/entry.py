@@ -126,7 +126,7 @@ def new_entry(request: Request, page_size: int, bytes_per_token: int, now: float
         request,
         key=key,
         lookup=key if size > whole else Pages(key[: -page_size * TOKEN_BYTES]),
-        tail=[int(token) for token in request.prompt[whole:]],
+        tail=[int(token) for token in request.prompt[whole:]] if size > whole else [],
         size=size,
         fixed=fixed - fixed % page_size,
         byte_rate=request.bytes_per_token or bytes_per_token,

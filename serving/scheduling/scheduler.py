@@ -227,12 +227,9 @@ class Scheduler:
         """When something happens next without the driver: a copy (in virtual time), a timeout, a prefetch."""
         with self.tiers.lock:
             mover = self.tiers.transfers.mover
-            times = [
-                mover.next_time(),
-                self._timers.next_time(),
-                None if self.prefetcher is None else self.prefetcher.next_time(),
-            ]
-            return min((time for time in times if time is not None), default=None)
+            copies, timers = mover.next_time(), self._timers.next_time()
+            wishes = None if self.prefetcher is None else self.prefetcher.next_time()
+            return min((time for time in (copies, timers, wishes) if time is not None), default=None)
 
     def check(self) -> None:
         """Raises AssertionError unless requests, leases and bytes agree; not while work is out in another thread."""

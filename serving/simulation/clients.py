@@ -122,6 +122,8 @@ class Client:
         Returns:
             Its old name, its new one, and the new one's edges from and to others.
         """
+        if not self.workload.changes:
+            return None
         origin = self._origins[agent]
         draws = seeded("change", self.seed, self.name, origin, self._calls[origin])
         if draws.random() >= self.workload.changes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from ..node import Tier
@@ -155,17 +156,28 @@ class RooflineCosts:
         return batch.steps * self._forward_s(new + len(batch.contexts), ends, pairs, read)
 
     def recompute_s(self, start: int, end: int) -> float:
-        return self.batch_s(Batch(chunks=((start, end),)))
+        return self._forward_s(end - start, 1, (end * end - start * start) / 2, end)
 
     def reload_s(self, nbytes: int, tier: Tier) -> float:
         return self.links.reload_s(nbytes, tier)
 
+    @cached_property
+    def _rates(self) -> tuple[float, float, float, float, float, float, float]:
+        """Operations a token, an output and a pair, and a second; bytes of the weights and a token, and a second."""
+        model = self.model
+        return (
+            2 * (model.params - 2 * model.embedding_params),
+            2 * model.embedding_params,
+            4 * model.layers * model.query_width,
+            self.card.flops * self.compute_share,
+            model.weight_bytes,
+            model.kv_bytes_per_token,
+            self.card.memory_bytes_per_s * self.memory_share,
+        )
+
     def _forward_s(self, tokens: float, ends: int, pairs: float, read: float) -> float:
         """Of `tokens` new tokens, `ends` of them with an output; `pairs` of queries and keys; `read` tokens of KV."""
-        model = self.model
-        operations = 2 * (model.params - 2 * model.embedding_params) * tokens + 2 * model.embedding_params * ends
-        operations += 4 * model.layers * model.query_width * pairs
-        moved = model.weight_bytes + model.kv_bytes_per_token * read
-        compute = operations / (self.card.flops * self.compute_share)
-        memory = moved / (self.card.memory_bytes_per_s * self.memory_share)
-        return max(compute, memory) + self.overhead_s
+        a_token, an_output, a_pair, operations_per_s, weights, kv, bytes_per_s = self._rates
+        compute = (a_token * tokens + an_output * ends + a_pair * pairs) / operations_per_s
+        memory = (weights + kv * read) / bytes_per_s
+        return (compute if compute > memory else memory) + self.overhead_s

@@ -183,12 +183,13 @@ class Driver:
         if ends:
             work.steps = min(work.steps, *ends.values())
         batch = batch_of(work)
+        seconds = costs.batch_s(batch)
         if work.steps > 1:
             due = self._next_time()
-            if due is not None:
+            if due is not None and seconds > due - now:
                 one = costs.batch_s(Batch(batch.chunks, batch.contexts, 1))
                 work.steps = max(1, min(work.steps, math.ceil((due - now) / one)))
-                batch = Batch(batch.chunks, batch.contexts, work.steps)
+                seconds = costs.batch_s(Batch(batch.chunks, batch.contexts, work.steps))
         for item in work.prefills:
             item.finished = item.last and self._short.get(item.request.id) == 1
             if item.store is not None:
@@ -197,7 +198,6 @@ class Driver:
                 item.payload = Phantom(tokens, tokens * rate, self.machine.copy_parts)
         for item, left in ends.items():
             item.finished = left == work.steps
-        seconds = costs.batch_s(batch)
         self.clock.advance_to(now + seconds)
         self.scheduler.complete(work)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from .. import Limits, LinkSpeed, PhantomPool, StepGraph, Tier, VirtualClock, VirtualCopies, build_system
 from ..copies import CopyJob
+from ..orders import Costs
 from .costs import CostModel, Links
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Machine:
         bytes_per_token: KV of a token.
         copy_parts: in how many pieces a node is copied; after each, a more urgent copy may go first.
         limits, prefetch: of the scheduler and the prefetcher; None: their defaults.
+        believed: what the server believes that computing and loading take; None: what they do.
     """
 
     costs: CostModel
@@ -49,6 +51,7 @@ class Machine:
     copy_parts: int = 4
     limits: Limits = field(default_factory=Limits)
     prefetch: PrefetchLimits | None = None
+    believed: Costs | None = None
 
     def __post_init__(self) -> None:
         if min(self.device_bytes, self.bytes_per_token, self.page_size, self.copy_parts) < 1:
@@ -80,7 +83,7 @@ class Machine:
             name,
             pools,
             CountedCopies(clock, speeds),
-            costs=self.costs,
+            costs=self.believed or self.costs,
             bytes_per_token=self.bytes_per_token,
             clock=clock,
             page_size=self.page_size,

@@ -32,7 +32,8 @@ class TraceRecorder:
         page_size: tokens a page.
         about: what else should be known, in strings, numbers, lists and mappings of these. `machine_of` reads
             `device_bytes`, `host_bytes`, `disk_bytes`, `link_bytes_per_s`, `disk_bytes_per_s`, `latency_s`,
-            `copy_parts` and `limits`.
+            `copy_parts`, `limits` and `believed`: tokens/s, bytes/s of the two links, and latency in seconds that the
+            server was told (`LinearCosts`), for it chose by them.
     """
 
     def __init__(self, path: str | Path, bytes_per_token: int, page_size: int, about: dict[str, Any] | None = None):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import Limits, Phantom, Room, System, VirtualClock
+from .. import Limits, LinearCosts, Phantom, Room, System, VirtualClock
 from .clients import Client, clients_of
 from .costs import Batch, Links
 from .driver import Driver, Run
@@ -103,6 +103,7 @@ def machine_of(trace: Trace) -> Machine:
         raise ValueError(f"the trace does not say `device_bytes` in `about`: it says {', '.join(about) or 'nothing'}")
     links = Links(about.get("link_bytes_per_s", 0.0), about.get("disk_bytes_per_s", 0.0), about.get("latency_s", 0.0))
     limits = Limits(**about.get("limits", {}))
+    believed = about.get("believed")
     return Machine(
         fit(trace.batches, links),
         links,
@@ -113,6 +114,7 @@ def machine_of(trace: Trace) -> Machine:
         trace.page_size,
         about.get("copy_parts", 4),
         limits,
+        believed=LinearCosts(believed[0], (believed[1], believed[2]), believed[3]) if believed else None,
     )
 
 

@@ -24,7 +24,8 @@ class TracedCall:
         prompt: int32 `(tokens,)`.
         after: the id of the call it followed and the seconds between; None: it came by itself.
         produced: tokens of its answer.
-        took_s: from its arrival to its end.
+        took_s: from its arrival to its end. stalled_s: of these, waiting for copies.
+        on_device: tokens of the prompt that were there when it came up, neither loaded for it nor computed.
     """
 
     id: str
@@ -41,6 +42,8 @@ class TracedCall:
     after: tuple[str, float] | None
     produced: int
     took_s: float
+    stalled_s: float = 0.0
+    on_device: int = 0
 
 
 @dataclass
@@ -122,4 +125,6 @@ def _call(row: dict, end: dict, prompts: dict[int, np.ndarray], begin: float, kn
         after=(after[0], after[1]) if after is not None and after[0] in known else None,
         produced=end["produced"],
         took_s=end["at"] - row["at"],
+        stalled_s=end.get("stalled_s", 0.0),
+        on_device=end.get("cached", 0) - end.get("loaded", 0),
     )

@@ -20,7 +20,7 @@ from tenure.scripts.gpu.case import H100, Case, Sides, Work
 from tenure.scripts.gpu.cases import all_cases
 from tenure.scripts.gpu.decoding import Append, RaggedDecode
 from tenure.scripts.gpu.evicting import Compaction, DefensiveScores, Selection, ValueNorms
-from tenure.scripts.gpu.moving import PageCopies
+from tenure.scripts.gpu.moving import TierCopies
 from tenure.scripts.gpu.running import GIB, Row, Timer, check_all
 from tenure.scripts.gpu.stopwatch import Stopwatch
 from tenure.scripts.gpu.table import rows_text
@@ -85,7 +85,7 @@ def test_without_a_card_it_says_so() -> None:
         (DefensiveScores(32768), 40),
         (ValueNorms("Qwen3-4B", 32768), 695),
         (ValueNorms("Llama-3.1-8B", 131072), 4450),
-        (PageCopies(4096, "gather"), 10),
+        (TierCopies(4096, "gather"), 10),
         (Selection("Qwen3-4B", 32768), 70),
         (Selection("Llama-3.1-8B", 131072), 250),
         (Append(32768, 1), 0.0024),

@@ -38,9 +38,12 @@ def test_no_kernel_spills_and_all_fit(report: dict) -> None:
 
 
 def test_both_models_and_cards_are_there(report: dict) -> None:
-    rows = [row for row in report["rows"] if row["name"].startswith(("gated attention", "occupancy"))]
+    ours = ("gated attention", "biased attention", "occupancy", "tier copies")
+    rows = [row for row in report["rows"] if row["name"].startswith(ours)]
     seen = {(row["name"], row["shape"], row["capability"]) for row in rows}
     names = {f"gated attention {part}" for part in ("forward", "query_grad", "key_grad", "delta")}
+    names |= {f"biased attention {part}" for part in ("forward", "query_grad", "key_grad")}
+    names |= {f"tier copies, {way}" for way in ("gather", "scatter", "new layout")}
     names |= {f"occupancy {way} {where}" for way in ("forward", "backward") for where in ("everywhere", "at samples")}
     models = ("Qwen3-4B", "Llama-3.1-8B")
     assert seen == {(name, model, card) for name in names for model in models for card in (80, 90)}
@@ -48,7 +51,8 @@ def test_both_models_and_cards_are_there(report: dict) -> None:
 
 
 def test_attention_uses_the_tensor_cores(report: dict) -> None:
-    kinds = {"gated attention forward", "gated attention query_grad", "gated attention key_grad"}
+    parts = ("forward", "query_grad", "key_grad")
+    kinds = {f"{kind} attention {part}" for kind in ("gated", "biased") for part in parts}
     for row in report["rows"]:
         if row["name"] in kinds:
             assert row["tensor_cores"] == {80: "mma", 90: "wgmma"}[row["capability"]], row

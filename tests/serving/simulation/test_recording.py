@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tenure.serving import AgentSpec, EdgeSpec, Keep, Request, WorkflowSpec
+from tenure.serving import AgentSpec, EdgeSpec, Keep, Request, Tier, WorkflowSpec
 from tenure.serving.simulation.draws import Spread
 from tenure.serving.simulation.recording import RecordedScheduler, TraceRecorder
 from tenure.serving.simulation.simulate import machine_of, replay, simulate
@@ -30,6 +30,7 @@ def serve(small, requests: list[Request], path: Path, batch_s: float = 0.5, gap_
             scheduler.submit(request)
             while len(scheduler):
                 work = scheduler.next_work()
+                assert work is not None, "one request at a time never waits for copies here"
                 clock.advance_to(clock.now + batch_s)
                 scheduler.complete(work)
             scheduler.take_ended()
@@ -124,7 +125,7 @@ def test_a_fitted_machine_needs_enough_batches_and_keeps_what_about_says(small, 
     machine = machine_of(read_trace(tmp_path / "t.jsonl"))
     assert (machine.device_bytes, machine.host_bytes) == (10**6, 10**7)
     assert (machine.copy_parts, machine.limits.running) == (7, 3)
-    assert machine.links.reload_s(5_000_000, 0) == pytest.approx(1.001)
+    assert machine.links.reload_s(5_000_000, Tier.DEVICE) == pytest.approx(1.001)
     assert machine.costs.recompute_s(0, 20) == pytest.approx(0.5, rel=0.01)
 
 

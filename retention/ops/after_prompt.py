@@ -1,0 +1,80 @@
+"""Attention of tokens that follow a prompt, whose queries have been read before: decays, or one bias a key.
+
+On CUDA the Triton kernels of gated attention run, over the last queries of a sequence; elsewhere extra channels carry
+the bias (`channels`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .channels import bias_channel, channels_after
+from .kernel_choice import Kernels, chosen_kernels
+
+
+def gated_attention_after(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_beta: torch.Tensor,
+    scaling: float,
+    kernels: Kernels = "auto",
+) -> torch.Tensor:
+    """`gated_attention` of the last `q_len` queries of a sequence, one document a row: the others were read before.
+
+    Args:
+        query: `(batch, num_heads, q_len, head_dim)`, after RoPE.
+        key, value, log_beta: of the whole sequence, as in `gated_attention`.
+        kernels: see `kernel_choice.chosen_kernels`.
+
+    Returns:
+        `(batch, num_heads, q_len, value_dim)` in the query's dtype, differentiable in all four.
+
+    Raises:
+        ValueError: shapes that do not belong together; with Triton, what `gated_attention` raises.
+    """
+    _check_shapes("log_beta", query, key, value, log_beta)
+    if chosen_kernels(query.device, kernels) == "reference":
+        return channels_after(query, key, value, log_beta, scaling)
+    from .gated_attention_triton import attention_after
+
+    return attention_after(query, key, value, log_beta, scaling, decays=True)
+
+
+def biased_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    scaling: float,
+    kernels: Kernels = "auto",
+) -> torch.Tensor:
+    """Causal attention of the last `q_len` queries of a sequence with `bias_i` added to every logit of key i.
+
+    Args:
+        query: `(batch, num_heads, q_len, head_dim)`, after RoPE.
+        key: `(batch, num_kv_heads, seq_len, head_dim)`; value: `(batch, num_kv_heads, seq_len, value_dim)`.
+        bias: `(batch, num_kv_heads, seq_len)` fp32.
+        kernels: see `kernel_choice.chosen_kernels`.
+
+    Returns, raises: as `gated_attention_after`.
+    """
+    _check_shapes("bias", query, key, value, bias)
+    if chosen_kernels(query.device, kernels) == "reference":
+        return bias_channel(query, key, value, bias, scaling)
+    from .gated_attention_triton import attention_after
+
+    return attention_after(query, key, value, bias, scaling, decays=False)
+
+
+def _check_shapes(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> None:
+    if query.shape[-2] > key.shape[-2] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)}: at most as many queries as keys are accepted, "
+            "with a multiple of num_kv_heads heads"
+        )
+    if key.shape[:-1] != value.shape[:-1] or key.shape[:-1] != bias.shape:
+        raise ValueError(
+            f"key {tuple(key.shape)}, value {tuple(value.shape)} and {name} {tuple(bias.shape)} must agree in (batch, "
+            "num_kv_heads, seq_len)"
+        )
