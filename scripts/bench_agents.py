@@ -219,7 +219,8 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("policy", "seconds", f"× {BASELINE}", "fit", "hits", "stall s", "MiB a call", "wasted", "TTFT P50", "P99")
+    counts = ("fit", "hits", "stall s", "MiB a call", "wasted")
+    columns = ("policy", "seconds", f"× {BASELINE}", *counts, "TTFT P50", "P99")
     table = Table(*columns, title=title)
     for each in rows:
         table.add_row(

@@ -42,8 +42,6 @@ def check_kvpress(python: Path, sweep: SweepConfig, cells: Sequence[Cell]) -> di
             f"kvpress protects no tokens by itself; sinks: 0 and recent: 0 are accepted, the sweep has {sweep.sinks} "
             f"and {sweep.recent}"
         )
-
-
     if sweep.dtype != "float32":
         raise ValueError(f"kvpress runs in float32 here; dtype: float32 is accepted, the sweep has {sweep.dtype}")
     names = ("kvpress", "torch", "transformers")

@@ -124,7 +124,7 @@ class Residency(Ledger):
                 self.tree.remove_leaf(each)
 
     def empty(self) -> None:
-        """Drops all copies, and the nodes without a user: as nodes know each other, they would wait for the collector."""
+        """Drops all copies, and nodes without a user: as nodes know each other, they would wait for the collector."""
         for node in reversed(list(self.tree)):
             for tier in self.pools:
                 if node.copies[tier] is not None:

@@ -178,10 +178,12 @@ def _wait(process: subprocess.Popen[str], tick: Callable[[], None]) -> str:
 
 
 def _bytes_under(folder: Path) -> int:
+    """Bytes of the files in `folder`, of which pip moves some and removes folders while we look."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip moves files while we look
-            total += path.stat().st_size if path.is_file() else 0
+    for parent, _, files in os.walk(folder):  # which passes over what is gone
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 

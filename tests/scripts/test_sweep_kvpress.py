@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ class FirstEntries:
     """Keeps the first `int(n (1 - compression_ratio))` entries of every head, as presses round."""
 
     compression_ratio = 0.0
+    cache: Any = None
 
     @contextmanager
     def __call__(self, model):
@@ -101,5 +104,6 @@ def test_pythons_that_cannot_run_kvpress_are_refused():
         check_kvpress(Path("/no/python"), sweep, sweep.cells())
     with pytest.raises(ValueError, match="--kvpress runs on the CPU; --devices has cuda:0"):
         Config(Path("sweep.yaml"), devices=["cuda:0"], kvpress=Path("python"))
+    builder = partial(CaseBuilder, None, [])
     with pytest.raises(ValueError, match="could not run kvpress: "):
-        KvpressRunner(Path(sys.executable), "/no/model", None, parse_cells(["snapkv"], [0.5]), CaseBuilder, [2])
+        KvpressRunner(Path(sys.executable), "/no/model", None, parse_cells(["snapkv"], [0.5]), builder, [2])

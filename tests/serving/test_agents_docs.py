@@ -19,10 +19,14 @@ def test_the_example_runs(tiny_llama):
     gates = RetentionGates.for_model(tiny_llama, gate_width=8, init_std=0.5, initial_bias=2.0)
     planner, question = (torch.randint(3, 128, (count,)).tolist() for count in (200, 10))
     scope = {"model": tiny_llama, "gates": gates, "planner": planner, "question": question}
-    exec(code, scope)  # our own documentation
+    body, _, closing = code.partition("    system.close()\n")
+    assert closing == ""
+    exec(body, scope)  # our own documentation
     (answer,) = scope["answers"]
     assert 1 <= len(answer) <= 20
     system = scope["system"]
     (node,) = system.tiers.tree
     held = node.held[Tier.DEVICE]
     assert node.length == 192 and 0 < held < 0.35 * 192 * scope["PromptKV"](scope["session"]).bytes_per_token()
+    system.close()
+    assert not list(system.tiers.tree)

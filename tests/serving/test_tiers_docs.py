@@ -16,15 +16,23 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
+def before_closing(code: str) -> str:
+    """An example without its last line, which empties the tree."""
+    body, last = code.rstrip("\n").rsplit("\n", 1)
+    assert last.endswith(".close()")
+    return body
+
+
 def test_the_example_runs():
     scope: dict = {}
-    exec(next(block for block in blocks() if "TieredTree(" in block), scope)  # our own documentation
+    exec(before_closing(next(block for block in blocks() if "TieredTree(" in block)), scope)  # our own documentation
     tiers = scope["tiers"]
     assert isinstance(tiers, TieredTree)
     found = tiers.match(scope["prompt"])
     assert found.length == 96 and [node.length for node in found.nodes] == [64, 32]
     assert tiers.tree.ends == {"planner": found.nodes[0]}
     tiers.check()
+    tiers.close()
 
 
 def test_the_order_evicts_what_it_says(make_tiers, cached):

