@@ -64,7 +64,7 @@ def prepare_kvpress(python: Path, sweep: SweepConfig, threads: int | None, devic
 
     source = str(resolve_model(sweep.model))
     tokenizer = AutoTokenizer.from_pretrained(source, revision=sweep.revision)
-    ending = GenerationConfig.from_pretrained(source, revision=sweep.revision).eos_token_id
+    ending = GenerationConfig.from_pretrained(source, revision=sweep.revision or "main").eos_token_id
     texts = load_texts(sweep)
     builder = partial(make_builder, tokenizer, texts)
     ends = [ending] if isinstance(ending, int) else list(ending or [])

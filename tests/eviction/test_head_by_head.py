@@ -51,9 +51,10 @@ def test_one_head_at_a_time_is_all_at_once(lengths, n, missing, kernel):
 
 
 def test_keys_in_half_precision_are_scored_in_fp32():
-    queries, keys, *rest = inputs([[20, 9]], 20)
-    half = keys.bfloat16()
-    worst, mean = window_risk_by_heads(queries.bfloat16(), half, *rest, 3)
-    expected = naive.window_risk(queries.bfloat16(), half.nan_to_num(0.0), *rest, 3, True)
+    queries, keys, positions, query_positions, limit, scaling = inputs([[20, 9]], 20)
+    where = positions, query_positions, limit, scaling
+    queries, keys = queries.bfloat16(), keys.bfloat16()
+    worst, mean = window_risk_by_heads(queries, keys, *where, 3)
+    expected = naive.window_risk(queries, keys.nan_to_num(0.0), *where, 3, True)
     assert worst is not None and worst.dtype == mean.dtype == torch.float32
     torch.testing.assert_close((worst, mean), expected, atol=1e-6, rtol=1e-5)
