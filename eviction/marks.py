@@ -17,7 +17,7 @@ from .rows import Rows
 from .statistics import QueryStatistics
 
 if TYPE_CHECKING:
-    from .store import Places
+    from .places import Places
 
 KEPT = 4  # marks of a cache: the oldest since the last eviction and the newest
 

@@ -9,7 +9,8 @@ import torch
 
 from ..retention.ops.kernel_choice import chosen_kernels
 from .page_layout import PAGE, PagedPlaces, fresh_layout, grown_stack, pages_of, spare_pages, widened
-from .store import Places, SegmentStore
+from .places import Places
+from .store import SegmentStore
 
 if TYPE_CHECKING:
     from .step import Step

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 
+from .places import Places, SegmentPlaces
 from .step import Step
 
 SLACK = 0.06  # free room added when a segment is laid out anew, as a share of the layer's mean segment
@@ -298,26 +297,6 @@ class SegmentStore:
                 yield "positions do not ascend in every segment"
             if not bool(((position >= 0) | ~valid).all()):
                 yield "positions are negative"
-
-
-class Places(Protocol):
-    """Where the entries of a store stood at one time."""
-
-    def index(self, segments: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """Flat indices of the first `lengths[i]` entries of each of `segments`, int64, one segment after the other."""
-        ...
-
-
-@dataclass(frozen=True)
-class SegmentPlaces:
-    """Where segments began."""
-
-    starts: list[int]
-    device: torch.device
-
-    def index(self, segments: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        parts = [torch.arange(self.starts[s], self.starts[s] + n) for s, n in zip(segments, lengths, strict=True)]
-        return torch.cat(parts).to(self.device)
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@
 the entries that stay]. After "ready", every line read is JSON with `context_ids`, `question_ids`, `answer_ids`, `limit`
 (of generated tokens) and `ending` (ids that end a generation); the line written for it is a JSON list of `{ids, kl,
 top1, entries, bytes, seconds}`, for the full cache and then for each cell: the greedy answer, KL to the full cache and
-agreement with it over question and gold answer, what is kept and held after the context, and what reading that took.
+agreement with it over question and gold answer, what is kept and held after the context, and what reading that took. Of
+a case that fails it is `{"error": …}`.
 """
 
 from __future__ import annotations
@@ -113,7 +114,11 @@ def main(job: dict[str, Any]) -> None:
     answers = Answers(job)
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(answers.answer(json.loads(line))), flush=True)
+        try:
+            answer: Any = answers.answer(json.loads(line))
+        except Exception as error:  # of a press, which must not stop the cases that follow
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from .sweep_checks import load_texts, make_builder
 if TYPE_CHECKING:
     from ..eval import Case, CaseBuilder, Cell
     from ..eval.runner import Record
-    from ..eval.sweep import SweepConfig, Unit
+    from ..eval.sweep import Failure, SweepConfig, Unit
 
 # Policies that are a press of kvpress with its defaults; who competes is then decided by the press.
 PRESSES = (
@@ -118,8 +118,10 @@ class KvpressRunner:
             raise ValueError(f"--kvpress {self.python} {failed}: {last}")
         return line
 
-    def run(self, unit: Unit) -> list[Record]:
-        """One result for each cell; ValueError if the process is gone."""
+    def run(self, unit: Unit) -> list[Record | Failure]:
+        """One result for each cell, or one failure of the whole unit; ValueError if the process is gone."""
+        from ..eval.sweep import Failure
+
         case = self.builder(unit.length, unit.seed).case(unit.task, unit.index)
         asked = {
             "context_ids": case.context_ids, "question_ids": case.question_ids, "answer_ids": case.answer_ids,
@@ -131,7 +133,10 @@ class KvpressRunner:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the line that does not come says why
-        whole, *found = json.loads(self._line(f"ended at {unit.name}"))
+        answer = json.loads(self._line(f"ended at {unit.name}"))
+        if isinstance(answer, dict):
+            return [Failure.of(unit, None, RuntimeError(f"kvpress: {answer['error']}"))]
+        whole, *found = answer
         rest = iter(found)
         return [self._record(case, cell, next(rest) if cell.evicts else whole, whole["entries"]) for cell in self.cells]
 

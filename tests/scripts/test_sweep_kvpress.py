@@ -6,6 +6,7 @@ import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from tenure.eval import CaseBuilder, kl_to_full
 from tenure.eval.cells import parse_cells
-from tenure.eval.sweep import SweepConfig
+from tenure.eval.sweep import Failure, SweepConfig, Unit
 from tenure.scripts.kvpress_answers import Answers
 from tenure.scripts.sweep import Config
 from tenure.scripts.sweep_kvpress import KvpressRunner, check_kvpress
@@ -107,3 +108,20 @@ def test_pythons_that_cannot_run_kvpress_are_refused():
     builder = partial(CaseBuilder, None, [])
     with pytest.raises(ValueError, match="could not run kvpress: "):
         KvpressRunner(Path(sys.executable), "/no/model", None, parse_cells(["snapkv"], [0.5]), builder, [2])
+
+
+def test_a_case_that_fails_there_does_not_stop_the_rest(tmp_path):
+    """A process that fails at the first case and is gone at the second."""
+    python = tmp_path / "python"
+    answers = """echo ready; read line; echo '{"error": "ValueError: odd"}'; read line; echo gone >&2"""
+    python.write_text(f"#!/bin/sh\n{answers}\n")
+    python.chmod(0o755)
+    case = SimpleNamespace(context_ids=CONTEXT, question_ids=QUESTION, answer_ids=GOLD, extra_tokens=4)
+    builder = SimpleNamespace(case=lambda task, index: case)
+    cells = parse_cells(["snapkv"], [0.5])
+    runner = KvpressRunner(python, "model", None, cells, lambda length, seed: builder, [2])  # type: ignore[arg-type, return-value]
+    (failure,) = runner.run(Unit("needle", 40, 0, 3))
+    assert isinstance(failure, Failure) and failure.error == "RuntimeError: kvpress: ValueError: odd"
+    assert failure.policy is None and failure.index == 3
+    with pytest.raises(ValueError, match="ended at needle, 40 tokens, seed 0, case 4: gone"):
+        runner.run(Unit("needle", 40, 0, 4))
