@@ -31,12 +31,13 @@ class Unit:
 
 
 def all_units(config: SweepConfig) -> list[Unit]:
-    """All units of a sweep. The case number changes last, so that what is done at any time covers everything evenly."""
+    """All units of a sweep: one length after the other as they are listed, within a length all first cases, then all
+    second ones, so that what is done of a length at any time covers its tasks and seeds evenly."""
     return [
         Unit(task, length, seed, index)
+        for length in config.lengths
         for index in range(config.cases)
         for seed in config.seeds
-        for length in config.lengths
         for task in config.tasks
     ]
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .base import Policy
+from .head_by_head import received_by_heads
 from .window import window_attention
 
 if TYPE_CHECKING:
     from ..view import LayerView
 
-ATTENTION = 2**24  # attention weights that are held at a time
+# Attention weights that are held at a time: few enough for a processor's cache, many enough for a GPU.
+HELD_ON_CPU, HELD_ON_GPU = 2**18, 2**24
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class H2O(Policy):
             raise ValueError(f"recent is a share of the budget in [0, 1], got {self.recent}")
 
     def observe(self, view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        held = HELD_ON_CPU if queries.device.type == "cpu" else HELD_ON_GPU
         batch, heads, n = view.shape
-        size = max(1, ATTENTION // (batch * heads * view.num_kv_groups * n))
-        total = view.state("attention").clone()
-        for start in range(0, queries.shape[2], size):
-            part = slice(start, start + size)
-            total += window_attention(view, queries[:, :, part], query_positions[:, part]).sum(3).mean(2)
-        return {"attention": total}
+        if batch * heads * view.num_kv_groups * n * queries.shape[2] <= held:
+            new = window_attention(view, queries, query_positions).sum(3).mean(2)
+        else:
+            what = queries, view.keys, view.positions, query_positions, view.scaling
+            new = received_by_heads(*what, held)
+        return {"attention": view.state("attention") + new}
 
     def score(self, view: LayerView) -> torch.Tensor:
         total = view.state("attention")

@@ -1,4 +1,4 @@
-"""What a window of queries attends to, one key/value head at a time, so that its attention stays in the cache."""
+"""What queries attend to, one key/value head at a time, so that the attention stays in the processor's cache."""
 
 from __future__ import annotations
 
@@ -44,16 +44,75 @@ def window_risk_by_heads(
             length, counted, common = (counts[kind][row][head] for kind in range(3))
             if not length:
                 continue
-            logits = scaled[row, head] @ keys[row, head, :length].float().t()
-            late = logits[:, common:].view(group, window, -1)
-            late.masked_fill_(positions[row, head, common:length] > query_positions[row].unsqueeze(1), -torch.inf)
-            attention = torch.softmax(logits, 1)
-            if common == 0:
-                attention.nan_to_num_(0.0)  # a query that is missing or sees nothing
+            of_head = keys[row, head, :length], positions[row, head, :length]
+            attention = _attention(scaled[row, head], query_positions[row], *of_head, common)
             torch.mv(attention.t(), weights[row], out=mean[row, head, :length])
             if worst is not None and kernel is not None and counted:
                 worst[row, head, :counted] = _worst(attention[:, :counted], kernel)
     return worst, mean
+
+
+def received_by_heads(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    query_positions: torch.Tensor,
+    scaling: float,
+    held: int,
+) -> torch.Tensor:
+    """What each entry receives from all queries together: `attention_over`, summed over them, mean over a group.
+
+    Args:
+        queries, keys, positions, query_positions, scaling: as in `window_risk_by_heads`.
+        held: attention weights that are held at a time; entries that none of these queries sees are left out.
+
+    Returns:
+        fp32 `(batch, num_kv_heads, n)`.
+    """
+    batch, heads, n, _ = keys.shape
+    group, q_len = queries.shape[1] // heads, queries.shape[2]
+    total = keys.new_zeros(batch, heads, n, dtype=torch.float32)
+    size = max(1, held // (group * max(1, n)))
+    starts = range(0, q_len, size)
+    # How many entries some query of a piece sees, and all of them: they are in order.
+    pieces = [query_positions[:, start : start + size] for start in starts]
+    last = torch.stack([piece.amax(1) for piece in pieces])
+    first = torch.stack([torch.where(piece < 0, -1, piece).amin(1) for piece in pieces])
+    order = torch.where(positions < 0, torch.iinfo(torch.int64).max, positions)
+    bounds = torch.stack([last, first]).permute(2, 0, 1).unsqueeze(1).expand(-1, heads, -1, -1).flatten(2)
+    counts = torch.searchsorted(order, bounds.contiguous(), right=True).unflatten(2, (2, -1)).tolist()
+    scaled = (queries.float() * scaling).unflatten(1, (heads, group))
+    for row in range(batch):
+        for head in range(heads):
+            for start, seen, common in zip(starts, *counts[row][head], strict=True):
+                if not seen:
+                    continue
+                part = slice(start, start + size)
+                asking = scaled[row, head, :, part].flatten(0, 1)
+                of_head = keys[row, head, :seen], positions[row, head, :seen]
+                attention = _attention(asking, query_positions[row, part], *of_head, common)
+                total[row, head, :seen] += attention.sum(0)
+    return total / group
+
+
+def _attention(
+    queries: torch.Tensor, query_positions: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, common: int
+) -> torch.Tensor:
+    """Causal softmax in one head: fp32 `(group * window, n)`.
+
+    Args:
+        queries: fp32 `(group * window, head_dim)`, scaled.
+        query_positions: int64 `(window,)`, -1 for no query.
+        keys: `(n, head_dim)`.
+        positions: int64 `(n,)`.
+        common: so many entries, the first ones, every query sees.
+    """
+    logits = queries @ keys.float().t()
+    window = len(query_positions)
+    late = logits[:, common:].view(len(queries) // window, window, len(positions) - common)
+    late.masked_fill_(positions[common:] > query_positions.unsqueeze(1), -torch.inf)
+    attention = torch.softmax(logits, 1)
+    return attention if common else attention.nan_to_num_(0.0)  # a query that is missing or sees nothing
 
 
 def _worst(attention: torch.Tensor, kernel: int) -> torch.Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tenure.eviction.ops import naive
-from tenure.eviction.policies.head_by_head import window_risk_by_heads
+from tenure.eviction.policies.head_by_head import received_by_heads, window_risk_by_heads
+from tenure.eviction.policies.window import attention_over
 
 
 def inputs(lengths: list[list[int]], n: int, window: int = 4, group: int = 3, missing: int = 0):
@@ -58,3 +59,16 @@ def test_keys_in_half_precision_are_scored_in_fp32():
     expected = naive.window_risk(queries, keys.nan_to_num(0.0), *where, 3, True)
     assert worst is not None and worst.dtype == mean.dtype == torch.float32
     torch.testing.assert_close((worst, mean), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("held", [1, 200, 10**6])
+@pytest.mark.parametrize(
+    ("lengths", "window", "missing"),
+    [([[40, 40], [40, 40]], 4, 0), ([[40, 7], [0, 23]], 64, 0), ([[3, 1], [2, 40]], 64, 5), ([[12, 9], [4, 11]], 9, 9)],
+)
+def test_attention_received_in_pieces_is_that_of_all_at_once(lengths, window, missing, held):
+    queries, keys, positions, query_positions, _, scaling = inputs(lengths, 40, window=window, missing=missing)
+    attention = attention_over(keys.nan_to_num(0.0), positions, queries, query_positions, scaling)
+    received = received_by_heads(queries, keys, positions, query_positions, scaling, held)
+    torch.testing.assert_close(received, attention.sum(3).mean(2), atol=1e-6, rtol=1e-5)
+    assert bool((received > 0).any())

@@ -34,7 +34,7 @@ def test_a_file_and_changes_to_it(file):
     ]  # fmt: skip
     units = all_units(config)
     assert len(units) == len(set(units)) == 1 * 2 * 2 * 2
-    assert [unit.index for unit in units] == [0] * 4 + [1] * 4
+    assert [(unit.length, unit.index) for unit in units[::2]] == [(256, 0), (256, 1), (512, 0), (512, 1)]
 
 
 def test_scopes_are_taken_with_policies_that_name_none(file):
