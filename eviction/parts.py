@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from .layer import RaggedLayer
-from .paged import PagedStore
 from .restore import restore
 
 if TYPE_CHECKING:
@@ -77,14 +76,11 @@ def part_of(cache: RaggedCache, start: int, stop: int, row: int | None = None) -
 
 
 def _cut(store: SegmentStore, row: int, start: int, stop: int) -> dict[str, torch.Tensor]:
-    """Contiguous copies `(num_kv_heads * (stop - start), …)` of entries of all heads of a row, positions apart."""
+    """Copies `(num_kv_heads * (stop - start), …)` of entries of all heads of a row, positions apart, in one block."""
     from .ops.copies import entries_at
 
     buffers = {name: buffer for name, buffer in store.buffers.items() if name != "position"}
-    slots = store.dense_index()[0][row, :, start:stop].flatten()
-    if isinstance(store, PagedStore):
-        return entries_at(buffers, slots)
-    return {name: buffer[slots] for name, buffer in buffers.items()}
+    return entries_at(buffers, store.dense_index()[0][row, :, start:stop].flatten())
 
 
 def cache_of(session: Session, parts: Sequence[Mapping[str, torch.Tensor]]) -> RaggedCache:

@@ -149,11 +149,13 @@ def one_run(
     from ..serving.prompt_kv import PromptKV
 
     down, up = (Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.DEVICE)
-    device, host = MemoryPool(setting.device_bytes, session.model.device), MemoryPool(setting.host_bytes)
+    place = session.model.device
+    device = MemoryPool(setting.device_bytes, place)
+    host = MemoryPool(setting.host_bytes, pinned=place.type == "cuda")
     system = build_system(
         setting.system,
         {Tier.DEVICE: device, Tier.HOST: host},
-        ThreadedCopies({down: setting.device_to_host, up: setting.host_to_device}),
+        ThreadedCopies({down: setting.device_to_host, up: setting.host_to_device}, place),
         costs=setting.costs,
         bytes_per_token=PromptKV(session).bytes_per_token(),
         clock=time.monotonic,

@@ -67,6 +67,8 @@ class FilePayload:
     def read(self, layer: int) -> dict[str, torch.Tensor]:
         import torch
 
+        from ..eviction.packing import views
+
         size = self.layers[layer]
         buffer = bytearray(size)
         try:
@@ -79,16 +81,8 @@ class FilePayload:
             raise LostCopyError(f"{self.path} is truncated: layer {layer} has {got} of its {size} bytes")
         if hashlib.sha256(buffer).hexdigest() != self.digests[layer]:
             raise LostCopyError(f"{self.path} is damaged: layer {layer} is not what was written")
-        tensors, at = {}, 0
-        for name in self.groups[layer]:
-            dtype, shape = self.tensors[name]
-            numbers = math.prod(shape)
-            if numbers:
-                tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=numbers, offset=at).view(shape)
-            else:
-                tensors[name] = torch.empty(shape, dtype=dtype)
-            at += _nbytes((dtype, shape))
-        return tensors
+        block = torch.frombuffer(buffer, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+        return views(block, {name: self.tensors[name] for name in self.groups[layer]})
 
     def split(self, at: int) -> tuple[Payload, Payload]:
         raise AssertionError("files are not divisible")

@@ -6,7 +6,7 @@ same face and no tensors: with it, the simulator runs the same code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 Kind = tuple["torch.dtype", tuple[int, ...]]  # type and shape of a tensor
+Memory = Callable[[int], "torch.Tensor"]  # gives so many bytes, uint8 `(nbytes,)`
 
 
 class Payload(Protocol):
@@ -78,12 +79,15 @@ class TensorPayload:
         tokens: as in `Payload`.
         token_dim: the dimension of every tensor that runs over the tokens (-2 for keys and values of shape `(batch,
             num_kv_heads, seq_len, head_dim)`); None if there is none, which makes the payload indivisible.
+        memory: where `split` and `join` get the memory of their results, so many bytes for each layer; None: beside
+            the tensors.
         groups: the names of each layer.
     """
 
     tensors: Mapping[str, torch.Tensor]
     tokens: int
     token_dim: int | None = -2
+    memory: Memory | None = None
     groups: tuple[tuple[str, ...], ...] = field(init=False)
     layers: tuple[int, ...] = field(init=False)
     nbytes: int = field(init=False)
@@ -111,26 +115,48 @@ class TensorPayload:
     def read(self, layer: int) -> dict[str, torch.Tensor]:
         return {name: self.tensors[name] for name in self.groups[layer]}
 
+    @classmethod
+    def empty_like(cls, payload: Payload, memory: Memory) -> TensorPayload:
+        """Room for a copy of `payload`: each layer in one block of `memory`."""
+        return cls(_packed(payload.kinds(), memory), payload.tokens, payload.token_dim, memory)
+
     def split(self, at: int) -> tuple[TensorPayload, TensorPayload]:
         dim = self.token_dim
         assert dim is not None and 0 < at < self.tokens, "only divisible payloads are split, within"
-        # Clones: views would keep the memory of both halves alive until the last of them is evicted.
-        ranges = ((0, at), (at, self.tokens - at))
-        halves = [{n: t.narrow(dim, *each).clone() for n, t in self.tensors.items()} for each in ranges]
-        return TensorPayload(halves[0], at, dim), TensorPayload(halves[1], self.tokens - at, dim)
+        # Copies: views would keep the memory of both halves alive until the last of them is evicted.
+        return self._made(at, [(0, self, 0)]), self._made(self.tokens - at, [(0, self, at)])
 
     def join(self, other: Payload) -> TensorPayload | None:
-        import torch
-
         dim = self.token_dim
         if not isinstance(other, TensorPayload) or dim is None or other.token_dim != dim:
             return None
         if list(self.tensors) != list(other.tensors):
             return None
-        pairs = {name: (tensor, other.tensors[name]) for name, tensor in self.tensors.items()}
-        if any(a.dtype != b.dtype or a.ndim != b.ndim for a, b in pairs.values()):
+        pairs = [(tensor, other.tensors[name]) for name, tensor in self.tensors.items()]
+        if any(a.dtype != b.dtype or a.ndim != b.ndim for a, b in pairs):
             return None
-        return TensorPayload({n: torch.cat(pair, dim) for n, pair in pairs.items()}, self.tokens + other.tokens, dim)
+        return self._made(self.tokens + other.tokens, [(0, self, 0), (self.tokens, other, 0)])
+
+    def _made(self, tokens: int, pieces: Sequence[tuple[int, TensorPayload, int]]) -> TensorPayload:
+        """A payload of `tokens` tokens: of each piece those from the last number on stand from the first number on."""
+        dim = self.token_dim
+        assert dim is not None
+        kinds = {}
+        for name, tensor in self.tensors.items():
+            shape = list(tensor.shape)
+            shape[dim] = tokens
+            kinds[name] = tensor.dtype, tuple(shape)
+        made = TensorPayload(_packed(kinds, self._memory()), tokens, dim, self.memory)
+        for name, target in made.tensors.items():
+            for into, piece, start in pieces:
+                length = min(piece.tokens - start, tokens - into)
+                target.narrow(dim, into, length).copy_(piece.tensors[name].narrow(dim, start, length))
+        return made
+
+    def _memory(self) -> Memory:
+        from ..eviction.packing import beside
+
+        return self.memory or beside(next(iter(self.tensors.values())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +190,16 @@ class Phantom:
         if not isinstance(other, Phantom) or not (self.divisible and other.divisible):
             return None
         return Phantom(self.tokens + other.tokens, self.nbytes + other.nbytes, self.num_layers)
+
+
+def _packed(kinds: Mapping[str, Kind], memory: Memory) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors, those of each layer in one block of `memory`."""
+    from ..eviction.packing import pack
+
+    tensors = {}
+    for names in group_layers(kinds):
+        tensors |= pack({name: kinds[name] for name in names}, memory)
+    return {name: tensors[name] for name in kinds}
 
 
 def group_layers(names: Mapping[str, object]) -> tuple[tuple[str, ...], ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from .arena import Arena, rounded
 from .payload import Payload, Phantom, TensorPayload
 
 if TYPE_CHECKING:
@@ -96,31 +96,39 @@ class Pool(ABC):
 
 
 class MemoryPool(Pool):
-    """Tensors on a device, or in the host's memory.
+    """Tensors on a device, or in the host's memory; those of a layer stand together, so that copying it is one copy.
 
     Args:
         capacity: bytes.
         device: where the tensors are.
-        pinned: page-locked, so that a GPU copies at full speed and asynchronously. PyTorch's allocator rounds pinned
-            blocks up to powers of two; they are counted as what they take.
+        pinned: page-locked, so that a GPU copies at full speed and asynchronously; needs a GPU. Each layer is counted
+            as what it takes of an `Arena`.
     """
 
     def __init__(self, capacity: int, device: str | torch.device = "cpu", pinned: bool = False) -> None:
         super().__init__(capacity)
         self.device, self.pinned = device, pinned
+        self._arena = Arena(capacity, page_locked) if pinned else None
 
     def charge(self, payload: Payload) -> int:
-        if not self.pinned:
-            return payload.nbytes
-        sizes = [_bytes(*kind) for kind in payload.kinds().values()]
-        return sum(1 << (size - 1).bit_length() for size in sizes if size)
+        return payload.nbytes if self._arena is None else sum(map(rounded, payload.layers))
 
     def begin(self, payload: Payload) -> Builder:
+        return _TensorBuilder(TensorPayload.empty_like(payload, self._memory))
+
+    def _memory(self, nbytes: int) -> torch.Tensor:
         import torch
 
-        options = {"device": self.device, "pin_memory": self.pinned}
-        tensors = {n: torch.empty(shape, dtype=dtype, **options) for n, (dtype, shape) in payload.kinds().items()}
-        return _TensorBuilder(TensorPayload(tensors, payload.tokens, payload.token_dim))
+        if self._arena is not None:
+            return self._arena.block(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+
+def page_locked(nbytes: int) -> torch.Tensor:
+    """Memory that a GPU copies from and to by itself, uint8 `(nbytes,)`."""
+    import torch
+
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 @dataclass
@@ -128,8 +136,10 @@ class _TensorBuilder:
     made: TensorPayload
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            self.made.tensors[name].copy_(tensor, non_blocking=True)
+        from ..eviction.packing import copy_all
+
+        targets = self.made.read(layer)
+        copy_all(list(targets.values()), [tensors[name] for name in targets])
 
     def commit(self) -> Payload:
         return self.made
@@ -159,6 +169,3 @@ class _PhantomBuilder:
     def abort(self) -> None:
         pass
 
-
-def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * math.prod(shape)

@@ -2,7 +2,7 @@
 
 A prompt that leaves its pages for a tier, or comes back into pages, is keys, values, positions and states of hundreds
 of pages: copied one by one, launches would take longer than the link to the host. Here a program moves some entries of
-every buffer. What is gathered is contiguous, so that a transfer between tiers is one copy a buffer.
+every buffer. What is gathered is one block, so that a transfer between tiers is one copy a layer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, launching_on
 from ...retention.ops.triton_language import jit, tl
+from ..packing import beside, pack
 from . import naive
 
 WORDS_OF_TILE = 2048  # that a program moves at a time
@@ -114,7 +115,8 @@ def copy_entries(
 
 
 def entries_at(buffers: Mapping[str, torch.Tensor], slots: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The entries of a layer at `slots`, int64 `(count,)`: by name `(count, ...)`, the caller's own."""
-    gathered = {name: buffer.new_empty(len(slots), *buffer.shape[1:]) for name, buffer in buffers.items()}
+    """The entries of a layer at `slots`, int64 `(count,)`: by name `(count, ...)`, the caller's own, in one block."""
+    kinds = {name: (buffer.dtype, (len(slots), *buffer.shape[1:])) for name, buffer in buffers.items()}
+    gathered = pack(kinds, beside(slots))
     copy_entries(list(buffers.values()), list(gathered.values()), slots, None)
     return gathered

@@ -9,6 +9,7 @@ import torch
 
 from ...eviction.ops import naive
 from ...eviction.ops.copies import copy_entries
+from ...eviction.packing import beside, copy_all, pack
 from .case import CARD, FULL, TINY, Call, Case, Heads, Sides, Work, generator, normal
 
 PAGE = 16
@@ -44,7 +45,8 @@ class TierCopies(Case):
         buffers.append(normal(device, 2 * count, dtype=torch.float32, seed=2))
         chosen = torch.randperm(2 * pages, generator=generator(device), device=device)[:pages]
         slots = (chosen.unsqueeze(1) * PAGE + torch.arange(PAGE, device=device)).flatten()
-        return buffers, [torch.empty_like(one[:count]) for one in buffers], slots
+        kinds = {str(number): (one.dtype, (count, *one.shape[1:])) for number, one in enumerate(buffers)}
+        return buffers, list(pack(kinds, beside(slots)).values()), slots
 
     def sides(self, device: str) -> Sides:
         buffers, together, slots = self.inputs(device)
@@ -55,13 +57,14 @@ class TierCopies(Case):
         if self.way == "scatter":
             scatter = (together, buffers, None, slots)
             return Sides(lambda: copy_entries(*scatter), {"twin": lambda: naive.copy_entries(*scatter, count)})
-        pinned = [torch.empty(one.shape, dtype=one.dtype, pin_memory=one.is_cuda) for one in together]
+        kinds = {str(number): (one.dtype, tuple(one.shape)) for number, one in enumerate(together)}
+        locked = pack(kinds, lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=slots.is_cuda))
+        pinned = list(locked.values())
         starts = slots[::PAGE].tolist()
 
         def offload() -> None:
             copy_entries(*gather)
-            for source, target in zip(together, pinned, strict=True):
-                target.copy_(source, non_blocking=True)
+            copy_all(pinned, together)
 
         def one_by_one() -> None:
             for source, target in zip(buffers, pinned, strict=True):

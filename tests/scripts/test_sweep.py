@@ -138,7 +138,7 @@ def test_cases_are_exported_without_measuring(folder, capsys):
     assert capsys.readouterr().out == f"8 cases written to {folder}/cases.jsonl\n"
     lines = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
     assert [(line["index"], line["length"], line["task"]) for line in lines[:3]] == [
-        (0, 370, "needle"), (0, 370, "phrase"), (0, 380, "needle")
+        (0, 370, "needle"), (0, 370, "phrase"), (1, 370, "needle")
     ]  # fmt: skip
     assert all(len(line["context_ids"]) == line["length"] for line in lines)
     assert not (folder / "out").exists()

@@ -216,7 +216,7 @@ class Raising(TensorPayload):
 
 
 def raising(error: BaseException) -> Raising:
-    return Raising({"0.k": torch.zeros(4)}, 1, None, error)
+    return Raising({"0.k": torch.zeros(4)}, 1, None, error=error)
 
 
 def test_a_failed_copy_and_a_dead_worker_end_their_job_and_no_other(threaded, caplog, monkeypatch):

@@ -18,11 +18,11 @@ from tenure.serving import (
 )
 
 
-def test_pinned_memory_is_counted_as_it_is_allocated():
-    tensors = {"0.k": torch.zeros(3, dtype=torch.int8), "0.v": torch.zeros(5, dtype=torch.int64)}
+def test_pinned_memory_is_counted_as_it_is_taken():
+    tensors = {"0.k": torch.zeros(3, dtype=torch.int8), "0.v": torch.zeros(5), "1.v": torch.zeros(256)}
     payload = TensorPayload(tensors, 1, None)
-    assert MemoryPool(100, pinned=True).charge(payload) == 4 + 64
-    assert MemoryPool(100).charge(payload) == payload.nbytes == 43
+    assert MemoryPool(100, pinned=True).charge(payload) == 512 + 1024
+    assert MemoryPool(100).charge(payload) == payload.nbytes == 23 + 1024
 
 
 def test_what_can_be_got_wrong_is_told():
