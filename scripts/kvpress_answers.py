@@ -4,8 +4,11 @@
 the entries that stay]. After "ready", every line read is JSON with `context_ids`, `question_ids`, `answer_ids`, `limit`
 (of generated tokens) and `ending` (ids that end a generation); the line written for it is a JSON list of `{ids, kl,
 top1, entries, bytes, seconds}`, for the full cache and then for each cell: the greedy answer, KL to the full cache and
-agreement with it over question and gold answer, what is kept and held after the context, and what reading that took. Of
-a case that fails it is `{"error": …}`.
+agreement with it over question and gold answer, what is kept and held after the context, and what reading that and
+compressing it took. Of a case that fails it is `{"error": …}`.
+
+A press does not change what the layers compute while they read a context, so each context is read once, and each press
+is given what its hooks would have seen.
 """
 
 from __future__ import annotations
@@ -13,8 +16,19 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+
+@dataclass
+class Reading:
+    """A context that has been read: its tokens, their cache, the hooks' arguments by layer, and what that took."""
+
+    count: int
+    cache: Any
+    calls: list[tuple[Any, dict[str, Any], Any]] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 class Answers:
@@ -40,42 +54,67 @@ class Answers:
     def answer(self, case: dict[str, Any]) -> list[dict[str, Any]]:
         """What the full cache does on a case, and then all cells."""
         results: list[dict[str, Any]] = []
-        whole = None
+        whole, readings = None, {}
         for name, press, share in [("full", None, 1.0), *self.cells]:
             # Only this one needs the attention weights, only AdaKV's refuse to have them.
-            self.model.set_attn_implementation("eager" if name == "observed_attention" else "sdpa")
+            way = "eager" if name == "observed_attention" else "sdpa"
+            self.model.set_attn_implementation(way)
+            if way not in readings:
+                readings[way] = self._read(case)
             start = time.perf_counter()
-            cache = self._read(case, press, share)
-            seconds = time.perf_counter() - start
+            cache = self._pressed(readings[way], press, share)
+            seconds = readings[way].seconds + time.perf_counter() - start
             held = sum(layer.keys.shape[1] * layer.keys.shape[2] for layer in cache.layers) - self._masked()
             nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             logits, ids = self._asked(case, cache)
             whole = logits if whole is None else whole
             log_p, log_q = whole.double().log_softmax(-1), logits.double().log_softmax(-1)
-            results.append({
-                "ids": ids,
-                "kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp(min=0.0)),
-                "top1": float((whole.argmax(-1) == logits.argmax(-1)).double().mean()),
-                "entries": held,
-                "bytes": nbytes,
-                "seconds": seconds,
-            })
+            results.append(
+                {
+                    "ids": ids,
+                    "kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp(min=0.0)),
+                    "top1": float((whole.argmax(-1) == logits.argmax(-1)).double().mean()),
+                    "entries": held,
+                    "bytes": nbytes,
+                    "seconds": seconds,
+                }
+            )
             self._unmask()
         return results
 
-    def _read(self, case: dict[str, Any], press: Any, share: float) -> Any:
-        """The cache after the context."""
-        import contextlib
-
+    def _read(self, case: dict[str, Any]) -> Reading:
+        """Reads the context and keeps what a press's hooks are given."""
         import torch
         from transformers import DynamicCache
 
+        reading = Reading(len(case["context_ids"]), DynamicCache())
+
+        def keep(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+            reading.calls.append((module, kwargs, output))
+
+        start = time.perf_counter()
+        hooks = [layer.self_attn.register_forward_hook(keep, with_kwargs=True) for layer in self.model.model.layers]
+        self.model(torch.tensor([case["context_ids"]]), past_key_values=reading.cache, logits_to_keep=1)
+        for hook in hooks:
+            hook.remove()
+        reading.seconds = time.perf_counter() - start
+        return reading
+
+    def _pressed(self, reading: Reading, press: Any, share: float) -> Any:
+        """The cache after the context, as `press` leaves it."""
+        from transformers import DynamicCache
+
         cache = DynamicCache()
-        if press is not None:  # presses keep int(n * (1 - ratio)), which rounding must not make one less
-            count = len(case["context_ids"])
-            press.compression_ratio = 1 - (int(count * share + 1e-6) + 0.5) / count
-        with contextlib.nullcontext() if press is None else press(self.model):
-            self.model(torch.tensor([case["context_ids"]]), past_key_values=cache, logits_to_keep=1)
+        for index, layer in enumerate(reading.cache.layers):
+            cache.update(layer.keys, layer.values, index)
+        if press is None:
+            return cache
+        # Presses keep int(n * (1 - ratio)), which rounding must not make one less.
+        press.compression_ratio = 1 - (int(reading.count * share + 1e-6) + 0.5) / reading.count
+        with press(self.model):
+            for module, kwargs, output in reading.calls:
+                for hook in module._forward_hooks.values():
+                    hook(module, (), kwargs | {"past_key_values": cache}, output)
         return cache
 
     def _asked(self, case: dict[str, Any], cache: Any) -> tuple[Any, list[int]]:
