@@ -56,7 +56,8 @@ class Config:
     """What is hidden: needle (a number), phrase (three words), multikey (four similar numbers), date."""
     policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY[:SCOPE][@CHUNK] ...")] = POLICIES
     """What is compared: a policy, its options if any, e.g. snapkv(window=16); after a colon who competes (global, layer
-    or head); after an @ the tokens of the chunks in which the document is read. snapkv:layer is AdaKV."""
+    or head); after an @ the tokens of the chunks in which the document is read. snapkv:layer is AdaKV without its
+    floor."""
     length: int = 1024
     """Tokens of a document."""
     budgets: tuple[float, ...] = (0.2,)

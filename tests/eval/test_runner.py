@@ -259,7 +259,7 @@ def test_cells_by_name():
         ("full", "none", 1.0), ("snapkv", "layer", 0.5), ("snapkv", "layer", 64), ("snapkv", "head", 0.5),
         ("snapkv", "head", 64),
     ]  # fmt: skip
-    assert cells[1].label == "AdaKV"
+    assert cells[1].label == "AdaKV (no floor)"
     with pytest.raises(ValueError, match="unknown policy 'snapkw'"):
         parse_cells(["snapkw"], [0.2])
     with pytest.raises(ValueError, match="unknown scope 'heads'; known: global, layer, head"):

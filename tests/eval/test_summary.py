@@ -29,4 +29,4 @@ def test_a_task_that_a_policy_lacks_leaves_its_column_empty():
     records = [made(task="vt"), made(task="qa_1"), made(task="qa_1", policy="tova", score=0.0)]
     lines = markdown_tables(records).splitlines()
     assert lines[2].startswith("| policy | vt | qa_1 | KL")
-    assert lines[5].startswith("| tova (head) | – | 0.00 [.00–.79] | 0.250")
+    assert lines[5].startswith("| TOVA | – | 0.00 [.00–.79] | 0.250")

@@ -117,7 +117,7 @@ def test_the_page_is_self_contained_and_escaped(config, tokenizer):
     assert "</script><img src=x onerror=" in "".join(data["texts"])  # shown as text, never as markup
     assert len(data["texts"]) == 450
     labels = [policy["label"] for policy in data["policies"]]
-    assert labels == ["retention (global)", "AdaKV", "SnapKV"]
+    assert labels == ["retention (global)", "AdaKV (no floor)", "SnapKV"]
     start, end = data["facts"][0]
     assert data["answer"] in "".join(data["texts"][start:end])
     for policy in data["policies"]:
