@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..retention.ops.kernel_choice import chosen_kernels
+from .once import once
 from .policies.head_by_head import window_risk_by_heads
+from .policies.value_norms import value_norms
 from .policies.window import window_attention
 from .projection import output_weight
 from .rotary import Rotary
@@ -111,6 +113,14 @@ class LayerView:
         For policies that need `output_weight`.
         """
         return output_weight(self._layer.attention)
+
+    @cached_property
+    def value_norms(self) -> torch.Tensor:
+        """fp32 `(batch, num_kv_heads, n)`: see `policies.value_norms`; for policies that need `output_weight`.
+
+        Computed once for forks of a cache that are compressed in several ways.
+        """
+        return once(self._store, "value_norms", lambda: value_norms(self.values, self.output_weight))
 
     @property
     def attention(self) -> AttentionLayer:

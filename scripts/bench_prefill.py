@@ -118,9 +118,13 @@ def one_turn(model: PreTrainedModel, gates: RetentionGates, ids: torch.Tensor, s
 
 
 def timed(call: Callable[..., object], *args: object, **kwargs: object) -> float:
+    from ..eviction.once import forget
+
     start = time.perf_counter()
     call(*args, **kwargs)
-    return time.perf_counter() - start
+    taken = time.perf_counter() - start
+    forget()  # what forks share would be computed for the first of them only
+    return taken
 
 
 def score(cache: RaggedCache, policy: str, share: float) -> None:

@@ -10,7 +10,6 @@ import torch
 from .criticalkv import CriticalKV
 from .selecting import best_of_each_head, ranks
 from .snapkv import SnapKV
-from .value_norms import value_norms
 from .window import own_entries
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class AdaCriticalKV(CriticalKV):
     def score(self, view: LayerView) -> torch.Tensor:
         attention = SnapKV.score(self, view)
         budgets = head_budgets(attention, view.valid, view.budget, self.default_floor)
-        critical = (attention + self.epsilon) * value_norms(view.values, view.output_weight)
+        critical = (attention + self.epsilon) * view.value_norms
         first = best_of_each_head(attention, view.valid, (budgets * self.first_stage).long())
         first |= own_entries(view, self.window)
         # Tiers: what the stages choose comes before what they leave, so that a layer's top k is this choice.

@@ -9,7 +9,6 @@ import torch
 
 from .selecting import best_of_each_head
 from .snapkv import SnapKV
-from .value_norms import value_norms
 from .window import own_entries
 
 if TYPE_CHECKING:
@@ -45,5 +44,5 @@ class CriticalKV(SnapKV):
         attention = super().score(view)
         count = (view.budget * self.first_stage).long().unsqueeze(1).expand(-1, view.shape[1])
         first = best_of_each_head(attention, view.valid, count)
-        score = (attention + self.epsilon) * value_norms(view.values, view.output_weight)
+        score = (attention + self.epsilon) * view.value_norms
         return score.masked_fill(first | own_entries(view, self.window), torch.inf)

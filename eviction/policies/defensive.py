@@ -76,17 +76,16 @@ class Defensive(Policy):
         if most == 0:
             return value
         if most == n and bool((added == n).all()):
-            return self._normalised(view.values, view.output_weight)
+            return self._normalised(view.value_norms)
         first = (stored - added.view(-1, 1)).unsqueeze(2)
         newest = (first + torch.arange(most, device=first.device)).clamp(max=n - 1)
         values = view.values.gather(2, newest.unsqueeze(3).expand(-1, -1, -1, view.values.shape[3]))
-        new = self._normalised(values, view.output_weight)
+        new = self._normalised(value_norms(values, view.output_weight))
         slot = index - first
         return torch.where(slot >= 0, new.gather(2, slot.clamp(0, most - 1)), value)
 
-    def _normalised(self, values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
-        """The norms of values that stand at the same token in all heads, fp32 `(batch, num_kv_heads, n)`."""
-        norms = value_norms(values, output_weight)
+    def _normalised(self, norms: torch.Tensor) -> torch.Tensor:
+        """Of values that stand at the same token in all heads, fp32 `(batch, num_kv_heads, n)`."""
         return (norms / norms.sum(1, keepdim=True)).nan_to_num(0.0) if self.value_norm == "heads" else norms
 
     def score(self, view: LayerView) -> torch.Tensor:
