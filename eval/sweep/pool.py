@@ -65,6 +65,9 @@ def run_units(
 def _finish(runner: Runner, unit: Unit, path: Path) -> Finished:
     start = time.perf_counter()
     results = runner.run(unit)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise EOFError("the parent is gone: whoever goes on in its place runs the unit again, and may write this file")
     append_unit(path, results)
     failures = tuple(one for one in results if isinstance(one, Failure))
     return Finished(unit, time.perf_counter() - start, failures)

@@ -63,8 +63,9 @@ def read_units(path: Path, cells: int) -> tuple[dict[Unit, list[Line]], bool]:
             units.setdefault(Unit.of(line), []).append(line)
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number}, is not a sweep's record: remove it or the file") from None
-    complete = {unit: found for unit, found in units.items() if len(found) == cells or is_whole_failure(found)}
-    return complete, not rest and len(complete) == len(units)
+    # A unit that stands there twice was written by a process that outlived its parent, and by the next one.
+    complete = {unit: found[:cells] for unit, found in units.items() if len(found) >= cells or is_whole_failure(found)}
+    return complete, not rest and sum(map(len, complete.values())) == len(lines)
 
 
 def is_whole_failure(lines: Sequence[Mapping[str, Any]]) -> bool:

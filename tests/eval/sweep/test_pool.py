@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from tenure.eval.sweep import Unit
-from tenure.eval.sweep.pool import _Pool
+from tenure.eval.sweep import Failure, Unit, pool
+from tenure.eval.sweep.pool import _finish, _Pool
 
 UNITS = [Unit("vt", 256, 0, index) for index in range(3)]
 
@@ -24,3 +25,17 @@ def test_what_a_process_cannot_load_is_told(tmp_path):
 def test_units_of_processes_that_died_are_returned(tmp_path):
     assert _Pool(sys.exit, ["cpu"], tmp_path).run(UNITS, never) == UNITS
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_process_that_outlives_its_parent_writes_nothing(tmp_path, monkeypatch, alive):
+    """Its unit is run again by the sweep that goes on, perhaps at this moment and into the same file."""
+    parent, path = SimpleNamespace(is_alive=lambda: alive), tmp_path / "part-0.jsonl"
+    monkeypatch.setattr(pool.multiprocessing, "parent_process", lambda: parent)
+    runner = SimpleNamespace(run=lambda unit: [Failure.of(unit, None, ValueError("odd"))])
+    if alive:
+        assert _finish(runner, UNITS[0], path).unit == UNITS[0] and path.is_file()
+        return
+    with pytest.raises(EOFError, match="the parent is gone"):
+        _finish(runner, UNITS[0], path)
+    assert not path.exists()

@@ -89,6 +89,18 @@ def test_parts_are_read_together_and_no_unit_counts_twice(tmp_path):
     assert part_path(tmp_path, 10).read_bytes() == b""
 
 
+def test_a_unit_that_stands_twice_in_a_part_counts_once(tmp_path):
+    """Written by a process that outlived its parent, and by the one of the sweep that went on."""
+    part = part_path(tmp_path, 0)
+    with Store(tmp_path, SETTINGS):
+        for index in (0, 1, 0):
+            append_unit(part, lines_of(index))
+    assert read_units(part, len(CELLS))[0].keys() == {unit(0), unit(1)}
+    with Store(tmp_path, SETTINGS) as store:
+        assert store.done == {unit(0), unit(1)}
+    assert len(part.read_text().splitlines()) == 2 * len(CELLS)
+
+
 def test_failures_complete_a_unit_and_can_be_retried(tmp_path):
     whole = Failure.of(unit(1), None, RuntimeError("no memory\nwith details"))
     cell = Failure("vt", 256, 0, 2, "ValueError: odd", "", "knorm", "head", 0.5, False)
