@@ -13,6 +13,11 @@ from tenure.eval.sweep.pool import _finish, _Pool
 UNITS = [Unit("vt", 256, 0, index) for index in range(3)]
 
 
+class Failing:
+    def run(self, unit: Unit) -> list[Failure]:
+        return [Failure.of(unit, None, ValueError("odd"))]
+
+
 def never(finished) -> None:
     pytest.fail(f"nothing can be finished, but {finished} was")
 
@@ -32,10 +37,9 @@ def test_a_process_that_outlives_its_parent_writes_nothing(tmp_path, monkeypatch
     """Its unit is run again by the sweep that goes on, perhaps at this moment and into the same file."""
     parent, path = SimpleNamespace(is_alive=lambda: alive), tmp_path / "part-0.jsonl"
     monkeypatch.setattr(pool.multiprocessing, "parent_process", lambda: parent)
-    runner = SimpleNamespace(run=lambda unit: [Failure.of(unit, None, ValueError("odd"))])
     if alive:
-        assert _finish(runner, UNITS[0], path).unit == UNITS[0] and path.is_file()
+        assert _finish(Failing(), UNITS[0], path).unit == UNITS[0] and path.is_file()
         return
     with pytest.raises(EOFError, match="the parent is gone"):
-        _finish(runner, UNITS[0], path)
+        _finish(Failing(), UNITS[0], path)
     assert not path.exists()
