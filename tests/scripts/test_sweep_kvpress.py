@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -23,32 +22,29 @@ CONTEXT, QUESTION, GOLD = list(range(3, 43)), [50, 51, 52, 53], [60, 61, 62]
 
 
 class FirstEntries:
-    """Keeps the first `int(n (1 - compression_ratio))` entries of every head, as presses round."""
+    """Keeps the first `int(n (1 - compression_ratio))` entries of every head, as presses round, by hooks as theirs."""
 
     compression_ratio = 0.0
-    cache: Any = None
 
     @contextmanager
     def __call__(self, model):
+        hooks = [layer.self_attn.register_forward_hook(self.cut, with_kwargs=True) for layer in model.model.layers]
         yield
-        for layer in self.cache.layers:
-            kept = int(layer.keys.shape[2] * (1 - self.compression_ratio))
-            layer.keys, layer.values = layer.keys[:, :, :kept], layer.values[:, :, :kept]
+        for hook in hooks:
+            hook.remove()
+
+    def cut(self, module, _, kwargs, output):
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        kept = int(kwargs["hidden_states"].shape[1] * (1 - self.compression_ratio))
+        layer.keys, layer.values = layer.keys[:, :, :kept], layer.values[:, :, :kept]
+        return output
 
 
 @pytest.fixture
-def answers(tiny_llama, monkeypatch):
-    """kvpress's side with a press of our own, which is told the cache that a hook would see."""
+def answers(tiny_llama):
+    """kvpress's side with a press of our own."""
     side = Answers.__new__(Answers)
-    press = FirstEntries()
-    side.model, side.cells = tiny_llama, [("first", press, 0.3), ("first", press, 1.0)]
-    forward = tiny_llama.forward
-
-    def watched(*args, past_key_values=None, **kwargs):
-        press.cache = past_key_values
-        return forward(*args, past_key_values=past_key_values, **kwargs)
-
-    monkeypatch.setattr(tiny_llama, "forward", watched)
+    side.model, side.cells = tiny_llama, [("first", FirstEntries(), 0.3), ("first", FirstEntries(), 1.0)]
     with torch.no_grad():
         yield side
 
@@ -65,9 +61,11 @@ def test_answers_are_those_of_the_model_over_the_kept_entries(answers, tiny_llam
     assert cut["bytes"] / full["bytes"] == 12 / 40
 
     rest = torch.tensor([QUESTION + GOLD])
-    cache = tiny_llama(torch.tensor([CONTEXT]), use_cache=True).past_key_values
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[:, :, :12], layer.values[:, :, :12]
+    press = FirstEntries()
+    press.compression_ratio = 1 - 12.5 / 40
+    with press(tiny_llama):  # the context is read under the press
+        cache = tiny_llama(torch.tensor([CONTEXT]), use_cache=True).past_key_values
+    assert cache.layers[2].keys.shape[2] == 12
     logits = tiny_llama(rest, past_key_values=cache, position_ids=torch.arange(40, 47)[None]).logits[0]
     reference = tiny_llama(torch.tensor([CONTEXT + QUESTION + GOLD])).logits[0, 40:]
     assert cut["kl"] == pytest.approx(float(kl_to_full(reference, logits).mean()), abs=1e-6) and cut["kl"] > 1e-3
