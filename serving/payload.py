@@ -116,9 +116,9 @@ class TensorPayload:
         return {name: self.tensors[name] for name in self.groups[layer]}
 
     @classmethod
-    def empty_like(cls, payload: Payload, memory: Memory) -> TensorPayload:
-        """Room for a copy of `payload`: each layer in one block of `memory`."""
-        return cls(_packed(payload.kinds(), memory), payload.tokens, payload.token_dim, memory)
+    def empty_like(cls, payload: Payload, memory: Memory, of_parts: Memory) -> TensorPayload:
+        """Room for a copy of `payload`: each layer in one block of `memory`; `of_parts` becomes its `memory`."""
+        return cls(_packed(payload.kinds(), memory), payload.tokens, payload.token_dim, of_parts)
 
     def split(self, at: int) -> tuple[TensorPayload, TensorPayload]:
         dim = self.token_dim

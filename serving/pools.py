@@ -103,18 +103,27 @@ class MemoryPool(Pool):
         device: where the tensors are.
         pinned: page-locked, so that a GPU copies at full speed and asynchronously; needs a GPU. Each layer is counted
             as what it takes of an `Arena`.
+
+    Raises:
+        ValueError: a negative capacity, or pinned memory where there is no GPU.
     """
 
     def __init__(self, capacity: int, device: str | torch.device = "cpu", pinned: bool = False) -> None:
         super().__init__(capacity)
         self.device, self.pinned = device, pinned
-        self._arena = Arena(capacity, page_locked) if pinned else None
+        self._arena = None
+        if pinned:
+            try:
+                page_locked(1)
+            except RuntimeError as error:
+                raise ValueError("pinned=True needs a GPU that torch sees; without one, pinned=False") from error
+            self._arena = Arena(capacity, page_locked)
 
     def charge(self, payload: Payload) -> int:
         return payload.nbytes if self._arena is None else sum(map(rounded, payload.layers))
 
     def begin(self, payload: Payload) -> Builder:
-        return _TensorBuilder(TensorPayload.empty_like(payload, self._memory))
+        return _TensorBuilder(TensorPayload.empty_like(payload, self._memory, self._memory_of_parts))
 
     def _memory(self, nbytes: int) -> torch.Tensor:
         import torch
@@ -122,6 +131,15 @@ class MemoryPool(Pool):
         if self._arena is not None:
             return self._arena.block(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def _memory_of_parts(self, nbytes: int) -> torch.Tensor:
+        """For a copy that is cut or joined: its bytes exist twice then, which a full arena has no room for."""
+        import torch
+
+        try:
+            return self._memory(nbytes)
+        except MemoryError:
+            return torch.empty(nbytes, dtype=torch.uint8)  # slower to move, and nothing else
 
 
 def page_locked(nbytes: int) -> torch.Tensor:
@@ -168,4 +186,3 @@ class _PhantomBuilder:
 
     def abort(self) -> None:
         pass
-

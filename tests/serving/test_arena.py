@@ -127,3 +127,14 @@ def test_a_copy_is_one_copy_a_layer(slabs, monkeypatch):
     second = through(MemoryPool(10**5, pinned=True), first)
     assert len(copies) == 3
     assert all(torch.equal(first.tensors[name], tensor) for name, tensor in second.tensors.items())
+
+
+def test_a_full_pool_cuts_a_copy_all_the_same(slabs):
+    source = filled(16)
+    pool = MemoryPool(sum(map(rounded, source.layers)), pinned=True)
+    copy = through(pool, source)
+    with pytest.raises(MemoryError):
+        pool.begin(source)
+    for half, part in zip(copy.split(8), (slice(0, 8), slice(8, 16)), strict=True):
+        assert all(torch.equal(half.tensors[name], one[:, :, part]) for name, one in source.tensors.items())
+        assert len(blocks(half)) == 3

@@ -15,10 +15,12 @@ from tenure.serving import (
     TierPolicy,
     VirtualClock,
     VirtualCopies,
+    pools,
 )
 
 
-def test_pinned_memory_is_counted_as_it_is_taken():
+def test_pinned_memory_is_counted_as_it_is_taken(monkeypatch):
+    monkeypatch.setattr(pools, "page_locked", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
     tensors = {"0.k": torch.zeros(3, dtype=torch.int8), "0.v": torch.zeros(5), "1.v": torch.zeros(256)}
     payload = TensorPayload(tensors, 1, None)
     assert MemoryPool(100, pinned=True).charge(payload) == 512 + 1024
@@ -29,6 +31,9 @@ def test_what_can_be_got_wrong_is_told():
     clock = VirtualClock()
     with pytest.raises(ValueError, match=r"a pool for Tier\.DEVICE is needed"):
         TieredTree({Tier.HOST: MemoryPool(1)}, VirtualCopies(clock, {}), TierPolicy(LRU()), 2, clock)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="pinned=True needs a GPU that torch sees"):
+            MemoryPool(10, pinned=True)
     with pytest.raises(ValueError, match="a capacity of -1 bytes; accepted: 0"):
         MemoryPool(-1)
 
