@@ -66,7 +66,7 @@ def select_with_kernels(
 def top_by_mass(values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     """Marks the fewest highest values of each row whose sum reaches `mass`; of equal ones the last.
 
-    Cost is linear in the number of values: the lowest one that is needed is found bit by bit, no sort.
+    Cost is linear in the number of values: the lowest one that is needed is found eight bits at a time, no sort.
 
     Args:
         values: fp32 `(..., n)`, not negative, no NaN.
@@ -78,10 +78,15 @@ def top_by_mass(values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     bits = values.contiguous().view(torch.int32)  # not negative: ordered as the numbers are
     needed = mass.unsqueeze(-1)
     least = torch.zeros_like(needed, dtype=torch.int32)
-    for bit in reversed(range(31)):
-        higher = least | (1 << bit)
-        reached = values.masked_fill(bits < higher, 0.0).sum(-1, keepdim=True) >= needed
-        least = torch.where(reached, higher, least)
+    above = torch.zeros_like(needed)  # the sum of the values whose leading bits are higher than those of the least one
+    for shift in (24, 16, 8, 0):
+        digit = ((bits >> shift) & 255).long()
+        inside = values if shift == 24 else values.masked_fill((bits >> (shift + 8)) != (least >> (shift + 8)), 0.0)
+        sums = values.new_zeros(*mass.shape, 256).scatter_add_(-1, digit, inside)
+        reached = above + sums.flip(-1).cumsum(-1).flip(-1) >= needed
+        highest = reached.sum(-1, keepdim=True).sub_(1).clamp_(min=0)  # it falls with the digit
+        above += sums.masked_fill(torch.arange(256, device=values.device) <= highest, 0.0).sum(-1, keepdim=True)
+        least |= highest.int() << shift
     above, ties = bits > least, bits == least
     missing = needed - values.masked_fill(~above, 0.0).sum(-1, keepdim=True)
     behind = ties.flip(-1).cumsum(-1).flip(-1) - 1

@@ -39,16 +39,17 @@ def window_risk_by_heads(
     present = query_positions >= 0
     weights = (present / (present.sum(1, keepdim=True) * group).clamp(min=1)).float().repeat(1, group)
     scaled = (queries.float() * scaling).reshape(batch, heads, group * window, -1)
+    scratch = mean.new_empty(2, group * window * n)  # memory that every head uses again: fresh memory takes longer
     for row in range(batch):
         for head in range(heads):
             length, counted, common = (counts[kind][row][head] for kind in range(3))
             if not length:
                 continue
             of_head = keys[row, head, :length], positions[row, head, :length]
-            attention = _attention(scaled[row, head], query_positions[row], *of_head, common)
+            attention = _attention(scaled[row, head], query_positions[row], *of_head, common, scratch)
             torch.mv(attention.t(), weights[row], out=mean[row, head, :length])
             if worst is not None and kernel is not None and counted:
-                worst[row, head, :counted] = _worst(attention[:, :counted], kernel)
+                worst[row, head, :counted] = _worst(attention[:, :counted], kernel, scratch[0])
     return worst, mean
 
 
@@ -82,6 +83,7 @@ def received_by_heads(
     bounds = torch.stack([last, first]).permute(2, 0, 1).unsqueeze(1).expand(-1, heads, -1, -1).flatten(2)
     counts = torch.searchsorted(order, bounds.contiguous(), right=True).unflatten(2, (2, -1)).tolist()
     scaled = (queries.float() * scaling).unflatten(1, (heads, group))
+    scratch = total.new_empty(2, group * min(size, q_len) * n)
     for row in range(batch):
         for head in range(heads):
             for start, seen, common in zip(starts, *counts[row][head], strict=True):
@@ -90,13 +92,18 @@ def received_by_heads(
                 part = slice(start, start + size)
                 asking = scaled[row, head, :, part].flatten(0, 1)
                 of_head = keys[row, head, :seen], positions[row, head, :seen]
-                attention = _attention(asking, query_positions[row, part], *of_head, common)
+                attention = _attention(asking, query_positions[row, part], *of_head, common, scratch)
                 total[row, head, :seen] += attention.sum(0)
     return total / group
 
 
 def _attention(
-    queries: torch.Tensor, query_positions: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, common: int
+    queries: torch.Tensor,
+    query_positions: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    common: int,
+    scratch: torch.Tensor,
 ) -> torch.Tensor:
     """Causal softmax in one head: fp32 `(group * window, n)`.
 
@@ -106,18 +113,21 @@ def _attention(
         keys: `(n, head_dim)`.
         positions: int64 `(n,)`.
         common: so many entries, the first ones, every query sees.
+        scratch: fp32 `(2, group * window * n)` or more: the logits are made in the first half, the result in the other.
     """
-    logits = queries @ keys.float().t()
+    shape = len(queries), len(positions)
+    logits, attention = scratch[:, : shape[0] * shape[1]].unflatten(1, shape)
+    torch.mm(queries, keys.float().t(), out=logits)
     window = len(query_positions)
     late = logits[:, common:].view(len(queries) // window, window, len(positions) - common)
     late.masked_fill_(positions[common:] > query_positions.unsqueeze(1), -torch.inf)
-    attention = torch.softmax(logits, 1)
+    torch.softmax(logits, 1, out=attention)
     return attention if common else attention.nan_to_num_(0.0)  # a query that is missing or sees nothing
 
 
-def _worst(attention: torch.Tensor, kernel: int) -> torch.Tensor:
-    """The worst case `(n,)` of `(queries, n)`, pooled and renormalised."""
-    pooled = attention.clone(memory_format=torch.contiguous_format)
+def _worst(attention: torch.Tensor, kernel: int, scratch: torch.Tensor) -> torch.Tensor:
+    """The worst case `(n,)` of `(queries, n)`, pooled and renormalised; the pooled attention is made in `scratch`."""
+    pooled = scratch[: attention.numel()].view(attention.shape).copy_(attention)
     for shift in range(1, min(kernel // 2, attention.shape[1] - 1) + 1):
         pooled[:, shift:] += attention[:, :-shift]
         pooled[:, :-shift] += attention[:, shift:]

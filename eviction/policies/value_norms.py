@@ -6,7 +6,7 @@ import torch
 
 from ...retention.ops.kernel_choice import chosen_kernels
 
-PROJECTED = 2**19  # projected numbers that are held at a time: few enough for a cache of the processor
+PROJECTED = 2**18  # projected numbers that are held at a time: few enough for a cache of the processor
 
 
 def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
@@ -30,18 +30,19 @@ def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tens
 
 
 def norms_by_parts(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
-    """`value_norms` in plain torch; a few entries are projected at a time."""
+    """`value_norms` in plain torch, in fp32; a few entries are projected at a time.
+
+    Products of 16-bit numbers are made in fp32 too: most processors have no other, and take four times as long to say so.
+    """
     batch, heads, n, _ = values.shape
     group = output_weight.shape[0] // heads
-    flat = values.transpose(0, 1).flatten(1, 2)  # (heads, batch * n, value_dim)
-    weight = output_weight.to(values.dtype).unflatten(0, (heads, group)).transpose(1, 2).flatten(2)
+    flat = values.transpose(0, 1).flatten(1, 2).float()  # (heads, batch * n, value_dim)
+    weight = output_weight.float().unflatten(0, (heads, group)).transpose(1, 2).flatten(2)
     columns = weight.shape[2]  # those of all query heads of a group
     norms = values.new_empty(heads, batch * n, dtype=torch.float32)
     size = max(1, PROJECTED // columns)
-    projected = values.new_empty(min(size, batch * n), columns)
-    for head in range(heads):
-        for start in range(0, batch * n, size):
-            part = flat[head, start : start + size]
-            magnitude = torch.mm(part, weight[head], out=projected[: len(part)]).abs_()
-            norms[head, start : start + size] = magnitude.sum(1, dtype=torch.float32)
+    projected = norms.new_empty(min(size, batch * n), columns)
+    for of_head, matrix, out in zip(flat, weight, norms, strict=True):
+        for part, sums in zip(of_head.split(size), out.split(size), strict=True):
+            torch.sum(torch.mm(part, matrix, out=projected[: len(part)]).abs_(), 1, out=sums)
     return (norms / group).view(heads, batch, n).transpose(0, 1)
