@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -27,9 +27,15 @@ def test_what_a_process_cannot_load_is_told(tmp_path):
         _Pool(int, ["cpu"], tmp_path).run(UNITS, never)  # type: ignore[arg-type]  # its loading is `int("cpu")`
 
 
-def test_units_of_processes_that_died_are_returned(tmp_path):
-    assert _Pool(sys.exit, ["cpu"], tmp_path).run(UNITS, never) == UNITS
-    assert list(tmp_path.iterdir()) == []
+def test_units_of_processes_that_died_are_returned(tmp_path, monkeypatch):
+    modules, results = tmp_path / "modules", tmp_path / "results"
+    modules.mkdir()
+    results.mkdir()
+    (modules / "dies_while_loading.py").write_text("import os\n\ndef prepare(device):\n    os._exit(3)\n")
+    monkeypatch.syspath_prepend(modules)  # the new process gets the same path
+    prepare = importlib.import_module("dies_while_loading").prepare
+    assert _Pool(prepare, ["cpu"], results).run(UNITS, never) == UNITS
+    assert list(results.iterdir()) == []
 
 
 @pytest.mark.parametrize("alive", [True, False])
