@@ -59,7 +59,7 @@ def _cases(capability: int) -> list[KernelCase]:
     from ..eviction.ops import compile_cases as of_eviction
     from ..retention.ops import compile_cases as of_retention
 
-    return [*of_retention.compile_cases(capability), *of_eviction.compile_cases()]
+    return [*of_retention.compile_cases(capability), *of_eviction.compile_cases(capability)]
 
 
 def _show(rows: list[Compiled]) -> None:

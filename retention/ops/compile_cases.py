@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 from . import gated_attention_gradients, gated_attention_kernels, occupancy_kernels
-from .compiling import Constant, KernelCase
+from .compiling import Constant, KernelCase, specialised
 from .gated_attention_triton import DELTA_ROWS, launch_numbers
 from .kernel_choice import LAUNCH_OPTIONS
 from .occupancy_triton import BLOCK_M, BLOCK_N, WARPS
 
 POINTERS = {"start": "*i32", "end": "*i32", "log_beta": "*fp32", "lse": "*fp32", "delta": "*fp32", "beta_grad": "*fp32"}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-SIZES = ("batch", "heads", "kv_heads", "q_len", "seq_len", "samples")
-STAGES = 3  # Triton's own default
+# Triton compiles a launch whose sizes are multiples of 16 on its own, and one whose batch is 1.
+LENGTHS = {"": 32768, ", odd length": 32767}
+SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ MODELS = (ModelShape("Qwen3-4B", 36, 32, 8, 128), ModelShape("Llama-3.1-8B", 32,
 
 
 def compile_cases(capability: int, models: tuple[ModelShape, ...] = MODELS) -> list[KernelCase]:
-    """All launches in bf16 on a card of this capability."""
+    """All launches in bf16 of a single row on a card of this capability."""
     return [case for model in models for case in [*attention_cases(model, capability), *occupancy_cases(model)]]
 
 
 def attention_cases(model: ModelShape, capability: int, dtype: torch.dtype = torch.bfloat16) -> list[KernelCase]:
     """Forward, and backward's three kernels; after a prompt the same ones run, or those with one bias a key."""
-    cases = []
+    launches = []
     groups = model.heads // model.kv_heads
     kernels = {
         "forward": gated_attention_kernels.forward_kernel,
@@ -50,10 +51,16 @@ def attention_cases(model: ModelShape, capability: int, dtype: torch.dtype = tor
     for kind, decays in (("gated", True), ("biased", False)):
         for name, kernel in kernels.items():
             _, numbers = launch_numbers(name, model.head_dim, model.head_dim, groups, dtype, capability, decays)
-            cases.append(_case(f"{kind} attention {name}", kernel, numbers, dtype, model))
-    block = cases[0].arguments["BLOCK_V"]
+            launches.append((f"{kind} attention {name}", kernel, numbers))
+    block = launches[0][2]["BLOCK_V"]
     numbers = {"VALUE_DIM": model.head_dim, "BLOCK_V": block, "BLOCK_M": DELTA_ROWS, **LAUNCH_OPTIONS}
-    return [*cases, _case("gated attention delta", gated_attention_gradients.delta_kernel, numbers, dtype, model)]
+    launches.append(("gated attention delta", gated_attention_gradients.delta_kernel, numbers))
+    sizes = {"heads": model.heads, "kv_heads": model.kv_heads}
+    return [
+        _case(name + odd, kernel, numbers, dtype, model, sizes | {"q_len": length, "seq_len": length})
+        for odd, length in LENGTHS.items()
+        for name, kernel, numbers in launches
+    ]
 
 
 def occupancy_cases(model: ModelShape) -> list[KernelCase]:
@@ -64,13 +71,20 @@ def occupancy_cases(model: ModelShape) -> list[KernelCase]:
         where = "at samples" if chosen else "everywhere"
         for name in ("forward", "backward"):
             kernel = getattr(occupancy_kernels, f"{name}_kernel")
-            cases.append(_case(f"occupancy {name} {where}", kernel, numbers, torch.float32, model))
+            for odd, length in LENGTHS.items():
+                sizes = {"batch": 1, "heads": model.kv_heads, "seq_len": length}
+                sizes["samples"] = SAMPLES if chosen else length
+                cases.append(_case(f"occupancy {name} {where}{odd}", kernel, numbers, torch.float32, model, sizes))
     return cases
 
 
-def _case(name: str, kernel: Any, numbers: dict[str, Any], dtype: torch.dtype, model: ModelShape) -> KernelCase:
+def _case(
+    name: str, kernel: Any, numbers: dict[str, Any], dtype: torch.dtype, model: ModelShape, sizes: dict[str, int]
+) -> KernelCase:
     """Types of what the launcher passes by place; the strides are multiples of the head dimension."""
-    arguments: dict[str, Any] = {}
+    strides = {name: model.head_dim for name in kernel.arg_names if name.startswith("stride_")}
+    integers = sizes | strides
+    arguments, divisible = specialised({name: integers[name] for name in kernel.arg_names if name in integers})
     for argument in kernel.arg_names:
         if argument in numbers:
             value = numbers[argument]
@@ -81,10 +95,7 @@ def _case(name: str, kernel: Any, numbers: dict[str, Any], dtype: torch.dtype, m
             arguments[argument] = "*i32" if numbers["CHOSEN"] else "*fp32"
         elif argument in ("scale", "scaling"):
             arguments[argument] = "fp32"
-        elif argument.startswith("stride_") or argument in SIZES:
-            arguments[argument] = "i32"
-        else:
+        elif argument not in arguments:
             arguments[argument] = f"*{TYPES[dtype]}"
-    divisible = tuple(argument for argument in arguments if argument.startswith("stride_"))
-    warps, stages = numbers.get("num_warps", 4), numbers.get("num_stages", STAGES)
-    return KernelCase(name, kernel, arguments, warps, stages, divisible, model.name)
+    options = {name: numbers[name] for name in ("num_warps", "num_stages") if name in numbers}
+    return KernelCase(name, kernel, arguments, divisible=divisible, shape=model.name, **options)

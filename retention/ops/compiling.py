@@ -37,7 +37,7 @@ class KernelCase:
         arguments: by name, in any order, all of the kernel's: a type as text for what a launch passes (`*bf16`,
             `*fp32`, `*i32`, `*i1`, `i32`, `fp32`), a tuple of texts for a tuple of pointers, a value for a
             `tl.constexpr` (`64`, `True`, `None`, `"ieee"` in a `Constant`).
-        num_warps, num_stages: as the launcher passes them.
+        num_warps, num_stages: as the launcher passes them; Triton's own where it passes none.
         divisible: integer arguments that are multiples of 16 at this shape; Triton compiles such a launch on its own.
         shape: what the shape is called, e.g. `Qwen3-4B`.
     """
@@ -46,9 +46,15 @@ class KernelCase:
     kernel: Any
     arguments: Mapping[str, Any]
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
     divisible: tuple[str, ...] = ()
     shape: str = ""
+
+
+def specialised(sizes: Mapping[str, int]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What Triton makes of a launch's integers: their types, 1 being a constant, and which are multiples of 16."""
+    types = {name: 1 if size == 1 else "i32" for name, size in sizes.items()}
+    return types, tuple(name for name, size in sizes.items() if size % POINTER_ALIGNMENT == 0)
 
 
 @dataclass(frozen=True)
