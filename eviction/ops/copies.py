@@ -60,9 +60,10 @@ def _launch(
     widths = tuple(size // word for size in sizes)
     tile = tile_sizes(widths)
     words = [tuple(one.view(-1).view(WORDS[word]) for one in tensors) for tensors in (sources, targets)]
+    slots = [None if one is None else one.contiguous() for one in (source_slots, target_slots)]
     with launching_on(targets[0]):
         move_words[(-(-count // tile["ROWS"]),)](
-            *words, source_slots, target_slots, count, WIDTHS=widths, num_warps=4, **tile, **LAUNCH_OPTIONS
+            *words, *slots, count, WIDTHS=widths, num_warps=4, **tile, **LAUNCH_OPTIONS
         )
 
 

@@ -17,7 +17,7 @@ from functools import cache
 
 import torch
 
-from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision
+from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision, launching_on
 from . import naive
 from .decode_kernels import attend_piece, merge_pieces
 from .pages import PAGE_SIZES
@@ -68,15 +68,16 @@ def _launch(
     log_sum = query.new_empty(programs + segments, tiles, sizes["ROWS"], dtype=torch.float32)
     partial = query.new_empty(*log_sum.shape, value_block, dtype=torch.float32)
     shared = {"GROUP": group, "VALUE_DIM": value_dim, "VALUE_BLOCK": value_block, "PROGRAMS": programs}
-    attend_piece[(programs + segments, tiles)](
-        query, key_pages, value_pages, table, lengths, hidden, partial, log_sum, scaling * LOG2E, segments, heads,
-        q_len, table.shape[1], *query.stride()[:3], KEY_DIM=key_dim, KEY_BLOCK=_power(key_dim), PAGE=page,
-        SEGMENTS=lanes, PRECISION=dot_precision(query.dtype), **sizes, **shared, **LAUNCH_OPTIONS,
-    )  # fmt: skip
-    merge_pieces[(segments, group * q_len)](
-        partial, log_sum, lengths, out, segments, heads, q_len, tiles, ROWS=sizes["ROWS"], BLOCK=sizes["BLOCK"],
-        SEGMENTS=lanes, MERGED=MERGED, **shared, **LAUNCH_OPTIONS,
-    )  # fmt: skip
+    with launching_on(query):
+        attend_piece[(programs + segments, tiles)](
+            query, key_pages, value_pages, table, lengths, hidden, partial, log_sum, scaling * LOG2E, segments, heads,
+            q_len, table.shape[1], *query.stride()[:3], KEY_DIM=key_dim, KEY_BLOCK=_power(key_dim), PAGE=page,
+            SEGMENTS=lanes, PRECISION=dot_precision(query.dtype), **sizes, **shared, **LAUNCH_OPTIONS,
+        )  # fmt: skip
+        merge_pieces[(segments, group * q_len)](
+            partial, log_sum, lengths, out, segments, heads, q_len, tiles, ROWS=sizes["ROWS"], BLOCK=sizes["BLOCK"],
+            SEGMENTS=lanes, MERGED=MERGED, **shared, **LAUNCH_OPTIONS,
+        )  # fmt: skip
     return out
 
 

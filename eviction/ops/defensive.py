@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision
+from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision, launching_on
 from . import naive
 from .decode import DTYPES, LOG2E, MAX_DIM
 from .defensive_kernels import finish_rows, sum_rows, take_worst
@@ -59,12 +59,13 @@ def _launch(
         **window_options(dim * keys.element_size()), **LAUNCH_OPTIONS,
     }  # fmt: skip
     inputs = (queries, keys, positions, query_positions, counted)
-    sum_rows[(splits, tiles, segments)](*inputs, sums, *sizes, ROWS=ROWS, **options)
-    finish_rows[(tiles, segments)](sums, scales, splits, ROWS=ROWS, **LAUNCH_OPTIONS)
-    take_worst[(-(-n // (BLOCK - 2 * reach)), segments)](
-        *inputs, present, scales, worst, means if mean else None, tiles * ROWS, *sizes, ROWS=POOLED_ROWS,
-        BAND=dot_precision(torch.bfloat16), **options,
-    )  # fmt: skip
+    with launching_on(keys):
+        sum_rows[(splits, tiles, segments)](*inputs, sums, *sizes, ROWS=ROWS, **options)
+        finish_rows[(tiles, segments)](sums, scales, splits, ROWS=ROWS, **LAUNCH_OPTIONS)
+        take_worst[(-(-n // (BLOCK - 2 * reach)), segments)](
+            *inputs, present, scales, worst, means if mean else None, tiles * ROWS, *sizes, ROWS=POOLED_ROWS,
+            BAND=dot_precision(torch.bfloat16), **options,
+        )  # fmt: skip
     return worst, means
 
 
@@ -121,11 +122,12 @@ def window_risk(
     _check(queries, keys)
     if kernel < 1 or kernel % 2 == 0 or kernel > MAX_KERNEL:
         raise ValueError(f"window risk got a pooling of {kernel}; accepted: odd widths up to {MAX_KERNEL}")
-    if positions.shape != keys.shape[:3] or query_positions.shape != (keys.shape[0], queries.shape[2]):
+    shapes = tuple(positions.shape), tuple(query_positions.shape), tuple(limit.shape)
+    if shapes != (keys.shape[:3], (keys.shape[0], queries.shape[2]), keys.shape[:1]):
         raise ValueError(
-            f"window risk got positions {tuple(positions.shape)} and {tuple(query_positions.shape)} for keys "
-            f"{tuple(keys.shape)} and queries {tuple(queries.shape)}; accepted: (batch, num_kv_heads, n) and (batch, "
-            "window)"
+            f"window risk got positions {shapes[0]} and {shapes[1]} and a limit {shapes[2]} for keys "
+            f"{tuple(keys.shape)} and queries {tuple(queries.shape)}; accepted: (batch, num_kv_heads, n), (batch, "
+            "window) and (batch,)"
         )
     worst, means = _window_risk(queries, keys, positions, query_positions, limit, float(scaling), kernel, mean)
     return worst, means if mean else None
@@ -137,7 +139,8 @@ def _check(queries: torch.Tensor, keys: torch.Tensor) -> None:
             f"window risk got queries {queries.dtype} and keys {keys.dtype}; accepted: one of "
             f"{', '.join(map(str, DTYPES))} for both"
         )
-    if keys.ndim != 4 or queries.shape[1] % keys.shape[1] or queries.shape[3] != keys.shape[3]:
+    heads = keys.shape[1]
+    if keys.ndim != 4 or queries.shape[1] % heads or queries.shape[::3] != keys.shape[::3]:
         raise ValueError(
             f"window risk got queries {tuple(queries.shape)} and keys {tuple(keys.shape)}; accepted: (batch, "
             "num_heads, window, dim) and (batch, num_kv_heads, n, dim), with a multiple of num_kv_heads heads"

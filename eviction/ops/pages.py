@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels
+from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, launching_on
 from . import naive
 from .pages_kernels import give_back, move_kept, plan_append, plan_release, write_new, write_numbers
 
@@ -66,23 +66,37 @@ def append_entries(
             f"got keys {key.dtype} {tuple(key.shape)} and values {value.dtype} {tuple(value.shape)} for pages of "
             f"{key_pages.dtype} and {value_pages.dtype}; accepted: (batch, num_kv_heads, n, dim) of the pages' dtypes"
         )
+    batch, heads, n = key.shape[:3]
+    dims = (key.shape[3], value.shape[3]), (key_pages.shape[2], value_pages.shape[2])
+    if dims[0] != dims[1] or batch * heads != lengths.shape[0]:
+        raise ValueError(
+            f"got {batch} rows of {heads} heads with {dims[0]} numbers for {lengths.shape[0]} segments with {dims[1]}; "
+            "accepted: batch * num_kv_heads segments, and as many numbers as the pages have"
+        )
+    _check(
+        "append", position=(position, torch.int32, (batch, n)), rank=(rank, torch.int32, (batch, n)),
+        added=(added, torch.int32, lengths.shape),
+    )  # fmt: skip
     plan = lengths.new_empty(2, lengths.shape[0])
     if chosen_kernels(key_pages.device) == "reference":
         pages = key_pages, value_pages, position_pages
         naive.append_entries(key, value, position, rank, added, *pages, table, lengths, free, counters, plan)
         return plan
     key, value = _rows(key), _rows(value)
-    (_, heads, n, key_dim), value_dim, segments = key.shape, value.shape[3], lengths.shape[0]
-    page = key_pages.shape[1]
-    plan_append[(1,)](lengths, added, counters, plan, segments, PAGE=page, BLOCK=_segments(segments), **LAUNCH_OPTIONS)
+    (key_dim, value_dim), segments, page = dims[0], lengths.shape[0], key_pages.shape[1]
     block = min(COLUMNS, _power(n))
-    if segments and n:
-        write_new[(segments, -(-n // block))](
-            key, value, position.contiguous(), rank.contiguous(), plan, table, free, key_pages, value_pages,
-            position_pages, segments, heads, n, table.shape[1], *key.stride()[:3], *value.stride()[:3],
-            KEY_DIM=key_dim, VALUE_DIM=value_dim, KEY_BLOCK=_power(key_dim), VALUE_BLOCK=_power(value_dim),
-            PAGE=page, BLOCK=block, **LAUNCH_OPTIONS,
+    with launching_on(key_pages):
+        plan_append[(1,)](
+            lengths, added.contiguous(), counters, plan, segments, PAGE=page, BLOCK=_segments(segments),
+            **LAUNCH_OPTIONS,
         )  # fmt: skip
+        if segments and n:
+            write_new[(segments, -(-n // block))](
+                key, value, position.contiguous(), rank.contiguous(), plan, table, free, key_pages, value_pages,
+                position_pages, segments, heads, n, table.shape[1], *key.stride()[:3], *value.stride()[:3],
+                KEY_DIM=key_dim, VALUE_DIM=value_dim, KEY_BLOCK=_power(key_dim), VALUE_BLOCK=_power(value_dim),
+                PAGE=page, BLOCK=block, **LAUNCH_OPTIONS,
+            )  # fmt: skip
     return plan
 
 
@@ -102,15 +116,26 @@ def write_state(
     Args:
         state: `(batch, num_kv_heads, n)`, the dtype of `pages`.
         rank, table: as given to `append_entries`; plan: what it returned.
-        pages: `(num_pages, page_size)`.
+        pages: `(num_pages, page_size)`, contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that the operation does not take.
     """
+    segments, (batch, heads, n) = table.shape[0], state.shape
+    _check(
+        "a state", state=(state, pages.dtype, (batch, segments // max(batch, 1), n)),
+        rank=(rank, torch.int32, (batch, n)), plan=(plan, torch.int32, (2, segments)),
+        table=(table, torch.int32, table.shape[:2]), pages=(pages, pages.dtype, pages.shape[:2]),
+    )  # fmt: skip
+    _check_layout(pages.shape[1], table, pages)
     if chosen_kernels(pages.device) == "reference":
         return naive.write_state(state, rank, plan, table, pages)
-    _, heads, n = state.shape
     block = min(64, _power(n))
-    if plan.shape[1] and n:
-        write_numbers[(plan.shape[1], -(-n // block))](
-            state.contiguous(), rank.contiguous(), plan, table, pages, heads, n, table.shape[1],
+    if not segments or not n:
+        return None
+    with launching_on(pages):
+        write_numbers[(segments, -(-n // block))](
+            state.contiguous(), rank.contiguous(), plan.contiguous(), table, pages, heads, n, table.shape[1],
             PAGE=pages.shape[1], BLOCK=block, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
@@ -121,14 +146,25 @@ def move_entries(keep: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor,
 
     Args:
         keep: bool `(segments, n)`, n at least the longest segment; what stands behind a segment's length is not read.
-        pages: `(num_pages, page_size, ...)`, of any dtype.
+        pages: `(num_pages, page_size, ...)`, of any dtype, contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that the operation does not take.
     """
+    segments = table.shape[0]
+    _check(
+        "compaction", keep=(keep, torch.bool, (segments, *keep.shape[1:2])),
+        lengths=(lengths, torch.int32, (segments,)), table=(table, torch.int32, table.shape[:2]),
+    )  # fmt: skip
+    _check_layout(pages.shape[1], lengths, table, pages)
     if chosen_kernels(pages.device) == "reference":
         return naive.move_entries(keep, lengths, table, pages)
     dim = pages[0, 0].numel()
     part = min(WIDTH, _power(dim))
-    if keep.shape[0]:
-        move_kept[(keep.shape[0], -(-dim // part))](
+    if not segments:
+        return None
+    with launching_on(pages):
+        move_kept[(segments, -(-dim // part))](
             keep.contiguous().view(torch.int8), lengths, table, pages, keep.shape[1], table.shape[1], DIM=dim,
             WIDTH=part, PAGE=pages.shape[1], BLOCK=ENTRIES, **LAUNCH_OPTIONS,
         )  # fmt: skip
@@ -144,14 +180,26 @@ def release_pages(
     Args:
         lengths, table, free, counters: as in `append_entries`.
         shorter: int32 `(segments,)`; more than a segment has changes nothing.
+
+    Raises:
+        ValueError: shapes or dtypes that the operation does not take.
     """
+    segments = table.shape[0]
+    _check(
+        "release", lengths=(lengths, torch.int32, (segments,)), shorter=(shorter, torch.int32, (segments,)),
+        table=(table, torch.int32, table.shape[:2]), free=(free, torch.int32, free.shape[:1]),
+        counters=(counters, torch.int32, (2,)),
+    )  # fmt: skip
+    _check_layout(page_size, lengths, table, free, counters)
     if chosen_kernels(lengths.device) == "reference":
         return naive.release_pages(lengths, shorter, table, free, counters, page_size)
-    segments = lengths.shape[0]
-    plan = lengths.new_empty(3, segments)
-    block = _segments(segments)
-    plan_release[(1,)](lengths, shorter, counters, plan, segments, PAGE=page_size, BLOCK=block, **LAUNCH_OPTIONS)
-    if segments:
+    if not segments:
+        return None
+    plan, block = lengths.new_empty(3, segments), _segments(segments)
+    with launching_on(lengths):
+        plan_release[(1,)](
+            lengths, shorter.contiguous(), counters, plan, segments, PAGE=page_size, BLOCK=block, **LAUNCH_OPTIONS
+        )
         give_back[(segments,)](plan, table, free, segments, table.shape[1], BLOCK=OWNED, **LAUNCH_OPTIONS)
 
 
@@ -165,8 +213,6 @@ def check_pages(
 ) -> None:  # fmt: skip
     """Raises ValueError for pages that the kernels cannot use."""
     count, size = key_pages.shape[:2]
-    if size not in PAGE_SIZES:
-        raise ValueError(f"got a page size of {size}; accepted: {', '.join(map(str, PAGE_SIZES))}")
     if value_pages.shape[:2] != (count, size) or position_pages.shape != (count, size) or free.shape != (count,):
         raise ValueError(
             f"got pages {tuple(key_pages.shape)}, {tuple(value_pages.shape)} and {tuple(position_pages.shape)} with "
@@ -179,7 +225,22 @@ def check_pages(
             f"got {wrong or 'int32'}, a table {tuple(table.shape)}, lengths {tuple(lengths.shape)} and counters "
             f"{tuple(counters.shape)}; accepted: torch.int32, (segments, width), (segments,) and (2,)"
         )
-    if not all(tensor.is_contiguous() for tensor in (key_pages, value_pages, *integers.values())):
+    _check_layout(size, key_pages, value_pages, *integers.values())
+
+
+def _check(operation: str, **tensors: tuple[torch.Tensor, torch.dtype, tuple[int, ...]]) -> None:
+    """Raises ValueError for a tensor that has not the dtype and the shape beside it."""
+    wrong = {name: one for name, one in tensors.items() if (one[0].dtype, tuple(one[0].shape)) != (one[1], one[2])}
+    if wrong:
+        given = ", ".join(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, (tensor, *_) in wrong.items())
+        accepted = ", ".join(f"{name} {dtype} {tuple(shape)}" for name, (_, dtype, shape) in wrong.items())
+        raise ValueError(f"{operation} got {given}; accepted: {accepted}")
+
+
+def _check_layout(page_size: int, *tensors: torch.Tensor) -> None:
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"got a page size of {page_size}; accepted: {', '.join(map(str, PAGE_SIZES))}")
+    if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("got pages, tables or counters with gaps; accepted: contiguous tensors")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels
+from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, launching_on
 from ...retention.ops.triton_language import jit, tl
 from . import naive
 
@@ -139,13 +139,14 @@ def _launch(
     marks = keep.view(torch.int8)
     options = {"BLOCK": BLOCK, "num_warps": 8, **LAUNCH_OPTIONS}
     parts = max(1, min(PARTS, n // (segments * BLOCK)))
-    for word in range(3):
-        for shift in range(32 - DIGIT if word < 2 else DIGIT, -1, -DIGIT):
-            count_digits[(segments, parts, rows)](
-                scores, positions, bounds, state, histogram, shift, n, WORD=word, **options
-            )
-            pick_digit[(rows,)](state, histogram, shift, WORD=word, num_warps=4, **LAUNCH_OPTIONS)
-    mark[(segments, rows)](scores, positions, bounds, state, marks, counts, n, **options)
+    with launching_on(scores):
+        for word in range(3):
+            for shift in range(32 - DIGIT if word < 2 else DIGIT, -1, -DIGIT):
+                count_digits[(segments, parts, rows)](
+                    scores, positions, bounds, state, histogram, shift, n, WORD=word, **options
+                )
+                pick_digit[(rows,)](state, histogram, shift, WORD=word, num_warps=4, **LAUNCH_OPTIONS)
+        mark[(segments, rows)](scores, positions, bounds, state, marks, counts, n, **options)
     return keep, counts
 
 
@@ -199,4 +200,4 @@ def select_top(
             f"got {scores.shape[1]} scores a row in {bounds.numel() - 1} segments; accepted: fewer than 2^31 in fewer "
             "than 2^16"
         )
-    return _select_top(scores.contiguous(), positions.contiguous(), k, bounds)
+    return _select_top(scores.contiguous(), positions.contiguous(), k, bounds.contiguous())

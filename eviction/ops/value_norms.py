@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision
+from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision, launching_on
 from ...retention.ops.triton_language import dot, jit, tl
 from . import naive
 from .decode import DTYPES, MAX_DIM
@@ -46,7 +46,9 @@ def _launch(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
     values, weight = dense(values), dense(output_weight.to(values.dtype))
     (batch, heads, n, dim), hidden = values.shape, weight.shape[2]
     norms = values.new_zeros(batch, heads, n, dtype=torch.float32)
-    if norms.numel():
+    if not norms.numel():
+        return norms
+    with launching_on(values):
         project_norms[(-(-n // BLOCK), batch * heads)](
             values, weight, norms, heads, n, hidden, *values.stride()[:3], *weight.stride()[:2],
             GROUP=weight.shape[0] // heads, DIM=dim, DIM_BLOCK=power(dim), BLOCK=BLOCK,
