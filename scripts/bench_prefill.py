@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .benching import Row, essay_prompts, median_ratio, show, write_json
+from .loading import Dtype, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..retention import RetentionGates
 
 POLICIES = {"retention": 0.02, "defensive": 0.05, "snapkv": None}  # the aim of scoring, as a share of the prefill
+DTYPES: dict[Dtype, str] = {"bfloat16": "", "float32": "/fp32"}  # and what the names of their rows end in
 EVICTIONS = {"": "retention", "/defensive": "defensive", "/snapkv": "snapkv"}
 CHUNK = 256
 
@@ -28,7 +30,8 @@ CHUNK = 256
 class Config:
     """Time scoring and eviction against the prefill they follow, and show the peak memory of long prompts.
 
-    The prompt is an essay; a share of its cache is kept. Peak memory is that of fresh processes (Linux).
+    The prompt is an essay; a share of its cache is kept. Times are those of the model in bfloat16, its own dtype, and,
+    in the rows `…/fp32`, in float32. Peak memory is that of fresh processes (Linux), in float32.
     """
 
     model: str = "demo"
@@ -58,19 +61,20 @@ def main(config: Config) -> int:
 
     from ..retention import RetentionGates
     from .demo import find_gates
-    from .loading import load_model
 
     torch.set_num_threads(config.threads)
     source = find_gates(config.model, config.gates)
     gates = RetentionGates.from_pretrained(source)
-    model, tokenizer = load_model(config.model, "cpu", "float32")
-    gates.check_model(model)
-    prompts = essay_prompts(tokenizer, 1, 8192)
     scored, evicted = (1024, 1024) if config.quick else (4096, 8192)
-    rows = time_rows(model, gates, prompts[:, :scored], config, score_rows)
-    rows += time_rows(model, gates, prompts[:, :evicted], config, evict_rows)
-    rows.append(bytes_row(model, gates, prompts[:, :1024], config.share))
-    del model
+    rows = []
+    for dtype, suffix in DTYPES.items():
+        model, tokenizer = load_model(config.model, "cpu", dtype)
+        gates.check_model(model)
+        prompts = essay_prompts(tokenizer, 1, 8192)
+        rows += time_rows(model, gates, prompts[:, :scored], config, score_rows, suffix)
+        rows += time_rows(model, gates, prompts[:, :evicted], config, evict_rows, suffix)
+        rows.append(bytes_row(model, gates, prompts[:, :1024], config.share, suffix))
+        del model
     for length in (1024,) if config.quick else (2048, 4096, 8192):
         rows.append(peak_row(length, str(source), config))
     show(rows, f"{config.model}, {config.share:.0%} kept, {config.threads} threads, torch {torch.__version__}")
@@ -88,10 +92,12 @@ def time_rows(
     ids: torch.Tensor,
     config: Config,
     rows: Callable[[Timed, int, int], list[Row]],
+    suffix: str = "",
 ) -> list[Row]:
     """`rows` of the seconds of a prefill, `prefill`, and of what follows it: `score/POLICY`, `evict/POLICY`.
 
-    Every run computes the prompt anew, then scores it and evicts from it with each policy, from the same state.
+    Every run computes the prompt anew, then scores it and evicts from it with each policy, from the same state. The
+    rows' names end in `suffix`.
     """
     seconds: Timed = {}
     for turn in range(1 + config.runs):
@@ -99,7 +105,7 @@ def time_rows(
         if turn:
             for name, value in taken.items():
                 seconds.setdefault(name, []).append(value)
-    return rows(seconds, ids.shape[1], config.runs)
+    return [replace(row, name=row.name + suffix) for row in rows(seconds, ids.shape[1], config.runs)]
 
 
 def one_turn(model: PreTrainedModel, gates: RetentionGates, ids: torch.Tensor, share: float) -> dict[str, float]:
@@ -165,7 +171,9 @@ def share_row(name: str, part: Sequence[float], whole: Sequence[float], runs: in
     )
 
 
-def bytes_row(model: PreTrainedModel, gates: RetentionGates, ids: torch.Tensor, share: float) -> Row:
+def bytes_row(
+    model: PreTrainedModel, gates: RetentionGates, ids: torch.Tensor, share: float, suffix: str = ""
+) -> Row:
     """Bytes allocated after an eviction beside those of the keys, values, positions and log β of what is kept."""
     import torch
 
@@ -177,7 +185,7 @@ def bytes_row(model: PreTrainedModel, gates: RetentionGates, ids: torch.Tensor, 
         needed = sum(store.entries * store.entry_bytes for store in stores)
         held = sum(buffer.untyped_storage().nbytes() for store in stores for buffer in store.buffers.values())
     mib = 2**20
-    return Row("bytes/overhead", held / mib, needed / mib, held / needed, "MiB", 1, "<= 1.08 times")
+    return Row(f"bytes/overhead{suffix}", held / mib, needed / mib, held / needed, "MiB", 1, "<= 1.08 times")
 
 
 PEAK_SCRIPT = """
