@@ -77,6 +77,8 @@ def build_source(config: TrainConfig, tokenizer: Any) -> ExampleSource:
             group_share=config.group_share,
             text_share=config.text_share,
             prompt_share=config.prompt_share,
+            dialogue_share=config.dialogue_share,
+            repetition_share=config.repetition_share,
         )
     source = load_examples(
         config.data,

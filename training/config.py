@@ -53,6 +53,10 @@ class TrainConfig:
     """Share of synthetic examples that are plain continuation of text."""
     group_share: float = 0.3
     """Share of the facts in synthetic documents that are groups of sentences which differ in key and value only."""
+    dialogue_share: float = 0.0
+    """Share of synthetic documents that are a conversation in which a speaker tells facts of herself."""
+    repetition_share: float = 0.0
+    """Share of synthetic documents that are one passage again and again."""
     prompt_share: float = 0.0
     """Share of synthetic examples whose document is a prompt: read without gates, as one compressed at its end is."""
     eviction_budgets: tuple[float, ...] = ()

@@ -4,6 +4,8 @@ Every example is a function of (seed, index) alone, so a run can be sharded and 
 comes before, and is tokenised apart from, its questions: what the gates keep of it cannot depend on what is asked.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from .chat import ChatFrame, starts_with_bos
 from .corpus import SEPARATOR, Corpus, Sentence, both_layouts, fill, opening
 from .data import Example
 from .facts import KINDS, Fact, Question, Style, make_fact
+from .forms import Repeated, told_fact, turns
 
 _ATTEMPTS = 50
 _OPENING_SHARE = 0.3  # of the length: sentences that are certain to be in the document, from which quotations are taken
@@ -56,6 +59,8 @@ class RetrievalDocuments:
         text_share: share of the examples that are plain text, with loss on their second half.
         prompt_share: share of the examples whose document (or first half of the text) is read without gates: they act
             only where its compressed cache would be used, as when a prompt is evicted once at its end.
+        dialogue_share: share of the documents that are a conversation in which a speaker tells facts of herself.
+        repetition_share: share of the documents that are one passage again and again, asked for from any place of it.
         brief_share: share of the documents whose questions are answered without the question's words.
         fact_share, question_share: most of a document's tokens that facts, and questions with answers, may take; they
             lower the number of facts and questions in short documents.
@@ -74,6 +79,8 @@ class RetrievalDocuments:
     group_share: float = 0.3
     text_share: float = 0.1
     prompt_share: float = 0.0
+    dialogue_share: float = 0.0
+    repetition_share: float = 0.0
     brief_share: float = 0.1
     fact_share: float = 0.25
     question_share: float = 0.35
@@ -94,6 +101,11 @@ class RetrievalDocuments:
                 f"fact_share and question_share leave no room for the text: {self.fact_share} + {self.question_share},"
                 " at most 0.65 together"
             )
+        if min(self.dialogue_share, self.repetition_share) < 0 or self.dialogue_share + self.repetition_share > 1:
+            raise ValueError(
+                "dialogue_share and repetition_share are shares of the documents, at most 1 together, got "
+                f"{self.dialogue_share} and {self.repetition_share}"
+            )
         # Documents are laid out in both ways so that a line break is no sign of what belongs to the text.
         self._corpora = both_layouts(self.texts, self.tokenizer)
         self._frame = ChatFrame(self.tokenizer)
@@ -111,7 +123,10 @@ class RetrievalDocuments:
         corpus = rng.choice(self._corpora)
         if rng.random() < self.text_share:
             return self._plain(corpus, length, rng)
-        return self._retrieval(corpus, length, rng)
+        form = rng.random() if self.dialogue_share + self.repetition_share else 1.0
+        if form < self.repetition_share:
+            return self._repetition(corpus, length, rng)
+        return self._retrieval(corpus, length, rng, form < self.repetition_share + self.dialogue_share)
 
     def _plain(self, corpus: Corpus, length: int, rng: random.Random) -> Document:
         ids = [self.tokenizer.bos_token_id] if starts_with_bos(self.tokenizer) else []
@@ -124,43 +139,66 @@ class RetrievalDocuments:
         mask = [i >= half for i in range(length)]
         return Document(Example(ids[:length], mask, "text", prompt_tokens=prompt_tokens), (), length)
 
-    def _retrieval(self, corpus: Corpus, length: int, rng: random.Random) -> Document:
+    def _repetition(self, corpus: Corpus, length: int, rng: random.Random) -> Document:
+        head = self._frame.pieces(1)[0]
+        room = length - len(head)
+        passage = Repeated.draw(corpus.stream(rng), int((1 - self.question_share) * room), self._encode, rng)
+        asked = [passage.question(rng) for _ in range(rng.randint(*self.questions))]
+        questions = self._within(asked, len(asked), self.question_share * room) or asked[:1]
+        tail = self._conversation(questions)
+        return self._asked(head + passage.tokens(room - len(tail.ids), self._encode), questions, tail, rng)
+
+    def _retrieval(self, corpus: Corpus, length: int, rng: random.Random, dialogue: bool) -> Document:
         stream = corpus.stream(rng)
+        speakers = rng.choice(templates.SPEAKERS) if dialogue else None
+        if speakers:
+            stream = turns(stream, speakers, self._encode, rng)
         introduction = f"{rng.choice(templates.INTRODUCTIONS)}{SEPARATOR}" if rng.random() < 0.3 else ""
         head = self._frame.pieces(1)[0] + self._encode(introduction)
         first, stream = opening(stream, _OPENING_SHARE * (length - len(head)), self._encode)
         for _ in range(_ATTEMPTS):
-            facts, passages = self._draw_facts(first, self.fact_share * (length - len(head)), rng)
+            facts, passages = self._draw_facts(first, self.fact_share * (length - len(head)), rng, speakers)
             questions = self._draw_questions(facts, self.question_share * (length - len(head)), rng)
             if questions:
                 break
         else:
             raise ValueError(f"a length of {length} tokens is too short for a fact and its question")
-        tail_ids, tail_mask, spans = self._conversation(questions)
-        room = length - len(head) - len(tail_ids) - sum(len(part.ids) for fact in passages for part in fact)
+        tail = self._conversation(questions)
+        room = length - len(head) - len(tail.ids) - sum(len(part.ids) for fact in passages for part in fact)
         sentences = fill(first, stream, corpus, room, rng)
         document = head + [token for sentence in _insert(sentences, passages, rng) for token in sentence.ids]
+        return self._asked(document, questions, tail, rng)
+
+    def _asked(
+        self, document: list[int], questions: Sequence[Question], tail: _Conversation, rng: random.Random
+    ) -> Document:
+        """The document and the conversation about it, as an example."""
         answers = tuple(
             Answer(question, len(document) + start, len(document) + stop)
-            for question, (start, stop) in zip(questions, spans, strict=True)
+            for question, (start, stop) in zip(questions, tail.answers, strict=True)
         )
         prompt_tokens = len(document) if rng.random() < self.prompt_share else 0
-        example = Example(
-            document + tail_ids, [False] * len(document) + tail_mask, "retrieval", prompt_tokens=prompt_tokens
-        )
+        mask = [False] * len(document) + tail.loss_mask
+        example = Example(document + tail.ids, mask, "retrieval", prompt_tokens=prompt_tokens)
         return Document(example, answers, len(document))
 
     def _draw_facts(
-        self, first: list[Sentence], room: float, rng: random.Random
+        self, first: list[Sentence], room: float, rng: random.Random, speakers: tuple[str, str] | None
     ) -> tuple[list[Fact], list[list[Sentence]]]:
-        """Facts whose passages take `room` tokens at most, and those passages tokenised; `first` may be quoted."""
+        """Facts whose passages take `room` tokens at most, and those passages tokenised; `first` may be quoted.
+
+        With speakers, facts are told by the first of them.
+        """
         facts: list[Fact] = []
         passages: list[list[Sentence]] = []
         used: set[str] = set()
         number, style = rng.randint(*self.facts), Style.draw(self.brief_share, rng)
         for _ in range(4 * number):
-            kind = self._draw_kind(rng)
-            fact = _quotation(first, used, rng) if kind == "quotation" else make_fact(kind, style, rng, used)
+            if speakers:
+                fact = told_fact(speakers, style, rng, used)
+            else:
+                kind = self._draw_kind(rng)
+                fact = _quotation(first, used, rng) if kind == "quotation" else make_fact(kind, style, rng, used)
             if fact is None:
                 continue
             parts = [Sentence(text, self._encode(text)) for text in map(_spaced, fact.passages)]
@@ -175,14 +213,19 @@ class RetrievalDocuments:
 
     def _draw_questions(self, facts: Sequence[Fact], room: float, rng: random.Random) -> list[Question]:
         """Questions within `room` tokens: one of each fact as far as they go, then second ones; in random order."""
-        number = rng.randint(*self.questions)
+        ranked = [q for rank in range(2) for fact in facts for q in fact.questions[rank : rank + 1]]
+        chosen = self._within(ranked, rng.randint(*self.questions), room)
+        rng.shuffle(chosen)
+        return chosen
+
+    def _within(self, questions: Sequence[Question], number: int, room: float) -> list[Question]:
+        """The first `number` of those that go into `room` tokens together with their answers."""
         chosen: list[Question] = []
-        for question in [q for rank in range(2) for fact in facts for q in fact.questions[rank : rank + 1]]:
+        for question in questions:
             cost = len(self._encode(question.text)) + len(self._encode(question.answer)) + self._frame.turn_tokens()
             if len(chosen) < number and cost <= room:
                 chosen.append(question)
                 room -= cost
-        rng.shuffle(chosen)
         return chosen
 
     def _draw_kind(self, rng: random.Random) -> str:
@@ -191,8 +234,8 @@ class RetrievalDocuments:
             return "group"
         return rng.choice(others)
 
-    def _conversation(self, questions: Sequence[Question]) -> tuple[list[int], list[bool], list[tuple[int, int]]]:
-        """Everything after the document: ids, targets, and the span of every answer."""
+    def _conversation(self, questions: Sequence[Question]) -> _Conversation:
+        """Everything after the document."""
         pieces = self._frame.pieces(len(questions))
         ids, mask, spans = self._encode(SEPARATOR + self._frame.first_question_prefix), [], []
         for turn, question in enumerate(questions):
@@ -203,10 +246,19 @@ class RetrievalDocuments:
             closing = pieces[2 * turn + 2]
             ids += answer + closing
             mask += [True] * (len(answer) + self._frame.end_tokens(closing))
-        return ids, mask + [False] * (len(ids) - len(mask)), spans
+        return _Conversation(ids, mask + [False] * (len(ids) - len(mask)), spans)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """Questions and answers as token ids, which of them are targets, and the span of every answer."""
+
+    ids: list[int]
+    loss_mask: list[bool]
+    answers: list[tuple[int, int]]
 
 
 def _spaced(passage: str) -> str:

@@ -178,6 +178,60 @@ REPEATS: tuple[tuple[str, str], ...] = (
 )
 """(sentence, question): the answer is the sentence itself."""
 
+FIRST_PERSON: tuple[tuple[str, str, str, str], ...] = (
+    ("My lucky number is {value}.", "What is {speaker}'s lucky number?", "{speaker}'s lucky number is {value}.",
+     "digits"),
+    ("The code of my bicycle lock is {value}.", "What is the code of {speaker}'s bicycle lock?",
+     "The code of {speaker}'s bicycle lock is {value}.", "digits"),
+    ("My flight has the number {value}.", "Which number does {speaker}'s flight have?",
+     "{speaker}'s flight has the number {value}.", "alphanumeric"),
+    ("My library card says {value}.", "What does {speaker}'s library card say?",
+     "{speaker}'s library card says {value}.", "alphanumeric"),
+    ("I grew up in {value}.", "In which city did {speaker} grow up?", "{speaker} grew up in {value}.", "city"),
+    ("My brother has moved to {value}.", "To which city has {speaker}'s brother moved?",
+     "{speaker}'s brother has moved to {value}.", "city"),
+    ("My landlord's name is {value}.", "What is the name of {speaker}'s landlord?",
+     "The name of {speaker}'s landlord is {value}.", "person"),
+    ("I share my office with {value}.", "With whom does {speaker} share an office?",
+     "{speaker} shares an office with {value}.", "person"),
+    ("I have just painted my kitchen {value}.", "Which color has {speaker}'s kitchen?",
+     "{speaker}'s kitchen is {value}.", "color"),
+    ("My favorite dish is {value}.", "What is {speaker}'s favorite dish?", "{speaker}'s favorite dish is {value}.",
+     "dish"),
+    ("I collect every {value} that I can find.", "What does {speaker} collect?",
+     "{speaker} collects every {value}.", "item"),
+    ("My appointment is at {value}.", "At what time is {speaker}'s appointment?",
+     "{speaker}'s appointment is at {value}.", "time"),
+    ("My cat answers to the name {value}.", "To which name does {speaker}'s cat answer?",
+     "{speaker}'s cat answers to the name {value}.", "coinage"),
+    ("The three words on my shirt are {value}.", "What are the three words on {speaker}'s shirt?",
+     "The three words on {speaker}'s shirt are {value}.", "three_words"),
+)
+"""(statement, question, answer, slot): what a speaker in a conversation tells of herself."""
+
+SPEAKERS = (
+    ("Guest", "Host"), ("Anna", "Karl"), ("Caller", "Operator"), ("Customer", "Clerk"), ("Student", "Teacher"),
+    ("Patient", "Doctor"), ("Human", "Bot"), ("Passenger", "Driver"),
+)
+ASIDES = (
+    "", "", "By the way: {said}", "{said} Keep that in mind.", "Before I forget it: {said}",
+    "{said} Just so you know.",
+)
+ACKNOWLEDGEMENTS = ("Good to know.", "I have noted it.", "Understood.", "Thanks, I will keep it in mind.", "Noted.")
+
+JOINTS = (" ", " ", ", ", "\n", " - ")
+REPETITION_INTRODUCTIONS = (
+    "", "A passage is said again and again.", "Here is a list that starts over whenever it ends.",
+    "Learn this by heart.",
+)
+REPETITION_QUESTIONS = (
+    "Go on from here: {start}",
+    "What comes after \"{start}\"? Repeat these words and go on.",
+    "Continue the passage from \"{start}\".",
+    "Say the passage from \"{start}\" on.",
+)
+"""How a passage that was said again and again goes on."""
+
 QUOTATION_QUESTIONS = (
     "Repeat the sentence from the text that begins with \"{start}\" word for word.",
     "How does the sentence in the text that begins with \"{start}\" go on? Quote all of it.",

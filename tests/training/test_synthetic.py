@@ -167,6 +167,51 @@ def test_group_members_differ_in_key_and_value_only(texts: list[str], chat_token
     assert 3 <= len(inserted) <= 7  # the chat template's head is glued to the first sentence
 
 
+def test_dialogues_tell_facts_in_turns(texts: list[str], chat_tokenizer: Any) -> None:
+    documents = RetrievalDocuments(
+        texts, chat_tokenizer, lengths=(700, 1000), seed=5, text_share=0.0, dialogue_share=1.0, prompt_share=1.0
+    )
+    for index in range(40):
+        document = documents.document(index)
+        ids = document.example.input_ids
+        text = chat_tokenizer.decode(ids[: document.document_stop])
+        speaker = next(one for one, _ in templates.SPEAKERS if f"\n{one}: " in text)
+        assert document.answers and 0.9 * 700 <= len(ids) <= 1000
+        assert document.example.prompt_tokens == document.document_stop
+        for answer in document.answers:
+            question = answer.question
+            assert question.kind == "told" and speaker in question.text
+            told = next(line for line in text.split("\n") if question.values[0] in line)
+            assert told.startswith(f"{speaker}: ")
+            assert chat_tokenizer.decode(ids[answer.start : answer.stop]) == question.answer
+
+
+def test_repetitions_are_asked_for_from_any_place(texts: list[str], chat_tokenizer: Any) -> None:
+    documents = RetrievalDocuments(
+        texts, chat_tokenizer, lengths=(700, 1000), seed=5, text_share=0.0, repetition_share=1.0
+    )
+    starts = set()
+    for index in range(40):
+        document = documents.document(index)
+        assert len(document.example.input_ids) in (700, 1000) and document.answers
+        text = chat_tokenizer.decode(document.example.input_ids[: document.document_stop])
+        for answer in document.answers:
+            assert text.count(answer.question.answer) >= 2, answer.question
+            assert answer.question.text not in text
+            starts.add(text.index(answer.question.answer) * 10 // len(text))
+    assert len(starts) > 2
+
+
+def test_forms_mix_in_the_shares_asked_for(texts: list[str], chat_tokenizer: Any) -> None:
+    documents = RetrievalDocuments(
+        texts, chat_tokenizer, seed=5, text_share=0.2, dialogue_share=0.25, repetition_share=0.25
+    )
+    kinds = [{a.question.kind for a in documents.document(index).answers} for index in range(150)]
+    told, repeated = (sum(kind in one for one in kinds) for kind in ("told", "repetition"))
+    assert 15 <= told <= 45 and 15 <= repeated <= 45
+    assert not any({"told", "repetition"} & one and len(one) > 1 for one in kinds)
+
+
 def test_without_chat_template_plain_lines(texts: list[str], plain_tokenizer: Any) -> None:
     documents = RetrievalDocuments(texts, plain_tokenizer, lengths=(1000,), text_share=0.0)
     document = documents.document(1)
@@ -197,6 +242,7 @@ def test_short_lengths_work_and_shorter_ones_are_refused(texts: list[str], chat_
         ({"facts": (3, 2)}, "facts must be a range"),
         ({"questions": (0, 2)}, "questions must be a range"),
         ({"fact_share": 0.5}, "at most 0.65 together"),
+        ({"dialogue_share": 0.7, "repetition_share": 0.5}, "shares of the documents, at most 1 together"),
     ],
 )
 def test_wrong_options_are_named(texts: list[str], chat_tokenizer: Any, options: dict[str, Any], message: str) -> None:
@@ -225,6 +271,9 @@ def test_templates_are_many_and_hold_nothing_of_the_evaluation() -> None:
     assert min(len(templates.ALIASES), len(templates.RECORDS), len(templates.REPEATS)) >= 4
     strings = [part for family in templates.FAMILIES for template in family.templates for part in template]
     strings += [part for row in (*templates.ALIASES, *templates.RECORDS, *templates.REPEATS) for part in row]
+    rows = (*templates.FIRST_PERSON, *templates.SPEAKERS, templates.ASIDES, templates.ACKNOWLEDGEMENTS)
+    strings += [part for row in rows for part in row]
+    strings += [*templates.REPETITION_INTRODUCTIONS, *templates.REPETITION_QUESTIONS]
     strings += [*templates.QUOTATION_QUESTIONS, *templates.INTRODUCTIONS, *templates.BRIEF, *templates.SENTENCE]
     strings += [word for words in VOCABULARY.values() for word in words]
     for held_out in {*templates.HELD_OUT, *RESERVED_PHRASES}:
