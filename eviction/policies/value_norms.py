@@ -32,7 +32,8 @@ def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tens
 def norms_by_parts(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
     """`value_norms` in plain torch, in fp32; a few entries are projected at a time.
 
-    Products of 16-bit numbers are made in fp32 too: most processors have no other, and take four times as long to say so.
+    Products of 16-bit numbers are made in fp32 too: processors without 16-bit arithmetic take four times as long for
+    them otherwise.
     """
     batch, heads, n, _ = values.shape
     group = output_weight.shape[0] // heads
