@@ -60,9 +60,8 @@ def require_triton() -> None:
 def interpreting() -> bool:
     """Whether this process runs Triton kernels in Triton's interpreter, on the CPU (`TRITON_INTERPRET=1`)."""
     require_triton()
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+    # As Triton reads it: its own settings cannot be traced by torch.compile.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")
 
 
 def launching_on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
