@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: their threads would only wait for each other
@@ -107,3 +108,18 @@ def essay_texts() -> list[str]:
     from tenure.training.assets import essays
 
     return [document.text for document in essays("eval")]
+
+
+@pytest.fixture
+def nan_outputs() -> Iterator[None]:
+    """`torch.empty` and its relatives give NaN, and of integers the greatest."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        assert torch.zeros(1).new_empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]

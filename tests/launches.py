@@ -124,6 +124,21 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Recorder]:
     return make
 
 
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of kernels as they run."""
+    names: list[str] = []
+    jitted = type(jit(lambda: None))
+    real = jitted.run
+
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        names.append(self.fn.__name__)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(jitted, "run", run)
+    return names
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 

@@ -11,8 +11,14 @@ from tenure.eviction.paged import PAGE, PagedStore, pages_of, store_class
 from tenure.eviction.rows import Rows
 from tenure.eviction.store import SLACK, SegmentStore
 
+from ..launches import running
 from .remembered import assert_same
 from .test_store import HEADS, StoreMachine
+
+__all__ = ["running"]
+SCORING = {"sum_rows", "finish_rows", "take_worst", "project_norms"}
+DECODING = {"attend_piece", "merge_pieces", "plan_append", "write_new", "write_numbers"}
+EVICTING = {"move_kept", "plan_release", "give_back", "count_digits", "pick_digit", "mark"}
 
 
 class PagedMachine(StoreMachine):
@@ -92,7 +98,7 @@ def generated(model, ids, mask, policy, gates, scope):
     ids=["global", "padded"],
 )
 def test_generation_with_kernels_equals_generation_without(
-    policy, scope, layers, rows, tiny_model, gates_for, prompt, monkeypatch
+    policy, scope, layers, rows, tiny_model, gates_for, prompt, running, monkeypatch
 ):
     """Through `evict`: paged store, decode attention, append, compaction, selection and scoring, all by Triton."""
     monkeypatch.setattr("tenure.eviction.ops.decode.PROGRAMS", 1)  # each costs the interpreter milliseconds
@@ -104,6 +110,7 @@ def test_generation_with_kernels_equals_generation_without(
     for kernels, kind in (("reference", SegmentStore), ("triton", PagedStore)):
         monkeypatch.setenv("TENURE_KERNELS", kernels)
         results[kernels] = generated(model, ids, mask, policy, gates, scope)
+        assert set(running) >= SCORING | DECODING | EVICTING if kernels == "triton" else not running
         assert all(type(store) is kind for store in results[kernels][1].stores)
     monkeypatch.setenv("TENURE_KERNELS", "reference")  # only to read what is stored
     assert torch.equal(results["triton"][0], results["reference"][0])

@@ -7,6 +7,8 @@ import torch
 
 from tenure.eviction.ops.copies import copy_entries, entries_at
 
+pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
+
 
 @pytest.fixture
 def layer(device: str) -> list[torch.Tensor]:
@@ -53,6 +55,16 @@ def test_gathered_entries_are_contiguous(layer, device, monkeypatch) -> None:
     assert torch.equal(gathered["position"], layer[2][slots])
 
 
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_slots_may_be_every_other_one_of_a_tensor(kernels, layer, device, monkeypatch) -> None:
+    monkeypatch.setenv("TENURE_KERNELS", kernels)
+    slots = torch.arange(80, device=device)[::2]
+    moved = [torch.zeros_like(one) for one in layer]
+    copy_entries(layer, moved, slots, slots + 1)
+    for one, copied in zip(layer, moved, strict=True):
+        assert torch.equal(bits(copied[1:80:2]), bits(one[:80:2])) and not copied[:80:2].any()
+
+
 def test_wrong_inputs_are_named(layer, device) -> None:
     slots = torch.zeros(2, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match=r"got slots \[\]; accepted: one or two \(count,\), not none"):
@@ -65,8 +77,9 @@ def test_wrong_inputs_are_named(layer, device) -> None:
         copy_entries([layer[0][:, :2]], [layer[0][:, :2]], slots, None)
 
 
-def test_opcheck(layer, device, monkeypatch) -> None:
-    monkeypatch.setenv("TENURE_KERNELS", "reference")
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_opcheck(kernels, layer, device, monkeypatch) -> None:
+    monkeypatch.setenv("TENURE_KERNELS", kernels)
     sources = layer[1:]  # opcheck compares numbers, and NaN is not equal
     slots = torch.tensor([1, 4], device=device)
     targets = [torch.zeros_like(one) for one in sources]

@@ -11,6 +11,7 @@ from tenure.eviction.ops import decode, naive
 from tenure.eviction.ops.decode import ragged_decode
 from tenure.retention.ops.kernel_choice import interpreting
 
+pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -75,6 +76,19 @@ def test_the_result_does_not_depend_on_how_entries_are_shared_out(programs, fill
     torch.testing.assert_close(got.double(), in_double(query, pages, 0.3), atol=2e-6, rtol=2e-6)
 
 
+def test_a_context_of_128k_tokens_in_as_many_pieces_as_a_card_takes(filled_segments, device, monkeypatch):
+    """Beside a head that has kept next to nothing: nearly all programs go to the long one, and are merged."""
+    monkeypatch.setenv("TENURE_KERNELS", "triton")
+    monkeypatch.setattr(decode, "PROGRAMS", decode.WAVES * 132)
+    if interpreting():  # each block costs it milliseconds
+        wide = {"ROWS": 16, "BLOCK": 512, "num_warps": 4, "num_stages": 2}
+        monkeypatch.setattr(decode, "tile_sizes", lambda *shape: wide)
+    pages = filled_segments([131072, 3], 128, 8, 8, torch.bfloat16)
+    query = queries(1, 2, 1, 8, torch.bfloat16, device)
+    got = ragged_decode(query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, 3.0)
+    torch.testing.assert_close(got.double(), in_double(query, pages, 3.0), atol=1e-3, rtol=2e-2)
+
+
 def test_large_logits_do_not_overflow(filled_segments, device, triton_kernels):
     pages = filled_segments([50], 16, 8, 8)
     query = queries(1, 1, 1, 8, torch.float32, device) * 1000
@@ -114,9 +128,10 @@ def test_wrong_inputs_are_named(filled_segments, device):
         ragged_decode(query, given[0], given[1], given[2], pages.lengths.long(), scaling=0.3)
 
 
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_opcheck(padded, filled_segments, device, monkeypatch):
-    monkeypatch.setenv("TENURE_KERNELS", "reference")
+def test_opcheck(padded, kernels, filled_segments, device, monkeypatch):
+    monkeypatch.setenv("TENURE_KERNELS", kernels)
     pages = filled_segments([5, 20], 16, 8, 4)
     query = queries(1, 4, 2, 8, torch.float32, device)
     hidden = torch.tensor([[-1, 0]], dtype=torch.int32, device=device) if padded else None

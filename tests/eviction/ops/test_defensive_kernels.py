@@ -9,6 +9,7 @@ from tenure.eviction.ops import naive
 from tenure.eviction.ops.defensive import window_risk
 from tenure.eviction.ops.value_norms import value_norms
 
+pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
 
 def layer(batch, heads, group, window, dim, n, dtype, lengths, device, missing=0):
     """Queries, keys with NaN behind each head's entries, positions and where the window begins."""
@@ -71,12 +72,21 @@ def test_wrong_inputs_are_named(device):
         window_risk(query, key.double(), positions, asked, limit, 0.4, 5)
     with pytest.raises(ValueError, match=r"positions \(1, 2, 8\)"):
         window_risk(query, key, positions[..., 1:], asked, limit, 0.4, 5)
+    with pytest.raises(ValueError, match=r"and a limit \(2,\).*accepted: .* and \(batch,\)"):
+        window_risk(query, key, positions, asked, limit.repeat(2), 0.4, 5)
+    with pytest.raises(ValueError, match=r"queries \(2, 2, 3, 8\) and keys \(1, 2, 9, 8\)"):
+        window_risk(query.repeat(2, 1, 1, 1), key, positions, asked, limit, 0.4, 5)
+    with pytest.raises(ValueError, match=r"window risk got 300 numbers a head; accepted: at most 256"):
+        window_risk(torch.zeros(1, 2, 3, 300), torch.zeros(1, 2, 9, 300), positions, asked, limit, 0.4, 5)
+    with pytest.raises(ValueError, match=r"values torch.float64 .*accepted: .* of torch.float16"):
+        value_norms(key.double(), torch.zeros(2, 8, 5, device=device))
     with pytest.raises(ValueError, match=r"W_O \(3, 8, 5\)"):
         value_norms(key, torch.zeros(3, 8, 5, device=device))
 
 
-def test_opcheck(device, monkeypatch):
-    monkeypatch.setenv("TENURE_KERNELS", "reference")
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_opcheck(kernels, device, monkeypatch):
+    monkeypatch.setenv("TENURE_KERNELS", kernels)
     query, key, positions, asked, limit = layer(1, 2, 2, 3, 8, 9, torch.float32, None, device)
     for mean in (False, True):
         arguments = (query, key, positions, asked, limit, 0.4, 5, mean)

@@ -24,6 +24,7 @@ def scored(query, key, weight) -> Any:
     positions = torch.arange(n, dtype=torch.int32, device=key.device).expand(1, 1, n).contiguous()
     asked = positions[0, :, -query.shape[2] :].contiguous()
     worst, mean = window_risk(query, key, positions, asked, asked[:, 0].contiguous(), 0.3, 5, True)
+    assert mean is not None, "it was asked for"
     scores = (torch.maximum(worst, mean) * value_norms(key, weight)).flatten(1)
     bounds = torch.tensor([0, n], dtype=torch.int32, device=key.device)
     wanted = torch.tensor([4], dtype=torch.int32, device=key.device)

@@ -8,6 +8,7 @@ import torch
 from tenure.eviction.ops import naive
 from tenure.eviction.ops.pages import append_entries, move_entries, release_pages, write_state
 
+pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
 BATCH, HEADS = 2, 3
 
 
@@ -26,7 +27,12 @@ def new_tokens(n: int, dims: tuple[int, int], dtype: torch.dtype, padded: bool, 
 
 @pytest.mark.parametrize(
     ("size", "dims", "dtype"),
-    [(16, (5, 8), torch.float32), (32, (8, 3), torch.bfloat16), (128, (16, 16), torch.float16)],
+    [
+        (16, (5, 8), torch.float32),
+        (32, (8, 3), torch.bfloat16),
+        (64, (3, 4), torch.float32),
+        (128, (16, 16), torch.float16),
+    ],
 )
 def test_a_life_of_appends_and_evictions(size, dims, dtype, empty_segments, device, monkeypatch):
     """The kernels and the twins go through the same steps, and hold the same entries in the same pages."""
@@ -110,10 +116,39 @@ def test_wrong_inputs_are_named(empty_segments, device):
         append_entries(*tokens, *pages.tensors())
     with pytest.raises(ValueError, match=r"for pages of torch.bfloat16"):
         append_entries(*tokens, *empty_segments(6, 4, 16, 4, 4, torch.bfloat16).tensors())
+    with pytest.raises(ValueError, match=r"2 rows of 3 heads with \(4, 4\) numbers for 6 segments with \(5, 4\)"):
+        append_entries(*tokens, *empty_segments(6, 4, 16, 5, 4).tensors())
+    with pytest.raises(ValueError, match=r"2 rows of 3 heads .* for 4 segments.*accepted: batch \* num_kv_heads"):
+        append_entries(*tokens, *empty_segments(4, 4, 16, 4, 4).tensors())
+    pages = empty_segments(6, 4, 16, 4, 4)
+    with pytest.raises(ValueError, match=r"got added torch.int64 \(6,\); accepted: added torch.int32 \(6,\)"):
+        append_entries(*tokens[:4], tokens[4].long(), *pages.tensors())
+    with pytest.raises(ValueError, match=r"got rank torch.int32 \(2, 1\); accepted: rank torch.int32 \(2, 2\)"):
+        append_entries(*tokens[:3], tokens[3][:, 1:], tokens[4], *pages.tensors())
 
 
-def test_opcheck(empty_segments, device, monkeypatch):
-    monkeypatch.setenv("TENURE_KERNELS", "reference")
+def test_wrong_inputs_of_what_follows_are_named(empty_segments, device):
+    pages = empty_segments(6, 4, 16, 4, 4)
+    *tokens, state = new_tokens(2, (4, 4), torch.float32, False, 0, device)
+    plan, states = torch.zeros(2, 6, dtype=torch.int32, device=device), pages.position_pages.float()
+    with pytest.raises(ValueError, match=r"a state got state torch.float64 \(2, 3, 2\); accepted: state torch.float32"):
+        write_state(state.double(), tokens[3], plan, pages.table, states)
+    with pytest.raises(ValueError, match=r"plan torch.int32 \(3, 6\); accepted: plan torch.int32 \(2, 6\)"):
+        write_state(state, tokens[3], plan.new_zeros(3, 6), pages.table, states)
+    keep = torch.ones(6, 5, dtype=torch.bool, device=device)
+    with pytest.raises(ValueError, match=r"compaction got keep torch.int64 \(6, 5\); accepted: keep torch.bool"):
+        move_entries(keep.long(), pages.lengths, pages.table, pages.key_pages)
+    with pytest.raises(ValueError, match="got pages, tables or counters with gaps; accepted: contiguous tensors"):
+        move_entries(keep, pages.lengths, pages.table, pages.key_pages[..., 1:])
+    with pytest.raises(ValueError, match=r"got shorter torch.int32 \(5,\); accepted: shorter torch.int32 \(6,\)"):
+        release_pages(pages.lengths, pages.lengths[1:], pages.table, pages.free, pages.counters, 16)
+    with pytest.raises(ValueError, match="a page size of 24; accepted: 16, 32, 64, 128"):
+        release_pages(pages.lengths, pages.lengths.clone(), pages.table, pages.free, pages.counters, 24)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_opcheck(kernels, empty_segments, device, monkeypatch):
+    monkeypatch.setenv("TENURE_KERNELS", kernels)
     pages = empty_segments(BATCH * HEADS, 12, 16, 4, 4)
     *tokens, state = new_tokens(3, (4, 4), torch.float32, False, 0, device)
     for values in (pages.key_pages, pages.value_pages):

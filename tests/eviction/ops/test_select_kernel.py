@@ -8,6 +8,8 @@ import torch
 from tenure.eviction.ops import naive
 from tenure.eviction.ops.select import select_top
 
+pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
+
 
 def competitors(widths: list[int], rows: int, seed: int, levels: int | None, device: str):
     """Scores with candidates missing and protected, positions that differ within a segment, and bounds.
@@ -71,7 +73,9 @@ def test_wrong_inputs_are_named():
         select_top(scores, torch.zeros(2, 3, dtype=torch.int32), k, bounds)
 
 
-def test_opcheck():
-    scores, positions, bounds = competitors([4, 6], 2, 0, None, "cpu")
-    k = torch.tensor([3, 4], dtype=torch.int32)
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_opcheck(kernels, device, monkeypatch):
+    monkeypatch.setenv("TENURE_KERNELS", kernels)
+    scores, positions, bounds = competitors([4, 6], 2, 0, None, device)
+    k = torch.tensor([3, 4], dtype=torch.int32, device=device)
     torch.library.opcheck(torch.ops.tenure.select_top.default, (scores, positions, k, bounds))

@@ -1,9 +1,6 @@
-"""Where kernels run in tests, documents of every layout, and outputs that hold NaN until they are written."""
+"""Where kernels run in tests, and documents of every layout."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -16,21 +13,6 @@ from tenure.retention.ops.kernel_choice import interpreting
 def device() -> str:
     """The interpreter runs on the CPU; compiled kernels need a GPU."""
     return "cpu" if interpreting() else "cuda"
-
-
-@pytest.fixture
-def nan_outputs() -> Iterator[None]:
-    """`torch.empty` and its relatives give NaN."""
-    settings: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = True
-    try:
-        assert torch.zeros(1).new_empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        settings.fill_uninitialized_memory = before[1]
 
 
 @pytest.fixture(params=["whole", "left padding", "right padding", "packed"])

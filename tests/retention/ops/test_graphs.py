@@ -19,9 +19,9 @@ def functions(device: str) -> dict[str, tuple[Function, str]]:
     """By name, and the op that stands in the graph."""
     segments, index = Segments.whole(1, LENGTH, device), torch.tensor([[0, 3]], device=device)
     return {
-        "gated attention": (lambda *x: gated_attention(*x, 0.3, segments), "gated_attention"),
-        "after a prompt": (lambda q, *x: gated_attention_after(q[:, :, 2:], *x, 0.3), "gated_attention"),
-        "one bias a key": (lambda q, *x: biased_attention(q[:, :, 2:], *x, 0.3), "gated_attention"),
+        "gated attention": (lambda q, k, v, b: gated_attention(q, k, v, b, 0.3, segments), "gated_attention"),
+        "after a prompt": (lambda q, k, v, b: gated_attention_after(q[:, :, 2:], k, v, b, 0.3), "gated_attention"),
+        "one bias a key": (lambda q, k, v, b: biased_attention(q[:, :, 2:], k, v, b, 0.3), "gated_attention"),
         "occupancy": (lambda q, k, v, b: occupancy(b[None], segments), "occupancy"),
         "occupancy at samples": (lambda q, k, v, b: occupancy_at(b[None], index, segments), "occupancy"),
     }

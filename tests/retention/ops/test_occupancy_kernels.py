@@ -63,6 +63,20 @@ def test_tiles_below_the_resolution_are_skipped(device) -> None:
     assert held[..., 160:].max() < 1.6
 
 
+@pytest.mark.parametrize("samples", [False, True])
+def test_backward_stops_where_a_key_is_forgotten(samples, device) -> None:
+    """Keys of the first 30 are forgotten at once: what comes a tile later is not looked at for their gradient."""
+    log_beta = torch.full((1, 1, 1, 200), -1000.0, device=device)
+    log_beta[..., 30:] = -1.0
+    log_beta.requires_grad_()
+    segments, index = Segments.whole(1, 200, device), torch.arange(200, device=device).view(1, -1)
+    held = occupancy_at(log_beta, index, segments, "triton") if samples else occupancy(log_beta, segments, "triton")
+    weight = torch.ones_like(held)
+    weight[..., 160:] = torch.nan
+    (slope,) = torch.autograd.grad(held, log_beta, weight)
+    assert slope[..., :30].isfinite().all() and slope[..., 160:199].isnan().all()
+
+
 def test_ops_are_well_formed(device) -> None:
     segments = Segments.whole(2, 6, device)
     log_beta = log_betas(6, device)

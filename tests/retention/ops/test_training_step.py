@@ -11,6 +11,11 @@ from tenure.retention import RetentionGates, SoftEviction
 from tenure.retention.ops import gated_attention_triton, occupancy_triton
 from tenure.training import Batch, GateObjective
 
+from ...launches import running
+
+__all__ = ["running"]
+ATTENTION = {"forward_kernel", "delta_kernel", "key_grad_kernel", "query_grad_kernel"}
+
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LENGTH = 21
 
@@ -29,7 +34,7 @@ def batch(packed: bool, device: str) -> Batch:
 
 
 @pytest.mark.parametrize(("packed", "samples"), [(True, 5), (False, None)])
-def test_a_step_is_the_same(packed, samples, tiny_model, device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_the_same(packed, samples, tiny_model, device, running, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
     for module in (gated_attention_triton, occupancy_triton):
         launch = next(name for name in ("gated_attention", "occupancy") if hasattr(module, name))
@@ -46,6 +51,7 @@ def test_a_step_is_the_same(packed, samples, tiny_model, device, monkeypatch: py
         losses.total.backward()
         gradients = [p.grad for p in gates.parameters()]
         found[kernels] = [losses.total, losses.ntp, losses.kl, losses.capacity, losses.occupancy, *gradients]
+        assert set(running) == (set() if kernels == "reference" else ATTENTION | {"backward_kernel"})
         assert sorted(launched) == ([] if kernels == "reference" else ["gated_attention"] * 2 + ["occupancy"])
     assert found["triton"][3] > 0
     for ours, reference in zip(found["triton"], found["reference"], strict=True):
@@ -54,7 +60,7 @@ def test_a_step_is_the_same(packed, samples, tiny_model, device, monkeypatch: py
 
 
 @pytest.mark.parametrize("evictions", [(), (SoftEviction(0.4, sinks=1, recent=2),)])
-def test_a_step_after_prompts_is_the_same(evictions, tiny_model, device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_after_prompts_is_the_same(evictions, tiny_model, device, running, monkeypatch) -> None:
     """Rows whose prompts are read once and decay, or are evicted: no other attention runs under gates."""
     launched: list[bool] = []
     real = gated_attention_triton.attention_after
@@ -73,6 +79,7 @@ def test_a_step_after_prompts_is_the_same(evictions, tiny_model, device, monkeyp
         losses = GateObjective(model, gates, budget=3, samples=None, evictions=evictions)(rows)
         losses.total.backward()
         found[kernels] = [losses.total, losses.ntp, losses.kl, *(p.grad for p in gates.parameters())]
+        assert set(running) >= (set() if kernels == "reference" else ATTENTION)
         assert len(launched) == (0 if kernels == "reference" else 4)
     for ours, reference in zip(found["triton"], found["reference"], strict=True):
         torch.testing.assert_close(ours, reference, rtol=2e-4, atol=2e-6)
