@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
-import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .store import SegmentStore
 
-_known = WeakTensorKeyDictionary()  # by the buffer of the values; goes with it
+_known: Any = WeakTensorKeyDictionary()  # by the buffer of the values; goes with it
+Made = TypeVar("Made")
 
 
-def once(store: SegmentStore, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `make` gives, of the values of `store` alone; of a fork with the same entries perhaps what it gave before.
+def once(store: SegmentStore, name: Hashable, make: Callable[[], Made]) -> Made:
+    """What `make` gives, of the entries of `store`; of a fork with the same entries perhaps what it gave before.
 
-    Nobody may write to it.
+    Nobody may write to it. `name` says what it is, and whatever else than the entries it depends on.
     """
     # A buffer that was shared once is never written again: whoever writes takes a copy. Pages move between heads by
     # tables on the device, which are not compared here.

@@ -211,5 +211,6 @@ class LayerView:
                 assert mean is not None, "it was asked for"
                 self._risks[kernel] = worst, mean
             else:
-                self._risks[kernel] = window_risk_by_heads(*what, kernel)
+                name = "window_risk", self._window, kernel, *self.time.tolist()
+                self._risks[kernel] = once(self._store, name, lambda: window_risk_by_heads(*what, kernel))
         return self._risks[kernel]

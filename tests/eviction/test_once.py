@@ -1,4 +1,4 @@
-"""Value norms are computed once for forks of one cache."""
+"""Value norms and what a window attends to are computed once for forks of one cache."""
 
 from __future__ import annotations
 
@@ -46,6 +46,26 @@ def test_forks_compute_value_norms_once_and_keep_what_a_cache_alone_keeps(tiny_l
             alone.compress(policy, budget, sinks=1, recent=4)
             assert kept_by(alone) == kept[number]
         assert len(computed) == layers * 7, "a cache without forks shares nothing"
+
+
+@torch.no_grad()
+def test_forks_look_through_a_window_once(tiny_llama, prompt, monkeypatch):
+    looked: list[int | None] = []
+    real = view.window_risk_by_heads
+    monkeypatch.setattr(view, "window_risk_by_heads", lambda *what: looked.append(what[-1]) or real(*what))
+    forget()
+    layers = tiny_llama.config.num_hidden_layers
+    with evict(tiny_llama, "full", observe=["snapkv(window=4)", "defensive(window=4)"]) as session:
+        cache = session.new_cache()
+        tiny_llama(prompt(2, 40), past_key_values=cache)
+        for budget in (0.5, 0.25):
+            for policy in ("snapkv(window=4)", "adakv(window=4)", "defensive(window=4)"):
+                cache.fork().compress(policy, budget, sinks=1, recent=4)
+        assert sorted(looked, key=str) == [5] * layers + [None] * layers, "once for each window and pooling"
+        longer = cache.fork()
+        tiny_llama(prompt(2, 3), past_key_values=longer)
+        longer.compress("snapkv(window=4)", 0.5, sinks=1, recent=4)
+        assert len(looked) == 3 * layers
 
 
 @torch.no_grad()
