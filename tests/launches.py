@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tenure.eviction.ops import pages
 from tenure.retention.ops import gated_attention_triton, kernel_choice, occupancy_triton
 from tenure.retention.ops.compiling import Constant, KernelCase
 from tenure.retention.ops.triton_language import jit
@@ -116,7 +117,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Recorder]:
         recorder = Recorder()
         jitted = type(jit(lambda: None))
         monkeypatch.setattr(jitted, "run", lambda self, *a, **k: recorder.run(self, *a, **k))
-        for module in (kernel_choice, gated_attention_triton, occupancy_triton):
+        for module in (kernel_choice, gated_attention_triton, occupancy_triton, pages):
             monkeypatch.setattr(module, "interpreting", lambda: False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
         return recorder

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ...retention.ops.compiling import Constant, KernelCase, specialised
 from . import copies, decode, decode_kernels, defensive, defensive_kernels, pages, pages_kernels, select, value_norms
 
@@ -21,7 +23,7 @@ TOKENS, KEPT = 32768, 6553
 ROWS = 32  # of the batch that decodes together
 PAGE = 16  # of the runtime
 MULTIPROCESSORS = {80: 108, 90: 132}
-MODEL_DTYPE = "*bf16"
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TF32 = Constant("tf32")
 HEAD_STRIDES = {"row": HEADS * DIM, "head": DIM, "token": HEADS * DIM}  # of one token: what counts are multiples of 16
 
@@ -31,10 +33,14 @@ def compile_cases(capability: int) -> list[KernelCase]:
     return [case for model in MODELS for case in model_cases(model, capability)]
 
 
-def model_cases(model: str, capability: int) -> list[KernelCase]:
+def model_cases(model: str, capability: int, dtype: torch.dtype = torch.bfloat16) -> list[KernelCase]:
     """Those of one model on a card of this capability."""
-    cases = _decode_cases(model, MULTIPROCESSORS[capability])
-    return [*cases, *_page_cases(model), *_copy_cases(model), *_select_cases(model), *_defensive_cases(model)]
+    cases = [*_decode_cases(model, MULTIPROCESSORS[capability], dtype), *_page_cases(model, dtype)]
+    return [*cases, *_copy_cases(model, dtype), *_select_cases(model), *_defensive_cases(model, dtype)]
+
+
+def _precision(dtype: torch.dtype) -> Constant:
+    return Constant("ieee") if dtype == torch.float32 else TF32
 
 
 def _case(
@@ -50,21 +56,21 @@ def _strides(name: str, *axes: str) -> dict[str, int]:
     return {f"{name}_{axis}": HEAD_STRIDES.get(axis, DIM) for axis in axes}
 
 
-def _decode_cases(model: str, multiprocessors: int) -> list[KernelCase]:
-    cases = []
+def _decode_cases(model: str, multiprocessors: int, dtype: torch.dtype) -> list[KernelCase]:
+    cases, stored = [], POINTERS[dtype]
     for q_len, page, rows, hidden in (
         (1, 16, 1, None), (1, 32, 1, None), (1, 64, 1, None), (1, 128, 1, None), (16, 16, 1, None), (16, 16, 1, "*i32"),
         (1, 16, ROWS, None),
     ):  # fmt: skip
-        tile: dict[str, Any] = decode.tile_sizes(GROUP, q_len, DIM, DIM, 2)
+        tile: dict[str, Any] = decode.tile_sizes(GROUP, q_len, DIM, DIM, dtype.itemsize)
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
         segments = rows * KV_HEADS
         given = {
-            "query": MODEL_DTYPE, "key_pages": MODEL_DTYPE, "value_pages": MODEL_DTYPE, "table": "*i32",
-            "lengths": "*i32", "hidden": hidden, "partial": "*fp32", "log_sum": "*fp32", "out": MODEL_DTYPE,
+            "query": stored, "key_pages": stored, "value_pages": stored, "table": "*i32",
+            "lengths": "*i32", "hidden": hidden, "partial": "*fp32", "log_sum": "*fp32", "out": stored,
             "scale": "fp32", "GROUP": GROUP, "KEY_DIM": DIM, "VALUE_DIM": DIM, "KEY_BLOCK": DIM, "VALUE_BLOCK": DIM,
             "PAGE": page, "PROGRAMS": decode.WAVES * multiprocessors, "SEGMENTS": max(16, segments),
-            "MERGED": decode.MERGED, "PRECISION": TF32, **tile,
+            "MERGED": decode.MERGED, "PRECISION": _precision(dtype), **tile,
         }  # fmt: skip
         tiles = -(-GROUP * q_len // tile["ROWS"])
         sizes = {"segments": segments, "heads": KV_HEADS, "q_len": q_len, "width": TOKENS // page, "tiles": tiles}
@@ -76,17 +82,18 @@ def _decode_cases(model: str, multiprocessors: int) -> list[KernelCase]:
     return cases
 
 
-def _page_cases(model: str) -> list[KernelCase]:
+def _page_cases(model: str, dtype: torch.dtype) -> list[KernelCase]:
+    stored = POINTERS[dtype]
     given = {
-        "key": MODEL_DTYPE, "value": MODEL_DTYPE, "position": "*i32", "rank": "*i32", "added": "*i32", "plan": "*i32",
-        "key_pages": MODEL_DTYPE, "value_pages": MODEL_DTYPE, "position_pages": "*i32", "table": "*i32",
+        "key": stored, "value": stored, "position": "*i32", "rank": "*i32", "added": "*i32", "plan": "*i32",
+        "key_pages": stored, "value_pages": stored, "position_pages": "*i32", "table": "*i32",
         "lengths": "*i32", "free": "*i32", "counters": "*i32", "numbers": "*fp32", "keep": "*i8", "shorter": "*i32",
         "KEY_DIM": DIM, "VALUE_DIM": DIM, "KEY_BLOCK": DIM, "VALUE_BLOCK": DIM, "PAGE": PAGE,
     }  # fmt: skip
     sizes = {"segments": KV_HEADS, "heads": KV_HEADS, "width": TOKENS // PAGE, "n": TOKENS}
     sizes |= _strides("key", "row", "head", "token") | _strides("value", "row", "head", "token")
     lanes = {"BLOCK": 16}
-    whole = {"pages": MODEL_DTYPE, "DIM": DIM, "WIDTH": pages.WIDTH, "BLOCK": pages.ENTRIES}
+    whole = {"pages": stored, "DIM": DIM, "WIDTH": pages.WIDTH, "BLOCK": pages.ENTRIES}
     single = {"DIM": 1, "WIDTH": 1, "BLOCK": pages.ENTRIES}
     one = {"n": 1}
     kernels: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
@@ -101,12 +108,17 @@ def _page_cases(model: str) -> list[KernelCase]:
         ("release, plan", pages_kernels.plan_release, lanes, {}),
         ("release", pages_kernels.give_back, {"BLOCK": pages.OWNED}, {}),
     ]
-    return [_case(name, model, kernel, given | more, sizes | others) for name, kernel, more, others in kernels]
+    warps = {pages_kernels.move_kept: pages.MOVING_WARPS}
+    return [
+        _case(name, model, kernel, given | more, sizes | others, num_warps=warps.get(kernel, 4))
+        for name, kernel, more, others in kernels
+    ]
 
 
-def _copy_cases(model: str) -> list[KernelCase]:
+def _copy_cases(model: str, dtype: torch.dtype) -> list[KernelCase]:
     """Keys, values, positions and log β of a layer: out of pages, into pages, and from pages to pages."""
-    widths = (DIM // 2, DIM // 2, 1, 1)  # words of 4 bytes
+    words = DIM * dtype.itemsize // 4
+    widths = (words, words, 1, 1)
     given = {"sources": ("*i32",) * 4, "targets": ("*i32",) * 4, "WIDTHS": widths, **copies.tile_sizes(widths)}
     slots = {"gather": ("*i64", None), "scatter": (None, "*i64"), "new layout": ("*i64", "*i64")}
     sizes = {"count": KV_HEADS * KEPT}
@@ -136,32 +148,32 @@ def _select_cases(model: str) -> list[KernelCase]:
     return [*cases, _case("selection, mark", model, select.mark, given, sizes, num_warps=8)]
 
 
-def _defensive_cases(model: str) -> list[KernelCase]:
-    options = defensive.window_options(2 * DIM)
+def _defensive_cases(model: str, dtype: torch.dtype) -> list[KernelCase]:
+    tile, stored, precision = defensive.tile_sizes(DIM, dtype.itemsize), POINTERS[dtype], _precision(dtype)
     splits = defensive.SPLITS
     given = {
-        "queries": MODEL_DTYPE, "keys": MODEL_DTYPE, "positions": "*i32", "query_positions": "*i32", "counted": "*i32",
+        "queries": stored, "keys": stored, "positions": "*i32", "query_positions": "*i32", "counted": "*i32",
         "present": "*i32", "sums": "*fp32", "scales": "*fp32", "worst": "*fp32", "mean": None, "scale": "fp32",
-        "GROUP": GROUP, "DIM": DIM, "DIM_BLOCK": DIM, "ROWS": defensive.ROWS, "BLOCK": defensive.BLOCK,
-        "PRECISION": TF32, "BAND": TF32,
+        "GROUP": GROUP, "DIM": DIM, "DIM_BLOCK": DIM, "ROWS": tile.rows, "BLOCK": defensive.BLOCK,
+        "PRECISION": precision, "BAND": TF32,
     }  # fmt: skip
-    padded = -(-GROUP * WINDOW // defensive.ROWS) * defensive.ROWS
+    padded = -(-GROUP * WINDOW // tile.rows) * tile.rows
     sizes = {"heads": KV_HEADS, "window": WINDOW, "n": TOKENS, "reach": 2, "padded": padded, "splits": splits}
     sizes |= _strides("query", "row", "head", "token") | _strides("key", "row", "head", "token")
-    pooled = {"ROWS": defensive.POOLED_ROWS}
-    weights = value_norms.norm_options(2)
+    pooled = {"ROWS": tile.pooled_rows}
+    weights = value_norms.tile_sizes(DIM, dtype.itemsize)
     norms = {
-        "values": MODEL_DTYPE, "weight": MODEL_DTYPE, "norms": "*fp32", "GROUP": GROUP, "DIM": DIM, "DIM_BLOCK": DIM,
-        "BLOCK": value_norms.BLOCK, "COLUMNS": weights.pop("COLUMNS"), "PRECISION": TF32,
+        "values": stored, "weight": stored, "norms": "*fp32", "GROUP": GROUP, "DIM": DIM, "DIM_BLOCK": DIM,
+        "BLOCK": weights.pop("BLOCK"), "COLUMNS": weights.pop("COLUMNS"), "PRECISION": precision,
     }  # fmt: skip
     of_values = {"heads": KV_HEADS, "n": TOKENS, "hidden": MODELS[model]} | _strides("value", "row", "head", "token")
     of_values |= _strides("weight", "head", "dim")
     kernels: list[tuple[str, Any, dict[str, Any], dict[str, int], dict[str, int]]] = [
-        ("defensive, first pass", defensive_kernels.sum_rows, given, sizes, options),
+        ("defensive, first pass", defensive_kernels.sum_rows, given, sizes, tile.options),
         ("defensive, merge", defensive_kernels.finish_rows, given, sizes, {}),
-        ("defensive, worst case", defensive_kernels.take_worst, given | pooled, sizes, options),
+        ("defensive, worst case", defensive_kernels.take_worst, given | pooled, sizes, tile.options),
         ("defensive, worst case and mean", defensive_kernels.take_worst, given | pooled | {"mean": "*fp32"}, sizes,
-         options),
+         tile.options),
         ("value norms", value_norms.project_norms, norms, of_values, weights),
     ]  # fmt: skip
     return [_case(name, model, kernel, taken, integers, **more) for name, kernel, taken, integers, more in kernels]

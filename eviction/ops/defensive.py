@@ -10,6 +10,8 @@ entries that overlap by the reach, and pools by a product with a band of ones.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision, launching_on
@@ -17,8 +19,6 @@ from . import naive
 from .decode import DTYPES, LOG2E, MAX_DIM
 from .defensive_kernels import finish_rows, sum_rows, take_worst
 
-ROWS = 64  # queries of a tile in the first pass
-POOLED_ROWS = 32  # in the second one, which holds more numbers for each
 BLOCK = 64  # entries of a tile
 MAX_KERNEL = 33  # widest pooling: half of a tile is overlap then
 SPLITS = 16  # at most so many programs share the entries of a segment in the first pass
@@ -41,7 +41,8 @@ def _launch(
     queries, keys = dense(queries), dense(keys)
     (batch, heads, n, dim), (_, num_heads, window, _) = keys.shape, queries.shape
     group, segments, reach = num_heads // heads, batch * heads, kernel // 2
-    tiles = -(-group * window // ROWS)
+    sizes = tile_sizes(dim, keys.element_size())
+    tiles = -(-group * window // sizes.rows)
     splits = max(1, min(SPLITS, n // (4 * BLOCK)))
     positions = positions.int().contiguous()
     query_positions = query_positions.int().contiguous()
@@ -51,27 +52,38 @@ def _launch(
     means = torch.zeros_like(worst) if mean else worst.new_zeros(0)
     if n == 0 or segments == 0:
         return worst, means
-    sums = worst.new_empty(segments, splits, 4, tiles * ROWS)
-    scales = worst.new_empty(segments, 3, tiles * ROWS)
-    sizes = (scaling * LOG2E, heads, window, n, reach, *queries.stride()[:3], *keys.stride()[:3])
+    sums = worst.new_empty(segments, splits, 4, tiles * sizes.rows)
+    scales = worst.new_empty(segments, 3, tiles * sizes.rows)
+    numbers = (scaling * LOG2E, heads, window, n, reach, *queries.stride()[:3], *keys.stride()[:3])
     options = {
         "GROUP": group, "DIM": dim, "DIM_BLOCK": power(dim), "BLOCK": BLOCK, "PRECISION": dot_precision(keys.dtype),
-        **window_options(dim * keys.element_size()), **LAUNCH_OPTIONS,
+        **sizes.options, **LAUNCH_OPTIONS,
     }  # fmt: skip
     inputs = (queries, keys, positions, query_positions, counted)
     with launching_on(keys):
-        sum_rows[(splits, tiles, segments)](*inputs, sums, *sizes, ROWS=ROWS, **options)
-        finish_rows[(tiles, segments)](sums, scales, splits, ROWS=ROWS, **LAUNCH_OPTIONS)
+        sum_rows[(splits, tiles, segments)](*inputs, sums, *numbers, ROWS=sizes.rows, **options)
+        finish_rows[(tiles, segments)](sums, scales, splits, ROWS=sizes.rows, **LAUNCH_OPTIONS)
         take_worst[(-(-n // (BLOCK - 2 * reach)), segments)](
-            *inputs, present, scales, worst, means if mean else None, tiles * ROWS, *sizes, ROWS=POOLED_ROWS,
-            BAND=dot_precision(torch.bfloat16), **options,
+            *inputs, present, scales, worst, means if mean else None, tiles * sizes.rows, *numbers,
+            ROWS=sizes.pooled_rows, BAND=dot_precision(torch.bfloat16), **options,
         )  # fmt: skip
     return worst, means
 
 
-def window_options(row_bytes: int) -> dict[str, int]:
-    """Warps and stages of both passes, by the bytes of a key."""
-    return {"num_warps": 4, "num_stages": 2 if row_bytes <= 256 else 1}
+@dataclass(frozen=True)
+class TileSizes:
+    """Queries of a tile in the first pass and in the second, which holds more numbers for each; warps and stages."""
+
+    rows: int
+    pooled_rows: int
+    options: dict[str, int]
+
+
+def tile_sizes(dim: int, itemsize: int) -> TileSizes:
+    """By the numbers of a key and their bytes; those that compile without spills."""
+    if itemsize == 4:  # multiplied without tensor cores, in registers
+        return TileSizes(16, 16, {"num_warps": 8, "num_stages": 1})
+    return TileSizes(64, 32, {"num_warps": 4, "num_stages": 2 if dim <= 128 else 1})
 
 
 @torch.library.custom_op("tenure::window_risk", mutates_args=())

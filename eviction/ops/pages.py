@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import torch
 
-from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, launching_on
+from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, interpreting, launching_on
 from . import naive
 from .pages_kernels import give_back, move_kept, plan_append, plan_release, write_new, write_numbers
 
 PAGE_SIZES = (16, 32, 64, 128)
 SEGMENTS = 1024  # segments that are planned at a time
 COLUMNS = 16  # new tokens that a program writes
-ENTRIES = 64  # entries that a program moves at a time
-WIDTH = 32  # numbers of an entry that a program moves
+# Entries that a program moves at a time: each time is a chain of loads, so they are many. In the interpreter they are
+# few, so that short segments have several.
+ENTRIES, FEW_ENTRIES = 512, 64
+WIDTH = 16  # numbers of an entry that a program moves
+MOVING_WARPS = 8
 OWNED = 256  # pages that are given back at a time
 
 
@@ -161,12 +164,13 @@ def move_entries(keep: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor,
         return naive.move_entries(keep, lengths, table, pages)
     dim = pages[0, 0].numel()
     part = min(WIDTH, _power(dim))
+    entries = FEW_ENTRIES if interpreting() else ENTRIES
     if not segments:
         return None
     with launching_on(pages):
         move_kept[(segments, -(-dim // part))](
             keep.contiguous().view(torch.int8), lengths, table, pages, keep.shape[1], table.shape[1], DIM=dim,
-            WIDTH=part, PAGE=pages.shape[1], BLOCK=ENTRIES, **LAUNCH_OPTIONS,
+            WIDTH=part, PAGE=pages.shape[1], BLOCK=entries, num_warps=MOVING_WARPS, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 

@@ -13,9 +13,6 @@ from . import naive
 from .decode import DTYPES, MAX_DIM
 from .defensive import dense, power
 
-BLOCK = 64  # entries of a tile
-HIDDEN_BLOCK = 128  # columns of the output projection that a program holds
-
 
 @jit
 def project_norms(
@@ -48,18 +45,26 @@ def _launch(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
     norms = values.new_zeros(batch, heads, n, dtype=torch.float32)
     if not norms.numel():
         return norms
+    sizes = tile_sizes(dim, values.element_size())
     with launching_on(values):
-        project_norms[(-(-n // BLOCK), batch * heads)](
+        project_norms[(-(-n // sizes["BLOCK"]), batch * heads)](
             values, weight, norms, heads, n, hidden, *values.stride()[:3], *weight.stride()[:2],
-            GROUP=weight.shape[0] // heads, DIM=dim, DIM_BLOCK=power(dim), BLOCK=BLOCK,
-            PRECISION=dot_precision(values.dtype), **norm_options(values.element_size()), **LAUNCH_OPTIONS,
+            GROUP=weight.shape[0] // heads, DIM=dim, DIM_BLOCK=power(dim), PRECISION=dot_precision(values.dtype),
+            **sizes, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return norms
 
 
-def norm_options(itemsize: int) -> dict[str, int]:
-    """Columns of a tile, warps and stages of `project_norms`."""
-    return {"COLUMNS": HIDDEN_BLOCK // (itemsize // 2), "num_warps": 4, "num_stages": 3 if itemsize == 2 else 2}
+def tile_sizes(dim: int, itemsize: int) -> dict[str, int]:
+    """Entries and columns of a tile, and warps and stages of `project_norms`; those that compile without spills.
+
+    A tile reads all of its group's W_O, so the more entries the better.
+    """
+    if itemsize == 4:  # multiplied without tensor cores, in registers
+        return {"BLOCK": 32, "COLUMNS": 32, "num_warps": 8, "num_stages": 1}
+    if dim > 128:
+        return {"BLOCK": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 2}
 
 
 @torch.library.custom_op("tenure::value_norms", mutates_args=())

@@ -56,11 +56,11 @@ def test_worst_case_and_mean_equal_those_of_the_policies(
 def test_value_norms_equal_those_of_the_policies(dtype, rtol, device, triton_kernels):
     """The twin rounds the product to the values' dtype, the kernel does not."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(2, 67, 2, 20, generator=generator).to(device=device, dtype=dtype).transpose(1, 2)
+    values = torch.randn(2, 167, 2, 20, generator=generator).to(device=device, dtype=dtype).transpose(1, 2)
     weight = torch.randn(6, 20, 300, generator=generator).to(device)
     weight = weight.transpose(1, 2).contiguous().transpose(1, 2)  # a view of the projection, as a model has it
     got = value_norms(values, weight)
-    assert got.shape == (2, 2, 67) and got.dtype == torch.float32
+    assert got.shape == (2, 2, 167) and got.dtype == torch.float32
     torch.testing.assert_close(got, naive.value_norms(values, weight), atol=0, rtol=rtol)
 
 

@@ -92,6 +92,7 @@ def test_attention_uses_the_tensor_cores(report: dict) -> None:
 PROBES = """
 from dataclasses import replace
 import torch
+from tenure.eviction.ops.compile_cases import model_cases
 from tenure.retention.ops.compile_cases import MODELS, ModelShape, attention_cases
 from tenure.retention.ops.compiling import Compiled, compile_kernel
 case = attention_cases(MODELS[0], 90)[0]
@@ -102,6 +103,9 @@ for wrong, card in ((replace(case, arguments={}), 90), (case, 75)):
     except ValueError as error: print(error)
 for one in attention_cases(ModelShape("SmolLM2-135M", 30, 9, 3, 64), 90, torch.float16):
     assert not compile_kernel(one, 90).problems, one
+for card in (80, 90):
+    for one in model_cases("Qwen3-4B", card, torch.float32):
+        assert not compile_kernel(one, card).problems, one
 """
 
 
