@@ -162,9 +162,10 @@ class ExpectedTime(Order):
             )
 
     def local(self, node: Node, tier: Tier) -> Rank:
-        begin = node.end - node.covers
-        seconds = min(self.costs.recompute_s(begin, node.end), self.costs.reload_s(node.nbytes, tier))
-        saved = _log(seconds / max(1, node.nbytes))
+        begin, copy = node.end - node.covers, node.copies[tier]
+        nbytes = node.nbytes if copy is None else copy.nbytes  # copies of other tiers come and go, and may differ
+        seconds = min(self.costs.recompute_s(begin, node.end), self.costs.reload_s(nbytes, tier))
+        saved = _log(seconds / max(1, nbytes))
         if not node.fixed:
             saved += node.last_used * math.log(2) / self.half_life_s
         return (saved, node.last_used)

@@ -142,6 +142,23 @@ def test_expected_time_weighs_probability_costs_and_bytes():
         ExpectedTime(reuse, COSTS, prior=0)
 
 
+def test_a_copy_is_ranked_by_its_own_bytes_whatever_other_tiers_hold():
+    """The order of a tier must not change with a copy that comes or goes in another one."""
+    clock = VirtualClock()
+    pools = {Tier.DEVICE: PhantomPool(10**6), Tier.HOST: PhantomPool(10**6)}
+    policy = TierPolicy(ExpectedTime({}, COSTS), WriteBack.ALL)
+    tiers = TieredTree(pools, VirtualCopies(clock, {}), policy, 2, clock)
+    serve(tiers, [1] * 8)
+    (node,) = tiers.tree
+    pools[Tier.HOST].take(16)
+    tiers.residency.put(node, Tier.HOST, Phantom(8, 16), 16)
+    before = tiers.order.local(node, Tier.HOST)
+    assert before[0] == pytest.approx(math.log(min(0.008, COSTS.reload_s(16, Tier.HOST)) / 16) + math.log(2) / 30)
+    tiers.residency.drop(node, Tier.DEVICE)
+    assert tiers.order.local(node, Tier.HOST) == before
+    tiers.check()
+
+
 def test_agents_of_no_worth_are_still_ranked():
     tiers = on_device(ExpectedTime({}, COSTS), 10**6)
     serve(tiers, [1] * 8, "unknown", bytes_per_token=1)
