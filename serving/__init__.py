@@ -43,6 +43,7 @@ from .scheduling import (
 from .spec import AgentSpec, EdgeSpec, WorkflowSpec
 from .statistics import TierStatistics
 from .steps import StepGraph
+from .suffixes import SuffixReuse
 from .systems import System, build_system, system_names
 from .threads import ThreadedCopies
 from .tiers import TieredTree
@@ -89,6 +90,7 @@ __all__ = [
     "Status",
     "StepGraph",
     "StepsToExecution",
+    "SuffixReuse",
     "System",
     "TensorPayload",
     "ThreadedCopies",

@@ -11,6 +11,7 @@ from .copies import Urgency
 from .node import TIERS, Node, Tier
 from .orders import LFU, LRU, ExpectedTime, Order, Rank, StepsToExecution
 from .residency import Residency
+from .suffixes import SuffixReuse
 from .transfers import Transfers
 
 
@@ -25,6 +26,7 @@ class WriteBack(Enum):
 
     NOTHING = "nothing"
     FIXED = "fixed"  # what belongs to an agent's fixed prompt (KVFlow)
+    WORTH = "worth"  # that, and the suffixes of agents whose suffixes are used again often enough (ours)
     ALL = "all"
 
 
@@ -35,13 +37,26 @@ class TierPolicy:
     Attributes:
         order: who goes first, in every tier.
         write_back: what is saved below rather than dropped.
+        suffixes: for `WriteBack.WORTH`, and for no other: what is known of suffixes.
+
+    Raises:
+        ValueError: one of the two without the other.
     """
 
     order: Order
     write_back: WriteBack = WriteBack.ALL
+    suffixes: SuffixReuse | None = None
 
-    def saves(self, node: Node) -> bool:
-        return self.write_back is WriteBack.ALL or (self.write_back is WriteBack.FIXED and node.fixed)
+    def __post_init__(self) -> None:
+        if (self.write_back is WriteBack.WORTH) != (self.suffixes is not None):
+            given = "no suffixes" if self.suffixes is None else "suffixes"
+            raise ValueError(f"got {given} with {self.write_back}; accepted: suffixes with WriteBack.WORTH alone")
+
+    def saves(self, node: Node, tier: Tier) -> bool:
+        """Whether the last copy of `node`, which leaves `tier`, is to go into the tier below."""
+        if self.suffixes is not None and not node.fixed:
+            return self.suffixes.pays(node, tier)
+        return self.write_back is WriteBack.ALL or (self.write_back is not WriteBack.NOTHING and node.fixed)
 
 
 _NAMED: dict[str, tuple[Callable[..., Order], WriteBack]] = {
@@ -49,7 +64,7 @@ _NAMED: dict[str, tuple[Callable[..., Order], WriteBack]] = {
     "lfu": (LFU, WriteBack.ALL),
     "lru_reactive": (LRU, WriteBack.ALL),  # as SGLang's HiCache: into the host's memory, and back on demand
     "ste": (StepsToExecution, WriteBack.FIXED),
-    "expected_time": (ExpectedTime, WriteBack.ALL),
+    "expected_time": (ExpectedTime, WriteBack.WORTH),
 }
 
 
@@ -70,9 +85,11 @@ def get_tier_policy(name: str, **options: Any) -> TierPolicy:
         raise ValueError(f"unknown tier policy {name!r}; known: {', '.join(tier_policy_names())}")
     order, write_back = _NAMED[name]
     try:
-        return TierPolicy(order(**options), write_back)
+        made = order(**options)
     except TypeError as error:
         raise ValueError(f"tier policy {name!r} does not accept {sorted(options)}: {error}") from None
+    suffixes = SuffixReuse(made.costs) if isinstance(made, ExpectedTime) else None
+    return TierPolicy(made, write_back, suffixes)
 
 
 class Eviction:
@@ -125,10 +142,12 @@ class Eviction:
             PENDING, and nothing is done yet, if the tier below will have room once copies have ended; else READY.
         """
         only_copy = sum(copy is not None for copy in node.copies) == 1
-        if only_copy and self.policy.saves(node):
+        if only_copy and self.policy.saves(node, tier):
             room = self._save(node, tier)
             if room is not Room.REFUSED:
                 return room
+        elif only_copy and self.policy.suffixes is not None:
+            self.policy.suffixes.dropped()
         statistics = self.transfers.statistics
         statistics.evicted_copies += 1
         statistics.dropped += only_copy
@@ -150,5 +169,7 @@ class Eviction:
                 return room
             if room is Room.READY and self.transfers.start(node, lower, Urgency.WRITE_BACK, frees_source=True):
                 self.transfers.statistics.evicted_copies += 1
+                if self.policy.suffixes is not None and not node.fixed:
+                    self.policy.suffixes.saved(node)
                 return room
         return Room.REFUSED

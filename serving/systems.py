@@ -18,6 +18,7 @@ from .prefetch import Prefetcher
 from .prefetch_limits import PrefetchLimits
 from .scheduling import Limits, Scheduler
 from .steps import StepGraph
+from .suffixes import SuffixReuse
 from .tiers import TieredTree
 
 
@@ -43,7 +44,7 @@ _RECIPES = {
     "lru_prefetch": _Recipe("lru", WriteBack.ALL, measure=Measure.STEPS, prefetch=True),
     "ste": _Recipe("ste", WriteBack.FIXED, measure=Measure.STEPS),  # KVFlow without its prefetch
     "ste_prefetch": _Recipe("ste", WriteBack.FIXED, measure=Measure.STEPS, prefetch=True),  # KVFlow
-    "expected_time": _Recipe("expected_time", WriteBack.ALL, measure=Measure.TIME, prefetch=True),  # ours
+    "expected_time": _Recipe("expected_time", WriteBack.WORTH, measure=Measure.TIME, prefetch=True),  # ours
     "belady": _Recipe("belady", WriteBack.ALL),  # the oracle, on demand
 }
 
@@ -126,7 +127,8 @@ def build_system(
         "expected_time": lambda: ExpectedTime(outlook.reuse, costs, rate=graph.rate, clock=clock),
         "belady": lambda: oracle,
     }[recipe.order]()
-    tiers = TieredTree(used, mover, TierPolicy(order, recipe.write_back), page_size, clock)
+    suffixes = SuffixReuse(costs) if recipe.write_back is WriteBack.WORTH else None
+    tiers = TieredTree(used, mover, TierPolicy(order, recipe.write_back, suffixes), page_size, clock)
     outlook.attach(tiers)
     estimates = Estimates(costs, tiers.transfers)
     prefetcher = None
