@@ -92,13 +92,10 @@ class Outlook:
     def due(self, agent: str) -> tuple[float, float]:
         """Steps and expected seconds to the next call of `agent`, infinite where nothing is known, for prefetching.
 
-        By steps, the seconds are so many mean calls; by time, the steps are the seconds in mean calls.
+        Steps are counted as if everything went the agent's way; by steps, the seconds are so many mean calls.
         """
-        if self.by_time:
-            seconds = self._seconds(agent)
-            return seconds / self._step_s, seconds
         steps = self._steps(agent)
-        return steps, steps * self._step_s
+        return steps, self._seconds(agent) if self.by_time else steps * self._step_s
 
     def _steps(self, agent: str) -> float:
         if agent in self._waiting:

@@ -100,9 +100,10 @@ class Prefetcher:
         by_time = self.outlook.by_time
         # Expected seconds stand still between two readings of the graph: without `SOON`, what is out of sight by a
         # rounding error would be looked at again and again at (nearly) the same time.
-        if seconds > (1 + SOON) * limits.look_ahead_s if by_time else steps > limits.look_ahead_steps:
+        far = by_time and seconds > (1 + SOON) * limits.look_ahead_s
+        if far or steps > limits.look_ahead_steps:
             self._forget(agent)
-            if by_time and seconds < math.inf:
+            if far and steps <= limits.look_ahead_steps and seconds < math.inf:
                 self._wishes.look_at(agent, now + seconds - limits.look_ahead_s)
             return
         end = self.tiers.tree.ends.get(agent)

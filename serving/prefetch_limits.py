@@ -11,8 +11,9 @@ class PrefetchLimits:
     """Budgets of a `Prefetcher`.
 
     Attributes:
-        look_ahead_steps: agents that are called within so many steps are wanted (KVFlow's code: 2).
-        look_ahead_s: where calls are expected by time, those within so many seconds.
+        look_ahead_steps: agents that may be called within so many steps are wanted (KVFlow's code: 2). What is brought
+            earlier displaces what is called hardly later, and has to be brought back.
+        look_ahead_s: where calls are expected by time, only those within so many seconds.
         copies: prompts that are on their way at once.
         share: of the device's bytes, that those may take.
         seconds: of a link's time, that those may take.

@@ -31,7 +31,7 @@ class StepGraph:
         clock: Callable[[], float] = time.monotonic,
         *,
         horizon: float = 64,
-        discount_s: float = 60.0,
+        discount_s: float = 5.0,
         default_s: float = 5.0,
         max_workflows: int = 10_000,
         max_agents: int = 100_000,
