@@ -41,7 +41,7 @@ class SuffixReuse:
         return self.chance(node) * gain > reload
 
     def chance(self, node: Node) -> float:
-        """That it is used again, in [0, 1]: as often as other saved ones behind the same fixed prompt, and elsewhere."""
+        """That it is used again, 0 to 1: as often as other saved ones behind the same fixed prompt, and elsewhere."""
         key = _prompt(node)
         everywhere, own = [0, 0], [0, 0]
         for saved, hits, other in self._saved:

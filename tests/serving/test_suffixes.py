@@ -84,7 +84,7 @@ def test_an_agent_that_begins_to_continue_its_conversations_is_found_out():
 def test_suffixes_and_their_policy_belong_together():
     policy = get_tier_policy("expected_time", reuse={}, costs=COSTS)
     assert policy.write_back is WriteBack.WORTH and policy.suffixes is not None
-    with pytest.raises(ValueError, match="got no suffixes with WriteBack.WORTH; accepted: suffixes with WriteBack"):
+    with pytest.raises(ValueError, match=r"got no suffixes with WriteBack\.WORTH; accepted: suffixes with WriteBack"):
         TierPolicy(LRU(), WriteBack.WORTH)
     with pytest.raises(ValueError, match=r"got suffixes with WriteBack\.ALL"):
         TierPolicy(LRU(), WriteBack.ALL, SuffixReuse(COSTS))
