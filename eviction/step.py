@@ -100,9 +100,14 @@ class Step:
         # A query's slot is its position modulo the ring's size: the newest overwrite the oldest.
         return rows, columns, self.positions[rows, columns].long() % self.ring
 
-    @cached_property
+    @property
     def watched(self) -> Step | None:
         """The columns that are observed in this forward, as a step of their own; None if all of them wait."""
+        # A step that kept itself would live, and its mask with it, until Python's collector comes.
+        return self._watched if self.waits else self
+
+    @cached_property
+    def _watched(self) -> Step | None:
         count = self.q_len - self.waits
         return self.part(0, count) if count else None
 
@@ -126,6 +131,7 @@ class Step:
             waits=0,
             rope_positions=None if self.rope_positions is None else self.rope_positions[:, columns],
             angles=None if self.angles is None else (self.angles[0][:, columns], self.angles[1][:, columns]),
+            _mask=None,
             _flat=None,
             _columns=None,
         )

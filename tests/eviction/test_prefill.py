@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenure.eviction import RaggedCache, SnapKV, evict
+from tenure.eviction.step import Step
 
 POLICIES = ("retention", SnapKV(window=8), "knorm", "random")
 
@@ -38,6 +40,21 @@ def test_the_whole_budget_in_chunks_changes_nothing(tiny_llama, prompt, chunk):
     torch.testing.assert_close(got.logits[real], expected.logits[real], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(last[0], expected.logits[0, -5:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(tail[0], expected.logits[0, [3, 22]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["knorm", "snapkv(window=4)", "h2o", "expected_attention"])
+@torch.no_grad()
+def test_no_chunk_waits_for_pythons_collector(tiny_llama, prompt, policy):
+    """A chunk's mask is as large as chunk times cache: those of all chunks together would be no bounded peak."""
+    gc.collect()
+    gc.disable()
+    try:
+        with evict(tiny_llama, policy, 0.5, prefill_chunk=8, sinks=1, recent=2):
+            tiny_llama(prompt(2, 64))
+        alive = [each for each in gc.get_objects() if type(each) is Step]
+    finally:
+        gc.enable()
+    assert len(alive) <= 1
 
 
 @torch.no_grad()
