@@ -19,6 +19,7 @@ from .facts import KINDS, Fact, Question, Style, make_fact
 from .forms import Repeated, told_fact, turns
 
 _ATTEMPTS = 50
+_LEAST_REPEATED = 512  # tokens of a document that is one passage again and again, with its questions
 _OPENING_SHARE = 0.3  # of the length: sentences that are certain to be in the document, from which quotations are taken
 
 
@@ -105,6 +106,11 @@ class RetrievalDocuments:
             raise ValueError(
                 "dialogue_share and repetition_share are shares of the documents, at most 1 together, got "
                 f"{self.dialogue_share} and {self.repetition_share}"
+            )
+        if self.repetition_share and min(self.lengths) < _LEAST_REPEATED:
+            raise ValueError(
+                f"repetition_share accepts lengths of {_LEAST_REPEATED} tokens or more, got {list(self.lengths)}: "
+                "three rounds of a passage and a question have to go in"
             )
         # Documents are laid out in both ways so that a line break is no sign of what belongs to the text.
         self._corpora = both_layouts(self.texts, self.tokenizer)

@@ -191,6 +191,10 @@ def test_repetitions_are_asked_for_from_any_place(texts: list[str], chat_tokeniz
         texts, chat_tokenizer, lengths=(700, 1000), seed=5, text_share=0.0, repetition_share=1.0
     )
     starts = set()
+    short = RetrievalDocuments(texts, chat_tokenizer, lengths=(512,), text_share=0.0, repetition_share=1.0)
+    for index in range(100):
+        document = short.document(index)
+        assert len(document.example.input_ids) == 512 and document.document_stop > 200 and document.answers
     for index in range(40):
         document = documents.document(index)
         assert len(document.example.input_ids) in (700, 1000) and document.answers
@@ -243,6 +247,7 @@ def test_short_lengths_work_and_shorter_ones_are_refused(texts: list[str], chat_
         ({"questions": (0, 2)}, "questions must be a range"),
         ({"fact_share": 0.5}, "at most 0.65 together"),
         ({"dialogue_share": 0.7, "repetition_share": 0.5}, "shares of the documents, at most 1 together"),
+        ({"repetition_share": 0.5, "lengths": (128, 512)}, r"lengths of 512 tokens or more, got \[128, 512\]"),
     ],
 )
 def test_wrong_options_are_named(texts: list[str], chat_tokenizer: Any, options: dict[str, Any], message: str) -> None:
