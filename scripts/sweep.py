@@ -79,7 +79,7 @@ def main(config: Config) -> int:
         print(f"{count} cases written to {config.export_cases}")
         return 0
     folder = Path(sweep.output) if config.output is None else config.output
-    with Store(folder, job.settings, _session(devices, job.threads), config.retry_failed) as store:
+    with Store(folder, job.settings, _session(devices, job.threads, sweep.together), config.retry_failed) as store:
         left = [unit for unit in units if unit not in store.done]
         _say(f"{len(units) - len(left)} of {len(units)} cases are there, {len(left)} to do on {', '.join(devices)}")
         progress = _Progress(left)
@@ -111,7 +111,7 @@ def prepare(sweep: SweepConfig, threads: int | None, device: str) -> UnitRunner:
     return UnitRunner(model, tokenizer, cells, builder, gates, sweep.sinks, sweep.recent, sweep.together)
 
 
-def _session(devices: Sequence[str], threads: int | None) -> dict[str, Any]:
+def _session(devices: Sequence[str], threads: int | None, together: int) -> dict[str, Any]:
     """When and where this start ran: for the timings, not for the answers."""
     import platform
 
@@ -123,6 +123,7 @@ def _session(devices: Sequence[str], threads: int | None) -> dict[str, Any]:
         "devices": list(devices),
         "device_names": cuda or [platform.processor() or platform.machine()],
         "threads": torch.get_num_threads() if threads is None else threads,
+        "together": together,
         "python": platform.python_version(),
         "command": sys.argv[1:],
     }

@@ -11,7 +11,7 @@ from ..cells import Cell, parse_cells
 
 QUESTIONS = {"agnostic": (False,), "aware": (True,), "both": (False, True)}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_NOT_SETTINGS = ("output", "threads")  # where and how fast, not what
+_NOT_SETTINGS = ("output", "threads", "together")  # where and how fast, not what
 
 
 @dataclass(frozen=True)
