@@ -17,6 +17,7 @@ from .corpus import SEPARATOR, Corpus, Sentence, both_layouts, fill, opening
 from .data import Example
 from .facts import KINDS, Fact, Question, Style, make_fact
 from .forms import Repeated, told_fact, turns
+from .questions import Conversation, Questioner
 
 _ATTEMPTS = 50
 _LEAST_REPEATED = 512  # tokens of a document that is one passage again and again, with its questions
@@ -87,6 +88,7 @@ class RetrievalDocuments:
     question_share: float = 0.35
     _corpora: tuple[Corpus, ...] = field(init=False, repr=False)
     _frame: ChatFrame = field(init=False, repr=False)
+    _questioner: Questioner = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.kinds) - set(KINDS))
@@ -115,6 +117,7 @@ class RetrievalDocuments:
         # Documents are laid out in both ways so that a line break is no sign of what belongs to the text.
         self._corpora = both_layouts(self.texts, self.tokenizer)
         self._frame = ChatFrame(self.tokenizer)
+        self._questioner = Questioner(self._frame)
 
     def __getitem__(self, index: int) -> Example:
         return self.example(index)
@@ -150,8 +153,8 @@ class RetrievalDocuments:
         room = length - len(head)
         passage = Repeated.draw(corpus.stream(rng), int((1 - self.question_share) * room), self._encode, rng)
         asked = [passage.question(rng) for _ in range(rng.randint(*self.questions))]
-        questions = self._within(asked, len(asked), self.question_share * room) or asked[:1]
-        tail = self._conversation(questions)
+        questions = self._questioner.within(asked, len(asked), self.question_share * room) or asked[:1]
+        tail = self._questioner.conversation(questions)
         return self._asked(head + passage.tokens(room - len(tail.ids), self._encode), questions, tail, rng)
 
     def _retrieval(self, corpus: Corpus, length: int, rng: random.Random, dialogue: bool) -> Document:
@@ -164,19 +167,19 @@ class RetrievalDocuments:
         first, stream = opening(stream, _OPENING_SHARE * (length - len(head)), self._encode)
         for _ in range(_ATTEMPTS):
             facts, passages = self._draw_facts(first, self.fact_share * (length - len(head)), rng, speakers)
-            questions = self._draw_questions(facts, self.question_share * (length - len(head)), rng)
+            questions = self._questioner.draw(facts, self.questions, self.question_share * (length - len(head)), rng)
             if questions:
                 break
         else:
             raise ValueError(f"a length of {length} tokens is too short for a fact and its question")
-        tail = self._conversation(questions)
+        tail = self._questioner.conversation(questions)
         room = length - len(head) - len(tail.ids) - sum(len(part.ids) for fact in passages for part in fact)
         sentences = fill(first, stream, corpus, room, rng)
         document = head + [token for sentence in _insert(sentences, passages, rng) for token in sentence.ids]
         return self._asked(document, questions, tail, rng)
 
     def _asked(
-        self, document: list[int], questions: Sequence[Question], tail: _Conversation, rng: random.Random
+        self, document: list[int], questions: Sequence[Question], tail: Conversation, rng: random.Random
     ) -> Document:
         """The document and the conversation about it, as an example."""
         answers = tuple(
@@ -217,54 +220,14 @@ class RetrievalDocuments:
                 break
         return facts, passages
 
-    def _draw_questions(self, facts: Sequence[Fact], room: float, rng: random.Random) -> list[Question]:
-        """Questions within `room` tokens: one of each fact as far as they go, then second ones; in random order."""
-        ranked = [q for rank in range(2) for fact in facts for q in fact.questions[rank : rank + 1]]
-        chosen = self._within(ranked, rng.randint(*self.questions), room)
-        rng.shuffle(chosen)
-        return chosen
-
-    def _within(self, questions: Sequence[Question], number: int, room: float) -> list[Question]:
-        """The first `number` of those that go into `room` tokens together with their answers."""
-        chosen: list[Question] = []
-        for question in questions:
-            cost = len(self._encode(question.text)) + len(self._encode(question.answer)) + self._frame.turn_tokens()
-            if len(chosen) < number and cost <= room:
-                chosen.append(question)
-                room -= cost
-        return chosen
-
     def _draw_kind(self, rng: random.Random) -> str:
         others = [kind for kind in self.kinds if kind != "group"]
         if "group" in self.kinds and (not others or rng.random() < self.group_share):
             return "group"
         return rng.choice(others)
 
-    def _conversation(self, questions: Sequence[Question]) -> _Conversation:
-        """Everything after the document."""
-        pieces = self._frame.pieces(len(questions))
-        ids, mask, spans = self._encode(SEPARATOR + self._frame.first_question_prefix), [], []
-        for turn, question in enumerate(questions):
-            ids += self._encode(question.text) + pieces[2 * turn + 1]
-            mask += [False] * (len(ids) - len(mask))
-            answer = self._encode(self._frame.answer_prefix + question.answer)
-            spans.append((len(ids), len(ids) + len(answer)))
-            closing = pieces[2 * turn + 2]
-            ids += answer + closing
-            mask += [True] * (len(answer) + self._frame.end_tokens(closing))
-        return _Conversation(ids, mask + [False] * (len(ids) - len(mask)), spans)
-
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """Questions and answers as token ids, which of them are targets, and the span of every answer."""
-
-    ids: list[int]
-    loss_mask: list[bool]
-    answers: list[tuple[int, int]]
 
 
 def _spaced(passage: str) -> str:
