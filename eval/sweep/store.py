@@ -2,14 +2,18 @@
 
 All lines of a unit are written at once and stand together; a unit counts when all are there, so a process that is
 killed at any moment loses at most the unit it was at. The next start removes what is left of such a unit. `Store`
-holds the folder's lock; while it does, part-K.jsonl is written by process K alone.
+holds the folder's lock; while it does, part-K.jsonl is written by process K alone. A part-K.jsonl.gz counts as well:
+what was run before, kept small.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
+import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +25,7 @@ from .units import Failure, Unit
 
 SETTINGS_FILE = "settings.json"
 SESSIONS = "sessions"  # when and how it ran, which may differ from start to start
+_PART = re.compile(r"part-(\d+)\.jsonl(\.gz)?")
 Line = dict[str, Any]
 
 
@@ -31,8 +36,9 @@ def part_path(folder: Path, number: int) -> Path:
 
 def part_paths(folder: Path) -> list[Path]:
     """The parts that are there, by number."""
-    found = [path for path in folder.glob("part-*.jsonl") if path.stem.removeprefix("part-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("part-")))
+    found = {path: _PART.fullmatch(path.name) for path in folder.glob("part-*.jsonl*")}
+    numbers = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(numbers, key=lambda path: (numbers[path], path.name))
 
 
 def append_unit(path: Path, results: Iterable[Record | Failure]) -> None:
@@ -51,9 +57,14 @@ def read_units(path: Path, cells: int) -> tuple[dict[Unit, list[Line]], bool]:
         cells: how many lines make a unit complete, unless the unit failed as a whole.
 
     Raises:
-        ValueError: a line before the last that no sweep wrote.
+        ValueError: a line before the last that no sweep wrote, or a compressed part that cannot be read to its end.
     """
     raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} cannot be unpacked: {error}") from None
     lines = raw.split(b"\n")
     rest = lines.pop()  # what stands after the last line break: nothing, or a line cut short
     units: dict[Unit, list[Line]] = {}
@@ -150,7 +161,8 @@ class Store:
         }
         if not clean or len(keep) < len(units):
             text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for lines in keep.values() for one in lines)
-            write_atomic(part, text.encode())
+            data = text.encode()
+            write_atomic(part, gzip.compress(data) if part.suffix == ".gz" else data)
         self.done |= set(keep)
 
     def _read(self, part: Path) -> tuple[dict[Unit, list[Line]], bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -38,6 +39,9 @@ def test_an_unfinished_sweep_is_read_as_far_as_it_is_whole(tmp_path):
     assert [path.name for path in run.files] == ["settings.json", "part-0.jsonl", "part-1.jsonl"]
     assert run.sessions == [{"devices": ["cpu"]}] and "sessions" not in run.settings
     assert part_path(tmp_path, 0).read_bytes() == before, "reading changes nothing"
+    (tmp_path / "part-0.jsonl.gz").write_bytes(gzip.compress(before))
+    part_path(tmp_path, 0).unlink()
+    assert load_run(tmp_path).records == run.records
 
 
 def test_the_demos_results_are_a_run(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -87,6 +88,30 @@ def test_parts_are_read_together_and_no_unit_counts_twice(tmp_path):
     with Store(tmp_path, SETTINGS) as store:
         assert store.done == {unit(0), unit(1)}
     assert part_path(tmp_path, 10).read_bytes() == b""
+
+
+def test_a_compressed_part_counts_and_is_read_to_its_end(tmp_path):
+    with Store(tmp_path, SETTINGS):
+        append_unit(part_path(tmp_path, 0), lines_of(0))
+        append_unit(part_path(tmp_path, 0), lines_of(1))
+    packed = tmp_path / "part-0.jsonl.gz"
+    packed.write_bytes(gzip.compress(part_path(tmp_path, 0).read_bytes()))
+    part_path(tmp_path, 0).unlink()
+    kept = packed.read_bytes()
+    with Store(tmp_path, SETTINGS) as store:
+        assert store.done == {unit(0), unit(1)} and packed.read_bytes() == kept
+        append_unit(part_path(tmp_path, 0), lines_of(1))
+        append_unit(part_path(tmp_path, 0), lines_of(2))
+    with Store(tmp_path, SETTINGS) as store:  # a unit that both have is kept in one
+        assert store.done == {unit(0), unit(1), unit(2)}
+    units, clean = read_units(packed, len(CELLS))
+    assert list(units) == [unit(0)] and clean
+    assert read_units(part_path(tmp_path, 0), len(CELLS))[0].keys() == {unit(1), unit(2)}
+    for broken in (kept[:-9], b"no gzip", kept[:20] + b"xx" + kept[22:]):
+        packed.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"part-0.jsonl.gz cannot be unpacked"):
+            Store(tmp_path, SETTINGS).__enter__()
+        assert packed.read_bytes() == broken, "what cannot be read is left alone"
 
 
 def test_a_unit_that_stands_twice_in_a_part_counts_once(tmp_path):
