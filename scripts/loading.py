@@ -15,11 +15,13 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` is the GPU if there is one, else the CPU."""
+    """`auto` is the GPU if there is one, else the CPU; ValueError for a device that is not there."""
     import torch
 
     if device != "auto":
-        return torch.device(device)
+        from ..eval.devices import find_device
+
+        return find_device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -34,16 +36,15 @@ def load_model(
         revision: of a Hub model.
 
     Raises:
-        ValueError: no such model.
+        ValueError: no such model or device.
         AssetError: the demo model could not be made ready.
     """
     from ..training.assets import DEMO_MODEL_ID, resolve_model  # first: a wrong name is told before the slow imports
 
-    source = resolve_model(name)
+    source, target = resolve_model(name), pick_device(device)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target = pick_device(device)
     if dtype == "auto":
         dtype = "float32" if target.type == "cpu" else "bfloat16"
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)

@@ -97,19 +97,14 @@ def pick_devices(devices: Sequence[str], processes: int) -> list[str]:
     """
     import torch
 
+    from ..eval.devices import find_device
+
     if processes > 1 and devices:
         raise ValueError("--devices and --processes exclude each other: each device has one process")
     if processes > 1:
         return ["cpu"] * processes
     names = list(devices) or ["cuda" if torch.cuda.is_available() else "cpu"]
-    for name in names:
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise ValueError(f"--devices has {name!r}; cpu, cuda, cuda:1 and so on are accepted") from None
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--devices has {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
-    if len({torch.device(name).type for name in names}) > 1:
+    if len({find_device(name, "--devices").type for name in names}) > 1:
         raise ValueError(f"--devices has {', '.join(names)}; devices of one kind are accepted, whose numbers agree")
     return names
 

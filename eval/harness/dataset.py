@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from ..cases import answer_score
 from ..tasks.kinds import TaskBuilder, get_kind
 
 LENGTH, CASES = 4096, 100
+TAKEN = ("length", "cases", "seed", "texts", "tokenizer")  # of `--metadata`
 FIELDS = ("context", "question", "aware", "outputs", "match")
 PYDOC = "pydoc"
 
@@ -44,11 +45,32 @@ def build(
     from datasets import Dataset
 
     get_kind(kind)
+    _check_numbers(length, cases)
+    builder = TaskBuilder(_tokenizer(tokenizer or pretrained), _texts(texts), length, seed)
+    return {"test": Dataset.from_list([document(builder, kind, index, aware) for index in range(cases)])}
+
+
+def check_kinds(
+    kinds: Iterable[str],
+    length: int = LENGTH,
+    cases: int = CASES,
+    seed: int = 0,
+    texts: str | Sequence[str] = "demo",
+    tokenizer: Any = None,
+    pretrained: Any = None,
+    **others: Any,
+) -> None:
+    """Raises ValueError for what `build` would refuse, by making the first case of each of these kinds."""
+    _check_numbers(length, cases)
+    builder = TaskBuilder(_tokenizer(tokenizer or pretrained), _texts(texts), length, seed)
+    for kind in kinds:
+        builder.text(kind, 0)
+
+
+def _check_numbers(length: Any, cases: Any) -> None:
     for name, number in (("length", length), ("cases", cases)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} is {number!r}; an integer of at least 1 is accepted")
-    builder = TaskBuilder(_tokenizer(tokenizer or pretrained), _texts(texts), length, seed)
-    return {"test": Dataset.from_list([document(builder, kind, index, aware) for index in range(cases)])}
 
 
 def document(builder: TaskBuilder, kind: str, index: int, aware: bool) -> dict[str, Any]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ...eviction import Budget, Policy, get_policy, policy_text
 from ...eviction.budget import CALIBRATED, Plan
+from ...eviction.calibrated import calibrated
 from ...retention import RetentionGates
 
 if TYPE_CHECKING:
     from .boundary import Boundaries
 
 QUESTIONS = ("auto", "agnostic", "aware")
+MISSPELT = 0.8  # alike enough to be the same word; lm-eval hands names that it does not know on to transformers
+DTYPES = ("dtype", "softmax_dtype", "mixed_precision_dtype")
 SEVERAL_DEVICES = ("parallelize", "tp_plan")
 
 
@@ -34,7 +40,8 @@ class Options:
         question_pattern: a regular expression; its last match in the prompt begins the question.
 
     Raises:
-        ValueError: an unknown policy, scope or `question`, or a number out of range.
+        ValueError: an unknown policy, scope or `question`, a number out of range or no number, or a rule for where
+            questions begin that nothing would use.
     """
 
     policy: str = "retention"
@@ -55,12 +62,32 @@ class Options:
             raise ValueError(f"question is {self.question!r}; accepted: {', '.join(QUESTIONS)}")
         if self.question_field and self.question_pattern:
             raise ValueError("question_field and question_pattern exclude each other: give one of them")
+        if (self.question_field or self.question_pattern) and self.question != "agnostic":
+            name = "question_field" if self.question_field else "question_pattern"
+            raise ValueError(f"{name} is used with question=agnostic only; question is {self.question!r}")
+        if not isinstance(self.policy, (str, Policy)):
+            raise ValueError(f"policy is {self.policy!r}; a policy's name is accepted")
+        for name, kind, what in (
+            ("sinks", int, "a whole number"), ("recent", int, "a whole number"), ("buffer", int, "a whole number"),
+            ("prefill_chunk", (int, type(None)), "a whole number"), ("floor", (int, float, type(None)), "a number"),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; {what} is accepted")
         _ = self.plan, self.boundaries
 
     @classmethod
     def split(cls, arguments: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
-        """The options among keyword arguments, and the other arguments."""
+        """The options among keyword arguments, and the other arguments.
+
+        Raises:
+            ValueError: see above; or another argument's name is an option's misspelt.
+        """
         known = {field.name for field in fields(cls)}
+        for name in arguments.keys() - known:
+            meant = get_close_matches(name, known, n=1, cutoff=MISSPELT)
+            if meant:
+                raise ValueError(f"no option {name!r}; {meant[0]!r} is one")
         given = {name: value for name, value in arguments.items() if name in known}
         return cls(**given), {name: value for name, value in arguments.items() if name not in known}
 
@@ -119,15 +146,17 @@ def load_gates(options: Options) -> RetentionGates | None:
     """The gates that the options name, on the CPU; None where the policy needs none.
 
     Raises:
-        ValueError: they are needed and not given, or cannot be loaded.
+        ValueError: they are needed and not given, cannot be loaded, or have no calibration that is asked for.
     """
     if not options.needs_gates:
         return None
     if options.gates is None:
         raise ValueError(f"policy {options.policy!r} needs gates: add gates=FOLDER to --model_args")
-    if isinstance(options.gates, RetentionGates):
-        return options.gates
-    return RetentionGates.from_pretrained(options.gates)
+    own = isinstance(options.gates, RetentionGates)
+    gates = options.gates if own else RetentionGates.from_pretrained(options.gates)
+    if options.budget == CALIBRATED:
+        calibrated(options.plan, gates)
+    return gates
 
 
 def check_config(options: Options, gates: RetentionGates | None, config: Any, others: dict[str, Any]) -> None:
@@ -139,12 +168,19 @@ def check_config(options: Options, gates: RetentionGates | None, config: Any, ot
 
     Raises:
         ValueError: gates of another shape, a model that has no decoder to evict from, a `max_length` beyond the model's
-            positions, or a model spread over several devices.
+            positions, a dtype that there is not, or a model spread over several devices.
     """
+    for name in DTYPES:
+        asked = others.get(name)
+        known = getattr(torch, asked, None) if isinstance(asked, str) and asked != "auto" else torch.float32
+        if not isinstance(known, torch.dtype) or not known.is_floating_point:
+            raise ValueError(f"{name} is {asked!r}; auto, float32, bfloat16, float16 and so on are accepted")
     text = config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None)
     longest = others.get("max_length")
-    if longest is not None and positions is not None and int(longest) > positions:
+    if longest is not None and (not isinstance(longest, int) or longest < 1):
+        raise ValueError(f"max_length is {longest!r}; a number of tokens is accepted")
+    if longest is not None and positions is not None and longest > positions:
         raise ValueError(f"max_length is {longest}; the model has {positions} positions")
     if getattr(config, "is_encoder_decoder", False) or others.get("backend") == "seq2seq":
         raise ValueError("the model type 'tenure' takes decoders only: use lm-eval's own 'hf' for this model")

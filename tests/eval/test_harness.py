@@ -13,7 +13,9 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from tenure.eval.harness.command import check, complete, peek, task_files, task_names
+from tenure.eval.harness.asked import peek
+from tenure.eval.harness.command import complete
+from tenure.eval.harness.generated import task_files, task_names
 from tenure.eval.harness.model import model_class
 from tenure.eviction import evict
 from tenure.retention import RetentionGates
@@ -48,6 +50,15 @@ def lm(model, tokenizer, **arguments: Any):
     return model_class()(pretrained=model, tokenizer=tokenizer, batch_size=3, **arguments)
 
 
+def logged_to_wandb(results: dict[str, Any]) -> dict[str, Any]:
+    """The command line's settings as lm-eval's W&B logger takes them from the results, without a run."""
+    from lm_eval.loggers import WandbLogger
+
+    logger = object.__new__(WandbLogger)
+    logger.post_init(results)
+    return logger._get_config()["cli_configs"]
+
+
 def answers(results: dict[str, Any]) -> dict[str, Any]:
     return {task: [sample["resps"] for sample in samples] for task, samples in results["samples"].items()}
 
@@ -65,6 +76,7 @@ def test_the_full_cache_gives_the_numbers_of_hf_exactly_and_results_say_what_was
     assert (found["policy"], found["budget"], found["scope"], found["sinks"]) == ("snapkv(window=8)", 0.25, "layer", 2)
     assert (full["policy"], full["budget"], full["scope"]) == ("full", 1.0, "none")
     json.dumps([found, full])
+    assert logged_to_wandb(compressed)["tenure"] == found
     assert found["contexts"] == 15 and full["contexts"] == 25  # one for each document here, for each request there
     assert found["kept_share"] == pytest.approx(0.25, abs=0.02) and full["kept_share"] == 1.0
     assert 0 < found["entries"] < full["entries"] and 0 < found["bytes"] < 0.5 * full["bytes"]
@@ -211,36 +223,6 @@ def test_rows_of_a_batch_are_independent_and_chunks_bound_the_peak(model, tokeni
     assert chunked.meter.contexts == 8 and chunked.meter.entries == 8 * 40 * 6
 
 
-def test_what_cannot_work_is_told_before_the_model_is_loaded(folder, tmp_path, model):
-    for weights in Path(folder).glob("*.safetensors"):
-        weights.unlink()  # a load would fail otherwise
-    other = RetentionGates.for_model(model, gate_width=8)
-    other.save_pretrained(tmp_path / "gates")
-    config = json.loads((tmp_path / "gates" / "tenure_config.json").read_text())
-    assert config
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"policy": "snapkw"}, "unknown policy 'snapkw'; known: "),
-        ({"policy": "snapkv", "budget": 1.5}, r"budget 1\.5 is out of range: give a float in \(0, 1\]"),
-        ({"policy": "snapkv", "scope": "heads"}, "unknown scope 'heads'; known: "),
-        ({"policy": "snapkv", "prefill_chunk": 0}, "prefill_chunk must be at least 1 token"),
-        ({"policy": "snapkv", "question": "late"}, "question is 'late'; accepted: auto, agnostic, aware"),
-        ({"policy": "snapkv", "question_pattern": "("}, "is no regular expression"),
-        ({"policy": "snapkv", "question_pattern": "a", "question_field": "b"}, "exclude each other"),
-        ({"policy": "snapkv", "max_length": 5000}, "max_length is 5000; the model has 1024 positions"),
-        ({"policy": "snapkv", "parallelize": True}, "eviction needs the model on one device: leave out parallelize"),
-        ({"policy": "snapkv", "backend": "seq2seq"}, "takes decoders only"),
-        ({"policy": "retention"}, "policy 'retention' needs gates: add gates=FOLDER to --model_args"),
-        ({"policy": "retention", "gates": str(tmp_path / "none")}, "no gates at"),
-    ]
-    for arguments, message in cases:
-        with pytest.raises(ValueError, match=message):
-            model_class()(pretrained=folder, **arguments)
-    smaller = json.loads((Path(folder) / "config.json").read_text()) | {"hidden_size": 64, "num_hidden_layers": 2}
-    (Path(folder) / "config.json").write_text(json.dumps(smaller))
-    with pytest.raises(ValueError, match=r"do not fit this model: hidden_size 32 against 64; layer 2 against 2 layers"):
-        model_class()(pretrained=folder, policy="retention", gates=str(tmp_path / "gates"))
-
-
 def test_gates_of_other_weights_are_refused(tiny_model, tokenizer, tmp_path):
     from tenure.retention import CheckpointInfo
 
@@ -251,18 +233,6 @@ def test_gates_of_other_weights_are_refused(tiny_model, tokenizer, tmp_path):
         model.get_input_embeddings().weight.add_(1.0)
     with pytest.raises(ValueError, match="the gates were trained on"):
         lm(model, tokenizer, policy="retention", gates=str(tmp_path / "gates"))
-
-
-def test_a_task_without_the_field_it_needs(model, tokenizer, folder, tasks):
-    subject = lm(model, tokenizer, policy="snapkv", question="agnostic")
-    with pytest.raises(ValueError, match="task 'probe' does not say where its question begins"):
-        subject.generate_until([instance("generate_until", ("a b", {"until": []}), {"text": "a b"})])
-    arguments = ["--model_args", f"pretrained={folder},policy=snapkv,question=agnostic,question_field=query"]
-    asked = peek([*arguments, "--tasks", "local_generate", "--include_path", str(tasks)])
-    with pytest.raises(ValueError, match=r"has no field 'query' .* its fields are answer, choices, context, question"):
-        check(asked)
-    asked.model_args["question_field"] = "question"
-    check(asked)
 
 
 def test_the_command_line_is_lm_evals(folder, tokenizer, texts, tmp_path, capsys, monkeypatch):
@@ -286,20 +256,6 @@ def test_the_command_line_is_lm_evals(folder, tokenizer, texts, tmp_path, capsys
     (samples,) = out.rglob("samples_tenure_niah_single_2_*.jsonl")
     doc = json.loads(samples.read_text().splitlines()[0])["doc"]
     assert len(tokenizer(doc["context"], add_special_tokens=False)["input_ids"]) == 500
-
-
-def test_wrong_command_lines_are_one_sentence(folder, capsys):
-    flags = ["eval", "--model_args", f"pretrained={folder},policy=snapkv", "--tasks"]
-    for rest, message in (
-        (["tenure_vt", "--metadata", '{"length": 900}'],
-         "contexts of 900 tokens and 256 for question and answer exceed the model's 1024 positions: give "
-         "--metadata length=768 or less"),
-        (["tenure_nothing"], "no task 'tenure_nothing'; known, each also with _aware: tenure_cwe,"),
-    ):  # fmt: skip
-        assert cli.main([*flags, *rest]) == 1
-        assert message in capsys.readouterr().err
-    assert cli.main(["eval", "--tasks", "tenure_vt"]) == 1
-    assert "no model: add pretrained=NAME to --model_args" in capsys.readouterr().err
 
 
 def test_command_lines_are_completed(tmp_path):
