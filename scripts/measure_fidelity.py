@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .loading import Dtype, load_model
+from .loading import Dtype, load_model, pick_device
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,8 +43,8 @@ class Config:
     """Texts: `demo` (held-out essays), a text file or a folder."""
     policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY[:SCOPE] ...")] = POLICIES
     """What is compared: a policy, its options if any, after a colon who competes."""
-    budgets: tuple[float, ...] = (0.5, 0.2)
-    """Shares of the cache that stay."""
+    budgets: Annotated[tuple[int | float, ...], tyro.conf.arg(metavar="BUDGET ...")] = (0.5, 0.2)
+    """Shares of the cache that stay (0.2), or whole numbers: entries per head (256)."""
     length: int = 1024
     """Tokens of a document and of a context."""
     documents: int = 6
@@ -69,6 +69,8 @@ class Config:
             raise ValueError("--documents and --cases take 0 or more, and not both 0")
         if not self.policies or not self.budgets or (self.cases and not self.tasks):
             raise ValueError("--policies, --budgets and --tasks take one or more values each")
+        if self.length < 2:
+            raise ValueError(f"--length is {self.length}; 2 or more is accepted")
         if self.chunk < 1:
             raise ValueError(f"--chunk is {self.chunk}; 1 or more is accepted")
 
@@ -83,6 +85,7 @@ def main(config: Config) -> int:
     console = Console()
     started = time.perf_counter()
     cells, gates, texts = _check(config)
+    config.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is told now
     with console.status(f"loading model {config.model}"):
         model, tokenizer = load_model(config.model, config.device, config.dtype)
     if gates is not None:
@@ -111,26 +114,38 @@ def _check(config: Config) -> tuple[list[Cell], RetentionGates | None, list[str]
     """Refuses what cannot work before the model is loaded.
 
     Raises:
-        ValueError: unknown policy, scope or task; a budget out of range; contexts too long; no gates; no texts.
+        ValueError: unknown policy, scope or task; a budget out of range; nothing to do; contexts too long or too short;
+            no gates, or gates of another shape; no such model, device or texts.
     """
-    from ..eval import check_inputs, check_task, parse_cells
+    from ..eval import CaseBuilder, check_inputs, check_task, parse_cells
+    from ..eval.harness.options import Options, check_config, find_config
     from ..retention import RetentionGates
-    from ..training.assets import resolve_model, resolve_texts
+    from ..training.assets import resolve_texts
     from .demo import find_gates
 
-    for task in config.tasks:
+    tasks = config.tasks if config.cases else ()
+    for task in tasks:
         check_task(task)
     cells = parse_cells(config.policies, config.budgets)
+    if not config.documents and not any(cell.evicts for cell in cells):
+        raise ValueError("--policies names nothing that evicts, and --documents 0 leaves nothing else to measure")
     if any(cell.prefill_chunk for cell in cells):
         raise ValueError("documents are read in chunks of --chunk tokens anyway: leave out the @CHUNK of --policies")
     gates = None
     if any("log_beta" in cell.policy.needs for cell in cells):
         gates = RetentionGates.from_pretrained(find_gates(config.model, config.gates))
-    from transformers import AutoConfig
-
-    model_config = AutoConfig.from_pretrained(resolve_model(config.model))
+    source, model_config = find_config(config.model, {})
     check_inputs(model_config, cells, config.length, gates, QUESTION_TOKENS)
-    return cells, gates, [document.text for document in resolve_texts(config.data, "eval")]
+    check_config(Options(policy="full"), gates, model_config, {})  # decoders only, and gates of the model's shape
+    pick_device(config.device)
+    texts = [document.text for document in resolve_texts(config.data, "eval")]
+    if tasks:
+        from transformers import AutoTokenizer
+
+        builder = CaseBuilder(AutoTokenizer.from_pretrained(source), texts, config.length, config.seed)
+        for task in tasks:
+            builder.case(task, 0)  # refuses a length that cannot hold the task
+    return cells, gates, texts
 
 
 class _bar:
@@ -211,7 +226,6 @@ def _settings(config: Config, model: Any, seconds: float) -> dict[str, Any]:
 def _save(folder: Path, result: dict[str, Any]) -> Path:
     from ..retention.checkpoint import write_atomic
 
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "fidelity.json"
     write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
     return path

@@ -13,6 +13,7 @@ from tenure.eval import CaseBuilder, Cell, kl_to_full, parse_cells
 from tenure.eval.attention import Watch, attention_rows, examine
 from tenure.eval.streaming import draw_documents, stream, stream_rows
 from tenure.eviction import evict
+from tenure.retention import RetentionGates
 from tenure.scripts import cli
 
 
@@ -148,7 +149,7 @@ def test_attention_rows(model, tokenizer, texts):
         examine(model, cases, [Cell.of("snapkv", 0.5, aware=True)])
 
 
-def test_the_command_writes_every_row(model, tokenizer, texts, tmp_path, capsys):
+def test_the_command_writes_every_row(model, tokenizer, texts, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n\n".join(texts))
@@ -162,11 +163,37 @@ def test_the_command_writes_every_row(model, tokenizer, texts, tmp_path, capsys)
     assert [row["policy"] for row in written["stream"]] == ["full", "snapkv"]
     assert [row["policy"] for row in written["attention"]] == ["snapkv"]
     assert written["settings"]["config"]["length"] == 300 and written["settings"]["versions"]["tenure"]
-    capsys.readouterr()
+    assert cli.main([*flags, "--budgets", "64", "--documents", "0"]) == 0
+    (row,) = json.loads((tmp_path / "out" / "fidelity.json").read_text())["attention"]
+    assert row["budget"] == 64 and np.mean(row["heads"]) == pytest.approx(64 / 300, abs=1e-3)
+
+
+def test_what_the_command_refuses_before_the_model_is_loaded(model, tiny_model, tokenizer, texts, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for weights in (tmp_path / "model").glob("*.safetensors"):
+        weights.unlink()  # a load would fail otherwise
+    (tmp_path / "text.txt").write_text("\n\n".join(texts))
+    RetentionGates.for_model(tiny_model("llama", hidden_size=16), gate_width=8).save_pretrained(tmp_path / "gates")
+    flags = [
+        "fidelity", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--length", "300",
+        "--policies", "full", "snapkv", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
     for wrong, message in (
         (["--length", "2000"], "exceed the model's 1024 positions"),
+        (["--length", "60"], "too short for task 'niah_single_2': give at least"),
+        (["--policies", "snapkw"], "unknown policy 'snapkw'; known: "),
         (["--policies", "snapkv@64"], "leave out the @CHUNK"),
+        (["--policies", "full", "--documents", "0"], "--policies names nothing that evicts"),
+        (["--policies", "retention"], "the shipped gates fit the demo model only: give --gates"),
+        (["--policies", "retention", "--gates", str(tmp_path / "gates")], "do not fit this model: hidden_size 16"),
+        (["--budgets", "1.5"], "budget 1.5 is out of range"),
         (["--tasks", "nothing"], "unknown task 'nothing'"),
+        (["--device", "gpu"], "--device has 'gpu'; cpu, cuda, cuda:1 and so on are accepted"),
+        (["--device", "cuda:99"], "--device has 'cuda:99'; this machine has "),
+        (["--data", "no/text"], "no file or folder 'no/text'"),
+        (["--out", str(tmp_path / "text.txt")], "text.txt"),
     ):
         assert cli.main([*flags, *wrong]) == 1
-        assert message in capsys.readouterr().err
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("tenure fidelity: ") and message in line
