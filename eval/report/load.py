@@ -122,9 +122,23 @@ def _others(folder: Path) -> Run:
         records += _records(lines, path)
     settings: dict[str, Any] = {}
     if (folder / SETTINGS_FILE).is_file():
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        settings = _json_mapping(folder / SETTINGS_FILE)
         files = [folder / SETTINGS_FILE, *files]
     return Run(folder, records, [], settings, [], files)
+
+
+def _json_mapping(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} holds {type(document).__name__}; a mapping of settings is accepted")
+    return document
+
+
+def _kind(name: str) -> Any:
+    return str if name in ("task", "policy", "scope") else (int, float) if name in ("budget", "score") else int
 
 
 def _records(lines: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Record]:
@@ -135,5 +149,9 @@ def _records(lines: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Record]
         missing = [name for name in _NEEDED if not isinstance(line, Mapping) or name not in line]
         if missing:
             raise ValueError(f"{path}: record {number} lacks {', '.join(missing)}")
+        wrong = [name for name in _NEEDED if not isinstance(line[name], _kind(name))]
+        if wrong:
+            shown = ", ".join(f"{name} {line[name]!r}" for name in wrong)
+            raise ValueError(f"{path}: record {number} has {shown}; names are text, the others numbers")
         values = absent | {name: value for name, value in line.items() if name in known}
         yield Record(**values | {"correct": line["score"] == 1.0})

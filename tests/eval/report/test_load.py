@@ -63,6 +63,14 @@ def test_other_programs_need_not_measure_everything(tmp_path):
     (tmp_path / "theirs.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(ValueError, match=r"theirs.jsonl: record 1 lacks score"):
         load_run(tmp_path)
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(line | {"length": "long", "score": "good"}) + "\n")
+    with pytest.raises(ValueError, match=r"theirs.jsonl: record 1 has length 'long', score 'good'; names are text"):
+        load_run(tmp_path)
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(line | {"score": 1.0}) + "\n")
+    for text, message in (("{", r"settings.json is not JSON: "), ("[]", r"settings.json holds list; a mapping")):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_run(tmp_path)
 
 
 def test_folders_without_a_run_are_refused(tmp_path):
