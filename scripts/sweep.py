@@ -43,6 +43,8 @@ class Config:
     """So many processes on the CPU."""
     model: str | None = None
     """In place of the YAML file's."""
+    gates: str | None = None
+    """In place of the YAML file's: a folder or Hub id."""
     question: Literal["agnostic", "aware", "both"] | None = None
     """In place of the YAML file's: caches are compressed before the question (agnostic), after it, or both."""
     cases: int | None = None
@@ -64,7 +66,7 @@ class Config:
 def main(config: Config) -> int:
     from ..eval.sweep import Store, SweepConfig, all_units, export_cases, run_units
 
-    given = {name: getattr(config, name) for name in ("model", "question", "cases")}
+    given = {name: getattr(config, name) for name in ("model", "gates", "question", "cases")}
     changes = {name: value for name, value in given.items() if value is not None}
     sweep = SweepConfig.from_yaml(config.config, **changes)
     devices = pick_devices(config.devices, config.processes)

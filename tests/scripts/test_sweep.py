@@ -206,6 +206,11 @@ def test_what_cannot_work_is_one_sentence_before_any_work(changes, message, fold
     assert not (folder / "out" / "part-0.jsonl").exists()
 
 
+def test_a_flag_names_other_gates(folder, capsys):
+    assert run(folder, "--gates", "no/such/gates") == 1
+    assert "tenure sweep: no gates at 'no/such/gates'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
