@@ -18,9 +18,10 @@ what --model_args take beside those of lm-eval's own `hf`:
   gates=PATH             trained gates, for retention
   prefill_chunk=N        read contexts in chunks of N tokens, with an eviction after each
   sinks, recent, buffer  tokens that always stay, and room for what is generated (4, 32, 128)
+  floor=0.2              share of its own budget that no head loses to others (default: the policy's)
   question=auto          agnostic: compress before the question is read; aware: after; auto: what the task says
   question_field=NAME, question_pattern=REGEX
-                         where the question begins in tasks that do not say so
+                         with question=agnostic: where the question begins in tasks that do not say so
 
 what --metadata take for the generated tasks:
   length=4096 cases=100 seed=0 texts=demo|pydoc|PATH

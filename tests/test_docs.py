@@ -1,17 +1,24 @@
-"""The documents keep their word: code in them runs, links in them lead somewhere."""
+"""The documents keep their word: code in them runs, command lines are accepted, links lead somewhere."""
 
 from __future__ import annotations
 
+import inspect
 import re
+import shlex
 import sys
 import types
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from transformers import PreTrainedModel
 
+from tenure.eval import Options
+from tenure.eval.sweep import SweepConfig
 from tenure.eviction import Policy, evict
+from tenure.scripts import cli, sweep
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -37,3 +44,43 @@ def test_the_policy_of_the_documentation_runs(tiny_llama: PreTrainedModel, monke
     with evict(tiny_llama, policy(), budget=0.25, scope="layer", sinks=1, recent=2) as session, torch.no_grad():
         tiny_llama(torch.arange(3, 43)[None], use_cache=True)
         assert session.report().kept_share == pytest.approx(0.25)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The `tenure ...` command lines in a document's shell blocks, of a loop's variable its first value."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL):
+        values = {name: words.split()[0] for name, words in re.findall(r"for (\w+) in (.*?);", block)}
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(re.sub(r"\$(\w+)", lambda match, values=values: values[match[1]], line), comments=True)
+            if words[:1] == ["tenure"]:
+                found.append(words[1:])
+    return found
+
+
+@pytest.mark.parametrize("name", [path.name for path in DOCUMENTS if commands(path)])
+def test_command_lines_are_accepted(name: str, monkeypatch) -> None:
+    """As far as they can be without their models: flags, options, tasks of our own, and files of the repository."""
+    from tenure.eval.harness.asked import peek
+    from tenure.eval.harness.generated import kinds_of
+
+    monkeypatch.chdir(ROOT)
+    (path,) = [path for path in DOCUMENTS if path.name == name and commands(path)]
+    for words in commands(path):
+        command = cli.find_command(words, cli.COMMANDS)
+        assert command is not None, words
+        rest = words[len(command.split()) :]
+        if command != "eval":
+            config = tyro.cli(import_module(f"tenure.scripts.{cli.COMMANDS[command].module}").Config, args=rest)
+            assert not isinstance(config, sweep.Config) or SweepConfig.from_yaml(config.config).cells()
+            continue
+        hf = pytest.importorskip("lm_eval.models.huggingface").HFLM
+        asked = peek(rest)
+        _, others = Options.split(asked.model_args)
+        assert others.keys() <= inspect.signature(hf.__init__).parameters.keys(), "what is not ours is of lm-eval's hf"
+        assert asked.tasks and len(kinds_of(asked.tasks)) == (13 if "tenure_ruler" in asked.tasks else 0)
+
+
+def test_the_documentation_of_evaluation_has_commands_of_every_kind() -> None:
+    found = commands(ROOT / "docs" / "evaluation.md")
+    assert {words[0] for words in found} == {"eval", "fidelity", "sweep", "report"} and len(found) >= 12

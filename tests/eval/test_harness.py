@@ -13,10 +13,12 @@ import torch
 
 pytest.importorskip("lm_eval")
 
+from tenure.eval import tasks_folder
 from tenure.eval.harness.asked import peek
 from tenure.eval.harness.command import complete
 from tenure.eval.harness.generated import task_files, task_names
 from tenure.eval.harness.model import model_class
+from tenure.eval.prompts import chat_frame
 from tenure.eviction import evict
 from tenure.retention import RetentionGates
 from tenure.scripts import cli
@@ -89,6 +91,27 @@ def test_the_full_cache_is_hf_with_a_chat_template_too(folder, tasks):
     plain = run_tasks("hf", {"pretrained": folder, "dtype": "float32"}, tasks, **options)
     share = run_tasks("tenure", {"pretrained": folder, "policy": "snapkv", "budget": 1.0}, tasks, **options)
     assert answers(share) == answers(plain), "a budget of 1.0 evicts nothing"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_generated_tasks_end_their_context_before_the_question_also_in_a_chat_template(chat, folder, texts, tokenizer):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    document = {"length": 500, "cases": 2, "texts": texts, "tokenizer": folder}
+    before = len(chat_frame(tokenizer, "").before) if chat else 0
+    held = {}
+    for task in ("tenure_niah_single_2", "tenure_niah_single_2_aware"):
+        manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=document)
+        evaluate: Any = lm_eval.simple_evaluate
+        arguments = {"pretrained": folder, "policy": "streaming_llm", "budget": 0.3}
+        results = evaluate(
+            model="tenure", model_args=arguments, tasks=[task], task_manager=manager, apply_chat_template=chat,
+            batch_size=2, device="cpu", bootstrap_iters=0,
+        )  # fmt: skip
+        held[task] = results["config"]["tenure"]["context_tokens"]
+    agnostic, aware = held.values()
+    assert agnostic == pytest.approx(before + 500, abs=1) and aware > agnostic + 10
 
 
 def decode_one_by_one(model, context: list[int], following: list[int], **options: Any) -> list[torch.Tensor]:
