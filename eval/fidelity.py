@@ -30,8 +30,9 @@ def kl_to_full(logits_full: torch.Tensor, logits: torch.Tensor, held: int | None
     if held is None:
         held = HELD_ON_CPU if logits.device.type == "cpu" else HELD_ON_GPU
     positions = max(1, held // vocab)
-    pairs = zip(logits_full.reshape(-1, vocab).split(positions), logits.reshape(-1, vocab).split(positions), strict=True)
-    return torch.cat([_kl(full.double(), other.double()) for full, other in pairs]).view(logits.shape[:-1])
+    pieces = (each.reshape(-1, vocab).split(positions) for each in (logits_full, logits))
+    found = [_kl(full.double(), other.double()) for full, other in zip(*pieces, strict=True)]
+    return torch.cat(found).view(logits.shape[:-1])
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
