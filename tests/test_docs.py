@@ -16,8 +16,10 @@ import tyro
 from transformers import PreTrainedModel
 
 from tenure.eval import Options
+from tenure.eval.report import load_run, report_markdown
 from tenure.eval.sweep import SweepConfig
 from tenure.eviction import Policy, evict
+from tenure.retention.checkpoint import load_checkpoint
 from tenure.scripts import cli, sweep
 
 ROOT = Path(__file__).parents[1]
@@ -84,3 +86,12 @@ def test_command_lines_are_accepted(name: str, monkeypatch) -> None:
 def test_the_documentation_of_evaluation_has_commands_of_every_kind() -> None:
     found = commands(ROOT / "docs" / "evaluation.md")
     assert {words[0] for words in found} == {"eval", "fidelity", "sweep", "report"} and len(found) >= 12
+
+
+def test_the_table_is_what_its_records_give_with_the_shipped_gates() -> None:
+    run = load_run(ROOT / "docs" / "records" / "sweep_smollm2")
+    document, _ = load_checkpoint(ROOT / run.settings["gates"]["folder"])
+    assert run.settings["gates"]["sha256"] == document["weights_sha256"] and not run.failures
+    made = set(report_markdown([run], []).splitlines())
+    rows = [line for line in (ROOT / "docs" / "table.md").read_text().splitlines() if line.startswith("|")]
+    assert len(rows) > 90 and not [row for row in rows if row not in made]
