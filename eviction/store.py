@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 
 from .places import Places, SegmentPlaces
+from .segment_layout import sources_of_kept, sources_of_ranges
 from .step import Step
 
 SLACK = 0.06  # free room added when a segment is laid out anew, as a share of the layer's mean segment
@@ -175,14 +176,7 @@ class SegmentStore:
 
         The old buffers stay whole until all are copied, so ranges may overlap or repeat (beams).
         """
-        device = self.key.device
-        shape = torch.tensor([list(starts), list(lengths), list(rooms)], device=device)
-        old_start, length, room = shape.unbind(0)
-        new_start = room.cumsum(0) - room
-        within = torch.arange(sum(rooms), device=device) - new_start.repeat_interleave(room)
-        # Free slots get a copy of some entry: cheaper than leaving them out, and never read.
-        last = (length - 1).clamp(min=0).repeat_interleave(room)
-        source = old_start.repeat_interleave(room) + torch.minimum(within, last)
+        source = sources_of_ranges(starts, lengths, rooms, self.key.device)
         self._gather(source, list(lengths), list(rooms))
 
     def compact(self, keep: torch.Tensor) -> None:
@@ -197,14 +191,7 @@ class SegmentStore:
         lengths = counts.tolist()
         slack = _slack(lengths)
         rooms = [length + slack for length in lengths]
-        device = self.key.device
-        segment, index = keep.nonzero(as_tuple=True)  # segment by segment, positions ascending
-        old_start = torch.tensor(self.starts, device=device)
-        new_start = torch.tensor([0, *accumulate(rooms)][:-1], device=device)
-        rank = torch.arange(len(segment), device=device) - (counts.cumsum(0) - counts)[segment]
-        source = torch.zeros(sum(rooms), dtype=torch.long, device=device)
-        source[new_start[segment] + rank] = old_start[segment] + index
-        self._gather(source, lengths, rooms)
+        self._gather(sources_of_kept(keep, counts, self.starts, rooms), lengths, rooms)
 
     def _gather(self, source: torch.Tensor, lengths: list[int], rooms: list[int]) -> None:
         if self.capacity == 0:
