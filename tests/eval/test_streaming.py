@@ -179,6 +179,7 @@ def test_what_the_command_refuses_before_the_model_is_loaded(model, tiny_model, 
         "fidelity", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--length", "300",
         "--policies", "full", "snapkv", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
+    capsys.readouterr()  # what saving the model has shown
     for wrong, message in (
         (["--length", "2000"], "exceed the model's 1024 positions"),
         (["--length", "60"], "too short for task 'niah_single_2': give at least"),
