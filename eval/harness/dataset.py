@@ -16,27 +16,14 @@ FIELDS = ("context", "question", "aware", "outputs", "match")
 PYDOC = "pydoc"
 
 
-def build(
-    kind: str,
-    aware: bool,
-    length: int = LENGTH,
-    cases: int = CASES,
-    seed: int = 0,
-    texts: str | Sequence[str] = "demo",
-    tokenizer: Any = None,
-    pretrained: Any = None,
-    **others: Any,
-) -> dict[str, Any]:
+def build(kind: str, aware: bool, cases: int = CASES, **given: Any) -> dict[str, Any]:
     """`{"test": Dataset}`, a task's `custom_dataset`; arguments come from its YAML, `--metadata` and `--model_args`.
 
     Args:
         kind: the generated task.
         aware: the value of the documents' field `aware`: whether the question may be read before the compression.
-        length: tokens of every context, without special tokens and the chat template's.
         cases: how many.
-        seed: another seed gives other cases.
-        texts: `demo` (held-out essays), `pydoc` (Python's own help), a text file, a folder, or texts.
-        tokenizer: a tokenizer, or its name; by default that of the model, `pretrained`.
+        given: `length, seed, texts, tokenizer, pretrained` of `_builder`; others do not matter here.
 
     Raises:
         ValueError: an unknown kind, no tokenizer, a number below 1, texts that are not there, or a length that cannot
@@ -45,13 +32,18 @@ def build(
     from datasets import Dataset
 
     get_kind(kind)
-    _check_numbers(length, cases)
-    builder = TaskBuilder(_tokenizer(tokenizer or pretrained), _texts(texts), length, seed)
+    builder = _builder(cases=cases, **given)
     return {"test": Dataset.from_list([document(builder, kind, index, aware) for index in range(cases)])}
 
 
-def check_kinds(
-    kinds: Iterable[str],
+def check_kinds(kinds: Iterable[str], **given: Any) -> None:
+    """Raises ValueError for what `build` would refuse, by making the first case of each of these kinds."""
+    builder = _builder(**given)
+    for kind in kinds:
+        builder.text(kind, 0)
+
+
+def _builder(
     length: int = LENGTH,
     cases: int = CASES,
     seed: int = 0,
@@ -59,18 +51,21 @@ def check_kinds(
     tokenizer: Any = None,
     pretrained: Any = None,
     **others: Any,
-) -> None:
-    """Raises ValueError for what `build` would refuse, by making the first case of each of these kinds."""
-    _check_numbers(length, cases)
-    builder = TaskBuilder(_tokenizer(tokenizer or pretrained), _texts(texts), length, seed)
-    for kind in kinds:
-        builder.text(kind, 0)
+) -> TaskBuilder:
+    """What makes the cases.
 
-
-def _check_numbers(length: Any, cases: Any) -> None:
+    Args:
+        length: tokens of every context, without special tokens and the chat template's.
+        cases: how many there will be.
+        seed: another seed gives other cases.
+        texts: `demo` (held-out essays), `pydoc` (Python's own help), a text file, a folder, or texts.
+        tokenizer: a tokenizer, or its name; by default that of the model, `pretrained`.
+        others: what else the same flags give lm-eval.
+    """
     for name, number in (("length", length), ("cases", cases)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} is {number!r}; an integer of at least 1 is accepted")
+    return TaskBuilder(_tokenizer(tokenizer or pretrained), _texts(texts), length, seed)
 
 
 def document(builder: TaskBuilder, kind: str, index: int, aware: bool) -> dict[str, Any]:

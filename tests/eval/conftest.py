@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from .harness_tools import save_model
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -48,3 +52,14 @@ def build_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
     )
     wrapped.chat_template = chat_template
     return wrapped
+
+
+@pytest.fixture
+def model(tiny_model):
+    """For lm-eval's model type; other tests have models of their own by this name."""
+    return tiny_model("llama", vocab_size=512, max_position_embeddings=1024)
+
+
+@pytest.fixture
+def folder(model, tokenizer, tmp_path: Path) -> str:
+    return save_model(tmp_path / "model", model, tokenizer)

@@ -17,22 +17,12 @@ from tenure.eval.harness.model import model_class
 from tenure.retention import RetentionGates
 from tenure.scripts import cli
 
-from .harness_tools import instance, save_model, write_tasks
+from .harness_tools import instance, write_tasks
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def model(tiny_model):
-    return tiny_model("llama", vocab_size=512, max_position_embeddings=1024)
-
-
-@pytest.fixture
-def folder(model, tokenizer, tmp_path: Path) -> str:
-    return save_model(tmp_path / "model", model, tokenizer)
 
 
 def test_what_cannot_work_is_told_before_the_model_is_loaded(folder, tmp_path, model):

@@ -24,23 +24,13 @@ from tenure.retention import RetentionGates
 from tenure.scripts import cli
 from tenure.scripts.run_lm_eval import Config
 
-from .harness_tools import TASKS, instance, passage, run_tasks, save_model, write_tasks
+from .harness_tools import TASKS, instance, passage, run_tasks, write_tasks
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # lm-eval's command line sets it for good
-
-
-@pytest.fixture
-def model(tiny_model):
-    return tiny_model("llama", vocab_size=512, max_position_embeddings=1024)
-
-
-@pytest.fixture
-def folder(model, tokenizer, tmp_path: Path) -> str:
-    return save_model(tmp_path / "model", model, tokenizer)
 
 
 @pytest.fixture
