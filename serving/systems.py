@@ -28,7 +28,8 @@ class _Recipe:
 
     Attributes:
         order: its name. below: pools below the device are used.
-        prefetch: what the prefetcher goes by; NOTHING: there is none.
+        measure: what is known of agents' next calls. prefetch: fixed prompts are brought up ahead of them.
+        batch_waits: of the `Scheduler`.
     """
 
     order: str
@@ -36,11 +37,13 @@ class _Recipe:
     below: bool = True
     measure: Measure = Measure.NOTHING
     prefetch: bool = False
+    batch_waits: bool = False
 
 
 _RECIPES = {
     "lru": _Recipe("lru", WriteBack.NOTHING, below=False),  # SGLang without a tier below
-    "lru_reactive": _Recipe("lru", WriteBack.ALL),  # as SGLang's HiCache
+    "lru_reactive": _Recipe("lru", WriteBack.ALL),  # HiCache, were only those to wait who need a load
+    "hicache": _Recipe("lru", WriteBack.ALL, batch_waits=True),  # SGLang's HiCache
     "lru_prefetch": _Recipe("lru", WriteBack.ALL, measure=Measure.STEPS, prefetch=True),
     "ste": _Recipe("ste", WriteBack.FIXED, measure=Measure.STEPS),  # KVFlow without its prefetch
     "ste_prefetch": _Recipe("ste", WriteBack.FIXED, measure=Measure.STEPS, prefetch=True),  # KVFlow
@@ -135,5 +138,5 @@ def build_system(
     if recipe.prefetch:
         by_use = not order.uses_agents
         prefetcher = Prefetcher(tiers, estimates, outlook, prefetch, only_below=not by_use, counts_as_use=by_use)
-    scheduler = Scheduler(tiers, estimates, outlook, bytes_per_token, limits, prefetcher)
+    scheduler = Scheduler(tiers, estimates, outlook, bytes_per_token, limits, prefetcher, recipe.batch_waits)
     return System(name, tiers, graph, outlook, scheduler, prefetcher, estimates)

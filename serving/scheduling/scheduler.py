@@ -31,6 +31,8 @@ class Scheduler:
         outlook: what is known of the agents' next calls; told of every call.
         bytes_per_token: KV of a token that is computed.
         prefetcher: brings fixed prompts up ahead of their calls; None: nobody does.
+        batch_waits: nothing is computed while a request's KV is on its way. For comparisons: SGLang's HiCache has a batch
+            wait, layer by layer, for what its requests load, and all others wait for the batch.
     """
 
     def __init__(
@@ -41,11 +43,12 @@ class Scheduler:
         bytes_per_token: int,
         limits: Limits | None = None,
         prefetcher: Prefetcher | None = None,
+        batch_waits: bool = False,
     ) -> None:
         if bytes_per_token < 1:
             raise ValueError(f"got bytes_per_token={bytes_per_token}; accepted: 1 or more")
         self.tiers, self.outlook, self.prefetcher = tiers, outlook, prefetcher
-        self.limits, self.bytes_per_token = limits or Limits(), bytes_per_token
+        self.limits, self.bytes_per_token, self.batch_waits = limits or Limits(), bytes_per_token, batch_waits
         self.statistics = SchedulerStatistics()
         self._timers = Timers()
         self._admission = Admission(tiers, estimates, self.limits, self.statistics, self._timers, outlook)
@@ -144,6 +147,8 @@ class Scheduler:
                 self._batch.add(entry, now)
             if self.prefetcher is not None:
                 self.prefetcher.pump(hold=self._admission.starved, room=room)
+            if self.batch_waits and self._admission.loading:
+                return None
             self._works += 1
             self._out = self._batch.build(self._works, max_steps)
             return self._out

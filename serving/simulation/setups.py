@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -109,11 +110,20 @@ def _cell(given: Any, setup: dict[str, Any]) -> Cell:
 
 
 def read_machine(given: dict[str, Any]) -> Machine:
-    """A card and a model of `presets`, at the shares of `RooflineCosts`; sizes in GB (10^9 bytes)."""
+    """A card and a model of `presets`, at the shares of `RooflineCosts`; sizes in GB (10^9 bytes).
+
+    With `host_copy_gb_s`, what crosses the link is first gathered in the host's memory at that rate, and not meanwhile.
+    """
     rates = {"compute_share", "memory_share", "overhead_s"}
     sizes = {"card", "model", "card_share", "pool_tokens", "host_gb", "disk_gb", "link_gb_s", "disk_gb_s", "latency_s"}
-    _only(given, rates | sizes | {"page_size", "copy_parts", "limits", "prefetch"}, "machine")
-    links = Links(1e9 * given.get("link_gb_s", 0), 1e9 * given.get("disk_gb_s", 0), given.get("latency_s", 0.0))
+    others = {"host_copy_gb_s", "page_size", "copy_parts", "limits", "prefetch"}
+    _only(given, rates | sizes | others, "machine")
+    link, gathering = given.get("link_gb_s", 0), given.get("host_copy_gb_s", math.inf)
+    if not gathering > 0:
+        raise ValueError(f"got host_copy_gb_s={gathering}; accepted: a number above 0")
+    if link > 0:
+        link = 1 / (1 / link + 1 / gathering)
+    links = Links(1e9 * link, 1e9 * given.get("disk_gb_s", 0), given.get("latency_s", 0.0))
     shape = model(given.get("model", "llama-3.1-8b"))
     costs = RooflineCosts(
         card(given.get("card", "h100")), shape, links, **{key: given[key] for key in rates if key in given}

@@ -137,7 +137,7 @@ def test_duplicates_and_late_hints_change_nothing(make_driver):
 
 def test_systems_by_name():
     assert system_names() == (
-        "lru", "lru_reactive", "lru_prefetch", "ste", "ste_prefetch", "expected_time", "belady"
+        "lru", "lru_reactive", "hicache", "lru_prefetch", "ste", "ste_prefetch", "expected_time", "belady"
     )  # fmt: skip
     with pytest.raises(ValueError, match="unknown system 'fifo'; known: lru, lru_reactive"):
         build_system("fifo", {}, None, clock=None, costs=None, bytes_per_token=1)  # type: ignore[arg-type]

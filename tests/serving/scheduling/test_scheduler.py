@@ -150,6 +150,23 @@ def test_what_loads_is_skipped_and_dispatched_when_it_is_ready(make_driver):
     assert driver.answer("warm").times.ended < cold.times.ended
 
 
+def test_under_hicache_everybody_waits_for_a_load(make_driver):
+    driver = make_driver("hicache", device=100, link=100.0, costs=LinearCosts(50.0, (100.0, 0.0)))
+    spill(driver, A)
+    driver.serve("fill", C)
+    driver.submit("cold", [*A, 1, 2])
+    driver.submit("warm", [*C[:20], 1])
+    began = driver.clock()
+    assert driver.begin() is None and driver.scheduler.next_time() is not None
+    while (work := driver.begin()) is None:
+        driver.clock.advance_to(driver.scheduler.next_time())
+    assert driver.clock() - began == pytest.approx(0.4), "40 bytes at 100 a second"
+    assert {item.request.id for item in work.prefills} == {"cold", "warm"}
+    driver.finish(work)
+    driver.run()
+    assert driver.answer("cold").loaded_tokens == 40 and driver.answer("warm").stalled_s == 0
+
+
 def test_a_load_that_would_end_later_than_computing_is_computed(make_driver):
     driver = make_driver(device=100, link=10.0, costs=LinearCosts(100.0, (10.0, 0.0)))
     spill(driver, A)
