@@ -31,8 +31,8 @@ class Scheduler:
         outlook: what is known of the agents' next calls; told of every call.
         bytes_per_token: KV of a token that is computed.
         prefetcher: brings fixed prompts up ahead of their calls; None: nobody does.
-        batch_waits: nothing is computed while a request's KV is on its way. For comparisons: SGLang's HiCache has a batch
-            wait, layer by layer, for what its requests load, and all others wait for the batch.
+        batch_waits: nothing is computed while a request's KV is on its way. To compare: a batch of SGLang's HiCache
+            waits, layer by layer, for what its requests load, and all others wait for the batch.
     """
 
     def __init__(
