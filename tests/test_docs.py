@@ -16,7 +16,9 @@ import tyro
 from transformers import PreTrainedModel
 
 from tenure.eval import Options
-from tenure.eval.report import load_run, report_markdown
+from tenure.eval.report import compare_runs, load_run, report_markdown
+from tenure.eval.report.numbers import method_label
+from tenure.eval.report.words import run_line
 from tenure.eval.sweep import SweepConfig
 from tenure.eviction import Policy, evict
 from tenure.retention.checkpoint import load_checkpoint
@@ -95,3 +97,18 @@ def test_the_table_is_what_its_records_give_with_the_shipped_gates() -> None:
     made = set(report_markdown([run], []).splitlines())
     rows = [line for line in (ROOT / "docs" / "table.md").read_text().splitlines() if line.startswith("|")]
     assert len(rows) > 90 and not [row for row in rows if row not in made]
+
+
+def test_beside_kvpress_is_what_the_records_of_both_give() -> None:
+    """No accuracy differs beyond chance, and the document's pairs of accuracies are those of the records."""
+    records = ROOT / "docs" / "records"
+    ours, theirs = load_run(records / "sweep_kvpress"), load_run(records / "kvpress")
+    differences = compare_runs(ours, theirs)
+    assert len(differences) == 19 and not any(one.significant for one in differences)
+    assert "transformers 5.2.0, kvpress 0.5.5" in run_line(theirs), "the versions of the Python that answered"
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    lines = text[text.index("## Beside kvpress") : text.index("## With a GPU")].splitlines()
+    rows = {cells[1]: cells for line in lines if len(cells := [each.strip() for each in line.split("|")]) == 7}
+    for one in differences:
+        shown = rows[method_label(one.method)][2 if one.budget in (0.5, 1.0) else 4]
+        assert shown == f"{one.before:.2f}, {one.after:.2f}"

@@ -16,7 +16,7 @@ def run_line(run: Run) -> str:
     settings = run.settings
     model = settings.get("model", "")
     name = model.get("id", "") if isinstance(model, Mapping) else str(model)
-    versions = settings.get("versions", {})
+    versions = {**settings.get("versions", {}), **settings.get("kvpress", {})}  # where kvpress answered, by its own
     parts = [
         ", ".join(filter(None, [name, str(settings.get("dtype", "")), str(settings.get("device", ""))])),
         f"{run.done} cases, {len(run.records):,} records",
