@@ -174,7 +174,8 @@ class Engine:
         if start < item.end:
             logits = self.kv.forward(cache, request.prompt[start : item.end])
         if item.store is not None:
-            item.payload = self._compressed.pop(request.id) if boundary else self.kv.plain(cache, *item.store)
+            # What is refused room is offered once, though the next chunk would have to begin with it.
+            item.payload = self._compressed.pop(request.id, None) if boundary else self.kv.plain(cache, *item.store)
         if item.last:
             assert logits is not None, "a prompt's last token is always computed"
             token = self.choose(request, logits)
@@ -201,7 +202,7 @@ class Engine:
     def _take(self, item: Decode, logits: torch.Tensor, row: int) -> None:
         token = self.choose(item.request, logits)
         item.tokens, item.finished = [token], token in self._ends
-        span = item.store_span()
+        span = None if self._boundary(item.request) else item.store_span()
         if span is not None:
             assert self._answering.cache is not None, "it has just been extended"
             item.payload = self.kv.plain(self._answering.cache, *span, row=row)

@@ -130,7 +130,7 @@ class Outlook:
         news, self._news = self._news, set()
         news |= graph.changed_reuse() if self.by_time else graph.changed_steps()
         news |= self.board.expired()
-        return news | self.shares.update(news) if news else news
+        return news | self.shares.update(news)
 
     # What is heard ----------------------------------------------------------------------------------------------
 
@@ -139,6 +139,9 @@ class Outlook:
         agent = request.agent
         if agent is None:
             return False
+        if self.shares.call(agent, request.client):
+            self.board.forget(agent)
+            self._news.add(agent)
         if self.shares.own(agent, request.client):
             self.board.served(agent)
             self._news.add(agent)
@@ -184,7 +187,7 @@ class Outlook:
 
     def hinted(self, hint: Hint) -> None:
         """Takes in what a client says about its own agents."""
-        own = {agent for agent in hint.agents() if self.shares.own(agent, hint.client)}
+        own = {agent for agent in hint.agents() if self.shares.name(agent, hint.client)}
         self._news |= self.board.take(hint, own)
         if hint.pause_s is not None and hint.agent in own:
             self.graph.observe_pause(hint.agent, hint.pause_s)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from .copies import CopyJob, Outcome, Urgency
 from .estimates import Estimates
+from .flights import Flight, Flights
 from .lease import Lease, LoadState
 from .node import Node, Tier
 from .outlook import Outlook
@@ -22,15 +23,13 @@ SOON = 0.01  # of the look-ahead: what comes into sight within that is in sight;
 FAILURES = 2  # of one wish, after which it waits for news of its agent
 
 
-@dataclass(eq=False)
-class Flight:
-    """A prompt on its way; the lease keeps it until it has arrived."""
+class _Verdict(Enum):
+    """What has become of a wish whose turn it was."""
 
-    wish: Wish
-    lease: Lease
-    nbytes: int
-    seconds: float
-    client: str
+    BEGUN = "its copies are under way"
+    DROPPED = "there is nothing to do before there is news of its agent"
+    PARKED = "its client has its share under way already; others may pass"
+    WAIT = "it has to wait, and what is wanted less with it"
 
 
 class Prefetcher:
@@ -59,12 +58,10 @@ class Prefetcher:
         self.only_below, self.counts_as_use = only_below, counts_as_use
         self.statistics = PrefetchStatistics()
         self._wishes = Wishes()
-        self._flights: dict[str, Flight] = {}
-        self._by_lease: dict[int, Flight] = {}
+        self._flights = Flights()
         self._landed: dict[Flight, CopyJob] = {}
         self._arrived: dict[str, None] = {}
         self._registered: dict[str, tuple[Pages, Hashable]] = {}
-        self._bytes, self._seconds = 0, 0.0
         self._news = False
         tiers.transfers.listeners.append(self._on_copy)
 
@@ -92,7 +89,8 @@ class Prefetcher:
         """A request of `agent` has come."""
         if agent in self._arrived:
             del self._arrived[agent]
-            self.statistics.used += 1
+            end = self.tiers.tree.ends.get(agent)
+            self.statistics.used += end is not None and end.copies[Tier.DEVICE] is not None  # not evicted meanwhile
 
     def _consider(self, agent: str) -> None:
         now, limits = self.tiers.clock(), self.limits
@@ -143,43 +141,47 @@ class Prefetcher:
         if hold or not self._news:
             return
         self._news = False
-        while len(self._flights) < self.limits.copies:
-            wish = self._wishes.first()
-            if wish is None or not self._begin(wish):
-                return  # what is wanted less may not pass it
+        beyond: set[str] = set()
+        while len(self._flights) < self.limits.copies and (wish := self._wishes.first()) is not None:
+            client = self.outlook.shares.owner(wish.agent)
+            verdict = _Verdict.PARKED if client in beyond else self._begin(wish, client)
+            if verdict is _Verdict.WAIT:
+                return
+            if verdict is _Verdict.PARKED:
+                beyond.add(client)
+                wish.stamp = 0
+                self._flights.park(wish, client)
 
-    def _begin(self, wish: Wish) -> bool:
-        """Begins the copies for a wish, or finds that it needs none; False if it has to wait, as the next ones do."""
+    def _begin(self, wish: Wish, client: str) -> _Verdict:
+        """Begins the copies for a wish, or finds why not."""
         if self._is_hopeless(wish.agent):
             self.statistics.no_room += 1
-            return False
+            return _Verdict.WAIT
         lease = self._open(wish.agent)
         missing = [] if lease is None else [node for node in lease.nodes() or () if not _comes(node)]
         if lease is None or not missing:
             self._drop(wish, lease)
-            return True
+            return _Verdict.DROPPED
         nbytes, seconds = sum(node.nbytes for node in missing), self.estimates.load_s(missing)
-        verdict = self._may_begin(wish, lease, missing, nbytes, seconds)
-        if verdict is not None:
+        verdict = self._may_begin(wish, client, lease, missing, nbytes, seconds)
+        if verdict is not _Verdict.BEGUN:
             lease.release()
-            if verdict:
+            if verdict is _Verdict.DROPPED:
                 self._drop(wish, None)
             return verdict
         state = lease.load(Urgency.PREFETCH, wish.key, only_below=self.only_below)
         if state is LoadState.LOADING:
             wish.stamp = 0
-            flight = Flight(wish, lease, nbytes, seconds, self.outlook.shares.owner(wish.agent))
-            self._flights[wish.agent] = self._by_lease[lease.number] = flight
-            self._bytes, self._seconds = self._bytes + nbytes, self._seconds + seconds
+            self._flights.add(Flight(wish, lease, nbytes, seconds, client))
             self.statistics.begun += 1
             self.statistics.bytes += nbytes
-            return True
+            return _Verdict.BEGUN
         lease.release()
         self.statistics.no_room += state is LoadState.NO_ROOM
         if state in (LoadState.WAITING, LoadState.NO_ROOM):
-            return False
+            return _Verdict.WAIT
         self._drop(wish, None)
-        return True
+        return _Verdict.DROPPED
 
     def _is_hopeless(self, agent: str) -> bool:
         """Whether there is no room and nothing that ranks below: found without a lease, as it is asked often."""
@@ -190,25 +192,25 @@ class Prefetcher:
         first = candidates.first_rank()
         return first is None or first >= candidates.rank(end)
 
-    def _may_begin(self, wish: Wish, lease: Lease, missing: list[Node], nbytes: int, seconds: float) -> bool | None:
-        """None: it may. False: not yet. True: it is not to be tried again before there is news of its agent."""
+    def _may_begin(
+        self, wish: Wish, client: str, lease: Lease, missing: list[Node], nbytes: int, seconds: float
+    ) -> _Verdict:
+        """BEGUN: it may."""
         budget = self.limits.share * self.tiers.pools[Tier.DEVICE].capacity
-        statistics = self.statistics
+        statistics, flights = self.statistics, self._flights
         if nbytes > budget:
             statistics.over_budget += 1
-            return True
+            return _Verdict.DROPPED
         begin = missing[0].end - missing[0].covers
         computed = self.estimates.costs.recompute_s(begin, lease.length)
-        if self.tiers.clock() + self._seconds + seconds > max(wish.due, self.tiers.clock()) + computed:
+        if self.tiers.clock() + flights.seconds + seconds > max(wish.due, self.tiers.clock()) + computed:
             statistics.too_late += 1
-            return True
-        client = self.outlook.shares.owner(wish.agent)
-        mine = sum(flight.nbytes for flight in self._flights.values() if flight.client == client) if client else 0
-        if client and mine and mine + nbytes > budget * self.outlook.shares.part(client):
-            return False
-        if self._flights and (self._bytes + nbytes > budget or self._seconds + seconds > self.limits.seconds):
-            return False
-        return None
+            return _Verdict.DROPPED
+        mine = flights.of_client(client) if client else 0
+        if mine and mine + nbytes > budget * self.outlook.shares.part(client):
+            return _Verdict.PARKED
+        full = flights.nbytes + nbytes > budget or flights.seconds + seconds > self.limits.seconds
+        return _Verdict.WAIT if full and len(flights) else _Verdict.BEGUN
 
     def _open(self, agent: str) -> Lease | None:
         lease = self.tiers.open_agent(agent)
@@ -232,13 +234,13 @@ class Prefetcher:
     def _on_copy(self, job: CopyJob) -> None:
         self._news = True  # there may be room
         for number in job.waiters:
-            flight = self._by_lease.get(number)
+            flight = self._flights.of_lease(number)
             if flight is not None:
                 self._landed[flight] = job
 
     def _land(self, flight: Flight, job: CopyJob) -> None:
         """One of its copies has ended."""
-        if self._by_lease.get(flight.lease.number) is not flight:
+        if self._flights.of_lease(flight.lease.number) is not flight:
             return
         chain = flight.lease.nodes()
         missing = None if chain is None else [node for node in chain if node.copies[Tier.DEVICE] is None]
@@ -271,9 +273,10 @@ class Prefetcher:
             node.last_used = now
 
     def _end(self, flight: Flight) -> None:
-        del self._flights[flight.wish.agent], self._by_lease[flight.lease.number]
+        for wish in self._flights.remove(flight):
+            if self._wishes.holds(wish) and not wish.stamp and wish.agent not in self._flights:
+                self._wishes.enter(wish)
         self._landed.pop(flight, None)
-        self._bytes, self._seconds = self._bytes - flight.nbytes, self._seconds - flight.seconds
         flight.lease.release()
 
     # Time -------------------------------------------------------------------------------------------------------
@@ -284,11 +287,11 @@ class Prefetcher:
 
     def leases(self) -> set[int]:
         """The numbers of the leases that it holds."""
-        return set(self._by_lease)
+        return self._flights.leases()
 
     def close(self) -> None:
         """Gives up everything that is under way."""
-        for flight in list(self._flights.values()):
+        for flight in self._flights:
             self._end(flight)
         self._wishes.clear()
 

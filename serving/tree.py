@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterator
 
 from .groups import Agent, Groups
 from .node import Node
 from .pages import TOKEN_BYTES, common_pages
+
+MOVED = 1024  # ends of fixed prompts that are remembered to have moved
 
 
 class PrefixTree:
@@ -20,6 +23,7 @@ class PrefixTree:
         groups: where a new node's agents are counted.
     Attributes:
         ends: the last node of each agent's fixed prompt; all nodes on the path to it are in a group of the agent.
+        moved: agents of which that node is another one, the latest `MOVED` of them, for whoever empties it.
         size: nodes without the roots.
     """
 
@@ -30,6 +34,7 @@ class PrefixTree:
         self.groups = groups
         self.roots: dict[Hashable, Node] = {}
         self.ends: dict[Agent, Node] = {}
+        self.moved: deque[Agent] = deque(maxlen=MOVED)
         self.size = 0
 
     def root(self, namespace: Hashable = None) -> Node:
@@ -152,6 +157,7 @@ class PrefixTree:
         return gone + new
 
     def _set_end(self, agent: Agent, node: Node | None) -> None:
+        self.moved.append(agent)
         if node is None or node.parent is None:
             self.ends.pop(agent, None)
         else:

@@ -115,6 +115,10 @@ class HintBoard:
         if note is not None and not note.lasting:
             del self._notes[agent]
 
+    def forget(self, agent: str) -> None:
+        """Nothing counts of `agent` any more."""
+        self._notes.pop(agent, None)
+
     def expired(self) -> set[str]:
         """The agents of which nothing counts any more since the last call."""
         now, ended = self._clock(), set()

@@ -131,6 +131,10 @@ def test_answers_are_those_without_a_cache(session, name, how, tmp_path):
     if name != "lru":  # which finds nothing in a ring
         assert statistics.tokens_found > 0
         assert statistics.bytes_moved[Tier.DEVICE, Tier.HOST] > 0 and statistics.bytes_moved[Tier.HOST, Tier.DEVICE] > 0
+    if disk is not None:
+        assert sum(moved for (source, _), moved in statistics.bytes_moved.items() if source is Tier.DISK) > 0
+    if engine.system.prefetcher is not None:
+        assert engine.system.prefetcher.statistics.begun > 0
     close(engine)
 
 
@@ -218,6 +222,18 @@ def test_a_compressed_prompt_takes_its_share_of_the_memory(session):
         assert ended.cached_tokens == FIXED
         assert ended.tokens == answer_without_cache(session, prompt + tokens(7, SUFFIX), engine.compression)
         close(engine)
+
+
+def test_a_compressed_prompt_that_finds_no_room_is_answered_all_the_same(session):
+    """With what tells one entry from the other, 90 % of the entries take more than all of them: more than there is."""
+    how = Compression("retention", 0.9, sinks=2, recent=4)
+    engine = make_engine(session, "ste", how, prompts=0.0)
+    for number, (agent, prompt) in enumerate(calls()[:2]):
+        engine.submit(request(number, agent, prompt))
+        (ended,) = engine.run()
+        assert ended.error is None and ended.tokens == answer_without_cache(session, prompt, how)
+    assert engine.system.scheduler.statistics.stores_refused == 2 and engine.system.scheduler.statistics.stores == 0
+    close(engine)
 
 
 def test_prompts_of_other_lengths_and_kinds_are_not_mixed(session):

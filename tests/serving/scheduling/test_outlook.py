@@ -57,6 +57,40 @@ def test_a_client_that_is_alone_may_protect_everything(make_driver, prompt_of):
     assert not driver.system.outlook.shares.capped
 
 
+def test_shares_are_counted_anew_when_clients_and_prompts_come(make_driver, prompt_of):
+    """A client alone holds 140 of 200 bytes; with a second one its share is 100, however much it stores."""
+    driver = make_driver("ste", device=200)
+    store(driver, prompt_of, "abcdefg", "greedy")
+    for agent in "abcdefgh":
+        retain(driver, agent, "greedy", priority=1.0)
+    driver.begin()
+    capped = driver.system.outlook.shares.capped
+    assert not capped
+    store(driver, prompt_of, "z", "modest")
+    driver.begin()
+    capped = driver.system.outlook.shares.capped
+    assert len(capped) == 2, "five prompts are its share; of the eighth nothing is stored"
+    store(driver, prompt_of, "h", "greedy")
+    driver.begin()
+    assert len(driver.system.outlook.shares.capped) == 3
+
+
+def test_who_only_speaks_of_an_agent_loses_it_to_who_calls_it(make_driver, prompt_of):
+    driver = make_driver("ste")
+    driver.scheduler.hint(Hint("kv_hints", client="mallory", actions=(Action(ActionKind.EVICT, "a", ttl_s=3600.0),)))
+    hint(driver, "honest", a=1)
+    driver.begin()
+    assert driver.system.outlook.steps("a") == math.inf, "nobody has called it"
+    driver.serve("r", [*prompt_of("a"), 1], agent="a", fixed_tokens=20, client="honest")
+    hint(driver, "honest", a=1)
+    driver.scheduler.hint(Hint("kv_hints", client="mallory", actions=(Action(ActionKind.EVICT, "a", ttl_s=3600.0),)))
+    driver.begin()
+    assert driver.system.outlook.steps("a") == 1
+    driver.serve("s", [*prompt_of("a"), 2], agent="a", fixed_tokens=20, client="mallory")
+    hint(driver, "mallory", a=9)
+    assert driver.system.outlook.shares.owner("a") == "honest", "who has called it keeps it"
+
+
 def test_nobody_hints_about_others_agents(make_driver, prompt_of):
     driver = make_driver("ste", device=60)
     store(driver, prompt_of, "a", "owner")

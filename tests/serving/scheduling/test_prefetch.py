@@ -187,8 +187,29 @@ def test_a_client_has_its_share_of_the_budget(make_driver, prompt_of):
         steps = dict.fromkeys(agents, 1.0 if client == "greedy" else 2.0)
         driver.scheduler.hint(Hint("kvflow", client=client, steps=steps))
     driver.begin()
-    owners = [flight.client for flight in driver.system.prefetcher._flights.values()]
-    assert owners.count("greedy") == 2, "half of 80 bytes"
+    flights = driver.system.prefetcher._flights
+    assert sorted(flight.client for flight in flights) == ["greedy", "greedy", "modest"], "half of 80 bytes each"
+    while (due := driver.scheduler.next_time()) is not None:
+        driver.clock.advance_to(due)
+        driver.begin()
+        assert sum(flight.client == "greedy" for flight in flights) <= 2
+    assert sum(driver.cached(prompt_of(agent)) for agent in "abcdef") == 120, "what waited for its share comes after"
+
+
+def test_a_prompt_that_was_evicted_before_its_call_was_not_used(make_driver, prompt_of):
+    driver = make_driver("lru_prefetch", device=90)
+    warm(driver, prompt_of)
+    plan = Plan(driver)
+    for evicted in (False, True):
+        plan(a=1)
+        driver.clock.advance_to(driver.clock() + 1)
+        driver.begin()
+        assert driver.cached(prompt_of("a")) == 20
+        if evicted:
+            driver.send_down()
+        driver.serve(f"call{evicted}", [*prompt_of("a"), 5], agent="a", fixed_tokens=20)
+        assert driver.system.prefetcher.statistics.used == 1
+        driver.send_down()
 
 
 def test_a_registered_prompt_needs_no_request(make_driver, prompt_of):
