@@ -147,6 +147,7 @@ def one_run(
     from ..serving import MemoryPool, Request, Room, ThreadedCopies, Tier, build_system
     from ..serving.engine import Engine
     from ..serving.prompt_kv import PromptKV
+    from ..serving.simulation.results import Before
 
     down, up = (Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.DEVICE)
     place = session.model.device
@@ -171,8 +172,7 @@ def one_run(
         while system.tiers.transfers.under_way:
             system.scheduler.wait(1.0)
             system.tiers.poll()
-        moved, asked = dict(system.tiers.statistics.bytes_moved), system.tiers.statistics
-        before = (asked.tokens_asked, asked.tokens_found)
+        before, asked = Before.read(system), system.tiers.statistics.tokens_asked
         ended: list[Ended] = []
         start = time.monotonic()
         for number, call in enumerate(workload.calls):
@@ -190,14 +190,14 @@ def one_run(
     failed = [each for each in ended if each.error is not None]
     if failed:
         raise RuntimeError(f"{failed[0].request.id} was not answered: {failed[0].error}")
-    statistics = system.tiers.statistics
+    moved, wasted = before.until(system)
     on_device = sum(each.cached_tokens - each.loaded_tokens for each in ended)
     return Run(
         makespan_s=makespan,
-        hit_rate=on_device / max(1, statistics.tokens_asked - before[0]),
+        hit_rate=on_device / max(1, system.tiers.statistics.tokens_asked - asked),
         stall_s=sum(each.stalled_s for each in ended),
-        bytes_moved=sum(statistics.bytes_moved.values()) - sum(moved.values()),
-        bytes_wasted=sum(statistics.bytes_wasted.values()),
+        bytes_moved=moved,
+        bytes_wasted=wasted,
         ttft_s=tuple((each.times.first_token or 0.0) - each.times.arrived for each in ended),
         answers=tuple(tuple(each.tokens) for each in ended),
     )

@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,12 +191,13 @@ def row(
     `agents_fit` is how many fixed prompts, as they are stored, the device pool has room for.
     """
     from ..serving import MemoryPool
+    from ..serving.simulation.results import quantile
 
     charge = MemoryPool(setting.device_bytes).charge
     stored = statistics.mean(charge(payload) for payload in warm.values())
     own = runs[cell]
     base = runs.get((BASELINE, 1.0)) or runs.get((BASELINE, cell[1])) or own
-    waits = sorted(wait for run in own for wait in run.ttft_s)
+    waits = [wait for run in own for wait in run.ttft_s]
     system, keep = cell
     return {
         "name": f"{workload.name}/pool{pool:.0%}",
@@ -208,8 +209,8 @@ def row(
         "bytes_moved": int(statistics.median(run.bytes_moved for run in own)),
         "bytes_moved_per_call": statistics.median(run.bytes_moved for run in own) / len(workload.calls),
         "bytes_wasted": int(statistics.median(run.bytes_wasted for run in own)),
-        "ttft_p50_s": statistics.median(waits),
-        "ttft_p99_s": waits[min(len(waits) - 1, int(0.99 * len(waits)))],
+        "ttft_p50_s": quantile(waits, 0.5),
+        "ttft_p99_s": quantile(waits, 0.99),
         "agents_fit": int(setting.device_bytes / stored),
         "paper_ratio": None,
     }
@@ -233,6 +234,10 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def write(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """The fields of a `Row` of `tenure simulate`, no more."""
+    from ..serving.simulation.results import Row
+
+    rows = [{field.name: each[field.name] for field in fields(Row)} for each in rows]
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")

@@ -38,7 +38,7 @@ from ..serving.threads import WorkerDiedError
 from .soak_kv import TOKEN_BYTES, FaultyCopies, assert_holds, damage, kv_of
 
 PAGE = 2
-SYSTEMS = ("lru", "lru_reactive", "hicache", "lru_prefetch", "ste", "ste_prefetch", "expected_time")
+SYSTEMS = ("lru", "lfu", "lru_reactive", "hicache", "lru_prefetch", "ste", "ste_prefetch", "expected_time")
 BELOW = ("host", "host and disk", "disk", "nothing")
 AGENTS = tuple("abcde")
 FIXED = {

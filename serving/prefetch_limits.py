@@ -54,3 +54,8 @@ class PrefetchStatistics:
     no_room: int = 0
     over_budget: int = 0
     bytes: int = 0
+
+    @property
+    def unused_bytes(self) -> float:
+        """Of prompts that arrived and were not there when their agents were called, at the mean size of a prompt."""
+        return self.bytes * max(0, self.arrived - self.used) / self.begun if self.begun else 0.0

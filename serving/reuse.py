@@ -20,7 +20,7 @@ class WorkflowReuse:
 
     Larger workflows (`EXACT_TARGETS`) are not summed over paths: the chance of an agent is that of the most probable
     path to it, in an AND of the least probable one. That is a lower bound without ANDs, and found like steps, with the
-    weights -log(p · E[exp(-γD)]) and the durations of the time at which the graph last changed; `reach` is then 1.
+    weights -log(p · E[exp(-γD)]); `reach` is then 1.
 
     Args:
         rate: γ in 1/s.
@@ -105,7 +105,7 @@ class WorkflowReuse:
 
 
 class _BestPaths:
-    """A second solver beside the workflow's own, with the same nodes; the durations are those of its making."""
+    """A second solver beside the workflow's own, with the same nodes."""
 
     def __init__(self, workflow: Workflow, rate: float) -> None:
         self.workflow = workflow
@@ -114,12 +114,21 @@ class _BestPaths:
         self.satisfied: set[tuple[int, int]] = set()
         for is_and in workflow.solver.is_and:
             self.solver.add_node(is_and)
-        for node, row in workflow.branches.items():
-            leg = workflow.shared.durations[workflow.names[node]].discount(rate)
-            for target, probability in row.items():
-                self.solver.set_edge(node, target, max(1e-9, -math.log(max(1e-300, probability * leg))))
+        self._rate = rate
+        self._durations = {node: workflow.shared.durations[workflow.names[node]] for node in workflow.branches}
+        self._legs: dict[int, float] = {}
+
+    def _weigh(self) -> None:
+        """Edges get the weights of durations that have moved."""
+        for node, durations in self._durations.items():
+            leg, known = durations.discount(self._rate), self._legs.get(node)
+            if known is None or abs(leg - known) > DRIFT * known:
+                self._legs[node] = leg
+                for target, probability in self.workflow.branches[node].items():
+                    self.solver.set_edge(node, target, max(1e-9, -math.log(max(1e-300, probability * leg))))
 
     def chances(self) -> dict[str, tuple[float, float]]:
+        self._weigh()
         workflow, solver = self.workflow, self.solver
         sources = workflow.expected | workflow.running.keys()
         for node in sources ^ self.sources:

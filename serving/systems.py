@@ -11,7 +11,7 @@ from .estimates import Estimates
 from .eviction import TierPolicy, WriteBack
 from .markov import LearnedTransitions
 from .node import Tier
-from .orders import LRU, Costs, ExpectedTime, Order, StepsToExecution
+from .orders import LFU, LRU, Costs, ExpectedTime, Order, StepsToExecution
 from .outlook import Measure, Outlook
 from .pools import Pool
 from .prefetch import Prefetcher
@@ -42,6 +42,7 @@ class _Recipe:
 
 _RECIPES = {
     "lru": _Recipe("lru", WriteBack.NOTHING, below=False),  # SGLang without a tier below
+    "lfu": _Recipe("lfu", WriteBack.ALL),
     "lru_reactive": _Recipe("lru", WriteBack.ALL),  # HiCache, were only those to wait who need a load
     "hicache": _Recipe("lru", WriteBack.ALL, batch_waits=True),  # SGLang's HiCache
     "lru_prefetch": _Recipe("lru", WriteBack.ALL, measure=Measure.STEPS, prefetch=True),
@@ -126,6 +127,7 @@ def build_system(
     )
     order: Order = {
         "lru": LRU,
+        "lfu": LFU,
         "ste": lambda: StepsToExecution(outlook.steps),
         "expected_time": lambda: ExpectedTime(outlook.reuse, costs, rate=graph.rate, clock=clock),
         "belady": lambda: oracle,

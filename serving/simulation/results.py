@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import Ended
+from .. import Ended, System
 from .driver import Run
 
 
@@ -73,9 +73,16 @@ class Before:
     unused: float = 0.0
 
     @classmethod
-    def read(cls, run: Run) -> Before:
-        tiers = run.system.tiers.statistics
-        return cls(sum(tiers.bytes_moved.values()), sum(tiers.bytes_wasted.values()), _unused(run))
+    def read(cls, system: System) -> Before:
+        tiers, prefetcher = system.tiers.statistics, system.prefetcher
+        unused = 0.0 if prefetcher is None else prefetcher.statistics.unused_bytes
+        return cls(sum(tiers.bytes_moved.values()), sum(tiers.bytes_wasted.values()), unused)
+
+    def until(self, system: System) -> tuple[int, int]:
+        """Bytes that have been moved since, and that were for nothing: copies given up, prefetches that nobody used."""
+        after = Before.read(system)
+        wasted = after.wasted - self.wasted + max(0.0, after.unused - self.unused)
+        return after.moved - self.moved, round(wasted)
 
 
 def outcome_of(run: Run, before: Before, honest: bool = True) -> Outcome:
@@ -86,7 +93,7 @@ def outcome_of(run: Run, before: Before, honest: bool = True) -> Outcome:
         honest: calls of hostile clients are left out of times and hits.
     """
     calls = [ended for ended in run.ended if not (honest and ended.request.client.startswith("hostile"))]
-    after = Before.read(run)
+    moved, wasted = before.until(run.system)
     page = run.system.tiers.tree.page_size
     fixed = [ended.request.fixed_tokens // page * page for ended in calls]
     hits = [min(size, ended.cached_tokens - ended.loaded_tokens) for size, ended in zip(fixed, calls, strict=True)]
@@ -97,8 +104,8 @@ def outcome_of(run: Run, before: Before, honest: bool = True) -> Outcome:
         call_s=statistics.fmean(map(_seconds, calls)) if calls else 0.0,
         hit_rate=sum(hits) / max(1, sum(fixed)),
         stall_s=sum(ended.stalled_s for ended in calls),
-        bytes_moved=after.moved - before.moved,
-        bytes_wasted=after.wasted - before.wasted + max(0.0, after.unused - before.unused),
+        bytes_moved=moved,
+        bytes_wasted=wasted,
         ttft_p50_s=quantile(waits, 0.5),
         ttft_p99_s=quantile(waits, 0.99),
         calls=len(calls),
@@ -128,12 +135,3 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 def _seconds(ended: Ended) -> float:
     return (ended.times.ended or ended.times.arrived) - ended.times.arrived
-
-
-def _unused(run: Run) -> float:
-    """Bytes of prefetched prompts that have arrived and were never used, at their mean size."""
-    prefetcher = run.system.prefetcher
-    if prefetcher is None or not prefetcher.statistics.arrived:
-        return 0.0
-    counts = prefetcher.statistics
-    return counts.bytes * max(0, counts.arrived - counts.used) / counts.arrived

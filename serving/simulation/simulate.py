@@ -10,7 +10,7 @@ import numpy as np
 from .. import Limits, LinearCosts, Phantom, Room, System, VirtualClock
 from .clients import Client, clients_of
 from .costs import Batch, Links
-from .driver import Driver, Run
+from .driver import Driver
 from .fitting import fit
 from .machine import Machine
 from .results import Before, Outcome, outcome_of
@@ -66,7 +66,7 @@ def replay(
     prompts = [call.prompt for call in trace.calls] if policy == "belady" else None
     system, clock = machine.build(policy, prompts)
     _store(trace, system, clock)
-    before = Before.read(Run(system))
+    before = Before.read(system)
     run = Driver(machine, system, clock, recorder, timeline).run(TracedCalls(trace, closed))
     system.scheduler.check()
     return outcome_of(run, before)
@@ -159,7 +159,7 @@ def _run(
     if warm:
         run = Driver(machine, system, clock, recorder).run(WarmUp(clients))
         asked += [np.asarray(ended.request.prompt) for ended in run.ended]
-        before = Before.read(run)
+        before = Before.read(run.system)
     source = _Listing(clients, answer_seconds(machine))
     source.prompts = asked
     if timeline is not None:

@@ -320,6 +320,25 @@ def test_large_workflows_follow_the_most_probable_path(monkeypatch):
     assert graph.reuse("a1") == 0.0
 
 
+def test_large_workflows_learn_how_long_calls_take(monkeypatch):
+    """Calls that were said to take 5 s take half a second: the next one is soon expected after that."""
+    monkeypatch.setattr(reuse_module, "EXACT_TARGETS", 3)
+    now = [0.0]
+    names = [f"a{i}" for i in range(6)]
+    graph = StepGraph(lambda: now[0], discount_s=10.0)
+    edges = [EdgeSpec(s, t) for s, t in zip(names, names[1:] + names[:1], strict=True)]
+    flow = graph.add_workflow(WorkflowSpec("ring", [AgentSpec(name, call_s=5.0) for name in names], edges))
+    flow.start("a0")
+    assert graph.seconds("a1") == pytest.approx(10 * math.log(1 + 0.5), rel=0.01)
+    for name in [*names * 40, "a0"]:
+        if name != "a0" or now[0]:
+            flow.start(name)
+        now[0] += 0.5
+        flow.finish(name)
+    flow.start("a1")
+    assert graph.seconds("a2") == pytest.approx(0.5, rel=0.05)
+
+
 def test_running_mean_and_spread():
     duration = Duration(7.0, 3.0)
     duration.observe(2.0)

@@ -28,7 +28,7 @@ def test_hostile_calls_are_in_the_run_and_not_in_its_numbers(small) -> None:
     workload = small.workload(workflows=1, agents=3, rounds=3, adversaries=1)
     system, clock = machine.build("lru_reactive")
     clients = clients_of(workload, 0)
-    before = Before.read(Driver(machine, system, clock).run(WarmUp(clients)))
+    before = Before.read(Driver(machine, system, clock).run(WarmUp(clients)).system)
     run = Driver(machine, system, clock).run(ClientCalls(clients, answer_seconds(machine)))
     honest, everybody = outcome_of(run, before), outcome_of(run, before, honest=False)
     assert (honest.calls, everybody.calls) == (9, 18) and len(run.ended) == 18
