@@ -111,4 +111,5 @@ def threads(seconds: float, seed: int) -> dict[str, Any]:
             stress.run(seconds / 3)
             counts.update({f"threads: {outcome.value}": n for outcome, n in stress.ended.items()})
             counts.update({"threads: tokens read back": stress.read, "threads: refused": stress.refused})
+            counts["threads: hints"] += stress.hints
     return {**counts, "seconds of threads": seconds}

@@ -15,6 +15,7 @@ from ..serving import (
     AgentSpec,
     DiskPool,
     EdgeSpec,
+    HintReader,
     Limits,
     LinearCosts,
     MemoryPool,
@@ -32,6 +33,7 @@ from ..serving import (
 from ..serving.payload import Payload
 from ..serving.pools import Builder, Pool
 from .soak_kv import TOKEN_BYTES, assert_holds, kv_of
+from .soak_world import HINTS
 
 AGENTS = tuple("abcdefgh")
 SILENCE_S = 60.0  # without any end of a request, after which the watchdog speaks of a deadlock
@@ -61,7 +63,7 @@ class Stress:
     """Clients submit, cancel and hint; one engine computes; another thread evicts, merges and checks.
 
     Attributes:
-        ended: by outcome. read: tokens of cached KV that were compared with what was written.
+        ended: by outcome. read: tokens of cached KV that were compared with what was written. hints: taken.
         failures: what went wrong in any thread.
     """
 
@@ -88,7 +90,7 @@ class Stress:
         self.seed, self.stop = seed, threading.Event()
         self.ended: Counter[RequestOutcome] = Counter()
         self.failures: list[BaseException] = []
-        self.read = self.submitted = self.refused = 0
+        self.read = self.submitted = self.refused = self.hints = 0
         self.last_end = time.monotonic()
         self._counting = threading.Lock()
 
@@ -141,7 +143,8 @@ class Stress:
         assert not tiers.leases and not tiers.transfers.under_way
 
     def _client(self, number: int) -> None:
-        random, mine = Random(self.seed * 100 + number), 0
+        random, mine, client = Random(self.seed * 100 + number), 0, f"c{number % 2}"
+        reader = HintReader()
         while not self.stop.is_set():
             agent = random.choice(AGENTS)
             fixed = [ord(agent), *range(11)]
@@ -151,7 +154,7 @@ class Stress:
             workflow = "ring" if random.random() < 0.7 else None
             try:
                 self.system.scheduler.submit(
-                    Request(name, prompt, random.randint(1, 6), workflow, agent, 12, client=f"c{number % 2}")
+                    Request(name, prompt, random.randint(1, 6), workflow, agent, 12, client=client)
                 )
             except ValueError as error:
                 assert "the queue is full" in str(error), error
@@ -163,6 +166,10 @@ class Stress:
                 self.submitted += 1
             if random.random() < 0.05:
                 self.system.scheduler.cancel(name)
+            if random.random() < 0.1:
+                self.system.scheduler.hint(reader.read(*random.choice(HINTS), client))
+                with self._counting:
+                    self.hints += 1
             time.sleep(random.choice([0, 0, 0.001, 0.01]))
 
     def _caretaker(self) -> None:

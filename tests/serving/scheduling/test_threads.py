@@ -24,7 +24,7 @@ from tenure.serving import (
 def test_clients_engine_and_copies_in_threads(tmp_path, seed):
     stress = Stress(str(tmp_path), seed)
     stress.run(seconds=4.0)
-    assert stress.ended[RequestOutcome.ANSWERED] > 50 and stress.read > 500, "it did something"
+    assert stress.ended[RequestOutcome.ANSWERED] > 50 and stress.read > 500 and stress.hints, "it did something"
     assert sum(stress.ended.values()) == stress.submitted
 
 
