@@ -25,10 +25,11 @@ import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .spec import AgentSpec, EdgeSpec, WorkflowSpec
+from .spec import AgentSpec, EdgeSpec, WorkflowSpec, shown
 
 if TYPE_CHECKING:
     import networkx
+    from yaml import SafeLoader
 
 MAX_JSON, MAX_YAML = 16 << 20, 1 << 20  # characters; YAML is read at a hundredth of the speed
 WORKFLOW_FIELDS = ("workflow", "agents", "edges", "start")
@@ -47,7 +48,7 @@ def workflow_from_dict(document: Mapping[str, Any]) -> WorkflowSpec:
     if not isinstance(rows, Mapping):
         raise ValueError(f"got {_type(rows)} as agents; accepted: their names, or a mapping of names to fields")
     agents = [
-        AgentSpec(name, **(_fields(row, AGENT_FIELDS, f"the agent {name!r:.60}", unknown) if row is not None else {}))
+        AgentSpec(name, **(_fields(row, AGENT_FIELDS, f"the agent {shown(name)}", unknown) if row is not None else {}))
         for name, row in rows.items()
     ]
     edges = [_edge(row, unknown) for row in _list(fields.get("edges", []), "edges")]
@@ -76,7 +77,7 @@ def workflow_from_yaml(text: str) -> WorkflowSpec:
 
     _check_size(text, MAX_YAML)
     try:
-        return workflow_from_dict(yaml.safe_load(text))
+        return workflow_from_dict(yaml.load(text, _bounded_loader()))
     except yaml.YAMLError as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"the workflow is no YAML: {first_line}") from None
@@ -106,9 +107,14 @@ def workflow_from_langgraph(graph: Any, name: str | None = None) -> WorkflowSpec
     """The agents of a compiled LangGraph graph, or of what its `get_graph()` returns.
 
     An agent that a conditional edge leads to is an OR: it is one of the branches, all equally probable (a branch to the
-    end counts as one). One with several plain edges into it waits for all of them (AND), unless one of them closes a
-    cycle: what comes back from its own successors cannot be waited for the first time, so this is an OR, too. The first
-    agents are those after START.
+    end counts as one). One with several plain edges into it is an AND if it waits for all of them:
+
+    * `add_edge([a, b], agent)` says so; only the compiled graph still knows.
+    * Other edges do not wait for each other in LangGraph. They are an AND where all of their sources run or none does
+      (a fork), and an OR where conditional edges choose between the sources or leave one out. An edge that closes a
+      cycle is an OR, too: what comes back from its own successors cannot be waited for the first time.
+
+    The first agents are those after START.
     """
     drawable = graph.get_graph() if hasattr(graph, "get_graph") else graph
     if not hasattr(drawable, "edges") or not hasattr(drawable, "nodes"):
@@ -121,14 +127,26 @@ def workflow_from_langgraph(graph: Any, name: str | None = None) -> WorkflowSpec
     for edge in edges:
         branches[edge.source] = branches.get(edge.source, 0) + bool(edge.conditional)
     edges = [edge for edge in edges if edge.target not in LANGGRAPH_ENDS]
-    loops = _same_cycle((edge.source, edge.target) for edge in edges)
-    ways: dict[str, list[bool]] = {}  # of each agent: could it wait for this edge
+    ways: dict[str, list[Any]] = {}
     for edge in edges:
-        ways.setdefault(edge.target, []).append(not edge.conditional and (edge.source, edge.target) not in loops)
+        ways.setdefault(edge.target, []).append(edge)
+    waiting = getattr(getattr(graph, "builder", None), "waiting_edges", ())
+    loops = _same_cycle((edge.source, edge.target) for edge in edges)
+    choices = _choices(drawable.edges)
+
+    def waits(agent: str) -> bool:
+        into = ways.get(agent, [])
+        if len(into) < 2 or any(edge.conditional for edge in into):
+            return False
+        sources = {edge.source for edge in into}
+        if any(target == agent and sources <= set(group) for group, target in waiting):
+            return True
+        return loops.isdisjoint((source, agent) for source in sources) and len({choices[s] for s in sources}) == 1
+
     return WorkflowSpec(
         name or "workflow",
         [
-            AgentSpec(agent, "and" if len(ways.get(agent, [])) > 1 and all(ways[agent]) else "or")
+            AgentSpec(agent, "and" if waits(agent) else "or")
             for agent in drawable.nodes
             if agent not in LANGGRAPH_ENDS
         ],
@@ -141,11 +159,11 @@ def _edge(row: Any, unknown: set[str]) -> EdgeSpec:
     if isinstance(row, Mapping):
         fields = _fields(row, EDGE_FIELDS, "an edge", unknown)
         if "from" not in fields or "to" not in fields:
-            raise ValueError(f"got an edge with the fields {sorted(map(str, row))}; accepted: from, to and probability")
+            raise ValueError(f"got an edge with the fields {shown(list(row))}; accepted: from, to and probability")
         return EdgeSpec(fields["from"], fields["to"], fields.get("probability", 1.0))
     if isinstance(row, Sequence) and not isinstance(row, str) and len(row) in (2, 3):
         return EdgeSpec(*row)
-    raise ValueError(f"got {row!r:.60} as an edge; accepted: [from, to], [from, to, probability] or a mapping")
+    raise ValueError(f"got {shown(row)} as an edge; accepted: [from, to], [from, to, probability] or a mapping")
 
 
 def _same_cycle(edges: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
@@ -155,6 +173,30 @@ def _same_cycle(edges: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
     graph = networkx.DiGraph(edges)
     component = {node: i for i, nodes in enumerate(networkx.strongly_connected_components(graph)) for node in nodes}
     return {(source, target) for source, target in graph.edges if component[source] == component[target]}
+
+
+def _choices(edges: Iterable[Any]) -> dict[str, frozenset[tuple[str, frozenset[str]]]]:
+    """Of each node the choices that decide whether it runs: a router, and those of its branches that lead to the node.
+
+    No router decides where all its branches lead to the node; those that come back to the router only put it off.
+    """
+    import networkx
+
+    edges = list(edges)
+    graph = networkx.DiGraph((edge.source, edge.target) for edge in edges)
+    found: dict[str, set[tuple[str, frozenset[str]]]] = {node: set() for node in graph}
+    for router in dict.fromkeys(edge.source for edge in edges if edge.conditional):
+        others = networkx.restricted_view(graph, [router], [])
+        reached: dict[bool, dict[str, set[str]]] = {True: {}, False: {}}  # by conditional edges, and by plain ones
+        for edge in edges:
+            if edge.source == router != edge.target:
+                reached[bool(edge.conditional)][edge.target] = {edge.target, *networkx.descendants(others, edge.target)}
+        onward = reached[True].keys() - networkx.ancestors(graph, router)
+        for node in set().union(*reached[True].values()).difference(*reached[False].values()):
+            branches = frozenset(branch for branch, nodes in reached[True].items() if node in nodes)
+            if not onward <= branches:
+                found[node].add((router, branches))
+    return {node: frozenset(choices) for node, choices in found.items()}
 
 
 def _distinct_names(nodes: Iterable[Hashable]) -> dict[Hashable, str]:
@@ -179,12 +221,33 @@ def _list(value: Any, what: str) -> Sequence[Any]:
 
 def _string(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"got {value!r:.60} as the name of {what}; accepted: a string")
+        raise ValueError(f"got {shown(value)} as the name of {what}; accepted: a string")
     return value
 
 
 def _type(value: Any) -> str:
     return type(value).__name__
+
+
+def _bounded_loader() -> type[SafeLoader]:
+    """YAML's safe loader, but merge keys (`<<: [*a, *a]`), which copy what they name, add at most `MAX_YAML` fields."""
+    import yaml
+
+    class BoundedLoader(yaml.SafeLoader):
+        added = 0
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            for key, value in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":
+                    for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                        if isinstance(part, yaml.MappingNode):
+                            self.flatten_mapping(part)
+                            self.added += len(part.value)
+                if self.added > MAX_YAML:
+                    raise ValueError(f"the workflow's merge keys add more than {MAX_YAML} fields")
+            super().flatten_mapping(node)
+
+    return BoundedLoader
 
 
 def _check_size(text: str, limit: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,11 +11,21 @@ MAX_NAME = 256  # characters of an agent's or a workflow's name
 JOINS = ("or", "and")
 
 
+def shown(value: object) -> str:
+    """The first 60 characters of a `repr` that looks at a few items and two levels only, whatever a client sent.
+
+    A short YAML document with aliases can stand for a list of billions of items.
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 60, 60
+    return short.repr(value)[:60]
+
+
 def check_name(name: object, what: str) -> str:
     """`name`, if it can be one."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-        shown = repr(name) if not isinstance(name, str) else f"one of {len(name)} characters"
-        raise ValueError(f"got {shown[:60]} as the name of {what}; accepted: a string of 1 to {MAX_NAME} characters")
+        given = f"one of {len(name)} characters" if isinstance(name, str) else shown(name)
+        raise ValueError(f"got {given} as the name of {what}; accepted: a string of 1 to {MAX_NAME} characters")
     return name
 
 
@@ -23,7 +34,7 @@ def check_probability(probability: object) -> float:
     number = isinstance(probability, (int, float)) and not isinstance(probability, bool)
     if not number or not 0 < probability <= 1:  # type: ignore[operator]
         raise ValueError(
-            f"got {probability!r:.60} as the probability of an edge; accepted: a number above 0, at most 1"
+            f"got {shown(probability)} as the probability of an edge; accepted: a number above 0, at most 1"
         )
     return float(probability)  # type: ignore[arg-type]
 
@@ -48,13 +59,13 @@ class AgentSpec:
     def __post_init__(self) -> None:
         check_name(self.name, "an agent")
         if self.join not in JOINS:
-            raise ValueError(f"got join={self.join!r:.60} for the agent {self.name!r}; accepted: {' or '.join(JOINS)}")
+            raise ValueError(f"got join={shown(self.join)} for the agent {self.name!r}; accepted: {' or '.join(JOINS)}")
         for field in ("call_s", "call_spread_s", "pause_s", "pause_spread_s"):
             value = getattr(self, field)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-            if value is not None and not number:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value <= sys.float_info.max):
                 raise ValueError(
-                    f"got {field}={value!r:.60} for the agent {self.name!r}; accepted: seconds, 0 or more and finite"
+                    f"got {field}={shown(value)} for the agent {self.name!r}; accepted: seconds, 0 or more and finite"
                 )
 
 

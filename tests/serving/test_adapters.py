@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import operator
+import time
 import warnings
-from typing import Annotated, TypedDict
 
 import networkx
 import pytest
@@ -123,6 +122,7 @@ def test_unknown_fields_are_warned_about_once():
         ({"agents": {"a": {"join": ["or"]}}}, r"got join=\['or'\] for the agent 'a'"),
         ({"agents": {"a": {"call_s": -1}}}, "got call_s=-1 for the agent 'a'; accepted: seconds"),
         ({"agents": {"a": {"call_s": math.nan}}}, "got call_s=nan for the agent 'a'"),
+        ({"agents": {"a": {"call_s": 10**400}}}, "got call_s=10000.*000 for the agent 'a'; accepted: seconds"),
         ({"agents": {"a": {"pause_s": "1"}}}, "got pause_s='1' for the agent 'a'"),
         ({"agents": ["a"], "edges": "ab"}, "got str as edges; accepted: a list"),
         ({"agents": ["a"], "edges": [["a"]]}, r"got \['a'\] as an edge; accepted: \[from, to\]"),
@@ -169,53 +169,60 @@ def test_texts_that_are_none(read, text, message):
         read(text)
 
 
-class State(TypedDict):
-    log: Annotated[list, operator.add]
+def nested(levels: int) -> list:
+    """Lists of ten times the same list, 10 ** `levels` items in all."""
+    value: list = ["a"] * 10
+    for _ in range(levels - 1):
+        value = [value] * 10
+    return value
 
 
-def test_langgraph():
-    """A router with a tool loop, then a fan-out that a join waits for."""
-    graph = pytest.importorskip("langgraph.graph")
-
-    builder = graph.StateGraph(State)
-    for name in ("router", "tools", "split", "left", "right", "join"):
-        builder.add_node(name, lambda state: state)
-    builder.add_edge(graph.START, "router")
-    builder.add_conditional_edges("router", lambda state: "split", ["tools", "split", graph.END])
-    builder.add_edge("tools", "router")
-    builder.add_edge("split", "left")
-    builder.add_edge("split", "right")
-    builder.add_edge(["left", "right"], "join")
-    builder.add_edge("join", graph.END)
-    compiled = builder.compile()
-    spec = workflow_from_langgraph(compiled, "assistant")
-    assert spec == workflow_from_langgraph(compiled.get_graph(), "assistant")
-    assert {agent.name: agent.join for agent in spec.agents if agent.join == "and"} == {"join": "and"}
-    assert spec.start == ["router"]
-    assert {(e.source, e.target): e.probability for e in spec.edges if e.source == "router"} == {
-        ("router", "tools"): 1 / 3,
-        ("router", "split"): 1 / 3,
-    }
-    steps = StepGraph()
-    flow = steps.add_workflow(spec)
-    flow.start("router")
-    expected = {"router": 2, "tools": 1, "split": 1, "left": 2, "right": 2, "join": 3}
-    assert {name: steps.next_steps(name) for name in expected} == expected
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"agents": {"a": {"join": nested(9)}}}, r"^got join=\[\[\[.{50,60} for the agent 'a'; accepted: or"),
+        ({"agents": {"a": {"call_s": nested(9)}}}, r"^got call_s=\[\[\[.{50,60} for the agent 'a'; accepted: seconds"),
+        ({"agents": [nested(9)]}, r"^got \[\[\[.{50,60} as the name of an agent; accepted: a string"),
+        ({"agents": ["a"], "edges": [nested(9)]}, r"^got \[\[\[.{50,60} as an edge; accepted: \[from, to\]"),
+        ({"agents": ["a"], "edges": [["a", nested(9)]]}, r"^got \[\[\[.{50,60} as the name of an edge's target"),
+        ({"agents": ["a"], "edges": [["a", "a", nested(9)]]}, r"^got \[\[\[.{50,60} as the probability of an edge"),
+        ({"workflow": nested(9), "agents": []}, r"^got \[\[\[.{50,60} as the name of a workflow"),
+    ],
+)
+def test_a_billion_nested_items_are_refused_at_once(document, message):
+    begun = time.process_time()
+    with pytest.raises(ValueError, match=message) as caught:
+        workflow_from_dict(document)
+    assert time.process_time() - begun < 1
+    assert len(str(caught.value)) < 200
 
 
-def test_a_langgraph_node_in_a_loop_does_not_wait_for_itself():
-    """Two plain edges into `work`, one of which comes back from it."""
-    graph = pytest.importorskip("langgraph.graph")
+def aliases(levels: int, item: str, nest: str) -> str:
+    """A YAML document whose `x0` is `item`; every level after it repeats the one before ten times in `nest`."""
+    lines = [f"x0: &x0 {item}"]
+    lines += [f"x{i}: &x{i} {nest % ', '.join([f'*x{i - 1}'] * 10)}" for i in range(1, levels)]
+    return "\n".join([*lines, f"agents: {{a: {{join: *x{levels - 1}}}}}"])
 
-    builder = graph.StateGraph(State)
-    for name in ("intake", "work", "check"):
-        builder.add_node(name, lambda state: state)
-    builder.add_edge(graph.START, "intake")
-    builder.add_edge("intake", "work")
-    builder.add_edge("work", "check")
-    builder.add_edge("check", "work")
-    spec = workflow_from_langgraph(builder.compile())
-    assert {agent.join for agent in spec.agents} == {"or"}
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (aliases(10, "a", "[%s]"), r"^got join=\[\[\[.{50,60} for the agent 'a'; accepted: or"),
+        (aliases(10, "{a: 1}", "{<<: [%s]}"), f"^the workflow's merge keys add more than {MAX_YAML} fields"),
+    ],
+)
+def test_yaml_aliases_that_stand_for_a_billion_items(text, message):
+    with pytest.raises(ValueError, match=message):
+        workflow_from_yaml(text)
+
+
+def test_yaml_merge_keys():
+    """Fields that several agents share are written once."""
+    text = "agents: {a: &slow {call_s: 9, join: and}, b: {<<: *slow, call_s: 8}, c: {<<: [*slow, {pause_s: 1}]}}"
+    agents = [AgentSpec("a", "and", 9), AgentSpec("b", "and", 8), AgentSpec("c", "and", 9, pause_s=1)]
+    assert workflow_from_yaml(text).agents == agents
 
 
 def test_what_is_no_langgraph():
