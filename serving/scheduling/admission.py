@@ -15,11 +15,10 @@ from ..lease import Lease, LoadState
 from ..node import Node, Tier
 from ..outlook import Outlook
 from ..tiers import TieredTree
-from ..transfers import fastest
 from .entry import Entry, State
 from .fairness import FairQueue
 from .limits import Limits
-from .loads import Loads
+from .loads import Loads, bytes_of_loads
 from .statistics import SchedulerStatistics
 from .timers import Timers
 
@@ -31,17 +30,19 @@ class Attempt(Enum):
     ADMITTED = "everything it needs is on the device"
     LOADING = "its loads have begun"
     REFUSED = "there is no room now"
+    ASIDE = "it needs a load, and as many as may be are under way"
 
 
 class Admission:
-    """The requests that wait, and those whose KV is on its way.
+    """The requests that wait, and those whose KV is on its way or has just come.
 
     Args:
         outlook: told which requests wait, and of each just before its prompt is looked up for the first time.
     Attributes:
-        overdue: requests that have been refused for longer than patience: they come first, and nobody passes them.
+        overdue: requests that have been refused room for longer than patience: they come first, and nobody passes
+            them but while it is a load that they wait for.
         changed: something has happened since the last admission that may have made room.
-        starved: somebody was refused in it.
+        starved: somebody was refused room in it.
     """
 
     def __init__(
@@ -102,7 +103,8 @@ class Admission:
             slots: how many there may be at most.
             idle: nothing is being computed.
         """
-        ready = self._land()
+        self._land()
+        ready = self.loading.take_ready(slots)
         self._computing = self.limits.running - slots + len(ready)
         idle = idle and not ready
         self.changed = self.changed or self.loading.ended
@@ -112,12 +114,16 @@ class Admission:
         self.changed = False
         self.starved = False
         refused: list[Entry] = []
+        looked: set[Entry] = set()  # overdue ones that wait for a load to end
         while len(ready) < slots and len(refused) < self.limits.looks:
-            overdue = next(iter(self.overdue), None)
-            entry = self.queue.pop() if overdue is None else overdue
+            entry = self._next(looked)
             if entry is None:
                 break
             attempt = self._attempt(entry, idle and not ready and not self.loading)
+            if attempt is Attempt.ASIDE:
+                self._put_aside(entry, refused, looked)
+                continue
+            entry.aside = False
             if attempt is Attempt.REFUSED:
                 if self._refuse(entry, refused):
                     break
@@ -130,6 +136,24 @@ class Admission:
         for entry in refused:
             self.queue.push(entry)
         return ready
+
+    def _next(self, looked: set[Entry]) -> Entry | None:
+        """The next one to look at. While no load can begin, those aside come last: their KV may have come meanwhile."""
+        overdue = next((entry for entry in self.overdue if entry not in looked), None)
+        if overdue is not None:
+            return overdue
+        can_load = len(self.loading) < self.limits.loading
+        return self.queue.pop(aside=can_load) or self.queue.pop(aside=True)
+
+    def _put_aside(self, entry: Entry, refused: list[Entry], looked: set[Entry]) -> None:
+        """It keeps its place among those that wait for a load to end; each is put there once, so this has no bound."""
+        if entry in self.overdue:
+            looked.add(entry)
+        elif entry.aside:
+            refused.append(entry)
+        else:
+            entry.aside = True
+            self.queue.push(entry)
 
     def _refuse(self, entry: Entry, refused: list[Entry]) -> bool:
         """Notes a refusal; whether nobody else is to be looked at."""
@@ -166,8 +190,8 @@ class Admission:
         found, choice, missing = self._choose(entry, lease)
         if missing and len(self.loading) >= self.limits.loading:
             self._let_go(entry)
-            return Attempt.REFUSED
-        beside = self._bytes(missing)
+            return Attempt.ASIDE
+        beside = bytes_of_loads(missing, tiers.pools[Tier.DEVICE])
         room = tiers.reserve(entry.needed, beside)
         cancelled = room is Room.REFUSED and tiers.transfers.cancel_prefetches(Tier.DEVICE, entry.needed + beside)
         if room is Room.REFUSED and not cancelled and alone and lease.length:
@@ -201,17 +225,6 @@ class Admission:
             lease.shorten(chain[choice.nodes - 1] if choice.nodes else lease.node.root)
         return found, choice, [node for node in chain[: choice.nodes] if node.copies[Tier.DEVICE] is None]
 
-    def _bytes(self, missing: list[Node]) -> int:
-        """That the device must have for copies that are not under way yet."""
-        pool, total = self.tiers.pools[Tier.DEVICE], 0
-        for node in missing:
-            if node.flight is None or node.flight.target is not Tier.DEVICE:
-                source = fastest(node)
-                payload = None if source is None else node.copies[source]
-                assert payload is not None, "a chain has data"
-                total += pool.charge(payload)
-        return total
-
     def _begin(self, entry: Entry, lease: Lease, missing: list[Node], found: int, choice: Choice) -> Attempt:
         """The memory is there; loads what is missing."""
         now = self.tiers.clock()
@@ -238,20 +251,19 @@ class Admission:
             statistics.recomputed_refused += entry.compute
             statistics.recomputed_late += not entry.compute
 
-    def _land(self) -> list[Entry]:
-        """The requests whose loads are done; the others go on, or wait for another try."""
-        ready = []
+    def _land(self) -> None:
+        """Sorts those with an ended copy: all is there, or more is to come, or they wait for another try."""
         for entry in self.loading.take_landed():
             assert entry.lease is not None and entry.state is State.LOADING, "what loads has a lease"
             failed = entry.failures >= FAILURES
             state = LoadState.NO_ROOM if failed else entry.lease.load(Urgency.DEMAND, entry.times.arrived)
             if state is LoadState.READY:
                 self._stall(entry)
-                self.loading.remove(entry)
-                ready.append(entry)
+                self.loading.done(entry)
             elif state is not LoadState.LOADING:
                 self._try_again(entry, compute=failed)
-        return ready
+            elif self.tiers.clock() >= entry.give_up_at:  # its timer has passed: `give_up` left it to this
+                self._try_again(entry, compute=True)
 
     def _stall(self, entry: Entry) -> None:
         waited = max(0.0, self.tiers.clock() - entry.load_began)
@@ -260,7 +272,7 @@ class Admission:
         self.statistics.events += 1
 
     def give_up(self, entry: Entry) -> None:
-        """Its loads have taken too long; not if one has just ended."""
+        """Its loads have taken too long; if one has just ended, `_land` sees whether it was the last."""
         if not self.loading.has_landed(entry):
             self._try_again(entry, compute=True)
 

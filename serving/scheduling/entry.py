@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class State(Enum):
     WAITING = "it was waiting to be admitted"
     LOADING = "its KV was on its way"
+    LOADED = "its KV had come, and it was waiting for a place in the batch"
     PREFILL = "its prompt was being computed"
     DECODE = "its answer was being computed"
     ENDED = "it was over"
@@ -39,6 +40,7 @@ class Entry:
         order: of arrival. opened: its prompt has been looked up. started: a workflow counts it. waits: the outlook
             does.
         failures: of its loads. compute: its prompt is computed as far as it is not on the device.
+        aside: it waits for a load to end, as it needs one and as many as may be are under way.
         refused_at: when it first found no room. load_began, give_up_at: of the load under way.
         working: it is in the work that is out. doomed: how it is to end once that is back.
     """
@@ -64,6 +66,7 @@ class Entry:
     opened: bool = False
     started: bool = False
     waits: bool = False
+    aside: bool = False
     refused_at: float | None = None
     load_began: float = 0.0
     give_up_at: float = math.inf

@@ -13,8 +13,10 @@ class Limits:
     Attributes:
         batch_tokens: of one piece of work; a decoding request counts 1, the rest is for prefills.
         chunk_tokens: of one request's prefill in one piece of work; by default up to `batch_tokens`.
-        running: requests that are computed at once.
-        loading: requests whose KV is on its way to the device at once.
+        running: requests that are computed at once. Those that load take no place: they wait for one once their KV is
+            there, with their memory, and go before those that have not been admitted.
+        loading: requests whose KV is on its way to the device at once. Others that would load wait for one of these to
+            end; that is no lack of room, and whoever needs no load goes past them.
         waiting: requests that have not been admitted; more are refused.
         timeout_s: seconds from a request's arrival to its end, where it says nothing else.
         room_patience_s: a request that has been refused room for so long is admitted next, whoever else would fit.

@@ -1,10 +1,14 @@
-"""The requests whose KV is on its way to the device."""
+"""The requests whose KV is on its way to the device, or has come and waits for a place in the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from ..copies import CopyJob, Outcome
+from ..node import Node, Tier
+from ..pools import Pool
+from ..transfers import fastest
 from .entry import Entry, State
 
 
@@ -12,11 +16,13 @@ class Loads:
     """Found by their leases when copies end, so nobody asks all of them.
 
     Attributes:
+        ready: requests whose loads are done, in that order; they load no more, but keep lease and memory.
         ended: copies, of whatever kind, have ended since this was last set to False.
     """
 
     def __init__(self) -> None:
         self.ended = False
+        self.ready: dict[Entry, None] = {}
         self._entries: dict[Entry, None] = {}
         self._by_lease: dict[int, Entry] = {}
         self._landed: dict[Entry, None] = {}
@@ -39,6 +45,20 @@ class Loads:
             assert entry.lease is not None, "what is loaded is leased"
             del self._entries[entry], self._by_lease[entry.lease.number]
             self._landed.pop(entry, None)
+        self.ready.pop(entry, None)
+
+    def done(self, entry: Entry) -> None:
+        """All that it leases is on the device."""
+        self.remove(entry)
+        entry.state = State.LOADED
+        self.ready[entry] = None
+
+    def take_ready(self, count: int) -> list[Entry]:
+        """The first of `ready`, so many at most, out of it."""
+        taken = list(islice(self.ready, count))
+        for entry in taken:
+            del self.ready[entry]
+        return taken
 
     def on_copy(self, job: CopyJob) -> None:
         """A copy has ended; its failure is counted with everybody who waited for it."""
@@ -66,3 +86,18 @@ class Loads:
             assert self._by_lease[entry.lease.number] is entry
         assert len(self._by_lease) == len(self._entries), "only what loads is found by its lease"
         assert self._landed.keys() <= self._entries.keys()
+        for entry in self.ready:
+            assert entry.state is State.LOADED and entry.lease is not None
+            assert len(entry.lease.payloads()) == len(entry.lease.nodes() or ()), "what has come stays on the device"
+
+
+def bytes_of_loads(missing: Sequence[Node], pool: Pool) -> int:
+    """That the device's pool must have for copies that are not under way yet."""
+    total = 0
+    for node in missing:
+        if node.flight is None or node.flight.target is not Tier.DEVICE:
+            source = fastest(node)
+            payload = None if source is None else node.copies[source]
+            assert payload is not None, "a chain has data"
+            total += pool.charge(payload)
+    return total

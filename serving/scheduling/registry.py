@@ -80,12 +80,14 @@ class Registry:
         """Raises AssertionError unless each request is in one place and holds what it should."""
         admission, batch = self.admission, self.batch
         entries = list(self.entries.values())
-        places = [*admission.queue, *admission.overdue, *admission.loading, *batch.prefilling, *batch.decoding]
+        waiting = [*admission.queue, *admission.overdue, *admission.loading, *admission.loading.ready]
+        places = [*waiting, *batch.prefilling, *batch.decoding]
         assert len(places) == len(set(places)) and set(places) == set(entries), "a request is in one place"
         reserved = sum(entry.reserved for entry in entries)
         assert admission.tiers.pools[Tier.DEVICE].reserved == reserved, "reserved bytes belong to requests"
         leases = {entry.lease.number for entry in entries if entry.lease is not None}
         assert leases <= admission.tiers.leases.keys(), "leases of requests are live"
+        assert len(batch) <= admission.limits.running, "no more are computed than may be"
         for entry in batch.prefilling:
             assert entry.state is State.PREFILL and entry.lease is not None
         for entry in batch.decoding:

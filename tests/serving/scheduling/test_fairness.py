@@ -95,6 +95,32 @@ def test_who_comes_back_takes_its_old_place():
     assert popped(queue) == [first, second]
 
 
+def test_who_is_put_aside_keeps_its_place():
+    """Until all may go the others go, in their order; then all do, in the order they would have gone in anyway."""
+    random = Random(0)
+    plain, queue = FairQueue(), FairQueue()
+    for _ in range(200):
+        path, now = (random.choice("xyz"), random.choice("pq")), random.random()
+        one, other = entry(*path, now), entry(*path, now)
+        other.aside = random.random() < 0.5
+        plain.push(one)
+        queue.push(other)
+    for _ in range(200):
+        tokens = random.uniform(1, 50)
+        one, other = plain.pop(), queue.pop()
+        assert one is not None and other is not None and one.times == other.times
+        plain.charge(one, tokens)
+        queue.charge(other, tokens)
+        queue.check()
+    queue = FairQueue()
+    pushed = [entry(now=number) for number in range(6)]
+    for each in pushed:
+        each.aside = each.times.arrived % 2 == 0
+        queue.push(each)
+    assert [queue.pop(aside=False) for _ in range(4)] == [*pushed[1::2], None]
+    assert popped(queue) == pushed[::2]
+
+
 def test_too_much_charged_is_given_back():
     queue = FairQueue()
     for client in "ab":
@@ -130,13 +156,17 @@ def test_nothing_is_lost_or_given_twice(seed, steps):
         action = random.random()
         if action < 0.5 or not inside:
             inside.append(entry(random.choice("xy"), random.choice("pq"), random.random(), random.random()))
+            inside[-1].aside = random.random() < 0.3
             queue.push(inside[-1])
         elif action < 0.7:
             each = inside.pop(random.randrange(len(inside)))
             assert queue.remove(each) and not queue.remove(each) and each not in queue
         else:
-            each = queue.pop()
-            assert each is not None
+            each = queue.pop(aside=action < 0.85)
+            if each is None:
+                assert action >= 0.85 and all(other.aside for other in inside)
+                continue
+            assert action < 0.85 or not each.aside
             inside.remove(each)
             queue.charge(each, random.uniform(-5, 50))
         assert len(queue) == len(inside) and set(queue) == set(inside)

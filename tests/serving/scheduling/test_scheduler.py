@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tenure.serving import (
-    Keep,
-    Limits,
-    LinearCosts,
-    Phantom,
-    Request,
-    RequestOutcome,
-    Tier,
-    VirtualCopies,
-)
+from tenure.serving import Keep, Limits, LinearCosts, Phantom, Request, RequestOutcome, Tier
 
 A, B, C, D = ([n * 100 + k for k in range(40)] for n in (1, 2, 3, 4))
 
@@ -125,129 +116,10 @@ def test_what_does_not_fit_is_passed_until_patience_ends(make_driver):
     assert all(ended.outcome is RequestOutcome.ANSWERED for ended in driver.ended)
 
 
-def spill(driver, *prompts):
-    """These are computed, then pushed down into the host's memory."""
-    for prompt in prompts:
-        driver.serve(f"fill{len(driver.ended)}", prompt)
-    driver.send_down()
-    for prompt in prompts:
-        assert driver.cached(prompt) == 0 and driver.cached(prompt, Tier.HOST) == len(prompt)
-
-
-def test_what_loads_is_skipped_and_dispatched_when_it_is_ready(make_driver):
-    driver = make_driver(device=100, link=100.0, costs=LinearCosts(50.0, (100.0, 0.0)))
-    spill(driver, A)
-    driver.serve("fill", C)
-    driver.submit("cold", [*A, 1, 2])
-    driver.submit("warm", [*C[:20], 1])
-    work = driver.begin()
-    assert [item.request.id for item in work.prefills] == ["warm"], "the other one's KV is on its way"
-    driver.finish(work)
-    driver.run()
-    cold = driver.answer("cold")
-    assert cold.loaded_tokens == 40 and cold.cached_tokens == 40 and cold.recomputed_tokens == 0
-    assert cold.stalled_s >= 0.4 and driver.scheduler.statistics.stalled_s == cold.stalled_s
-    assert driver.answer("warm").times.ended < cold.times.ended
-
-
-def test_under_hicache_everybody_waits_for_a_load(make_driver):
-    driver = make_driver("hicache", device=100, link=100.0, costs=LinearCosts(50.0, (100.0, 0.0)))
-    spill(driver, A)
-    driver.serve("fill", C)
-    driver.submit("cold", [*A, 1, 2])
-    driver.submit("warm", [*C[:20], 1])
-    began = driver.clock()
-    assert driver.begin() is None and driver.scheduler.next_time() is not None
-    while (work := driver.begin()) is None:
-        driver.clock.advance_to(driver.scheduler.next_time())
-    assert driver.clock() - began == pytest.approx(0.4), "40 bytes at 100 a second"
-    assert {item.request.id for item in work.prefills} == {"cold", "warm"}
-    driver.finish(work)
-    driver.run()
-    assert driver.answer("cold").loaded_tokens == 40 and driver.answer("warm").stalled_s == 0
-
-
-def test_a_load_that_would_end_later_than_computing_is_computed(make_driver):
-    driver = make_driver(device=100, link=10.0, costs=LinearCosts(100.0, (10.0, 0.0)))
-    spill(driver, A)
-    ended = driver.serve("r", [*A, 1])
-    assert (ended.cached_tokens, ended.loaded_tokens, ended.recomputed_tokens) == (0, 0, 40)
-    assert driver.scheduler.statistics.recomputed_late == 1 and driver.scheduler.statistics.recomputed_tokens == 40
-    assert driver.cached(A) == 40, "what was computed lies on the device again"
-
-
-def test_a_queue_of_loads_makes_computing_sooner(make_driver):
-    """40 tokens load in 0.1 s and compute in 0.15 s: worth it alone, not behind another one's."""
-    driver = make_driver(device=200, link=400.0, costs=LinearCosts(260.0, (400.0, 0.0)))
-    spill(driver, A, B)
-    driver.submit("a", [*A, 1])
-    driver.submit("b", [*B, 1])
-    driver.run()
-    assert driver.answer("a").loaded_tokens == 40
-    assert driver.answer("b").recomputed_tokens > 0 == driver.answer("b").loaded_tokens
-
-
-def test_a_prefix_that_is_cheap_to_load_is_loaded_and_the_rest_computed(make_driver):
-    class Steep:
-        """The beginning of a prompt is dear to compute, the rest is not."""
-
-        def recompute_s(self, start, end):
-            return max(0, 20 - start) / 10 + max(0, end - max(start, 20)) / 1000
-
-        def reload_s(self, nbytes, tier):
-            return nbytes / 100
-
-    driver = make_driver(device=100, link=100.0, costs=Steep())
-    driver.serve("one", A, agent="a", fixed_tokens=20)
-    driver.send_down()
-    ended = driver.serve("r", [*A, 1])
-    assert (ended.loaded_tokens, ended.recomputed_tokens) == (20, 20)
-
-
-class Broken(VirtualCopies):
-    """Copies into the device fail."""
-
-    def copy_layer(self, job):
-        if job.target is Tier.DEVICE:
-            raise RuntimeError("bus error")
-        super().copy_layer(job)
-
-
-class Stuck(VirtualCopies):
-    """Once `stuck`, copies into the device take a thousand times as long as anybody thinks."""
-
-    stuck = False
-
-    def copy_layer(self, job):
-        super().copy_layer(job)
-
-    def submit(self, job):
-        if self.stuck and job.target is Tier.DEVICE:
-            self.speeds[job.link] = type(self.speeds[job.link])(1e-3)
-        super().submit(job)
-
-
-def test_failed_loads_are_computed_after_another_try(make_driver):
-    driver = make_driver(copies=Broken)
-    spill(driver, A)
-    ended = driver.serve("r", [*A, 1])
-    assert ended.outcome is RequestOutcome.ANSWERED and ended.recomputed_tokens == 40
-    assert driver.system.tiers.statistics.copies_failed == 2 and driver.scheduler.statistics.recomputed_refused == 1
-
-
-def test_a_load_that_does_not_end_is_given_up(make_driver):
-    driver = make_driver(copies=Stuck, link=400.0)
-    spill(driver, A)
-    driver.system.tiers.transfers.mover.stuck = True
-    before = driver.clock()
-    ended = driver.serve("r", [*A, 1])
-    assert ended.outcome is RequestOutcome.ANSWERED and ended.recomputed_tokens == 40
-    assert ended.times.ended - before < 5, "not the hours that the load would have taken"
-
-
 def test_cancelled_in_every_state(make_driver):
     driver = make_driver(device=100, link=100.0, costs=LinearCosts(50.0, (100.0, 0.0)))
-    spill(driver, A)
+    driver.serve("fill", A)
+    driver.send_down()
     pool = driver.system.tiers.pools[Tier.DEVICE]
     for name, prompt in (("loading", [*A, 1]), ("prefill", D), ("waiting", B)):
         driver.submit(name, prompt, 5)
@@ -274,15 +146,30 @@ def test_cancelled_in_every_state(make_driver):
 
 
 def test_timed_out_in_every_state(make_driver):
-    driver = make_driver(device=100)
-    driver.submit("running", A, 50, timeout_s=3.0)
-    driver.submit("waiting", B, 50, timeout_s=2.0)
+    limits = Limits(batch_tokens=64, chunk_tokens=4, running=2)
+    driver = make_driver(device=200, link=10.0, costs=LinearCosts(1.0, (10.0, 0.0)), limits=limits)
+    for name, prompt in (("fill", A), ("fill2", C[:10])):
+        driver.serve(name, prompt)
+    driver.send_down()
+    driver.submit("loading", [*A, 1], timeout_s=2.0)
+    driver.submit("loaded", [*C[:10], 1], timeout_s=6.0)
+    driver.submit("decode", B[:4], 50, timeout_s=9.0)
+    driver.submit("prefill", D, timeout_s=0.1)
+    driver.submit("waiting", B, timeout_s=1.0)
+    driver.submit("late", [*D, 1], 30)
     driver.run()
-    running, waiting = driver.answer("running"), driver.answer("waiting")
-    assert running.outcome is waiting.outcome is RequestOutcome.TIMED_OUT
-    assert running.error == "it was not answered within 3 s; its answer was being computed"
-    assert waiting.error == "it was not answered within 2 s; it was waiting to be admitted"
-    assert 0 < running.produced < 50
+    states = {
+        "loading": "2 s; its KV was on its way",
+        "loaded": "6 s; its KV had come, and it was waiting for a place in the batch",
+        "decode": "9 s; its answer was being computed",
+        "prefill": "0.1 s; its prompt was being computed",
+        "waiting": "1 s; it was waiting to be admitted",
+    }
+    for name, told in states.items():
+        ended = driver.answer(name)
+        assert (ended.outcome, ended.error) == (RequestOutcome.TIMED_OUT, f"it was not answered within {told}")
+    assert 0 < driver.answer("decode").produced < 50 and driver.answer("prefill").produced == 0
+    assert driver.answer("late").outcome is RequestOutcome.ANSWERED
 
 
 def test_a_failed_item_ends_its_request_and_a_failed_batch_all_of_it(make_driver):
