@@ -20,7 +20,7 @@ from tenure.scripts import soak
 from tenure.scripts.soak_world import AGENTS, BELOW, FAULTS, HINTS, SYSTEMS, World
 from tenure.serving import Keep
 
-STEPS = int(os.environ.get("TENURE_SOAK_STEPS", "15000"))
+STEPS = int(os.environ.get("TENURE_SOAK_STEPS", "100000"))  # that do not shrink; those that do are a tenth of it
 STEPS_EACH = 50  # of hypothesis, at most: many examples are shorter
 
 
@@ -113,7 +113,7 @@ def test_random_steps_that_shrink():
     run(
         machine,
         settings=settings(
-            max_examples=max(1, STEPS // 5 // STEPS_EACH),
+            max_examples=max(1, STEPS // 10 // STEPS_EACH),
             stateful_step_count=STEPS_EACH,
             deadline=None,
             derandomize=True,
@@ -121,9 +121,10 @@ def test_random_steps_that_shrink():
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
         ),
     )
-    assert machine.steps >= STEPS // 10
+    assert machine.steps >= STEPS // 20
 
 
+@pytest.mark.timeout(900)  # one run, as some counters move once in ten thousand steps
 def test_many_random_steps():
     """Every counter must have moved: what never happens is not tested."""
     counts = soak.worlds(STEPS, seed=1)
