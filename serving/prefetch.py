@@ -234,8 +234,7 @@ class Prefetcher:
     def _on_copy(self, job: CopyJob) -> None:
         self._news = True  # there may be room
         for number in job.waiters:
-            flight = self._flights.of_lease(number)
-            if flight is not None:
+            if (flight := self._flights.of_lease(number)) is not None:
                 self._landed[flight] = job
 
     def _land(self, flight: Flight, job: CopyJob) -> None:

@@ -72,7 +72,7 @@ class Shares:
         if counts == self._clients and ((self._clients < 2 and not self.capped) or (not agents and not moved)):
             moved.clear()
             return set()
-        clients = {self._owner[agent] for agent in (*agents, *moved) if agent in self._owner}
+        clients = {self._owner[agent] for agent in (*agents, *moved) if isinstance(agent, str) and agent in self._owner}
         moved.clear()
         if counts != self._clients:  # everybody's share is another one
             clients = set(self._agents)
