@@ -110,9 +110,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run took and answered."""
+    """What one run took and answered.
+
+    Attributes:
+        busy_s: seconds of the makespan in which the model computed; in the rest it waited.
+    """
 
     makespan_s: float
+    busy_s: float
     hit_rate: float
     stall_s: float
     bytes_moved: int
@@ -194,6 +199,7 @@ def one_run(
     on_device = sum(each.cached_tokens - each.loaded_tokens for each in ended)
     return Run(
         makespan_s=makespan,
+        busy_s=engine.busy_s,
         hit_rate=on_device / max(1, system.tiers.statistics.tokens_asked - asked),
         stall_s=sum(each.stalled_s for each in ended),
         bytes_moved=moved,

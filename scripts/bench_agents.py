@@ -188,7 +188,8 @@ def row(
 ) -> dict[str, Any]:
     """Medians over the runs; the ratio is that of the baseline without compression, turn by turn.
 
-    `agents_fit` is how many fixed prompts, as they are stored, the device pool has room for.
+    `idle_s` are the seconds in which the model did not compute: what a policy answers for, whatever else the machine
+    does meanwhile. `agents_fit` is how many fixed prompts, as they are stored, the device pool has room for.
     """
     from ..serving import MemoryPool
     from ..serving.simulation.results import quantile
@@ -203,6 +204,7 @@ def row(
         "name": f"{workload.name}/pool{pool:.0%}",
         "policy": system if keep == 1 else f"{system}+{keep:.0%}",
         "makespan_s": statistics.median(run.makespan_s for run in own),
+        "idle_s": statistics.median(run.makespan_s - run.busy_s for run in own),
         "ratio": statistics.median(b.makespan_s / o.makespan_s for b, o in zip(base, own, strict=True)),
         "hit_rate": statistics.median(run.hit_rate for run in own),
         "stall_s": statistics.median(run.stall_s for run in own),
@@ -221,11 +223,11 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     from rich.table import Table
 
     counts = ("fit", "hits", "stall s", "MiB a call", "wasted")
-    columns = ("policy", "seconds", f"× {BASELINE}", *counts, "TTFT P50", "P99")
+    columns = ("policy", "seconds", f"× {BASELINE}", "idle s", *counts, "TTFT P50", "P99")
     table = Table(*columns, title=title)
     for each in rows:
         table.add_row(
-            each["policy"], f"{each['makespan_s']:.1f}", f"{each['ratio']:.2f}",
+            each["policy"], f"{each['makespan_s']:.1f}", f"{each['ratio']:.2f}", f"{each['idle_s']:.2f}",
             str(each["agents_fit"]), f"{each['hit_rate']:.2f}", f"{each['stall_s']:.1f}",
             f"{each['bytes_moved_per_call'] / MIB:.1f}", f"{each['bytes_wasted'] / MIB:.0f}",
             f"{each['ttft_p50_s']:.2f}", f"{each['ttft_p99_s']:.2f}",

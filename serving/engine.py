@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -44,6 +45,8 @@ class Engine:
         system: whose tiers and scheduler are used, see `build_system`; its device pool must be on the model's device.
         compression: of fixed prompts; None: they are stored as they are.
         choose: picks the next token from logits `(vocab,)`.
+    Attributes:
+        busy_s: seconds spent on work of the scheduler so far, the copies of caches that it takes included.
     Raises:
         ValueError: the session evicts by itself, or the model or the policy cannot be used, see `PromptKV`.
     """
@@ -62,6 +65,7 @@ class Engine:
             )
         self.session, self.system, self.compression, self.choose = session, system, compression, choose
         self.kv = PromptKV(session)
+        self.busy_s = 0.0
         if compression is not None:
             session.require_recorded(get_policy(compression.policy))
         self._ends = end_tokens(session.model)
@@ -125,6 +129,7 @@ class Engine:
             if not ended:
                 scheduler.wait(patience_s)
             return ended
+        begun = time.perf_counter()
         try:
             for item in work.prefills:
                 self._run(item, lambda item=item: self._prefill(item))
@@ -133,6 +138,8 @@ class Engine:
         except BaseException as error:
             scheduler.complete(work, error=error)
             raise
+        finally:
+            self.busy_s += time.perf_counter() - begun
         scheduler.complete(work)
         return self._take_ended()
 

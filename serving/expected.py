@@ -7,6 +7,8 @@ the chance that it happens before the clock rings; reuse / reach tells how soon 
 * One after another: the chances multiply; a duration D contributes E[exp(-γD)]. With branches only (one of the edges is
   taken), first passages solve the linear system of semi-Markov processes (Pyke, Markov renewal processes, Ann. Math.
   Stat. 32, 1961), q_w(x) = E[exp(-γD_w)] · Σ_y p_wy (1 if y = x else q_y(x)), and the result is exact.
+* What the edges say is true with the chance `accuracy`; otherwise any agent may be called, each with the same chance.
+  That is for ways of which one is taken; forks, all of whose ways are taken, are believed.
 * The first of several (OR, forks, calls that run at once), taken as independent: wait for the sooner one if it comes at
   all, else for the other (`first_of`). It is never above the true value, which may use whichever happens to be first,
   nor below any single one.
@@ -67,13 +69,17 @@ class FirstPassage:
         branches: for each agent, its successors and the probabilities of the edges; those below 1 exclude each other.
         is_and: for each agent.
         legs: for each agent, E[exp(-γ(call + pause))], float64 `(agents,)`.
+        accuracy: the chance that a call which an edge foretells comes, and not another one.
     Attributes:
         after: chances `(agents, targets)` of the target's first call after one of the agent that begins now.
         onward: the same, counted from the end of the agent's call and pause.
+        anywhere: chances `(targets,)` once any agent is called, each with the same chance.
         gates: for each AND agent, for each predecessor, the target that stands for the edge.
     """
 
-    def __init__(self, branches: Sequence[Mapping[int, float]], is_and: Sequence[bool], legs: np.ndarray) -> None:
+    def __init__(
+        self, branches: Sequence[Mapping[int, float]], is_and: Sequence[bool], legs: np.ndarray, accuracy: float = 1.0
+    ) -> None:
         self.agents = len(branches)
         self.legs = legs
         self.gates: dict[int, dict[int, int]] = {agent: {} for agent in range(self.agents) if is_and[agent]}
@@ -97,12 +103,22 @@ class FirstPassage:
         for agent in range(self.agents):
             if len(always[agent]) == 1 and not choice[agent].any():  # one sure way is a branch of probability 1
                 choice[agent, always[agent].pop()] = 1.0
+        elsewhere = (1 - accuracy) * choice.sum(1, keepdims=True) / max(1, self.agents)
+        choice *= accuracy
+        choice[:, : self.agents] += elsewhere
         width = max(map(len, always), default=0)
         forks = np.full((self.agents, width), self.targets)  # filled up with a row of zeros
         for agent, row in enumerate(always):
             forks[agent, : len(row)] = row
         self.onward = self._by_rounds(choice, forks) if width else self._by_visits(choice)
         self.after = Chance(self.onward.reach, self.onward.reuse * legs[:, None])
+        self.anywhere = Chance(*map(self._mean, self.after))
+
+    def _mean(self, after: np.ndarray) -> np.ndarray:
+        own = np.arange(self.agents)
+        total = after.sum(0)
+        total[own] += 1 - after[own, own]
+        return total / max(1, self.agents)
 
     def _by_visits(self, choice: np.ndarray) -> Chance:
         """Without forks: the expected number of arrivals at each target is a linear system, and that of all arrivals is
@@ -134,9 +150,10 @@ class FirstPassage:
             step = Chance(choice @ entered.reach[:-1], choice @ entered.reuse[:-1])
             for column in forks.T:
                 step = first_of(step, Chance(entered.reach[column], entered.reuse[column]))
-            change = max(np.abs(new - old).max(initial=0.0) for new, old in zip(step, onward, strict=True))
+            still = np.abs(step.reach - onward.reach).max(initial=0.0) < TOLERANCE
+            still = still and bool((np.abs(step.reuse - onward.reuse) <= TOLERANCE * step.reuse).all())
             onward = step
-            if change < TOLERANCE:
+            if still:
                 break
             entered.reach[: self.agents] = onward.reach
             entered.reuse[: self.agents] = onward.reuse * self.legs[:, None]

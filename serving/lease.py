@@ -65,7 +65,7 @@ class Lease:
 
         Args:
             urgency, priority: of the copies, see `CopyJob`.
-            only_below: evict only what ranks below the leased prompt in the order; for prefetching.
+            only_below: evict only what the order lets go for the leased prompt (`Order.displaced`); for prefetching.
         """
         tiers = self._tiers
         with tiers.lock:
@@ -96,7 +96,9 @@ class Lease:
         pool = tiers.pools[Tier.DEVICE]
         payloads = [node.copies[source] for node in nodes if (source := fastest(node)) is not None]
         needed = sum(pool.charge(payload) for payload in payloads if payload is not None)
-        below = tiers.residency.candidates[Tier.DEVICE].rank(self.node) if only_below else None
+        below = None
+        if only_below:
+            below = tiers.eviction.policy.order.displaced(tiers.residency.candidates[Tier.DEVICE].rank(self.node))
         room = tiers.eviction.make_room(Tier.DEVICE, needed, below)
         if (
             room is Room.REFUSED

@@ -17,6 +17,7 @@ from .node import Node, Tier
 
 Agent = Hashable
 Rank = tuple[float, ...]
+WORTH = 2.0  # times as much as what it displaces is a prompt that is brought up ahead of its call
 AgentValue = Callable[[Agent], float] | Mapping[Any, float]  # how soon or how likely an agent comes back
 
 
@@ -42,6 +43,10 @@ class Order(ABC):
     def value(self, agent: Agent) -> float:
         """What `agent` is worth, larger = keep, never NaN. Read when `TieredTree.values_changed` says so."""
         return 0.0
+
+    def displaced(self, rank: Rank) -> Rank:
+        """What ranks below this may go for a prompt of `rank` that is brought up before it is asked for."""
+        return rank
 
     def nobody(self, now: float) -> float:
         """What nodes of no agent are worth at the time `now` in seconds. Read at every choice of a victim."""
@@ -135,22 +140,23 @@ class ExpectedTime(Order):
     """Ours: the time a node is expected to save per byte, P(reuse) · min(recompute, reload) / bytes.
 
     P(reuse) of a fixed prompt is its agents' expected discounted reuse, e.g. E[exp(-γT)] with T the time until the next
-    call. For other nodes (suffixes of requests, sessions) it is `prior`, halved for every `half_life_s` since the last
-    use. Kept as logarithms: the age then adds the same to all of the latter, so their order stands still.
+    call. For other nodes (suffixes of requests, sessions) the next use comes with a chance of `prior` at all, and then
+    as an exponential time of half-life `half_life_s` after the last; so the chance halves as often. Kept as logarithms:
+    the age then adds the same to all of the latter, so their order stands still.
 
     Attributes:
         reuse: of an agent, 0 to 1; without a number 0.
         costs: seconds to recompute or to reload.
         prior, half_life_s: of nodes that are in no fixed prompt.
-        rate, clock: 1/s and seconds. A chance that was read at one time and one that was read at another are compared
-            as if both had grown by exp(rate · time) since, which is what E[exp(-γT)] does while a call comes nearer.
+        rate, clock: γ in 1/s, as it is now, and seconds. Chances that were read at different times are compared as if
+            they had grown by exp(γ · time) since, which is what E[exp(-γT)] does while a call comes nearer.
     """
 
     reuse: AgentValue
     costs: Costs
     prior: float = 0.05
     half_life_s: float = 30.0
-    rate: float = 0.0
+    rate: Callable[[], float] = lambda: 0.0
     clock: Callable[[], float] = lambda: 0.0
     name = "expected_time"
     uses_agents = True
@@ -175,10 +181,15 @@ class ExpectedTime(Order):
         return (value + local[0], *local)
 
     def value(self, agent: Agent) -> float:
-        return _log(min(1.0, read(self.reuse, agent, 0.0))) - self.rate * self.clock()
+        return _log(min(1.0, read(self.reuse, agent, 0.0))) - self.rate() * self.clock()
 
     def nobody(self, now: float) -> float:
-        return math.log(self.prior) - now * (math.log(2) / self.half_life_s + self.rate)
+        fading, rate = math.log(2) / self.half_life_s, self.rate()
+        return math.log(self.prior * fading / (fading + rate)) - now * (fading + rate)
+
+    def displaced(self, rank: Rank) -> Rank:
+        # A copy takes the link's time for certain, and what it displaces has to be brought back if that is called.
+        return (rank[0] - math.log(WORTH), *rank[1:])
 
 
 def read(source: AgentValue, agent: Agent, missing: float) -> float:

@@ -61,6 +61,7 @@ class Outlook:
         self._opened = opened
         self._waiting: dict[str, int] = {}
         self._news: set[str] = set()
+        self._rate = graph.rate
         self._shares: Shares | None = None
         self._prefixes: LearnedPrefixes | None = None
 
@@ -97,6 +98,11 @@ class Outlook:
         steps = self._steps(agent)
         return steps, self._seconds(agent) if self.by_time else steps * self._step_s
 
+    def wait(self, agent: str, least: float) -> float:
+        """Seconds until the expected discounted reuse of `agent` is `least`, if nothing happens; by steps always 0."""
+        reuse = self._reuse(agent) if self.by_time else 1.0
+        return max(0.0, math.log(least / reuse) / self.graph.rate) if reuse > 0 else math.inf
+
     def _steps(self, agent: str) -> float:
         if agent in self._waiting:
             return 0.0
@@ -129,6 +135,9 @@ class Outlook:
         graph = self.graph
         news, self._news = self._news, set()
         news |= graph.changed_reuse() if self.by_time else graph.changed_steps()
+        if graph.rate != self._rate:  # values that were read by the old one cannot be compared with new ones
+            self._rate = graph.rate
+            news.update(self.shares.tiers.tree.groups.agents)
         news |= self.board.expired()
         return news | self.shares.update(news)
 

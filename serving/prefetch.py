@@ -19,7 +19,7 @@ from .tiers import TieredTree
 from .wishes import Wish, Wishes
 
 MAX_REGISTERED = 10_000  # agents that are remembered until a request of theirs comes
-SOON = 0.01  # of the look-ahead: what comes into sight within that is in sight; see `_consider`
+SOON = 0.1  # of the least reuse, and of the look-ahead: what lacks no more than that is in sight; see `_consider`
 FAILURES = 2  # of one wish, after which it waits for news of its agent
 
 
@@ -95,14 +95,17 @@ class Prefetcher:
     def _consider(self, agent: str) -> None:
         now, limits = self.tiers.clock(), self.limits
         steps, seconds = self.outlook.due(agent)
-        by_time = self.outlook.by_time
-        # Expected seconds stand still between two readings of the graph: without `SOON`, what is out of sight by a
+        wait = 0.0
+        # What is expected stands still between two readings of the graph: without `SOON`, what is out of sight by a
         # rounding error would be looked at again and again at (nearly) the same time.
-        far = by_time and seconds > (1 + SOON) * limits.look_ahead_s
-        if far or steps > limits.look_ahead_steps:
+        if self.outlook.by_time and seconds > (1 + SOON) * limits.look_ahead_s:
+            wait = seconds - limits.look_ahead_s
+        if self.outlook.wait(agent, (1 - SOON) * limits.least_reuse) > 0:
+            wait = max(wait, self.outlook.wait(agent, limits.least_reuse))
+        if wait or steps > limits.look_ahead_steps:
             self._forget(agent)
-            if far and steps <= limits.look_ahead_steps and seconds < math.inf:
-                self._wishes.look_at(agent, now + seconds - limits.look_ahead_s)
+            if steps <= limits.look_ahead_steps and wait < min(seconds, math.inf):
+                self._wishes.look_at(agent, now + wait)
             return
         end = self.tiers.tree.ends.get(agent)
         if end is None and agent not in self._registered:
@@ -190,7 +193,7 @@ class Prefetcher:
             return False
         candidates = self.tiers.residency.candidates[Tier.DEVICE]
         first = candidates.first_rank()
-        return first is None or first >= candidates.rank(end)
+        return first is None or first >= self.tiers.eviction.policy.order.displaced(candidates.rank(end))
 
     def _may_begin(
         self, wish: Wish, client: str, lease: Lease, missing: list[Node], nbytes: int, seconds: float

@@ -13,7 +13,8 @@ class PrefetchLimits:
     Attributes:
         look_ahead_steps: agents that may be called within so many steps are wanted (KVFlow's code: 2). What is brought
             earlier displaces what is called hardly later, and has to be brought back.
-        look_ahead_s: where calls are expected by time, only those within so many seconds.
+        look_ahead_s, least_reuse: where calls are expected by time, only those within so many seconds, and with so much
+            expected discounted reuse, 0 to 1: by default that of a call which is certain to come in two mean steps.
         copies: prompts that are on their way at once.
         share: of the device's bytes, that those may take.
         seconds: of a link's time, that those may take.
@@ -21,14 +22,17 @@ class PrefetchLimits:
 
     look_ahead_steps: float = 2.0
     look_ahead_s: float = 30.0
+    least_reuse: float = math.exp(-5.0)
     copies: int = 4
     share: float = 0.5
     seconds: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("look_ahead_steps", "look_ahead_s", "copies", "share", "seconds"):
+        for name in ("look_ahead_steps", "look_ahead_s", "least_reuse", "copies", "share", "seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"got {name}={getattr(self, name)}; accepted: a finite number above 0")
+        if self.least_reuse > 1:
+            raise ValueError(f"got least_reuse={self.least_reuse}; accepted: above 0 and up to 1")
 
 
 @dataclass

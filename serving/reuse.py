@@ -12,11 +12,12 @@ from .solver import JoinSolver
 from .workflow import Workflow
 
 EXACT_TARGETS = 128  # agents and edges into AND joins up to which first passages are solved; beyond: best paths
-DRIFT = 0.01  # relative change of E[exp(-γD)] of some agent that makes old first passages useless
+DRIFT = 0.01  # change of a duration, as a share of it and of 1/γ, that makes old first passages useless; of an accuracy
+STALE = 0.05  # of 1/γ: what was read so long ago is read again
 
 
 class WorkflowReuse:
-    """Reads one workflow; what it reads is kept until an event, or until the clock has moved a hundredth of 1/γ.
+    """Reads one workflow; what it reads is kept until an event, or until it is stale.
 
     Larger workflows (`EXACT_TARGETS`) are not summed over paths: the chance of an agent is that of the most probable
     path to it, in an AND of the least probable one. That is a lower bound without ANDs, and found like steps, with the
@@ -36,13 +37,14 @@ class WorkflowReuse:
         self._structure = -1
         self._nodes: list[int] = []
         self._durations: list[AgentDurations] = []  # of these
-        self._legs: list[float] = []  # that the kept passages were found with
+        self._legs: list[tuple[float, float]] = []  # the least and the largest that the kept passages are good for
+        self._accuracy = 1.0  # that they were found with
 
     def chances(self) -> dict[str, tuple[float, float]]:
         """Of each agent, reach and reuse: the chance that it is called again, and E[exp(-γT)]."""
         workflow, now = self.workflow, self.workflow.shared.clock()
         version, at = self._read
-        if version != workflow.version or abs(now - at) * self.rate > 0.01:
+        if version != workflow.version or abs(now - at) * self.rate > STALE:
             gates = sum(len(workflow.solver.predecessors[n]) for n in workflow.names if workflow.solver.is_and[n])
             exact = len(workflow.ids) + gates <= EXACT_TARGETS
             self._chances = self._by_first_passages(now) if exact else self._by_best_paths()
@@ -62,20 +64,25 @@ class WorkflowReuse:
                 sources.append(passage.running(index[node], left))
         waiting: dict[tuple[int, int], tuple[float, float]] = {}
         pending: dict[int, Chance] = {}  # the branches of one agent exclude each other: they are summed
+        accuracy = self._accuracy
         for (node, successor), mark in workflow.marks.items():
             left = durations[workflow.names[node]].pause.discount(rate, now - mark.since)
-            chance = (mark.probability, mark.probability * left)
+            likely = mark.probability * mark.valid
+            chance = (likely, likely * left)
             if workflow.solver.is_and[successor]:
                 waiting[index[node], index[successor]] = chance
                 continue
-            row = passage.beginning(index[successor]).scaled(*chance)
-            if mark.probability == 1:
-                sources.append(row)
-            else:
-                so_far = pending.get(node, nothing(passage.targets))
-                pending[node] = Chance(
-                    np.minimum(1.0, so_far.reach + row.reach), np.minimum(1.0, so_far.reuse + row.reuse)
-                )
+            row = passage.beginning(index[successor])
+            if mark.probability == 1 and len(workflow.branches[node]) > 1:  # a fork
+                sources.append(row.scaled(*chance))
+                continue
+            told = row.scaled(accuracy * chance[0], accuracy * chance[1])
+            other = passage.anywhere.scaled((1 - accuracy) * chance[0], (1 - accuracy) * chance[1])
+            so_far = pending.get(node, nothing(passage.targets))
+            pending[node] = Chance(
+                np.minimum(1.0, so_far.reach + told.reach + other.reach),
+                np.minimum(1.0, so_far.reuse + told.reuse + other.reuse),
+            )
         reach, reuse = passage.chances([*sources, *pending.values()], waiting)
         found = zip(reach.tolist(), reuse.tolist(), strict=True)
         return {workflow.names[node]: chance for node, chance in zip(self._nodes, found, strict=True)}
@@ -89,12 +96,17 @@ class WorkflowReuse:
             self._structure = workflow.structure
         rate = self.rate
         legs = [durations.discount(rate) for durations in self._durations]
-        if self._passage is None or any(abs(a - b) > DRIFT * b for a, b in zip(legs, self._legs, strict=True)):
-            self._legs = legs
+        if (
+            self._passage is None
+            or abs(workflow.accuracy - self._accuracy) > DRIFT
+            or any(not least <= leg <= most for leg, (least, most) in zip(legs, self._legs, strict=True))
+        ):
+            self._legs = [_near(leg) for leg in legs]
+            self._accuracy = workflow.accuracy
             index = {node: place for place, node in enumerate(self._nodes)}
             branches = [{index[t]: p for t, p in workflow.branches[node].items()} for node in self._nodes]
             is_and = [workflow.solver.is_and[node] for node in self._nodes]
-            self._passage = FirstPassage(branches, is_and, np.array(legs))
+            self._passage = FirstPassage(branches, is_and, np.array(legs), self._accuracy)
         return self._passage
 
     def _by_best_paths(self) -> dict[str, tuple[float, float]]:
@@ -116,14 +128,14 @@ class _BestPaths:
             self.solver.add_node(is_and)
         self._rate = rate
         self._durations = {node: workflow.shared.durations[workflow.names[node]] for node in workflow.branches}
-        self._legs: dict[int, float] = {}
+        self._legs: dict[int, tuple[float, float]] = {}  # between which an edge's weight is good
 
     def _weigh(self) -> None:
         """Edges get the weights of durations that have moved."""
         for node, durations in self._durations.items():
-            leg, known = durations.discount(self._rate), self._legs.get(node)
-            if known is None or abs(leg - known) > DRIFT * known:
-                self._legs[node] = leg
+            leg, (least, most) = durations.discount(self._rate), self._legs.get(node, (math.inf, math.inf))
+            if not least <= leg <= most:
+                self._legs[node] = _near(leg)
                 for target, probability in self.workflow.branches[node].items():
                     self.solver.set_edge(node, target, max(1e-9, -math.log(max(1e-300, probability * leg))))
 
@@ -142,3 +154,8 @@ class _BestPaths:
             reuse = math.exp(-(solver.next_distance(node) if again else solver.distance(node)))
             found[agent] = (float(reuse > 0), reuse)
         return found
+
+
+def _near(leg: float) -> tuple[float, float]:
+    """The least and the largest E[exp(-γD)] of durations that are by no more than `DRIFT` other ones."""
+    return leg ** (1 + DRIFT) * (1 - DRIFT), leg ** (1 - DRIFT) * (1 + DRIFT)

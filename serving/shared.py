@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .durations import AgentDurations
+from .durations import AgentDurations, Duration
 from .spec import AgentSpec
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Shared:
         default_s: guessed seconds of a call of an agent of which nothing is known.
         max_agents, max_edges: of all workflows together; `agents` and `edges` count them.
         durations: of every agent, whichever workflow calls it; kept when the last of them ends, while there is room.
+        calls, pauses: of all agents together.
         members: of every agent, the workflows that have it.
         steps_news, reuse_news: one for each of the two readers.
     """
@@ -43,6 +44,8 @@ class Shared:
     agents: int = 0
     edges: int = 0
     durations: dict[str, AgentDurations] = field(default_factory=dict)
+    calls: Duration = field(default_factory=lambda: Duration(0.0, 0.0))
+    pauses: Duration = field(default_factory=lambda: Duration(0.0, 0.0))
     members: dict[str, set[Workflow]] = field(default_factory=dict)
     steps_news: News = field(default_factory=News)
     reuse_news: News = field(default_factory=News)
@@ -66,6 +69,16 @@ class Shared:
                 del self.durations[agent]
         for news in (self.steps_news, self.reuse_news):
             news.agents.add(agent)
+
+    def call(self, agent: str, seconds: float) -> None:
+        """A call of `agent` took so long."""
+        self.durations[agent].call.observe(seconds)
+        self.calls.observe(seconds)
+
+    def pause(self, agent: str, seconds: float) -> None:
+        """What a call of `agent` led to came so much later."""
+        self.durations[agent].pause.observe(seconds)
+        self.pauses.observe(seconds)
 
     def happened(self, workflow: Workflow) -> None:
         self.steps_news.workflows.add(workflow)

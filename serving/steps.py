@@ -11,6 +11,10 @@ from .shared import News, Shared
 from .spec import WorkflowSpec, check_name
 from .workflow import Workflow
 
+OF_A_STEP = 0.4
+STEADY = 1.4  # the factor by which 1/γ must be off before it follows
+LEAST_S, MOST_S = 0.01, 100.0  # of 1/γ
+
 
 class StepGraph:
     """Workflows by name. An agent that several of them call takes the smallest of its steps and the chances of all.
@@ -21,9 +25,12 @@ class StepGraph:
     Args:
         clock: seconds; a simulator passes its own.
         horizon: steps; what is farther counts as out of sight.
-        discount_s: seconds, 1/γ: a call that far away is worth 1/e of one now.
+        discount_s: seconds, 1/γ: a call that far away is worth 1/e of one now. None: `OF_A_STEP` of what a step, a
+            call and the pause after it, has taken in the mean lately, and never less than 10 ms.
         default_s: guessed seconds of a call of an agent of which nothing is known.
         max_workflows, max_agents, max_edges: what all clients together may declare.
+    Attributes:
+        rate: γ in 1/s. It changes in `changed_reuse` alone, and then all that was read before is to be read anew.
     """
 
     def __init__(
@@ -31,16 +38,17 @@ class StepGraph:
         clock: Callable[[], float] = time.monotonic,
         *,
         horizon: float = 64,
-        discount_s: float = 5.0,
+        discount_s: float | None = None,
         default_s: float = 5.0,
         max_workflows: int = 10_000,
         max_agents: int = 100_000,
         max_edges: int = 1_000_000,
     ) -> None:
         for name, value in (("horizon", horizon), ("discount_s", discount_s), ("default_s", default_s)):
-            if not value > 0 or (math.isinf(value) and name != "horizon"):
+            if value is not None and (not value > 0 or (math.isinf(value) and name != "horizon")):
                 raise ValueError(f"got {name}={value}; accepted: a number above 0")
-        self.rate = 1 / discount_s
+        self.rate = 1 / (OF_A_STEP * default_s if discount_s is None else discount_s)
+        self._follows = discount_s is None
         self.max_workflows = max_workflows
         self._shared = Shared(clock, horizon, default_s, max_agents, max_edges)
         self._workflows: dict[str, Workflow] = {}
@@ -143,6 +151,16 @@ class StepGraph:
         reach, reuse = self.chance(agent)
         return max(0.0, -math.log(reuse / reach) / self.rate) if reuse > 0 else math.inf
 
+    def _adapt(self) -> bool:
+        """Lets γ follow what steps take; whether it is a new one."""
+        calls, pauses = self._shared.calls, self._shared.pauses
+        wanted = min(MOST_S, max(LEAST_S, OF_A_STEP * (calls.mean + pauses.mean)))
+        if not calls.count or 1 / STEADY < wanted * self.rate < STEADY:
+            return False
+        self.rate = 1 / wanted
+        self._reuse = {workflow: WorkflowReuse(workflow, self.rate) for workflow in self._reuse}
+        return True
+
     def observe_pause(self, agent: str, seconds: float) -> None:
         """The pause after a call of `agent` took, or is said to take, so long; nothing if no workflow has it."""
         if agent in self._shared.members:
@@ -159,8 +177,10 @@ class StepGraph:
         return news.agents.union(*(workflow.drain() for workflow in news.workflows))
 
     def changed_reuse(self) -> set[str]:
-        """As `changed_steps` for `reuse`: all agents of the workflows that had an event."""
+        """As `changed_steps` for `reuse`: all agents of the workflows that had an event, and all if γ is a new one."""
         news = self._shared.reuse_news
+        if self._follows and self._adapt():
+            news.workflows.update(self._reuse)
         if not news.workflows and not news.agents:
             return set()
         self._shared.reuse_news = News()

@@ -129,7 +129,7 @@ def build_system(
         "lru": LRU,
         "lfu": LFU,
         "ste": lambda: StepsToExecution(outlook.steps),
-        "expected_time": lambda: ExpectedTime(outlook.reuse, costs, rate=graph.rate, clock=clock),
+        "expected_time": lambda: ExpectedTime(outlook.reuse, costs, rate=lambda: graph.rate, clock=clock),
         "belady": lambda: oracle,
     }[recipe.order]()
     suffixes = SuffixReuse(costs) if recipe.write_back is WriteBack.WORTH else None

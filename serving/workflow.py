@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterator
 from typing import NamedTuple
 
+from .durations import MEMORY
 from .shared import Shared
 from .solver import JoinSolver
 from .spec import JOINS, AgentSpec, EdgeSpec, check_probability
+
+FAINT = 0.1  # of the probability of its edge: less is left of no mark
+TRUST = 5  # calls that a graph counts as right for before any have been seen
 
 
 class Mark(NamedTuple):
     """On an edge: its source has finished (at `since`, in seconds) and its target has not started since.
 
-    `probability` is that of the edge, or 1 if it is known to be taken.
+    `probability` is that of the edge, or 1 if it is known to be taken; `valid`, the chance that no other call has come
+    instead of the one that the mark stands for.
     """
 
     since: float
     probability: float
+    valid: float = 1.0
 
 
 class Workflow:
@@ -35,6 +41,7 @@ class Workflow:
         marks: by the numbers of source and target.
         structure: counts the changes of agents and edges; `version`: these and the events.
         touched: seconds, the last change or event.
+        accuracy: the share of calls that a mark foretold, of those that came while there were marks.
     """
 
     def __init__(self, name: str, shared: Shared) -> None:
@@ -49,6 +56,8 @@ class Workflow:
         self.marks: dict[tuple[int, int], Mark] = {}
         self.structure = self.version = 0
         self.touched = shared.clock()
+        self.accuracy = 1.0
+        self._judged = TRUST
         self.changed: set[str] = set()  # agents whose steps may be other ones than at the last `drain`
 
     def add_agent(self, agent: str | AgentSpec) -> None:
@@ -119,7 +128,8 @@ class Workflow:
     def start(self, agent: str, call: Hashable = None) -> None:
         """A call of `agent` begins; `call` names it where several are under way at once.
 
-        It uses up the marks on the edges that lead here, and on the branches of their sources that were not taken.
+        It uses up the marks on the edges that lead here, and on the branches of their sources that were not taken. A
+        call that nothing foretold has come instead of one that a mark stands for, which of them is not known.
         """
         node, now = self._id(agent), self.shared.clock()
         calls = self.running.setdefault(node, {})
@@ -127,9 +137,14 @@ class Workflow:
             raise ValueError(f"the call {call!r:.60} of {agent!r} in the workflow {self.name!r} has started already")
         calls[call] = now
         used = {p: self.marks[p, node] for p in self.solver.satisfied[node]}
+        if self.marks and node not in self.expected:
+            self._judged = min(self._judged + 1, MEMORY)
+            self.accuracy += (bool(used) - self.accuracy) / self._judged
         if used:
             last = max(used, key=lambda p: used[p].since)
-            self.shared.durations[self.names[last]].pause.observe(now - used[last].since)
+            self.shared.pause(self.names[last], now - used[last].since)
+        elif node not in self.expected:
+            self._supersede()
         for source, mark in used.items():
             if mark.probability < 1:
                 for other in [t for t in self.branches[source] if self.branches[source][t] < 1]:
@@ -146,7 +161,7 @@ class Workflow:
             strange = sorted(self.names[t] for t in taken - self.branches[node].keys())
             raise ValueError(f"{agent!r} has no edge to {strange[0]!r} in the workflow {self.name!r}")
         began = self._end_call(node, call)
-        self.shared.durations[agent].call.observe(now - began)
+        self.shared.call(agent, now - began)
         for target, probability in self.branches[node].items():
             if taken is None or target in taken:
                 self.marks[node, target] = Mark(now, probability if taken is None else 1.0)
@@ -167,13 +182,6 @@ class Workflow:
         for target in self.branches[node]:
             self._unmark(node, target)
         self.expect(agent)
-
-    def withdraw(self, agent: str) -> None:
-        """The calls that the edges of `agent` foretold after its last one will not come: another one came instead."""
-        node = self._id(agent)
-        for target in self.branches[node]:
-            self._unmark(node, target)
-        self._event()
 
     def durations_changed(self) -> None:
         """There is news of how long calls or pauses take."""
@@ -226,6 +234,16 @@ class Workflow:
         if not calls:
             del self.running[node]
         return began
+
+    def _supersede(self) -> None:
+        """One of the calls that the marks stand for will not come: that of any source, with the same chance."""
+        left = 1 - 1 / max(1, len({source for source, _ in self.marks}))
+        for edge, mark in list(self.marks.items()):
+            valid = mark.valid * left
+            if valid < FAINT:
+                self._unmark(*edge)
+            else:
+                self.marks[edge] = mark._replace(valid=valid)
 
     def _unmark(self, source: int, target: int) -> None:
         if self.marks.pop((source, target), None) is not None:

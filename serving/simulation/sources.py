@@ -59,7 +59,6 @@ class ClientCalls:
     def __init__(self, clients: Sequence[Client], answer_s: Callable[[Client], float]) -> None:
         self.clients = {client.name: client for client in clients}
         self.declared = [client.spec(answer_s(client)) for client in clients]
-        self._unforetold: dict[str, str] = {}
         self._number = 0
 
     def begin(self, system: System) -> list[tuple[float, Ask]]:
@@ -71,13 +70,7 @@ class ClientCalls:
         return first
 
     def submitting(self, ask: Ask) -> None:
-        """A call that the graph did not foresee tells the server that what it foresaw is not coming."""
-        workflow = ask.request.workflow
-        before = self._unforetold.pop(ask.request.id, None)
-        if workflow is not None and before is not None:
-            graph = self._system.graph[workflow]
-            if before in graph.ids:
-                graph.withdraw(before)
+        pass
 
     def ended(self, ended: Ended) -> list[tuple[float, Ask]]:
         request = ended.request
@@ -89,9 +82,6 @@ class ClientCalls:
             for agent in client.agents:
                 self._system.graph[client.name].expect(agent)
         asks = [self._ask(client, call, now) for call in calls]
-        for call, (_, ask) in zip(calls, asks, strict=True):
-            if not call.foretold:
-                self._unforetold[ask.request.id] = request.agent
         if not client.open:
             self._system.graph.remove_workflow(client.name)
         return asks

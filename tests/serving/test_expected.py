@@ -119,6 +119,93 @@ BRANCHES = WorkflowSpec(
 )
 
 
+def test_calls_that_the_edges_do_not_foretell_are_counted_with():
+    """A ring and a branch whose edges are right in two of three calls; else any agent comes."""
+    names = ["a", "b", "c", "d"]
+    specs = agents(*names)
+    edges = [
+        EdgeSpec("a", "b", 0.5),
+        EdgeSpec("a", "c", 0.5),
+        EdgeSpec("b", "d"),
+        EdgeSpec("c", "d"),
+        EdgeSpec("d", "a"),
+    ]
+    accuracy, index = 2 / 3, {name: place for place, name in enumerate(names)}
+    branches = [{index[e.target]: e.probability for e in edges if e.source == name} for name in names]
+    legs = [Duration(a.call_s, a.call_spread_s).discount(1 / DISCOUNT_S) for a in specs]
+    passage = FirstPassage(branches, [False] * 4, np.array(legs), accuracy)
+    true = [EdgeSpec(e.source, e.target, accuracy * e.probability + (1 - accuracy) / 4) for e in edges]
+    true += [
+        EdgeSpec(source, target, (1 - accuracy) / 4)
+        for source in names
+        for target in names
+        if (source, target) not in {(e.source, e.target) for e in edges}
+    ]
+    for name, value in sampled(WorkflowSpec("true", specs, true), "a").items():
+        assert passage.after.reuse[0, index[name]] == pytest.approx(value, abs=NOISE), name
+    assert (passage.after.reach == 1).all()
+    begun = np.stack([passage.beginning(agent).reuse for agent in range(4)])
+    assert passage.anywhere.reuse == pytest.approx(begun.mean(0))
+
+
+def test_a_workflow_learns_how_often_its_edges_are_right():
+    seconds, draws = [0.0], random.Random(1)
+    names = [f"a{i}" for i in range(6)]
+    graph = StepGraph(lambda: seconds[0], discount_s=1.0)
+    edges = [EdgeSpec(s, t) for s, t in zip(names, names[1:] + names[:1], strict=True)]
+    specs = [AgentSpec(name, call_s=1.0, call_spread_s=0.0) for name in names]
+    flow = graph.add_workflow(WorkflowSpec("ring", specs, edges))
+    at, wrong = 0, 0
+    for _ in range(400):
+        flow.start(names[at])
+        seconds[0] += 1
+        flow.finish(names[at])
+        surprise = draws.random() < 0.5
+        wrong += surprise
+        at = draws.choice([n for n in range(6) if n != (at + 1) % 6]) if surprise else (at + 1) % 6
+    assert abs(flow.accuracy - (1 - wrong / 400)) < 0.2
+    flow.start(names[at])
+    value = [graph.reuse(names[(at + step) % 6]) for step in range(6)]
+    assert 0.5 * math.exp(-1) < value[1] < 0.8 * math.exp(-1) and 0 < max(value[2:]) < value[1] / 2
+    for _ in range(200):
+        seconds[0] += 1
+        flow.finish(names[at])
+        at = (at + 1) % 6
+        flow.start(names[at])
+    assert flow.accuracy > 0.97 and graph.reuse(names[(at + 1) % 6]) == pytest.approx(math.exp(-1), abs=0.02)
+
+
+def test_the_discount_follows_what_steps_take():
+    seconds = [0.0]
+    graph = StepGraph(lambda: seconds[0], default_s=5.0)
+    flow = graph.add_workflow(WorkflowSpec("w", agents("a", "b"), [EdgeSpec("a", "b"), EdgeSpec("b", "a")]))
+    other = graph.add_workflow(WorkflowSpec("other", agents("c"), []))
+    assert graph.rate == 1 / 2.0
+    graph.changed_reuse()
+    for agent in ["a", "b"] * 10:
+        flow.start(agent)
+        seconds[0] += 10
+        flow.finish(agent)
+        seconds[0] += 20
+    assert graph.rate == 1 / 2.0, "it changes where it is told of"
+    assert graph.changed_reuse() == {"a", "b", "c"} and other
+    assert graph.rate == pytest.approx(1 / 12)
+    flow.start("a")
+    assert graph.changed_reuse() == {"a", "b"}
+    assert graph.seconds("b") == pytest.approx(30, rel=0.1)
+
+
+def test_small_chances_are_told_apart_in_forks():
+    """Rounds go on until the smallest chance stands still, not only the largest."""
+    names = [f"a{i}" for i in range(12)]
+    edges = [EdgeSpec(s, t) for s, t in pairwise(names)] + [EdgeSpec("a0", "side"), EdgeSpec(names[-1], "a0")]
+    specs = [AgentSpec(name, call_s=5.0, call_spread_s=0.0) for name in [*names, "side"]]
+    graph = StepGraph(lambda: 0.0, discount_s=2.0)
+    graph.add_workflow(WorkflowSpec("w", specs, edges)).start("a0")
+    for number in range(1, 12):
+        assert graph.reuse(f"a{number}") == pytest.approx(math.exp(-2.5 * number), rel=1e-4)
+
+
 @pytest.mark.parametrize("first", ["plan", "test", "done"])
 def test_branches_and_loops_are_exact(first):
     """Retries, a self loop, a pause for a tool and a branch that leads nowhere."""

@@ -90,6 +90,24 @@ def test_a_ring_of_ten(room):
     assert ring(ExpectedTime(reuse, COSTS), 10, room, 91, discount) == pytest.approx((room - 1) / 9, abs=0.012)
 
 
+def test_a_prompt_ahead_of_its_call_displaces_what_is_worth_half_of_it_at_the_most():
+    order = ExpectedTime({"now": 0.8, "close": 0.45, "half": 0.39}, COSTS)
+    now, close, half = ((order.value(agent), 0.0) for agent in ("now", "close", "half"))
+    assert half < order.displaced(now) < close < now
+    assert LRU().displaced((3.0,)) == (3.0,)
+
+
+def test_the_chance_of_a_suffix_is_discounted_like_that_of_an_agent():
+    """Half of the suffixes are used again, after an exponential time of a half-life of 10 s."""
+    rate = 0.2
+    order = ExpectedTime({}, COSTS, prior=0.5, half_life_s=10, rate=lambda: rate)
+    random = Random(0)
+    times = [random.expovariate(math.log(2) / 10) for _ in range(20_000)]
+    assert math.exp(order.nobody(0.0)) == pytest.approx(
+        0.5 * sum(math.exp(-rate * t) for t in times) / 20_000, rel=0.03
+    )
+
+
 def test_no_order_hits_more_than_the_oracle():
     random = Random(3)
     calls = [min(int(random.expovariate(0.25)), 19) for _ in range(600)]

@@ -25,8 +25,13 @@ class Mirror:
         self.running: list[str] = []
         self.expected: set[str] = set()
         self.marks: dict[tuple[str, str], bool] = {}  # whether it is one of several branches, none of them chosen yet
+        self.valid: dict[tuple[str, str], float] = {}  # what calls that nothing foretold have left of a mark
 
     def start(self, agent: str) -> None:
+        if agent not in self.expected and all(t != agent for _, t in self.marks):
+            kept = 1 - 1 / max(1, len({s for s, _ in self.marks}))
+            self.valid = {mark: self.valid.get(mark, 1.0) * kept for mark in self.marks}
+            self.marks = {mark: open_ for mark, open_ in self.marks.items() if self.valid[mark] >= 0.1}
         for source in [s for s, t in self.marks if t == agent]:
             if self.marks.pop((source, agent)):
                 self.marks = {m: u for m, u in self.marks.items() if m[0] != source or self.edges[m] == 1}
@@ -38,6 +43,7 @@ class Mirror:
         for edge, probability in self.edges.items():
             if edge[0] == agent and (chose is None or edge[1] in chose):
                 self.marks[edge] = chose is None and probability < 1
+                self.valid[edge] = 1.0
 
     def retry(self, agent: str) -> None:
         if agent in self.running:
@@ -223,16 +229,44 @@ def test_a_branch_that_is_not_taken_is_dropped():
     assert [graph.next_steps(name) for name in ("tool", "answer")] == [math.inf, 0]
 
 
-def test_what_was_foretold_is_withdrawn_when_another_call_comes():
-    graph, edges = StepGraph(lambda: 0.0), [EdgeSpec(f"a{i}", f"a{(i + 1) % 4}") for i in range(4)]
-    flow = graph.add_workflow(WorkflowSpec("w", [AgentSpec(f"a{i}") for i in range(4)], edges))
-    flow.start("a0")
+def test_a_call_that_nothing_foretold_comes_instead_of_the_one_that_was_foretold():
+    graph = StepGraph(lambda: 0.0)
+    flow = graph.add_workflow(ring(4))
+    for agent in ("a0", "a1"):
+        flow.start(agent)
+        flow.finish(agent)
+    graph.changed_steps()
+    assert flow.accuracy == 1
+    flow.start("a0")  # not a2, which the edge foretold
+    assert flow.next_steps("a2") == 2 and flow.next_steps("a1") == 1
+    assert {"a1", "a2"} <= graph.changed_steps()
+    assert flow.accuracy == pytest.approx(1 - 1 / 7)  # a1 was foretold, and five calls before the first are believed
     flow.finish("a0")
-    flow.start("a2")  # not a1, which the edge foretold
-    assert flow.next_steps("a1") == 0
-    flow.withdraw("a0")
-    assert flow.next_steps("a1") == 3 and flow.next_steps("a3") == 1
-    assert {"a1"} <= graph.changed_steps()
+    flow.start("a1")
+    assert 1 - 1 / 7 < flow.accuracy < 1
+
+
+def test_of_several_calls_that_were_foretold_it_is_not_known_which_does_not_come():
+    graph, names = StepGraph(lambda: 0.0), ["fork", "left", "right", "l", "r", "other"]
+    edges = [EdgeSpec("fork", "left"), EdgeSpec("fork", "right"), EdgeSpec("left", "l"), EdgeSpec("right", "r")]
+    flow = graph.add_workflow(WorkflowSpec("w", [AgentSpec(name) for name in names], edges))
+    flow.start("fork")
+    flow.finish("fork")
+    for agent in ("left", "right"):
+        flow.start(agent)
+    for agent in ("left", "right"):
+        flow.finish(agent)
+    flow.start("other", 0)
+    assert flow.next_steps("l") == flow.next_steps("r") == 0
+    assert {mark.valid for mark in flow.marks.values()} == {0.5} and graph.reuse("l") == graph.reuse("r") < 0.5
+    for call in (1, 2):
+        flow.start("other", call)
+    assert {mark.valid for mark in flow.marks.values()} == {0.125} and 0 < graph.reuse("l") < 0.125
+    flow.start("other", 3)
+    assert flow.next_steps("l") == flow.next_steps("r") == math.inf and not flow.marks
+    flow.expect("l")
+    flow.start("l")
+    assert flow.accuracy == pytest.approx(7 / 11), "an expected call is no surprise"
 
 
 def test_a_retry_withdraws_the_answer():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tenure.serving import (
@@ -264,7 +266,7 @@ def test_what_is_out_of_sight_by_a_rounding_error_does_not_stop_the_clock(make_d
 
     driver = make_driver("expected_time", device=90, prefetch=PrefetchLimits(look_ahead_s=3.0))
     warm(driver, prompt_of, ["a", "b"])
-    agents = [AgentSpec("a", call_s=3.0, call_spread_s=0.0), AgentSpec("b")]
+    agents = [AgentSpec("a", call_s=3.0 + 1e-7, call_spread_s=0.0), AgentSpec("b")]
     driver.system.graph.add_workflow(WorkflowSpec("ring", agents, [EdgeSpec("a", "b")]))
     driver.system.graph["ring"].start("a")
     assert 3.0 < driver.system.graph.seconds("b") < 3.000001
@@ -298,6 +300,32 @@ def test_failed_prefetches_are_given_up_until_there_is_news(make_driver, prompt_
     assert driver.system.prefetcher.statistics.begun == 3
 
 
+def test_what_is_too_unlikely_waits_until_it_is_likely_enough(make_driver, prompt_of):
+    from tenure.serving import AgentSpec, EdgeSpec, WorkflowSpec
+
+    driver = make_driver("expected_time", device=90, prefetch=PrefetchLimits(least_reuse=0.5))
+    warm(driver, prompt_of, ["a", "b", "c"])
+    agents = [AgentSpec("a", call_s=10.0, call_spread_s=0.0), AgentSpec("b"), AgentSpec("c")]
+    edges = [EdgeSpec("a", "b", 0.8), EdgeSpec("a", "c", 0.2)]
+    graph = driver.system.graph
+    graph.add_workflow(WorkflowSpec("w", agents, edges))
+    graph["w"].start("a")
+    driver.begin()
+    begun = driver.clock()
+    due = driver.system.prefetcher.next_time()
+    assert due == pytest.approx(begun + 10.0 - math.log(0.8 / 0.5) / graph.rate)
+    driver.clock.advance_to(due)
+    driver.begin()
+    driver.clock.advance_to(due + 1)
+    driver.begin()
+    assert driver.cached(prompt_of("b")) == 20 and driver.cached(prompt_of("c")) == 0
+    driver.clock.advance_to(begun + 20)
+    driver.begin()
+    assert driver.system.prefetcher.next_time() is None and driver.cached(prompt_of("c")) == 0
+
+
 def test_limits_are_checked():
     with pytest.raises(ValueError, match="got share=0; accepted: a finite number above 0"):
         PrefetchLimits(share=0)
+    with pytest.raises(ValueError, match="got least_reuse=2; accepted: above 0 and up to 1"):
+        PrefetchLimits(least_reuse=2)
