@@ -22,11 +22,13 @@ class Duration:
         mean: seconds.
         spread: standard deviation in seconds.
         count: observations in it; at 0 the two are a guess, which the first observation replaces.
+        like: what it is taken for until then, once that has been observed: the same of all agents.
     """
 
     mean: float
     spread: float
     count: int = 0
+    like: Duration | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("mean", self.mean), ("spread", self.spread)):
@@ -52,6 +54,8 @@ class Duration:
 
     def discount(self, rate: float, elapsed: float = 0.0) -> float:
         """E[exp(-rate · what is left)] of a wait that has lasted `elapsed` seconds and is not over."""
+        if self.like is not None and not self.count and self.like.count:
+            return self.like.discount(rate, elapsed)
         spread, mean = self.spread, self.mean
         tail = spread if spread < mean else mean
         left = mean - tail - elapsed
@@ -81,7 +85,7 @@ class AgentDurations:
     def discount(self, rate: float) -> float:
         """E[exp(-rate · (call + pause))]."""
         calls, pauses, at, known = self._discount
-        if calls == self.call.count and pauses == self.pause.count and at == rate:
+        if calls == self.call.count > 0 and pauses == self.pause.count and at == rate:
             return known
         known = self.call.discount(rate) * self.pause.discount(rate)
         self._discount = self.call.count, self.pause.count, rate, known

@@ -15,13 +15,14 @@ from .learned_prefix import LearnedPrefixes
 from .markov import LearnedTransitions
 from .pages import Pages
 from .shares import Shares
-from .steps import StepGraph
+from .steps import LEAST, StepGraph
 from .tiers import TieredTree
 
 if TYPE_CHECKING:
     from .scheduling.request import Request
 
 logger = logging.getLogger(__name__)
+SOON = 0.1  # of 1/γ, and of the look-ahead: what lacks no more than that is in sight
 CAPPED_REUSE = 0.01  # of an agent beyond its client's share
 
 
@@ -98,10 +99,20 @@ class Outlook:
         steps = self._steps(agent)
         return steps, self._seconds(agent) if self.by_time else steps * self._step_s
 
-    def wait(self, agent: str, least: float) -> float:
-        """Seconds until the expected discounted reuse of `agent` is `least`, if nothing happens; by steps always 0."""
-        reuse = self._reuse(agent) if self.by_time else 1.0
-        return max(0.0, math.log(least / reuse) / self.graph.rate) if reuse > 0 else math.inf
+    def wait(self, agent: str, look_ahead_s: float, least_reuse: float) -> float:
+        """Seconds until the next call of `agent` is in sight, if nothing happens meanwhile; by steps always 0.
+
+        Args:
+            look_ahead_s, least_reuse: expected seconds to the call at the most, and discounted reuse at the least.
+        """
+        seconds = self._seconds(agent) if self.by_time else 0.0
+        if not self.by_time or seconds == math.inf:
+            return seconds
+        missing = math.log(least_reuse / max(self._reuse(agent), LEAST))
+        # What is expected stands still between two readings of the graph: without `SOON`, what is out of sight by a
+        # rounding error would be looked at again and again at (nearly) the same time.
+        far = seconds - look_ahead_s if seconds > (1 + SOON) * look_ahead_s else 0.0
+        return max(far, missing / self.graph.rate if missing > SOON else 0.0)
 
     def _steps(self, agent: str) -> float:
         if agent in self._waiting:
@@ -137,7 +148,7 @@ class Outlook:
         news |= graph.changed_reuse() if self.by_time else graph.changed_steps()
         if graph.rate != self._rate:  # values that were read by the old one cannot be compared with new ones
             self._rate = graph.rate
-            news.update(self.shares.tiers.tree.groups.agents)
+            news.update(map(str, self.shares.tiers.tree.groups.agents))
         news |= self.board.expired()
         return news | self.shares.update(news)
 

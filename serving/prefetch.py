@@ -19,7 +19,6 @@ from .tiers import TieredTree
 from .wishes import Wish, Wishes
 
 MAX_REGISTERED = 10_000  # agents that are remembered until a request of theirs comes
-SOON = 0.1  # of the least reuse, and of the look-ahead: what lacks no more than that is in sight; see `_consider`
 FAILURES = 2  # of one wish, after which it waits for news of its agent
 
 
@@ -95,13 +94,7 @@ class Prefetcher:
     def _consider(self, agent: str) -> None:
         now, limits = self.tiers.clock(), self.limits
         steps, seconds = self.outlook.due(agent)
-        wait = 0.0
-        # What is expected stands still between two readings of the graph: without `SOON`, what is out of sight by a
-        # rounding error would be looked at again and again at (nearly) the same time.
-        if self.outlook.by_time and seconds > (1 + SOON) * limits.look_ahead_s:
-            wait = seconds - limits.look_ahead_s
-        if self.outlook.wait(agent, (1 - SOON) * limits.least_reuse) > 0:
-            wait = max(wait, self.outlook.wait(agent, limits.least_reuse))
+        wait = self.outlook.wait(agent, limits.look_ahead_s, limits.least_reuse)
         if wait or steps > limits.look_ahead_steps:
             self._forget(agent)
             if steps <= limits.look_ahead_steps and wait < min(seconds, math.inf):

@@ -58,6 +58,10 @@ class Shared:
         self.members.setdefault(spec.name, set()).add(workflow)
         if spec.name not in self.durations:
             self.durations[spec.name] = AgentDurations.guess(spec, self.default_s)
+            if spec.call_s is None:
+                self.durations[spec.name].call.like = self.calls
+            if spec.pause_s is None:
+                self.durations[spec.name].pause.like = self.pauses
 
     def left(self, workflow: Workflow, agent: str) -> None:
         """`workflow` has one agent less."""

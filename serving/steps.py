@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 
@@ -14,6 +15,7 @@ from .workflow import Workflow
 OF_A_STEP = 0.4
 STEADY = 1.4  # the factor by which 1/γ must be off before it follows
 LEAST_S, MOST_S = 0.01, 100.0  # of 1/γ
+LEAST = sys.float_info.min  # of a chance, so that its logarithm is a number
 
 
 class StepGraph:
@@ -147,9 +149,12 @@ class StepGraph:
         return self.chance(agent)[1]
 
     def seconds(self, agent: str) -> float:
-        """Expected time to execution, -ln(E[exp(-γT) | called]) / γ: a sure time that is worth the same."""
+        """Expected time to execution, -ln(E[exp(-γT) | called]) / γ: a sure time that is worth the same.
+
+        Beyond some 700 / γ, which floats cannot tell apart, a lower bound.
+        """
         reach, reuse = self.chance(agent)
-        return max(0.0, -math.log(reuse / reach) / self.rate) if reuse > 0 else math.inf
+        return max(0.0, -math.log(max(reuse / reach, LEAST)) / self.rate) if reach > 0 else math.inf
 
     def _adapt(self) -> bool:
         """Lets γ follow what steps take; whether it is a new one."""

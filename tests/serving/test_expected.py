@@ -132,7 +132,7 @@ def test_calls_that_the_edges_do_not_foretell_are_counted_with():
     ]
     accuracy, index = 2 / 3, {name: place for place, name in enumerate(names)}
     branches = [{index[e.target]: e.probability for e in edges if e.source == name} for name in names]
-    legs = [Duration(a.call_s, a.call_spread_s).discount(1 / DISCOUNT_S) for a in specs]
+    legs = [Duration(a.call_s or 0.0, a.call_spread_s or 0.0).discount(1 / DISCOUNT_S) for a in specs]
     passage = FirstPassage(branches, [False] * 4, np.array(legs), accuracy)
     true = [EdgeSpec(e.source, e.target, accuracy * e.probability + (1 - accuracy) / 4) for e in edges]
     true += [
@@ -173,6 +173,23 @@ def test_a_workflow_learns_how_often_its_edges_are_right():
         at = (at + 1) % 6
         flow.start(names[at])
     assert flow.accuracy > 0.97 and graph.reuse(names[(at + 1) % 6]) == pytest.approx(math.exp(-1), abs=0.02)
+
+
+def test_an_agent_that_was_not_called_yet_is_taken_for_the_others():
+    """Where its durations were not declared."""
+    seconds = [0.0]
+    graph = StepGraph(lambda: seconds[0], discount_s=DISCOUNT_S)
+    told = AgentSpec("told", call_s=7.0, call_spread_s=0.0, pause_s=0.0)
+    specs = [AgentSpec("a"), AgentSpec("b"), told, AgentSpec("c")]
+    flow = graph.add_workflow(WorkflowSpec("w", specs, [EdgeSpec(s.name, t.name) for s, t in pairwise(specs)], ["a"]))
+    flow.start("a")
+    assert graph.seconds("told") == pytest.approx(2 * DISCOUNT_S * math.log(1.5), rel=1e-6), "two guesses of 5 s"
+    for _ in range(20):
+        seconds[0] += 1.0
+        flow.finish("a", chose=[])
+        flow.start("a")
+    assert graph.seconds("told") == pytest.approx(2.0, rel=0.1)
+    assert graph.seconds("c") - graph.seconds("told") == pytest.approx(7.0, rel=0.01)
 
 
 def test_the_discount_follows_what_steps_take():

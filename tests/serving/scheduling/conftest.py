@@ -157,7 +157,7 @@ def ring():
 
     def add(driver: Driver, agents: list[str], name: str = "ring", call_s: float = 1.0) -> None:
         edges = [EdgeSpec(a, b) for a, b in zip(agents, agents[1:] + agents[:1], strict=True)]
-        specs = [AgentSpec(agent, call_s=call_s, call_spread_s=0.1) for agent in agents]
+        specs = [AgentSpec(agent, call_s=call_s, call_spread_s=0.1, pause_s=0.0) for agent in agents]
         driver.system.graph.add_workflow(WorkflowSpec(name, specs, edges, agents[:1]))
 
     return add

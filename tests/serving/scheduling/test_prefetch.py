@@ -251,13 +251,13 @@ def test_an_agent_comes_into_sight_with_time_alone(make_driver, ring, prompt_of)
     graph.start("b", "slow")  # will take a minute
     driver.begin()
     assert driver.cached(prompt_of("a")) == 0, "not yet in sight"
-    due = driver.scheduler.next_time()
-    assert due is not None and 30 < due - driver.clock() < 60
-    driver.clock.advance_to(due)
-    driver.begin()
-    driver.clock.advance_to(driver.clock() + 1)
-    driver.begin()
-    assert driver.cached(prompt_of("a")) == 20
+    begun = driver.clock()
+    while driver.cached(prompt_of("a")) == 0:
+        due = driver.scheduler.next_time()
+        assert due is not None and driver.clock() < due < begun + 70
+        driver.clock.advance_to(due)
+        driver.begin()
+    assert begun + 50 < driver.clock() < begun + 60
 
 
 def test_what_is_out_of_sight_by_a_rounding_error_does_not_stop_the_clock(make_driver, prompt_of):
