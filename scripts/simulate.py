@@ -23,6 +23,8 @@ class Config:
     """YAML set-ups (examples/kvflow_*.yaml; docs/simulator.md has the format)."""
     policies: list[str] = field(default_factory=list)
     """Only these, beside the baselines; by default what the set-up names."""
+    set: tuple[str, ...] = ()
+    """Changes to the set-ups and all their cells, as machine.link_gb_s=4 workload.rounds=1."""
     cells: str | None = None
     """Only cells whose name contains this."""
     repeats: int | None = None
@@ -60,7 +62,7 @@ def main(config: Config) -> int:
 
     if config.trace:
         return _trace(config)
-    setups = [_chosen(load_setup(path), config) for path in config.setups]
+    setups = [_chosen(load_setup(path, config.set), config) for path in config.setups]
     if config.study:
         return _study(setups[0], config)
     comparisons = []
@@ -139,7 +141,7 @@ def _trace(config: Config) -> int:
 
     path = config.trace or ""
     trace = read_trace(path)
-    machine = load_setup(config.setups[0]).cells[0].machine if config.setups else machine_of(trace)
+    machine = load_setup(config.setups[0], config.set).cells[0].machine if config.setups else machine_of(trace)
     cell = Cell(Path(path).name, machine, Workload())
     setup = _chosen(
         Setup(Path(path).stem, f"trace {path}: {len(trace.calls)} calls", "replayed", (cell,), repeats=1), config

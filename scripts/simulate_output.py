@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..serving.simulation.setups import Cell, Setup
     from ..serving.simulation.study import Point
 
+SUMMED = ("bytes_moved", "stall_s")
 BYTES = ("bytes_moved", "bytes_wasted")
 
 
@@ -71,6 +72,8 @@ def show_comparison(comparisons: Sequence[Comparison]) -> None:
             console.print(f"recorded makespan: {each.recorded_s:.2f} s")
         if each.cell.why:
             console.print(f"{each.cell.why}\n", highlight=False)
+    for group in _groups(comparisons):
+        console.print(group)
     runs = [outcome for each in comparisons for outcomes in each.outcomes.values() for outcome in outcomes]
     cpu, events = sum(run.cpu_s for run in runs), sum(run.events for run in runs)
     decisions = sum(run.decisions for run in runs)
@@ -106,6 +109,41 @@ def _table(comparison: Comparison) -> Table:
             ", ".join(_mean(outcomes, field, ".3f") for field in ("ttft_p50_s", "ttft_p99_s")),
         )
     return table
+
+
+def _groups(comparisons: Sequence[Comparison]) -> Iterator[Table]:
+    """Tables of what cells have in common whose names differ by a number only."""
+    from rich.table import Column, Table
+
+    by_name: dict[str, list[Comparison]] = {}
+    for each in comparisons:
+        by_name.setdefault(each.cell.name.rstrip("0123456789 "), []).append(each)
+    for name, members in by_name.items():
+        if len(members) == 1:
+            continue
+        baseline = members[0].setup.baselines[-1]
+        columns = ("policy", "cells", f"× {baseline}, geometric mean", "GB moved", "stall s", "TTFT p99, mean")
+        table = Table(*(Column(column, no_wrap=True) for column in columns), title=f"{name}, all", title_justify="left")
+        chosen = {
+            "all": members,
+            "mispredicted": [each for each in members if each.cell.workload.mispredicted],
+            "branches": [each for each in members if each.cell.workload.branches > 1],
+        }
+        for policy in members[0].outcomes:
+            for kind, cells in chosen.items():
+                if cells:
+                    table.add_row(policy, f"{len(cells)} {kind}", *_summary(cells, policy, baseline))
+        yield table
+
+
+def _summary(cells: Sequence[Comparison], policy: str, baseline: str) -> list[str]:
+    ratios = [1.0 if policy == baseline else statistics.fmean(each.all_ratios(baseline)[policy]) for each in cells]
+    sums = {f: sum(statistics.fmean(getattr(o, f) for o in each.outcomes[policy]) for each in cells) for f in SUMMED}
+    p99 = statistics.geometric_mean(
+        max(1e-6, statistics.fmean(outcome.ttft_p99_s for outcome in each.outcomes[policy])) for each in cells
+    )
+    moved, stalled = (sums[field] for field in SUMMED)
+    return [f"{statistics.geometric_mean(ratios):.4f}", f"{moved / 1e9:.0f}", f"{stalled:.0f}", f"{p99:.3f}"]
 
 
 def make_console() -> Console:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,11 @@ class Setup:
         return replace(self, policies=chosen)
 
 
-def load_setup(path: str | Path) -> Setup:
+def load_setup(path: str | Path, changes: Sequence[str] = ()) -> Setup:
     """Reads a set-up; docs/simulator.md has the format.
+
+    Args:
+        changes: as `machine.link_gb_s=4`, of the set-up and of all its cells.
 
     Raises:
         ValueError: unknown names or wrong values, with the file's name.
@@ -85,9 +88,24 @@ def load_setup(path: str | Path) -> Setup:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     try:
-        return read_setup(given, Path(path).stem)
+        return read_setup(_changed(given, changes), Path(path).stem)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _changed(given: Any, changes: Sequence[str]) -> Any:
+    import yaml
+
+    for change in changes:
+        name, _, value = change.partition("=")
+        section, _, key = name.partition(".")
+        if section not in ("machine", "workload") or not key or not value:
+            raise ValueError(f"got the change {change!r:.60}; accepted: machine.KEY=VALUE or workload.KEY=VALUE")
+        if isinstance(given, dict):
+            given[section] = {**(given.get(section) or {}), key: yaml.safe_load(value)}
+            for cell in given.get("cells") or []:
+                (cell.get(section) or {}).pop(key, None)
+    return given
 
 
 def read_setup(given: Any, name: str) -> Setup:

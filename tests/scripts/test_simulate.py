@@ -48,6 +48,32 @@ def test_cells_are_compared_with_every_baseline(setup: Path, tmp_path: Path, cap
     assert "recorded makespan" in capsys.readouterr().out
 
 
+def test_cells_that_differ_by_a_number_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "some.yaml"
+    path.write_text(SETUP.replace("name: one", "name: draw 1").replace("name: two", "name: draw 2"))
+    rows_path = tmp_path / "rows.json"
+    assert main(["simulate", str(path), "--repeats", "1", "--json", str(rows_path)]) == 0
+    shown = capsys.readouterr().out
+    rows = [row for row in json.loads(rows_path.read_text()) if row["name"].endswith("vs_lru_reactive")]
+    mine = [row for row in rows if row["policy"] == "ste_prefetch"]
+    assert "draw, all" in shown and "1 branches" in shown and "mispredicted" not in shown
+    line = next(line for line in shown.splitlines() if "ste_prefetch" in line and "2 all" in line)
+    assert f"{(mine[0]['ratio'] * mine[1]['ratio']) ** 0.5:.4f}" in line
+    assert f" {sum(row['bytes_moved'] for row in mine) / 1e9:.0f} " in line
+
+
+def test_a_change_is_made_to_all_cells(setup: Path, tmp_path: Path) -> None:
+    seconds = {}
+    for change in ("machine.link_gb_s=2", "machine.link_gb_s=1", "workload.branches=1"):
+        arguments = ["--policies", "lru_reactive", "--repeats", "1", "--json", str(tmp_path / "rows.json")]
+        assert main(["simulate", str(setup), "--set", change, *arguments]) == 0
+        rows = [row for row in json.loads((tmp_path / "rows.json").read_text()) if row["policy"] == "lru_reactive"]
+        seconds[change] = [row["makespan_s"] for row in rows]
+    fast, slow, plain = seconds.values()
+    assert slow[0] > 1.1 * fast[0] and slow[-1] > 1.1 * fast[-1]
+    assert plain[0] == plain[-1] == fast[0] != fast[-1]
+
+
 def test_the_study_is_shown_and_written(setup: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = [
         "--study",
@@ -77,6 +103,8 @@ def test_the_study_is_shown_and_written(setup: Path, tmp_path: Path, capsys: pyt
         (["SETUP", "--cells", "nine"], 1, "no cell of small has 'nine' in its name: one, two"),
         (["SETUP", "--policies", "best"], 1, "unknown policy 'best'"),
         (["absent.yaml"], 1, "absent.yaml"),
+        (["SETUP", "--set", "link=2"], 1, "got the change 'link=2'; accepted: machine.KEY=VALUE or workload.KEY=VALUE"),
+        (["SETUP", "--set", "machine.link=2"], 1, "small.yaml: a machine has no 'link'"),
     ],
 )
 def test_wrong_flags_are_told(
