@@ -10,6 +10,7 @@ from .shared import Shared
 from .solver import JoinSolver
 from .spec import JOINS, AgentSpec, EdgeSpec, check_probability
 
+TINY = 1e-200  # so small may a product of chances become before it begins anew
 FAINT = 0.1  # of the probability of its edge: less is left of no mark
 TRUST = 5  # calls that a graph counts as right for before any have been seen
 
@@ -17,13 +18,13 @@ TRUST = 5  # calls that a graph counts as right for before any have been seen
 class Mark(NamedTuple):
     """On an edge: its source has finished (at `since`, in seconds) and its target has not started since.
 
-    `probability` is that of the edge, or 1 if it is known to be taken; `valid`, the chance that no other call has come
-    instead of the one that the mark stands for.
+    `probability` is that of the edge, or 1 if it is known to be taken. `doubts` is what was left then of all marks that
+    were ever made; see `Workflow.valid`.
     """
 
     since: float
     probability: float
-    valid: float = 1.0
+    doubts: float = 1.0
 
 
 class Workflow:
@@ -38,7 +39,7 @@ class Workflow:
         branches: for each number, the successors' numbers and the probabilities of the edges.
         running: for each number with calls under way, when each started.
         expected: numbers of agents that will be called next, whatever the edges say.
-        marks: by the numbers of source and target.
+        marks: by the numbers of source and target, the oldest first.
         structure: counts the changes of agents and edges; `version`: these and the events.
         touched: seconds, the last change or event.
         accuracy: the share of calls that a mark foretold, of those that came while there were marks.
@@ -58,6 +59,8 @@ class Workflow:
         self.touched = shared.clock()
         self.accuracy = 1.0
         self._judged = TRUST
+        self._doubts = 1.0  # the product of what each call that nothing foretold left of the marks
+        self._sources: dict[int, int] = {}  # marks of each agent that has some
         self.changed: set[str] = set()  # agents whose steps may be other ones than at the last `drain`
 
     def add_agent(self, agent: str | AgentSpec) -> None:
@@ -164,8 +167,7 @@ class Workflow:
         self.shared.call(agent, now - began)
         for target, probability in self.branches[node].items():
             if taken is None or target in taken:
-                self.marks[node, target] = Mark(now, probability if taken is None else 1.0)
-                self.solver.satisfy(node, target)
+                self._mark(node, target, Mark(now, probability if taken is None else 1.0, self._doubts))
         self._set_source(node)
 
     def expect(self, agent: str) -> None:
@@ -186,6 +188,10 @@ class Workflow:
     def durations_changed(self) -> None:
         """There is news of how long calls or pauses take."""
         self._event()
+
+    def valid(self, mark: Mark) -> float:
+        """The chance that no other call has come instead of the one that `mark`, one of `marks`, stands for."""
+        return self._doubts / mark.doubts
 
     def steps(self, agent: str) -> float:
         """Steps to the execution of `agent`: 0 = running or ready, infinity = not in sight."""
@@ -237,20 +243,38 @@ class Workflow:
 
     def _supersede(self) -> None:
         """One of the calls that the marks stand for will not come: that of any source, with the same chance."""
-        left = 1 - 1 / max(1, len({source for source, _ in self.marks}))
-        for edge, mark in list(self.marks.items()):
-            valid = mark.valid * left
-            if valid < FAINT:
+        if len(self._sources) == 1:
+            for edge in list(self.marks):
                 self._unmark(*edge)
-            else:
-                self.marks[edge] = mark._replace(valid=valid)
+        elif self.marks:
+            self._doubts *= 1 - 1 / len(self._sources)
+            while self.marks and self.valid(next(iter(self.marks.values()))) < FAINT:  # the oldest is the least valid
+                self._unmark(*next(iter(self.marks)))
+        if self._doubts < TINY:
+            self.marks = {edge: mark._replace(doubts=mark.doubts / self._doubts) for edge, mark in self.marks.items()}
+        if not self.marks or self._doubts < TINY:
+            self._doubts = 1.0
+
+    def _mark(self, source: int, target: int, mark: Mark) -> None:
+        self._forget(source, target)
+        self.marks[source, target] = mark
+        self._sources[source] = self._sources.get(source, 0) + 1
+        self.solver.satisfy(source, target)
 
     def _unmark(self, source: int, target: int) -> None:
-        if self.marks.pop((source, target), None) is not None:
+        if self._forget(source, target):
             self.solver.satisfy(source, target, False)
 
+    def _forget(self, source: int, target: int) -> bool:
+        if self.marks.pop((source, target), None) is None:
+            return False
+        self._sources[source] -= 1
+        if not self._sources[source]:
+            del self._sources[source]
+        return True
+
     def _drop_edge(self, source: int, target: int) -> None:
-        self.marks.pop((source, target), None)
+        self._forget(source, target)
         self.solver.remove_edge(source, target)
         del self.branches[source][target]
         self.shared.edges -= 1

@@ -258,15 +258,28 @@ def test_of_several_calls_that_were_foretold_it_is_not_known_which_does_not_come
         flow.finish(agent)
     flow.start("other", 0)
     assert flow.next_steps("l") == flow.next_steps("r") == 0
-    assert {mark.valid for mark in flow.marks.values()} == {0.5} and graph.reuse("l") == graph.reuse("r") < 0.5
+    assert {flow.valid(mark) for mark in flow.marks.values()} == {0.5} and graph.reuse("l") == graph.reuse("r") < 0.5
     for call in (1, 2):
         flow.start("other", call)
-    assert {mark.valid for mark in flow.marks.values()} == {0.125} and 0 < graph.reuse("l") < 0.125
+    assert {flow.valid(mark) for mark in flow.marks.values()} == {0.125} and 0 < graph.reuse("l") < 0.125
     flow.start("other", 3)
     assert flow.next_steps("l") == flow.next_steps("r") == math.inf and not flow.marks
     flow.expect("l")
     flow.start("l")
     assert flow.accuracy == pytest.approx(7 / 11), "an expected call is no surprise"
+
+
+def test_doubts_of_thousands_of_calls_do_not_add_up():
+    graph, names = StepGraph(lambda: 0.0), ["one", "two", "after one", "after two", "other"]
+    edges = [EdgeSpec("one", "after one"), EdgeSpec("two", "after two")]
+    flow = graph.add_workflow(WorkflowSpec("w", [AgentSpec(name) for name in names], edges))
+    for call in range(3000):
+        for agent in ("one", "two"):
+            flow.expect(agent)
+            flow.start(agent)
+            flow.finish(agent)
+        flow.start("other", call)
+        assert {flow.valid(mark) for mark in flow.marks.values()} == {0.5}, call
 
 
 def test_a_retry_withdraws_the_answer():
