@@ -219,8 +219,9 @@ def row(
 
 
 def show(rows: Sequence[dict[str, Any]], title: str) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .benching import make_console
 
     counts = ("fit", "hits", "stall s", "MiB a call", "wasted")
     columns = ("policy", "seconds", f"× {BASELINE}", "idle s", *counts, "TTFT P50", "P99")
@@ -232,7 +233,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
             f"{each['bytes_moved_per_call'] / MIB:.1f}", f"{each['bytes_wasted'] / MIB:.0f}",
             f"{each['ttft_p50_s']:.2f}", f"{each['ttft_p99_s']:.2f}",
         )  # fmt: skip
-    Console().print(table)
+    make_console().print(table)
 
 
 def write(rows: Sequence[dict[str, Any]], path: str) -> None:

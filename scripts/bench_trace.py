@@ -225,7 +225,7 @@ def _row(name: str, trace: Trace, own: Outcome, foretold: Outcome, drift: float)
 def show(rows: Sequence[Row], config: Config) -> None:
     from rich.table import Table
 
-    from .simulate_output import make_console
+    from .benching import make_console
 
     columns = ("workflow", "system", "measured s", "predicted", "off", "hits, predicted", "stall s, predicted",
                f"by the rates of {config.systems[0]}", "drift")  # fmt: skip

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,6 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 
 def show(rows: Sequence[Row], title: str) -> None:
     """A table on stdout."""
-    from rich.console import Console
     from rich.table import Column, Table
 
     table = Table(Column("row", no_wrap=True), "ours", "peer", "unit", "ratio", "aim", "n", title=title)
@@ -69,7 +69,15 @@ def show(rows: Sequence[Row], title: str) -> None:
         ratio = f"{row.ratio:.3f}" if row.ratio < 0.1 else f"{row.ratio:.2f}"
         peer = "-" if row.peer is None else f"{row.peer:.4g}"
         table.add_row(row.name, f"{row.ours:.4g}", peer, row.unit, ratio, row.target, str(row.n))
-    Console().print(table)
+    make_console().print(table)
+
+
+def make_console() -> Console:
+    """As wide as the terminal; wide enough for the tables where there is none."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 120))
 
 
 def write_json(rows: Sequence[Row], path: str) -> None:

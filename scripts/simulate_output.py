@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .benching import make_console
+
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from ..serving.simulation.results import Outcome, Row
@@ -144,14 +145,6 @@ def _summary(cells: Sequence[Comparison], policy: str, baseline: str) -> list[st
     )
     moved, stalled = (sums[field] for field in SUMMED)
     return [f"{statistics.geometric_mean(ratios):.4f}", f"{moved / 1e9:.0f}", f"{stalled:.0f}", f"{p99:.3f}"]
-
-
-def make_console() -> Console:
-    """As wide as the terminal; wide enough for the tables where there is none."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 120))
 
 
 def _mean(outcomes: Sequence[Outcome], field: str, form: str) -> str:

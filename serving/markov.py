@@ -52,6 +52,7 @@ class LearnedTransitions:
                 "2 or more agents, 1 or more of the others"
             )
         self.workflow: Workflow = graph.add_workflow(name)
+        self.workflow.lasting = True
         self.decay, self.prior, self.floor = decay, prior, floor
         self.max_agents, self.max_successors, self.max_sessions = max_agents, max_successors, max_sessions
         self._counts: dict[str, dict[str, float]] = {}  # the order of the keys is that of the last calls

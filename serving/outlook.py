@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SOON = 0.1  # of 1/γ, and of the look-ahead: what lacks no more than that is in sight
+SILENT_S = 3600.0  # after so long without a call a workflow's client is taken to have gone
 CAPPED_REUSE = 0.01  # of an agent beyond its client's share
 
 
@@ -63,6 +64,7 @@ class Outlook:
         self._waiting: dict[str, int] = {}
         self._news: set[str] = set()
         self._rate = graph.rate
+        self._clock, self._swept = clock, clock()
         self._shares: Shares | None = None
         self._prefixes: LearnedPrefixes | None = None
 
@@ -141,6 +143,10 @@ class Outlook:
 
     def changed(self) -> set[str]:
         """The agents whose values may be other ones than at the last call."""
+        now = self._clock()
+        if now - self._swept > SILENT_S / 10:
+            self._swept = now
+            self.graph.expire(SILENT_S)
         if self.measure is Measure.NOTHING:
             return set()
         graph = self.graph

@@ -89,9 +89,14 @@ class StepGraph:
         del self._workflows[name], self._reuse[workflow]
 
     def expire(self, seconds: float) -> list[str]:
-        """Remove the workflows without an event for so long; returns their names."""
+        """Remove the workflows without an event for so long that have no call under way and are not `lasting`.
+
+        Returns:
+            Their names.
+        """
         limit = self._shared.clock() - seconds
-        old = [name for name, workflow in self._workflows.items() if workflow.touched < limit]
+        silent = [name for name, workflow in self._workflows.items() if workflow.touched < limit]
+        old = [name for name in silent if not (self._workflows[name].running or self._workflows[name].lasting)]
         for name in old:
             self.remove_workflow(name)
         return old

@@ -41,7 +41,7 @@ class Workflow:
         expected: numbers of agents that will be called next, whatever the edges say.
         marks: by the numbers of source and target, the oldest first.
         structure: counts the changes of agents and edges; `version`: these and the events.
-        touched: seconds, the last change or event.
+        touched: seconds, the last change or event. lasting: it is no run that ends, and silence means nothing.
         accuracy: the share of calls that a mark foretold, of those that came while there were marks.
     """
 
@@ -57,6 +57,7 @@ class Workflow:
         self.marks: dict[tuple[int, int], Mark] = {}
         self.structure = self.version = 0
         self.touched = shared.clock()
+        self.lasting = False
         self.accuracy = 1.0
         self._judged = TRUST
         self._doubts = 1.0  # the product of what each call that nothing foretold left of the marks

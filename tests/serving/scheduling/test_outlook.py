@@ -195,3 +195,21 @@ def test_lru_on_the_device_alone_and_the_oracle(make_driver, prompt_of):
         used = driver.system.tiers.pools.keys()
         assert (Tier.HOST in used) == (name != "lru")
     assert hits["lru"] == hits["lru_reactive"] == 0 and hits["belady"] >= 0.2
+
+
+def test_a_workflow_whose_client_has_gone_is_forgotten_after_an_hour(make_driver, ring, prompt_of):
+    driver = make_driver("ste", device=200, learn=True)
+    graph = driver.system.graph
+    ring(driver, ["a", "b"], "gone")
+    ring(driver, ["c", "d"], "slow")
+    driver.serve("r", prompt_of("a"), workflow="gone", agent="a", fixed_tokens=20)
+    graph["slow"].start("c")
+    driver.clock.advance_to(driver.clock() + 3500)
+    driver.begin()
+    assert {flow.name for flow in graph} == {"gone", "slow", "learned"}
+    driver.clock.advance_to(driver.clock() + 400)
+    driver.begin()
+    assert {flow.name for flow in graph} == {"slow", "learned"}
+    assert driver.system.outlook.steps("b") == float("inf") and driver.cached(prompt_of("a")) == 20
+    driver.serve("again", prompt_of("a"), workflow="gone", agent="a", fixed_tokens=20)
+    assert driver.answer("again").cached_tokens > 0
