@@ -15,7 +15,7 @@ from .learned_prefix import LearnedPrefixes
 from .markov import LearnedTransitions
 from .pages import Pages
 from .shares import Shares
-from .steps import LEAST, StepGraph
+from .steps import LEAST, SILENT_S, StepGraph
 from .tiers import TieredTree
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SOON = 0.1  # of 1/γ, and of the look-ahead: what lacks no more than that is in sight
-SILENT_S = 3600.0  # after so long without a call a workflow's client is taken to have gone
 CAPPED_REUSE = 0.01  # of an agent beyond its client's share
 
 
@@ -146,7 +145,7 @@ class Outlook:
         now = self._clock()
         if now - self._swept > SILENT_S / 10:
             self._swept = now
-            self.graph.expire(SILENT_S)
+            self.graph.stop()
         if self.measure is Measure.NOTHING:
             return set()
         graph = self.graph

@@ -67,7 +67,7 @@ class WorkflowReuse:
         accuracy = self._accuracy
         for (node, successor), mark in workflow.marks.items():
             left = durations[workflow.names[node]].pause.discount(rate, now - mark.since)
-            likely = mark.probability * workflow.valid(mark)
+            likely = mark.probability * workflow.marks.valid(mark)
             chance = (likely, likely * left)
             if workflow.solver.is_and[successor]:
                 waiting[index[node], index[successor]] = chance

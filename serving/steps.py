@@ -12,6 +12,7 @@ from .shared import News, Shared
 from .spec import WorkflowSpec, check_name
 from .workflow import Workflow
 
+SILENT_S = 3600.0
 OF_A_STEP = 0.4
 STEADY = 1.4  # the factor by which 1/γ must be off before it follows
 LEAST_S, MOST_S = 0.01, 100.0  # of 1/γ
@@ -57,21 +58,20 @@ class StepGraph:
         self._reuse: dict[Workflow, WorkflowReuse] = {}
 
     def add_workflow(self, spec: str | WorkflowSpec, name: str | None = None) -> Workflow:
-        """Declare a workflow, empty if only its name is given; `name` instead of the one in `spec` for one more run."""
+        """Declare a workflow, empty if only its name is given; `name` instead of the one in `spec` for one more run.
+
+        Where there is no room, those without a call for `SILENT_S` go for it.
+        """
         if isinstance(spec, str):
             spec = WorkflowSpec(spec, ())
         name = check_name(spec.name if name is None else name, "a workflow")
         shared = self._shared
         if name in self._workflows:
             raise ValueError(f"there is a workflow {name!r} already")
-        for kind, room in (
-            ("workflows", self.max_workflows - len(self._workflows) - 1),
-            ("agents", shared.max_agents - shared.agents - len(spec.agents)),
-            ("edges", shared.max_edges - shared.edges - len(spec.edges)),
-        ):
-            if room < 0:
-                limit = self.max_workflows if kind == "workflows" else getattr(shared, f"max_{kind}")
-                raise ValueError(f"the workflow {name!r} does not fit: {limit} {kind} are accepted in all")
+        if (lack := self._lacks(spec)) is not None and self.expire(SILENT_S):
+            lack = self._lacks(spec)
+        if lack is not None:
+            raise ValueError(f"the workflow {name!r} does not fit: {lack} are accepted in all")
         workflow = self._workflows[name] = Workflow(name, shared)
         for agent in spec.agents:
             workflow.add_agent(agent)
@@ -81,6 +81,18 @@ class StepGraph:
             workflow.expect(agent)
         self._reuse[workflow] = WorkflowReuse(workflow, self.rate)
         return workflow
+
+    def _lacks(self, spec: WorkflowSpec) -> str | None:
+        """The limit that is in the way of one more workflow."""
+        shared = self._shared
+        for kind, limit, wanted in (
+            ("workflows", self.max_workflows, len(self._workflows) + 1),
+            ("agents", shared.max_agents, shared.agents + len(spec.agents)),
+            ("edges", shared.max_edges, shared.edges + len(spec.edges)),
+        ):
+            if wanted > limit:
+                return f"{limit} {kind}"
+        return None
 
     def remove_workflow(self, name: str) -> None:
         """It has ended, or its client has gone."""
@@ -100,6 +112,13 @@ class StepGraph:
         for name in old:
             self.remove_workflow(name)
         return old
+
+    def stop(self, seconds: float = SILENT_S) -> None:
+        """Nothing is expected of workflows without an event for so long until they call again."""
+        limit = self._shared.clock() - seconds
+        for workflow in self._workflows.values():
+            if workflow.touched < limit and (workflow.marks or workflow.expected) and not workflow.running:
+                workflow.stop()
 
     def __getitem__(self, name: str) -> Workflow:
         if name not in self._workflows:

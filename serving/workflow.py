@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator
-from typing import NamedTuple
 
 from .durations import MEMORY
+from .marks import Marks
 from .shared import Shared
 from .solver import JoinSolver
 from .spec import JOINS, AgentSpec, EdgeSpec, check_probability
 
-TINY = 1e-200  # so small may a product of chances become before it begins anew
-FAINT = 0.1  # of the probability of its edge: less is left of no mark
 TRUST = 5  # calls that a graph counts as right for before any have been seen
-
-
-class Mark(NamedTuple):
-    """On an edge: its source has finished (at `since`, in seconds) and its target has not started since.
-
-    `probability` is that of the edge, or 1 if it is known to be taken. `doubts` is what was left then of all marks that
-    were ever made; see `Workflow.valid`.
-    """
-
-    since: float
-    probability: float
-    doubts: float = 1.0
 
 
 class Workflow:
@@ -39,7 +25,7 @@ class Workflow:
         branches: for each number, the successors' numbers and the probabilities of the edges.
         running: for each number with calls under way, when each started.
         expected: numbers of agents that will be called next, whatever the edges say.
-        marks: by the numbers of source and target, the oldest first.
+        marks: by the numbers of source and target.
         structure: counts the changes of agents and edges; `version`: these and the events.
         touched: seconds, the last change or event. lasting: it is no run that ends, and silence means nothing.
         accuracy: the share of calls that a mark foretold, of those that came while there were marks.
@@ -54,14 +40,12 @@ class Workflow:
         self.branches: dict[int, dict[int, float]] = {}
         self.running: dict[int, dict[Hashable, float]] = {}
         self.expected: set[int] = set()
-        self.marks: dict[tuple[int, int], Mark] = {}
+        self.marks = Marks()
         self.structure = self.version = 0
         self.touched = shared.clock()
         self.lasting = False
         self.accuracy = 1.0
         self._judged = TRUST
-        self._doubts = 1.0  # the product of what each call that nothing foretold left of the marks
-        self._sources: dict[int, int] = {}  # marks of each agent that has some
         self.changed: set[str] = set()  # agents whose steps may be other ones than at the last `drain`
 
     def add_agent(self, agent: str | AgentSpec) -> None:
@@ -148,7 +132,8 @@ class Workflow:
             last = max(used, key=lambda p: used[p].since)
             self.shared.pause(self.names[last], now - used[last].since)
         elif node not in self.expected:
-            self._supersede()
+            for edge in self.marks.surprise():
+                self._unmark(*edge)
         for source, mark in used.items():
             if mark.probability < 1:
                 for other in [t for t in self.branches[source] if self.branches[source][t] < 1]:
@@ -168,7 +153,8 @@ class Workflow:
         self.shared.call(agent, now - began)
         for target, probability in self.branches[node].items():
             if taken is None or target in taken:
-                self._mark(node, target, Mark(now, probability if taken is None else 1.0, self._doubts))
+                self.marks.put((node, target), now, probability if taken is None else 1.0)
+                self.solver.satisfy(node, target)
         self._set_source(node)
 
     def expect(self, agent: str) -> None:
@@ -186,13 +172,20 @@ class Workflow:
             self._unmark(node, target)
         self.expect(agent)
 
+    def stop(self) -> None:
+        """The next call may be any: no mark and no word that an agent comes next counts any more. That is no event."""
+        touched = self.touched
+        for edge in list(self.marks):
+            self._unmark(*edge)
+        for node in list(self.expected):
+            self.expected.discard(node)
+            self._set_source(node)
+        self._event()
+        self.touched = touched
+
     def durations_changed(self) -> None:
         """There is news of how long calls or pauses take."""
         self._event()
-
-    def valid(self, mark: Mark) -> float:
-        """The chance that no other call has come instead of the one that `mark`, one of `marks`, stands for."""
-        return self._doubts / mark.doubts
 
     def steps(self, agent: str) -> float:
         """Steps to the execution of `agent`: 0 = running or ready, infinity = not in sight."""
@@ -242,40 +235,12 @@ class Workflow:
             del self.running[node]
         return began
 
-    def _supersede(self) -> None:
-        """One of the calls that the marks stand for will not come: that of any source, with the same chance."""
-        if len(self._sources) == 1:
-            for edge in list(self.marks):
-                self._unmark(*edge)
-        elif self.marks:
-            self._doubts *= 1 - 1 / len(self._sources)
-            while self.marks and self.valid(next(iter(self.marks.values()))) < FAINT:  # the oldest is the least valid
-                self._unmark(*next(iter(self.marks)))
-        if self._doubts < TINY:
-            self.marks = {edge: mark._replace(doubts=mark.doubts / self._doubts) for edge, mark in self.marks.items()}
-        if not self.marks or self._doubts < TINY:
-            self._doubts = 1.0
-
-    def _mark(self, source: int, target: int, mark: Mark) -> None:
-        self._forget(source, target)
-        self.marks[source, target] = mark
-        self._sources[source] = self._sources.get(source, 0) + 1
-        self.solver.satisfy(source, target)
-
     def _unmark(self, source: int, target: int) -> None:
-        if self._forget(source, target):
+        if self.marks.take((source, target)):
             self.solver.satisfy(source, target, False)
 
-    def _forget(self, source: int, target: int) -> bool:
-        if self.marks.pop((source, target), None) is None:
-            return False
-        self._sources[source] -= 1
-        if not self._sources[source]:
-            del self._sources[source]
-        return True
-
     def _drop_edge(self, source: int, target: int) -> None:
-        self._forget(source, target)
+        self.marks.take((source, target))
         self.solver.remove_edge(source, target)
         del self.branches[source][target]
         self.shared.edges -= 1

@@ -258,10 +258,11 @@ def test_of_several_calls_that_were_foretold_it_is_not_known_which_does_not_come
         flow.finish(agent)
     flow.start("other", 0)
     assert flow.next_steps("l") == flow.next_steps("r") == 0
-    assert {flow.valid(mark) for mark in flow.marks.values()} == {0.5} and graph.reuse("l") == graph.reuse("r") < 0.5
+    assert {flow.marks.valid(mark) for mark in flow.marks.values()} == {0.5}
+    assert graph.reuse("l") == graph.reuse("r") < 0.5
     for call in (1, 2):
         flow.start("other", call)
-    assert {flow.valid(mark) for mark in flow.marks.values()} == {0.125} and 0 < graph.reuse("l") < 0.125
+    assert {flow.marks.valid(mark) for mark in flow.marks.values()} == {0.125} and 0 < graph.reuse("l") < 0.125
     flow.start("other", 3)
     assert flow.next_steps("l") == flow.next_steps("r") == math.inf and not flow.marks
     flow.expect("l")
@@ -279,7 +280,7 @@ def test_doubts_of_thousands_of_calls_do_not_add_up():
             flow.start(agent)
             flow.finish(agent)
         flow.start("other", call)
-        assert {flow.valid(mark) for mark in flow.marks.values()} == {0.5}, call
+        assert {flow.marks.valid(mark) for mark in flow.marks.values()} == {0.5}, call
 
 
 def test_a_retry_withdraws_the_answer():
@@ -336,6 +337,19 @@ def test_silent_workflows_expire():
     assert graph.expire(10.0) == ["old", "new"]
     assert "busy" in graph and "old" not in graph and len(graph) == 1
     assert graph.agents == graph.edges == 3
+
+
+def test_silent_workflows_make_room_for_new_ones():
+    seconds = [0.0]
+    graph = StepGraph(lambda: seconds[0], max_workflows=2)
+    graph.add_workflow(ring(3, "silent"))
+    graph.add_workflow("lasting").lasting = True
+    seconds[0] = 3599.0
+    with pytest.raises(ValueError, match="2 workflows are accepted in all"):
+        graph.add_workflow(ring(3, "new"))
+    seconds[0] = 3601.0
+    graph.add_workflow(ring(3, "new"))
+    assert {flow.name for flow in graph} == {"lasting", "new"}
 
 
 def test_what_clients_may_declare_is_bounded():
