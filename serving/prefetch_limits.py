@@ -14,7 +14,7 @@ class PrefetchLimits:
         look_ahead_steps: agents that may be called within so many steps are wanted (KVFlow's code: 2). What is brought
             earlier displaces what is called hardly later, and has to be brought back.
         look_ahead_s, least_reuse: where calls are expected by time, only those within so many seconds, and with so much
-            expected discounted reuse, 0 to 1: by default that of a call which is certain to come in two mean steps.
+            expected discounted reuse, 0 to 1: by default that of a call which is certain to come in three mean steps.
         copies: prompts that are on their way at once.
         share: of the device's bytes, that those may take.
         seconds: of a link's time, that those may take.
@@ -22,7 +22,7 @@ class PrefetchLimits:
 
     look_ahead_steps: float = 2.0
     look_ahead_s: float = 30.0
-    least_reuse: float = math.exp(-5.0)
+    least_reuse: float = math.exp(-7.5)
     copies: int = 4
     share: float = 0.5
     seconds: float = 5.0
