@@ -70,7 +70,7 @@ def test_exclusive_branches_that_meet_do_not_wait_for_each_other(compiled):
     flow.start("s")
     assert steps.next_steps("a") == 1
     flow.finish("s")
-    assert (steps.next_steps("a"), steps.reuse("a")) == (0, 1)
+    assert (steps.next_steps("a"), steps.reuse("a")) == (0, pytest.approx(1, abs=0.01))
 
 
 @pytest.mark.parametrize(
