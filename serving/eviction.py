@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -88,7 +88,10 @@ def get_tier_policy(name: str, **options: Any) -> TierPolicy:
         made = order(**options)
     except TypeError as error:
         raise ValueError(f"tier policy {name!r} does not accept {sorted(options)}: {error}") from None
-    suffixes = SuffixReuse(made.costs) if isinstance(made, ExpectedTime) else None
+    suffixes = None
+    if isinstance(made, ExpectedTime):
+        suffixes = SuffixReuse(made.costs)
+        made = replace(made, suffixes=suffixes)
     return TierPolicy(made, write_back, suffixes)
 
 
@@ -141,6 +144,12 @@ class Eviction:
         Returns:
             PENDING, and nothing is done yet, if the tier below will have room once copies have ended; else READY.
         """
+        room, suffixes = self._evict(node, tier), self.policy.suffixes
+        if suffixes is not None and room is Room.READY and tier is Tier.DEVICE and not node.fixed:
+            suffixes.left(node)
+        return room
+
+    def _evict(self, node: Node, tier: Tier) -> Room:
         only_copy = sum(copy is not None for copy in node.copies) == 1
         if only_copy and self.policy.saves(node, tier):
             room = self._save(node, tier)

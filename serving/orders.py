@@ -11,9 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .node import Node, Tier
+
+if TYPE_CHECKING:
+    from .suffixes import SuffixReuse
 
 Agent = Hashable
 Rank = tuple[float, ...]
@@ -148,6 +151,7 @@ class ExpectedTime(Order):
         reuse: of an agent, 0 to 1; without a number 0.
         costs: seconds to recompute or to reload.
         prior, half_life_s: of nodes that are in no fixed prompt.
+        suffixes: learns how many of these are used again, beginning with `prior`.
         rate, clock: γ in 1/s, as it is now, and seconds. Chances that were read at different times are compared as if
             they had grown by exp(γ · time) since, which is what E[exp(-γT)] does while a call comes nearer.
     """
@@ -158,6 +162,7 @@ class ExpectedTime(Order):
     half_life_s: float = 30.0
     rate: Callable[[], float] = lambda: 0.0
     clock: Callable[[], float] = lambda: 0.0
+    suffixes: SuffixReuse | None = None
     name = "expected_time"
     uses_agents = True
 
@@ -185,7 +190,8 @@ class ExpectedTime(Order):
 
     def nobody(self, now: float) -> float:
         fading, rate = math.log(2) / self.half_life_s, self.rate()
-        return math.log(self.prior * fading / (fading + rate)) - now * (fading + rate)
+        prior = self.prior if self.suffixes is None else self.suffixes.used(self.prior)
+        return math.log(prior * fading / (fading + rate)) - now * (fading + rate)
 
     def displaced(self, rank: Rank) -> Rank:
         # A copy takes the link's time for certain, and what it displaces has to be brought back if that is called.

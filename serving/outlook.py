@@ -88,9 +88,9 @@ class Outlook:
         return math.inf if agent in self.shares.capped else self._steps(agent)
 
     def reuse(self, agent: Any) -> float:
-        """Expected discounted reuse of `agent`, 0 to 1, for eviction."""
-        reuse = self._reuse(agent)
-        return min(reuse, CAPPED_REUSE) if agent in self.shares.capped else reuse
+        """What `agent` is worth by its expected discounted reuse, 0 to 1, for eviction."""
+        worth = 1.0 if agent in self._waiting else self.board.reuse(agent, self.graph.worth(agent))
+        return min(worth, CAPPED_REUSE) if agent in self.shares.capped else worth
 
     def due(self, agent: str) -> tuple[float, float]:
         """Steps and expected seconds to the next call of `agent`, infinite where nothing is known, for prefetching.

@@ -14,6 +14,7 @@ from .workflow import Workflow
 
 SILENT_S = 3600.0
 OF_A_STEP = 0.4
+COPY, SLOWER = 0.001, 16.0  # see `worth`
 STEADY = 1.4  # the factor by which 1/γ must be off before it follows
 LEAST_S, MOST_S = 0.01, 100.0  # of 1/γ
 LEAST = sys.float_info.min  # of a chance, so that its logarithm is a number
@@ -171,6 +172,15 @@ class StepGraph:
     def reuse(self, agent: str) -> float:
         """Expected discounted reuse of `agent`, 0 to 1: the P(reuse) of `orders.ExpectedTime`."""
         return self.chance(agent)[1]
+
+    def worth(self, agent: str) -> float:
+        """What it is worth to have what `agent` needs on the device, 0 to 1: its reuse, and a little of a slower one.
+
+        What is called in some steps can be brought back in the meantime, so γ is fast; but a copy takes the link, which
+        is why what comes back at all is not worth nothing. The slower one is E[exp(-γT / SLOWER)] of a sure time.
+        """
+        reach, reuse = self.chance(agent)
+        return (reuse + COPY * reach * (reuse / reach) ** (1 / SLOWER)) / (1 + COPY) if reuse > 0 else 0.0
 
     def seconds(self, agent: str) -> float:
         """Expected time to execution, -ln(E[exp(-γT) | called]) / γ: a sure time that is worth the same.

@@ -10,6 +10,8 @@ from .orders import Costs
 
 REMEMBERED = 64  # saved suffixes that the chance is read from
 TRUST = 4.0  # saved suffixes of an agent that count as much as all that is known of the others
+PRIOR = 4.0  # suffixes that count as much as what is believed before any has left the device
+FADING = 0.98  # of what is known, with every suffix that leaves
 HOPE, DOUBT = 0.5, 4.0  # of `DOUBT` suffixes before the first, `HOPE` are taken to have been used again
 EXPLORE = 64  # one in so many that would be dropped is saved all the same
 
@@ -31,6 +33,16 @@ class SuffixReuse:
         self.costs = costs
         self._saved: deque[tuple[Node, int, Hashable]] = deque(maxlen=REMEMBERED)
         self._dropped = 0
+        self._used = self._left = 0.0
+
+    def left(self, node: Node) -> None:
+        """A suffix leaves the device."""
+        self._used = FADING * self._used + (node.hits > 0)
+        self._left = FADING * self._left + 1
+
+    def used(self, believed: float) -> float:
+        """The share of suffixes that were used again while they lay on the device; `believed` before any left."""
+        return (self._used + PRIOR * believed) / (self._left + PRIOR)
 
     def pays(self, node: Node, tier: Tier) -> bool:
         """Whether a copy of `node` in the tier below `tier` is worth its time on the link."""

@@ -125,14 +125,16 @@ def build_system(
         None if oracle is None else oracle.advance,
         step_s,
     )
+    suffixes = SuffixReuse(costs) if recipe.write_back is WriteBack.WORTH else None
     order: Order = {
         "lru": LRU,
         "lfu": LFU,
         "ste": lambda: StepsToExecution(outlook.steps),
-        "expected_time": lambda: ExpectedTime(outlook.reuse, costs, rate=lambda: graph.rate, clock=clock),
+        "expected_time": lambda: ExpectedTime(
+            outlook.reuse, costs, rate=lambda: graph.rate, clock=clock, suffixes=suffixes
+        ),
         "belady": lambda: oracle,
     }[recipe.order]()
-    suffixes = SuffixReuse(costs) if recipe.write_back is WriteBack.WORTH else None
     tiers = TieredTree(used, mover, TierPolicy(order, recipe.write_back, suffixes), page_size, clock)
     outlook.attach(tiers)
     estimates = Estimates(costs, tiers.transfers)

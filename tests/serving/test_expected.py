@@ -212,6 +212,19 @@ def test_the_discount_follows_what_steps_take():
     assert graph.seconds("b") == pytest.approx(30, rel=0.1)
 
 
+def test_what_is_far_is_worth_the_copy_that_brings_it_back():
+    names = [f"a{i}" for i in range(10)]
+    graph = StepGraph(lambda: 0.0, discount_s=0.4)
+    edges = [EdgeSpec(s, t) for s, t in zip(names, names[1:] + names[:1], strict=True)]
+    specs = [AgentSpec(name, call_s=1.0, call_spread_s=0.0) for name in names]
+    graph.add_workflow(WorkflowSpec("ring", [*specs, AgentSpec("never")], edges)).start("a0")
+    worth = [graph.worth(name) for name in [*names[1:], "a0"]]
+    assert worth == sorted(worth, reverse=True) and graph.worth("never") == 0.0
+    assert worth[0] == pytest.approx(graph.reuse("a1"), rel=0.02)
+    assert worth[-1] == pytest.approx(0.001 * math.exp(-10 / 6.4), rel=0.01)
+    assert graph.reuse("a0") < 1e-4 * worth[-1]
+
+
 def test_small_chances_are_told_apart_in_forks():
     """Rounds go on until the smallest chance stands still, not only the largest."""
     names = [f"a{i}" for i in range(12)]

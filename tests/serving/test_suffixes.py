@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tenure.serving import (
     LRU,
+    ExpectedTime,
     LinearCosts,
     SuffixReuse,
     Tier,
@@ -55,6 +58,24 @@ def test_what_is_never_used_again_stops_being_saved_and_what_is_used_goes_on():
     # It pays from a chance of 20 / (100 - 20) on.
     assert not reuse.pays(suffix("ring"), Tier.DEVICE)
     assert reuse.pays(suffix("chat"), Tier.DEVICE) and reuse.pays(suffix("new"), Tier.DEVICE)
+
+
+def test_how_many_are_used_again_is_learned_when_they_leave_the_device():
+    order = ExpectedTime({}, COSTS, prior=0.05, half_life_s=10)
+    policy = TierPolicy(order, WriteBack.WORTH, SuffixReuse(COSTS))
+    assert policy.suffixes is not None and policy.suffixes.used(0.05) == 0.05
+    by_name = get_tier_policy("expected_time", reuse={}, costs=COSTS)
+    assert isinstance(by_name.order, ExpectedTime) and by_name.order.suffixes is by_name.suffixes
+    assert by_name.suffixes is not None
+    unused = suffix("ring")
+    for _ in range(20):
+        by_name.suffixes.left(unused)
+    little = by_name.suffixes.used(0.05)
+    assert little < 0.015 and by_name.order.nobody(0.0) == pytest.approx(math.log(little))
+    unused.hits = 1
+    for _ in range(200):
+        by_name.suffixes.left(unused)
+    assert by_name.suffixes.used(0.05) > 0.9
 
 
 def test_what_takes_longer_to_reload_than_to_compute_is_not_saved():
