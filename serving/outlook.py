@@ -92,23 +92,23 @@ class Outlook:
         worth = 1.0 if agent in self._waiting else self.board.reuse(agent, self.graph.worth(agent))
         return min(worth, CAPPED_REUSE) if agent in self.shares.capped else worth
 
-    def due(self, agent: str) -> tuple[float, float]:
-        """Steps and expected seconds to the next call of `agent`, infinite where nothing is known, for prefetching.
+    def next_steps(self, agent: str) -> float:
+        """Steps to the next call of `agent`, as if everything went its way; infinity where nothing is known."""
+        return self._steps(agent)
 
-        Steps are counted as if everything went the agent's way; by steps, the seconds are so many mean calls.
-        """
-        steps = self._steps(agent)
-        return steps, self._seconds(agent) if self.by_time else steps * self._step_s
+    def due(self, agent: str) -> float:
+        """Expected seconds to the next call of `agent`, for prefetching; by steps, so many mean calls."""
+        return self._seconds(agent) if self.by_time else self._steps(agent) * self._step_s
 
-    def wait(self, agent: str, look_ahead_s: float, least_reuse: float) -> float:
+    def wait(self, agent: str, seconds: float, look_ahead_s: float, least_reuse: float) -> float:
         """Seconds until the next call of `agent` is in sight, if nothing happens meanwhile; by steps always 0.
 
         Args:
+            seconds: when it is due.
             look_ahead_s, least_reuse: expected seconds to the call at the most, and discounted reuse at the least.
         """
-        seconds = self._seconds(agent) if self.by_time else 0.0
         if not self.by_time or seconds == math.inf:
-            return seconds
+            return seconds if self.by_time else 0.0
         missing = math.log(least_reuse / max(self._reuse(agent), LEAST))
         # What is expected stands still between two readings of the graph: without `SOON`, what is out of sight by a
         # rounding error would be looked at again and again at (nearly) the same time.

@@ -93,11 +93,14 @@ class Prefetcher:
 
     def _consider(self, agent: str) -> None:
         now, limits = self.tiers.clock(), self.limits
-        steps, seconds = self.outlook.due(agent)
-        wait = self.outlook.wait(agent, limits.look_ahead_s, limits.least_reuse)
-        if wait or steps > limits.look_ahead_steps:
+        if self.outlook.next_steps(agent) > limits.look_ahead_steps:
             self._forget(agent)
-            if steps <= limits.look_ahead_steps and wait < min(seconds, math.inf):
+            return
+        seconds = self.outlook.due(agent)
+        wait = self.outlook.wait(agent, seconds, limits.look_ahead_s, limits.least_reuse)
+        if wait:
+            self._forget(agent)
+            if wait < min(seconds, math.inf):
                 self._wishes.look_at(agent, now + wait)
             return
         end = self.tiers.tree.ends.get(agent)
