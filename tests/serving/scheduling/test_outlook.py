@@ -110,7 +110,7 @@ def test_the_prompt_of_a_request_that_waits_is_not_the_first_to_go(make_driver, 
     driver.submit("r", [*prompt_of("a"), *range(40)], 10, workflow="ring", agent="a", fixed_tokens=20)
     driver.begin()
     outlook = driver.system.outlook
-    assert outlook.steps("a") == 0.0 and outlook.next_steps("a") == outlook.due("a") == 0.0 and outlook.reuse("a") == 1.0
+    assert outlook.steps("a") == outlook.next_steps("a") == outlook.due("a") == 0.0 and outlook.reuse("a") == 1.0
     driver.finish(driver.works[-1][1])
     driver.run(lambda: any(e.request.id == "blocker" for e in driver.ended))
     driver.begin()
