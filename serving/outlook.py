@@ -85,7 +85,7 @@ class Outlook:
 
     def steps(self, agent: Any) -> float:
         """Steps to the next call of `agent`, for eviction; infinity: not in sight, or beyond its client's share."""
-        return math.inf if agent in self.shares.capped else self._steps(agent)
+        return math.inf if agent in self.shares.capped else self.next_steps(agent)
 
     def reuse(self, agent: Any) -> float:
         """What `agent` is worth by its expected discounted reuse, 0 to 1, for eviction."""
@@ -94,11 +94,13 @@ class Outlook:
 
     def next_steps(self, agent: str) -> float:
         """Steps to the next call of `agent`, as if everything went its way; infinity where nothing is known."""
-        return self._steps(agent)
+        if agent in self._waiting:
+            return 0.0
+        return self.board.steps(agent, self.graph.next_steps(agent))
 
     def due(self, agent: str) -> float:
         """Expected seconds to the next call of `agent`, for prefetching; by steps, so many mean calls."""
-        return self._seconds(agent) if self.by_time else self._steps(agent) * self._step_s
+        return self._seconds(agent) if self.by_time else self.next_steps(agent) * self._step_s
 
     def wait(self, agent: str, seconds: float, look_ahead_s: float, least_reuse: float) -> float:
         """Seconds until the next call of `agent` is in sight, if nothing happens meanwhile; by steps always 0.
@@ -115,11 +117,6 @@ class Outlook:
         far = seconds - look_ahead_s if seconds > (1 + SOON) * look_ahead_s else 0.0
         return max(far, missing / self.graph.rate if missing > SOON else 0.0)
 
-    def _steps(self, agent: str) -> float:
-        if agent in self._waiting:
-            return 0.0
-        return self.board.steps(agent, self.graph.next_steps(agent))
-
     def _reuse(self, agent: str) -> float:
         return 1.0 if agent in self._waiting else self.board.reuse(agent, self.graph.reuse(agent))
 
@@ -133,7 +130,7 @@ class Outlook:
         return max(1e-9, self.step.mean)
 
     def _worth(self, agent: str) -> float:
-        return self._reuse(agent) if self.by_time else -self._steps(agent)
+        return self._reuse(agent) if self.by_time else -self.next_steps(agent)
 
     def fixed_tokens(self, request: Request, key: Pages) -> int:
         """How much of a prompt is its agent's fixed prompt, where the request does not say so: learned."""

@@ -26,7 +26,6 @@ class Call:
     Attributes:
         after_s: seconds after what leads to it.
         prompt: int32 `(tokens,)`, the first `fixed_tokens` of them the agent's.
-        foretold: the declared graph says that it may come now.
     """
 
     agent: str
@@ -34,7 +33,6 @@ class Call:
     fixed_tokens: int
     output_tokens: int
     after_s: float
-    foretold: bool = True
 
 
 class Client:
@@ -96,7 +94,7 @@ class Client:
 
     def first_call(self) -> Call:
         draws = seeded("start", self.seed, self.name)
-        return self._call(self.plan.first, self.workload.start_s.draw(draws), True)
+        return self._call(self.plan.first, self.workload.start_s.draw(draws))
 
     def following(self, agent: str) -> list[Call]:
         """What comes after an answer of `agent`; nothing after the last one, and while others are waited for."""
@@ -109,12 +107,11 @@ class Client:
             return []
         wait = self._noisy(workload.tool_s.draw(draws), draws)
         others = [name for name in self._names if name not in after and name != origin]
-        foretold = not others or draws.random() >= workload.mispredicted
-        if not foretold:
+        if others and draws.random() < workload.mispredicted:
             after = (draws.choice(others),)
         elif chances is not None:
             after = tuple(draws.choices(after, chances))
-        return [self._call(name, wait, foretold) for name in after if self._complete(name)]
+        return [self._call(name, wait) for name in after if self._complete(name)]
 
     def change(self, agent: str, calls: Sequence[Call]) -> tuple[str, str, list[EdgeSpec]] | None:
         """Whether some agent is replaced after a call of `agent` that led to `calls`.
@@ -144,7 +141,7 @@ class Client:
         self._arrived[agent] = (self._arrived.get(agent, 0) + 1) % wanted
         return self._arrived[agent] == 0
 
-    def _call(self, agent: str, after_s: float, foretold: bool) -> Call:
+    def _call(self, agent: str, after_s: float) -> Call:
         self.started += 1
         self.open += 1
         number = self._calls[agent] = self._calls[agent] + 1
@@ -154,7 +151,7 @@ class Client:
         dynamic = _count(self.workload.dynamic_tokens.draw(draws))
         output = _count(self._noisy(self.workload.output_tokens.draw(draws), draws))
         prompt = np.concatenate((fixed, _tokens(draws, dynamic)))
-        return Call(name, prompt, len(fixed), output, after_s, foretold)
+        return Call(name, prompt, len(fixed), output, after_s)
 
     def _noisy(self, value: float, draws: random.Random) -> float:
         noise = self.workload.noise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,15 @@ def _changed(given: Any, changes: Sequence[str]) -> Any:
         section, _, key = name.partition(".")
         if section not in ("machine", "workload") or not key or not value:
             raise ValueError(f"got the change {change!r:.60}; accepted: machine.KEY=VALUE or workload.KEY=VALUE")
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"got the change {change!r:.60}, whose value is not YAML") from None
         if isinstance(given, dict):
-            given[section] = {**(given.get(section) or {}), key: yaml.safe_load(value)}
+            given[section] = {**(given.get(section) or {}), key: read}
             for cell in given.get("cells") or []:
-                (cell.get(section) or {}).pop(key, None)
+                if isinstance(cell, dict):  # `read_setup` tells of others
+                    (cell.get(section) or {}).pop(key, None)
     return given
 
 
@@ -149,10 +154,10 @@ def read_machine(given: dict[str, Any]) -> Machine:
     rate = shape.kv_bytes_per_token
     device = given["pool_tokens"] * rate if "pool_tokens" in given else costs.pool_bytes(given.get("card_share", 0.88))
     options = {key: given[key] for key in ("page_size", "copy_parts") if key in given}
-    if "limits" in given:
-        options["limits"] = Limits(**given["limits"])
-    if "prefetch" in given:
-        options["prefetch"] = PrefetchLimits(**given["prefetch"])
+    for name, kind in (("limits", Limits), ("prefetch", PrefetchLimits)):
+        if name in given:
+            _only(given[name], {each.name for each in fields(kind)}, f"machine's {name}")
+            options[name] = kind(**given[name])
     host, disk = (int(1e9 * given.get(key, 0)) for key in ("host_gb", "disk_gb"))
     return Machine(costs, links, int(device), host, disk, rate, **options)
 

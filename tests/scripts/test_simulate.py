@@ -104,6 +104,9 @@ def test_the_study_is_shown_and_written(setup: Path, tmp_path: Path, capsys: pyt
         (["SETUP", "--policies", "best"], 1, "unknown policy 'best'"),
         (["absent.yaml"], 1, "absent.yaml"),
         (["SETUP", "--set", "link=2"], 1, "got the change 'link=2'; accepted: machine.KEY=VALUE or workload.KEY=VALUE"),
+        (["SETUP", "--set", "workload.tool_s={"], 1, "got the change 'workload.tool_s={', whose value is not YAML"),
+        (["SETUP", "--set", "machine.limits=3"], 1, "small.yaml: got int for a machine's limits; accepted: a mapping"),
+        (["SETUP", "--set", "machine.limits={run: 3}"], 1, "a machine's limits has no 'run'; accepted: batch_tokens"),
         (["SETUP", "--set", "machine.link=2"], 1, "small.yaml: a machine has no 'link'"),
     ],
 )
