@@ -28,7 +28,8 @@ class Config:
     """Run agent workflows with every way to manage prompts in two tiers, in turn; print wall-clock times and ratios.
 
     Ten agents, each with a fixed prompt; a call brings a short suffix and gets a short answer, and the next call comes
-    when the one before is answered. All prompts lie in the tiers at the start. The device pool is a share of what they
+    when the one before is answered. Each turn draws its calls anew, the same for all. All prompts lie in the tiers at the
+    start. The device pool is a share of what they
     take uncompressed, and room for one request beside it; host memory has room for all. Copies are real, held to a
     stated bandwidth.
     """
@@ -62,7 +63,7 @@ class Config:
     threads: int = 1
     """CPU threads of the model; copies have threads of their own."""
     seed: int = 0
-    """Chooses ways at branches and wrong calls."""
+    """Of the first turn, the next one's is one more: chooses ways at branches and wrong calls."""
     json: str | None = None
     """Also write the rows to this file."""
 
@@ -98,16 +99,17 @@ def main(config: Config) -> int:
     model, tokenizer = load_model(config.model, "cpu", "float32")
     gates.check_model(model)
     text = tokens(tokenizer)
-    workloads = [
-        make_workload(name, text, config.rounds, config.fixed, config.suffix, config.answer, wrong, config.seed)
+    sizes = config.rounds, config.fixed, config.suffix, config.answer
+    draws = [
+        [make_workload(name, text, *sizes, wrong, config.seed + turn) for turn in range(config.runs)]
         for name in config.workflows
         for wrong in config.wrong
     ]
     rows: list[dict[str, Any]] = []
     with evict(model, "full", gates=gates, observe=["retention"]) as session:
-        for workload in workloads:
+        for turns in draws:
             for pool in config.pools:
-                rows += compare(session, workload, pool, config)
+                rows += compare(session, turns, pool, config)
     if config.json:
         write(rows, config.json)
     return 0
@@ -120,11 +122,12 @@ def tokens(tokenizer: Any) -> list[int]:
     return [token for document in essays("eval") for token in tokenizer(document.text).input_ids]
 
 
-def compare(session: Session, workload: Workload, pool: float, config: Config) -> list[dict[str, Any]]:
-    """Rows of all systems on one workload, each with and without compression; they run in turn."""
+def compare(session: Session, turns: Sequence[Workload], pool: float, config: Config) -> list[dict[str, Any]]:
+    """Rows of all systems on the draws of one workload, each with and without compression; they run in turn."""
     from ..serving import LinearCosts
     from ..serving.prompt_kv import Compression, PromptKV
 
+    workload = turns[0]
     byte_rate = PromptKV(session).bytes_per_token()
     per_prompt = config.fixed * byte_rate
     room = (config.fixed + config.suffix + config.answer) * byte_rate
@@ -141,15 +144,15 @@ def compare(session: Session, workload: Workload, pool: float, config: Config) -
                 LinearCosts(speed, (bandwidth, bandwidth), 0.0),
             )  # fmt: skip
     runs: dict[tuple[str, float], list[Run]] = {cell: [] for cell in cells}
-    for turn in range(config.runs):
+    for turn, drawn in enumerate(turns):
         for cell, setting in cells.items():
-            run = one_run(session, workload, setting, warm[cell[1]])
+            run = one_run(session, drawn, setting, warm[cell[1]])
             runs[cell].append(run)
             done = f"{workload.name} {pool:.0%} run {turn + 1}: {cell[0]} {cell[1]:.0%}"
-            print(f"{done} {run.makespan_s:.1f} s", flush=True)
-    for keep in config.keep:
-        answers = {run.answers for cell, several in runs.items() if cell[1] == keep for run in several}
-        assert len(answers) == 1, "every system gives the same answers"
+            print(f"{done} {run.makespan_s:.1f} s, idle {run.makespan_s - run.busy_s:.2f} s", flush=True)
+        for keep in config.keep:
+            answers = {several[turn].answers for cell, several in runs.items() if cell[1] == keep}
+            assert len(answers) == 1, "every system gives the same answers"
     rows = [row(workload, pool, cell, runs, cells[cell], warm[cell[1]]) for cell in cells]
     link = f"{config.bandwidth:g} MB/s, prefill {speed:.0f} tokens/s"
     show(rows, f"{workload.name}, pool {pool:.0%} of the prompts, {link}")

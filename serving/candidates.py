@@ -81,6 +81,20 @@ class Candidates:
         entry = self._first()
         return None if entry is None else entry[0]
 
+    def has_loose(self, nbytes: int) -> bool:
+        """Whether what belongs to no agent's fixed prompt and may go makes up that many bytes."""
+        for _, number, node in self._nodes.get(self._nobody, ()):
+            if node.stamps[self.tier] == number:
+                nbytes -= node.held[self.tier]
+            if nbytes <= 0:
+                return True
+        return False
+
+    def first_with_another_copy(self) -> Node | None:
+        """The first of the groups' firsts that some other tier has as well; takes time in proportion to the groups."""
+        tops = [entry[2] for group in list(self._nodes) if (entry := self._top(group)) is not None]
+        return min((node for node in tops if sum(copy is not None for copy in node.copies) > 1), key=self.rank, default=None)
+
     def rank(self, node: Node) -> Rank:
         """The rank of `node`, candidate or not."""
         group = node.group if self.order.uses_agents else self._nobody

@@ -26,6 +26,7 @@ class Urgency(IntEnum):
     DEMAND = 0  # a request waits for it
     WRITE_BACK = 1  # an eviction waits for it
     PREFETCH = 2
+    AHEAD = 3  # the source is likely to be evicted next, and nothing waits for that yet
 
 
 class Outcome(Enum):

@@ -38,6 +38,7 @@ class TierPolicy:
         order: who goes first, in every tier.
         write_back: what is saved below rather than dropped.
         suffixes: for `WriteBack.WORTH`, and for no other: what is known of suffixes.
+        ahead: fixed prompts are saved before anything waits for their room (`SaveAhead`).
 
     Raises:
         ValueError: one of the two without the other.
@@ -46,6 +47,7 @@ class TierPolicy:
     order: Order
     write_back: WriteBack = WriteBack.ALL
     suffixes: SuffixReuse | None = None
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if (self.write_back is WriteBack.WORTH) != (self.suffixes is not None):
@@ -92,7 +94,7 @@ def get_tier_policy(name: str, **options: Any) -> TierPolicy:
     if isinstance(made, ExpectedTime):
         suffixes = SuffixReuse(made.costs)
         made = replace(made, suffixes=suffixes)
-    return TierPolicy(made, write_back, suffixes)
+    return TierPolicy(made, write_back, suffixes, ahead=suffixes is not None)
 
 
 class Eviction:
@@ -101,24 +103,25 @@ class Eviction:
     def __init__(self, residency: Residency, transfers: Transfers, policy: TierPolicy) -> None:
         self.residency, self.transfers, self.policy = residency, transfers, policy
 
-    def can_make_room(self, tier: Tier, nbytes: int) -> bool:
-        """Whether `nbytes` could be free in `tier` if everything without a user left it."""
-        pool = self.residency.pools[tier]
-        return nbytes <= pool.free + pool.leaving + pool.idle
-
-    def make_room(self, tier: Tier, nbytes: int, below: Rank | None = None) -> Room:
+    def make_room(self, tier: Tier, nbytes: int, below: Rank | None = None, hurry: bool = False) -> Room:
         """Evicts from `tier` until `nbytes` are free there, or will be.
 
         Args:
             below: evict only what ranks below this.
+            hurry: a request waits for it; what need not be saved first may go before what does (`Order.rather`).
         """
         pool, candidates = self.residency.pools[tier], self.residency.candidates[tier]
         if pool.can_take(nbytes):
             return Room.READY
-        if not self.can_make_room(tier, nbytes):
+        if nbytes > self.transfers.can_leave(tier):
             return Room.REFUSED
         while pool.free + pool.leaving < nbytes:
             victim = candidates.first()
+            if hurry and (other := self._at_once(tier, victim)) is not None:
+                self.evict(other, tier)
+                continue
+            if self._adopts(tier, victim, below):
+                continue
             if victim is None or (below is not None and candidates.rank(victim) >= below):
                 return Room.REFUSED
             if self._follows(victim, tier):
@@ -126,6 +129,42 @@ class Eviction:
             if self.evict(victim, tier) is Room.PENDING:
                 return Room.PENDING
         return Room.READY if pool.can_take(nbytes) else Room.PENDING
+
+    def _at_once(self, tier: Tier, victim: Node | None) -> Node | None:
+        """Who may rather leave `tier` without a copy, where the one that goes next would have to be saved first."""
+        if not self.policy.ahead:
+            return None
+        candidates, job = self.residency.candidates[tier], self.transfers.ahead(tier)
+        if job is not None and (victim is None or candidates.rank(job.node) <= candidates.rank(victim)):
+            saved = sum(job.payload.layers[job.done :])
+        elif victim is not None and _is_only_copy(victim) and self.policy.saves(victim, tier):
+            saved = victim.held[tier]
+        else:
+            return None
+        other = candidates.first_with_another_copy()
+        if other is None or not self.policy.order.rather(candidates.rank(other), other.nbytes, saved, tier):
+            return None
+        return other
+
+    def _adopts(self, tier: Tier, victim: Node | None, below: Rank | None) -> bool:
+        """Whether a node that is being saved already goes rather than `victim`; then its copy is an eviction now."""
+        if not self.policy.ahead or (job := self.transfers.ahead(tier)) is None:
+            return False
+        candidates = self.residency.candidates[tier]
+        rank = candidates.rank(job.node)
+        if (victim is not None and candidates.rank(victim) < rank) or (below is not None and rank >= below):
+            return False
+        self.transfers.adopt(job)
+        return True
+
+    def first_rank(self, tier: Tier) -> Rank | None:
+        """The rank of the next victim, be it that it is being saved already."""
+        candidates, job = self.residency.candidates[tier], self.transfers.ahead(tier)
+        first = candidates.first_rank()
+        if job is None:
+            return first
+        rank = candidates.rank(job.node)
+        return rank if first is None else min(first, rank)
 
     def _follows(self, victim: Node, tier: Tier) -> bool:
         """Whether a node that ranks below `victim` becomes a candidate as soon as what builds on it has been saved."""
@@ -150,7 +189,7 @@ class Eviction:
         return room
 
     def _evict(self, node: Node, tier: Tier) -> Room:
-        only_copy = sum(copy is not None for copy in node.copies) == 1
+        only_copy = _is_only_copy(node)
         if only_copy and self.policy.saves(node, tier):
             room = self._save(node, tier)
             if room is not Room.REFUSED:
@@ -182,3 +221,8 @@ class Eviction:
                     self.policy.suffixes.saved(node)
                 return room
         return Room.REFUSED
+
+
+def _is_only_copy(node: Node) -> bool:
+    """Whether one tier alone has what `node` holds."""
+    return sum(copy is not None for copy in node.copies) == 1

@@ -99,7 +99,7 @@ class Lease:
         below = None
         if only_below:
             below = tiers.eviction.policy.order.displaced(tiers.residency.candidates[Tier.DEVICE].rank(self.node))
-        room = tiers.eviction.make_room(Tier.DEVICE, needed, below)
+        room = tiers.eviction.make_room(Tier.DEVICE, needed, below, hurry=urgency is Urgency.DEMAND)
         if (
             room is Room.REFUSED
             and urgency is Urgency.DEMAND

@@ -51,6 +51,11 @@ class Order(ABC):
         """What ranks below this may go for a prompt of `rank` that is brought up before it is asked for."""
         return rank
 
+    def rather(self, rank: Rank, nbytes: int, saved: int, tier: Tier) -> bool:
+        """Whether a node of that rank and size leaves `tier` at once rather than one before it of which `saved` bytes
+        would have to be copied first, while a request waits for the room."""
+        return False
+
     def nobody(self, now: float) -> float:
         """What nodes of no agent are worth at the time `now` in seconds. Read at every choice of a victim."""
         return 0.0
@@ -196,6 +201,10 @@ class ExpectedTime(Order):
     def displaced(self, rank: Rank) -> Rank:
         # A copy takes the link's time for certain, and what it displaces has to be brought back if that is called.
         return (rank[0] - math.log(WORTH), *rank[1:])
+
+    def rather(self, rank: Rank, nbytes: int, saved: int, tier: Tier) -> bool:
+        # What the node is expected to save, against what the request waits for certain: a link is as fast both ways.
+        return math.exp(min(0.0, rank[0] + self.rate() * self.clock())) * nbytes < self.costs.reload_s(saved, tier)
 
 
 def read(source: AgentValue, agent: Agent, missing: float) -> float:

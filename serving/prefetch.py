@@ -187,9 +187,9 @@ class Prefetcher:
         end, pool = self.tiers.tree.ends.get(agent), self.tiers.pools[Tier.DEVICE]
         if end is None or not self.only_below or _comes(end) or end.nbytes <= pool.free + pool.leaving:
             return False
-        candidates = self.tiers.residency.candidates[Tier.DEVICE]
-        first = candidates.first_rank()
-        return first is None or first >= self.tiers.eviction.policy.order.displaced(candidates.rank(end))
+        eviction, rank = self.tiers.eviction, self.tiers.residency.candidates[Tier.DEVICE].rank(end)
+        first = eviction.first_rank(Tier.DEVICE)
+        return first is None or first >= eviction.policy.order.displaced(rank)
 
     def _may_begin(
         self, wish: Wish, client: str, lease: Lease, missing: list[Node], nbytes: int, seconds: float

@@ -29,7 +29,7 @@ class _Recipe:
     Attributes:
         order: its name. below: pools below the device are used.
         measure: what is known of agents' next calls. prefetch: fixed prompts are brought up ahead of them.
-        batch_waits: of the `Scheduler`.
+        batch_waits: of the `Scheduler`. ahead: of the `TierPolicy`.
     """
 
     order: str
@@ -38,6 +38,7 @@ class _Recipe:
     measure: Measure = Measure.NOTHING
     prefetch: bool = False
     batch_waits: bool = False
+    ahead: bool = False
 
 
 _RECIPES = {
@@ -48,7 +49,7 @@ _RECIPES = {
     "lru_prefetch": _Recipe("lru", WriteBack.ALL, measure=Measure.STEPS, prefetch=True),
     "ste": _Recipe("ste", WriteBack.FIXED, measure=Measure.STEPS),  # KVFlow without its prefetch
     "ste_prefetch": _Recipe("ste", WriteBack.FIXED, measure=Measure.STEPS, prefetch=True),  # KVFlow
-    "expected_time": _Recipe("expected_time", WriteBack.WORTH, measure=Measure.TIME, prefetch=True),  # ours
+    "expected_time": _Recipe("expected_time", WriteBack.WORTH, measure=Measure.TIME, prefetch=True, ahead=True),  # ours
     "belady": _Recipe("belady", WriteBack.ALL),  # the oracle, on demand
 }
 
@@ -135,7 +136,7 @@ def build_system(
         ),
         "belady": lambda: oracle,
     }[recipe.order]()
-    tiers = TieredTree(used, mover, TierPolicy(order, recipe.write_back, suffixes), page_size, clock)
+    tiers = TieredTree(used, mover, TierPolicy(order, recipe.write_back, suffixes, recipe.ahead), page_size, clock)
     outlook.attach(tiers)
     estimates = Estimates(costs, tiers.transfers)
     prefetcher = None

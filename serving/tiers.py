@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
+from .ahead import SaveAhead
 from .copies import Mover
 from .eviction import Eviction, Room, TierPolicy
 from .groups import Agent, Groups
@@ -54,6 +55,7 @@ class TieredTree:
         self.residency = Residency(self.tree, pools, policy.order, clock)
         self.transfers = Transfers(self.residency, mover, self.statistics)
         self.eviction = Eviction(self.residency, self.transfers, policy)
+        self._ahead = SaveAhead(self.residency, self.transfers) if policy.ahead else None
         self.leases: dict[int, Lease] = {}
         self._numbers = count(1)
 
@@ -161,10 +163,13 @@ class TieredTree:
                 self._tag(agent, key[: self.whole_pages(fixed_tokens) * TOKEN_BYTES], lease.node.root)
             self.statistics.inserted += payload is not None and room is Room.READY
             self.statistics.refused += room is Room.REFUSED
+            if self._ahead is not None and room is Room.READY:
+                self._ahead.inserted(lease.node)
+            self.save_ahead()
             return room
 
     def _store(self, lease: Lease, key: bytes, payload: Payload) -> Room:
-        room = self.eviction.make_room(Tier.DEVICE, self.pools[Tier.DEVICE].charge(payload))
+        room = self.eviction.make_room(Tier.DEVICE, self.pools[Tier.DEVICE].charge(payload), hurry=True)
         if room is not Room.READY:
             return room
         node = node_at(self.residency, key, lease.node)
@@ -189,7 +194,7 @@ class TieredTree:
         """
         with self.lock:
             self.poll()
-            room = self.eviction.make_room(Tier.DEVICE, nbytes + beside)
+            room = self.eviction.make_room(Tier.DEVICE, nbytes + beside, hurry=True)
             if room is Room.READY:
                 self.pools[Tier.DEVICE].reserve(nbytes)
             return room
@@ -234,7 +239,16 @@ class TieredTree:
     def poll(self) -> list[Node]:
         """Takes in the copies that have ended; returns their nodes."""
         with self.lock:
-            return self.transfers.poll()
+            ended = self.transfers.poll()
+            if ended and self._ahead is not None:
+                self._ahead.begin()
+            return ended
+
+    def save_ahead(self) -> None:
+        """Begins to save what will have to be saved, where the policy says so and nothing else uses the link."""
+        with self.lock:
+            if self._ahead is not None:
+                self._ahead.begin()
 
     def close(self) -> None:
         """Ends all copies, lets go of the memory and closes the pools; leases are worth nothing afterwards."""

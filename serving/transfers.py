@@ -78,15 +78,34 @@ class Transfers:
     def _count_demand(self, job: CopyJob, change: int) -> None:
         self.demanded[job.link] = self.demanded.get(job.link, 0) + change * job.payload.nbytes
 
+    def ahead(self, tier: Tier) -> CopyJob | None:
+        """The copy out of `tier` that was begun ahead of an eviction, if that could be one of its node now."""
+        for job in self.under_way:
+            if job.urgency is Urgency.AHEAD and job.source == tier and not job.cancelled:
+                node = job.node
+                return job if node.users == 1 and node.below[tier] == 0 else None
+        return None
+
+    def adopt(self, job: CopyJob) -> None:
+        """Makes a copy that was begun ahead of an eviction part of one."""
+        job.frees_source = True
+        self.residency.pools[job.source].leaving += job.node.held[job.source]
+        self.statistics.evicted_copies += 1
+        self.promote(job, Urgency.WRITE_BACK, 0.0)
+
+    def can_leave(self, tier: Tier) -> int:
+        """Bytes that could be free in `tier` if everything without a user left it."""
+        pool, ahead = self.residency.pools[tier], self.ahead(tier)
+        return pool.free + pool.leaving + pool.idle + (0 if ahead is None else ahead.node.held[tier])
+
     def cancel_prefetches(self, tier: Tier, nbytes: int) -> bool:
         """Cancels prefetches into `tier`, the least urgent first, if that can make `nbytes` free there.
 
         Returns:
             Whether it can; the bytes are free once the copies have ended.
         """
-        pool = self.residency.pools[tier]
         jobs = [job for job in self.under_way if job.target == tier and job.urgency is Urgency.PREFETCH]
-        missing = nbytes - (pool.free + pool.leaving + pool.idle)
+        missing = nbytes - self.can_leave(tier)
         if missing > sum(job.held for job in jobs):
             return False
         for job in sorted(jobs, key=lambda job: job.priority, reverse=True):

@@ -147,6 +147,7 @@ class Scheduler:
                 self._batch.add(entry, now)
             if self.prefetcher is not None:
                 self.prefetcher.pump(hold=self._admission.starved, room=room)
+            self.tiers.save_ahead()
             if self.batch_waits and self._admission.loading:
                 return None
             self._works += 1

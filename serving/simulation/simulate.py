@@ -65,14 +65,14 @@ def replay(
     """The calls of a trace on `machine`; see `TracedCalls`."""
     prompts = [call.prompt for call in trace.calls] if policy == "belady" else None
     system, clock = machine.build(policy, prompts)
-    _store(trace, system, clock)
+    _store(trace, system, clock, machine.copy_parts)
     before = Before.read(system)
     run = Driver(machine, system, clock, recorder, timeline).run(TracedCalls(trace, closed))
     system.scheduler.check()
     return outcome_of(run, before)
 
 
-def _store(trace: Trace, system: System, clock: VirtualClock) -> None:
+def _store(trace: Trace, system: System, clock: VirtualClock, parts: int) -> None:
     """Puts the prompts into the tiers that were there before the first call."""
     tiers = system.tiers
     for agent, prompt, nbytes in trace.stored:
@@ -82,7 +82,7 @@ def _store(trace: Trace, system: System, clock: VirtualClock) -> None:
         while room is Room.PENDING:
             with tiers.open(prompt) as lease:
                 new = tiers.whole_pages(len(prompt)) - lease.length
-                payload = Phantom(new, nbytes * new // len(prompt)) if new else None
+                payload = Phantom(new, nbytes * new // len(prompt), parts) if new else None
                 room = tiers.insert(lease, prompt, payload, agent, len(prompt))
             due = tiers.transfers.mover.next_time()
             if room is Room.PENDING and due is not None:
