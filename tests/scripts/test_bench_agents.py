@@ -29,10 +29,10 @@ def session(tiny_llama):
 def test_rows_of_systems_with_and_without_compression(session, tmp_path: Path, capsys) -> None:
     """A ring of ten with room for half of the prompts: LRU hits nothing; at a quarter of their KV all of them fit."""
     text = torch.randint(3, 128, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
-    workload = make_workload("ring", text, 2, FIXED, SUFFIX, ANSWER, 0.0, 0)
+    turns = [make_workload("ring", text, 2, FIXED, SUFFIX, ANSWER, 0.0, turn) for turn in range(2)]
     systems = ("lru", "lru_reactive", "ste_prefetch")
     config = Config(systems=systems, fixed=FIXED, suffix=SUFFIX, answer=ANSWER, bandwidth=20.0, runs=2)
-    rows = {row["policy"]: row for row in compare(session, workload, 0.5, config)}
+    rows = {row["policy"]: row for row in compare(session, turns, 0.5, config)}
     assert list(rows) == [*systems, *(f"{system}+25%" for system in systems)]
     assert rows["lru_reactive"]["ratio"] == 1.0 and rows["lru"]["bytes_moved"] == 0
     assert rows["lru"]["hit_rate"] == rows["lru_reactive"]["hit_rate"] == 0.0
