@@ -135,7 +135,7 @@ def _cell(given: Any, setup: dict[str, Any]) -> Cell:
 def read_machine(given: dict[str, Any]) -> Machine:
     """A card and a model of `presets`, at the shares of `RooflineCosts`; sizes in GB (10^9 bytes).
 
-    With `host_copy_gb_s`, what crosses the link is first gathered in the host's memory at that rate, and not meanwhile.
+    A copy goes layer by layer unless `copy_parts` says otherwise. With `host_copy_gb_s`, what crosses the link is first gathered in the host's memory at that rate, and not meanwhile.
     """
     rates = {"compute_share", "memory_share", "overhead_s"}
     sizes = {"card", "model", "card_share", "pool_tokens", "host_gb", "disk_gb", "link_gb_s", "disk_gb_s", "latency_s"}
@@ -153,7 +153,7 @@ def read_machine(given: dict[str, Any]) -> Machine:
     )
     rate = shape.kv_bytes_per_token
     device = given["pool_tokens"] * rate if "pool_tokens" in given else costs.pool_bytes(given.get("card_share", 0.88))
-    options = {key: given[key] for key in ("page_size", "copy_parts") if key in given}
+    options = {"copy_parts": shape.layers, **{key: given[key] for key in ("page_size", "copy_parts") if key in given}}
     for name, kind in (("limits", Limits), ("prefetch", PrefetchLimits)):
         if name in given:
             _only(given[name], {each.name for each in fields(kind)}, f"machine's {name}")
