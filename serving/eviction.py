@@ -41,7 +41,7 @@ class TierPolicy:
         ahead: fixed prompts are saved before anything waits for their room (`SaveAhead`).
 
     Raises:
-        ValueError: one of the two without the other.
+        ValueError: one of `WriteBack.WORTH` and suffixes without the other; `ahead` of evictions that save nothing.
     """
 
     order: Order
@@ -53,6 +53,8 @@ class TierPolicy:
         if (self.write_back is WriteBack.WORTH) != (self.suffixes is not None):
             given = "no suffixes" if self.suffixes is None else "suffixes"
             raise ValueError(f"got {given} with {self.write_back}; accepted: suffixes with WriteBack.WORTH alone")
+        if self.ahead and self.write_back is WriteBack.NOTHING:
+            raise ValueError(f"got ahead with {self.write_back}; accepted: with a WriteBack that saves fixed prompts")
 
     def saves(self, node: Node, tier: Tier) -> bool:
         """Whether the last copy of `node`, which leaves `tier`, is to go into the tier below."""

@@ -165,7 +165,6 @@ class TieredTree:
             self.statistics.refused += room is Room.REFUSED
             if self._ahead is not None and room is Room.READY:
                 self._ahead.inserted(lease.node)
-            self.save_ahead()
             return room
 
     def _store(self, lease: Lease, key: bytes, payload: Payload) -> Room:
@@ -254,7 +253,7 @@ class TieredTree:
         """Ends all copies, lets go of the memory and closes the pools; leases are worth nothing afterwards."""
         self.transfers.mover.close()
         with self.lock:
-            self.poll()
+            self.transfers.poll()  # `poll` might begin more
             self.residency.empty()
         for pool in self.pools.values():
             pool.close()
