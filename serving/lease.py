@@ -166,6 +166,7 @@ class Lease:
             if self._tiers.leases.pop(self.number, None) is not None:
                 self.cancel()
                 self._tiers.residency.unlock(self.node)
+                self._tiers.save_ahead()
 
     def _require_live(self) -> None:
         if not self.live:

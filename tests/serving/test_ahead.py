@@ -170,14 +170,11 @@ def test_only_a_policy_that_says_so_saves_ahead(make_tiers, cached):
 @pytest.mark.parametrize(("likely", "waits"), [(0.5, False), (1.0, True)])
 def test_a_request_that_waits_takes_what_need_not_be_saved(make_tiers, cached, kv, likely, waits):
     """A has a copy below and ranks above B, which has none: it goes first, unless it is needed for certain."""
-    reuse = {"a": 1.0, "b": 0.0}
+    reuse = {"a": 0.0, "b": 1.0}
     costs = LinearCosts(1.0, (1000.0, 0.0))
     tiers = make_tiers(device=8, host=16, policy=TierPolicy(ExpectedTime(reuse, costs), WriteBack.FIXED, ahead=True))
     assert cached(tiers, A, "a", 4)
     assert cached(tiers, B, "b", 4)
-    reuse.update(a=0.0, b=1.0)
-    tiers.values_changed()
-    tiers.save_ahead()
     later(tiers, SECONDS)
     assert node_of(tiers, A).copies[Tier.HOST] is not None and jobs(tiers)[0][0] == B
     reuse.update(a=likely, b=0.0)
