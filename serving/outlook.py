@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -132,10 +132,10 @@ class Outlook:
     def _worth(self, agent: str) -> float:
         return self._reuse(agent) if self.by_time else -self.next_steps(agent)
 
-    def fixed_tokens(self, request: Request, key: Pages) -> int:
-        """How much of a prompt is its agent's fixed prompt, where the request does not say so: learned."""
+    def fixed_tokens(self, agent: str | None, namespace: Hashable, key: Pages) -> int:
+        """How much of a prompt is the fixed prompt of `agent`, where the request does not say so: learned."""
         assert self._prefixes is not None, "attached to a tree"
-        return 0 if request.agent is None else self._prefixes.observe((request.namespace, request.agent), key)
+        return 0 if agent is None else self._prefixes.observe((namespace, agent), key)
 
     def changed(self) -> set[str]:
         """The agents whose values may be other ones than at the last call."""
@@ -156,31 +156,36 @@ class Outlook:
 
     # What is heard ----------------------------------------------------------------------------------------------
 
-    def called(self, request: Request) -> bool:
-        """A request has come; whether a workflow counts it as a call under way."""
+    def called(self, request: Request) -> tuple[str | None, bool]:
+        """A request has come.
+
+        Returns:
+            Whose call it counts as, nobody's where the agent is another client's; whether a workflow counts it as a
+            call under way.
+        """
         agent = request.agent
         if agent is None:
-            return False
+            return None, False
         if self.shares.call(agent, request.client):
             self.board.forget(agent)
             self._news.add(agent)
-        if self.shares.own(agent, request.client):
-            self.board.served(agent)
-            self._news.add(agent)
+        if not self.shares.own(agent, request.client):
+            return None, False
+        self.board.served(agent)
+        self._news.add(agent)
         name = request.workflow
         try:
             if name is not None and name in self.graph and agent in self.graph[name].ids:
                 self.graph[name].start(agent, request.id)
-                return True
+                return agent, True
             if self.learned is not None:
                 self.learned.observe((request.client, request.session or name or ""), agent)
         except ValueError as error:  # the graph is full: a request is answered all the same
             logger.debug("the call of the request %s: %s", request.id, error)
-        return False
+        return agent, False
 
-    def waits(self, request: Request) -> None:
-        """It waits to be admitted: what its agent has cached is needed next."""
-        agent = request.agent
+    def waits(self, agent: str | None) -> None:
+        """A request of `agent` waits to be admitted: what the agent has cached is needed next."""
         if agent is not None:
             self._waiting[agent] = self._waiting.get(agent, 0) + 1
             self._news.add(agent)
@@ -189,9 +194,8 @@ class Outlook:
         if self._opened is not None:
             self._opened()
 
-    def admitted(self, request: Request) -> None:
+    def admitted(self, agent: str | None) -> None:
         """It does not wait any more: its lease keeps what it needs."""
-        agent = request.agent
         if agent is not None:
             self._waiting[agent] -= 1
             if not self._waiting[agent]:

@@ -76,7 +76,7 @@ class Admission:
         """The prompt of what waits must not be the first to go; of what is admitted, the lease keeps it."""
         if entry.waits != yes:
             entry.waits = yes
-            (self.outlook.waits if yes else self.outlook.admitted)(entry.request)
+            (self.outlook.waits if yes else self.outlook.admitted)(entry.agent)
 
     def remove(self, entry: Entry) -> None:
         """It is over: nothing of it stays here, its lease and its bytes included."""

@@ -33,13 +33,13 @@ class Batch:
         assert lease is not None, "what is computed has a lease"
         entry.state, entry.done, entry.times.admitted = State.PREFILL, lease.length, now
         self.prefilling[entry] = None
-        if entry.request.agent is not None and 0 < entry.fixed <= lease.length and not self._is_tagged(entry, lease):
+        if entry.agent is not None and 0 < entry.fixed <= lease.length and not self._is_tagged(entry, lease):
             leased = Pages(entry.key[: lease.length * TOKEN_BYTES])
-            self.tiers.insert(lease, leased, None, entry.request.agent, entry.fixed)
+            self.tiers.insert(lease, leased, None, entry.agent, entry.fixed)
 
     def _is_tagged(self, entry: Entry, lease: Lease) -> bool:
         """Whether the tree knows already where the agent's fixed prompt ends."""
-        end = self.tiers.tree.ends.get(entry.request.agent)
+        end = self.tiers.tree.ends.get(entry.agent)
         return end is not None and end.end == entry.fixed and any(node is end for node in lease.node.path())
 
     def remove(self, entry: Entry) -> None:
@@ -141,7 +141,7 @@ class Batch:
             entry.reserved -= taken
             room = None
             try:
-                agent = entry.request.agent
+                agent = entry.agent
                 room = self.tiers.insert(lease, self._key(entry, end), payload, agent, min(entry.fixed, end))
             finally:
                 if room is not Room.READY and pool.can_take(taken):  # it stays with the request

@@ -37,7 +37,7 @@ class Entry:
         done: tokens of the prompt whose KV is there.
         reserved: bytes it has reserved in the device pool.
         computed: tokens of the prompt that were computed; `charged`: what its workflow has been charged for it.
-        order: of arrival. opened: its prompt has been looked up. started: a workflow counts it. waits: the outlook
+        agent: whose call it is, None where the request names another client's. order: of arrival. opened: its prompt has been looked up. started: a workflow counts it. waits: the outlook
             does.
         failures: of its loads. compute: its prompt is computed as far as it is not on the device.
         aside: it waits for a load to end, as it needs one and as many as may be are under way.
@@ -62,6 +62,7 @@ class Entry:
     charged: float = 0.0
     failures: int = 0
     compute: bool = False
+    agent: str | None = None
     order: int = 0
     opened: bool = False
     started: bool = False

@@ -76,10 +76,10 @@ class Scheduler:
         entry = new_entry(request, page_size, self.bytes_per_token, clock())
         with self.tiers.lock:
             self._refuse_what_cannot_be(request, entry)
-            entry.fixed = entry.fixed or self.outlook.fixed_tokens(request, entry.key)
-            entry.started = self.outlook.called(request)
-            if self.prefetcher is not None and request.agent is not None:
-                self.prefetcher.called(request.agent)
+            entry.agent, entry.started = self.outlook.called(request)
+            entry.fixed = entry.fixed or self.outlook.fixed_tokens(entry.agent, request.namespace, entry.key)
+            if self.prefetcher is not None and entry.agent is not None:
+                self.prefetcher.called(entry.agent)
             self._requests.add(entry)
             self._news = True
         self.tiers.transfers.mover.interrupt()

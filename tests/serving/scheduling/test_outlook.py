@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tenure.serving import Hint, Tier, build_system, system_names
+from tenure.serving import Hint, RequestOutcome, Tier, build_system, system_names
 from tenure.serving.hints import Action, ActionKind, SessionAction
 
 
@@ -89,6 +89,20 @@ def test_who_only_speaks_of_an_agent_loses_it_to_who_calls_it(make_driver, promp
     driver.serve("s", [*prompt_of("a"), 2], agent="a", fixed_tokens=20, client="mallory")
     hint(driver, "mallory", a=9)
     assert driver.system.outlook.shares.owner("a") == "honest", "who has called it keeps it"
+
+
+def test_a_request_under_the_name_of_anothers_agent_is_nobodys(make_driver, ring, prompt_of):
+    """It is answered, and changes nothing of what is known of the agent: its prompt, its calls, its workflow."""
+    driver = make_driver("ste", device=200)
+    store(driver, prompt_of, "a", "honest")
+    ring(driver, list("abc"))
+    tiers, workflow = driver.system.tiers, driver.system.graph["ring"]
+    end, version = tiers.tree.ends["a"], workflow.version
+    other = [9] * 20
+    answer = driver.serve("r", [*other, 1], agent="a", workflow="ring", fixed_tokens=20, client="mallory")
+    assert answer.outcome is RequestOutcome.ANSWERED and workflow.version == version and not workflow.running
+    assert tiers.tree.ends["a"] is end and tiers.match(other).length == 20, "its KV is kept as any other"
+    assert not tiers.match(other).nodes[-1].fixed
 
 
 def test_nobody_hints_about_others_agents(make_driver, prompt_of):
