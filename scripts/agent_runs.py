@@ -114,10 +114,12 @@ class Run:
 
     Attributes:
         busy_s: seconds of the makespan in which the model computed; in the rest it waited.
+        computed: tokens of prompts and answers that it computed.
     """
 
     makespan_s: float
     busy_s: float
+    computed: int
     hit_rate: float
     stall_s: float
     bytes_moved: int
@@ -200,6 +202,7 @@ def one_run(
     return Run(
         makespan_s=makespan,
         busy_s=engine.busy_s,
+        computed=sum(len(each.request.prompt) - each.cached_tokens + len(each.tokens) for each in ended),
         hit_rate=on_device / max(1, system.tiers.statistics.tokens_asked - asked),
         stall_s=sum(each.stalled_s for each in ended),
         bytes_moved=moved,

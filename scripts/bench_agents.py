@@ -28,8 +28,8 @@ class Config:
     """Run agent workflows with every way to manage prompts in two tiers, in turn; print wall-clock times and ratios.
 
     Ten agents, each with a fixed prompt; a call brings a short suffix and gets a short answer, and the next call comes
-    when the one before is answered. Each turn draws its calls anew, the same for all. All prompts lie in the tiers at the
-    start. The device pool is a share of what they
+    when the one before is answered. Each turn draws its calls anew, the same for all. All prompts lie in the tiers at
+    the start. The device pool is a share of what they
     take uncompressed, and room for one request beside it; host memory has room for all. Copies are real, held to a
     stated bandwidth.
     """
@@ -189,10 +189,11 @@ def row(
     setting: Setting,
     warm: dict[str, TensorPayload],
 ) -> dict[str, Any]:
-    """Medians over the runs; the ratio is that of the baseline without compression, turn by turn.
+    """Medians over the runs; the ratios are those of the baseline without compression, turn by turn.
 
     `idle_s` are the seconds in which the model did not compute: what a policy answers for, whatever else the machine
-    does meanwhile. `agents_fit` is how many fixed prompts, as they are stored, the device pool has room for.
+    does meanwhile. `even` is the ratio if all that computed the same in a turn had done it in the same seconds.
+    `agents_fit` is how many fixed prompts, as they are stored, the device pool has room for.
     """
     from ..serving import MemoryPool
     from ..serving.simulation.results import quantile
@@ -200,8 +201,10 @@ def row(
     charge = MemoryPool(setting.device_bytes).charge
     stored = statistics.mean(charge(payload) for payload in warm.values())
     own = runs[cell]
-    base = runs.get((BASELINE, 1.0)) or runs.get((BASELINE, cell[1])) or own
+    base_cell = next(each for each in ((BASELINE, 1.0), (BASELINE, cell[1]), cell) if each in runs)
+    base = runs[base_cell]
     waits = [wait for run in own for wait in run.ttft_s]
+    even = [_even_s(runs, base_cell, turn) / _even_s(runs, cell, turn) for turn in range(len(own))]
     system, keep = cell
     return {
         "name": f"{workload.name}/pool{pool:.0%}",
@@ -209,6 +212,7 @@ def row(
         "makespan_s": statistics.median(run.makespan_s for run in own),
         "idle_s": statistics.median(run.makespan_s - run.busy_s for run in own),
         "ratio": statistics.median(b.makespan_s / o.makespan_s for b, o in zip(base, own, strict=True)),
+        "even": statistics.median(even),
         "hit_rate": statistics.median(run.hit_rate for run in own),
         "stall_s": statistics.median(run.stall_s for run in own),
         "bytes_moved": int(statistics.median(run.bytes_moved for run in own)),
@@ -221,17 +225,25 @@ def row(
     }
 
 
+def _even_s(runs: dict[tuple[str, float], list[Run]], cell: tuple[str, float], turn: int) -> float:
+    """Seconds of a run if it had computed for as long as the others of its turn that computed the same."""
+    run = runs[cell][turn]
+    alike = [each[turn] for other, each in runs.items() if other[1] == cell[1] and each[turn].computed == run.computed]
+    return run.makespan_s - run.busy_s + statistics.median(each.busy_s for each in alike)
+
+
 def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     from rich.table import Table
 
     from .benching import make_console
 
     counts = ("fit", "hits", "stall s", "MiB a call", "wasted")
-    columns = ("policy", "seconds", f"× {BASELINE}", "idle s", *counts, "TTFT P50", "P99")
+    columns = ("policy", "seconds", f"× {BASELINE}", "× even", "idle s", *counts, "TTFT P50", "P99")
     table = Table(*columns, title=title)
     for each in rows:
         table.add_row(
-            each["policy"], f"{each['makespan_s']:.1f}", f"{each['ratio']:.2f}", f"{each['idle_s']:.2f}",
+            each["policy"], f"{each['makespan_s']:.1f}", f"{each['ratio']:.2f}", f"{each['even']:.2f}",
+            f"{each['idle_s']:.2f}",
             str(each["agents_fit"]), f"{each['hit_rate']:.2f}", f"{each['stall_s']:.1f}",
             f"{each['bytes_moved_per_call'] / MIB:.1f}", f"{each['bytes_wasted'] / MIB:.0f}",
             f"{each['ttft_p50_s']:.2f}", f"{each['ttft_p99_s']:.2f}",

@@ -1,4 +1,4 @@
-"""Saves fixed prompts in the tier below while nothing waits for that, so that an eviction need not wait for it later."""
+"""Saves fixed prompts in the tier below while nothing waits for that: an eviction then need not wait for it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SaveAhead:
     """Whatever a full tier will have to evict next, for a load or a request, it then has at once.
 
     It begins a copy only where the tier has no room for one more of that size, even without the suffixes in it, on a
-    link on which nothing else is copied, and into room that is free below; each node is tried once after it has come. If an eviction wants the node
-    meanwhile, the copy becomes a part of that (`Transfers.adopt`).
+    link on which nothing else is copied, and into room that is free below; each node is tried once after it has come.
+    If an eviction wants the node meanwhile, the copy becomes a part of that (`Transfers.adopt`).
 
     Used under the lock of the tiers.
     """

@@ -37,8 +37,8 @@ class Entry:
         done: tokens of the prompt whose KV is there.
         reserved: bytes it has reserved in the device pool.
         computed: tokens of the prompt that were computed; `charged`: what its workflow has been charged for it.
-        agent: whose call it is, None where the request names another client's. order: of arrival. opened: its prompt has been looked up. started: a workflow counts it. waits: the outlook
-            does.
+        agent: whose call it is; None where the request names another client's. order: of arrival.
+        opened: its prompt has been looked up. started: a workflow counts it. waits: the outlook does.
         failures: of its loads. compute: its prompt is computed as far as it is not on the device.
         aside: it waits for a load to end, as it needs one and as many as may be are under way.
         refused_at: when it first found no room. load_began, give_up_at: of the load under way.

@@ -135,7 +135,8 @@ def _cell(given: Any, setup: dict[str, Any]) -> Cell:
 def read_machine(given: dict[str, Any]) -> Machine:
     """A card and a model of `presets`, at the shares of `RooflineCosts`; sizes in GB (10^9 bytes).
 
-    A copy goes layer by layer unless `copy_parts` says otherwise. With `host_copy_gb_s`, what crosses the link is first gathered in the host's memory at that rate, and not meanwhile.
+    A copy goes layer by layer unless `copy_parts` says otherwise. With `host_copy_gb_s`, what crosses the link is first
+    gathered in the host's memory at that rate, and not meanwhile.
     """
     rates = {"compute_share", "memory_share", "overhead_s"}
     sizes = {"card", "model", "card_share", "pool_tokens", "host_gb", "disk_gb", "link_gb_s", "disk_gb_s", "latency_s"}

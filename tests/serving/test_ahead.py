@@ -1,4 +1,4 @@
-"""Fixed prompts are saved before an eviction has to wait for that, and a waiting request waits for as little as it can."""
+"""Fixed prompts are saved before an eviction has to wait for that, and a request takes what need not be saved."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_only_a_policy_that_says_so_saves_ahead(make_tiers, cached):
     costs = LinearCosts(100.0, (1000.0, 0.0))
     assert get_tier_policy("expected_time", reuse={}, costs=costs).ahead
     assert not get_tier_policy("ste", steps={}).ahead
-    with pytest.raises(ValueError, match="got ahead with WriteBack.NOTHING; accepted: with a WriteBack that saves"):
+    with pytest.raises(ValueError, match=r"got ahead with WriteBack\.NOTHING; accepted: with a WriteBack that saves"):
         TierPolicy(LRU(), WriteBack.NOTHING, ahead=True)
 
 
