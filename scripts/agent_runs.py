@@ -54,7 +54,15 @@ class Workload:
 
 
 def make_workload(
-    name: str, text: Sequence[int], rounds: int, fixed: int, suffix: int, answer: int, wrong: float, seed: int
+    name: str,
+    text: Sequence[int],
+    rounds: int,
+    fixed: int,
+    suffix: int,
+    answer: int,
+    wrong: float,
+    seed: int,
+    habit: bool = False,
 ) -> Workload:
     """`rounds` times as many calls as there are agents.
 
@@ -63,6 +71,7 @@ def make_workload(
         text: token ids to take prompts from.
         fixed, suffix, answer: tokens of a fixed prompt, of what follows it, and of an answer.
         wrong: the share of calls that go to any agent instead of one that an edge names.
+        habit: these go, for each agent, to always the same one, which no edge names.
     """
     from ..serving import AgentSpec, EdgeSpec, WorkflowSpec
 
@@ -73,18 +82,25 @@ def make_workload(
     if len(text) < needed:
         raise ValueError(f"the texts have {len(text)} tokens, {needed} are needed: fewer --rounds or shorter --fixed")
     prompts = {agent: tuple(text[i * fixed : (i + 1) * fixed]) for i, agent in enumerate(agents)}
+    habits = _habits(edges, random.Random(f"{seed}/{name}/habits"))
     at, calls, agent = len(agents) * fixed, [], agents[0]
     for _ in range(rounds * len(agents)):
         calls.append(Call(agent, tuple(text[at : at + suffix])))
         at += suffix
         ways = [(target, weight) for source, target, weight in edges if source == agent]
         if draws.random() < wrong:
-            agent = draws.choice([other for other in agents if other != agent])
+            agent = habits[agent] if habit else draws.choice([other for other in agents if other != agent])
         else:
             agent = draws.choices([target for target, _ in ways], [weight for _, weight in ways])[0]
     spec = WorkflowSpec(name, [AgentSpec(each) for each in agents], [EdgeSpec(*edge) for edge in edges])
-    title = name if not wrong else f"{name}/{wrong:.0%}_wrong"
+    title = name if not wrong else f"{name}/{wrong:.0%}_{'habit' if habit else 'wrong'}"
     return Workload(title, spec, prompts, tuple(calls), answer)
+
+
+def _habits(edges: Sequence[tuple[str, str, float]], draws: random.Random) -> dict[str, str]:
+    """For each agent one that it has no edge to."""
+    agents, named = list(dict.fromkeys(edge[0] for edge in edges)), {edge[:2] for edge in edges}
+    return {one: draws.choice([o for o in agents if o != one and (one, o) not in named]) for one in agents}
 
 
 @dataclass(frozen=True)

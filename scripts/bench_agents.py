@@ -48,6 +48,8 @@ class Config:
     """Device pools, as shares of all fixed prompts uncompressed."""
     wrong: tuple[float, ...] = (0.0,)
     """Shares of the calls that go to an agent that no edge names."""
+    habit: bool = False
+    """Wrong calls of an agent all go to the same other one."""
     bandwidth: float = 60.0
     """MB/s of each direction of the link between device and host."""
     fixed: int = 512
@@ -101,7 +103,7 @@ def main(config: Config) -> int:
     text = tokens(tokenizer)
     sizes = config.rounds, config.fixed, config.suffix, config.answer
     draws = [
-        [make_workload(name, text, *sizes, wrong, config.seed + turn) for turn in range(config.runs)]
+        [make_workload(name, text, *sizes, wrong, config.seed + turn, config.habit) for turn in range(config.runs)]
         for name in config.workflows
         for wrong in config.wrong
     ]

@@ -8,7 +8,8 @@ the chance that it happens before the clock rings; reuse / reach tells how soon 
   taken), first passages solve the linear system of semi-Markov processes (Pyke, Markov renewal processes, Ann. Math.
   Stat. 32, 1961), q_w(x) = E[exp(-γD_w)] · Σ_y p_wy (1 if y = x else q_y(x)), and the result is exact.
 * What the edges say is true with the chance `accuracy`; otherwise any agent may be called, each with the same chance.
-  That is for ways of which one is taken; forks, all of whose ways are taken, are believed.
+  That is believed as much as so many calls that were seen (`Followed`). Both are for ways of which one is taken;
+  forks, all of whose ways are taken, are believed.
 * The first of several (OR, forks, calls that run at once), taken as independent: wait for the sooner one if it comes at
   all, else for the other (`first_of`). It is never above the true value, which may use whichever happens to be first,
   nor below any single one.
@@ -24,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from .followed import TRUST
 
 TOLERANCE = 1e-6
 
@@ -70,15 +73,20 @@ class FirstPassage:
         is_and: for each agent.
         legs: for each agent, E[exp(-γ(call + pause))], float64 `(agents,)`.
         accuracy: the chance that a call which an edge foretells comes, and not another one.
+        followed: for each agent, how often which ones have followed it (`Followed.counts`).
     Attributes:
         after: chances `(agents, targets)` of the target's first call after one of the agent that begins now.
         onward: the same, counted from the end of the agent's call and pause.
-        anywhere: chances `(targets,)` once any agent is called, each with the same chance.
         gates: for each AND agent, for each predecessor, the target that stands for the edge.
     """
 
     def __init__(
-        self, branches: Sequence[Mapping[int, float]], is_and: Sequence[bool], legs: np.ndarray, accuracy: float = 1.0
+        self,
+        branches: Sequence[Mapping[int, float]],
+        is_and: Sequence[bool],
+        legs: np.ndarray,
+        accuracy: float = 1.0,
+        followed: Sequence[Mapping[int, float]] = (),
     ) -> None:
         self.agents = len(branches)
         self.legs = legs
@@ -106,19 +114,17 @@ class FirstPassage:
         elsewhere = (1 - accuracy) * choice.sum(1, keepdims=True) / max(1, self.agents)
         choice *= accuracy
         choice[:, : self.agents] += elsewhere
+        for agent, counts in enumerate(followed):
+            total = TRUST + sum(counts.values())
+            choice[agent] *= TRUST / total
+            for target, count in counts.items():
+                choice[agent, target] += count / total
         width = max(map(len, always), default=0)
         forks = np.full((self.agents, width), self.targets)  # filled up with a row of zeros
         for agent, row in enumerate(always):
             forks[agent, : len(row)] = row
         self.onward = self._by_rounds(choice, forks) if width else self._by_visits(choice)
         self.after = Chance(self.onward.reach, self.onward.reuse * legs[:, None])
-        self.anywhere = Chance(*map(self._mean, self.after))
-
-    def _mean(self, after: np.ndarray) -> np.ndarray:
-        own = np.arange(self.agents)
-        total = after.sum(0)
-        total[own] += 1 - after[own, own]
-        return total / max(1, self.agents)
 
     def _by_visits(self, choice: np.ndarray) -> Chance:
         """Without forks: the expected number of arrivals at each target is a linear system, and that of all arrivals is
@@ -166,6 +172,10 @@ class FirstPassage:
         row = Chance(self.after.reach[agent].copy(), self.after.reuse[agent].copy())
         row.reach[agent] = row.reuse[agent] = 1.0
         return row
+
+    def ended(self, agent: int) -> Chance:
+        """Chances `(targets,)` from the end of a call and of the pause after it."""
+        return Chance(self.onward.reach[agent], self.onward.reuse[agent])
 
     def running(self, agent: int, left: float) -> Chance:
         """Chances `(targets,)` from a call under way; `left`: E[exp(-γ · what is left of it and of its pause)]."""

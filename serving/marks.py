@@ -21,27 +21,35 @@ class Mark(NamedTuple):
 
 
 class Marks(dict[Edge, Mark]):
-    """By the agents' numbers (source, target), the oldest first; changed by `put`, `take` and `surprise` alone."""
+    """By the agents' numbers (source, target), the oldest first; changed by `put`, `take` and `surprise` alone.
+
+    Attributes:
+        sources: those that have marks, with how many.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._doubts = 1.0  # the product of what each surprise has left
-        self._sources: dict[int, int] = {}  # marks of each source that has some
+        self.sources: dict[int, int] = {}
 
     def put(self, edge: Edge, since: float, probability: float) -> None:
         """A new mark, also where there was one."""
         self.take(edge)
         self[edge] = Mark(since, probability, self._doubts)
-        self._sources[edge[0]] = self._sources.get(edge[0], 0) + 1
+        self.sources[edge[0]] = self.sources.get(edge[0], 0) + 1
 
     def take(self, edge: Edge) -> bool:
         """Removes the mark of an edge; whether there was one."""
         if self.pop(edge, None) is None:
             return False
-        self._sources[edge[0]] -= 1
-        if not self._sources[edge[0]]:
-            del self._sources[edge[0]]
+        self.sources[edge[0]] -= 1
+        if not self.sources[edge[0]]:
+            del self.sources[edge[0]]
         return True
+
+    def only_source(self) -> int | None:
+        """The source of all marks; None if there are several, or no marks."""
+        return next(iter(self.sources)) if len(self.sources) == 1 else None
 
     def valid(self, mark: Mark) -> float:
         """The chance that no other call has come instead of the one that `mark` stands for."""
@@ -54,9 +62,9 @@ class Marks(dict[Edge, Mark]):
             The edges whose marks are to be taken, as nearly nothing is left of them. It takes no longer where there
             are thousands, as all become less valid by the same factor.
         """
-        if len(self._sources) < 2:
+        if len(self.sources) < 2:
             return list(self)
-        self._doubts *= 1 - 1 / len(self._sources)
+        self._doubts *= 1 - 1 / len(self.sources)
         if self._doubts < TINY:
             for edge, mark in self.items():
                 self[edge] = mark._replace(doubts=mark.doubts / self._doubts)

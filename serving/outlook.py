@@ -92,6 +92,10 @@ class Outlook:
         worth = 1.0 if agent in self._waiting else self.board.reuse(agent, self.graph.worth(agent))
         return min(worth, CAPPED_REUSE) if agent in self.shares.capped else worth
 
+    def is_near(self, agent: str) -> bool:
+        """Whether `agent` follows by habit what runs: that is seen by time only."""
+        return self.by_time and self.graph.is_near(agent)
+
     def next_steps(self, agent: str) -> float:
         """Steps to the next call of `agent`, as if everything went its way; infinity where nothing is known."""
         if agent in self._waiting:

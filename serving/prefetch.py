@@ -93,7 +93,7 @@ class Prefetcher:
 
     def _consider(self, agent: str) -> None:
         now, limits = self.tiers.clock(), self.limits
-        if self.outlook.next_steps(agent) > limits.look_ahead_steps:
+        if self.outlook.next_steps(agent) > limits.look_ahead_steps and not self.outlook.is_near(agent):
             self._forget(agent)
             return
         seconds = self.outlook.due(agent)

@@ -64,7 +64,6 @@ class WorkflowReuse:
                 sources.append(passage.running(index[node], left))
         waiting: dict[tuple[int, int], tuple[float, float]] = {}
         pending: dict[int, Chance] = {}  # the branches of one agent exclude each other: they are summed
-        accuracy = self._accuracy
         for (node, successor), mark in workflow.marks.items():
             left = durations[workflow.names[node]].pause.discount(rate, now - mark.since)
             likely = mark.probability * workflow.marks.valid(mark)
@@ -72,17 +71,16 @@ class WorkflowReuse:
             if workflow.solver.is_and[successor]:
                 waiting[index[node], index[successor]] = chance
                 continue
-            row = passage.beginning(index[successor])
+            row = passage.beginning(index[successor]).scaled(*chance)
             if mark.probability == 1 and len(workflow.branches[node]) > 1:  # a fork
-                sources.append(row.scaled(*chance))
-                continue
-            told = row.scaled(accuracy * chance[0], accuracy * chance[1])
-            other = passage.anywhere.scaled((1 - accuracy) * chance[0], (1 - accuracy) * chance[1])
-            so_far = pending.get(node, nothing(passage.targets))
-            pending[node] = Chance(
-                np.minimum(1.0, so_far.reach + told.reach + other.reach),
-                np.minimum(1.0, so_far.reuse + told.reuse + other.reuse),
-            )
+                sources.append(row)
+            elif not workflow.is_choice(node):
+                so_far = pending.get(node, nothing(passage.targets))
+                both = Chance(so_far.reach + row.reach, so_far.reuse + row.reuse)
+                pending[node] = Chance(np.minimum(1.0, both.reach), np.minimum(1.0, both.reuse))
+            elif node not in pending:
+                valid = workflow.marks.valid(mark)
+                pending[node] = passage.ended(index[node]).scaled(valid, valid * left)
         reach, reuse = passage.chances([*sources, *pending.values()], waiting)
         found = zip(reach.tolist(), reuse.tolist(), strict=True)
         return {workflow.names[node]: chance for node, chance in zip(self._nodes, found, strict=True)}
@@ -99,6 +97,7 @@ class WorkflowReuse:
         if (
             self._passage is None
             or abs(workflow.accuracy - self._accuracy) > DRIFT
+            or workflow.followed.moved > DRIFT
             or any(not least <= leg <= most for leg, (least, most) in zip(legs, self._legs, strict=True))
         ):
             self._legs = [_near(leg) for leg in legs]
@@ -106,7 +105,10 @@ class WorkflowReuse:
             index = {node: place for place, node in enumerate(self._nodes)}
             branches = [{index[t]: p for t, p in workflow.branches[node].items()} for node in self._nodes]
             is_and = [workflow.solver.is_and[node] for node in self._nodes]
-            self._passage = FirstPassage(branches, is_and, np.array(legs), self._accuracy)
+            seen = (workflow.followed.counts(node, workflow.branches[node]) for node in self._nodes)
+            followed = [{index[target]: count for target, count in counts.items()} for counts in seen]
+            workflow.followed.moved = 0.0
+            self._passage = FirstPassage(branches, is_and, np.array(legs), self._accuracy, followed)
         return self._passage
 
     def _by_best_paths(self) -> dict[str, tuple[float, float]]:

@@ -155,6 +155,10 @@ class StepGraph:
             least = min(least, workflow.next_steps(agent))
         return least
 
+    def is_near(self, agent: str) -> bool:
+        """Whether `agent` has been seen to follow what some workflow runs, edges or none; see `Workflow.is_near`."""
+        return any(workflow.is_near(agent) for workflow in self._shared.members.get(agent, ()))
+
     def chance(self, agent: str) -> tuple[float, float]:
         """The chance of another call, and the expected discounted reuse E[exp(-γT)]; see `expected`."""
         reach, reuse = 0.0, 0.0

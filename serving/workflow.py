@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterator
 
 from .durations import MEMORY
+from .followed import Followed
 from .marks import Marks
 from .shared import Shared
 from .solver import JoinSolver
@@ -29,6 +30,7 @@ class Workflow:
         structure: counts the changes of agents and edges; `version`: these and the events.
         touched: seconds, the last change or event. lasting: it is no run that ends, and silence means nothing.
         accuracy: the share of calls that a mark foretold, of those that came while there were marks.
+        followed: what came after calls of which one of the ways is taken.
     """
 
     def __init__(self, name: str, shared: Shared) -> None:
@@ -45,6 +47,7 @@ class Workflow:
         self.touched = shared.clock()
         self.lasting = False
         self.accuracy = 1.0
+        self.followed = Followed()
         self._judged = TRUST
         self.changed: set[str] = set()  # agents whose steps may be other ones than at the last `drain`
 
@@ -68,6 +71,7 @@ class Workflow:
         self.solver.remove_node(node)
         self.expected.discard(node)
         self.running.pop(node, None)
+        self.followed.forget(node)
         del self.ids[agent], self.names[node], self.branches[node]
         self.shared.left(self, agent)
         self._changed_structure()
@@ -132,15 +136,24 @@ class Workflow:
             last = max(used, key=lambda p: used[p].since)
             self.shared.pause(self.names[last], now - used[last].since)
         elif node not in self.expected:
+            source = self.marks.only_source()
+            if source is not None:
+                self._learn(source, node)
             for edge in self.marks.surprise():
                 self._unmark(*edge)
         for source, mark in used.items():
+            self._learn(source, node)
             if mark.probability < 1:
                 for other in [t for t in self.branches[source] if self.branches[source][t] < 1]:
                     self._unmark(source, other)
             self._unmark(source, node)
         self.expected.discard(node)
         self._set_source(node)
+
+    def _learn(self, source: int, target: int) -> None:
+        """A call of `target` has followed one of `source`; from forks and of joins nothing is learned."""
+        if self.is_choice(source) and not self.solver.is_and[target]:
+            self.followed.saw(source, target, self.accuracy * self.branches[source].get(target, 0.0))
 
     def finish(self, agent: str, call: Hashable = None, chose: Collection[str] | None = None) -> None:
         """The call is over; `chose`: the successors that will be called, by default any that the edges name."""
@@ -196,6 +209,16 @@ class Workflow:
         node = self.ids[agent] if agent in self.ids else self._id(agent)
         waiting = node in self.expected or node not in self.running
         return self.solver.distance(node) if waiting else self.solver.next_distance(node)
+
+    def is_choice(self, node: int) -> bool:
+        """Whether no more than one of the ways from there is taken."""
+        row = self.branches[node]
+        return len(row) == 1 or all(p < 1 for p in row.values())
+
+    def is_near(self, agent: str) -> bool:
+        """Whether `agent` has more than once followed one that runs, or whose call is over, be there an edge or not."""
+        node, again = self._id(agent), self.followed.again
+        return any(again(source, node) for source in (*self.running, *self.marks.sources))
 
     def edges(self) -> Iterator[EdgeSpec]:
         for source, row in self.branches.items():

@@ -108,7 +108,7 @@ class Client:
         wait = self._noisy(workload.tool_s.draw(draws), draws)
         others = [name for name in self._names if name not in after and name != origin]
         if others and draws.random() < workload.mispredicted:
-            after = (draws.choice(others),)
+            after = ((seeded("habit", self.seed, self.name, origin) if workload.habit else draws).choice(others),)
         elif chances is not None:
             after = tuple(draws.choices(after, chances))
         return [self._call(name, wait) for name in after if self._complete(name)]

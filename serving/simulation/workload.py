@@ -24,6 +24,7 @@ class Workload:
         fixed_tokens, dynamic_tokens, output_tokens: of a call. tool_s: between a call and the next.
         start_s: how late a workflow begins.
         mispredicted: chance that a call is followed by another agent than the graph says. Not for a fan.
+        habit: for each agent that is always the same one; otherwise any.
         noise: spread (of the logarithm) of answers' lengths and of tools' times around what the server is told.
         changes: chance, for each call, that some agent is then replaced by a new one with a prompt of its own. Not for
             a fan.
@@ -42,6 +43,7 @@ class Workload:
     tool_s: Spread = field(default_factory=lambda: Spread(0.0))
     start_s: Spread = field(default_factory=lambda: Spread(0.0))
     mispredicted: float = 0.0
+    habit: bool = False
     noise: float = 0.0
     changes: float = 0.0
     adversaries: int = 0
@@ -53,6 +55,9 @@ class Workload:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"got {name}={value!r:.60} for a workload; accepted: a whole number from {low} up")
+        for name in ("shared", "habit"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"got {name}={getattr(self, name)!r:.60} for a workload; accepted: true or false")
         if not (0 <= self.mispredicted <= 1 and 0 <= self.changes <= 1 and self.noise >= 0):
             raise ValueError(
                 f"got mispredicted={self.mispredicted}, changes={self.changes}, noise={self.noise} for a workload; "
