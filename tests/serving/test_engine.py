@@ -119,8 +119,9 @@ def close(engine: Engine) -> None:
 @pytest.mark.parametrize("name", system_names())
 def test_answers_are_those_without_a_cache(session, name, how, tmp_path):
     """Too little room on the device and on the host: prompts go to the host, to disk, and come back."""
-    disk = tmp_path if name in ("lru_reactive", "ste_prefetch") else None
-    engine = make_engine(session, name, how, prompts=1.7 if how is None else 0.7, host=1.5, disk=disk)
+    disk = None if name == "lru" else tmp_path
+    room = {"prompts": 1.7, "host": 1.5} if how is None else {"prompts": 0.7, "host": 0.5}
+    engine = make_engine(session, name, how, disk=disk, **room)
     for number, (agent, prompt) in enumerate(calls()):
         engine.submit(request(number, agent, prompt))
         (ended,) = engine.run()
@@ -139,12 +140,14 @@ def test_answers_are_those_without_a_cache(session, name, how, tmp_path):
 
 
 @pytest.mark.parametrize("how", [None, RETENTION], ids=["plain", "compressed"])
-def test_requests_that_run_together_do_not_disturb_each_other(session, how, monkeypatch):
+@pytest.mark.parametrize("name", system_names())
+def test_requests_that_run_together_do_not_disturb_each_other(session, name, how, monkeypatch, tmp_path):
     """Also while some are cancelled at any point: they leave the rows of a cache that others stay in."""
     widths = []
     step = DecodeBatch.step
     monkeypatch.setattr(DecodeBatch, "step", lambda self, tokens: widths.append(len(tokens)) or step(self, tokens))
-    engine = make_engine(session, "expected_time", how, prompts=6.0)
+    disk = None if name == "lru" else tmp_path
+    engine = make_engine(session, name, how, prompts=3.7 if how is None else 2.7, host=1.5, disk=disk)
     wanted = {f"call{n}": answer_without_cache(session, prompt, how) for n, (_, prompt) in enumerate(calls())}
     for number, (agent, prompt) in enumerate(calls()):
         engine.submit(request(number, agent, prompt, session=f"s{number}"))
