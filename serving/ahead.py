@@ -29,6 +29,7 @@ class SaveAhead:
         self._unsaved: dict[Tier, dict[Node, None]] = {
             tier: {} for tier in residency.pools if _below(tier, residency) is not None
         }
+        self._largest = dict.fromkeys(self._unsaved, 0)  # bytes of any node that has come so far
         transfers.listeners.append(self._on_copy)
 
     def inserted(self, node: Node) -> None:
@@ -44,6 +45,7 @@ class SaveAhead:
         if tier in self._unsaved and node.fixed and not _saved(node, tier):
             unsaved = self._unsaved[tier]
             unsaved[node] = None
+            self._largest[tier] = max(self._largest[tier], node.held[tier])
             if len(unsaved) > MAX_UNSAVED:
                 del unsaved[next(iter(unsaved))]
 
@@ -54,18 +56,22 @@ class SaveAhead:
                 continue
             lower = _below(tier, self.residency)
             assert lower is not None, "only tiers above another one are looked at"
-            if all(job.link != (tier, lower) for job in self.transfers.under_way):
+            idle = all(job.link != (tier, lower) for job in self.transfers.under_way)
+            if idle and not self._has_room(tier, self._largest[tier]):
                 self._begin(tier, lower)
 
+    def _has_room(self, tier: Tier, nbytes: int) -> bool:
+        """Whether `tier` has room for so much, or needs no prompt to go for it."""
+        pool = self.residency.pools[tier]
+        return self.residency.candidates[tier].has_loose(nbytes - pool.free - pool.leaving)
+
     def _begin(self, tier: Tier, lower: Tier) -> None:
-        candidates = self.residency.candidates[tier]
-        node = min(self._evictable(tier), key=candidates.rank, default=None)
-        if node is None:
+        node = min(self._evictable(tier), key=self.residency.candidates[tier].rank, default=None)
+        if node is None or self._has_room(tier, node.held[tier]):
             return
-        pool, below, payload = self.residency.pools[tier], self.residency.pools[lower], node.copies[tier]
+        below, payload = self.residency.pools[lower], node.copies[tier]
         assert payload is not None, "who may be evicted has a copy"
-        missing = node.held[tier] - pool.free - pool.leaving
-        if missing > 0 and not candidates.has_loose(missing) and below.can_take(below.charge(payload)):
+        if below.can_take(below.charge(payload)):
             del self._unsaved[tier][node]
             self.transfers.start(node, lower, Urgency.AHEAD)
 

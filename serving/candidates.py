@@ -83,12 +83,12 @@ class Candidates:
 
     def has_loose(self, nbytes: int) -> bool:
         """Whether what belongs to no agent's fixed prompt and may go makes up that many bytes."""
-        for _, number, node in self._nodes.get(self._nobody, ()):
-            if node.stamps[self.tier] == number:
+        for _, number, node in self._nodes.get(self._nobody, ()) if nbytes > 0 else ():
+            if node.stamps[self.tier] == number and not node.fixed:
                 nbytes -= node.held[self.tier]
-            if nbytes <= 0:
-                return True
-        return False
+                if nbytes <= 0:
+                    break
+        return nbytes <= 0
 
     def first_with_another_copy(self) -> Node | None:
         """The first of the groups' firsts that some other tier has as well; takes time in proportion to the groups."""

@@ -155,6 +155,12 @@ def test_what_is_remembered_is_bounded(make_tiers, cached, monkeypatch):
     assert len(tiers._ahead._unsaved[Tier.DEVICE]) == 3 < MAX_UNSAVED
 
 
+def test_an_order_that_knows_no_agents_can_save_ahead_too(make_tiers, cached):
+    tiers = make_tiers(device=8, host=8, policy=TierPolicy(LRU(), WriteBack.FIXED, ahead=True))
+    assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
+    assert [prompt for prompt, _, _ in jobs(tiers)] == [A]
+
+
 def test_only_a_policy_that_says_so_saves_ahead(make_tiers, cached):
     tiers = make_tiers(device=4, host=8, policy=TierPolicy(StepsToExecution({"a": 1.0}), WriteBack.FIXED))
     assert cached(tiers, A, "a", 4)
