@@ -31,6 +31,18 @@ def ids_of(node: Node) -> list[int]:
     return memoryview(b"".join(reversed([each.span for each in node.path()]))).cast("i").tolist()
 
 
+def node_of(tiers: TieredTree, prompt: Sequence[int]) -> Node:
+    """The node that `prompt` ends with."""
+    return tiers.match(prompt).nodes[-1]
+
+
+def later(tiers: TieredTree, seconds: float = 100.0) -> None:
+    """Lets so much time pass on the clock of `make_tiers`."""
+    assert isinstance(tiers.clock, VirtualClock)
+    tiers.clock.advance_to(tiers.clock() + seconds)
+    tiers.poll()
+
+
 class Kv:
     """What tests need of this file."""
 

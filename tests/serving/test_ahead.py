@@ -17,12 +17,13 @@ from tenure.serving import (
     TieredTree,
     TierPolicy,
     Urgency,
-    VirtualClock,
     WriteBack,
     get_tier_policy,
 )
 from tenure.serving.ahead import MAX_UNSAVED
 from tenure.serving.copies import Outcome
+
+from .conftest import later, node_of
 
 A, B, C, D = ([n] * 4 for n in (1, 2, 3, 4))
 SECONDS = 4 * TOKEN_BYTES / 1000  # of a copy of four tokens, see `conftest`
@@ -30,16 +31,6 @@ SECONDS = 4 * TOKEN_BYTES / 1000  # of a copy of four tokens, see `conftest`
 
 def by_steps(**steps: float) -> TierPolicy:
     return TierPolicy(StepsToExecution(steps), WriteBack.FIXED, ahead=True)
-
-
-def node_of(tiers: TieredTree, prompt: list[int]):
-    return tiers.match(prompt).nodes[-1]
-
-
-def later(tiers: TieredTree, seconds: float = 100.0) -> None:
-    assert isinstance(tiers.clock, VirtualClock)
-    tiers.clock.advance_to(tiers.clock() + seconds)
-    tiers.poll()
 
 
 def jobs(tiers: TieredTree) -> list[tuple[list[int], Tier, Urgency]]:

@@ -23,18 +23,10 @@ from tenure.serving import (
 from tenure.serving.copies import Outcome
 from tenure.serving.pages import Pages, encode
 
+from .conftest import later, node_of
+
 ALL = TierPolicy(LRU(), WriteBack.ALL)
 A, B, C, D = ([n] * 4 for n in (1, 2, 3, 4))
-
-
-def node_of(tiers: TieredTree, prompt: list[int]):
-    return tiers.match(prompt).nodes[-1]
-
-
-def later(tiers: TieredTree, seconds: float = 100.0) -> None:
-    assert isinstance(tiers.clock, VirtualClock)
-    tiers.clock.advance_to(tiers.clock() + seconds)
-    tiers.poll()
 
 
 def spill(tiers: TieredTree, cached, prompt: list[int], agent: str | None = None) -> None:
