@@ -29,9 +29,8 @@ class Config:
 
     Ten agents, each with a fixed prompt; a call brings a short suffix and gets a short answer, and the next call comes
     when the one before is answered. Each turn draws its calls anew, the same for all. All prompts lie in the tiers at
-    the start. The device pool is a share of what they
-    take uncompressed, and room for one request beside it; host memory has room for all. Copies are real, held to a
-    stated bandwidth.
+    the start. The device pool is a share of what they take uncompressed, and room for one request beside it; host
+    memory has room for all. Copies are real, held to a stated bandwidth.
     """
 
     model: str = "demo"
@@ -47,9 +46,9 @@ class Config:
     pools: tuple[float, ...] = (0.5,)
     """Device pools, as shares of all fixed prompts uncompressed."""
     wrong: tuple[float, ...] = (0.0,)
-    """Shares of the calls that go to an agent that no edge names."""
+    """Shares of the calls that go to any other agent rather than along an edge."""
     habit: bool = False
-    """Wrong calls of an agent all go to the same other one."""
+    """Wrong calls of an agent all go to the same other one, which no edge of it names."""
     bandwidth: float = 60.0
     """MB/s of each direction of the link between device and host."""
     fixed: int = 512

@@ -93,8 +93,7 @@ class Candidates:
     def first_with_another_copy(self) -> Node | None:
         """The first of the groups' firsts that some other tier has as well; takes time in proportion to the groups."""
         tops = (entry[2] for group in list(self._nodes) if (entry := self._top(group)) is not None)
-        spare = (node for node in tops if sum(copy is not None for copy in node.copies) > 1)
-        return min(spare, key=self.rank, default=None)
+        return min((node for node in tops if node.has_spare), key=self.rank, default=None)
 
     def rank(self, node: Node) -> Rank:
         """The rank of `node`, candidate or not."""

@@ -139,7 +139,7 @@ class Eviction:
         candidates, job = self.residency.candidates[tier], self.transfers.ahead(tier)
         if job is not None and (victim is None or candidates.rank(job.node) <= candidates.rank(victim)):
             saved = sum(job.payload.layers[job.done :])
-        elif victim is not None and _is_only_copy(victim) and self.policy.saves(victim, tier):
+        elif victim is not None and not victim.has_spare and self.policy.saves(victim, tier):
             saved = victim.held[tier]
         else:
             return None
@@ -191,7 +191,7 @@ class Eviction:
         return room
 
     def _evict(self, node: Node, tier: Tier) -> Room:
-        only_copy = _is_only_copy(node)
+        only_copy = not node.has_spare
         if only_copy and self.policy.saves(node, tier):
             room = self._save(node, tier)
             if room is not Room.REFUSED:
@@ -223,8 +223,3 @@ class Eviction:
                     self.policy.suffixes.saved(node)
                 return room
         return Room.REFUSED
-
-
-def _is_only_copy(node: Node) -> bool:
-    """Whether one tier alone has what `node` holds."""
-    return sum(copy is not None for copy in node.copies) == 1

@@ -22,6 +22,7 @@ class Followed:
 
     def __init__(self) -> None:
         self._counts: dict[int, dict[int, float]] = {}
+        self._sources: dict[int, set[int]] = {}  # of each target, so that nobody else is asked when it goes
         self.moved = 0.0
 
     def saw(self, source: int, target: int, told: float) -> None:
@@ -32,8 +33,11 @@ class Followed:
         for other in counts:
             counts[other] *= FADING
         counts[target] = counts.get(target, 0.0) + 1.0
+        self._sources.setdefault(target, set()).add(source)
         if len(counts) > MOST:
-            del counts[min(counts, key=lambda other: (other == target, counts[other]))]
+            rarest = min(counts, key=lambda other: (other == target, counts[other]))
+            del counts[rarest]
+            self._sources[rarest].discard(source)
 
     def counts(self, source: int, named: Collection[int]) -> dict[int, float]:
         """How often each agent has followed `source`; of those that no edge names, how often again."""
@@ -46,6 +50,7 @@ class Followed:
 
     def forget(self, node: int) -> None:
         """It is none of the workflow's agents any more; its number may be another's from now on."""
-        self._counts.pop(node, None)
-        for counts in self._counts.values():
-            counts.pop(node, None)
+        for target in self._counts.pop(node, _NONE):
+            self._sources[target].discard(node)
+        for source in self._sources.pop(node, ()):
+            self._counts[source].pop(node, None)

@@ -103,6 +103,11 @@ class Node:
         return first is not None or second is not None or third is not None
 
     @property
+    def has_spare(self) -> bool:
+        """More than one tier has it."""
+        return sum(copy is not None for copy in self.copies) > 1
+
+    @property
     def fixed(self) -> bool:
         """It is part of some agent's fixed prompt."""
         return bool(self.group.agents)

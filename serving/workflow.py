@@ -151,8 +151,11 @@ class Workflow:
         self._set_source(node)
 
     def _learn(self, source: int, target: int) -> None:
-        """A call of `target` has followed one of `source`; from forks and of joins nothing is learned."""
-        if self.is_choice(source) and not self.solver.is_and[target]:
+        """A call of `target` has followed one of `source`; from forks and of joins nothing is learned.
+
+        Nor where the edges themselves are learned from the calls (`LearnedTransitions`).
+        """
+        if not self.lasting and self.is_choice(source) and not self.solver.is_and[target]:
             self.followed.saw(source, target, self.accuracy * self.branches[source].get(target, 0.0))
 
     def finish(self, agent: str, call: Hashable = None, chose: Collection[str] | None = None) -> None:

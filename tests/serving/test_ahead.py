@@ -25,7 +25,7 @@ from tenure.serving.copies import Outcome
 
 from .conftest import later, node_of
 
-A, B, C, D = ([n] * 4 for n in (1, 2, 3, 4))
+A, B, C = ([n] * 4 for n in (1, 2, 3))
 SECONDS = 4 * TOKEN_BYTES / 1000  # of a copy of four tokens, see `conftest`
 
 

@@ -36,5 +36,8 @@ def test_old_habits_fade_and_many_are_bounded():
     for target in range(10, 10 + 3 * MOST):
         followed.saw(0, target, told=0.0)
     assert len(followed.counts(0, named=range(1000))) == MOST
+    followed.saw(7, 2, told=0.0)
+    followed.saw(2, 7, told=0.0)
     followed.forget(2)
-    assert not followed.again(0, 2)
+    assert followed.counts(7, named=[2]) == followed.counts(2, named=[7]) == {}
+    followed.forget(7)
