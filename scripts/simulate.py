@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from .simulate_output import Comparison, show_comparison, show_study, study_rows, write_rows
 
 if TYPE_CHECKING:
-    from ..serving.simulation.setups import Cell, Setup
+    from ..serving.simulation.setups import Setup
 
 
 @dataclass
@@ -29,6 +32,8 @@ class Config:
     """Only cells whose name contains this."""
     repeats: int | None = None
     """Seeds of each run; by default what the set-up says."""
+    jobs: int | None = None
+    """Processes; by default one for each core."""
     study: bool = False
     """Vary the first cell's workload instead: mispredictions, noise, changes, tails, numbers, hostile clients."""
     workflows: list[int] = field(default_factory=lambda: [64, 250, 1000])
@@ -49,12 +54,20 @@ class Config:
     def __post_init__(self) -> None:
         if self.repeats is not None and self.repeats < 1:
             raise ValueError(f"--repeats accepts 1 or more, not {self.repeats}")
+        if self.jobs is not None and self.jobs < 1:
+            raise ValueError(f"--jobs accepts 1 or more, not {self.jobs}")
         if not self.setups and not self.trace:
             raise ValueError("no set-up is named, as examples/kvflow_single.yaml, and no --trace")
         if (self.study or self.trace) and len(self.setups) > 1:
             raise ValueError(f"--study and --trace accept one set-up, not {len(self.setups)}")
         if any(number < 1 for number in self.workflows):
             raise ValueError(f"--workflows accepts numbers from 1 up, not {min(self.workflows)}")
+
+    @property
+    def processes(self) -> int:
+        from ..serving.simulation.many import cores
+
+        return self.jobs or cores()
 
 
 def main(config: Config) -> int:
@@ -65,11 +78,12 @@ def main(config: Config) -> int:
     setups = [_chosen(load_setup(path, config.set), config) for path in config.setups]
     if config.study:
         return _study(setups[0], config)
-    comparisons = []
+    comparisons: list[Comparison] = []
     for setup in setups:
-        for cell in setup.cells:
-            comparisons.append(compare(setup, cell))
-        show_comparison([each for each in comparisons if each.setup is setup])
+        begun = time.perf_counter()
+        compared = compare(setup, config.processes)
+        show_comparison(compared, time.perf_counter() - begun, config.processes)
+        comparisons += compared
     _extras(setups[0], comparisons, config)
     if config.json:
         write_rows([row for each in comparisons for row in each.rows()], config.json)
@@ -89,41 +103,48 @@ def _chosen(setup: Setup, config: Config) -> Setup:
     return replace(setup, cells=cells, repeats=config.repeats or setup.repeats)
 
 
-def compare(setup: Setup, cell: Cell) -> Comparison:
-    """Runs every policy of a cell with every seed."""
-    from rich.progress import Progress
-
+def compare(setup: Setup, jobs: int) -> list[Comparison]:
+    """Runs every policy of every cell with every seed."""
+    from ..serving.simulation.many import run_all
     from ..serving.simulation.simulate import simulate
 
-    outcomes: dict[str, list[Any]] = {policy: [] for policy in setup.policies}
+    seeds = range(setup.seed, setup.seed + setup.repeats)
+    tasks = [
+        partial(simulate, cell.machine, cell.workload, policy, seed)
+        for cell in setup.cells
+        for policy in setup.policies
+        for seed in seeds
+    ]
+    with _progress(setup.name, len(tasks)) as ended:
+        outcomes = iter(run_all(tasks, jobs, ended))
+    return [
+        Comparison(setup, cell, {policy: [next(outcomes) for _ in seeds] for policy in setup.policies})
+        for cell in setup.cells
+    ]
+
+
+@contextmanager
+def _progress(name: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar, and what moves it on by one."""
+    from rich.progress import Progress
+
     with Progress(transient=True) as progress:
-        bar = progress.add_task(cell.name, total=setup.repeats * len(setup.policies))
-        for seed in range(setup.seed, setup.seed + setup.repeats):
-            for policy in setup.policies:
-                progress.update(bar, description=f"{cell.name}: {policy}")
-                outcomes[policy].append(simulate(cell.machine, cell.workload, policy, seed))
-                progress.advance(bar)
-    return Comparison(setup, cell, outcomes)
+        bar = progress.add_task(name, total=total)
+        yield lambda: progress.advance(bar)
 
 
 def _study(setup: Setup, config: Config) -> int:
-    from rich.progress import Progress
-
     from ..serving.simulation.plots import draw_study
     from ..serving.simulation.study import questions_for, run_study
 
     cell, baseline = setup.cells[0], setup.baselines[-1]
     questions = questions_for(cell.workload, config.workflows)
     seeds = range(setup.seed, setup.seed + setup.repeats)
-    with Progress(transient=True) as progress:
-        total = len(setup.policies) * sum(len(question.values) for question in questions)
-        bar = progress.add_task("", total=total)
-        points = []
-        run = run_study(cell.machine, cell.workload, questions, setup.policies, baseline, seeds,
-                        lambda text: progress.update(bar, description=text))  # fmt: skip
-        for point in run:
-            points.append(point)
-            progress.advance(bar)
+    total = len(seeds) * len(setup.policies) * sum(len(question.values) for question in questions)
+    with _progress(setup.name, total) as ended:
+        points = run_study(
+            cell.machine, cell.workload, questions, setup.policies, baseline, seeds, config.processes, ended
+        )
     show_study(setup, points, baseline)
     if config.plot:
         draw_study(points, config.plot, baseline)
@@ -134,6 +155,7 @@ def _study(setup: Setup, config: Config) -> int:
 
 def _trace(config: Config) -> int:
     """Replays a trace under every policy, beside the makespan that was recorded."""
+    from ..serving.simulation.many import run_all
     from ..serving.simulation.setups import Cell, Setup, load_setup
     from ..serving.simulation.simulate import machine_of, replay
     from ..serving.simulation.traces import read_trace
@@ -146,9 +168,11 @@ def _trace(config: Config) -> int:
     setup = _chosen(
         Setup(Path(path).stem, f"trace {path}: {len(trace.calls)} calls", "replayed", (cell,), repeats=1), config
     )
-    outcomes = {policy: [replay(machine, trace, policy)] for policy in setup.policies}
-    comparison = Comparison(setup, cell, outcomes, recorded_s=trace.makespan_s)
-    show_comparison([comparison])
+    begun = time.perf_counter()
+    outcomes = run_all([partial(replay, machine, trace, policy) for policy in setup.policies], config.processes)
+    by_policy = {policy: [outcome] for policy, outcome in zip(setup.policies, outcomes, strict=True)}
+    comparison = Comparison(setup, cell, by_policy, recorded_s=trace.makespan_s)
+    show_comparison([comparison], time.perf_counter() - begun, config.processes)
     if config.json:
         write_rows(comparison.rows(), config.json)
     return 0

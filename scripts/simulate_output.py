@@ -63,8 +63,12 @@ class Comparison:
         return rows
 
 
-def show_comparison(comparisons: Sequence[Comparison]) -> None:
-    """A table for each cell of a set-up on stdout, and what explains its differences from the paper."""
+def show_comparison(comparisons: Sequence[Comparison], seconds: float, jobs: int) -> None:
+    """A table for each cell of a set-up on stdout, and what explains its differences from the paper.
+
+    Args:
+        seconds: that all of it took. jobs: processes it was run by.
+    """
     setup, console = comparisons[0].setup, make_console()
     console.print(f"{setup.title}\n{setup.source}; mean ± standard deviation of {setup.repeats} seeds", highlight=False)
     for each in comparisons:
@@ -80,7 +84,8 @@ def show_comparison(comparisons: Sequence[Comparison]) -> None:
     decisions = sum(run.decisions for run in runs)
     console.print(
         f"{events / 1e6:.2f} M events in {cpu:.1f} s of one core: {events / cpu / 1e3:.0f} k/s; "
-        f"{decisions / cpu / 1e3:.1f} k/s if the tokens of a batch count as one",
+        f"{decisions / cpu / 1e3:.1f} k/s if the tokens of a batch count as one"
+        + (f". In {seconds:.1f} s by {jobs} processes: {events / seconds / 1e3:.0f} k/s" if jobs > 1 else ""),
         highlight=False,
     )
 

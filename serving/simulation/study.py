@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from .draws import Spread
 from .machine import Machine
+from .many import run_all
 from .results import Outcome
 from .simulate import simulate
 from .workload import Workload
@@ -77,22 +79,32 @@ def run_study(
     policies: Sequence[str],
     baseline: str,
     seeds: Sequence[int],
-    progress: Callable[[str], None] = lambda text: None,
-) -> Iterator[Point]:
+    jobs: int = 1,
+    ended: Callable[[], None] = lambda: None,
+) -> list[Point]:
     """All policies at all values, the baseline first.
 
     Args:
-        progress: is told what is run next.
+        jobs, ended: see `run_all`.
     """
-    for question in questions:
-        for value, changes in question.values.items():
-            varied = replace(workload, **changes)
-            base: Sequence[Outcome] = ()
-            for policy in dict.fromkeys((baseline, *policies)):
-                progress(f"{question.name}: {value}, {policy}")
-                outcomes = tuple(simulate(machine, varied, policy, seed) for seed in seeds)
-                base = base or outcomes
-                yield _point(question.name, value, policy, base, outcomes)
+    order = tuple(dict.fromkeys((baseline, *policies)))
+    settings = [
+        (question.name, value, replace(workload, **changes))
+        for question in questions
+        for value, changes in question.values.items()
+    ]
+    tasks = [
+        partial(simulate, machine, varied, policy, seed)
+        for _, _, varied in settings
+        for policy in order
+        for seed in seeds
+    ]
+    outcomes = iter(run_all(tasks, jobs, ended))
+    points = []
+    for question, value, _ in settings:
+        by_policy = {policy: tuple(next(outcomes) for _ in seeds) for policy in order}
+        points += [_point(question, value, policy, by_policy[baseline], by_policy[policy]) for policy in order]
+    return points
 
 
 def _point(question: str, value: str, policy: str, base: Sequence[Outcome], outcomes: tuple[Outcome, ...]) -> Point:

@@ -48,6 +48,18 @@ def test_cells_are_compared_with_every_baseline(setup: Path, tmp_path: Path, cap
     assert "recorded makespan" in capsys.readouterr().out
 
 
+def test_processes_change_the_time_it_takes_and_nothing_else(
+    setup: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    found = []
+    for jobs in ("1", "2"):
+        assert main(["simulate", str(setup), "--jobs", jobs, "--json", str(tmp_path / jobs)]) == 0
+        found.append((json.loads((tmp_path / jobs).read_text()), capsys.readouterr().out))
+    (alone, shown), (together, by_two) = found
+    assert alone == together
+    assert "by 2 processes" in " ".join(by_two.split()) and "processes" not in shown
+
+
 def test_cells_that_differ_by_a_number_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "some.yaml"
     path.write_text(SETUP.replace("name: one", "name: draw 1").replace("name: two", "name: draw 2"))
@@ -99,6 +111,7 @@ def test_the_study_is_shown_and_written(setup: Path, tmp_path: Path, capsys: pyt
     [
         ([], 2, "no set-up is named"),
         (["SETUP", "--repeats", "0"], 2, "--repeats accepts 1 or more, not 0"),
+        (["SETUP", "--jobs", "0"], 2, "--jobs accepts 1 or more, not 0"),
         (["SETUP", "SETUP", "--study"], 2, "--study and --trace accept one set-up, not 2"),
         (["SETUP", "--cells", "nine"], 1, "no cell of small has 'nine' in its name: one, two"),
         (["SETUP", "--policies", "best"], 1, "unknown policy 'best'"),

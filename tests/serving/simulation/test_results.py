@@ -63,7 +63,7 @@ def test_a_study_compares_seed_by_seed_and_names_who_is_harmed(small) -> None:
     workload = small.workload(agents=5, rounds=3)
     question = Question("room", {"as it is": {}, "half as long": {"rounds": 2}})
     machine = small.machine(3, bytes_per_s=4e6)
-    points = list(run_study(machine, workload, [question], ("ste_prefetch", "lru"), "lru_reactive", (0, 1)))
+    points = run_study(machine, workload, [question], ("ste_prefetch", "lru"), "lru_reactive", (0, 1))
     assert [(point.value, point.policy) for point in points[:3]] == [
         ("as it is", "lru_reactive"), ("as it is", "ste_prefetch"), ("as it is", "lru"),
     ]  # fmt: skip

@@ -92,10 +92,11 @@ def test_the_study_asks_its_questions(small, tmp_path: Path) -> None:
     questions = questions_for(workload, (2, 3))
     assert [len(question.values) for question in questions] == [5, 4, 3, 4, 2, 3]
     few = [replace(question, values=dict(list(question.values.items())[-2:])) for question in questions]
-    told: list[str] = []
+    ended: list[None] = []
     policies = ("lru_reactive", "ste_prefetch")
-    points = list(run_study(small.machine(4), workload, few, policies, "lru_reactive", (0,), told.append))
-    assert len(points) == len(told) == 2 * 2 * 6
+    machine, count = small.machine(4), lambda: ended.append(None)
+    points = run_study(machine, workload, few, policies, "lru_reactive", (0,), ended=count)
+    assert len(points) == len(ended) == 2 * 2 * 6
     assert all(point.ratio == 1.0 for point in points if point.policy == "lru_reactive")
     assert {point.value for point in points if point.question == "workflows"} == {"2", "3"}
     draw_study(points, tmp_path / "study.png", "lru_reactive")
