@@ -77,6 +77,7 @@ class FirstPassage:
     Attributes:
         after: chances `(agents, targets)` of the target's first call after one of the agent that begins now.
         onward: the same, counted from the end of the agent's call and pause.
+        anywhere: for each agent, the chance that after its call any certain one comes for no reason.
         gates: for each AND agent, for each predecessor, the target that stands for the edge.
     """
 
@@ -111,12 +112,13 @@ class FirstPassage:
         for agent in range(self.agents):
             if len(always[agent]) == 1 and not choice[agent].any():  # one sure way is a branch of probability 1
                 choice[agent, always[agent].pop()] = 1.0
-        elsewhere = (1 - accuracy) * choice.sum(1, keepdims=True) / max(1, self.agents)
+        self.anywhere = (1 - accuracy) * choice.sum(1) / max(1, self.agents)
         choice *= accuracy
-        choice[:, : self.agents] += elsewhere
+        choice[:, : self.agents] += self.anywhere[:, None]
         for agent, counts in enumerate(followed):
             total = TRUST + sum(counts.values())
             choice[agent] *= TRUST / total
+            self.anywhere[agent] *= TRUST / total
             for target, count in counts.items():
                 choice[agent, target] += count / total
         width = max(map(len, always), default=0)
@@ -173,9 +175,16 @@ class FirstPassage:
         row.reach[agent] = row.reuse[agent] = 1.0
         return row
 
-    def ended(self, agent: int) -> Chance:
-        """Chances `(targets,)` from the end of a call and of the pause after it."""
-        return Chance(self.onward.reach[agent], self.onward.reuse[agent])
+    def ended(self, agent: int, repeating: float = 1.0) -> Chance:
+        """Chances `(targets,)` from the end of a call and of the pause after it.
+
+        Args:
+            repeating: how many times as likely as others the agent is to be called for no reason.
+        """
+        row = Chance(self.onward.reach[agent].copy(), self.onward.reuse[agent].copy())
+        for each in row:
+            each[agent] = min(1.0, max(0.0, each[agent] + (repeating - 1) * self.anywhere[agent]))
+        return row
 
     def running(self, agent: int, left: float) -> Chance:
         """Chances `(targets,)` from a call under way; `left`: E[exp(-γ · what is left of it and of its pause)]."""

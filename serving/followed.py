@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 TRUST = 8.0  # calls of an agent that its edges count as much as
 FADING = 0.98  # of what was seen, with every further call
+DOUBT = 2.0  # surprises that it counts as much as, that any agent is as likely to be one
 MOST = 32  # successors of an agent that are counted; beyond, the least frequent is forgotten
 _NONE: Mapping[int, float] = {}
 
@@ -18,12 +19,23 @@ class Followed:
 
     Attributes:
         moved: by how much the chances that follow from the counts have changed since it was last set to 0, in all.
+        surprises, repeats: decayed numbers of calls that nothing foretold, and of those among them that were of the
+            agent that had just been called.
     """
 
     def __init__(self) -> None:
         self._counts: dict[int, dict[int, float]] = {}
         self._sources: dict[int, set[int]] = {}  # of each target, so that nobody else is asked when it goes
-        self.moved = 0.0
+        self.moved = self.surprises = self.repeats = 0.0
+
+    def surprised(self, repeats: bool) -> None:
+        """A call has come that nothing foretold, perhaps of the agent that had just been called."""
+        self.surprises = FADING * self.surprises + 1.0
+        self.repeats = FADING * self.repeats + repeats
+
+    def repeating(self, agents: int) -> float:
+        """How many times as likely as another of so many agents the last one is to be a surprise."""
+        return (self.repeats * agents + DOUBT) / (self.surprises + DOUBT)
 
     def saw(self, source: int, target: int, told: float) -> None:
         """A call of `target` has followed one of `source`; `told` is the chance that the graph gives it."""

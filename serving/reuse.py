@@ -14,6 +14,7 @@ from .workflow import Workflow
 EXACT_TARGETS = 128  # agents and edges into AND joins up to which first passages are solved; beyond: best paths
 DRIFT = 0.01  # change of a duration, as a share of it and of 1/γ, that makes old first passages useless; of an accuracy
 STALE = 0.05  # of 1/γ: what was read so long ago is read again
+MOMENT = 0.1  # of 1/γ: in so long a pause nothing can be brought up
 
 
 class WorkflowReuse:
@@ -79,8 +80,10 @@ class WorkflowReuse:
                 both = Chance(so_far.reach + row.reach, so_far.reuse + row.reuse)
                 pending[node] = Chance(np.minimum(1.0, both.reach), np.minimum(1.0, both.reuse))
             elif node not in pending:
+                # What is brought up in the place of the agent that was just called must be there before the next call.
+                repeating = workflow.followed.repeating(passage.agents) if left < 1 - MOMENT else 1.0
                 valid = workflow.marks.valid(mark)
-                pending[node] = passage.ended(index[node]).scaled(valid, valid * left)
+                pending[node] = passage.ended(index[node], repeating).scaled(valid, valid * left)
         reach, reuse = passage.chances([*sources, *pending.values()], waiting)
         found = zip(reach.tolist(), reuse.tolist(), strict=True)
         return {workflow.names[node]: chance for node, chance in zip(self._nodes, found, strict=True)}

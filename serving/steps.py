@@ -16,6 +16,7 @@ SILENT_S = 3600.0
 OF_A_STEP = 0.4
 COPY, SLOWER = 0.001, 16.0  # see `worth`
 STEADY = 1.4  # the factor by which 1/γ must be off before it follows
+OLD = 8.0  # in 1/γ: what was read of a workflow so long ago is read anew, be there news or not
 LEAST_S, MOST_S = 0.01, 100.0  # of 1/γ
 LEAST = sys.float_info.min  # of a chance, so that its logarithm is a number
 
@@ -57,6 +58,7 @@ class StepGraph:
         self._shared = Shared(clock, horizon, default_s, max_agents, max_edges)
         self._workflows: dict[str, Workflow] = {}
         self._reuse: dict[Workflow, WorkflowReuse] = {}
+        self._told: dict[Workflow, float] = {}  # when `changed_reuse` last named a workflow's agents, the oldest first
 
     def add_workflow(self, spec: str | WorkflowSpec, name: str | None = None) -> Workflow:
         """Declare a workflow, empty if only its name is given; `name` instead of the one in `spec` for one more run.
@@ -100,6 +102,7 @@ class StepGraph:
         workflow = self[name]
         workflow.close()
         del self._workflows[name], self._reuse[workflow]
+        self._told.pop(workflow, None)
 
     def expire(self, seconds: float) -> list[str]:
         """Remove the workflows without an event for so long that have no call under way and are not `lasting`.
@@ -220,11 +223,22 @@ class StepGraph:
         return news.agents.union(*(workflow.drain() for workflow in news.workflows))
 
     def changed_reuse(self) -> set[str]:
-        """As `changed_steps` for `reuse`: all agents of the workflows that had an event, and all if γ is a new one."""
-        news = self._shared.reuse_news
+        """As `changed_steps` for `reuse`: all agents of the workflows that had an event, and all if γ is a new one.
+
+        So are those of which nothing was heard for long: `orders.ExpectedTime` takes calls to have come nearer meanwhile.
+        """
+        news, now = self._shared.reuse_news, self._shared.clock()
         if self._follows and self._adapt():
             news.workflows.update(self._reuse)
+        for workflow, told in self._told.items():
+            if (now - told) * self.rate < OLD:
+                break
+            news.workflows.add(workflow)
         if not news.workflows and not news.agents:
             return set()
         self._shared.reuse_news = News()
+        for workflow in news.workflows:
+            self._told.pop(workflow, None)
+            if workflow.running or workflow.marks or workflow.expected:
+                self._told[workflow] = now
         return news.agents.union(*(workflow.ids for workflow in news.workflows))

@@ -138,6 +138,7 @@ class Workflow:
         elif node not in self.expected:
             source = self.marks.only_source()
             if source is not None:
+                self.followed.surprised(source == node)
                 self._learn(source, node)
             for edge in self.marks.surprise():
                 self._unmark(*edge)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenure.serving import reuse as reuse_module
-from tenure.serving.durations import MEMORY, Duration
+from tenure.serving.durations import MEMORY, PRIOR, Duration
 from tenure.serving.expected import FirstPassage
 from tenure.serving.followed import TRUST
 from tenure.serving.spec import AgentSpec, EdgeSpec, WorkflowSpec
@@ -149,6 +149,10 @@ def test_calls_that_the_edges_do_not_foretell_are_counted_with():
     after_a = np.array([true[0].probability, true[1].probability])
     others = np.delete(began, [1, 2], 0).sum(0) * (1 - accuracy) / 4
     assert passage.ended(0).reuse == pytest.approx(after_a @ began[1:3] + others)
+    once, never = passage.ended(0), passage.ended(0, repeating=0.0)
+    assert once.reuse - never.reuse == pytest.approx(np.array([(1 - accuracy) / 4, 0, 0, 0])), "what it had of the rest"
+    assert passage.ended(0, repeating=1e9).reach[0] == passage.ended(0, repeating=1e9).reuse[0] == 1.0
+    assert (passage.ended(0).reuse == once.reuse).all(), "rows are copies"
 
 
 def test_calls_that_were_seen_count_beside_the_edges():
@@ -185,6 +189,26 @@ def test_a_workflow_learns_how_often_its_edges_are_right():
         at = (at + 1) % 6
         flow.start(names[at])
     assert flow.accuracy > 0.97 and graph.reuse(names[(at + 1) % 6]) == pytest.approx(math.exp(-1), abs=0.05)
+
+
+@pytest.mark.parametrize("pause", [0.0, 2.0])
+def test_who_was_just_called_may_go_where_there_is_time_to_bring_up_another(pause: float):
+    seconds, draws = [0.0], random.Random(3)
+    names = [f"a{i}" for i in range(6)]
+    graph = StepGraph(lambda: seconds[0], discount_s=1.0)
+    edges = [EdgeSpec(s, t) for s, t in zip(names, names[1:] + names[:1], strict=True)]
+    specs = [AgentSpec(name, call_s=1.0, call_spread_s=0.0, pause_s=pause, pause_spread_s=0.0) for name in names]
+    flow = graph.add_workflow(WorkflowSpec("ring", specs, edges))
+    at = 0
+    for _ in range(60):  # any agent but the same
+        flow.start(names[at])
+        seconds[0] += 1
+        flow.finish(names[at])
+        value = {name: graph.reuse(name) for name in names}
+        at_end, at = at, draws.choice([n for n in range(6) if n != at])
+        seconds[0] += pause
+    others = [value[name] for name in names if name not in (names[at_end], names[(at_end + 1) % 6])]
+    assert (value[names[at_end]] < 0.8 * min(others)) == (pause > 0)
 
 
 @pytest.mark.parametrize("habit", [True, False])
@@ -521,5 +545,53 @@ def test_the_discount_of_a_duration():
     late = left[left > 3.0] - 3.0
     assert Duration(3.5, 1.5).discount(0.1, elapsed=3.0) == pytest.approx(np.exp(-0.1 * late).mean(), abs=2e-3)
     assert Duration(0.0, 0.0).discount(0.1) == 1.0
+
+
+@pytest.mark.parametrize("sigma", [1.0, 2.0])
+def test_of_waits_that_vary_much_the_last_ones_are_the_law(sigma: float):
+    draws = np.random.default_rng(0)
+    truth = draws.lognormal(0.0, sigma, 200_000)
+    for elapsed in (0.0, 1.0, 5.0):
+        left = truth[truth > elapsed] - elapsed
+        errors, by_mean = [], []
+        for _ in range(50):
+            duration = Duration(1.0, 1.0)
+            for value in draws.lognormal(0.0, sigma, MEMORY):
+                duration.observe(float(value))
+            true = np.exp(-left).mean()
+            errors.append(abs(duration.discount(1.0, elapsed) - true))
+            by_mean.append(abs(1 / (1 + duration.mean) - true))
+        assert np.mean(errors) < 0.15
+        assert sigma < 2 or elapsed or np.mean(errors) < np.mean(by_mean) / 2
+
+
+def test_one_wait_without_end_is_one_of_many_and_what_was_known_counts_for_few():
+    duration = Duration(1.0, 1.0)
+    for seconds in (0.5, 1.5, 1.0, 0.2, 1e6):
+        duration.observe(seconds)
+    before = PRIOR / (1 + 1.0)
+    seen = sum(math.exp(-seconds) for seconds in (0.5, 1.5, 1.0, 0.2))
+    assert duration.discount(1.0) == pytest.approx((before + seen) / (PRIOR + 5))
+    assert duration.discount(1.0, elapsed=1.2) == pytest.approx((before + math.exp(-0.3)) / (PRIOR + 2))
+    for seconds in [*[0.1, 2.0] * MEMORY]:
+        duration.observe(seconds)
+    half = MEMORY / 2 * (math.exp(-0.1) + math.exp(-2.0))
+    assert duration.discount(1.0) == pytest.approx((before + half) / (PRIOR + MEMORY)), "it forgets"
+
+
+def test_what_was_known_of_an_agent_of_which_nothing_was_told_is_how_the_others_are():
+    others, own = Duration(0.0, 0.0), Duration(0.0, 0.0)
+    own.like = others
+    assert own.discount(1.0) == 1.0
+    for seconds in (1.0, 9.0, 1.0, 9.0):
+        others.observe(seconds)
+    assert own.discount(1.0) == others.discount(1.0) == pytest.approx(math.exp(-1) / 2, rel=0.3)
+    for seconds in (3.0, 0.5):
+        own.observe(seconds)
+    seen = math.exp(-3.0) + math.exp(-0.5)
+    assert own.discount(1.0) == pytest.approx((PRIOR * others.discount(1.0) + seen) / (PRIOR + 2))
+
+
+def test_a_duration_has_numbers():
     with pytest.raises(ValueError, match="got the spread nan for a duration; accepted: seconds, 0 or more and finite"):
         Duration(1.0, math.nan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tenure.serving.followed import FADING, MOST, TRUST, Followed
+from tenure.serving.followed import DOUBT, FADING, MOST, TRUST, Followed
 
 
 def test_what_no_edge_names_counts_from_the_second_time_on():
@@ -15,6 +15,19 @@ def test_what_no_edge_names_counts_from_the_second_time_on():
     followed.saw(0, 5, told=0.0)
     assert followed.counts(0, named=[1]) == pytest.approx({1: FADING**2, 5: FADING}) and followed.again(0, 5)
     assert followed.counts(3, named=[1]) == {} and not followed.again(3, 5)
+
+
+def test_whether_the_same_agent_is_called_again_for_no_reason_is_learned():
+    followed = Followed()
+    assert followed.repeating(10) == 1.0, "at first as any other"
+    followed.surprised(False)
+    assert followed.repeating(10) == pytest.approx(DOUBT / (1 + DOUBT))
+    for _ in range(200):
+        followed.surprised(False)
+    assert followed.repeating(10) < 0.05
+    for _ in range(200):
+        followed.surprised(True)
+    assert followed.repeating(10) == pytest.approx(10, rel=0.1), "it alone"
 
 
 def test_what_is_as_it_was_told_moves_nothing():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenure.serving.spec import AgentSpec, EdgeSpec, WorkflowSpec
-from tenure.serving.steps import StepGraph
+from tenure.serving.steps import OLD, StepGraph
 
 HORIZON = 8
 AGENTS = [f"a{i}" for i in range(7)]
@@ -244,6 +244,31 @@ def test_a_call_that_nothing_foretold_comes_instead_of_the_one_that_was_foretold
     flow.finish("a0")
     flow.start("a1")
     assert 1 - 1 / 7 < flow.accuracy < 1
+
+
+def test_workflows_of_which_nothing_is_heard_are_read_anew_while_they_have_something_under_way():
+    seconds = [0.0]
+    graph = StepGraph(lambda: seconds[0], discount_s=2.0)
+    flow = graph.add_workflow(ring(3))
+    other = graph.add_workflow(WorkflowSpec("other", [AgentSpec("b")], [], ["b"]))
+    graph.add_workflow(WorkflowSpec("idle", [AgentSpec("c")], []))
+    assert graph.changed_reuse() == {"a0", "a1", "a2", "b", "c"}
+    flow.start("a0")
+    assert graph.changed_reuse() == {"a0", "a1", "a2"}
+    seconds[0] = 2.0 * OLD - 1
+    assert graph.changed_reuse() == set()
+    other.expect("b")
+    assert graph.changed_reuse() == {"b"}
+    seconds[0] = 2.0 * OLD
+    assert graph.changed_reuse() == {"a0", "a1", "a2"} and graph.changed_reuse() == set()
+    graph.remove_workflow("other")
+    graph.changed_reuse()
+    seconds[0] += 2.0 * OLD
+    assert graph.changed_reuse() == {"a0", "a1", "a2"}
+    flow.finish("a0", chose=())
+    assert graph.changed_reuse() == {"a0", "a1", "a2"}
+    seconds[0] += 100.0 * OLD
+    assert graph.changed_reuse() == set(), "nothing is under way"
 
 
 def test_of_several_calls_that_were_foretold_it_is_not_known_which_does_not_come():
