@@ -225,7 +225,7 @@ class StepGraph:
     def changed_reuse(self) -> set[str]:
         """As `changed_steps` for `reuse`: all agents of the workflows that had an event, and all if γ is a new one.
 
-        So are those of which nothing was heard for long: `orders.ExpectedTime` takes calls to have come nearer meanwhile.
+        So are those that were silent for long: `orders.ExpectedTime` takes calls to have come nearer meanwhile.
         """
         news, now = self._shared.reuse_news, self._shared.clock()
         if self._follows and self._adapt():
