@@ -199,7 +199,7 @@ def test_who_was_just_called_may_go_where_there_is_time_to_bring_up_another(paus
     edges = [EdgeSpec(s, t) for s, t in zip(names, names[1:] + names[:1], strict=True)]
     specs = [AgentSpec(name, call_s=1.0, call_spread_s=0.0, pause_s=pause, pause_spread_s=0.0) for name in names]
     flow = graph.add_workflow(WorkflowSpec("ring", specs, edges))
-    at = 0
+    at, at_end, value = 0, 0, {}
     for _ in range(60):  # any agent but the same
         flow.start(names[at])
         seconds[0] += 1
