@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from ..eviction import Budget, Policy, get_policy, policy_text
-from ..eviction.budget import SCOPES
+from ..eviction.plan import SCOPES
 
 NO_SCOPE = "none"
 # SnapKV's scores with the heads of a layer competing are AdaKV (Feng et al. 2024) without its floor.

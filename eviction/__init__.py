@@ -3,10 +3,10 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.eviction', not {__name__!r}: a second name would give duplicate classes")
 
-from .block import evict
-from .budget import Budget
+from .api import evict
 from .cache import RaggedCache
-from .persist import CacheFileError
+from .layer_view import LayerView
+from .plan import Budget
 from .policies import (
     H2O,
     TOVA,
@@ -32,8 +32,8 @@ from .policies import (
     policy_text,
 )
 from .report import Report
+from .serialization import CacheFileError
 from .session import Session
-from .view import LayerView
 
 __all__ = [
     "H2O",

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from ..retention.seams import text_decoder
 from .cache import RaggedCache
+from .forward_state import new_tokens
 from .session import Session
-from .step import new_tokens
 
 # Arguments of a decoder with one column a new token: the dimension of the columns.
 SPLIT = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .store import SegmentStore
+from .storage.segments import SegmentStore
 
 
 @dataclass(frozen=True)

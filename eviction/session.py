@@ -1,12 +1,19 @@
-"""What happens inside an `evict` block: caches are made, forwards followed, what policies need recorded."""
+"""What happens inside an `evict` block: caches are made, forwards followed, what policies need recorded.
+
+Whether a model has what a policy reads of it.
+
+log β of one token for all layers at once: in decoding, a call a layer would cost more than the attention.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..retention.gates import RetentionGates
@@ -19,22 +26,17 @@ from ..retention.seams import (
     full_attention_layers,
     text_config,
 )
-from .allocate import Layout
-from .budget import Plan
 from .cache import RaggedCache
-from .gating import StackedGates
-from .inputs import InputRecorder
-from .layer import RaggedLayer
-from .needs import check_model_has
-from .observers import Observers
-from .paged import store_class
-from .persist import load_cache
-from .policies import Policy
+from .cache_layer import RaggedLayer
+from .forward_state import new_tokens
+from .model_adapters import ROTARY_TYPES, Rotary, has_output_weight, rotates_queries
+from .plan import Layout, Plan
+from .policies.base import Policy
+from .recorders import InputRecorder, Observers
 from .report import Report
 from .rollback import replaces_tensors
-from .rotary import Rotary
-from .stacking import stack
-from .step import new_tokens
+from .serialization import load_cache, stack
+from .storage.paged import store_class
 
 
 class Session(Interceptor):
@@ -267,3 +269,68 @@ class Session(Interceptor):
                 assert layer.store is not None
                 layer.store.fill("log_beta", values)
         cache.end_step(completed)
+
+
+def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[AttentionLayer]) -> None:
+    """Raises UnsupportedModelError, naming what is missing, unless `policy` can run on `model` with these layers."""
+    reason = ""
+    if "output_weight" in policy.needs:
+        without = [layer.name for layer in layers if not has_output_weight(layer)]
+        if without:
+            reason = (
+                f"the output projection as a linear layer 'o_proj' with a floating-point weight, which {without[0]} "
+                "does not have"
+            )
+    if policy.needs & {"query_statistics", "hidden_states"} and not rotates_queries(model):
+        reason = (
+            f"queries before RoPE, which are known for the model types {', '.join(ROTARY_TYPES)}; this one is "
+            f"{text_config(model).model_type!r}"
+        )
+    if reason:
+        kind = type(model).__name__
+        raise UnsupportedModelError(f"policy {policy.name!r} does not support {kind}: it needs {reason}")
+
+
+class StackedGates:
+    """The gates' parameters stacked over layers: a second copy for as long as the session lasts.
+
+    Attributes:
+        gates: the gates they were made from; later changes to them are not seen.
+    """
+
+    @torch.no_grad()
+    def __init__(self, gates: RetentionGates) -> None:
+        self.gates = gates
+        bodies = [gates.bodies[str(index)] for index in gates.layer_indices]
+        # Each step of the MLP: an activation, or the weights (layers, in, out) and biases (layers, 1, out) of a Linear.
+        self._steps: list[nn.Module | tuple[torch.Tensor, torch.Tensor]] = []
+        for parts in zip(*bodies, strict=True):
+            if isinstance(parts[0], nn.Linear):
+                weight = torch.stack([part.weight.detach().t() for part in parts])
+                self._steps.append((weight, torch.stack([part.bias.detach() for part in parts]).unsqueeze(1)))
+            else:
+                self._steps.append(parts[0])
+
+    @torch.no_grad()
+    def log_beta(self, hidden_states: list[torch.Tensor]) -> torch.Tensor:
+        """log β of one token a row in every layer.
+
+        Args:
+            hidden_states: `(batch, 1, hidden_size)` of each layer, in the order of the gates' layers.
+
+        Returns:
+            fp32 `(layers, batch * num_kv_heads)`.
+        """
+        config = self.gates.config
+        with torch.autocast(hidden_states[0].device.type, enabled=False):
+            features = torch.cat(hidden_states, dim=1).transpose(0, 1).float()  # (layers, batch, hidden)
+            for step in self._steps:
+                features = torch.baddbmm(step[1], features, step[0]) if isinstance(step, tuple) else step(features)
+            weight, bias = self.gates.weight, self.gates.bias
+            if config.projection == "shared_heads":
+                logits = features.unflatten(-1, (config.num_kv_heads, config.gate_width)) @ weight[0] + bias
+            elif config.projection == "per_layer":
+                logits = torch.baddbmm(bias.unsqueeze(1), features, weight.transpose(1, 2))
+            else:
+                logits = F.linear(features, weight, bias)
+            return F.logsigmoid(logits).flatten(1)

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .gates import RetentionGates
-from .ops import Implementation, gated_attention
+from .ops import gated_attention
+from .ops.gated_attention import Implementation
 from .seams import AttentionCall, AttentionFunction, AttentionLayer, Interceptor, intercept, is_intercepted
 from .segments import Segments
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .attach import GatedInterceptor, attention_call
 from .gates import RetentionGates
-from .ops import biased_attention, gated_attention_after
+from .ops.after_prompt import biased_attention, gated_attention_after
 from .seams import AttentionCall, AttentionLayer, Interceptor, intercept, text_config, text_decoder
 from .soft_eviction import SoftEviction
 

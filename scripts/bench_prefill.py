@@ -124,7 +124,7 @@ def one_turn(model: PreTrainedModel, gates: RetentionGates, ids: torch.Tensor, s
 
 
 def timed(call: Callable[..., object], *args: object, **kwargs: object) -> float:
-    from ..eviction.once import forget
+    from ..eviction.layer_view import forget
 
     start = time.perf_counter()
     call(*args, **kwargs)
@@ -138,7 +138,7 @@ def score(cache: RaggedCache, policy: str, share: float) -> None:
     import torch
 
     from ..eviction import LayerView, get_policy
-    from ..eviction.compress import conclude
+    from ..eviction.selection import conclude
 
     one = get_policy(policy)
     evicting = torch.ones(len(cache.tokens_seen), 1, 1, dtype=torch.bool)

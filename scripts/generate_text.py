@@ -84,7 +84,7 @@ def main(config: Config) -> int:
     import torch
 
     from ..eviction import evict, get_policy
-    from ..eviction.budget import CALIBRATED
+    from ..eviction.plan import CALIBRATED
     from ..retention import RetentionGates
 
     policy = get_policy(config.policy)  # first what is quick: mistakes are told before the model is loaded
@@ -181,7 +181,7 @@ def _show(config: Config, session: Session, tokens: int, seconds: float) -> None
     from rich.console import Console
     from rich.table import Table
 
-    from ..eviction.budget import CALIBRATED
+    from ..eviction.plan import CALIBRATED
 
     report = session.report()
     lengths = report.lengths[0]

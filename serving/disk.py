@@ -67,7 +67,7 @@ class FilePayload:
     def read(self, layer: int) -> dict[str, torch.Tensor]:
         import torch
 
-        from ..eviction.packing import views
+        from ..eviction.storage.packing import views
 
         size = self.layers[layer]
         buffer = bytearray(size)

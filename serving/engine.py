@@ -14,8 +14,10 @@ from ..eviction import get_policy, policy_text
 from ..retention.seams import end_tokens
 from .decoding import DecodeBatch
 from .eviction import Room
+from .keep import Keep
 from .prompt_kv import Compression, PromptKV
-from .scheduling import Decode, Ended, Keep, Prefill, Request
+from .scheduling.request import Ended, Request
+from .scheduling.work import Decode, Prefill
 
 if TYPE_CHECKING:
     from ..eviction import RaggedCache, Session

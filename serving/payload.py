@@ -154,7 +154,7 @@ class TensorPayload:
         return made
 
     def _memory(self) -> Memory:
-        from ..eviction.packing import beside
+        from ..eviction.storage.packing import beside
 
         return self.memory or beside(next(iter(self.tensors.values())))
 
@@ -194,7 +194,7 @@ class Phantom:
 
 def _packed(kinds: Mapping[str, Kind], memory: Memory) -> dict[str, torch.Tensor]:
     """Uninitialised tensors, those of each layer in one block of `memory`."""
-    from ..eviction.packing import pack
+    from ..eviction.storage.packing import pack
 
     tensors = {}
     for names in group_layers(kinds):

@@ -154,7 +154,7 @@ class _TensorBuilder:
     made: TensorPayload
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        from ..eviction.packing import copy_all
+        from ..eviction.storage.packing import copy_all
 
         targets = self.made.read(layer)
         copy_all(list(targets.values()), [tensors[name] for name in targets])

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..eviction import Budget, Policy, get_policy
-from ..eviction.parts import cache_of, check_parts, part_of
-from ..eviction.persist import export_cache, import_cache
+from ..eviction.serialization import cache_of, check_parts, export_cache, import_cache, part_of
 from .payload import Payload, TensorPayload
 
 if TYPE_CHECKING:

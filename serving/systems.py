@@ -16,7 +16,8 @@ from .outlook import Measure, Outlook
 from .pools import Pool
 from .prefetch import Prefetcher
 from .prefetch_limits import PrefetchLimits
-from .scheduling import Limits, Scheduler
+from .scheduling.limits import Limits
+from .scheduling.scheduler import Scheduler
 from .steps import StepGraph
 from .suffixes import SuffixReuse
 from .tiers import TieredTree

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tenure.eviction.ops import pages
+from tenure.eviction.ops import page_table
 from tenure.retention.ops import gated_attention_triton, kernel_choice, occupancy_triton
 from tenure.retention.ops.compiling import Constant, KernelCase
 from tenure.retention.ops.triton_language import jit
@@ -117,7 +117,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Recorder]:
         recorder = Recorder()
         jitted = type(jit(lambda: None))
         monkeypatch.setattr(jitted, "run", lambda self, *a, **k: recorder.run(self, *a, **k))
-        for module in (kernel_choice, gated_attention_triton, occupancy_triton, pages):
+        for module in (kernel_choice, gated_attention_triton, occupancy_triton, page_table):
             monkeypatch.setattr(module, "interpreting", lambda: False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
         return recorder

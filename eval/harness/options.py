@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...eviction import Budget, Policy, get_policy, policy_text
-from ...eviction.budget import CALIBRATED, Plan
-from ...eviction.calibrated import calibrated
+from ...eviction.plan import CALIBRATED, Plan, calibrated
 from ...retention import RetentionGates
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...eviction import RaggedCache, Session
-from ...eviction.compress import layout_of
+from ...eviction.selection import layout_of
 from .meter import Meter
 
 

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from ...retention.ops.compiling import Constant, KernelCase, specialised
-from . import copies, decode, decode_kernels, defensive, defensive_kernels, pages, pages_kernels, select, value_norms
+from . import (
+    copy_entries,
+    page_table,
+    paged_attention,
+    radix_select,
+    value_norms,
+    window_risk,
+)
 
 # Query heads, key/value heads and numbers of a head are the same in both; the width of the hidden states differs.
 MODELS = {"Qwen3-4B": 2560, "Llama-3.1-8B": 4096}
@@ -62,23 +69,23 @@ def _decode_cases(model: str, multiprocessors: int, dtype: torch.dtype) -> list[
         (1, 16, 1, None), (1, 32, 1, None), (1, 64, 1, None), (1, 128, 1, None), (16, 16, 1, None), (16, 16, 1, "*i32"),
         (1, 16, ROWS, None),
     ):  # fmt: skip
-        tile: dict[str, Any] = decode.tile_sizes(GROUP, q_len, DIM, DIM, dtype.itemsize)
+        tile: dict[str, Any] = paged_attention.tile_sizes(GROUP, q_len, DIM, DIM, dtype.itemsize)
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
         segments = rows * KV_HEADS
         given = {
             "query": stored, "key_pages": stored, "value_pages": stored, "table": "*i32",
             "lengths": "*i32", "hidden": hidden, "partial": "*fp32", "log_sum": "*fp32", "out": stored,
             "scale": "fp32", "GROUP": GROUP, "KEY_DIM": DIM, "VALUE_DIM": DIM, "KEY_BLOCK": DIM, "VALUE_BLOCK": DIM,
-            "PAGE": page, "PROGRAMS": decode.WAVES * multiprocessors, "SEGMENTS": max(16, segments),
-            "MERGED": decode.MERGED, "PRECISION": _precision(dtype), **tile,
+            "PAGE": page, "PROGRAMS": paged_attention.WAVES * multiprocessors, "SEGMENTS": max(16, segments),
+            "MERGED": paged_attention.MERGED, "PRECISION": _precision(dtype), **tile,
         }  # fmt: skip
         tiles = -(-GROUP * q_len // tile["ROWS"])
         sizes = {"segments": segments, "heads": KV_HEADS, "q_len": q_len, "width": TOKENS // page, "tiles": tiles}
         sizes |= _strides("query", "row", "head", "token")
         name = f"q={q_len}, pages of {page}{f', {rows} rows' if rows > 1 else ''}{', padding' if hidden else ''}"
-        cases.append(_case(f"ragged decode, {name}", model, decode_kernels.attend_piece, given, sizes, **options))
+        cases.append(_case(f"ragged decode, {name}", model, paged_attention.attend_piece, given, sizes, **options))
         if page == 16 and hidden is None:
-            cases.append(_case(f"ragged decode merge, {name}", model, decode_kernels.merge_pieces, given, sizes))
+            cases.append(_case(f"ragged decode merge, {name}", model, paged_attention.merge_pieces, given, sizes))
     return cases
 
 
@@ -93,22 +100,22 @@ def _page_cases(model: str, dtype: torch.dtype) -> list[KernelCase]:
     sizes = {"segments": KV_HEADS, "heads": KV_HEADS, "width": TOKENS // PAGE, "n": TOKENS}
     sizes |= _strides("key", "row", "head", "token") | _strides("value", "row", "head", "token")
     lanes = {"BLOCK": 16}
-    whole = {"pages": stored, "DIM": DIM, "WIDTH": pages.WIDTH, "BLOCK": pages.ENTRIES}
-    single = {"DIM": 1, "WIDTH": 1, "BLOCK": pages.ENTRIES}
+    whole = {"pages": stored, "DIM": DIM, "WIDTH": page_table.WIDTH, "BLOCK": page_table.ENTRIES}
+    single = {"DIM": 1, "WIDTH": 1, "BLOCK": page_table.ENTRIES}
     one = {"n": 1}
     kernels: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
-        ("append, plan", pages_kernels.plan_append, lanes, {}),
-        ("append one token", pages_kernels.write_new, {"BLOCK": 1}, one),
-        ("append a prompt", pages_kernels.write_new, {"BLOCK": pages.COLUMNS}, {}),
-        ("append one state", pages_kernels.write_numbers, {"pages": "*fp32", "BLOCK": 1}, one),
-        ("append a prompt's states", pages_kernels.write_numbers, {"pages": "*fp32", "BLOCK": 64}, {}),
-        ("compaction, keys or values", pages_kernels.move_kept, whole, {}),
-        ("compaction, positions", pages_kernels.move_kept, {"pages": "*i32", **single}, {}),
-        ("compaction, states", pages_kernels.move_kept, {"pages": "*fp32", **single}, {}),
-        ("release, plan", pages_kernels.plan_release, lanes, {}),
-        ("release", pages_kernels.give_back, {"BLOCK": pages.OWNED}, {}),
+        ("append, plan", page_table.plan_append, lanes, {}),
+        ("append one token", page_table.write_new, {"BLOCK": 1}, one),
+        ("append a prompt", page_table.write_new, {"BLOCK": page_table.COLUMNS}, {}),
+        ("append one state", page_table.write_numbers, {"pages": "*fp32", "BLOCK": 1}, one),
+        ("append a prompt's states", page_table.write_numbers, {"pages": "*fp32", "BLOCK": 64}, {}),
+        ("compaction, keys or values", page_table.move_kept, whole, {}),
+        ("compaction, positions", page_table.move_kept, {"pages": "*i32", **single}, {}),
+        ("compaction, states", page_table.move_kept, {"pages": "*fp32", **single}, {}),
+        ("release, plan", page_table.plan_release, lanes, {}),
+        ("release", page_table.give_back, {"BLOCK": page_table.OWNED}, {}),
     ]
-    warps = {pages_kernels.move_kept: pages.MOVING_WARPS}
+    warps = {page_table.move_kept: page_table.MOVING_WARPS}
     return [
         _case(name, model, kernel, given | more, sizes | others, num_warps=warps.get(kernel, 4))
         for name, kernel, more, others in kernels
@@ -119,11 +126,11 @@ def _copy_cases(model: str, dtype: torch.dtype) -> list[KernelCase]:
     """Keys, values, positions and log β of a layer: out of pages, into pages, and from pages to pages."""
     words = DIM * dtype.itemsize // 4
     widths = (words, words, 1, 1)
-    given = {"sources": ("*i32",) * 4, "targets": ("*i32",) * 4, "WIDTHS": widths, **copies.tile_sizes(widths)}
+    given = {"sources": ("*i32",) * 4, "targets": ("*i32",) * 4, "WIDTHS": widths, **copy_entries.tile_sizes(widths)}
     slots = {"gather": ("*i64", None), "scatter": (None, "*i64"), "new layout": ("*i64", "*i64")}
     sizes = {"count": KV_HEADS * KEPT}
     return [
-        _case(f"tier copies, {name}", model, copies.move_words,
+        _case(f"tier copies, {name}", model, copy_entries.move_words,
               given | {"source_slots": source, "target_slots": target}, sizes)
         for name, (source, target) in slots.items()
     ]  # fmt: skip
@@ -132,7 +139,7 @@ def _copy_cases(model: str, dtype: torch.dtype) -> list[KernelCase]:
 def _select_cases(model: str) -> list[KernelCase]:
     given = {
         "scores": "*fp32", "positions": "*i32", "bounds": "*i32", "state": "*i32", "histogram": "*i32", "keep": "*i8",
-        "counts": "*i32", "BLOCK": select.BLOCK,
+        "counts": "*i32", "BLOCK": radix_select.BLOCK,
     }  # fmt: skip
     sizes = {"stride": LAYERS[model] * KV_HEADS * TOKENS}
     cases = []
@@ -142,19 +149,19 @@ def _select_cases(model: str) -> list[KernelCase]:
                 shift = 0  # segments have two digits
             exact = given | {"WORD": word}
             digit, all_sizes = f"{name}, bits {shift} on", sizes | {"shift": shift}
-            cases.append(_case(f"selection, digits of {digit}", model, select.count_digits, exact, all_sizes,
+            cases.append(_case(f"selection, digits of {digit}", model, radix_select.count_digits, exact, all_sizes,
                                num_warps=8))  # fmt: skip
-            cases.append(_case(f"selection, pick in {digit}", model, select.pick_digit, exact, all_sizes))
-    return [*cases, _case("selection, mark", model, select.mark, given, sizes, num_warps=8)]
+            cases.append(_case(f"selection, pick in {digit}", model, radix_select.pick_digit, exact, all_sizes))
+    return [*cases, _case("selection, mark", model, radix_select.mark, given, sizes, num_warps=8)]
 
 
 def _defensive_cases(model: str, dtype: torch.dtype) -> list[KernelCase]:
-    tile, stored, precision = defensive.tile_sizes(DIM, dtype.itemsize), POINTERS[dtype], _precision(dtype)
-    splits = defensive.SPLITS
+    tile, stored, precision = window_risk.tile_sizes(DIM, dtype.itemsize), POINTERS[dtype], _precision(dtype)
+    splits = window_risk.SPLITS
     given = {
         "queries": stored, "keys": stored, "positions": "*i32", "query_positions": "*i32", "counted": "*i32",
         "present": "*i32", "sums": "*fp32", "scales": "*fp32", "worst": "*fp32", "mean": None, "scale": "fp32",
-        "GROUP": GROUP, "DIM": DIM, "DIM_BLOCK": DIM, "ROWS": tile.rows, "BLOCK": defensive.BLOCK,
+        "GROUP": GROUP, "DIM": DIM, "DIM_BLOCK": DIM, "ROWS": tile.rows, "BLOCK": window_risk.BLOCK,
         "PRECISION": precision, "BAND": TF32,
     }  # fmt: skip
     padded = -(-GROUP * WINDOW // tile.rows) * tile.rows
@@ -169,10 +176,10 @@ def _defensive_cases(model: str, dtype: torch.dtype) -> list[KernelCase]:
     of_values = {"heads": KV_HEADS, "n": TOKENS, "hidden": MODELS[model]} | _strides("value", "row", "head", "token")
     of_values |= _strides("weight", "head", "dim")
     kernels: list[tuple[str, Any, dict[str, Any], dict[str, int], dict[str, int]]] = [
-        ("defensive, first pass", defensive_kernels.sum_rows, given, sizes, tile.options),
-        ("defensive, merge", defensive_kernels.finish_rows, given, sizes, {}),
-        ("defensive, worst case", defensive_kernels.take_worst, given | pooled, sizes, tile.options),
-        ("defensive, worst case and mean", defensive_kernels.take_worst, given | pooled | {"mean": "*fp32"}, sizes,
+        ("defensive, first pass", window_risk.sum_rows, given, sizes, tile.options),
+        ("defensive, merge", window_risk.finish_rows, given, sizes, {}),
+        ("defensive, worst case", window_risk.take_worst, given | pooled, sizes, tile.options),
+        ("defensive, worst case and mean", window_risk.take_worst, given | pooled | {"mean": "*fp32"}, sizes,
          tile.options),
         ("value norms", value_norms.project_norms, norms, of_values, weights),
     ]  # fmt: skip

@@ -1,15 +1,90 @@
-"""Plain-torch twins of the kernels: the reference in tests, and what runs without CUDA."""
+"""Which entries stay: exactly k of each group of competitors, in linear time.
+
+Plain-torch twins of the kernels: the reference in tests, and what runs without CUDA.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..policies.aggregation import pool_and_renormalise, worst_case
-from ..policies.value_norms import norms_by_parts
-from ..policies.window import attention_over, mean_over_queries
-from ..select import select_top as select_rows
+if TYPE_CHECKING:
+    pass
+
+
+
+def top_of_rows(scores: torch.Tensor, k: list[int], order: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Marks the `k[i]` highest scores of each row.
+
+    A row with fewer than `k[i]` candidates keeps them all. Cost is linear in the number of scores (selection, no
+    sort); rows with the same k are handled together.
+
+    Args:
+        scores: fp32 `(rows, n)`; -inf where there is no candidate; no NaN.
+        k: how many to keep in each row.
+        order: gives int64 `(rows, n)`, distinct and not negative within a row; among equal scores the higher one
+            stays. Asked for only when there are ties to break.
+
+    Returns:
+        bool `(rows, n)`.
+    """
+    candidate = scores > -torch.inf
+    threshold = _kth_highest(scores, k)
+    keep = candidate & (scores > threshold)
+    ties = candidate & (scores == threshold)
+    wanted = torch.tensor(k, device=scores.device) - keep.sum(1)
+    if bool((ties.sum(1) <= wanted).all()):
+        return keep | ties
+    ranks = order().masked_fill(~ties, -1)
+    return keep | (ties & (ranks >= _kth_highest(ranks, wanted.tolist())))
+
+
+def top_by_mass(values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """Marks the fewest highest values of each row whose sum reaches `mass`; of equal ones the last.
+
+    Cost is linear in the number of values: the lowest one that is needed is found eight bits at a time, no sort.
+
+    Args:
+        values: fp32 `(..., n)`, not negative, no NaN.
+        mass: fp32 `(...)`; nothing is marked for 0 or less, everything for more than there is.
+
+    Returns:
+        bool `(..., n)`.
+    """
+    bits = values.contiguous().view(torch.int32)  # not negative: ordered as the numbers are
+    needed = mass.unsqueeze(-1)
+    least = torch.zeros_like(needed, dtype=torch.int32)
+    above = torch.zeros_like(needed)  # the sum of the values whose leading bits are higher than those of the least one
+    for shift in (24, 16, 8, 0):
+        digit = ((bits >> shift) & 255).long()
+        inside = values if shift == 24 else values.masked_fill((bits >> (shift + 8)) != (least >> (shift + 8)), 0.0)
+        sums = values.new_zeros(*mass.shape, 256).scatter_add_(-1, digit, inside)
+        reached = above + sums.flip(-1).cumsum(-1).flip(-1) >= needed
+        highest = reached.sum(-1, keepdim=True).sub_(1).clamp_(min=0)  # it falls with the digit
+        above += sums.masked_fill(torch.arange(256, device=values.device) <= highest, 0.0).sum(-1, keepdim=True)
+        least |= highest.int() << shift
+    above, ties = bits > least, bits == least
+    missing = needed - values.masked_fill(~above, 0.0).sum(-1, keepdim=True)
+    behind = ties.flip(-1).cumsum(-1).flip(-1) - 1
+    return (above | (ties & (behind * least.view(torch.float32) < missing))) & (needed > 0)
+
+
+def _kth_highest(values: torch.Tensor, k: list[int]) -> torch.Tensor:
+    """The `k[i]`-th highest value of each row, `(rows, 1)`: the highest possible for k <= 0, the lowest for k > n."""
+    n = values.shape[1]
+    floating = values.dtype.is_floating_point
+    lowest, highest = (-torch.inf, torch.inf) if floating else (-1, torch.iinfo(values.dtype).max)
+    out = values.new_full((len(k), 1), lowest)
+    for count in set(k):
+        rows = torch.tensor([i for i, one in enumerate(k) if one == count], device=values.device)
+        if count <= 0:
+            out[rows] = highest
+        elif count <= n:
+            group = values if len(rows) == len(k) else values[rows]
+            out[rows] = group.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
+    return out
 
 
 def segment_of_column(bounds: torch.Tensor, n: int) -> torch.Tensor:
@@ -24,7 +99,7 @@ def select_top(
     """Same contract as `eviction.ops.select.select_top`."""
     segments = bounds.numel() - 1
     owner = segment_of_column(bounds, scores.shape[1])
-    keep = select_rows(scores, k.tolist(), lambda: positions.long() * segments + (segments - 1 - owner))
+    keep = top_of_rows(scores, k.tolist(), lambda: positions.long() * segments + (segments - 1 - owner))
     counts = torch.zeros(len(scores), segments, dtype=torch.int32, device=scores.device)
     return keep, counts.index_add_(1, owner, keep.int())
 
@@ -159,3 +234,87 @@ def window_risk(
 def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
     """Same contract as `eviction.ops.value_norms.value_norms`."""
     return norms_by_parts(values, output_weight).contiguous()
+
+
+def pool_and_renormalise(attention: torch.Tensor, counted: torch.Tensor, kernel: int) -> torch.Tensor:
+    """Average-pools each query's attention along the entries, then scales it back to its sum.
+
+    Args:
+        attention: fp32 `(batch, num_kv_heads, num_kv_groups, w, n)`.
+        counted: bool `(batch, num_kv_heads, n)`: entries outside the window; the others are taken for 0.
+        kernel: width of the pooling, odd; beyond the ends there are zeros.
+
+    Returns:
+        fp32, shaped as `attention`.
+    """
+    attention = attention.masked_fill(~counted[:, :, None, None], 0.0)
+    pooled = attention.clone()
+    for shift in range(1, min(kernel // 2, attention.shape[-1] - 1) + 1):
+        pooled[..., shift:] += attention[..., :-shift]
+        pooled[..., :-shift] += attention[..., shift:]
+    pooled.masked_fill_(~counted[:, :, None, None], 0.0)
+    scale = attention.sum(-1, keepdim=True) / pooled.sum(-1, keepdim=True)  # the kernel's width cancels out
+    return pooled.mul_(scale.nan_to_num(0.0, posinf=0.0))  # a query that attends to nothing outside its window
+
+
+def worst_case(pooled: torch.Tensor) -> torch.Tensor:
+    """The most attention that any query of any head of the group pays: `(batch, num_kv_heads, n)`."""
+    return pooled.amax(dim=(2, 3))
+
+
+PROJECTED = 2**18  # projected numbers that are held at a time: few enough for a cache of the processor
+
+
+def norms_by_parts(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    """`value_norms` in plain torch, in fp32; a few entries are projected at a time.
+
+    Products of 16-bit numbers are made in fp32 too: processors without 16-bit arithmetic take four times as long for
+    them otherwise.
+    """
+    batch, heads, n, _ = values.shape
+    group = output_weight.shape[0] // heads
+    flat = values.transpose(0, 1).flatten(1, 2).float()  # (heads, batch * n, value_dim)
+    weight = output_weight.float().unflatten(0, (heads, group)).transpose(1, 2).flatten(2)
+    columns = weight.shape[2]  # those of all query heads of a group
+    norms = values.new_empty(heads, batch * n, dtype=torch.float32)
+    size = max(1, PROJECTED // columns)
+    projected = norms.new_empty(min(size, batch * n), columns)
+    for of_head, matrix, out in zip(flat, weight, norms, strict=True):
+        for part, sums in zip(of_head.split(size), out.split(size), strict=True):
+            torch.sum(torch.mm(part, matrix, out=projected[: len(part)]).abs_(), 1, out=sums)
+    return (norms / group).view(heads, batch, n).transpose(0, 1)
+
+
+def attention_over(
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    queries: torch.Tensor,
+    query_positions: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """`window_attention` over keys `(batch, num_kv_heads, n, head_dim)` at `positions`, -1 for no entry."""
+    batch, heads, n, _ = keys.shape
+    groups = queries.shape[1] // heads
+    queries = queries.float().reshape(batch, heads, -1, queries.shape[-1])  # the group's heads as queries
+    logits = (queries * scaling) @ keys.float().transpose(2, 3)
+    logits = logits.view(batch, heads, groups, -1, n)
+    hidden = positions.unsqueeze(2) > query_positions[:, None, :, None]
+    hidden = (hidden | (positions < 0).unsqueeze(2)).unsqueeze(2)
+    attention = logits.masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(-1)
+    blind = hidden.all(-1, keepdim=True)
+    return attention.masked_fill_(blind, 0.0) if bool(blind.any()) else attention
+
+
+def mean_over_queries(attention: torch.Tensor, query_positions: torch.Tensor) -> torch.Tensor:
+    """Mean over the queries that exist, then over the heads of a group.
+
+    Args:
+        attention: fp32 `(batch, num_kv_heads, num_kv_groups, w, n)`.
+        query_positions: int64 `(batch, w)`, -1 for no query.
+
+    Returns:
+        fp32 `(batch, num_kv_heads, n)`.
+    """
+    present = (query_positions >= 0)[:, None, None, :, None]
+    count = present.sum(3).clamp(min=1)
+    return ((attention * present).sum(3) / count).mean(2)

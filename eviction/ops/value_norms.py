@@ -1,6 +1,8 @@
 """What values do to a layer's output when they are attended to: `‖v W_O‖₁`, and no product is stored.
 
 Twin: `eviction.policies.value_norms.norms_by_parts`, which holds the products of some entries.
+
+How much an entry moves the layer's output when it is attended to: the norm of its value behind W_O.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ import torch
 from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision, launching_on
 from ...retention.ops.triton_language import dot, jit, tl
 from . import naive
-from .decode import DTYPES, MAX_DIM
-from .defensive import dense, power
+from .naive import norms_by_parts
+from .paged_attention import DTYPES, MAX_DIM
+from .window_risk import dense, power
 
 
 @jit
@@ -78,7 +81,7 @@ def _(values, output_weight):
     return values.new_empty(values.shape[:3], dtype=torch.float32)
 
 
-def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+def value_norms_by_kernel(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
     """`‖v_i W_O‖₁`, mean over the query heads of a group (CriticalKV, section 4); no product is stored.
 
     Args:
@@ -100,3 +103,22 @@ def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tens
     if dim > MAX_DIM:
         raise ValueError(f"value norms got {dim} numbers a head; accepted: at most {MAX_DIM}")
     return _value_norms(values, output_weight)
+
+
+def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    """`‖v_i W_O‖₁`, mean over the query heads of a group.
+
+    Source: CriticalKV (Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation
+    Perspective", 2025), section 4.
+
+    Args:
+        values: `(batch, num_kv_heads, n, value_dim)`.
+        output_weight: `(num_heads, value_dim, hidden_size)`.
+
+    Returns:
+        fp32 `(batch, num_kv_heads, n)`.
+    """
+    if chosen_kernels(values.device) == "triton":
+
+        return value_norms_by_kernel(values, output_weight)
+    return norms_by_parts(values, output_weight)

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from .common import best_of_each_head, own_entries, ranks
 from .criticalkv import CriticalKV
-from .selecting import best_of_each_head, ranks
 from .snapkv import SnapKV
-from .window import own_entries
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)

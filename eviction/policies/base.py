@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
 
 NEEDS = ("keys", "values", "log_beta", "queries", "output_weight", "query_statistics", "hidden_states")
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .selecting import best_of_each_head
+from .common import best_of_each_head, own_entries
 from .snapkv import SnapKV
-from .window import own_entries
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)

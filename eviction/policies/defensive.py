@@ -1,4 +1,9 @@
-"""DefensiveKV and Layer-DefensiveKV: keep what was needed at the worst moment."""
+"""The steps of defensive aggregation, one function each.
+
+Source: "Taming the Fragility of KV Cache Eviction" (Feng et al., ICLR 2026), section 4 and the released code.
+
+DefensiveKV and Layer-DefensiveKV: keep what was needed at the worst moment.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,56 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .aggregation import MASS, defensive_aggregate, flat_prior, mass_protection
+from ..ops.naive import top_by_mass
+from ..ops.radix_select import top_of_each_head
+from ..ops.value_norms import value_norms
 from .base import Policy
-from .value_norms import value_norms
-from .window import check_window, own_entries
+from .common import check_window, own_entries
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
+
+
+
+MASS = 0.9  # attention that the protected entries and the window cover together, in the paper
+
+
+def flat_prior(worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Mean of the worst case over the head's entries outside the window: `(batch, num_kv_heads, 1)`."""
+    total = worst.masked_fill(~counted, 0.0).sum(2, keepdim=True)
+    return total / counted.sum(2, keepdim=True).clamp(min=1)
+
+
+def defensive_aggregate(worst: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """The risk of losing an entry: what was seen at its worst, but no less than the prior."""
+    return torch.maximum(worst, prior)
+
+
+def mass_protection(
+    mean: torch.Tensor, needed: torch.Tensor, counted: torch.Tensor, most: torch.Tensor
+) -> torch.Tensor:
+    """The fewest entries of each head that cover a mass of the mean attention.
+
+    Entries are taken in the order of their mean attention, of equal ones the last.
+
+    Args:
+        mean: fp32 `(batch, num_kv_heads, n)`: attention, mean over queries and heads of the group.
+        needed: fp32 `(batch, num_kv_heads)`: the mass to cover: `MASS` less the part that falls into the window. The
+            released code measures that part after it has cut the window off; here it is that of the window.
+        counted: bool `(batch, num_kv_heads, n)`: entries outside the window.
+        most: int64 `(batch,)`: no more than that many in a head.
+
+    Returns:
+        bool `(batch, num_kv_heads, n)`.
+    """
+    mean = mean.masked_fill(~counted, 0.0)
+    covering = top_by_mass(mean, needed) & counted
+    if not bool((covering.sum(2) > most.view(-1, 1)).any()):
+        return covering
+    place = torch.arange(mean.shape[2], device=mean.device).expand(mean.shape)
+    each = [int(k) for k in most.tolist() for _ in range(mean.shape[1])]
+    return top_of_each_head(mean.masked_fill(~covering, -torch.inf), place, each)
+
 
 VALUE_NORMS = ("heads", "tokens", "raw", "none")
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..statistics import SINKS
+from ..recorded import SINKS
 from .base import Policy
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from ..ops.window_risk import received_by_heads
 from .base import Policy
-from .head_by_head import received_by_heads
-from .window import window_attention
+from .common import window_attention
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
 
 # Attention weights that are held at a time: few enough for a processor's cache, many enough for a GPU.
 HELD_ON_CPU, HELD_ON_GPU = 2**18, 2**24

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .base import Policy
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from .base import Policy
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)

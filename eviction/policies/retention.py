@@ -11,7 +11,7 @@ import torch
 from .base import Policy
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
 
 
 def log_retention(view: LayerView) -> torch.Tensor:

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .aggregation import defensive_aggregate, flat_prior
-from .defensive import Defensive
+from .common import ranks
+from .defensive import Defensive, defensive_aggregate, flat_prior
 from .retention import log_retention
-from .selecting import ranks
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
 
 COMBINATIONS = ("prior", "max", "product", "rank")
 

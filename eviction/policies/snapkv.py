@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from .base import Policy
-from .window import check_window, own_entries
+from .common import check_window, own_entries
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
 
 POOLS = ("avg", "max")
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .base import Policy
-from .window import own_entries
+from .common import own_entries
 
 if TYPE_CHECKING:
-    from ..view import LayerView
+    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)

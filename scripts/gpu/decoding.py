@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from ...eviction.ops import naive
-from ...eviction.ops.decode import ragged_decode
-from ...eviction.ops.pages import append_entries
+from ...eviction.ops.page_table import append_entries
+from ...eviction.ops.paged_attention import ragged_decode
 from .case import CARD, FULL, TINY, Call, Case, Heads, Sides, Work, generator, normal, relative_error
 from .flex import plain_flex
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from ...eviction.ops import naive
-from ...eviction.ops.defensive import window_risk
-from ...eviction.ops.pages import move_entries, release_pages
-from ...eviction.ops.select import select_top
-from ...eviction.ops.value_norms import value_norms
+from ...eviction.ops.page_table import move_entries, release_pages
+from ...eviction.ops.radix_select import select_top
+from ...eviction.ops.value_norms import value_norms_by_kernel
+from ...eviction.ops.window_risk import window_risk
 from .case import CARD, FULL, HIDDEN, LAYERS, TINY, Call, Case, Heads, Sides, Work, generator, normal, relative_error
 from .decoding import PAGE, Pages
 
@@ -104,8 +104,9 @@ class ValueNorms(Case):
     def sides(self, device: str) -> Sides:
         inputs = self.inputs(device)
         if self.entries > TWIN_NORMS:
-            return Sides(lambda: value_norms(*inputs), absent={"twin": "goes through tens of thousands of parts"})
-        return Sides(lambda: value_norms(*inputs), {"twin": lambda: naive.value_norms(*inputs)})
+            absent = {"twin": "goes through tens of thousands of parts"}
+            return Sides(lambda: value_norms_by_kernel(*inputs), absent=absent)
+        return Sides(lambda: value_norms_by_kernel(*inputs), {"twin": lambda: naive.value_norms(*inputs)})
 
     def small(self, interpreted: bool) -> ValueNorms:
         sizes = (70, 40, TINY) if interpreted else (1008, 640, CARD)
@@ -115,7 +116,7 @@ class ValueNorms(Case):
         values, weight = self.inputs(device)
         groups = weight.double().unflatten(0, (self.heads.kv, self.heads.group))
         truth = (values.double().unsqueeze(2) @ groups).abs().sum(-1).mean(2)
-        return relative_error(value_norms(values, weight), truth)
+        return relative_error(value_norms_by_kernel(values, weight), truth)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from ...eviction.ops import naive
-from ...eviction.ops.copies import copy_entries
-from ...eviction.packing import beside, copy_all, pack
+from ...eviction.ops.copy_entries import copy_entries
+from ...eviction.storage.packing import beside, copy_all, pack
 from .case import CARD, FULL, TINY, Call, Case, Heads, Sides, Work, generator, normal
 
 PAGE = 16

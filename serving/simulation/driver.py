@@ -13,13 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from .. import Decode, Ended, Phantom, Request, RequestOutcome, System, VirtualClock, WorkflowSpec
+from ..payload import Phantom
+from ..scheduling.request import Ended, Request, RequestOutcome
+from ..scheduling.work import Decode
+from ..spec import WorkflowSpec
+from ..systems import System
+from ..virtual import VirtualClock
 from .costs import Batch
 from .machine import CountedCopies, Machine
 from .recording import RecordedScheduler, TraceRecorder, batch_of
 
 if TYPE_CHECKING:
-    from .. import Work
+    from ..scheduling.work import Work
     from .timeline import Timeline
 
 MAX_STEPS = 1_000_000

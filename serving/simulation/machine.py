@@ -6,15 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from .. import Limits, LinkSpeed, PhantomPool, StepGraph, Tier, VirtualClock, VirtualCopies, build_system
 from ..copies import CopyJob
+from ..node import Tier
 from ..orders import Costs
+from ..pools import PhantomPool
+from ..scheduling.limits import Limits
+from ..steps import StepGraph
+from ..systems import build_system
+from ..virtual import LinkSpeed, VirtualClock, VirtualCopies
 from .costs import CostModel, Links
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .. import PrefetchLimits, System
+    from ..prefetch_limits import PrefetchLimits
+    from ..systems import System
 
 
 class CountedCopies(VirtualCopies):

@@ -18,7 +18,9 @@ from ..spec import WorkflowSpec
 from .costs import Batch
 
 if TYPE_CHECKING:
-    from .. import Ended, Request, Scheduler, Work
+    from ..scheduling.request import Ended, Request
+    from ..scheduling.scheduler import Scheduler
+    from ..scheduling.work import Work
 
 VERSION = 1
 

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import Ended, System
+from ..scheduling.request import Ended
+from ..systems import System
 from .driver import Run
 
 

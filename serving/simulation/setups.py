@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .. import Limits, PrefetchLimits, system_names
+from ..prefetch_limits import PrefetchLimits
+from ..scheduling.limits import Limits
+from ..systems import system_names
 from .costs import Links, RooflineCosts
 from .machine import Machine
 from .presets import card, model

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import Limits, LinearCosts, Phantom, Room, System, VirtualClock
+from ..eviction import Room
+from ..orders import LinearCosts
+from ..payload import Phantom
+from ..scheduling.limits import Limits
+from ..systems import System
+from ..virtual import VirtualClock
 from .clients import Client, clients_of
 from .costs import Batch, Links
 from .driver import Driver

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .. import Ended, Keep, Request, System, WorkflowSpec
+from ..keep import Keep
+from ..scheduling.request import Ended, Request
+from ..spec import WorkflowSpec
+from ..systems import System
 from .clients import Call, Client
 from .driver import Ask
 from .traces import Trace, TracedCall

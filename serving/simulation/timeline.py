@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .. import Ended, Status, System
+from ..node import Status
+from ..scheduling.request import Ended
+from ..systems import System
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tenure.eviction import LayerView, Policy, SnapKV, evict
-from tenure.eviction.layer import RaggedLayer
-from tenure.eviction.rows import Rows
-from tenure.eviction.store import SegmentStore
+from tenure.eviction.cache_layer import RaggedLayer
+from tenure.eviction.forward_state import Rows
+from tenure.eviction.storage.segments import SegmentStore
 from tenure.retention import RetentionGates
 from tenure.retention.seams import AttentionLayer
 

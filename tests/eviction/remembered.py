@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 
 from tenure.eviction import LayerView, RaggedCache
-from tenure.eviction.statistics import QueryStatistics
+from tenure.eviction.recorded import QueryStatistics
 
 
 def assert_same(one: RaggedCache, other: RaggedCache, atol: float = 0.0, rtol: float = 0.0, window: int = 0) -> None:

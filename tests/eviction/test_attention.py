@@ -7,9 +7,9 @@ import torch
 from transformers import DynamicCache
 
 from tenure.eviction import evict
-from tenure.eviction.attention import ragged_attention, refuse_unsupported
-from tenure.eviction.rows import Rows
-from tenure.eviction.store import SegmentStore
+from tenure.eviction.forward_state import Rows
+from tenure.eviction.storage.attention import ragged_attention, refuse_unsupported
+from tenure.eviction.storage.segments import SegmentStore
 from tenure.retention.seams import Interceptor, intercept
 
 

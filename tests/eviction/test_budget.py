@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenure.eviction import Knorm, Policy, SnapKV, evict
-from tenure.eviction.allocate import Layout, allocate, apportion, pyramid
-from tenure.eviction.budget import Budget, Plan
-from tenure.eviction.store import SLACK
+from tenure.eviction.plan import Budget, Layout, Plan, allocate, apportion, pyramid
+from tenure.eviction.storage.segments import SLACK
 
 ONE = Layout((1,), 100)
 SIX = Layout((2, 2, 2), 72)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tenure.eviction import Knorm, SnapKV, evict
-from tenure.eviction.persist import HEADER, CacheFileError
+from tenure.eviction.serialization import HEADER, CacheFileError
 from tenure.retention import RetentionGates
 
 from .saved import OPTIONS, filled

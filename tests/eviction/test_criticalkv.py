@@ -7,7 +7,7 @@ import torch
 
 from tenure.eviction import AdaCriticalKV, AdaKV, CriticalKV, PyramidKV, SnapKV, evict
 from tenure.eviction.policies.ada_criticalkv import head_budgets
-from tenure.eviction.policies.selecting import best_of_each_head, ranks
+from tenure.eviction.policies.common import best_of_each_head, ranks
 
 
 def test_ranks_put_the_newer_of_equals_first():

@@ -6,16 +6,11 @@ import pytest
 import torch
 
 from tenure.eviction import Defensive, LayerDefensive, LayerView, SnapKV, evict
-from tenure.eviction.compress import conclude
-from tenure.eviction.policies.aggregation import (
-    defensive_aggregate,
-    flat_prior,
-    mass_protection,
-    pool_and_renormalise,
-    worst_case,
-)
-from tenure.eviction.policies.value_norms import value_norms
-from tenure.eviction.policies.window import own_entries, window_attention
+from tenure.eviction.ops.naive import pool_and_renormalise, worst_case
+from tenure.eviction.ops.value_norms import value_norms
+from tenure.eviction.policies.common import own_entries, window_attention
+from tenure.eviction.policies.defensive import defensive_aggregate, flat_prior, mass_protection
+from tenure.eviction.selection import conclude
 
 
 def test_window_attention_by_hand(hand_view):
@@ -62,7 +57,7 @@ def test_value_norms_by_hand():
 
 
 def test_value_norms_equal_the_projection_of_everything_at_once(monkeypatch):
-    monkeypatch.setattr("tenure.eviction.policies.value_norms.PROJECTED", 24)
+    monkeypatch.setattr("tenure.eviction.ops.naive.PROJECTED", 24)
     torch.manual_seed(0)
     values, weight = torch.randn(2, 3, 11, 5), torch.randn(6, 5, 7)
     projected = torch.einsum("bhnd,hgdo->bhgno", values, weight.view(3, 2, 5, 7))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tenure.eviction.gating import StackedGates
+from tenure.eviction.session import StackedGates
 from tenure.retention import RetentionGates
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tenure.eviction.ops import naive
-from tenure.eviction.policies.head_by_head import received_by_heads, window_risk_by_heads
-from tenure.eviction.policies.window import attention_over
+from tenure.eviction.ops.naive import attention_over
+from tenure.eviction.ops.window_risk import received_by_heads, window_risk_by_heads
 
 
 def inputs(lengths: list[list[int]], n: int, window: int = 4, group: int = 3, missing: int = 0):

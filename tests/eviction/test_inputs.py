@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tenure.eviction import LayerView, Policy, RaggedCache, evict
-from tenure.eviction.kvpress_adapter import from_press
+from tenure.eviction.integrations.kvpress import from_press
 from tenure.retention import UnsupportedModelError
 
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_recorded_is_told(tiny_llama, prompt, monkeypatch):
             session.last_cache.compress(Loudest(), 0.5)
     with evict(tiny_llama, Loudest(), 0.5), pytest.raises(ValueError, match=r"position_ids \(batch, 12\), got \(3, 1"):
         tiny_llama(ids, position_ids=torch.arange(12).expand(3, 1, 12))
-    monkeypatch.setattr("tenure.eviction.rotary.ROTARY_TYPES", ("gemma3_text",))
+    monkeypatch.setattr("tenure.eviction.model_adapters.ROTARY_TYPES", ("gemma3_text",))
     message = "policy 'loudest' does not support LlamaForCausalLM: it needs queries before RoPE"
     with pytest.raises(UnsupportedModelError, match=message), evict(tiny_llama, Loudest()):
         pass

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction import SnapKV, evict
-from tenure.eviction.store import SLACK
+from tenure.eviction.storage.segments import SLACK
 
 BUDGET, BUFFER, TOKENS = 512, 128, 4096
 

@@ -153,7 +153,7 @@ def test_a_model_without_an_output_projection_is_refused_by_name(tiny_llama, pol
 
 
 def test_a_model_whose_rotation_is_not_known_is_refused_by_name(tiny_llama, monkeypatch):
-    monkeypatch.setattr("tenure.eviction.rotary.ROTARY_TYPES", ("qwen3",))
+    monkeypatch.setattr("tenure.eviction.model_adapters.ROTARY_TYPES", ("qwen3",))
     message = "policy 'expected_attention' does not support LlamaForCausalLM: it needs queries before RoPE, .*'llama'"
     with pytest.raises(UnsupportedModelError, match=message), evict(tiny_llama, "expected_attention"):
         pass

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tenure.eviction import evict, view
-from tenure.eviction.once import forget
+from tenure.eviction import evict, layer_view
+from tenure.eviction.layer_view import forget
 
 
 @pytest.fixture
 def computed(monkeypatch) -> list[int]:
     """Entries a head, each time norms are computed."""
     counts: list[int] = []
-    real = view.value_norms
+    real = layer_view.value_norms
     counting = lambda values, weight: counts.append(values.shape[2]) or real(values, weight)  # noqa: E731
-    monkeypatch.setattr(view, "value_norms", counting)
+    monkeypatch.setattr(layer_view, "value_norms", counting)
     forget()
     return counts
 
@@ -51,8 +51,8 @@ def test_forks_compute_value_norms_once_and_keep_what_a_cache_alone_keeps(tiny_l
 @torch.no_grad()
 def test_forks_look_through_a_window_once(tiny_llama, prompt, monkeypatch):
     looked: list[int | None] = []
-    real = view.window_risk_by_heads
-    monkeypatch.setattr(view, "window_risk_by_heads", lambda *what: looked.append(what[-1]) or real(*what))
+    real = layer_view.window_risk_by_heads
+    monkeypatch.setattr(layer_view, "window_risk_by_heads", lambda *what: looked.append(what[-1]) or real(*what))
     forget()
     layers = tiny_llama.config.num_hidden_layers
     with evict(tiny_llama, "full", observe=["snapkv(window=4)", "defensive(window=4)"]) as session:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tenure.eviction.packing import as_one, beside, copy_all, pack
+from tenure.eviction.storage.packing import as_one, beside, copy_all, pack
 
 KINDS = {
     "key": (torch.bfloat16, (2, 3, 4)),

@@ -7,9 +7,9 @@ import torch
 from hypothesis import settings
 
 from tenure.eviction import Defensive, RetentionDefensive, evict
-from tenure.eviction.paged import PAGE, PagedStore, pages_of, store_class
-from tenure.eviction.rows import Rows
-from tenure.eviction.store import SLACK, SegmentStore
+from tenure.eviction.forward_state import Rows
+from tenure.eviction.storage.paged import PAGE, PagedStore, pages_of, store_class
+from tenure.eviction.storage.segments import SLACK, SegmentStore
 
 from ..launches import running
 from .remembered import assert_same
@@ -101,7 +101,7 @@ def test_generation_with_kernels_equals_generation_without(
     policy, scope, layers, rows, tiny_model, gates_for, prompt, running, monkeypatch
 ):
     """Through `evict`: paged store, decode attention, append, compaction, selection and scoring, all by Triton."""
-    monkeypatch.setattr("tenure.eviction.ops.decode.PROGRAMS", 1)  # each costs the interpreter milliseconds
+    monkeypatch.setattr("tenure.eviction.ops.paged_attention.PROGRAMS", 1)  # each costs the interpreter milliseconds
     model = tiny_model("llama", num_hidden_layers=layers)
     ids, mask = prompt(rows, 20), torch.ones(rows, 20, dtype=torch.long)
     mask[1:, :7] = 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction import evict
-from tenure.eviction.parts import cache_of, check_parts, part_of
+from tenure.eviction.serialization import cache_of, check_parts, part_of
 
 from .remembered import assert_same
 

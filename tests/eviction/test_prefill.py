@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenure.eviction import RaggedCache, SnapKV, evict
-from tenure.eviction.step import Step
+from tenure.eviction.forward_state import Step
 
 POLICIES = ("retention", SnapKV(window=8), "knorm", "random")
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tenure.eviction import evict
-from tenure.eviction.protect import Protected
+from tenure.eviction.plan import Protected
 
 POLICIES = ("retention", "snapkv", "knorm", "streaming_llm", "random")
 

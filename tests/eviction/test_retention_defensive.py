@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tenure.eviction import Defensive, LayerView, RetentionDefensive, evict, get_policy
-from tenure.eviction.compress import conclude
 from tenure.eviction.policies.retention_defensive import COMBINATIONS, combine
+from tenure.eviction.selection import conclude
 
 WORST = torch.tensor([[[0.6, 0.1, 0.2, 0.1, 7.0]]])  # mean 0.25, maximum 0.6
 RETENTION = torch.tensor([[[0.2, 0.8, 0.4, 0.2, 0.99]]])  # mean 0.4, maximum 0.8

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tenure.eviction import H2O, RaggedCache, SnapKV, evict, policy_names
-from tenure.eviction.marks import KEPT
-from tenure.eviction.rows import SPARE
+from tenure.eviction.forward_state import SPARE
+from tenure.eviction.rollback import KEPT
 
 from .remembered import assert_same
 

@@ -7,14 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenure.eviction.budget import Budget, Plan
-from tenure.eviction.compress import choose
-from tenure.eviction.layer import RaggedLayer
+from tenure.eviction.cache_layer import RaggedLayer
+from tenure.eviction.forward_state import Rows
+from tenure.eviction.ops.naive import top_by_mass, top_of_rows
+from tenure.eviction.plan import Budget, Plan, Protected
 from tenure.eviction.policies import Policy
-from tenure.eviction.protect import Protected
-from tenure.eviction.rows import Rows
-from tenure.eviction.select import select_top, top_by_mass
-from tenure.eviction.store import SegmentStore
+from tenure.eviction.selection import choose
+from tenure.eviction.storage.segments import SegmentStore
 from tenure.retention.seams import AttentionLayer
 
 
@@ -33,7 +32,7 @@ def test_select_top_equals_sorting(data):
     rows = data.draw(st.lists(st.lists(values, min_size=n, max_size=n), min_size=1, max_size=4))
     k = [data.draw(st.integers(0, n + 2)) for _ in rows]
     orders = [data.draw(st.permutations(range(n))) for _ in rows]
-    got = select_top(torch.tensor(rows), k, lambda: torch.tensor(orders))
+    got = top_of_rows(torch.tensor(rows), k, lambda: torch.tensor(orders))
     assert got.tolist() == [naive_top(*one) for one in zip(rows, k, orders, strict=True)]
 
 
@@ -66,8 +65,8 @@ def test_ties_are_broken_only_when_there_are_too_many():
         raise AssertionError("no ties to break")
 
     scores = torch.tensor([[3.0, 1.0, 2.0, 2.0]])
-    assert select_top(scores, [3], never).tolist() == [[True, False, True, True]]
-    assert select_top(scores, [9], never).all()
+    assert top_of_rows(scores, [3], never).tolist() == [[True, False, True, True]]
+    assert top_of_rows(scores, [9], never).all()
 
 
 class Given(Policy):

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from tenure.eviction import Random, SnapKV, evict
-from tenure.eviction.rows import SPARE
+from tenure.eviction.forward_state import SPARE
 from tenure.retention import RetentionGates
 
 

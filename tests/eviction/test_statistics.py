@@ -11,10 +11,10 @@ from tenure.eviction import (
     LayerView,
     evict,
 )
-from tenure.eviction.observers import Observers
-from tenure.eviction.rotary import Rotary
-from tenure.eviction.rows import Rows
-from tenure.eviction.statistics import SINKS, QueryStatistics
+from tenure.eviction.forward_state import Rows
+from tenure.eviction.model_adapters import Rotary
+from tenure.eviction.recorded import SINKS, QueryStatistics
+from tenure.eviction.recorders import Observers
 
 
 def queries_before_rope(module: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -29,7 +29,7 @@ def queries_before_rope(module: Any, hidden: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_statistics_are_those_of_the_queries_before_rope(any_tiny_model, prompt, pieces, monkeypatch):
     """Of real tokens behind the first four, in every family, at once or piece by piece."""
-    monkeypatch.setattr("tenure.eviction.observers.CHUNK", 8)
+    monkeypatch.setattr("tenure.eviction.recorders.CHUNK", 8)
     model, ids, inputs = any_tiny_model, prompt(2, 30), {}
     mask = torch.ones_like(ids)
     mask[1, :2] = 0

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tenure.eviction.rows import Rows
-from tenure.eviction.store import SegmentStore
+from tenure.eviction.forward_state import Rows
+from tenure.eviction.storage.segments import SegmentStore
 
 HEADS, DIM = 2, 3
 Entry = tuple[int, float, float, float]  # position, first number of the key, of the value, state

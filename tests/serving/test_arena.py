@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from tenure.eviction.packing import as_one
+from tenure.eviction.storage.packing import as_one
 from tenure.serving import MemoryPool, TensorPayload, arena, pools
 from tenure.serving.arena import UNIT, Arena, rounded
 

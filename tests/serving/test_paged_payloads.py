@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tenure.eviction import evict
-from tenure.eviction.ops import copies
-from tenure.eviction.paged import PagedStore
+from tenure.eviction.ops import copy_entries
+from tenure.eviction.storage.paged import PagedStore
 from tenure.retention import RetentionGates
 from tenure.retention.ops.kernel_choice import interpreting
 from tenure.serving import MemoryPool, TensorPayload
@@ -42,8 +42,8 @@ def assert_equal(one: Payload, other: Payload) -> None:
 def test_one_launch_a_layer_out_of_pages_and_back(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENURE_KERNELS", "triton")
     launches: list[int] = []
-    real = copies._launch
-    monkeypatch.setattr(copies, "_launch", lambda *inputs: launches.append(inputs[-1]) or real(*inputs))
+    real = copy_entries._launch
+    monkeypatch.setattr(copy_entries, "_launch", lambda *inputs: launches.append(inputs[-1]) or real(*inputs))
     model = tiny_model("llama", num_hidden_layers=LAYERS).to(DEVICE)
     torch.manual_seed(0)
     gates = RetentionGates.for_model(model, gate_width=8, initial_bias=1.0, init_std=0.5).to(DEVICE)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tenure.eviction.ops import decode, naive
-from tenure.eviction.ops.decode import ragged_decode
+from tenure.eviction.ops import naive, paged_attention
+from tenure.eviction.ops.paged_attention import ragged_decode
 from tenure.retention.ops.kernel_choice import interpreting
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
@@ -68,8 +68,8 @@ def test_padding_gives_zeros_and_hides_the_right_entries(filled_segments, device
 def test_the_result_does_not_depend_on_how_entries_are_shared_out(programs, filled_segments, device, monkeypatch):
     """One program for all, and pieces of a block each, of which a long segment has many."""
     monkeypatch.setenv("TENURE_KERNELS", "triton")
-    monkeypatch.setattr(decode, "PROGRAMS", programs)
-    monkeypatch.setattr(decode, "_multiprocessors", lambda index: programs)
+    monkeypatch.setattr(paged_attention, "PROGRAMS", programs)
+    monkeypatch.setattr(paged_attention, "_multiprocessors", lambda index: programs)
     pages = filled_segments([1300, 1, 64, 0], 16, 8, 8)
     query = queries(1, 4, 1, 8, torch.float32, device)
     got = ragged_decode(query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, 0.3)
@@ -79,10 +79,10 @@ def test_the_result_does_not_depend_on_how_entries_are_shared_out(programs, fill
 def test_a_context_of_128k_tokens_in_as_many_pieces_as_a_card_takes(filled_segments, device, monkeypatch):
     """Beside a head that has kept next to nothing: nearly all programs go to the long one, and are merged."""
     monkeypatch.setenv("TENURE_KERNELS", "triton")
-    monkeypatch.setattr(decode, "PROGRAMS", decode.WAVES * 132)
+    monkeypatch.setattr(paged_attention, "PROGRAMS", paged_attention.WAVES * 132)
     if interpreting():  # each block costs it milliseconds
         wide = {"ROWS": 16, "BLOCK": 512, "num_warps": 4, "num_stages": 2}
-        monkeypatch.setattr(decode, "tile_sizes", lambda *shape: wide)
+        monkeypatch.setattr(paged_attention, "tile_sizes", lambda *shape: wide)
     pages = filled_segments([131072, 3], 128, 8, 8, torch.bfloat16)
     query = queries(1, 2, 1, 8, torch.bfloat16, device)
     got = ragged_decode(query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, 3.0)

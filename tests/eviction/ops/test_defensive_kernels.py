@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tenure.eviction.ops import naive
-from tenure.eviction.ops.defensive import window_risk
-from tenure.eviction.ops.value_norms import value_norms
+from tenure.eviction.ops.value_norms import value_norms_by_kernel
+from tenure.eviction.ops.window_risk import window_risk
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
 
@@ -59,7 +59,7 @@ def test_value_norms_equal_those_of_the_policies(dtype, rtol, device, triton_ker
     values = torch.randn(2, 167, 2, 20, generator=generator).to(device=device, dtype=dtype).transpose(1, 2)
     weight = torch.randn(6, 20, 300, generator=generator).to(device)
     weight = weight.transpose(1, 2).contiguous().transpose(1, 2)  # a view of the projection, as a model has it
-    got = value_norms(values, weight)
+    got = value_norms_by_kernel(values, weight)
     assert got.shape == (2, 2, 167) and got.dtype == torch.float32
     torch.testing.assert_close(got, naive.value_norms(values, weight), atol=0, rtol=rtol)
 
@@ -79,9 +79,9 @@ def test_wrong_inputs_are_named(device):
     with pytest.raises(ValueError, match=r"window risk got 300 numbers a head; accepted: at most 256"):
         window_risk(torch.zeros(1, 2, 3, 300), torch.zeros(1, 2, 9, 300), positions, asked, limit, 0.4, 5)
     with pytest.raises(ValueError, match=r"values torch.float64 .*accepted: .* of torch.float16"):
-        value_norms(key.double(), torch.zeros(2, 8, 5, device=device))
+        value_norms_by_kernel(key.double(), torch.zeros(2, 8, 5, device=device))
     with pytest.raises(ValueError, match=r"W_O \(3, 8, 5\)"):
-        value_norms(key, torch.zeros(3, 8, 5, device=device))
+        value_norms_by_kernel(key, torch.zeros(3, 8, 5, device=device))
 
 
 @pytest.mark.parametrize("kernels", ["triton", "reference"])

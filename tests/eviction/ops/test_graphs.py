@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tenure.eviction.ops.copies import copy_entries
-from tenure.eviction.ops.decode import ragged_decode
-from tenure.eviction.ops.defensive import window_risk
-from tenure.eviction.ops.pages import append_entries, move_entries, release_pages
-from tenure.eviction.ops.select import select_top
-from tenure.eviction.ops.value_norms import value_norms
+from tenure.eviction.ops.copy_entries import copy_entries
+from tenure.eviction.ops.page_table import append_entries, move_entries, release_pages
+from tenure.eviction.ops.paged_attention import ragged_decode
+from tenure.eviction.ops.radix_select import select_top
+from tenure.eviction.ops.value_norms import value_norms_by_kernel
+from tenure.eviction.ops.window_risk import window_risk
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -25,7 +25,7 @@ def scored(query, key, weight) -> Any:
     asked = positions[0, :, -query.shape[2] :].contiguous()
     worst, mean = window_risk(query, key, positions, asked, asked[:, 0].contiguous(), 0.3, 5, True)
     assert mean is not None, "it was asked for"
-    scores = (torch.maximum(worst, mean) * value_norms(key, weight)).flatten(1)
+    scores = (torch.maximum(worst, mean) * value_norms_by_kernel(key, weight)).flatten(1)
     bounds = torch.tensor([0, n], dtype=torch.int32, device=key.device)
     wanted = torch.tensor([4], dtype=torch.int32, device=key.device)
     return scores, *select_top(scores, positions[0], wanted, bounds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tenure.eviction.ops import copies, decode, defensive, pages, select, value_norms
+from tenure.eviction.ops import copy_entries, page_table, paged_attention, radix_select, value_norms, window_risk
 from tenure.eviction.ops.compile_cases import (
     DIM,
     HEADS,
@@ -31,7 +31,7 @@ def launch_decode(q_len: int, size: int, padded: bool = False, segments: int = K
     key_pages, value_pages = meta(segments * width, size, DIM), meta(segments * width, size, DIM)
     hidden = meta(rows, q_len, dtype=INT) if padded else None
     query, table = heads_behind_tokens(rows, HEADS, q_len, DIM), meta(segments, width, dtype=INT)
-    decode._launch(query, key_pages, value_pages, table, meta(segments, dtype=INT), hidden, 0.088)
+    paged_attention._launch(query, key_pages, value_pages, table, meta(segments, dtype=INT), hidden, 0.088)
 
 
 def launch_pages(n: int) -> None:
@@ -42,14 +42,14 @@ def launch_pages(n: int) -> None:
     key, value = (heads_behind_tokens(1, KV_HEADS, n, DIM) for _ in range(2))
     new, added = meta(1, n, dtype=INT), meta(KV_HEADS, dtype=INT)
     held = key_pages, value_pages, positions, table, lengths, free, counters
-    plan = pages.append_entries._init_fn(key, value, new, new, added, *held)
+    plan = page_table.append_entries._init_fn(key, value, new, new, added, *held)
     state, states = meta(1, KV_HEADS, n, dtype=torch.float32), meta(count, 16, dtype=torch.float32)
-    pages.write_state._init_fn(state, new, plan, table, states)
+    page_table.write_state._init_fn(state, new, plan, table, states)
     if n > 1:
         keep = meta(KV_HEADS, n, dtype=torch.bool)
         for buffer in (key_pages, value_pages, positions, states):
-            pages.move_entries._init_fn(keep, lengths, table, buffer)
-        pages.release_pages._init_fn(lengths, added, table, free, counters, 16)
+            page_table.move_entries._init_fn(keep, lengths, table, buffer)
+        page_table.release_pages._init_fn(lengths, added, table, free, counters, 16)
 
 
 def launch_copies() -> None:
@@ -58,20 +58,20 @@ def launch_copies() -> None:
     layer = [meta(slots, *([DIM] if name in ("key", "value") else []), dtype=dtype) for name, dtype in kinds.items()]
     chosen = meta(KV_HEADS * KEPT, dtype=torch.int64)
     for source, target in ((chosen, None), (None, chosen), (chosen, chosen)):
-        copies._launch(layer, layer, source, target, len(chosen))
+        copy_entries._launch(layer, layer, source, target, len(chosen))
 
 
 def launch_selection(model: str) -> None:
     n = LAYERS[model] * KV_HEADS * TOKENS
     bounds = meta(LAYERS[model] * KV_HEADS + 1, dtype=INT)
-    select._launch(meta(1, n, dtype=torch.float32), meta(1, n, dtype=INT), meta(1, dtype=INT), bounds)
+    radix_select._launch(meta(1, n, dtype=torch.float32), meta(1, n, dtype=INT), meta(1, dtype=INT), bounds)
 
 
 def launch_scoring(model: str, window: int = WINDOW) -> None:
     query, key = heads_behind_tokens(1, HEADS, window, DIM), heads_behind_tokens(1, KV_HEADS, TOKENS, DIM)
     positions, asked, limit = meta(1, KV_HEADS, TOKENS, dtype=INT), meta(1, window, dtype=INT), meta(1, dtype=INT)
     for mean in (False, True):
-        defensive._launch(query, key, positions, asked, limit, 0.088, 5, mean)
+        window_risk._launch(query, key, positions, asked, limit, 0.088, 5, mean)
     projection = meta(MODELS[model], HEADS * DIM)
     value_norms._launch(key, projection.T.unflatten(0, (HEADS, DIM)))  # as `LayerView.output_weight` gives it
 
@@ -79,10 +79,10 @@ def launch_scoring(model: str, window: int = WINDOW) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_runtime(model, capability, record, monkeypatch) -> None:
-    monkeypatch.setattr(pages, "chosen_kernels", lambda device: "triton")
-    monkeypatch.setattr(decode, "PROGRAMS", decode.WAVES * MULTIPROCESSORS[capability])
+    monkeypatch.setattr(page_table, "chosen_kernels", lambda device: "triton")
+    monkeypatch.setattr(paged_attention, "PROGRAMS", paged_attention.WAVES * MULTIPROCESSORS[capability])
     with record(capability) as recorder:
-        for size in pages.PAGE_SIZES:
+        for size in page_table.PAGE_SIZES:
             launch_decode(1, size)
         for padded in (False, True):
             launch_decode(16, 16, padded)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction.ops import naive
-from tenure.eviction.ops.pages import append_entries, move_entries, release_pages, write_state
+from tenure.eviction.ops.page_table import append_entries, move_entries, release_pages, write_state
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
 BATCH, HEADS = 2, 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction.ops import naive
-from tenure.eviction.ops.select import select_top
+from tenure.eviction.ops.radix_select import select_top
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
 

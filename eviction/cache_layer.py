@@ -1,0 +1,233 @@
+"""The cache layer of one full-attention layer: transformers' interface on one side, ragged storage on the other."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from ..retention.seams import AttentionCall, AttentionLayer
+from .forward_state import Step, ring_size
+from .recorded import Inputs, QueryStatistics
+from .recorders import Observers
+from .storage.attention import ragged_attention, refuse_unsupported
+from .storage.paged import store_class
+from .storage.segments import SegmentStore
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Entries of one layer, every (row, head) with its own number of them.
+
+    A forward is `open(step, state)`, then transformers calls `update`, then the attention function `attend`.
+
+    Attributes:
+        attention: the attention module and its sizes.
+        layer_idx: index in the decoder.
+        num_kv_groups: query heads that share a key/value head.
+        store: the entries; None before the first forward.
+        window: the last queries, a ring `(batch, num_heads, size, head_dim)` with a few more than the policies want,
+            see `rows.SPARE`; None if no policy wants them.
+        observers: what is kept for policies while the model runs.
+        statistics: of the queries seen; None if no policy wants them, or before the first forward.
+        scaling: factor of the attention logits, known after the first forward.
+        inputs: what the attention was given while nothing was evicted; None if no policy wants it, or it is not known.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False  # an entry that was evicted does not come back
+
+    def __init__(self, layer: AttentionLayer, window_size: int = 0, observers: Observers | None = None) -> None:
+        super().__init__()
+        self.attention = layer
+        self.layer_idx = layer.layer_idx
+        self.num_kv_groups = layer.num_heads // layer.num_kv_heads
+        self.scaling = 1.0
+        self.ring_size = ring_size(window_size)
+        self.observers = observers or Observers()
+        self.statistics: QueryStatistics | None = None
+        self.store: SegmentStore | None = None
+        self.inputs: Inputs | None = None
+        self.window: torch.Tensor | None = None
+        self._window_shared = False
+        self._seen = 0
+        self._step: Step | None = None
+        self._state: dict[str, torch.Tensor] = {}
+        self._waiting: torch.Tensor | None = None  # queries of the step's columns that wait
+        # What was remembered before this forward: it replaces tensors, so the old ones are enough to undo it.
+        self._before: tuple[torch.Tensor | None, QueryStatistics | None, dict[str, torch.Tensor]] = None, None, {}
+
+    def open(self, step: Step, state: dict[str, torch.Tensor]) -> AttentionCall:
+        """Prepares the layer for a forward.
+
+        Args:
+            step: the running forward.
+            state: per-entry state of the new tokens, fp32 `(batch, num_kv_heads, q_len)` by name; what is missing is
+                filled in at the end of the forward.
+
+        Returns:
+            The call that computes the layer's attention.
+        """
+        self._step, self._state = step, state
+        self._before = self.window, self.statistics, {}
+        return self.attend
+
+    def close(self, completed: bool = True) -> None:
+        """Ends the forward for this layer, whether it took part in it or not.
+
+        Of one that is not `completed` the observations are undone; the new entries are left to `rewind`.
+        """
+        if not completed and self._step is not None:
+            self._waiting = None
+            self.window, self.statistics, states = self._before
+            for name, buffer in states.items():
+                assert self.store is not None, "states are of stored entries"
+                self.store.buffers[name] = buffer
+        self._step, self._state, self._before = None, {}, (None, None, {})
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores the new entries; returns them alone, the attention call reads the rest from the store."""
+        step = self._step
+        if step is None:
+            raise ValueError(
+                "this cache belongs to an evict() block and works only inside it, with the block's own model"
+            )
+        state = self._state
+        if self.observers.policies:
+            shape, device = key_states.shape[:3], key_states.device
+            state = state | {name: torch.zeros(shape, device=device) for name in self.observers.state_keys}
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+            kind = store_class(key_states.device, key_states.dtype, key_states.shape[-1], value_states.shape[-1])
+            self.store = kind.from_dense(key_states, value_states, state, step)
+        else:
+            self.store.append(key_states, value_states, state, step)
+        self._seen += step.q_len
+        return key_states, value_states
+
+    def attend(
+        self,
+        base: AttentionCall,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention call of this layer. A first forward is the model's own attention, bit for bit."""
+        step, store = self._step, self.store
+        assert step is not None and store is not None, "update() came before attend()"
+        scaling = kwargs.get("scaling")
+        self.scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        if self.observers.observing:
+            self._before[2].update((name, store.buffers[name]) for name in self.observers.observed_keys)
+        if not step.waits:
+            self._watch(query, step)
+        else:
+            if step.watched is not None:
+                self._watch(query[:, :, : -step.waits], step.watched)
+            self._waiting = query[:, :, -step.waits :].detach()
+        if step.first:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        refuse_unsupported(kwargs)
+        return ragged_attention(store, query, scaling, step), None
+
+    def _watch(self, query: torch.Tensor, step: Step) -> None:
+        """Remembers and observes the queries `(batch, num_heads, step.q_len, head_dim)`."""
+        if step.slots is not None:
+            self._remember(query, *step.slots, in_place=step.q_len == 1)
+        self.observers.observe(self, query, step)
+
+    def watch_waiting(self, step: Step | None) -> None:
+        """Remembers and observes the first `step.q_len` columns of those that waited; their entries are stored."""
+        queries, self._waiting = self._waiting, None
+        if step is not None and queries is not None:
+            self._watch(queries[:, :, : step.q_len], step)
+
+    def _remember(
+        self, query: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, slots: torch.Tensor, in_place: bool
+    ) -> None:
+        if self.window is None:
+            self.window = query.new_zeros(query.shape[0], query.shape[1], self.ring_size, query.shape[3])
+        elif self._window_shared or not in_place:
+            self.window = self.window.clone()  # a fork or a mark reads the old one, or the forward may raise
+        self._window_shared = False
+        self.window[rows, :, slots] = query.detach()[rows, :, columns]
+
+    def share_window(self) -> torch.Tensor | None:
+        """The ring, which is not written to from now on: the next forward makes a new one."""
+        self._window_shared = True
+        return self.window
+
+    def fork(self) -> RaggedLayer:
+        """A layer that shares this one's storage until either is written to."""
+        other = copy.copy(self)
+        if self.store is not None:
+            other.store = self.store.fork()
+        self.share_window()
+        other.share_window()
+        return other
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row `i` becomes a copy of the former row `rows[i]`."""
+        if self.store is None:
+            return
+        self.store.select_rows(rows.tolist())
+        self.batch_size = len(rows)
+        if self.window is not None:
+            self.window = self.window.index_select(0, rows.to(self.window.device))
+            self._window_shared = False
+        if self.statistics is not None:
+            self.statistics = self.statistics.select(rows)
+        if self.inputs is not None:
+            self.inputs = self.inputs.select(rows)
+
+    def rewind(self, lengths: list[int] | None, columns: int) -> None:
+        """Shortens the segments to `lengths` (None: to nothing) after `columns` columns are taken back."""
+        if lengths is None:
+            self.reset()
+        elif self.store is not None:
+            self.store.set_lengths(lengths)
+        if self.inputs is not None:
+            self.inputs = self.inputs.first(columns)
+        self._seen = columns
+
+    # What transformers asks of a cache layer.
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size = key_states.shape[0]
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding and evicted ones included: transformers derives masks and positions from it."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]  # transformers < 5.3: positions
+        return self._seen + new, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.store, self.window, self.statistics, self._waiting, self._seen = None, None, None, None, 0
+        self.inputs, self.is_initialized = None, False
+        self.close()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.select_rows(beam_idx)
+
+    def offload(self) -> None:
+        raise NotImplementedError("an evicted cache is small; it is not offloaded")
+
+    def prefetch(self) -> None:
+        raise NotImplementedError("an evicted cache is small; it is not offloaded")

@@ -1,0 +1,355 @@
+"""One forward of the decoder as the cache sees it, and the call of the model that it belongs to.
+
+What a cache knows of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+
+@dataclass
+class Step:
+    """The new tokens of one forward, the same for all layers.
+
+    Attributes:
+        q_len: new columns.
+        first: the cache was empty before.
+        counts: real new tokens of each row.
+        valid: bool `(batch, q_len)`, False for padding; None if all new tokens are real.
+        positions: int32 `(batch, q_len)`: index among the row's real tokens (arbitrary for padding).
+        longest: no segment of any layer is longer after this forward; 0 where no mask is needed.
+        ring: slots for remembered queries, 0 if none are.
+        waits: what is observed of the newest columns waits until `crop` has told how many of them stay.
+        rope_positions: int64 `(batch, q_len)`, the positions that RoPE has given the new tokens; None if nobody asks.
+        angles: cosines and sines of these, each fp32 `(batch, q_len, rotary_dim)`.
+    """
+
+    q_len: int
+    first: bool
+    counts: list[int]
+    valid: torch.Tensor | None
+    positions: torch.Tensor
+    longest: int
+    ring: int = 0
+    waits: int = 0
+    rope_positions: torch.Tensor | None = field(default=None, repr=False)
+    angles: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+    _mask: torch.Tensor | None = field(default=None, repr=False)
+    _flat: torch.Tensor | None = field(default=None, repr=False)
+    _columns: list[torch.Tensor] | None = field(default=None, repr=False)
+
+    def causal_mask(self, count: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask `(count, length)` for the last `count` of `length` entries attending causally.
+
+        Built once for the longest segment of the forward; every segment's mask is its lower right corner.
+        """
+        if self._mask is None or self._mask.dtype != dtype:
+            seen = torch.ones(self.q_len, self.longest, dtype=torch.bool, device=self.positions.device)
+            hidden = ~seen.tril(self.longest - self.q_len)
+            self._mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        return self._mask[self.q_len - count :, self.longest - length :]
+
+    def flat_positions(self, num_kv_heads: int) -> torch.Tensor:
+        """Positions of the new entries, int32, in the order (row, head, real token)."""
+        if self._flat is None or self.valid is not None or len(self._flat) != num_kv_heads * self.positions.numel():
+            batch, n = self.positions.shape
+            spread = self.positions.unsqueeze(1).expand(batch, num_kv_heads, n)
+            flat = spread.reshape(-1) if self.valid is None else spread[self.valid.unsqueeze(1).expand_as(spread)]
+            self._flat = flat
+        return self._flat
+
+    def real_columns(self, row: int) -> torch.Tensor:
+        """Indices of the row's real tokens among the new columns."""
+        if self._columns is None:
+            assert self.valid is not None
+            self._columns = [one.nonzero().squeeze(1) for one in self.valid]
+        return self._columns[row]
+
+    @cached_property
+    def ranks(self) -> torch.Tensor:
+        """int32 `(batch, q_len)`: a token's place among the real new ones of its row; -1 for padding."""
+        if self.valid is None:
+            ranks = torch.arange(self.q_len, dtype=torch.int32, device=self.positions.device)
+            return ranks.expand(self.positions.shape).contiguous()
+        return torch.where(self.valid, self.valid.cumsum(1, dtype=torch.int32) - 1, -1)
+
+    @cached_property
+    def hidden(self) -> torch.Tensor:
+        """int32 `(batch, q_len)`: how many real new tokens come behind each; -1 for padding."""
+        behind = self.ranks.amax(1, keepdim=True) - self.ranks
+        return torch.where(self.ranks < 0, -1, behind)
+
+    def added(self, num_kv_heads: int) -> torch.Tensor:
+        """int32 `(batch * num_kv_heads,)`: new entries of each segment."""
+        return (self.ranks.amax(1) + 1).repeat_interleave(num_kv_heads)
+
+    @cached_property
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """`(row, column, slot)` index tensors of the queries to remember; None if none are."""
+        if not self.ring:
+            return None
+        if self.valid is None:
+            end = self.positions[:, -1:] + 1
+            chosen = self.positions >= end - self.ring
+        else:
+            end = self.positions.masked_fill(~self.valid, -1).amax(1, keepdim=True) + 1
+            chosen = (self.positions >= end - self.ring) & self.valid
+        rows, columns = chosen.nonzero(as_tuple=True)
+        # A query's slot is its position modulo the ring's size: the newest overwrite the oldest.
+        return rows, columns, self.positions[rows, columns].long() % self.ring
+
+    @property
+    def watched(self) -> Step | None:
+        """The columns that are observed in this forward, as a step of their own; None if all of them wait."""
+        # A step that kept itself would live, and its mask with it, until Python's collector comes.
+        return self._watched if self.waits else self
+
+    @cached_property
+    def _watched(self) -> Step | None:
+        count = self.q_len - self.waits
+        return self.part(0, count) if count else None
+
+    @cached_property
+    def waiting(self) -> Step:
+        """The columns that wait, as a step of their own."""
+        return self.part(self.q_len - self.waits, self.q_len)
+
+    def part(self, start: int, stop: int) -> Step:
+        """Columns `start` to `stop` as what is observed of them in one go; not for attention, which is over."""
+        if (start, stop) == (0, self.q_len):
+            return replace(self, waits=0) if self.waits else self
+        columns = slice(start, stop)
+        valid = None if self.valid is None else self.valid[:, columns]
+        return replace(
+            self,
+            q_len=stop - start,
+            counts=[stop - start] * len(self.counts) if valid is None else valid.sum(1).tolist(),
+            valid=valid,
+            positions=self.positions[:, columns],
+            waits=0,
+            rope_positions=None if self.rope_positions is None else self.rope_positions[:, columns],
+            angles=None if self.angles is None else (self.angles[0][:, columns], self.angles[1][:, columns]),
+            _mask=None,
+            _flat=None,
+            _columns=None,
+        )
+
+
+@dataclass(frozen=True)
+class Input:
+    """What the user gave in one call of the model, which may run in several forwards.
+
+    Attributes:
+        tokens: real tokens each row will have seen after it.
+        new: how many of them it brings.
+        columns: columns the cache had seen before it.
+    """
+
+    tokens: list[int]
+    new: list[int]
+    columns: int
+
+
+def new_tokens(mask: Any, batch: int, q_len: int, seen: int) -> torch.Tensor | None:
+    """Which of the new tokens are real: bool `(batch, q_len)`, or None if all are."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"evict() needs a 2-D attention_mask (batch, tokens), got {shape}")
+    if mask.shape != (batch, seen + q_len):
+        raise ValueError(
+            f"attention_mask is {tuple(mask.shape)}, expected {(batch, seen + q_len)}: one column for each of the "
+            f"{seen} tokens the cache has seen and the {q_len} new ones"
+        )
+    valid = mask[:, seen:].bool()
+    return None if bool(valid.all()) else valid
+
+
+SPARE = 32  # queries that are remembered beyond the window, so that as many tokens can be taken back
+
+
+def ring_size(window: int) -> int:
+    """Slots of the ring that holds the last `window` queries of a row; 0 for none."""
+    return window + SPARE if window else 0
+
+
+class Rows:
+    """The rows of a cache: how much each has seen and stored.
+
+    Attributes:
+        tokens: real tokens each row has seen, evicted ones included; empty before the first forward.
+        stored: entries of each row in all layers and heads.
+        window_positions: int64 `(batch, size)`: positions of the remembered queries, -1 for none. Never written in
+            place, so forks may share it.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.stored: list[int] = []
+        self.window_positions: torch.Tensor | None = None
+        # Columns seen, padding included, run-length coded: (how many, which of them are real; None for all).
+        self._runs: list[tuple[int, torch.Tensor | None]] = []
+        self.columns = 0
+
+    def input(self, counts: list[int]) -> Input:
+        """The input that brings `counts[row]` real tokens to each row."""
+        before = self.tokens or [0] * len(counts)
+        return Input([n + more for n, more in zip(before, counts, strict=True)], counts, self.columns)
+
+    def copy(self) -> Rows:
+        other = Rows()
+        other.__dict__.update(self.__dict__)
+        other._runs = list(self._runs)
+        return other
+
+    def exported(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors by name, and plain values, that `restored` makes the same rows of; without `stored`."""
+        tensors = {f"mask.{index}": valid for index, (_, valid) in enumerate(self._runs) if valid is not None}
+        if self.window_positions is not None:
+            tensors["window_positions"] = self.window_positions
+        return tensors, {"tokens": self.tokens, "runs": [count for count, _ in self._runs]}
+
+    @classmethod
+    def restored(cls, document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Rows:
+        """The rows that `exported` described; `stored` is left to the caller.
+
+        Raises:
+            KeyError, TypeError, ValueError: a value is missing or no number.
+        """
+        rows = cls()
+        rows.tokens = [int(count) for count in document["tokens"]]
+        rows._runs = [(int(count), tensors.get(f"mask.{i}")) for i, count in enumerate(document["runs"])]
+        rows.columns = sum(count for count, _ in rows._runs)
+        rows.window_positions = tensors.get("window_positions")
+        return rows
+
+    @classmethod
+    def stacked(cls, several: Sequence[Rows], columns: int) -> Rows:
+        """The rows of all, one after the other, padded on the left to `columns` columns; no queries are remembered."""
+        rows = cls()
+        rows.tokens = [count for one in several for count in one.tokens]
+        rows.stored = [count for one in several for count in one.stored]
+        masks = torch.cat([pad(one.mask(), (columns - one.columns, 0)) for one in several])
+        rows._add_run(columns, None if bool(masks.all()) else masks)
+        return rows
+
+    def mask(self) -> torch.Tensor:
+        """bool `(batch, columns)`: which columns are real tokens."""
+        batch = len(self.tokens)
+        runs = [torch.ones(batch, n, dtype=torch.bool) if valid is None else valid.cpu() for n, valid in self._runs]
+        return torch.cat([torch.zeros(batch, 0, dtype=torch.bool), *runs], dim=1)
+
+    def open(
+        self, batch: int, q_len: int, valid: torch.Tensor | None, device: torch.device, longest: int, ring: int
+    ) -> Step:
+        """The step that brings `q_len` new columns; nothing changes before `advance`.
+
+        Args:
+            valid: bool `(batch, q_len)`, False for padding; None if all new tokens are real.
+            longest: entries of the longest segment.
+            ring: size of the ring of remembered queries, 0 for none.
+        """
+        before = self.tokens or [0] * batch
+        counts = [q_len] * batch if valid is None else valid.sum(1).tolist()
+        start = torch.tensor(before, dtype=torch.int32, device=device).unsqueeze(1)
+        if valid is None:
+            offsets = torch.arange(q_len, dtype=torch.int32, device=device)
+        else:
+            offsets = valid.cumsum(1, dtype=torch.int32) - 1
+        return Step(q_len, not self.tokens, counts, valid, start + offsets, longest + q_len, ring)
+
+    def advance(self, step: Step, segments: int) -> None:
+        """Counts a completed step; `segments` entries were stored for each token."""
+        batch = len(step.counts)
+        self.remember(step.watched)
+        self.tokens = [n + more for n, more in zip(self.tokens or [0] * batch, step.counts, strict=True)]
+        self.stored = [n + more * segments for n, more in zip(self.stored or [0] * batch, step.counts, strict=True)]
+        self._add_run(step.q_len, step.valid)
+
+    def remember(self, step: Step | None) -> None:
+        """Notes whose queries the layers have written to their rings."""
+        if step is not None and step.slots is not None:
+            rows, columns, slots = step.slots
+            self._place(rows, slots, step.positions[rows, columns].long(), (len(step.counts), step.ring))
+
+    def abandon(self, step: Step) -> None:
+        """Notes that a step of one token, which is not counted, has overwritten the oldest remembered query."""
+        if step.q_len == 1 and step.slots is not None and self.window_positions is not None:
+            rows, _, slots = step.slots
+            self._place(rows, slots, slots.new_tensor(-1), tuple(self.window_positions.shape))
+
+    def _place(self, rows: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, shape: tuple[int, ...]) -> None:
+        old = self.window_positions
+        placed = slots.new_full(shape, -1) if old is None else old.clone()
+        placed[rows, slots] = positions
+        self.window_positions = placed
+
+    def remembers(self, window: int) -> bool:
+        """Whether the last `window` queries of every row, or all if it has fewer, are remembered."""
+        if not window or not self.tokens:
+            return True
+        if self.window_positions is None:
+            return False
+        ends = torch.tensor(self.tokens, device=self.window_positions.device)
+        newest = (self.window_positions >= (ends - window).clamp(min=0).unsqueeze(1)).sum(1)
+        return bool((newest == ends.clamp(max=window)).all())
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the counts; read no further than the first."""
+        if any(count < 0 for count in self.tokens) or self.columns < 0 or any(count < 0 for count, _ in self._runs):
+            yield "tokens are counted below zero"
+        batch = (len(self.tokens),)
+        for count, valid in self._runs:
+            if valid is not None and (valid.dtype != torch.bool or valid.shape != (*batch, count)):
+                yield "masks of padding do not have one bool a row and column"
+        if self.columns != sum(count for count, _ in self._runs) or self.since(0) != self.tokens:
+            yield "tokens are not counted as padding says"
+
+    def since(self, columns: int) -> list[int]:
+        """How many real tokens each row has in the columns from `columns` on."""
+        return self.copy().drop(self.columns - columns)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Row `i` becomes a copy of the former row `rows[i]`."""
+        chosen = rows.tolist()
+        self.tokens = [self.tokens[row] for row in chosen]
+        self.stored = [self.stored[row] for row in chosen]
+        self._runs = [(n, None if valid is None else valid[rows.to(valid.device)]) for n, valid in self._runs]
+        if self.window_positions is not None:
+            self.window_positions = self.window_positions[rows.to(self.window_positions.device)]
+
+    def drop(self, count: int) -> list[int]:
+        """Forgets the newest `count` columns; returns how many real tokens each row had in them.
+
+        `stored` is left to the caller, who knows what was evicted.
+        """
+        gone = [0] * len(self.tokens)
+        self.columns -= count
+        while count:
+            size, valid = self._runs.pop()
+            taken = min(size, count)
+            real = [taken] * len(gone) if valid is None else valid[:, size - taken :].sum(1).tolist()
+            gone = [n + more for n, more in zip(gone, real, strict=True)]
+            if taken < size:
+                self._runs.append((size - taken, None if valid is None else valid[:, : size - taken]))
+            count -= taken
+        self.tokens = [n - less for n, less in zip(self.tokens, gone, strict=True)]
+        if self.window_positions is not None:
+            limit = torch.tensor(self.tokens, device=self.window_positions.device).unsqueeze(1)
+            self.window_positions = torch.where(self.window_positions < limit, self.window_positions, -1)
+        return gone
+
+    def _add_run(self, count: int, valid: torch.Tensor | None) -> None:
+        self.columns += count
+        if valid is None and self._runs and self._runs[-1][1] is None:
+            self._runs[-1] = (self._runs[-1][0] + count, None)
+        else:
+            self._runs.append((count, valid))

@@ -1,0 +1,247 @@
+"""What is computed of keys and values that nobody writes any more: once for all forks that share them.
+
+What a policy sees of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..retention.ops.kernel_choice import chosen_kernels
+from .model_adapters import Rotary, output_weight
+from .ops.value_norms import value_norms
+from .ops.window_risk import window_risk_by_heads
+from .policies.common import window_attention
+from .storage.segments import SegmentStore
+
+if TYPE_CHECKING:
+    from ..retention.seams import AttentionLayer
+    from .cache_layer import RaggedLayer
+    from .policies.base import Policy
+    from .recorded import Inputs, QueryStatistics
+
+
+
+_known: Any = WeakTensorKeyDictionary()  # by the buffer of the values; goes with it
+Made = TypeVar("Made")
+
+
+def once(store: SegmentStore, name: Hashable, make: Callable[[], Made]) -> Made:
+    """What `make` gives, of the entries of `store`; of a fork with the same entries perhaps what it gave before.
+
+    Nobody may write to it. `name` says what it is, and whatever else than the entries it depends on.
+    """
+    # A buffer that was shared once is never written again: whoever writes takes a copy. Pages move between heads by
+    # tables on the device, which are not compared here.
+    if not store.shared or type(store) is not SegmentStore:
+        return make()
+    if store.value not in _known:
+        _known[store.value] = {}
+    known = _known[store.value]
+    key = name, tuple(store.starts), tuple(store.lengths)
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def forget() -> None:
+    """All is computed anew from now on; for measurements."""
+    _known.clear()
+
+
+class LayerView:
+    """One layer's entries as dense tensors, made when first read.
+
+    Segments shorter than the longest are padded at their end; what stands there is arbitrary, see `valid`. If all
+    segments are equal the tensors are views of the storage: policies must not write to them.
+
+    Attributes:
+        layer_idx: the layer's index in the decoder.
+        time: int64 `(batch,)`: real tokens each row has seen, T.
+        horizon: int64 `(batch,)`: those it will have seen at the end of the running input; more than `time` between the
+            chunks of a long prompt.
+        num_kv_groups: query heads that share a key/value head.
+        scaling: factor of the attention logits.
+        budget: int64 `(batch,)`: entries that a head of this layer may keep, on average over those it competes with; 0
+            where nothing is about to be evicted.
+    """
+
+    def __init__(
+        self,
+        layer: RaggedLayer,
+        time: torch.Tensor,
+        recorded: torch.Tensor | None = None,
+        policy: Policy | None = None,
+        budget: torch.Tensor | None = None,
+        horizon: torch.Tensor | None = None,
+    ) -> None:
+        """Shows `layer` to `policy`; `recorded` are the positions of the remembered queries."""
+        assert layer.store is not None, "the layer has entries"
+        self._layer, self._store = layer, layer.store
+        self._recorded = recorded
+        self._policy = policy
+        # By width of the pooling; None without the worst case.
+        self._risks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor]] = {}
+        self.time = time
+        self.horizon = time if horizon is None else horizon
+        self.budget = torch.zeros_like(time) if budget is None else budget
+        self.layer_idx = layer.layer_idx
+        self.scaling = layer.scaling
+        self.num_kv_groups = layer.num_kv_groups
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, num_kv_heads, n), n the longest segment."""
+        return self._store.batch, self._store.num_kv_heads, max(self._store.lengths, default=0)
+
+    @cached_property
+    def _index(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._store.dense_index()
+
+    def _dense(self, buffer: str) -> torch.Tensor:
+        return self._store.dense(self._store.buffers[buffer], self._index[0])
+
+    @cached_property
+    def valid(self) -> torch.Tensor:
+        """bool `(batch, num_kv_heads, n)`: there is an entry."""
+        return self._index[1]
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 `(batch, num_kv_heads, n)`: index of the entry's token among its row's real tokens; -1 for none."""
+        return torch.where(self.valid, self._dense("position"), -1).long()
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """`(batch, num_kv_heads, n, head_dim)` post-RoPE, the model's dtype."""
+        return self._dense("key")
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """`(batch, num_kv_heads, n, value_dim)`, the model's dtype."""
+        return self._dense("value")
+
+    @property
+    def log_beta(self) -> torch.Tensor:
+        """fp32 `(batch, num_kv_heads, n)`, each in (-∞, 0]; for policies that need `log_beta`."""
+        return self.state("log_beta")
+
+    def state(self, name: str) -> torch.Tensor:
+        """A per-entry state by name, fp32 `(batch, num_kv_heads, n)`: one of the policy's `states`, or `log_beta`."""
+        if self._policy is not None and name in self._policy.states:
+            name = self._policy.state_key(name)
+        return self._dense(name)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """`(num_heads, value_dim, hidden_size)`: W_O, a view of the layer's output projection.
+
+        For policies that need `output_weight`.
+        """
+        return output_weight(self._layer.attention)
+
+    @cached_property
+    def value_norms(self) -> torch.Tensor:
+        """fp32 `(batch, num_kv_heads, n)`: see `policies.value_norms`; for policies that need `output_weight`.
+
+        Computed once for forks of a cache that are compressed in several ways.
+        """
+        return once(self._store, "value_norms", lambda: value_norms(self.values, self.output_weight))
+
+    @property
+    def attention(self) -> AttentionLayer:
+        """The layer's attention module and its sizes."""
+        return self._layer.attention
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """What the attention was given, for policies that need `hidden_states`; None in a cache that was loaded."""
+        return self._layer.inputs
+
+    @property
+    def expected_queries(self) -> QueryStatistics:
+        """Mean and covariance of the row's queries before RoPE; for policies that need `query_statistics`."""
+        assert self._layer.statistics is not None, "the policy needs them and the cache records them"
+        return self._layer.statistics
+
+    @property
+    def rotary(self) -> Rotary:
+        """The model's rotation of queries; for policies that need `query_statistics`."""
+        rotary = self._layer.observers.rotary
+        assert rotary is not None, "the policy needs query statistics and the session records them"
+        return rotary
+
+    @cached_property
+    def _newest(self) -> torch.Tensor:
+        assert self._recorded is not None and self._policy is not None, "the policy needs queries, the cache has them"
+        newest = self._recorded.topk(self._policy.window_size, dim=1).indices
+        return newest.flip(1)
+
+    @property
+    def query_positions(self) -> torch.Tensor:
+        """int64 `(batch, window)`: positions of the last queries, ascending; -1 where a row has fewer."""
+        assert self._recorded is not None
+        return self._recorded.gather(1, self._newest)
+
+    @cached_property
+    def queries(self) -> torch.Tensor:
+        """`(batch, num_heads, window, head_dim)` post-RoPE: the last `window` real tokens' queries of each row."""
+        data = self._layer.window
+        assert data is not None
+        index = self._newest[:, None, :, None].expand(-1, data.shape[1], -1, data.shape[3])
+        return data.gather(2, index)
+
+    @cached_property
+    def window_attention(self) -> torch.Tensor:
+        """fp32 `(batch, num_kv_heads, num_kv_groups, window, n)`: what `queries` attend to, see `window_attention`."""
+        return window_attention(self, self.queries, self.query_positions)
+
+    def worst_attention(self, kernel: int) -> torch.Tensor:
+        """fp32 `(batch, num_kv_heads, n)`: the worst case of `window_attention`, pooled and renormalised.
+
+        See `policies.aggregation`; 0 for the window's own entries. `window_attention` is not made for it.
+
+        Args:
+            kernel: width of the pooling, odd.
+        """
+        worst, _ = self._risk(kernel)
+        assert worst is not None, "it was asked for"
+        return worst
+
+    @property
+    def mean_attention(self) -> torch.Tensor:
+        """fp32 `(batch, num_kv_heads, n)`: `window_attention`, mean over queries and heads of a group."""
+        return self._risk(next(iter(self._risks), None))[1]
+
+    @property
+    def _window(self) -> int:
+        assert self._policy is not None, "the policy has a window"
+        return self._policy.window_size
+
+    def _by_kernel(self, width: int) -> bool:
+        if chosen_kernels(self.time.device) == "reference":
+            return False
+        from .ops.window_risk import DTYPES, MAX_DIM, MAX_KERNEL
+
+        return width <= MAX_KERNEL and self.keys.dtype in DTYPES and self.keys.shape[3] <= MAX_DIM
+
+    def _risk(self, kernel: int | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The worst case with a pooling of that width, None if it is not wanted, and the mean."""
+        if kernel not in self._risks:
+            limit = self.time - self._window
+            what = self.queries, self.keys, self.positions, self.query_positions, limit, self.scaling
+            if self._by_kernel(kernel or 1):
+                from .ops.window_risk import window_risk
+
+                worst, mean = window_risk(*what, kernel or 1, mean=True)
+                assert mean is not None, "it was asked for"
+                self._risks[kernel] = worst, mean
+            else:
+                name = "window_risk", self._window, kernel, *self.time.tolist()
+                self._risks[kernel] = once(self._store, name, lambda: window_risk_by_heads(*what, kernel))
+        return self._risks[kernel]

@@ -1,0 +1,95 @@
+"""A model's rotary embedding of queries: taken back, and averaged over the positions to come.
+
+The output projection W_O of an attention module, head by head.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..retention.seams import AttentionLayer, full_attention_layers, text_config, text_decoder
+
+# Model types whose attention was read: every full-attention layer rotates the whole query by
+# `apply_rotary_pos_emb(q, k, cos, sin)` with the decoder's `rotary_emb` and one position a token.
+ROTARY_TYPES = ("gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
+
+
+def rotates_queries(model: PreTrainedModel) -> bool:
+    """Whether `Rotary` knows how `model` rotates its queries."""
+    return text_config(model).model_type in ROTARY_TYPES
+
+
+class Rotary:
+    """The rotation R(p) that a model gives the query at position p, through the model's own functions.
+
+    R is linear in its cosines and sines, so that the inverse and the average over positions are rotations with other
+    cosines and sines: whichever pairs of channels a model rotates, and however many.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        assert rotates_queries(model), "the session has checked the model"
+        # A copy: the module may widen its frequencies when it is asked for positions further on than the model is.
+        self._embedding: Any = copy.deepcopy(text_decoder(model).rotary_emb)
+        module = full_attention_layers(model)[0].module
+        self._apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = sys.modules[
+            type(module).__module__
+        ].apply_rotary_pos_emb
+        typed = "layer_type" in inspect.signature(self._embedding.forward).parameters
+        self._layer_type = {"layer_type": "full_attention"} if typed else {}
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, fp32 `(batch, n, rotary_dim)`, of int64 `positions` `(batch, n)`."""
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)
+        return self._embedding(like, positions, **self._layer_type)
+
+    def undo(self, queries: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Queries before RoPE, fp32 `(batch, num_heads, n, head_dim)`, from those after it at these `angles`."""
+        cos, sin = angles
+        scale = cos.square() + sin.square()  # 1, or the square of YaRN's attention factor
+        return self._rotate(queries.float(), cos / scale, -sin / scale)
+
+    def average(
+        self, mean: torch.Tensor, covariance: torch.Tensor, start: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and covariance of queries under the average rotation R̄ of `count` positions from `start` on.
+
+        Args:
+            mean: fp32 `(batch, num_heads, head_dim)` before RoPE.
+            covariance: fp32 `(batch, num_heads, head_dim, head_dim)` before RoPE.
+            start: int64 `(batch,)`.
+
+        Returns:
+            `R̄ μ` and `R̄ Σ R̄ᵀ`, shaped as given.
+        """
+        positions = start.unsqueeze(1) + torch.arange(count, device=start.device)
+        cos, sin = (part.mean(1, keepdim=True) for part in self.angles(positions))
+        rotated = self._rotate(mean.unsqueeze(2), cos, sin).squeeze(2)
+        for _ in range(2):  # the rows, then the columns: Σ is symmetric
+            covariance = self._rotate(covariance, cos, sin).transpose(2, 3)
+        return rotated, covariance
+
+    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return self._apply(x, x[:, :1], cos, sin)[0]
+
+
+def has_output_weight(layer: AttentionLayer) -> bool:
+    """Whether `output_weight` can be had: the module's `o_proj` is a linear layer with a floating-point weight."""
+    projection = getattr(layer.module, "o_proj", None)
+    if not isinstance(projection, nn.Linear) or not projection.weight.is_floating_point():
+        return False
+    return projection.weight.shape[1] % layer.num_heads == 0
+
+
+def output_weight(layer: AttentionLayer) -> torch.Tensor:
+    """W_O of a layer for which `has_output_weight`, `(num_heads, value_dim, hidden_size)`, a view of the weight."""
+    projection = layer.module.o_proj
+    assert isinstance(projection, nn.Linear), "the session has checked the module"
+    return projection.weight.detach().t().unflatten(0, (layer.num_heads, -1))

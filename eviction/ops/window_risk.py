@@ -1,0 +1,434 @@
+"""The kernels of defensive scoring: two passes over the keys, and a merge between them; see `defensive`.
+
+What a window of queries attends to at worst, in two passes over the keys and no tensor of `(group, window, n)`.
+
+Twins: the functions of `eviction.policies.window` and `aggregation`.
+
+Pooling and renormalising need no pass of their own. A query's attention sums over what is counted to `a`, and pooled
+to `p = Σ_j a_j c_j` with c_j the counted entries within reach of j, which no query changes. So the first pass over the
+keys has all that the second one scales by: the maximum, the denominator, and `a / p`. The second pass reads tiles of
+entries that overlap by the reach, and pools by a product with a band of ones.
+
+What queries attend to, one key/value head at a time, so that the attention stays in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision, launching_on
+from ...retention.ops.triton_language import dot, jit, tl
+from . import naive
+from .paged_attention import DTYPES, LOG2E, MAX_DIM
+
+
+@jit
+def _logits(
+    queries, keys, positions, query_positions, scale, row, entry, batch, head, heads, window, n,
+    query_row, query_head, query_token, key_row, key_head, key_token,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Base-2 logits of a tile `(rows, entries)`, -inf for what a query cannot see; `row` is member * window + query."""
+    dim = tl.arange(0, DIM_BLOCK)
+    present = row < GROUP * window
+    member, token = row // window, row % window
+    at = batch.to(tl.int64) * query_row + (head * GROUP + member) * query_head + token * query_token
+    wanted = present[:, None] & (dim < DIM)[None, :]
+    q = tl.load(queries + at[:, None] + dim[None, :], mask=wanted, other=0.0)
+    stored = (entry >= 0) & (entry < n)
+    segment = (batch * heads + head).to(tl.int64)
+    place = tl.load(positions + segment * n + entry, mask=stored, other=-1)
+    stored = place >= 0
+    at = batch.to(tl.int64) * key_row + head.to(tl.int64) * key_head + entry.to(tl.int64) * key_token
+    whole = stored[:, None] & (dim < DIM)[None, :]
+    k = tl.load(keys + at[:, None] + dim[None, :], mask=whole, other=0.0)
+    time = tl.load(query_positions + batch * window + token, mask=present, other=-1)
+    logits = dot(q, tl.trans(k), None, PRECISION) * scale
+    return tl.where(stored[None, :] & (place[None, :] <= time[:, None]), logits, float("-inf"))
+
+
+@jit
+def sum_rows(
+    queries, keys, positions, query_positions, counted, sums, scale, heads, window, n, reach,
+    query_row, query_head, query_token, key_row, key_head, key_token,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (splits, tiles of rows, segments), the first pass: each query's maximum and three sums over some entries."""
+    split, tile, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, head = segment // heads, segment % heads
+    row = tile * ROWS + tl.arange(0, ROWS)
+    count = tl.load(counted + segment)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    pooled = tl.zeros([ROWS], tl.float32)
+    for first in range(split * BLOCK, n, tl.num_programs(0) * BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        logits = _logits(
+            queries, keys, positions, query_positions, scale, row, entry, batch, head, heads, window, n,
+            query_row, query_head, query_token, key_row, key_head, key_token, GROUP, DIM, DIM_BLOCK, PRECISION,
+        )  # fmt: skip
+        new = tl.maximum(highest, tl.max(logits, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        weight = tl.exp2(logits - base[:, None])
+        shrink = tl.exp2(highest - base)
+        near = tl.minimum(entry + reach, count - 1) - tl.maximum(entry - reach, 0) + 1
+        older = tl.where(entry < count, 1.0, 0.0)
+        total = total * shrink + tl.sum(weight, 1)
+        mass = mass * shrink + tl.sum(weight * older[None, :], 1)
+        pooled = pooled * shrink + tl.sum(weight * (older * near.to(tl.float32))[None, :], 1)
+        highest = new
+    rows = tl.num_programs(1) * ROWS
+    place = (segment.to(tl.int64) * tl.num_programs(0) + split) * 4 * rows + row
+    tl.store(sums + place, highest)
+    tl.store(sums + place + rows, total)
+    tl.store(sums + place + 2 * rows, mass)
+    tl.store(sums + place + 3 * rows, pooled)
+
+
+@jit
+def finish_rows(sums, scales, splits, ROWS: tl.constexpr):
+    """Grid (tiles of rows, segments): each query's maximum, 1 / denominator and pooling scale, merged over splits."""
+    tile, segment = tl.program_id(0), tl.program_id(1)
+    rows = tl.num_programs(0) * ROWS
+    row = tile * ROWS + tl.arange(0, ROWS)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    pooled = tl.zeros([ROWS], tl.float32)
+    for split in range(0, splits):
+        place = (segment.to(tl.int64) * splits + split) * 4 * rows + row
+        own = tl.load(sums + place)
+        new = tl.maximum(highest, own)
+        base = tl.where(new == float("-inf"), 0.0, new)
+        shrink, grow = tl.exp2(highest - base), tl.exp2(own - base)
+        total = total * shrink + tl.load(sums + place + rows) * grow
+        mass = mass * shrink + tl.load(sums + place + 2 * rows) * grow
+        pooled = pooled * shrink + tl.load(sums + place + 3 * rows) * grow
+        highest = new
+    place = segment.to(tl.int64) * 3 * rows + row
+    tl.store(scales + place, tl.where(highest == float("-inf"), 0.0, highest))
+    tl.store(scales + place + rows, tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0))
+    tl.store(scales + place + 2 * rows, tl.where(pooled > 0.0, mass / tl.where(pooled > 0.0, pooled, 1.0), 0.0))
+
+
+@jit
+def take_worst(
+    queries, keys, positions, query_positions, counted, present, scales, worst, mean, padded,
+    scale, heads, window, n, reach, query_row, query_head, query_token, key_row, key_head, key_token,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of entries, segments), the second pass: the worst case, and the mean if `mean` is not None.
+
+    Tiles overlap by `2 * reach`; a program writes the entries whose neighbours it has.
+    """
+    segment = tl.program_id(1)
+    batch, head = segment // heads, segment % heads
+    lane = tl.arange(0, BLOCK)
+    entry = tl.program_id(0) * (BLOCK - 2 * reach) - reach + lane
+    count = tl.load(counted + segment)
+    older = (entry >= 0) & (entry < count)
+    band = tl.where(tl.abs(lane[:, None] - lane[None, :]) <= reach, 1.0, 0.0).to(tl.bfloat16)
+    highest = tl.zeros([BLOCK], tl.float32)
+    summed = tl.zeros([BLOCK], tl.float32)
+    for tile in range(0, tl.cdiv(GROUP * window, ROWS)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        logits = _logits(
+            queries, keys, positions, query_positions, scale, row, entry, batch, head, heads, window, n,
+            query_row, query_head, query_token, key_row, key_head, key_token, GROUP, DIM, DIM_BLOCK, PRECISION,
+        )  # fmt: skip
+        place = segment.to(tl.int64) * 3 * padded + row
+        base, inverse = tl.load(scales + place), tl.load(scales + place + padded)
+        attention = tl.exp2(logits - base[:, None]) * inverse[:, None]
+        if mean is not None:
+            summed += tl.sum(attention, 0)
+        attention = tl.where(older[None, :], attention, 0.0)
+        # Three bf16 numbers hold a fp32 one, and the band is exact: tensor cores sum what fp32 would.
+        pooled = tl.zeros([ROWS, BLOCK], tl.float32)
+        for _ in tl.static_range(3):
+            part = attention.to(tl.bfloat16)
+            pooled = dot(part, band, pooled, BAND)
+            attention -= part.to(tl.float32)
+        highest = tl.maximum(highest, tl.max(pooled * tl.load(scales + place + 2 * padded)[:, None], 0))
+    own = (lane >= reach) & (lane < BLOCK - reach) & (entry < n)
+    into = segment.to(tl.int64) * n + entry
+    tl.store(worst + into, tl.where(older, highest, 0.0), mask=own)
+    if mean is not None:
+        queries_seen = tl.maximum(tl.load(present + batch), 1).to(tl.float32) * GROUP
+        tl.store(mean + into, summed / queries_seen, mask=own)
+
+
+BLOCK = 64  # entries of a tile
+MAX_KERNEL = 33  # widest pooling: half of a tile is overlap then
+SPLITS = 16  # at most so many programs share the entries of a segment in the first pass
+
+
+def power(n: int) -> int:
+    """The next power of two, as Triton wants a tile's side; at least 16, as its products do."""
+    return max(16, 1 << max(0, n - 1).bit_length())
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """With its last dimension dense, as the kernels read it."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _launch(
+    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, query_positions: torch.Tensor,
+    limit: torch.Tensor, scaling: float, kernel: int, mean: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    queries, keys = dense(queries), dense(keys)
+    (batch, heads, n, dim), (_, num_heads, window, _) = keys.shape, queries.shape
+    group, segments, reach = num_heads // heads, batch * heads, kernel // 2
+    sizes = tile_sizes(dim, keys.element_size())
+    tiles = -(-group * window // sizes.rows)
+    splits = max(1, min(SPLITS, n // (4 * BLOCK)))
+    positions = positions.int().contiguous()
+    query_positions = query_positions.int().contiguous()
+    counted = ((positions >= 0) & (positions < limit.view(-1, 1, 1))).sum(2, dtype=torch.int32)
+    present = (query_positions >= 0).sum(1, dtype=torch.int32)
+    worst = keys.new_zeros(batch, heads, n, dtype=torch.float32)
+    means = torch.zeros_like(worst) if mean else worst.new_zeros(0)
+    if n == 0 or segments == 0:
+        return worst, means
+    sums = worst.new_empty(segments, splits, 4, tiles * sizes.rows)
+    scales = worst.new_empty(segments, 3, tiles * sizes.rows)
+    numbers = (scaling * LOG2E, heads, window, n, reach, *queries.stride()[:3], *keys.stride()[:3])
+    options = {
+        "GROUP": group, "DIM": dim, "DIM_BLOCK": power(dim), "BLOCK": BLOCK, "PRECISION": dot_precision(keys.dtype),
+        **sizes.options, **LAUNCH_OPTIONS,
+    }  # fmt: skip
+    inputs = (queries, keys, positions, query_positions, counted)
+    with launching_on(keys):
+        sum_rows[(splits, tiles, segments)](*inputs, sums, *numbers, ROWS=sizes.rows, **options)
+        finish_rows[(tiles, segments)](sums, scales, splits, ROWS=sizes.rows, **LAUNCH_OPTIONS)
+        take_worst[(-(-n // (BLOCK - 2 * reach)), segments)](
+            *inputs, present, scales, worst, means if mean else None, tiles * sizes.rows, *numbers,
+            ROWS=sizes.pooled_rows, BAND=dot_precision(torch.bfloat16), **options,
+        )  # fmt: skip
+    return worst, means
+
+
+@dataclass(frozen=True)
+class TileSizes:
+    """Queries of a tile in the first pass and in the second, which holds more numbers for each; warps and stages."""
+
+    rows: int
+    pooled_rows: int
+    options: dict[str, int]
+
+
+def tile_sizes(dim: int, itemsize: int) -> TileSizes:
+    """By the numbers of a key and their bytes; those that compile without spills."""
+    if itemsize == 4:  # multiplied without tensor cores, in registers
+        return TileSizes(16, 16, {"num_warps": 8, "num_stages": 1})
+    return TileSizes(64, 32, {"num_warps": 4, "num_stages": 2 if dim <= 128 else 1})
+
+
+@torch.library.custom_op("tenure::window_risk", mutates_args=())
+def _window_risk(
+    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, query_positions: torch.Tensor,
+    limit: torch.Tensor, scaling: float, kernel: int, mean: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    run = _launch if chosen_kernels(keys.device) == "triton" else naive.window_risk
+    return run(queries, keys, positions, query_positions, limit, scaling, kernel, mean)
+
+
+@_window_risk.register_fake
+def _(queries, keys, positions, query_positions, limit, scaling, kernel, mean):
+    worst = keys.new_empty(keys.shape[:3], dtype=torch.float32)
+    return worst, torch.empty_like(worst) if mean else worst.new_empty(0)
+
+
+def window_risk(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    query_positions: torch.Tensor,
+    limit: torch.Tensor,
+    scaling: float,
+    kernel: int,
+    mean: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The worst case of a window's pooled attention (DefensiveKV, section 4), in two passes over the keys.
+
+    Args:
+        queries: `(batch, num_heads, window, head_dim)`, post-RoPE; keys: `(batch, num_kv_heads, n, head_dim)`; both
+            fp16, bf16 or fp32.
+        positions: integers `(batch, num_kv_heads, n)`, ascending; -1 behind a head's last entry.
+        query_positions: integers `(batch, window)`, -1 for no query.
+        limit: integers `(batch,)`: entries at positions from here on are the window's own. They are attended to, but
+            not counted: no worst case, and nothing in the pooling.
+        scaling: factor of the logits.
+        kernel: width of the pooling, odd, at most 33.
+        mean: whether the mean is wanted too.
+
+    Returns:
+        The worst case, fp32 `(batch, num_kv_heads, n)`, 0 where nothing is counted: the maximum over the heads of the
+        group and the queries of their pooled and renormalised attention. And the mean of their attention, over the
+        queries that exist and the heads of the group, of all entries; None if it is not wanted.
+    Raises:
+        ValueError: shapes or dtypes that the operation does not take.
+    """
+    _check(queries, keys)
+    if kernel < 1 or kernel % 2 == 0 or kernel > MAX_KERNEL:
+        raise ValueError(f"window risk got a pooling of {kernel}; accepted: odd widths up to {MAX_KERNEL}")
+    shapes = tuple(positions.shape), tuple(query_positions.shape), tuple(limit.shape)
+    if shapes != (keys.shape[:3], (keys.shape[0], queries.shape[2]), keys.shape[:1]):
+        raise ValueError(
+            f"window risk got positions {shapes[0]} and {shapes[1]} and a limit {shapes[2]} for keys "
+            f"{tuple(keys.shape)} and queries {tuple(queries.shape)}; accepted: (batch, num_kv_heads, n), (batch, "
+            "window) and (batch,)"
+        )
+    worst, means = _window_risk(queries, keys, positions, query_positions, limit, float(scaling), kernel, mean)
+    return worst, means if mean else None
+
+
+def _check(queries: torch.Tensor, keys: torch.Tensor) -> None:
+    if queries.dtype != keys.dtype or keys.dtype not in DTYPES:
+        raise ValueError(
+            f"window risk got queries {queries.dtype} and keys {keys.dtype}; accepted: one of "
+            f"{', '.join(map(str, DTYPES))} for both"
+        )
+    heads = keys.shape[1]
+    if keys.ndim != 4 or queries.shape[1] % heads or queries.shape[::3] != keys.shape[::3]:
+        raise ValueError(
+            f"window risk got queries {tuple(queries.shape)} and keys {tuple(keys.shape)}; accepted: (batch, "
+            "num_heads, window, dim) and (batch, num_kv_heads, n, dim), with a multiple of num_kv_heads heads"
+        )
+    if keys.shape[3] > MAX_DIM:
+        raise ValueError(f"window risk got {keys.shape[3]} numbers a head; accepted: at most {MAX_DIM}")
+
+
+def window_risk_by_heads(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    query_positions: torch.Tensor,
+    limit: torch.Tensor,
+    scaling: float,
+    kernel: int | None,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The same as `attention_over`, then `pool_and_renormalise` and `worst_case`, and `mean_over_queries`.
+
+    Args:
+        queries: `(batch, num_heads, window, head_dim)`, post-RoPE.
+        keys: `(batch, num_kv_heads, n, head_dim)`.
+        positions: int64 `(batch, num_kv_heads, n)`, ascending; -1 behind a head's last entry.
+        query_positions: int64 `(batch, window)`, -1 for no query.
+        limit: int64 `(batch,)`: entries at positions from here on are the window's own and not counted.
+        kernel: width of the pooling, odd; None if the worst case is not wanted.
+
+    Returns:
+        The worst case (None if not wanted) and the mean, both fp32 `(batch, num_kv_heads, n)`.
+    """
+    batch, heads, n, _ = keys.shape
+    group, window = queries.shape[1] // heads, queries.shape[2]
+    worst = None if kernel is None else keys.new_zeros(batch, heads, n, dtype=torch.float32)
+    mean = keys.new_zeros(batch, heads, n, dtype=torch.float32)
+    # How many entries each head has, has outside the window, and has that every query sees: they are in order.
+    seen = torch.where(query_positions < 0, -1, query_positions)
+    bounds = torch.stack([torch.full_like(limit, torch.iinfo(torch.int64).max), limit, seen.amin(1) + 1])
+    order = torch.where(positions < 0, torch.iinfo(torch.int64).max, positions)
+    counts = (order.unsqueeze(0) < bounds.view(3, batch, 1, 1)).sum(3).tolist()
+    present = query_positions >= 0
+    weights = (present / (present.sum(1, keepdim=True) * group).clamp(min=1)).float().repeat(1, group)
+    scaled = (queries.float() * scaling).reshape(batch, heads, group * window, -1)
+    scratch = mean.new_empty(2, group * window * n)  # memory that every head uses again: fresh memory takes longer
+    for row in range(batch):
+        for head in range(heads):
+            length, counted, common = (counts[kind][row][head] for kind in range(3))
+            if not length:
+                continue
+            of_head = keys[row, head, :length], positions[row, head, :length]
+            attention = _attention(scaled[row, head], query_positions[row], *of_head, common, scratch)
+            torch.mv(attention.t(), weights[row], out=mean[row, head, :length])
+            if worst is not None and kernel is not None and counted:
+                worst[row, head, :counted] = _worst(attention[:, :counted], kernel, scratch[0])
+    return worst, mean
+
+
+def received_by_heads(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    query_positions: torch.Tensor,
+    scaling: float,
+    held: int,
+) -> torch.Tensor:
+    """What each entry receives from all queries together: `attention_over`, summed over them, mean over a group.
+
+    Args:
+        queries, keys, positions, query_positions, scaling: as in `window_risk_by_heads`.
+        held: attention weights that are held at a time; entries that none of these queries sees are left out.
+
+    Returns:
+        fp32 `(batch, num_kv_heads, n)`.
+    """
+    batch, heads, n, _ = keys.shape
+    group, q_len = queries.shape[1] // heads, queries.shape[2]
+    total = keys.new_zeros(batch, heads, n, dtype=torch.float32)
+    size = max(1, held // (group * max(1, n)))
+    starts = range(0, q_len, size)
+    # How many entries some query of a piece sees, and all of them: they are in order.
+    pieces = [query_positions[:, start : start + size] for start in starts]
+    last = torch.stack([piece.amax(1) for piece in pieces])
+    first = torch.stack([torch.where(piece < 0, -1, piece).amin(1) for piece in pieces])
+    order = torch.where(positions < 0, torch.iinfo(torch.int64).max, positions)
+    bounds = torch.stack([last, first]).permute(2, 0, 1).unsqueeze(1).expand(-1, heads, -1, -1).flatten(2)
+    counts = torch.searchsorted(order, bounds.contiguous(), right=True).unflatten(2, (2, -1)).tolist()
+    scaled = (queries.float() * scaling).unflatten(1, (heads, group))
+    scratch = total.new_empty(2, group * min(size, q_len) * n)
+    for row in range(batch):
+        for head in range(heads):
+            for start, seen, common in zip(starts, *counts[row][head], strict=True):
+                if not seen:
+                    continue
+                part = slice(start, start + size)
+                asking = scaled[row, head, :, part].flatten(0, 1)
+                of_head = keys[row, head, :seen], positions[row, head, :seen]
+                attention = _attention(asking, query_positions[row, part], *of_head, common, scratch)
+                total[row, head, :seen] += attention.sum(0)
+    return total / group
+
+
+def _attention(
+    queries: torch.Tensor,
+    query_positions: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    common: int,
+    scratch: torch.Tensor,
+) -> torch.Tensor:
+    """Causal softmax in one head: fp32 `(group * window, n)`.
+
+    Args:
+        queries: fp32 `(group * window, head_dim)`, scaled.
+        query_positions: int64 `(window,)`, -1 for no query.
+        keys: `(n, head_dim)`.
+        positions: int64 `(n,)`.
+        common: so many entries, the first ones, every query sees.
+        scratch: fp32 `(2, group * window * n)` or more: the logits are made in the first half, the result in the other.
+    """
+    shape = len(queries), len(positions)
+    logits, attention = scratch[:, : shape[0] * shape[1]].unflatten(1, shape)
+    torch.mm(queries, keys.float().t(), out=logits)
+    window = len(query_positions)
+    late = logits[:, common:].view(len(queries) // window, window, len(positions) - common)
+    late.masked_fill_(positions[common:] > query_positions.unsqueeze(1), -torch.inf)
+    torch.softmax(logits, 1, out=attention)
+    return attention if common else attention.nan_to_num_(0.0)  # a query that is missing or sees nothing
+
+
+def _worst(attention: torch.Tensor, kernel: int, scratch: torch.Tensor) -> torch.Tensor:
+    """The worst case `(n,)` of `(queries, n)`, pooled and renormalised; the pooled attention is made in `scratch`."""
+    pooled = scratch[: attention.numel()].view(attention.shape).copy_(attention)
+    for shift in range(1, min(kernel // 2, attention.shape[1] - 1) + 1):
+        pooled[:, shift:] += attention[:, :-shift]
+        pooled[:, :-shift] += attention[:, shift:]
+    scale = attention.sum(1, keepdim=True) / pooled.sum(1, keepdim=True)  # the kernel's width cancels out
+    return pooled.mul_(scale.nan_to_num_(0.0, posinf=0.0)).amax(0)

@@ -1,0 +1,69 @@
+"""What a window of queries attends to, for the policies that are built on it.
+
+Choosing within a head, for policies whose score depends on what else is chosen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..ops.naive import attention_over
+
+if TYPE_CHECKING:
+    from ..layer_view import LayerView
+
+
+
+def check_window(policy: str, window: int, kernel: int) -> None:
+    """Raises ValueError unless `window` is at least 1 and the pooling's `kernel` odd."""
+    if window < 1:
+        raise ValueError(f"{policy}'s window must be at least 1, got {window}")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{policy}'s kernel must be odd, got {kernel}")
+
+
+def window_attention(view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> torch.Tensor:
+    """Causal softmax of each query over all entries of its key/value head.
+
+    Args:
+        queries: `(batch, num_heads, w, head_dim)`, post-RoPE.
+        query_positions: int64 `(batch, w)`, -1 for no query.
+
+    Returns:
+        fp32 `(batch, num_kv_heads, num_kv_groups, w, n)`; zeros for a query that is missing or sees nothing.
+    """
+    return attention_over(view.keys, view.positions, queries, query_positions, view.scaling)
+
+
+def own_entries(view: LayerView, window: int) -> torch.Tensor:
+    """bool `(batch, num_kv_heads, n)`: the entries of the last `window` tokens."""
+    return view.positions >= (view.time - window).view(-1, 1, 1)
+
+
+def best_of_each_head(score: torch.Tensor, valid: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Marks the `count` highest scores of each head; among equal ones the newer stays.
+
+    Args:
+        score: fp32 `(batch, num_kv_heads, n)`.
+        valid: bool of that shape: there is an entry.
+        count: int64 `(batch, num_kv_heads)`; a head with fewer entries keeps them all.
+
+    Returns:
+        bool `(batch, num_kv_heads, n)`.
+    """
+    rank = ranks(score, valid)
+    return (rank < count.unsqueeze(2)) & valid
+
+
+def ranks(score: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Each entry's place in its head, int64 `(batch, num_kv_heads, n)`: 0 for the highest score, the newer of equals.
+
+    Args:
+        score, valid: as in `best_of_each_head`.
+    """
+    # Stable, from the end: of equal scores the entry further behind comes first.
+    order = score.masked_fill(~valid, -torch.inf).flip(2).sort(dim=2, descending=True, stable=True).indices
+    places = torch.arange(score.shape[2], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(2, order, places).flip(2)

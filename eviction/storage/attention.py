@@ -1,0 +1,117 @@
+"""Attention of new queries over ragged segments, with fused attention on views of the storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..forward_state import Step
+from .paged import PagedStore
+from .segments import SegmentStore
+
+# Attention arguments that change the result and that the ragged attention does not compute.
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "output_attentions")
+
+
+def refuse_unsupported(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError if an attention call asks for what attention over segments cannot honour."""
+    given = [name for name in UNSUPPORTED if kwargs.get(name) is not None and kwargs[name] is not False]
+    if given:
+        raise ValueError(f"attention over an evicted cache does not support {', '.join(given)}")
+    if kwargs.get("dropout"):
+        raise ValueError(
+            f"attention over an evicted cache has no dropout (asked for {kwargs['dropout']}); call model.eval()"
+        )
+
+
+def ragged_attention(store: SegmentStore, query: torch.Tensor, scaling: float | None, step: Step) -> torch.Tensor:
+    """Attention of the newest tokens, already appended to `store`, over everything stored.
+
+    Args:
+        store: the layer's segments; the last `step.counts[row]` entries of each are the queries' own.
+        query: `(batch, num_heads, q_len, head_dim)`, post-RoPE.
+        scaling: factor of the logits; None for `head_dim ** -0.5`.
+        step: the running forward.
+
+    Returns:
+        `(batch, q_len, num_heads, value_dim)`; zeros for padding.
+    """
+    if isinstance(store, PagedStore):
+        return store.attend(query, scaling, step)
+    if step.valid is not None:
+        return _padded(store, query, scaling, step)
+    if query.shape[2] == 1:
+        return _one_query(store, query, scaling)
+    return _many_queries(store, query, scaling, step)
+
+
+def _one_query(store: SegmentStore, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """The heads of a group become the queries of one unmasked call, so a segment is read once for all of them."""
+    batch, num_heads, _, head_dim = query.shape
+    heads = store.num_kv_heads
+    group = num_heads // heads
+    if store.uniform:
+        packed = query.reshape(batch, heads, group, head_dim)
+        out = scaled_dot_product_attention(packed, store.dense(store.key), store.dense(store.value), scale=scaling)
+        return out.reshape(batch, 1, num_heads, -1)
+    packed = query.reshape(batch * heads, 1, 1, group, head_dim).unbind(0)
+    parts = [
+        scaled_dot_product_attention(q, k, v, scale=scaling)
+        for q, (k, v) in zip(packed, store.pairs(), strict=True)
+    ]
+    return torch.cat(parts, dim=2).view(batch, 1, num_heads, -1)
+
+
+def _many_queries(store: SegmentStore, query: torch.Tensor, scaling: float | None, step: Step) -> torch.Tensor:
+    batch, num_heads, q_len, _ = query.shape
+    heads = store.num_kv_heads
+    group = num_heads // heads
+    if store.uniform:
+        key, value = store.dense(store.key), store.dense(store.value)
+        mask = step.causal_mask(q_len, key.shape[2], query.dtype)
+        parts = [
+            _group(query[:, h * group : (h + 1) * group], key[:, h : h + 1], value[:, h : h + 1], mask, scaling)
+            for h in range(heads)
+        ]
+        return torch.cat(parts, dim=1).transpose(1, 2)
+    rows = []
+    segments = store.pairs()
+    for row in range(batch):
+        parts = []
+        for head in range(heads):
+            key, value = next(segments)
+            mask = step.causal_mask(q_len, key.shape[2], query.dtype)
+            parts.append(_group(query[row : row + 1, head * group : (head + 1) * group], key, value, mask, scaling))
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows).transpose(1, 2)
+
+
+def _padded(store: SegmentStore, query: torch.Tensor, scaling: float | None, step: Step) -> torch.Tensor:
+    """Some new tokens are padding: they are no entries, and a row's real ones are picked out."""
+    batch, num_heads, q_len, _ = query.shape
+    heads = store.num_kv_heads
+    group = num_heads // heads
+    out = query.new_zeros(batch, q_len, num_heads, store.value.shape[1])
+    segments = store.pairs()
+    for row in range(batch):
+        count, columns = step.counts[row], step.real_columns(row)
+        for head in range(heads):
+            key, value = next(segments)
+            if count == 0:
+                continue
+            mask = step.causal_mask(count, key.shape[2], query.dtype)
+            own = slice(head * group, (head + 1) * group)
+            part = _group(query[row : row + 1, own, columns], key, value, mask, scaling)
+            out[row, columns, own] = part[0].transpose(0, 1)
+    return out
+
+
+def _group(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """The query heads `(batch, group, q, dim)` that share one key/value head `(batch, 1, n, dim)`."""
+    group = query.shape[1]
+    key, value = key.expand(-1, group, -1, -1), value.expand(-1, group, -1, -1)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
