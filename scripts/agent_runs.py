@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from ..eviction import Session
     from ..serving import Ended, System, TensorPayload, WorkflowSpec
-    from ..serving.orders import Costs
-    from ..serving.prompt_kv import Compression
+    from ..serving.kvcache.eviction_policy import Costs
+    from ..serving.prompt_cache import Compression
 
 AGENTS = 10
 RING = [(f"agent{i}", f"agent{(i + 1) % AGENTS}", 1.0) for i in range(AGENTS)]
@@ -169,8 +169,8 @@ def one_run(
     """
     from ..serving import MemoryPool, Request, Room, ThreadedCopies, Tier, build_system
     from ..serving.engine import Engine
-    from ..serving.prompt_kv import PromptKV
-    from ..serving.simulation.results import Before
+    from ..serving.prompt_cache import PromptKV
+    from ..serving.simulation.simulator import Before
 
     down, up = (Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.DEVICE)
     place = session.model.device

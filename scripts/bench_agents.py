@@ -16,7 +16,7 @@ from .agent_runs import AGENTS, WORKFLOWS, Run, Setting, Workload, make_workload
 if TYPE_CHECKING:
     from ..eviction import Session
     from ..serving import TensorPayload
-    from ..serving.prompt_kv import Compression
+    from ..serving.prompt_cache import Compression
 
 BASELINE = "lru_reactive"
 SYSTEMS = ("lru", "lru_reactive", "lru_prefetch", "ste", "ste_prefetch", "expected_time", "belady")
@@ -126,7 +126,7 @@ def tokens(tokenizer: Any) -> list[int]:
 def compare(session: Session, turns: Sequence[Workload], pool: float, config: Config) -> list[dict[str, Any]]:
     """Rows of all systems on the draws of one workload, each with and without compression; they run in turn."""
     from ..serving import LinearCosts
-    from ..serving.prompt_kv import Compression, PromptKV
+    from ..serving.prompt_cache import Compression, PromptKV
 
     workload = turns[0]
     byte_rate = PromptKV(session).bytes_per_token()
@@ -176,7 +176,7 @@ def prefill_speed(session: Session, workload: Workload, count: int) -> float:
 
 def prepared(session: Session, workload: Workload, how: Compression | None) -> dict[str, TensorPayload]:
     """Every agent's fixed prompt, computed once for all runs."""
-    from ..serving.prompt_kv import PromptKV
+    from ..serving.prompt_cache import PromptKV
 
     kv = PromptKV(session)
     return {agent: kv.computed(prompt, how) for agent, prompt in workload.fixed.items()}
@@ -197,7 +197,7 @@ def row(
     `agents_fit` is how many fixed prompts, as they are stored, the device pool has room for.
     """
     from ..serving import MemoryPool
-    from ..serving.simulation.results import quantile
+    from ..serving.simulation.simulator import quantile
 
     charge = MemoryPool(setting.device_bytes).charge
     stored = statistics.mean(charge(payload) for payload in warm.values())
@@ -254,7 +254,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
 
 def write(rows: Sequence[dict[str, Any]], path: str) -> None:
     """The fields of a `Row` of `tenure simulate`, no more."""
-    from ..serving.simulation.results import Row
+    from ..serving.simulation.simulator import Row
 
     rows = [{field.name: each[field.name] for field in fields(Row)} for each in rows]
     target = Path(path)

@@ -69,7 +69,7 @@ def build(config: Config, size: int, running: int, draws: random.Random) -> Step
 
 def graph_rows(name: str, config: Config, size: int, running: int) -> list[Row]:
     """The full solve against the bare definition, and each kind of update against the full solve."""
-    from ..serving.joins import solve_naively
+    from ..serving.workflow.steps_solver import solve_naively
 
     draws = random.Random(0)
     graph = build(config, size, running, draws)

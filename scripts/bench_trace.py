@@ -14,8 +14,8 @@ from .agent_runs import AGENTS, WORKFLOWS, Setting, Workload, make_workload, one
 if TYPE_CHECKING:
     from ..eviction import Session
     from ..serving import System, TensorPayload
-    from ..serving.simulation.results import Outcome
-    from ..serving.simulation.traces import Trace
+    from ..serving.simulation.simulator import Outcome
+    from ..serving.simulation.trace import Trace
 
 SYSTEMS = ("lru", "lru_reactive", "lru_prefetch", "ste", "ste_prefetch", "expected_time")
 PROMISED = 0.15  # of the measured makespan, by which the predicted one may be off
@@ -146,9 +146,9 @@ def validate(
         tokens_per_s: of a prefill, as the systems are told.
         folder: for the traces.
     """
-    from ..serving.prompt_kv import PromptKV
-    from ..serving.simulation.simulate import machine_of, replay
-    from ..serving.simulation.traces import read_trace
+    from ..serving.prompt_cache import PromptKV
+    from ..serving.simulation.simulator import machine_of, replay
+    from ..serving.simulation.trace import read_trace
 
     rate, bandwidth = PromptKV(session).bytes_per_token(), config.bandwidth * 1e6
     all_fixed, one = AGENTS * config.fixed * rate, (config.fixed + config.suffix + config.answer) * rate
@@ -178,8 +178,8 @@ def costs_of(tokens_per_s: float, bandwidth: float) -> Any:
 def record(session: Session, workload: Workload, setting: Setting, warm: dict[str, TensorPayload], path: Path) -> None:
     """One real run of `one_run`, whose trace is written to `path`."""
     from ..serving import LinearCosts
-    from ..serving.prompt_kv import PromptKV
-    from ..serving.simulation.recording import RecordedScheduler, TraceRecorder
+    from ..serving.prompt_cache import PromptKV
+    from ..serving.simulation.trace import RecordedScheduler, TraceRecorder
 
     assert isinstance(setting.costs, LinearCosts), "made by costs_of"
     about = {

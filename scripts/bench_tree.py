@@ -18,7 +18,7 @@ from .benching import Row, alternate, median_ratio, show, write_json
 
 if TYPE_CHECKING:
     from ..serving import Lease, Order, TieredTree
-    from ..serving.node import Node
+    from ..serving.kvcache.radix_tree import Node
 
 
 @dataclass

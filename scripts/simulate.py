@@ -15,7 +15,7 @@ import tyro
 from .simulate_output import Comparison, show_comparison, show_study, study_rows, write_rows
 
 if TYPE_CHECKING:
-    from ..serving.simulation.setups import Setup
+    from ..serving.simulation.config import Setup
 
 
 @dataclass
@@ -65,13 +65,13 @@ class Config:
 
     @property
     def processes(self) -> int:
-        from ..serving.simulation.many import cores
+        from ..serving.simulation.study import cores
 
         return self.jobs or cores()
 
 
 def main(config: Config) -> int:
-    from ..serving.simulation.setups import load_setup
+    from ..serving.simulation.config import load_setup
 
     if config.trace:
         return _trace(config)
@@ -105,8 +105,8 @@ def _chosen(setup: Setup, config: Config) -> Setup:
 
 def compare(setup: Setup, jobs: int) -> list[Comparison]:
     """Runs every policy of every cell with every seed."""
-    from ..serving.simulation.many import run_all
-    from ..serving.simulation.simulate import simulate
+    from ..serving.simulation.simulator import simulate
+    from ..serving.simulation.study import run_all
 
     seeds = range(setup.seed, setup.seed + setup.repeats)
     tasks = [
@@ -155,10 +155,10 @@ def _study(setup: Setup, config: Config) -> int:
 
 def _trace(config: Config) -> int:
     """Replays a trace under every policy, beside the makespan that was recorded."""
-    from ..serving.simulation.many import run_all
-    from ..serving.simulation.setups import Cell, Setup, load_setup
-    from ..serving.simulation.simulate import machine_of, replay
-    from ..serving.simulation.traces import read_trace
+    from ..serving.simulation.config import Cell, Setup, load_setup
+    from ..serving.simulation.simulator import machine_of, replay
+    from ..serving.simulation.study import run_all
+    from ..serving.simulation.trace import read_trace
     from ..serving.simulation.workload import Workload
 
     path = config.trace or ""
@@ -180,10 +180,10 @@ def _trace(config: Config) -> int:
 
 def _extras(setup: Setup, comparisons: Sequence[Comparison], config: Config) -> None:
     """Pictures and a recorded trace of the first cell."""
+    from ..serving.simulation.driver import Timeline
     from ..serving.simulation.plots import draw_speedups, draw_timelines
-    from ..serving.simulation.recording import TraceRecorder
-    from ..serving.simulation.simulate import simulate
-    from ..serving.simulation.timeline import Timeline
+    from ..serving.simulation.simulator import simulate
+    from ..serving.simulation.trace import TraceRecorder
 
     cell = setup.cells[0]
     if config.timeline:

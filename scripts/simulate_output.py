@@ -15,8 +15,8 @@ from .benching import make_console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..serving.simulation.results import Outcome, Row
-    from ..serving.simulation.setups import Cell, Setup
+    from ..serving.simulation.config import Cell, Setup
+    from ..serving.simulation.simulator import Outcome, Row
     from ..serving.simulation.study import Point
 
 SUMMED = ("bytes_moved", "stall_s")
@@ -51,7 +51,7 @@ class Comparison:
 
     def rows(self) -> list[Row]:
         """One for each policy and baseline."""
-        from ..serving.simulation.results import row_of
+        from ..serving.simulation.simulator import row_of
 
         rows = []
         for baseline in self.setup.baselines:
@@ -188,7 +188,7 @@ def show_study(setup: Setup, points: Sequence[Point], baseline: str) -> None:
 
 
 def study_rows(name: str, points: Sequence[Point], baseline: str) -> list[Row]:
-    from ..serving.simulation.results import row_of
+    from ..serving.simulation.simulator import row_of
 
     return [
         row_of(f"{name}/{point.question}/{point.value}/vs_{baseline}", point.policy, point.outcomes, point.ratio)

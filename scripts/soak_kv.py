@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..serving import TensorPayload, Tier, VirtualCopies
-from ..serving.copies import CopyJob
-from ..serving.disk import FilePayload
-from ..serving.node import Node
+from ..serving.kvcache.disk_pool import FilePayload
+from ..serving.kvcache.radix_tree import Node
+from ..serving.kvcache.transfer_queue import CopyJob
 
 if TYPE_CHECKING:
     import torch

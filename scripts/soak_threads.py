@@ -30,8 +30,8 @@ from ..serving import (
     WorkflowSpec,
     build_system,
 )
-from ..serving.payload import Payload
-from ..serving.pools import Builder, Pool
+from ..serving.kvcache.base import Payload
+from ..serving.kvcache.memory_pool import Builder, Pool
 from .soak_kv import TOKEN_BYTES, assert_holds, kv_of
 from .soak_world import HINTS
 

@@ -32,9 +32,9 @@ from ..serving import (
     WorkflowSpec,
     build_system,
 )
-from ..serving.node import Node
-from ..serving.pools import Pool
-from ..serving.threads import WorkerDiedError
+from ..serving.kvcache.memory_pool import Pool
+from ..serving.kvcache.radix_tree import Node
+from ..serving.kvcache.transfer_threads import WorkerDiedError
 from .soak_kv import TOKEN_BYTES, FaultyCopies, assert_holds, damage, kv_of
 
 PAGE = 2

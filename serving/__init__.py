@@ -3,62 +3,63 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.serving', not {__name__!r}: a second name would give duplicate classes")
 
-from .adapters import (
+from .engine import Engine
+from .hints import Hint, HintReader, hint_formats, request_fields
+from .kvcache.base import Payload, Phantom, Status, TensorPayload, Tier, Urgency
+from .kvcache.belady import Belady
+from .kvcache.disk_pool import DiskPool
+from .kvcache.eviction_policy import (
+    LFU,
+    LRU,
+    ExpectedTime,
+    LinearCosts,
+    Order,
+    Room,
+    StepsToExecution,
+    SuffixReuse,
+    TierPolicy,
+    WriteBack,
+    get_tier_policy,
+    tier_policy_names,
+)
+from .kvcache.memory_pool import MemoryPool, PhantomPool
+from .kvcache.radix_tree import Match
+from .kvcache.tiered_cache import Estimates, Lease, LoadState, TieredTree
+from .kvcache.transfer_threads import ThreadedCopies
+from .metrics import SchedulerStatistics, TierStatistics
+from .prediction import Measure, Outlook
+from .prefetch import Prefetcher, PrefetchLimits, PrefetchStatistics
+from .prompt_cache import Compression, PromptKV
+from .request import Ended, Keep, Request, RequestOutcome, Times
+from .scheduler.config import Limits
+from .scheduler.request_state import Decode, Prefill, Work
+from .scheduler.scheduler import Scheduler
+from .simulation.clock import LinkSpeed, VirtualClock, VirtualCopies
+from .system import System, build_system, system_names
+from .workflow.graph import StepGraph
+from .workflow.loaders import (
     workflow_from_dict,
     workflow_from_json,
     workflow_from_langgraph,
     workflow_from_networkx,
     workflow_from_yaml,
 )
-from .belady import Belady
-from .copies import Urgency
-from .disk import DiskPool
-from .draw import draw_svg
-from .estimates import Estimates
-from .eviction import Room, TierPolicy, WriteBack, get_tier_policy, tier_policy_names
-from .hints import Hint, HintReader, hint_formats, request_fields
-from .keep import Keep
-from .lease import Lease, LoadState
-from .markov import LearnedTransitions
-from .matching import Match
-from .node import Status, Tier
-from .orders import LFU, LRU, ExpectedTime, LinearCosts, Order, StepsToExecution
-from .outlook import Measure, Outlook
-from .payload import Payload, Phantom, TensorPayload
-from .pools import MemoryPool, PhantomPool
-from .prefetch import Prefetcher
-from .prefetch_limits import PrefetchLimits, PrefetchStatistics
-from .scheduling import (
-    Decode,
-    Ended,
-    Limits,
-    Prefill,
-    Request,
-    RequestOutcome,
-    Scheduler,
-    SchedulerStatistics,
-    Times,
-    Work,
-)
-from .spec import AgentSpec, EdgeSpec, WorkflowSpec
-from .statistics import TierStatistics
-from .steps import StepGraph
-from .suffixes import SuffixReuse
-from .systems import System, build_system, system_names
-from .threads import ThreadedCopies
-from .tiers import TieredTree
-from .virtual import LinkSpeed, VirtualClock, VirtualCopies
-from .workflow import Workflow
+from .workflow.markov import LearnedTransitions
+from .workflow.plot import draw_svg
+from .workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
+from .workflow.workflow import Workflow
 
 __all__ = [
     "LFU",
     "LRU",
     "AgentSpec",
     "Belady",
+    "Compression",
     "Decode",
     "DiskPool",
     "EdgeSpec",
     "Ended",
+    "Engine",
     "Estimates",
     "ExpectedTime",
     "Hint",
@@ -82,6 +83,7 @@ __all__ = [
     "PrefetchStatistics",
     "Prefetcher",
     "Prefill",
+    "PromptKV",
     "Request",
     "RequestOutcome",
     "Room",

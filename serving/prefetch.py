@@ -1,22 +1,248 @@
-"""Brings fixed prompts to the device ahead of their agents' calls: within budgets, in time, or not at all."""
+"""Budgets of a prefetcher, and what it has done with them.
+
+Which agents' prompts are wanted on the device, and in which order they are brought there.
+
+The prompts that a prefetcher has on their way to the device, and what waits for a client's flights to end.
+
+Brings fixed prompts to the device ahead of their agents' calls: within budgets, in time, or not at all.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
+from itertools import count
 from typing import Any
 
-from .copies import CopyJob, Outcome, Urgency
-from .estimates import Estimates
-from .flights import Flight, Flights
-from .lease import Lease, LoadState
-from .node import Node, Tier
-from .outlook import Outlook
-from .pages import TOKEN_BYTES, Pages, encode
-from .prefetch_limits import PrefetchLimits, PrefetchStatistics
-from .tiers import TieredTree
-from .wishes import Wish, Wishes
+from .kvcache.base import Tier, Urgency
+from .kvcache.radix_tree import TOKEN_BYTES, Node, Pages, encode
+from .kvcache.tiered_cache import Estimates, Lease, LoadState, TieredTree
+from .kvcache.transfer_queue import CopyJob, Outcome
+from .prediction import Outlook
+
+
+@dataclass(frozen=True)
+class PrefetchLimits:
+    """Budgets of a `Prefetcher`.
+
+    Attributes:
+        look_ahead_steps: agents that may be called within so many steps are wanted (KVFlow's code: 2). What is brought
+            earlier displaces what is called hardly later, and has to be brought back.
+        look_ahead_s, least_reuse: where calls are expected by time, only those within so many seconds, and with so much
+            expected discounted reuse, 0 to 1: by default that of a call which is certain to come in three mean steps.
+        copies: prompts that are on their way at once.
+        share: of the device's bytes, that those may take.
+        seconds: of a link's time, that those may take.
+    """
+
+    look_ahead_steps: float = 2.0
+    look_ahead_s: float = 30.0
+    least_reuse: float = math.exp(-7.5)
+    copies: int = 4
+    share: float = 0.5
+    seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("look_ahead_steps", "look_ahead_s", "least_reuse", "copies", "share", "seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"got {name}={getattr(self, name)}; accepted: a finite number above 0")
+        if self.least_reuse > 1:
+            raise ValueError(f"got least_reuse={self.least_reuse}; accepted: above 0 and up to 1")
+
+
+@dataclass
+class PrefetchStatistics:
+    """Counts since the prefetcher was made.
+
+    Attributes:
+        begun: prompts whose copies were begun; each then has `arrived`, is `cancelled` because the plan changed,
+            `displaced` by a demand for the room, or `failed`.
+        used: those that arrived and were there when their agent was called.
+        too_late: not begun, as computing would have been sooner. no_room: nothing that ranks below could go.
+            over_budget: not begun, as it alone is more than the budget.
+        bytes: of the prompts that were begun.
+    """
+
+    begun: int = 0
+    arrived: int = 0
+    cancelled: int = 0
+    displaced: int = 0
+    failed: int = 0
+    used: int = 0
+    too_late: int = 0
+    no_room: int = 0
+    over_budget: int = 0
+    bytes: int = 0
+
+    @property
+    def unused_bytes(self) -> float:
+        """Of prompts that arrived and were not there when their agents were called, at the mean size of a prompt."""
+        return self.bytes * max(0, self.arrived - self.used) / self.begun if self.begun else 0.0
+
+
+AGEING = 0.1  # seconds that a second in sight is worth in the order of the wishes
+
+
+@dataclass(eq=False)
+class Wish:
+    """An agent whose prompt should be on the device.
+
+    Attributes:
+        since: when it came into sight. due: when it is expected to be called.
+        key: of its place among the wishes, smaller first: when it is due, and the sooner the longer it has been in
+            sight, so that nothing starves. (Were it kept from when it came into sight, a branch that was not taken
+            would go before the one that was.)
+        stamp: of its valid entry in the heap, 0 = in none.
+    """
+
+    agent: str
+    since: float
+    due: float
+    key: float
+    stamp: int = 0
+    failures: int = 0
+
+
+class Wishes:
+    """Wishes by key, and the agents that come into sight with time alone."""
+
+    def __init__(self) -> None:
+        self._wishes: dict[str, Wish] = {}
+        self._heap: list[tuple[float, int, Wish]] = []
+        self._looks: dict[str, float] = {}
+        self._later: list[tuple[float, str]] = []
+        self._numbers = count(1)
+
+    def want(self, agent: str, now: float, due: float) -> Wish:
+        """`agent` is in sight and expected to be called at `due`."""
+        self._looks.pop(agent, None)
+        wish = self._wishes.get(agent)
+        if wish is None:
+            wish = self._wishes[agent] = Wish(agent, now, due, due)
+        wish.due, wish.key, wish.failures = due, due - AGEING * (now - wish.since), 0
+        return wish
+
+    def enter(self, wish: Wish) -> None:
+        """It is to be granted, in its turn."""
+        wish.stamp = next(self._numbers)
+        heapq.heappush(self._heap, (wish.key, wish.stamp, wish))
+        if len(self._heap) > 4 * len(self._wishes) + 64:  # most are stale
+            self._heap = [(w.key, w.stamp, w) for w in self._wishes.values() if w.stamp]
+            heapq.heapify(self._heap)
+
+    def first(self) -> Wish | None:
+        """The one whose turn it is; it stays."""
+        while self._heap and self._heap[0][2].stamp != self._heap[0][1]:
+            heapq.heappop(self._heap)
+        return self._heap[0][2] if self._heap else None
+
+    def holds(self, wish: Wish) -> bool:
+        """Whether it is still wished."""
+        return self._wishes.get(wish.agent) is wish
+
+    def drop(self, agent: str) -> None:
+        """Nothing is to be done for `agent` until there is news of it."""
+        wish = self._wishes.pop(agent, None)
+        if wish is not None:
+            wish.stamp = 0
+
+    def look_at(self, agent: str, time: float) -> None:
+        """`agent` is out of sight until then, if nothing changes."""
+        if self._looks.get(agent) != time:
+            self._looks[agent] = time
+            heapq.heappush(self._later, (time, agent))
+            if len(self._later) > 4 * len(self._looks) + 64:  # most are stale
+                self._later = [(time, agent) for agent, time in self._looks.items()]
+                heapq.heapify(self._later)
+
+    def forget(self, agent: str) -> None:
+        """`agent` is out of sight."""
+        self.drop(agent)
+        self._looks.pop(agent, None)
+
+    def due(self, now: float) -> Iterator[str]:
+        """The agents to be looked at now, out of the list of these."""
+        while self._later and self._later[0][0] <= now:
+            time, agent = heapq.heappop(self._later)
+            if self._looks.get(agent) == time:
+                del self._looks[agent]
+                yield agent
+
+    def next_time(self) -> float | None:
+        """When an agent is to be looked at next."""
+        while self._later and self._looks.get(self._later[0][1]) != self._later[0][0]:
+            heapq.heappop(self._later)
+        return self._later[0][0] if self._later else None
+
+    def clear(self) -> None:
+        for each in (self._wishes, self._heap, self._looks, self._later):
+            each.clear()
+
+
+@dataclass(eq=False)
+class Flight:
+    """A prompt on its way; the lease keeps it until it has arrived."""
+
+    wish: Wish
+    lease: Lease
+    nbytes: int
+    seconds: float
+    client: str
+
+
+class Flights:
+    """By agent, by lease, and by client.
+
+    Attributes:
+        nbytes, seconds: of all of them together.
+    """
+
+    def __init__(self) -> None:
+        self.nbytes, self.seconds = 0, 0.0
+        self._by_agent: dict[str, Flight] = {}
+        self._by_lease: dict[int, Flight] = {}
+        self._parked: dict[str, dict[Wish, None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_agent)
+
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(list(self._by_agent.values()))
+
+    def __contains__(self, agent: str) -> bool:
+        return agent in self._by_agent
+
+    def __getitem__(self, agent: str) -> Flight:
+        return self._by_agent[agent]
+
+    def of_lease(self, number: int) -> Flight | None:
+        return self._by_lease.get(number)
+
+    def leases(self) -> set[int]:
+        """The numbers of their leases."""
+        return set(self._by_lease)
+
+    def of_client(self, client: str) -> int:
+        """Bytes on their way for `client`."""
+        return sum(flight.nbytes for flight in self._by_agent.values() if flight.client == client)
+
+    def add(self, flight: Flight) -> None:
+        self._by_agent[flight.wish.agent] = self._by_lease[flight.lease.number] = flight
+        self.nbytes, self.seconds = self.nbytes + flight.nbytes, self.seconds + flight.seconds
+
+    def park(self, wish: Wish, client: str) -> None:
+        """It is beyond the share of `client`, which has flights: it waits for one of them to end."""
+        self._parked.setdefault(client, {})[wish] = None
+
+    def remove(self, flight: Flight) -> list[Wish]:
+        """It is over; returns the wishes that waited for it."""
+        del self._by_agent[flight.wish.agent], self._by_lease[flight.lease.number]
+        self.nbytes, self.seconds = self.nbytes - flight.nbytes, self.seconds - flight.seconds
+        return list(self._parked.pop(flight.client, {}))
+
 
 MAX_REGISTERED = 10_000  # agents that are remembered until a request of theirs comes
 FAILURES = 2  # of one wish, after which it waits for news of its agent

@@ -3,8 +3,7 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.serving.hints', not {__name__!r}: a second name would give duplicate classes")
 
-from .board import HintBoard
-from .hint import Action, ActionKind, Hint, SessionAction
-from .reader import HintReader, hint_formats, request_fields
+from .formats import HintReader, hint_formats, request_fields
+from .hint import Action, ActionKind, Hint, HintBoard, SessionAction
 
 __all__ = ["Action", "ActionKind", "Hint", "HintBoard", "HintReader", "SessionAction", "hint_formats", "request_fields"]

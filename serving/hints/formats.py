@@ -1,19 +1,136 @@
-"""The wire formats that clients send already, each read into a `Hint`.
+"""Reads a client's document with suspicion: known fields, their types, bounded sizes.
+
+The wire formats that clients send already, each read into a `Hint`.
 
 Every function takes the document, what the server knows of the sender, and a set for the names of unknown fields, and
 raises one ValueError for a field that is not of its type. Priorities come out as 0 to 1, durations in bounded seconds.
+
+One door for the hints of all formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..keep import Keep
-from .board import normalised
-from .fields import Fields
-from .hint import DEFAULT_TTL_S, MAX_TTL_S, NEUTRAL, Action, ActionKind, Hint, SessionAction, session_agent
+from ..request import Keep
+from ..workflow.spec import MAX_NAME
+from .hint import DEFAULT_TTL_S, MAX_TTL_S, NEUTRAL, Action, ActionKind, Hint, SessionAction, normalised, session_agent
+
+MAX_ITEMS = 1024  # of a list or a mapping
+
+
+class Fields:
+    """A mapping of which known fields are taken one by one; the others are unknown.
+
+    Args:
+        document: as it came.
+        what: for messages, e.g. `agent_hints`.
+        unknown: gets the names of fields that nobody asks for, once `rest` is called.
+    """
+
+    def __init__(self, document: Any, what: str, unknown: set[str]) -> None:
+        if not isinstance(document, Mapping):
+            raise ValueError(f"got {_type(document)} as {what}; accepted: an object with fields")
+        if len(document) > MAX_ITEMS:
+            raise ValueError(f"got {len(document)} fields in {what}; accepted: up to {MAX_ITEMS}")
+        self._document, self.what, self.unknown = document, what, unknown
+        self._asked: set[str] = set()
+
+    def _take(self, name: str) -> Any:
+        self._asked.add(name)
+        return self._document.get(name)
+
+    def text(self, name: str) -> str | None:
+        value = self._take(name)
+        return None if value is None else self.checked(name, value)
+
+    def checked(self, name: str, value: Any) -> str:
+        """`value` as what `text` accepts in the field of that name."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # ids are often numbers
+        if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
+            raise self._wrong(name, value, f"a string of 1 to {MAX_NAME} characters")
+        return value
+
+    def number(self, name: str, low: float = 0.0, high: float = math.inf) -> float | None:
+        value = self._take(name)
+        if value is None:
+            return None
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
+            raise self._wrong(name, value, "a finite number")
+        if not low <= value <= high:
+            raise self._wrong(name, value, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    def whole(self, name: str, low: int = 0, high: int = 2**31 - 1) -> int | None:
+        value = self._take(name)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise self._wrong(name, value, f"a whole number from {low} to {high}")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self._take(name)
+        if value is not None and not isinstance(value, bool):
+            raise self._wrong(name, value, "true or false")
+        return bool(value)
+
+    def choice(self, name: str, accepted: Sequence[str]) -> str | None:
+        value = self._take(name)
+        if value is not None and value not in accepted:
+            raise self._wrong(name, value, ", ".join(accepted))
+        return value
+
+    def seconds(self, name: str, unit: float = 1.0) -> float | None:
+        """A duration, given in `unit` seconds."""
+        value = self.number(name)
+        return None if value is None else value * unit
+
+    def inner(self, name: str) -> Fields | None:
+        value = self._take(name)
+        return None if value is None else Fields(value, f"{self.what}.{name}", self.unknown)
+
+    def list(self, name: str) -> Sequence[Any]:
+        value = self._take(name)
+        if value is None:
+            return ()
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) > MAX_ITEMS:
+            raise self._wrong(name, value, f"a list of up to {MAX_ITEMS} items")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        return [self.checked(name, item) for item in self.list(name)]
+
+    def inners(self, name: str) -> list[Fields]:
+        return [Fields(item, f"{self.what}.{name}", self.unknown) for item in self.list(name)]
+
+    def items(self, name: str) -> Mapping[Any, Any]:
+        value = self._take(name)
+        if value is None:
+            return {}
+        return Fields(value, f"{self.what}.{name}", self.unknown)._document
+
+    def ignore(self, *names: str) -> None:
+        """These are known, and of no use here."""
+        self._asked.update(names)
+
+    def rest(self) -> None:
+        """All known fields have been asked for."""
+        self.unknown.update(f"{self.what}.{str(name)[:60]}" for name in self._document if name not in self._asked)
+
+    def _wrong(self, name: str, value: Any, accepted: str) -> ValueError:
+        shown = repr(value)[:60] if isinstance(value, (str, int, float, bool)) else _type(value)
+        return ValueError(f"got {shown} as {self.what}.{name}; accepted: {accepted}")
+
+
+def _type(value: Any) -> str:
+    return type(value).__name__
+
 
 KEPT = 0.9  # the priority that a bare "keep" stands for
 PERCENT = (0.0, 35.0, 100.0)  # retention priorities of TensorRT-LLM, whose default is 35
@@ -262,3 +379,59 @@ FORMATS: dict[str, Callable[[Any, Sender, set[str]], Hint]] = {
     "tensorrt": tensorrt,
     "vllm": vllm,
 }
+MAX_WARNED = 1000  # names of unknown fields that are remembered; beyond, nothing is warned about
+
+
+def hint_formats() -> tuple[str, ...]:
+    """The formats that `HintReader.read` knows."""
+    return tuple(sorted(FORMATS))
+
+
+class HintReader:
+    """Reads documents into hints and warns once about each unknown field; a server has one reader."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def read(
+        self, source: str, document: Any, client: str = "", agent: str | None = None, session: str | None = None
+    ) -> Hint:
+        """A client's document as a hint.
+
+        Args:
+            source: its format, of `hint_formats()`.
+            document: the parsed JSON.
+            client, agent, session: of the request it came with, as the server knows them; what the document says
+                about agent and session goes before.
+
+        Raises:
+            ValueError: no such format, or a known field of a wrong type or size.
+        """
+        if source not in FORMATS:
+            raise ValueError(f"unknown hint format {source!r:.60}; known: {', '.join(hint_formats())}")
+        unknown: set[str] = set()
+        hint = FORMATS[source](document, Sender(client, agent, session), unknown)
+        fresh = sorted(unknown - self._warned)[: MAX_WARNED - len(self._warned)]
+        if fresh:
+            self._warned.update(fresh)
+            shown = ", ".join(fresh[:10])
+            warnings.warn(f"unknown fields of hints are left out: {shown}", stacklevel=2)
+        return hint
+
+
+def request_fields(hint: Hint) -> dict[str, Any]:
+    """The fields of a `Request` that the hint which came with it decides; those it says nothing of are not in it."""
+    agent = hint.agent
+    if agent is None and hint.session is not None and (hint.actions or hint.fixed_tokens):
+        agent = session_agent(hint.session)
+    found = {
+        "workflow": hint.workflow,
+        "agent": agent,
+        "session": hint.session,
+        "client": hint.client or None,
+        "priority": hint.priority,
+        "keep": hint.keep,
+        "expected_tokens": hint.expected_tokens,
+        "fixed_tokens": hint.fixed_tokens,
+    }
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,7 +1,13 @@
-"""The loop that stands where an engine stands: it asks the scheduler for work and lets time pass instead of computing.
+"""What was where when: the place of every agent's fixed prompt over time, its calls, and what they waited for.
+
+What a simulated server runs on, and the real tree, tiers and scheduler built over it without any data.
+
+The loop that stands where an engine stands: it asks the scheduler for work and lets time pass instead of computing.
 
 Everything that decides is the real thing: tree, tiers, orders, prefetcher, scheduler and step graph. Here are only the
 clock, the seconds of a batch, and the arrivals.
+
+Who asks in a simulation: clients that were generated, the calls of a trace, or a warm-up before either.
 """
 
 from __future__ import annotations
@@ -9,23 +15,195 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
-from ..payload import Phantom
-from ..scheduling.request import Ended, Request, RequestOutcome
-from ..scheduling.work import Decode
-from ..spec import WorkflowSpec
-from ..systems import System
-from ..virtual import VirtualClock
-from .costs import Batch
-from .machine import CountedCopies, Machine
-from .recording import RecordedScheduler, TraceRecorder, batch_of
+import numpy as np
+
+from ..kvcache.base import Phantom, Status, Tier
+from ..kvcache.eviction_policy import Costs
+from ..kvcache.memory_pool import PhantomPool
+from ..kvcache.transfer_queue import CopyJob
+from ..request import Ended, Keep, Request, RequestOutcome
+from ..scheduler.config import Limits
+from ..scheduler.request_state import Decode
+from ..system import System, build_system
+from ..workflow.graph import StepGraph
+from ..workflow.spec import WorkflowSpec
+from .clock import LinkSpeed, VirtualClock, VirtualCopies
+from .cost_model import Batch, CostModel, Links
+from .trace import RecordedScheduler, Trace, TracedCall, TraceRecorder, batch_of
+from .workload import Call, Client
 
 if TYPE_CHECKING:
-    from ..scheduling.work import Work
-    from .timeline import Timeline
+    import numpy as np
+
+    from ..prefetch import PrefetchLimits
+    from ..scheduler.request_state import Work
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`agent`'s fixed prompt was in this place from `begin` to `end`, seconds."""
+
+    agent: str
+    place: str
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class CallSpan:
+    """A call of `agent`: seconds at which it arrived, could be computed, gave its first token, and ended."""
+
+    agent: str
+    arrived: float
+    admitted: float
+    first_token: float
+    ended: float
+
+
+@dataclass
+class Timeline:
+    """Looks at the tree whenever the driver has done something; what lasted no time is not seen.
+
+    Attributes:
+        agents: whose prompts are looked at. start_s: the time that counts as 0.
+        stretches, calls: what was found, in seconds from there.
+    """
+
+    agents: list[str] = field(default_factory=list)
+    start_s: float = 0.0
+    stretches: list[Stretch] = field(default_factory=list)
+    calls: list[CallSpan] = field(default_factory=list)
+    _system: System | None = None
+    _now: dict[str, tuple[str, float]] = field(default_factory=dict)
+
+    def begin(self, system: System, agents: Sequence[str], at: float) -> None:
+        """Begins to look at the prompts of `agents`."""
+        self._system, self.agents, self.start_s = system, list(dict.fromkeys(agents)), at
+        self._now = {agent: (self._place(agent), 0.0) for agent in self.agents}
+
+    def look(self, at: float) -> None:
+        """Notes what has changed by the time `at`."""
+        at -= self.start_s
+        for agent in self.agents:
+            before, since = self._now[agent]
+            place = self._place(agent)
+            if place != before:
+                self._note(agent, before, since, at)
+                self._now[agent] = (place, at)
+
+    def ended(self, ended: Ended) -> None:
+        """Notes a call that was answered."""
+        times, agent = ended.times, ended.request.agent
+        if agent is None or times.admitted is None or times.first_token is None or times.ended is None:
+            return
+        self.calls.append(
+            CallSpan(
+                agent, *(at - self.start_s for at in (times.arrived, times.admitted, times.first_token, times.ended))
+            )
+        )
+
+    def finish(self, at: float) -> None:
+        """Ends the last stretches."""
+        for agent, (place, since) in self._now.items():
+            self._note(agent, place, since, at - self.start_s)
+        self._now = {}
+
+    def _note(self, agent: str, place: str, begin: float, end: float) -> None:
+        if end > begin:
+            self.stretches.append(Stretch(agent, place, begin, end))
+
+    def _place(self, agent: str) -> str:
+        """The slowest place of a part of the prompt: it is on the device when all of it is."""
+        assert self._system is not None, "begun"
+        end = self._system.tiers.tree.ends.get(agent)
+        if end is None:
+            return Status.ABSENT.value
+        places = [node.status.value for node in end.path()]
+        order = [status.value for status in (Status.GPU, Status.OFFLOADING, Status.LOADING, Status.CPU, Status.DISK)]
+        return max(places, key=lambda place: order.index(place) if place in order else len(order))
+
+
+class CountedCopies(VirtualCopies):
+    """Counts the parts it has copied."""
+
+    parts = 0
+
+    def copy_layer(self, job: CopyJob) -> None:
+        self.parts += 1
+        super().copy_layer(job)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device, the memory below it, and the links.
+
+    Attributes:
+        costs: seconds of computing and of loading.
+        links: between the tiers.
+        device_bytes, host_bytes, disk_bytes: for KV; 0: no such tier (the device needs some).
+        bytes_per_token: KV of a token.
+        copy_parts: in how many pieces a node is copied; after each, a more urgent copy may go first.
+        limits, prefetch: of the scheduler and the prefetcher; None: their defaults.
+        believed: what the server believes that computing and loading take; None: what they do.
+    """
+
+    costs: CostModel
+    links: Links
+    device_bytes: int
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    bytes_per_token: int = 131_072
+    page_size: int = 16
+    copy_parts: int = 4
+    limits: Limits = field(default_factory=Limits)
+    prefetch: PrefetchLimits | None = None
+    believed: Costs | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.device_bytes, self.bytes_per_token, self.page_size, self.copy_parts) < 1:
+            raise ValueError(
+                f"got device_bytes={self.device_bytes}, bytes_per_token={self.bytes_per_token}, page_size="
+                f"{self.page_size}, copy_parts={self.copy_parts}; accepted: 1 or more of each"
+            )
+
+    def build(self, name: str, prompts: Sequence[np.ndarray] | None = None) -> tuple[System, VirtualClock]:
+        """The system of that name (`system_names`) on a clock of its own.
+
+        Args:
+            prompts: of all requests in the order in which they are served; Belady's order alone needs and reads them.
+        """
+        clock = VirtualClock()
+        sizes = {Tier.DEVICE: self.device_bytes, Tier.HOST: self.host_bytes, Tier.DISK: self.disk_bytes}
+        pools = {tier: PhantomPool(int(size)) for tier, size in sizes.items() if size}
+        host = LinkSpeed(self.links.host_bytes_per_s or 1.0, self.links.latency_s)
+        disk = LinkSpeed(self.links.disk_bytes_per_s or 1.0, self.links.latency_s)
+        speeds = {}
+        for low, high, speed in (
+            (Tier.HOST, Tier.DEVICE, host),
+            (Tier.DISK, Tier.HOST, disk),
+            (Tier.DISK, Tier.DEVICE, disk),
+        ):
+            if low in pools and high in pools:
+                speeds[low, high] = speeds[high, low] = speed
+        system = build_system(
+            name,
+            pools,
+            CountedCopies(clock, speeds),
+            costs=self.believed or self.costs,
+            bytes_per_token=self.bytes_per_token,
+            clock=clock,
+            page_size=self.page_size,
+            graph=StepGraph(clock),
+            limits=self.limits,
+            prefetch=self.prefetch,
+            prompts=cast("Sequence[Sequence[int]] | None", prompts),
+        )
+        return system, clock
+
 
 MAX_STEPS = 1_000_000
 
@@ -209,3 +387,152 @@ class Driver:
     def _left(self, item: Decode) -> int:
         """Tokens until a short answer ends."""
         return item.left - (item.request.max_new_tokens - self._short[item.request.id])
+
+
+class WarmUp:
+    """Every agent's fixed prompt once, with an answer of one token, one after the other; as in KVFlow's evaluation."""
+
+    declared: Sequence[WorkflowSpec] = ()
+
+    def __init__(self, clients: Sequence[Client]) -> None:
+        prompts: dict[str, tuple[str, np.ndarray]] = {}
+        for client in clients:
+            for agent in client.agents:
+                prompts.setdefault(agent, (client.client, client.fixed_prompt(agent)))
+        self._left = iter(prompts.items())
+
+    def begin(self, system: System) -> list[tuple[float, Ask]]:
+        return self._next(0.0)
+
+    def submitting(self, ask: Ask) -> None:
+        pass
+
+    def ended(self, ended: Ended) -> list[tuple[float, Ask]]:
+        return self._next(ended.times.ended or 0.0)
+
+    def _next(self, at: float) -> list[tuple[float, Ask]]:
+        for agent, (client, prompt) in self._left:
+            request = Request(
+                f"warm/{agent}",
+                prompt,
+                1,
+                agent=agent,
+                fixed_tokens=len(prompt),
+                session="warm-up",
+                client=client,
+                keep=Keep.DISCARD,
+            )
+            return [(at, Ask(request, 1))]
+        return []
+
+
+class ClientCalls:
+    """The calls of generated clients, whose graphs are declared to the server.
+
+    Args:
+        answer_s: of an agent, seconds of a call that the server is told to expect.
+    """
+
+    def __init__(self, clients: Sequence[Client], answer_s: Callable[[Client], float]) -> None:
+        self.clients = {client.name: client for client in clients}
+        self.declared = [client.spec(answer_s(client)) for client in clients]
+        self._number = 0
+
+    def begin(self, system: System) -> list[tuple[float, Ask]]:
+        self._system = system
+        now, first = system.tiers.clock(), []
+        for spec, client in zip(self.declared, self.clients.values(), strict=True):
+            system.graph.add_workflow(spec)
+            first.append(self._ask(client, client.first_call(), now))
+        return first
+
+    def submitting(self, ask: Ask) -> None:
+        pass
+
+    def ended(self, ended: Ended) -> list[tuple[float, Ask]]:
+        request = ended.request
+        assert request.workflow is not None and request.agent is not None, "clients' requests name both"
+        client, now = self.clients[request.workflow], ended.times.ended or 0.0
+        calls = client.following(request.agent)
+        self._change(client, request.agent, calls)
+        if client.hostile:
+            for agent in client.agents:
+                self._system.graph[client.name].expect(agent)
+        asks = [self._ask(client, call, now) for call in calls]
+        if not client.open:
+            self._system.graph.remove_workflow(client.name)
+        return asks
+
+    def _change(self, client: Client, agent: str, calls: Sequence[Call]) -> None:
+        change = client.change(agent, calls)
+        if change is not None:
+            old, new, edges = change
+            graph = self._system.graph[client.name]
+            graph.remove_agent(old)
+            graph.add_agent(new)
+            for edge in edges:
+                graph.add_edge(edge)
+
+    def _ask(self, client: Client, call: Call, now: float) -> tuple[float, Ask]:
+        self._number += 1
+        request = Request(
+            f"{client.name}/{self._number}",
+            call.prompt,
+            call.output_tokens,
+            workflow=client.name,
+            agent=call.agent,
+            fixed_tokens=call.fixed_tokens,
+            client=client.client,
+            priority=1.0 if client.hostile else 0.5,
+            timeout_s=1e9,
+        )
+        return now + call.after_s, Ask(request, call.output_tokens)
+
+
+class TracedCalls:
+    """The calls of a trace, each as long after the one it followed as it was then.
+
+    Args:
+        closed: so; otherwise every call comes at the time at which it came then.
+    """
+
+    def __init__(self, trace: Trace, closed: bool = True) -> None:
+        self.declared = trace.workflows
+        self._after: dict[str, list[TracedCall]] = {}
+        self._first: list[TracedCall] = []
+        for call in trace.calls:
+            if closed and call.after is not None:
+                self._after.setdefault(call.after[0], []).append(call)
+            else:
+                self._first.append(call)
+
+    def begin(self, system: System) -> list[tuple[float, Ask]]:
+        now = system.tiers.clock()
+        for spec in self.declared:
+            system.graph.add_workflow(spec)
+        return [(now + call.at, _ask_of(call)) for call in self._first]
+
+    def submitting(self, ask: Ask) -> None:
+        pass
+
+    def ended(self, ended: Ended) -> list[tuple[float, Ask]]:
+        now = ended.times.ended or 0.0
+        following = self._after.get(ended.request.id, [])
+        return [(now + call.after[1], _ask_of(call)) for call in following if call.after is not None]
+
+
+def _ask_of(call: TracedCall) -> Ask:
+    request = Request(
+        call.id,
+        call.prompt,
+        call.max_new_tokens,
+        workflow=call.workflow,
+        agent=call.agent,
+        fixed_tokens=call.fixed_tokens,
+        session=call.session,
+        client=call.client,
+        priority=call.priority,
+        keep=Keep(call.keep),
+        timeout_s=1e9,
+    )
+    return Ask(request, max(1, call.produced))

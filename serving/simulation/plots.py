@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .driver import Timeline
     from .study import Point
-    from .timeline import Timeline
 
 COLUMNS = 3  # of questions in a picture of a study
 PLACES = {  # where a prompt is: on the device, on its way, below, nowhere

@@ -13,7 +13,7 @@ from tenure.eviction import evict
 from tenure.retention import RetentionGates
 from tenure.scripts.agent_runs import make_workload
 from tenure.scripts.bench_agents import Config, compare, write
-from tenure.serving.simulation.results import Row
+from tenure.serving.simulation.simulator import Row
 
 FIXED, SUFFIX, ANSWER = 48, 16, 4
 

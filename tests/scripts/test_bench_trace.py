@@ -15,10 +15,9 @@ from tenure.scripts.agent_runs import Setting, make_workload
 from tenure.scripts.bench_agents import prepared
 from tenure.scripts.bench_trace import Config, costs_of, record, show, validate
 from tenure.scripts.simulate_output import write_rows
-from tenure.serving.prompt_kv import PromptKV
-from tenure.serving.simulation.recording import TraceRecorder
-from tenure.serving.simulation.simulate import machine_of, replay
-from tenure.serving.simulation.traces import read_trace
+from tenure.serving.prompt_cache import PromptKV
+from tenure.serving.simulation.simulator import machine_of, replay
+from tenure.serving.simulation.trace import TraceRecorder, read_trace
 
 FIXED, SUFFIX, ANSWER = 48, 16, 4
 

@@ -20,8 +20,8 @@ from tenure.serving import (
     VirtualClock,
     VirtualCopies,
 )
-from tenure.serving.node import Node
-from tenure.serving.pools import Pool
+from tenure.serving.kvcache.memory_pool import Pool
+from tenure.serving.kvcache.radix_tree import Node
 
 ALL_LINKS = {(a, b): LinkSpeed(1000.0) for a in Tier for b in Tier if a != b}
 

@@ -25,10 +25,9 @@ from tenure.serving import (
     build_system,
     system_names,
 )
-from tenure.serving.decoding import DecodeBatch
-from tenure.serving.engine import Compression, Engine
-from tenure.serving.pools import Pool
-from tenure.serving.prompt_kv import PromptKV
+from tenure.serving.engine import Compression, DecodeBatch, Engine
+from tenure.serving.kvcache.memory_pool import Pool
+from tenure.serving.prompt_cache import PromptKV
 
 AGENTS, FIXED, SUFFIX, ANSWER, PAGE = 5, 48, 9, 6, 8
 RETENTION = Compression("retention", 0.4, sinks=2, recent=4)

@@ -11,7 +11,7 @@ from tenure.scripts.agent_runs import Setting, make_workload, one_run
 from tenure.scripts.bench_agents import prepared
 from tenure.scripts.demo import find_gates
 from tenure.serving import LinearCosts
-from tenure.serving.prompt_kv import Compression, PromptKV
+from tenure.serving.prompt_cache import Compression, PromptKV
 
 FIXED, SUFFIX, ANSWER = 64, 16, 4
 

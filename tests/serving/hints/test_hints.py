@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tenure.serving import Hint, HintReader, Keep, Request, VirtualClock, hint_formats, request_fields
 from tenure.serving.hints import Action, ActionKind, HintBoard, SessionAction
-from tenure.serving.hints.board import normalised
+from tenure.serving.hints.hint import normalised
 
 
 def read(source, document, **sender) -> Hint:
@@ -212,7 +212,7 @@ def test_whatever_comes_is_a_bounded_hint_or_one_error(source, document):
 
 
 def test_the_board_is_bounded_and_forgets(monkeypatch):
-    from tenure.serving.hints import board as module
+    from tenure.serving.hints import hint as module
 
     monkeypatch.setattr(module, "MAX_AGENTS", 10)
     clock = VirtualClock()

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import pytest
 
 from tenure.serving import Limits
-from tenure.serving.simulation.costs import Links
-from tenure.serving.simulation.draws import Spread
-from tenure.serving.simulation.fitting import FittedCosts
-from tenure.serving.simulation.machine import Machine
-from tenure.serving.simulation.workload import Workload
+from tenure.serving.simulation.cost_model import FittedCosts, Links
+from tenure.serving.simulation.driver import Machine
+from tenure.serving.simulation.workload import Spread, Workload
 
 FIXED, DYNAMIC, OUTPUT, RATE = 64, 16, 16, 1000
 

@@ -8,9 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
-from tenure.serving.simulation.clients import Client
-from tenure.serving.simulation.draws import Spread
-from tenure.serving.simulation.workload import Workload
+from tenure.serving.simulation.workload import Client, Spread, Workload
 
 
 def run(client: Client) -> list[str]:

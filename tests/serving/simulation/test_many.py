@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 
-from tenure.serving.simulation.many import cores, run_all
-from tenure.serving.simulation.simulate import simulate
+from tenure.serving.simulation.simulator import simulate
+from tenure.serving.simulation.study import cores, run_all
 
 
 def test_results_come_in_the_order_of_the_tasks_from_other_processes(small) -> None:

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from tenure.serving import AgentSpec, EdgeSpec, Keep, Request, Tier, WorkflowSpec
-from tenure.serving.simulation.draws import Spread
-from tenure.serving.simulation.recording import RecordedScheduler, TraceRecorder
-from tenure.serving.simulation.simulate import machine_of, replay, simulate
-from tenure.serving.simulation.traces import read_trace
+from tenure.serving.simulation.simulator import machine_of, replay, simulate
+from tenure.serving.simulation.trace import RecordedScheduler, TraceRecorder, read_trace
+from tenure.serving.simulation.workload import Spread
 
 
 def lines(path: Path, kind: str) -> list[dict]:

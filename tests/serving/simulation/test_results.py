@@ -7,13 +7,10 @@ from dataclasses import replace
 import pytest
 
 from tenure.serving import System
-from tenure.serving.simulation.clients import clients_of
-from tenure.serving.simulation.draws import Spread
-from tenure.serving.simulation.driver import Ask, Driver
-from tenure.serving.simulation.results import Before, outcome_of, quantile, row_of
-from tenure.serving.simulation.simulate import answer_seconds, simulate
-from tenure.serving.simulation.sources import ClientCalls, WarmUp
+from tenure.serving.simulation.driver import Ask, ClientCalls, Driver, WarmUp
+from tenure.serving.simulation.simulator import Before, answer_seconds, outcome_of, quantile, row_of, simulate
 from tenure.serving.simulation.study import Question, run_study
+from tenure.serving.simulation.workload import Spread, clients_of
 
 
 def test_quantiles_are_values_that_occurred() -> None:

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 
 from tenure.serving import Request
-from tenure.serving.simulation.clients import clients_of
-from tenure.serving.simulation.draws import Spread
-from tenure.serving.simulation.recording import RecordedScheduler, TraceRecorder
-from tenure.serving.simulation.simulate import machine_of, replay, simulate
-from tenure.serving.simulation.traces import read_trace
+from tenure.serving.simulation.simulator import machine_of, replay, simulate
+from tenure.serving.simulation.trace import RecordedScheduler, TraceRecorder, read_trace
+from tenure.serving.simulation.workload import Spread, clients_of
 
 
 @pytest.fixture

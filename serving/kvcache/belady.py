@@ -1,0 +1,58 @@
+"""Belady's order: the oracle that has read the whole trace."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import chain
+
+from .base import Tier
+from .eviction_policy import Order, Rank
+from .radix_tree import TOKEN_BYTES, Node, encode, hash_pages
+
+
+class Belady(Order):
+    """What is used again last goes first (Belady 1966); optimal for nodes of one size.
+
+    A node is used by every request of the trace whose prompt begins with everything up to the node's end.
+
+    Args:
+        prompts: token ids of the requests in the order in which they will be served.
+        page_size: that of the tree.
+    Attributes:
+        served: how many of them have been; the user adds one (`advance`) just before a request's prompt is opened, so
+            that its nodes count their next use behind it.
+    """
+
+    name = "belady"
+
+    def __init__(self, prompts: Iterable[Sequence[int]], page_size: int) -> None:
+        self.page_bytes = page_size * TOKEN_BYTES
+        self.served = 0
+        self._uses: dict[int, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            for key in hash_pages(encode(prompt, page_size), self.page_bytes):
+                self._uses.setdefault(key, []).append(number)
+
+    @classmethod
+    def of_agents(cls, calls: Iterable[Hashable], prompts: dict[Hashable, Sequence[int]], page_size: int) -> Belady:
+        """The oracle for a trace that says only which agent's fixed prompt is used."""
+        return cls((prompts[agent] for agent in calls), page_size)
+
+    def advance(self) -> None:
+        self.served += 1
+
+    def next_use(self, node: Node) -> float:
+        """The number of the next request that uses `node`; infinity if none does."""
+        uses = self._uses.get(node.chain_hash(self.page_bytes), [])
+        at = bisect_right(uses, self.served - 1)
+        return uses[at] if at < len(uses) else math.inf
+
+    def local(self, node: Node, tier: Tier) -> Rank:
+        return (-self.next_use(node), node.last_used)
+
+    @property
+    def requests(self) -> int:
+        """How many requests the trace has."""
+        return 1 + max(chain.from_iterable(uses[-1:] for uses in self._uses.values()), default=-1)

@@ -1,0 +1,214 @@
+"""Copies on worker threads: one a link, on a side stream where a GPU takes part."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .base import Link, Urgency
+from .transfer_queue import CopyJob, CopyQueue, Move, Outcome
+
+if TYPE_CHECKING:
+    import torch
+
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerDiedError(RuntimeError):
+    """The thread that carried a copy ended without a word; another one has taken its place."""
+
+
+class ThreadedCopies:
+    """A `Mover` with a daemon thread for each link, started at the link's first job.
+
+    Workers touch jobs, never nodes or pools. All methods may be called from any thread.
+
+    Args:
+        bandwidth: bytes/s that a link is held to, for links that shall be slower than they are.
+        device: the GPU of the device tier; copies from and to it then run on a stream of their own, which waits for
+            what was queued on the submitter's stream.
+    """
+
+    def __init__(self, bandwidth: Mapping[Link, float] | None = None, device: torch.device | str | None = None) -> None:
+        self.bandwidth = dict(bandwidth or {})
+        slow = {link: speed for link, speed in self.bandwidth.items() if not speed > 0}
+        if slow:
+            raise ValueError(f"got bandwidths {slow}; accepted: more than 0 bytes/s")
+        self._gpu = _on_gpu(device)
+        self._changed = threading.Condition()
+        self._queues: dict[Link, CopyQueue] = {}
+        self._running: dict[Link, CopyJob] = {}
+        self._workers: dict[Link, threading.Thread] = {}
+        self._finished: deque[CopyJob] = deque()
+        self._closing = threading.Event()
+        self.ended = 0
+
+    def submit(self, job: CopyJob) -> None:
+        with self._changed:
+            if self._gpu is not None:
+                job.ready = self._after_current_stream(self._gpu)
+            if job.link not in self._queues:
+                self._queues[job.link] = CopyQueue()
+                if not self._closing.is_set():
+                    self._start(job.link)
+            if self._closing.is_set():
+                self._end(job, Outcome.CANCELLED)
+                return
+            self._queues[job.link].put(job)
+            self._changed.notify_all()
+
+    def cancel(self, job: CopyJob) -> None:
+        with self._changed:
+            job.cancelled = True
+            if self._queues[job.link].remove(job):
+                self._end(job, Outcome.CANCELLED)
+
+    def promote(self, job: CopyJob, urgency: Urgency, priority: float) -> None:
+        with self._changed:
+            job.urgency, job.priority = urgency, priority
+            if self._queues[job.link].remove(job):
+                self._queues[job.link].put(job)
+                self._changed.notify_all()
+
+    def poll(self) -> Sequence[CopyJob]:
+        with self._changed:
+            finished = list(self._finished)
+            self._finished.clear()
+            return finished
+
+    def wait(self, ended: int, timeout_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.ended > ended, timeout_s)
+
+    def interrupt(self) -> None:
+        with self._changed:
+            self.ended += 1
+            self._changed.notify_all()
+
+    def next_time(self) -> None:
+        return None
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing.set()
+            for queue in self._queues.values():
+                while (job := queue.take()) is not None:
+                    self._end(job, Outcome.CANCELLED)
+            for job in self._running.values():
+                job.cancelled = True
+            self._changed.notify_all()
+            workers = list(self._workers.values())
+        for worker in workers:
+            worker.join()
+
+    def _start(self, link: Link) -> None:
+        name = f"tenure-copy-{link[0].name.lower()}-{link[1].name.lower()}"
+        self._workers[link] = threading.Thread(target=self._work, args=(link,), name=name, daemon=True)
+        self._workers[link].start()
+
+    def _work(self, link: Link) -> None:
+        try:
+            with self._stream():
+                while (job := self._take(link)) is not None:
+                    self._carry(job)
+        finally:
+            # Reached without an order to close only if the thread is dying, whatever of.
+            with self._changed:
+                job = self._running.pop(link, None)
+                if job is not None:
+                    self._end(job, Outcome.FAILED, WorkerDiedError(f"the worker of {link[0].name} -> {link[1].name}"))
+                if not self._closing.is_set():
+                    logger.error("a copy worker died (%s -> %s); starting another", link[0].name, link[1].name)
+                    self._start(link)
+
+    def _take(self, link: Link) -> CopyJob | None:
+        """Waits for the next job of a link; None at the end."""
+        with self._changed:
+            queue = self._queues[link]
+            self._changed.wait_for(lambda: self._closing.is_set() or queue.first() is not None)
+            job = None if self._closing.is_set() else queue.take()
+            if job is not None:
+                self._running[link] = job
+            return job
+
+    def _carry(self, job: CopyJob) -> None:
+        """Copies layers until the job has ended or has to make way."""
+        queue = self._queues[job.link]
+        while True:
+            with self._changed:
+                move = queue.next_move(job)
+                if move is Move.YIELD:
+                    del self._running[job.link]
+                    queue.put(job)
+                    return
+            outcome, error = None, None
+            if move is Move.COPY:
+                try:
+                    self._copy_layer(job)
+                except Exception as failure:
+                    outcome, error = Outcome.FAILED, failure
+            else:
+                outcome = Outcome.DONE if move is Move.COMMIT else Outcome.CANCELLED
+            if outcome is not None:
+                job.end(outcome, error)  # may write to a disk: not under the lock
+                with self._changed:
+                    del self._running[job.link]
+                    self._hand_back(job)
+                return
+
+    def _copy_layer(self, job: CopyJob) -> None:
+        begun = time.monotonic()
+        if job.ready is not None and job.done == 0:
+            job.ready()
+        size = job.payload.layers[job.done]
+        job.copy_layer()
+        if self._gpu is not None:
+            _wait_for_stream(self._gpu)
+        speed = self.bandwidth.get(job.link)
+        if speed is not None:
+            self._closing.wait(max(0.0, size / speed - (time.monotonic() - begun)))
+
+    def _end(self, job: CopyJob, outcome: Outcome, error: BaseException | None = None) -> None:
+        job.end(outcome, error)
+        self._hand_back(job)
+
+    def _hand_back(self, job: CopyJob) -> None:
+        self._finished.append(job)
+        self.ended += 1
+        self._changed.notify_all()
+
+    def _stream(self) -> Any:
+        if self._gpu is None:
+            return contextlib.nullcontext()
+        import torch
+
+        return torch.cuda.stream(torch.cuda.Stream(self._gpu))
+
+    def _after_current_stream(self, gpu: torch.device) -> Any:
+        """What makes a worker's stream wait until everything queued so far on the caller's has run."""
+        import torch
+
+        event = torch.cuda.current_stream(gpu).record_event()
+        return lambda: torch.cuda.current_stream(gpu).wait_event(event)
+
+
+def _on_gpu(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    import torch
+
+    device = torch.device(device)
+    return device if device.type == "cuda" else None
+
+
+def _wait_for_stream(gpu: torch.device) -> None:
+    """Waits, without the interpreter's lock, until the worker's stream has copied the layer."""
+    import torch
+
+    torch.cuda.current_stream(gpu).record_event().synchronize()

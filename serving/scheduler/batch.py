@@ -1,0 +1,158 @@
+"""The requests that are computed: which tokens of which of them are in the next piece of work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..kvcache.base import Payload, Tier
+from ..kvcache.eviction_policy import Room
+from ..kvcache.radix_tree import TOKEN_BYTES, Pages, encode
+from ..kvcache.tiered_cache import Lease, TieredTree
+from ..metrics import SchedulerStatistics
+from .config import Limits
+from .request_state import Decode, Entry, Prefill, Span, State, Work
+
+
+class Batch:
+    """Every decoding request gets its token first; prefills share what the budget leaves, in the order of admission."""
+
+    def __init__(self, tiers: TieredTree, limits: Limits, statistics: SchedulerStatistics) -> None:
+        self.tiers, self.limits, self.statistics = tiers, limits, statistics
+        self.prefilling: dict[Entry, None] = {}
+        self.decoding: dict[Entry, Decode] = {}
+
+    def __len__(self) -> int:
+        return len(self.prefilling) + len(self.decoding)
+
+    def add(self, entry: Entry, now: float) -> None:
+        """Its memory is reserved, and what it has leased is on the device."""
+        lease = entry.lease
+        assert lease is not None, "what is computed has a lease"
+        entry.state, entry.done, entry.times.admitted = State.PREFILL, lease.length, now
+        self.prefilling[entry] = None
+        if entry.agent is not None and 0 < entry.fixed <= lease.length and not self._is_tagged(entry, lease):
+            leased = Pages(entry.key[: lease.length * TOKEN_BYTES])
+            self.tiers.insert(lease, leased, None, entry.agent, entry.fixed)
+
+    def _is_tagged(self, entry: Entry, lease: Lease) -> bool:
+        """Whether the tree knows already where the agent's fixed prompt ends."""
+        end = self.tiers.tree.ends.get(entry.agent)
+        return end is not None and end.end == entry.fixed and any(node is end for node in lease.node.path())
+
+    def remove(self, entry: Entry) -> None:
+        self.prefilling.pop(entry, None)
+        self.decoding.pop(entry, None)
+
+    def build(self, number: int, max_steps: int) -> Work | None:
+        """The next piece of work; None if nobody is to be computed."""
+        decodes = list(self.decoding.values())
+        budget = self.limits.batch_tokens - len(decodes)
+        prefills = []
+        for entry in self.prefilling:
+            if budget <= 0:
+                break
+            item = self._chunk(entry, budget)
+            budget -= item.end - item.start
+            prefills.append(item)
+        if not prefills and not decodes:
+            return None
+        steps = 1
+        if max_steps > 1 and not prefills:
+            steps = min(max_steps, min(item.left for item in decodes))
+        for entry in (*(item.entry for item in prefills), *self.decoding):
+            entry.working = True
+        return Work(number, prefills, decodes, steps)
+
+    def _chunk(self, entry: Entry, budget: int) -> Prefill:
+        """The next tokens of a prompt. A chunk ends with the fixed prompt, so that its KV can be stored by itself."""
+        lease, start = entry.lease, entry.done
+        assert lease is not None, "what is computed has a lease"
+        boundary = entry.fixed if start < entry.fixed else entry.size
+        end = min(boundary, start + min(budget, self.limits.chunk_tokens or budget))
+        store = None
+        if end == boundary:
+            upto = entry.fixed if end == entry.fixed else entry.storable(0)
+            store = (lease.length, upto) if upto > lease.length else None
+        return Prefill(entry.request, lease, start, end, entry.computed == 0, end == entry.size, store, entry)
+
+    def take_prefill(self, item: Prefill, now: float) -> bool:
+        """Takes the results of a chunk; whether the request's answer ends with it."""
+        entry = item.entry
+        entry.done = item.end
+        entry.computed += item.end - item.start
+        self.statistics.prefilled += item.end - item.start
+        self.statistics.events += 1
+        if item.store is not None and item.payload is not None:
+            self._store(entry, item.store, item.payload)
+        if not item.last:
+            return False
+        del self.prefilling[entry]
+        entry.state, entry.times.first_token = State.DECODE, now
+        self._tell(entry, item.tokens, 1)
+        if item.finished or entry.produced >= entry.request.max_new_tokens:
+            return True
+        self.decoding[entry] = Decode(entry.request, entry)
+        return False
+
+    def take_decode(self, item: Decode, steps: int) -> bool:
+        """Takes the next tokens of an answer; whether it ends with them."""
+        entry = item.entry
+        if item.tokens is None and item.payload is None:  # not told: nothing to be kept
+            left = entry.request.max_new_tokens - entry.produced
+            new = min(steps, left)
+            entry.produced += new
+            entry.told = False
+            self.statistics.decoded += new
+            self.statistics.events += new
+            return item.finished or new == left
+        span = None if item.payload is None else item.store_span()
+        before = entry.produced
+        self._tell(entry, item.tokens, min(steps, item.left))
+        self.statistics.decoded += entry.produced - before
+        self.statistics.events += entry.produced - before
+        if span is not None and item.payload is not None:
+            self._store(entry, span, item.payload)
+        item.tokens = item.payload = None
+        return item.finished or entry.produced >= entry.request.max_new_tokens
+
+    def _tell(self, entry: Entry, tokens: Sequence[int] | None, steps: int) -> None:
+        if tokens is None:
+            entry.produced += steps
+            entry.told = False
+            return
+        told = list(tokens)[: entry.request.max_new_tokens - entry.produced]
+        entry.produced += len(told)
+        entry.tokens += told
+
+    def _store(self, entry: Entry, span: Span, payload: Payload) -> None:
+        """Gives KV to the tree, in the room that was reserved for it.
+
+        Raises:
+            ValueError: the payload is not of these tokens, or of a type that a pool cannot hold.
+        """
+        lease, (_, end), pool = entry.lease, span, self.tiers.pools[Tier.DEVICE]
+        assert lease is not None, "what is computed has a lease"
+        with self.tiers.lock:
+            taken = min(entry.reserved, (end - lease.length) * entry.byte_rate)
+            pool.unreserve(taken)
+            entry.reserved -= taken
+            room = None
+            try:
+                agent = entry.agent
+                room = self.tiers.insert(lease, self._key(entry, end), payload, agent, min(entry.fixed, end))
+            finally:
+                if room is not Room.READY and pool.can_take(taken):  # it stays with the request
+                    pool.reserve(taken)
+                    entry.reserved += taken
+        self.statistics.stores += room is Room.READY
+        self.statistics.stores_refused += room is not Room.READY
+        self.statistics.events += 1
+
+    def _key(self, entry: Entry, end: int) -> Pages:
+        """The first `end` tokens of prompt and answer, whole pages."""
+        key, missing = entry.key, end - len(entry.key) // TOKEN_BYTES
+        if not missing:
+            return key
+        if missing < 0:
+            return Pages(key[: end * TOKEN_BYTES])
+        return Pages(key + encode([*entry.tail, *entry.tokens][:missing], self.tiers.tree.page_size))

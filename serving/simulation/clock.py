@@ -1,0 +1,160 @@
+"""A virtual clock, and copies that take the time on it that a link of stated speed would take."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from ..kvcache.base import Link, Urgency
+from ..kvcache.transfer_queue import CopyJob, CopyQueue, Move, Outcome
+
+
+class VirtualClock:
+    """Seconds that pass only when told to; call it for the time."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance_to(self, time: float) -> None:
+        """Moves on to `time`; a time that has passed leaves the clock where it is."""
+        self.now = max(self.now, time)
+
+
+@dataclass(frozen=True)
+class LinkSpeed:
+    """bytes_per_s once a layer moves; latency_s before each layer."""
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+
+    def seconds(self, nbytes: int) -> float:
+        return self.latency_s + nbytes / self.bytes_per_s
+
+
+class VirtualCopies:
+    """A `Mover` that copies each layer at the virtual time at which its link would have moved it.
+
+    Payloads with data are really copied, so tests run every path deterministically in one thread.
+
+    Args:
+        clock: shared with the tiers; `poll` handles what is due by its time, `wait` moves it on.
+        speeds: of the links; one that is missing cannot be used.
+    """
+
+    def __init__(self, clock: VirtualClock, speeds: Mapping[Link, LinkSpeed]) -> None:
+        self.clock, self.speeds = clock, dict(speeds)
+        self._queues = {link: CopyQueue() for link in self.speeds}
+        self._running: dict[Link, CopyJob] = {}
+        self._due: list[tuple[float, int, Link]] = []
+        self._numbers = count()
+        self._finished: deque[CopyJob] = deque()
+        self.ended = 0
+
+    def submit(self, job: CopyJob) -> None:
+        self._run(self.clock.now)  # what happens now must not change what is past
+        self._queues[job.link].put(job)
+        if job.link not in self._running:
+            self._next_job(job.link, self.clock.now)
+
+    def cancel(self, job: CopyJob) -> None:
+        self._run(self.clock.now)
+        job.cancelled = True
+        if self._queues[job.link].remove(job):
+            self._end(job, Outcome.CANCELLED)
+
+    def promote(self, job: CopyJob, urgency: Urgency, priority: float) -> None:
+        self._run(self.clock.now)
+        job.urgency, job.priority = urgency, priority
+        if self._queues[job.link].remove(job):
+            self._queues[job.link].put(job)
+
+    def poll(self) -> Sequence[CopyJob]:
+        self._run(self.clock.now)
+        if not self._finished:
+            return []
+        finished = list(self._finished)
+        self._finished.clear()
+        return finished
+
+    def next_time(self) -> float | None:
+        """When the next copy will have ended if nothing else happens; None if nothing is under way."""
+        return min((self._end_time(time, self._running[link]) for time, _, link in self._due), default=None)
+
+    def _end_time(self, time: float, job: CopyJob) -> float:
+        """When the running `job`, whose next layer is there at `time`, ends; `time` if it may stop there."""
+        first = self._queues[job.link].first()
+        if not job.cancelled and (first is None or first.urgency >= job.urgency):
+            speed = self.speeds[job.link]
+            for nbytes in job.payload.layers[job.done + 1 :]:
+                time += speed.seconds(nbytes)
+        return time
+
+    def wait(self, ended: int, timeout_s: float) -> bool:
+        deadline = self.clock.now + timeout_s
+        while self.ended <= ended and self._due and self._due[0][0] <= deadline:
+            self.clock.advance_to(self._due[0][0])
+            self._run(self.clock.now)
+        if self.ended <= ended:
+            self.clock.advance_to(deadline)
+        return self.ended > ended
+
+    def interrupt(self) -> None:
+        self.ended += 1
+
+    def close(self) -> None:
+        for queue in self._queues.values():
+            while (job := queue.take()) is not None:
+                self._end(job, Outcome.CANCELLED)
+        for job in self._running.values():
+            self._end(job, Outcome.CANCELLED)
+        self._running.clear()
+        self._due.clear()
+
+    def _run(self, until: float) -> None:
+        while self._due and self._due[0][0] <= until:
+            time, _, link = heapq.heappop(self._due)
+            job = self._running[link]
+            try:
+                self.copy_layer(job)
+            except Exception as error:
+                del self._running[link]
+                self._end(job, Outcome.FAILED, error)
+                self._next_job(link, time)
+                continue
+            self._continue(job, time)
+
+    def copy_layer(self, job: CopyJob) -> None:
+        """Moves one layer's bytes."""
+        job.copy_layer()
+
+    def _next_job(self, link: Link, time: float) -> None:
+        job = self._queues[link].take()
+        if job is not None:
+            self._running[link] = job
+            self._continue(job, time)
+
+    def _continue(self, job: CopyJob, time: float) -> None:
+        """Does what the queue says at the boundary that `job` reaches at `time`."""
+        link, queue = job.link, self._queues[job.link]
+        move = queue.next_move(job)
+        if move is Move.COPY:
+            seconds = self.speeds[link].seconds(job.payload.layers[job.done])
+            heapq.heappush(self._due, (time + seconds, next(self._numbers), link))
+            return
+        del self._running[link]
+        if move is Move.YIELD:
+            queue.put(job)
+        else:
+            self._end(job, Outcome.DONE if move is Move.COMMIT else Outcome.CANCELLED)
+        self._next_job(link, time)
+
+    def _end(self, job: CopyJob, outcome: Outcome, error: BaseException | None = None) -> None:
+        job.end(outcome, error)
+        self._finished.append(job)
+        self.ended += 1

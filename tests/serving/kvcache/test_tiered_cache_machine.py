@@ -1,0 +1,257 @@
+"""Random steps on tree and tiers with faults; after each, everything is counted anew and what is read is right.
+
+`TENURE_TIER_STEPS` asks for a longer run than the one of continuous integration.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections import Counter
+from random import Random
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import run_state_machine_as_test as run
+
+from tenure.serving import (
+    LFU,
+    LRU,
+    DiskPool,
+    ExpectedTime,
+    Lease,
+    LinearCosts,
+    LoadState,
+    MemoryPool,
+    Room,
+    StepsToExecution,
+    Tier,
+    TieredTree,
+    TierPolicy,
+    Urgency,
+    VirtualClock,
+    WriteBack,
+)
+from tenure.serving.kvcache.memory_pool import Pool
+from tenure.serving.kvcache.transfer_threads import WorkerDiedError
+
+STEPS = int(os.environ.get("TENURE_TIER_STEPS", "3000"))
+STEPS_EACH = 60  # at most: many examples are shorter
+PAGE = 2
+ORDERS = ("lru", "lfu", "ste", "expected")
+BELOW = ("host", "host and disk", "disk", "nothing")
+prompts = st.lists(st.integers(0, 1), max_size=10)
+agents = st.sampled_from("abc")
+
+
+class TierMachine(RuleBasedStateMachine):
+    kv: Any  # set by the test
+    steps = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.values: dict[str, float] = {}
+        self.leases: list[tuple[Lease, list[int]]] = []
+
+    @initialize(
+        order=st.sampled_from(ORDERS),
+        write_back=st.sampled_from([WriteBack.ALL, WriteBack.ALL, WriteBack.FIXED, WriteBack.NOTHING]),
+        below=st.sampled_from(BELOW),
+        ahead=st.booleans(),
+    )
+    def begin(self, order, write_back, below, ahead):
+        costs = LinearCosts(100.0, (1000.0, 500.0))
+        by_agent = {"ste": StepsToExecution(self.values), "expected": ExpectedTime(self.values, costs)}
+        made = {"lru": LRU(), "lfu": LFU(), **by_agent}[order]
+        pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(12 * self.kv.token_bytes)}
+        if "host" in below:
+            pools[Tier.HOST] = MemoryPool(10 * self.kv.token_bytes)
+        if "disk" in below:
+            pools[Tier.DISK] = DiskPool(4500, self.folder.name)
+        self.clock = VirtualClock()
+        self.copies = self.kv.FaultyCopies(self.clock, self.kv.links)
+        policy = TierPolicy(made, write_back, ahead=ahead and write_back is not WriteBack.NOTHING)
+        self.tiers = TieredTree(pools, self.copies, policy, PAGE, self.clock)
+
+    def pick(self, data) -> tuple[Lease, list[int]]:
+        return self.leases[data.draw(st.integers(0, len(self.leases) - 1))]
+
+    @precondition(lambda self: len(self.leases) < 4)
+    @rule(prompt=prompts)
+    def open(self, prompt):
+        known, lease = self.tiers.match(prompt), self.tiers.open(prompt)
+        assert lease.length == known.length and lease.length % PAGE == 0 and lease.length <= len(prompt)
+        self.leases.append((lease, prompt))
+
+    @rule(prompt=prompts, agent=st.none() | agents, fixed=st.integers(0, 14), compressed=st.booleans())
+    def serve(self, prompt, agent, fixed, compressed):
+        """What an engine does with a request, as far as there is room."""
+        with self.tiers.open(prompt) as lease:
+            if lease.wait(1e6) is not LoadState.READY:
+                return
+            self.kv.assert_holds(lease.payloads(), prompt[: lease.length])
+            end = self.tiers.whole_pages(len(prompt))
+            payload = self.kv.of(prompt, lease.length, end, compressed) if end > lease.length else None
+            if self.tiers.insert(lease, prompt, payload, agent, fixed) is Room.PENDING:
+                self.time_passes(1e6)
+                self.tiers.insert(lease, prompt, payload, agent, fixed)
+            assert lease.wait(1e6) in (LoadState.READY, LoadState.LOST, LoadState.NO_ROOM)
+
+    def pick_prompt(self, data) -> list[int]:
+        """A prompt in the tree, one that is not on the device if there is one."""
+        nodes = [node for node in self.tiers.tree if node.copies[Tier.DEVICE] is None] or list(self.tiers.tree)
+        return self.kv.ids_of(nodes[data.draw(st.integers(0, len(nodes) - 1))]) if nodes else []
+
+    @rule(data=st.data())
+    def serve_again(self, data):
+        self.serve(self.pick_prompt(data), None, 0, False)
+
+    def give_up(self, nodes, random):
+        """Loads are begun and, at some layer, given up."""
+        for node in nodes:
+            with self.tiers.open(self.kv.ids_of(node)) as lease:
+                lease.load(random.choice(tuple(Urgency)))
+                self.time_passes(random.choice([0.0, 0.1, 1e6]))
+                lease.load()
+
+    @rule(seed=st.integers(0, 2**32))
+    def serve_many(self, seed):
+        """A burst, so that few choices of hypothesis fill the tiers."""
+        random = Random(seed)
+        if random.random() < 0.3:
+            self.plan_a_fault(RuntimeError("failed"))
+        for _ in range(6):
+            prompt = [random.randrange(2) for _ in range(random.randrange(11))]
+            self.serve(prompt, random.choice("abc"), random.randrange(10), random.random() < 0.3)
+            if random.random() < 0.2:
+                self.give_up(list(self.tiers.tree), random)
+            on_disk = [node for node in self.tiers.tree if node.copies[Tier.DISK] is not None]
+            if on_disk and random.random() < 0.3:
+                node = random.choice(on_disk)
+                self.kv.damage(node, random.choice(["flip", "cut", "remove"]))
+                self.serve(self.kv.ids_of(node), None, 0, False)
+
+    @precondition(lambda self: len(self.leases) < 4 and self.tiers.tree.ends)
+    @rule(agent=agents)
+    def open_agent(self, agent):
+        lease = self.tiers.open_agent(agent)
+        if lease is not None:
+            self.leases.append((lease, self.kv.ids_of(lease.node)))
+
+    @precondition(lambda self: self.leases)
+    @rule(agent=st.none() | agents, fixed=st.integers(0, 12), compressed=st.booleans(), data=st.data())
+    def insert(self, agent, fixed, compressed, data):
+        lease, prompt = self.pick(data)
+        end, before = self.tiers.whole_pages(len(prompt)), lease.length
+        payload = self.kv.of(prompt, before, end, compressed) if end > before else None
+        stored = self.tiers.insert(lease, prompt, payload, agent, fixed) is Room.READY
+        assert lease.length == (end if stored else before)
+
+    @precondition(lambda self: self.leases)
+    @rule(urgency=st.sampled_from(Urgency), only_below=st.booleans(), data=st.data())
+    def load(self, urgency, only_below, data):
+        lease, prompt = self.pick(data)
+        if lease.load(urgency, only_below=only_below) is LoadState.READY:
+            self.kv.assert_holds(lease.payloads(), prompt[: lease.length])
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.pick(data)[0].cancel()
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release(self, data):
+        lease, _ = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
+        lease.release()
+
+    @rule(seconds=st.sampled_from([0.0, 0.02, 0.1, 1.0, 100.0]))
+    def time_passes(self, seconds):
+        self.clock.advance_to(self.clock() + seconds)
+        self.tiers.poll()
+
+    @rule(fault=st.sampled_from([OSError(errno.ENOSPC, "no space left"), RuntimeError("failed"), WorkerDiedError()]))
+    def plan_a_fault(self, fault):
+        self.copies.fault = fault
+
+    @rule(agent=agents, value=st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0]))
+    def value(self, agent, value):
+        self.values[agent] = value
+        self.tiers.values_changed([agent])
+
+    @rule(agent=agents)
+    def forget_agent(self, agent):
+        self.tiers.forget_agent(agent)
+
+    @rule(tier=st.sampled_from(Tier), share=st.sampled_from([0.3, 1.0]))
+    def make_room(self, tier, share):
+        if tier in self.tiers.pools:
+            self.tiers.eviction.make_room(tier, int(share * self.tiers.pools[tier].capacity))
+
+    @rule()
+    def save_ahead(self):
+        self.tiers.save_ahead()
+
+    @rule()
+    def merge_spans(self):
+        self.tiers.merge_spans()
+
+    @invariant()
+    def everything_is_counted(self):
+        type(self).steps += 1
+        self.tiers.check()
+
+    def teardown(self):
+        self.copies.fault = None
+        for lease, _ in self.leases:
+            lease.release()
+        self.time_passes(1e6)
+        while self.tiers.transfers.under_way:  # an end may have begun what is saved ahead
+            self.time_passes(1e6)
+        while any(pool.used for pool in self.tiers.pools.values()):  # a write-back refills the tier below it
+            for tier, pool in self.tiers.pools.items():
+                self.tiers.eviction.make_room(tier, pool.capacity)
+                self.time_passes(1e6)
+                self.tiers.check()
+        assert self.tiers.tree.size == 0 and not self.tiers.tree.ends, "nothing is left"
+        self.tiers.close()
+        self.folder.cleanup()
+
+
+def test_random_steps_with_faults(kv):
+    machine = type("Machine", (TierMachine,), {"kv": kv, "steps": 0})
+    run(
+        machine,
+        settings=settings(
+            max_examples=-(-2 * STEPS // STEPS_EACH),
+            stateful_step_count=STEPS_EACH,
+            deadline=None,
+            derandomize=True,
+            report_multiple_bugs=False,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+        ),
+    )
+    assert machine.steps >= STEPS
+
+
+def test_bursts_of_requests_with_faults(kv):
+    """The same, with more of what fills tiers and less of everything else; every counter must have moved."""
+    random, counts = Random(0), Counter()
+    for _ in range(max(1, STEPS // 100)):
+        machine = type("Machine", (TierMachine,), {"kv": kv})()
+        machine.begin(random.choice(ORDERS), WriteBack.ALL, random.choice(BELOW[:3]), random.random() < 0.5)
+        for _ in range(12):
+            machine.serve_many(random.randrange(2**32))
+            machine.everything_is_counted()
+        statistics = machine.tiers.statistics
+        counts.update({name: value for name, value in vars(statistics).items() if isinstance(value, int)})
+        counts.update({(link, "moved"): value for link, value in statistics.bytes_moved.items()})
+        machine.teardown()
+    names = ("copies_failed", "copies_lost", "copies_cancelled", "dropped", "inserted", "refused", "tokens_found")
+    assert all(counts[name] > 0 for name in names), counts
+    links = [(Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.DEVICE), (Tier.HOST, Tier.DISK), (Tier.DISK, Tier.DEVICE)]
+    assert all(counts[link, "moved"] > 0 for link in links), counts
