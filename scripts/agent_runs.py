@@ -167,7 +167,7 @@ def one_run(
     Raises:
         RuntimeError: a call was not answered.
     """
-    from ..serving import MemoryPool, Request, Room, ThreadedCopies, Tier, build_system
+    from ..serving import AllocStatus, MemoryPool, Request, ThreadedTransfer, Tier, build_system
     from ..serving.engine import Engine
     from ..serving.prompt_cache import PromptKV
     from ..serving.simulation.simulator import Before
@@ -179,7 +179,7 @@ def one_run(
     system = build_system(
         setting.system,
         {Tier.DEVICE: device, Tier.HOST: host},
-        ThreadedCopies({down: setting.device_to_host, up: setting.host_to_device}, place),
+        ThreadedTransfer({down: setting.device_to_host, up: setting.host_to_device}, place),
         costs=setting.costs,
         bytes_per_token=PromptKV(session).bytes_per_token(),
         clock=time.monotonic,
@@ -190,7 +190,7 @@ def one_run(
         system = watch(system)
         engine = Engine(session, system, setting.compression)
         for agent, payload in warm.items():
-            while engine.store(agent, workload.fixed[agent], copied(payload)) is Room.PENDING:
+            while engine.store(agent, workload.fixed[agent], copied(payload)) is AllocStatus.PENDING:
                 system.scheduler.wait(1.0)
         while system.tiers.transfers.under_way:
             system.scheduler.wait(1.0)

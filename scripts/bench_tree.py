@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .benching import Row, alternate, median_ratio, show, write_json
 
 if TYPE_CHECKING:
-    from ..serving import Lease, Order, TieredTree
+    from ..serving import CacheHandle, EvictionPolicy, TieredCache
     from ..serving.kvcache.radix_tree import Node
 
 
@@ -69,21 +69,30 @@ def grow(config: Config) -> list[list[int]]:
     return prompts
 
 
-def filled(config: Config, prompts: Sequence[list[int]], order: Order, agents: bool = False) -> TieredTree:
+def filled(config: Config, prompts: Sequence[list[int]], order: EvictionPolicy, agents: bool = False) -> TieredCache:
     """A device tier that has all prompts; with `agents`, every prompt is the fixed one of an agent by its number."""
-    from ..serving import Phantom, PhantomPool, Tier, TieredTree, TierPolicy, VirtualClock, VirtualCopies, WriteBack
+    from ..serving import (
+        PhantomPayload,
+        PhantomPool,
+        Tier,
+        TieredCache,
+        TierPolicy,
+        VirtualClock,
+        VirtualTransfer,
+        WriteBack,
+    )
 
     clock = VirtualClock()
     pool = PhantomPool(10**12)
-    tiers = TieredTree(
-        {Tier.DEVICE: pool}, VirtualCopies(clock, {}), TierPolicy(order, WriteBack.NOTHING), config.page, clock
+    tiers = TieredCache(
+        {Tier.DEVICE: pool}, VirtualTransfer(clock, {}), TierPolicy(order, WriteBack.NOTHING), config.page, clock
     )
     for number, prompt in enumerate(prompts):
         clock.advance_to(number)
-        with tiers.open(prompt) as lease:
-            new = len(prompt) - lease.length
-            payload = Phantom(new, 1000 * new) if new else None
-            tiers.insert(lease, prompt, payload, number if agents else None, len(prompt))
+        with tiers.open(prompt) as handle:
+            new = len(prompt) - handle.length
+            payload = PhantomPayload(new, 1000 * new) if new else None
+            tiers.insert(handle, prompt, payload, number if agents else None, len(prompt))
     return tiers
 
 
@@ -125,13 +134,13 @@ def prompt_rows(config: Config, prompts: list[list[int]]) -> list[Row]:
     fresh = [[*rng.choice(prompts), *(rng.randrange(50_000) for _ in range(config.span))] for _ in range(config.calls)]
     tails = itertools.count(50_000)  # makes the prompts of every run new
     batches = [_renewed(fresh, next(tails), config.span) for _ in range(config.runs + 1)]
-    leases: list[Lease] = []
+    handles: list[CacheHandle] = []
 
     def insert() -> None:
-        from ..serving import Phantom
+        from ..serving import PhantomPayload
 
-        for lease, prompt in zip(leases, opened, strict=True):
-            tiers.insert(lease, prompt, Phantom(config.span, 1000 * config.span))
+        for handle, prompt in zip(handles, opened, strict=True):
+            tiers.insert(handle, prompt, PhantomPayload(config.span, 1000 * config.span))
 
     def insert_peer() -> None:
         for prompt in opened:
@@ -139,13 +148,13 @@ def prompt_rows(config: Config, prompts: list[list[int]]) -> list[Row]:
 
     seconds = {"ours": [], "peer": []}
     for run, opened in enumerate(batches):
-        leases = [tiers.open(prompt) for prompt in opened]
+        handles = [tiers.open(prompt) for prompt in opened]
         for side, call in (("ours", insert), ("peer", insert_peer)):
             (spent,) = alternate({side: call}, 1, 0, time.process_time)[side]
             if run:
                 seconds[side].append(spent)
-        for lease in leases:
-            lease.release()
+        for handle in handles:
+            handle.release()
     return rows + _against_aim("insert", seconds, fresh, config)
 
 
@@ -164,7 +173,7 @@ def _against_aim(name: str, seconds: dict[str, list[float]], prompts: list[list[
     ]
 
 
-def _order(name: str, values: dict[int, float]) -> Order:
+def _order(name: str, values: dict[int, float]) -> EvictionPolicy:
     from ..serving import LRU, ExpectedTime, LinearCosts, StepsToExecution
 
     if name == "lru":
@@ -184,8 +193,8 @@ def victim_rows(config: Config, prompts: list[list[int]], name: str) -> list[Row
     small = filled(config, prompts[:tenth], _order(name, values), agents=name != "lru")
     many, few = (max(1, min(config.calls, size // (2 * config.runs + 4))) for size in (config.nodes, tenth))
 
-    def evict(tiers: TieredTree, count: int) -> Callable[[], None]:
-        candidates = tiers.residency.candidates[Tier.DEVICE]
+    def evict(tiers: TieredCache, count: int) -> Callable[[], None]:
+        candidates = tiers.storage.candidates[Tier.DEVICE]
 
         def run() -> None:
             for _ in range(count):
@@ -196,7 +205,7 @@ def victim_rows(config: Config, prompts: list[list[int]], name: str) -> list[Row
         return run
 
     def scan() -> None:
-        candidates = large.residency.candidates[Tier.DEVICE]
+        candidates = large.storage.candidates[Tier.DEVICE]
         nodes: list[Node] = [node for node in large.tree if node.evictable(Tier.DEVICE)]
         min(nodes, key=candidates.rank)
 
@@ -226,7 +235,7 @@ def value_row(config: Config, prompts: list[list[int]]) -> Row:
 
     values = dict.fromkeys(range(config.nodes), 1.0)
     tiers = filled(config, prompts, StepsToExecution(values), agents=True)
-    candidates = tiers.residency.candidates[Tier.DEVICE]
+    candidates = tiers.storage.candidates[Tier.DEVICE]
     rng = random.Random(2)
 
     def change() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..serving import TensorPayload, Tier, VirtualCopies
+from ..serving import TensorPayload, Tier, VirtualTransfer
 from ..serving.kvcache.disk_pool import FilePayload
 from ..serving.kvcache.radix_tree import Node
-from ..serving.kvcache.transfer_queue import CopyJob
+from ..serving.kvcache.transfer_queue import TransferJob
 
 if TYPE_CHECKING:
     import torch
@@ -62,12 +62,12 @@ def damage(node: Node, how: str) -> None:
         path.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if how == "flip" else b""))
 
 
-class FaultyCopies(VirtualCopies):
+class FaultyTransfer(VirtualTransfer):
     """The next layer after a fault was planned fails with it."""
 
     fault: Exception | None = None
 
-    def copy_layer(self, job: CopyJob) -> None:
+    def copy_layer(self, job: TransferJob) -> None:
         fault, self.fault = self.fault, None
         if fault is not None:
             raise fault

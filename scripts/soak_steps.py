@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from ..serving import Keep
+from ..serving import StorePolicy
 from .soak_world import AGENTS, FAULTS, HINTS, World
 
 
@@ -15,7 +15,7 @@ def random_step(world: World, random: Random) -> str:
     if name == "submit":
         options: dict[str, Any] = {"client": random.choice(["", "", "x", "y"]), "priority": random.random()}
         if random.random() < 0.2:
-            options |= {"timeout_s": random.choice([0.5, 3.0]), "keep": Keep.DISCARD, "expected_tokens": 2}
+            options |= {"timeout_s": random.choice([0.5, 3.0]), "keep": StorePolicy.DISCARD, "expected_tokens": 2}
         suffix = [random.randrange(3) for _ in range(random.randrange(7))]
         world.submit(suffix, random.choice([*AGENTS, None]), random.randrange(60), options)
     elif name == "work":

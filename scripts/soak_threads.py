@@ -16,21 +16,21 @@ from ..serving import (
     DiskPool,
     EdgeSpec,
     HintReader,
-    Limits,
     LinearCosts,
     MemoryPool,
-    PrefetchLimits,
+    PrefetchConfig,
     Prefill,
     Request,
-    RequestOutcome,
+    RequestOutput,
+    SchedulerConfig,
     System,
-    ThreadedCopies,
+    ThreadedTransfer,
     Tier,
     Work,
     WorkflowSpec,
     build_system,
 )
-from ..serving.kvcache.base import Payload
+from ..serving.kvcache.base import KVPayload
 from ..serving.kvcache.memory_pool import Builder, Pool
 from .soak_kv import TOKEN_BYTES, assert_holds, kv_of
 from .soak_world import HINTS
@@ -47,7 +47,7 @@ class FlakyPool(MemoryPool):
         super().__init__(capacity)
         self.random = Random(seed)
 
-    def begin(self, payload: Payload) -> Builder:
+    def begin(self, payload: KVPayload) -> Builder:
         builder, luck = super().begin(payload), self.random.random()
         if luck < 0.011:
             error: BaseException = RuntimeError("a bit flipped") if luck < 0.01 else SystemExit()
@@ -77,18 +77,18 @@ class Stress:
         self.system: System = build_system(
             name,
             pools,
-            ThreadedCopies({(Tier.HOST, Tier.DEVICE): 1e5}),
+            ThreadedTransfer({(Tier.HOST, Tier.DEVICE): 1e5}),
             clock=time.monotonic,
             costs=LinearCosts(5000.0, (1e5, 1e5)),
             bytes_per_token=TOKEN_BYTES,
             page_size=2,
-            limits=Limits(batch_tokens=48, running=6, loading=4, waiting=64, timeout_s=20.0),
-            prefetch=PrefetchLimits(look_ahead_s=5.0),
+            limits=SchedulerConfig(batch_tokens=48, running=6, loading=4, waiting=64, timeout_s=20.0),
+            prefetch=PrefetchConfig(look_ahead_s=5.0),
         )
         edges = [EdgeSpec(a, b) for a, b in zip(AGENTS, AGENTS[1:] + AGENTS[:1], strict=True)]
         self.system.graph.add_workflow(WorkflowSpec("ring", [AgentSpec(a) for a in AGENTS], edges, ["a"]))
         self.seed, self.stop = seed, threading.Event()
-        self.ended: Counter[RequestOutcome] = Counter()
+        self.ended: Counter[RequestOutput] = Counter()
         self.failures: list[BaseException] = []
         self.read = self.submitted = self.refused = self.hints = 0
         self.last_end = time.monotonic()
@@ -140,7 +140,7 @@ class Stress:
         scheduler.check()
         self.system.close()
         tiers.check()
-        assert not tiers.leases and not tiers.transfers.under_way
+        assert not tiers.handles and not tiers.transfers.under_way
 
     def _client(self, number: int) -> None:
         random, mine, client = Random(self.seed * 100 + number), 0, f"c{number % 2}"
@@ -194,7 +194,7 @@ class Stress:
         while not self.stop.is_set() or len(scheduler):
             work = scheduler.next_work()
             for ended in scheduler.take_ended():
-                assert bool(ended.error) == (ended.outcome is not RequestOutcome.ANSWERED)
+                assert bool(ended.error) == (ended.outcome is not RequestOutput.ANSWERED)
                 tokens.pop(ended.request.id, None)
                 self.ended[ended.outcome] += 1
                 self.last_end = time.monotonic()
@@ -215,8 +215,8 @@ class Stress:
             known = tokens.setdefault(name, [])
             if isinstance(item, Prefill):
                 if item.first:
-                    assert_holds(item.lease.payloads(), prompt[: item.lease.length])
-                    self.read += item.lease.length
+                    assert_holds(item.handle.payloads(), prompt[: item.handle.length])
+                    self.read += item.handle.length
                 if item.store is not None:
                     item.payload = kv_of(prompt, *item.store)
             if not isinstance(item, Prefill) or item.last:

@@ -18,14 +18,14 @@ from ..serving import (
     EdgeSpec,
     Ended,
     HintReader,
-    Limits,
     LinearCosts,
     LinkSpeed,
     MemoryPool,
-    PrefetchLimits,
+    PrefetchConfig,
     Prefill,
     Request,
-    RequestOutcome,
+    RequestOutput,
+    SchedulerConfig,
     Tier,
     VirtualClock,
     Work,
@@ -35,7 +35,7 @@ from ..serving import (
 from ..serving.kvcache.memory_pool import Pool
 from ..serving.kvcache.radix_tree import Node
 from ..serving.kvcache.transfer_threads import WorkerDiedError
-from .soak_kv import TOKEN_BYTES, FaultyCopies, assert_holds, damage, kv_of
+from .soak_kv import TOKEN_BYTES, FaultyTransfer, assert_holds, damage, kv_of
 
 PAGE = 2
 SYSTEMS = ("lru", "lfu", "lru_reactive", "hicache", "lru_prefetch", "ste", "ste_prefetch", "expected_time")
@@ -79,7 +79,7 @@ class World:
         if "disk" in below:
             pools[Tier.DISK] = DiskPool(4500, folder)
         self.clock, self.compressed = VirtualClock(), compressed
-        self.copies = FaultyCopies(self.clock, LINKS)
+        self.copies = FaultyTransfer(self.clock, LINKS)
         self.system = build_system(
             name,
             pools,
@@ -88,15 +88,15 @@ class World:
             costs=LinearCosts(8.0, (500.0, 500.0)),
             bytes_per_token=TOKEN_BYTES,
             page_size=PAGE,
-            limits=Limits(batch_tokens=9, running=3, loading=2, waiting=8, timeout_s=60, room_patience_s=3),
-            prefetch=PrefetchLimits(look_ahead_s=20.0, copies=2),
+            limits=SchedulerConfig(batch_tokens=9, running=3, loading=2, waiting=8, timeout_s=60, room_patience_s=3),
+            prefetch=PrefetchConfig(look_ahead_s=20.0, copies=2),
             learn=True,
         )
         self.scheduler, self.tiers = self.system.scheduler, self.system.tiers
         self.reader = HintReader()
         self.live: dict[str, Request] = {}
         self.answers: dict[str, list[int]] = {}
-        self.ended: Counter[RequestOutcome] = Counter()
+        self.ended: Counter[RequestOutput] = Counter()
         self.read = self.submitted = self.refused = 0
         self.out: Work | None = None
         self.add_workflow("ring")
@@ -145,11 +145,11 @@ class World:
         if self.out is None:
             return
         for item in self.out.prefills:
-            assert item.start < item.end and item.start >= item.lease.length
+            assert item.start < item.end and item.start >= item.handle.length
             if item.first:
-                assert item.start == item.lease.length, "what is cached is not computed again"
-                assert_holds(item.lease.payloads(), list(item.request.prompt[: item.lease.length]))
-                self.read += item.lease.length
+                assert item.start == item.handle.length, "what is cached is not computed again"
+                assert_holds(item.handle.payloads(), list(item.request.prompt[: item.handle.length]))
+                self.read += item.handle.length
 
     def finish(self, seed: int, fails: str = "") -> None:
         """Hands the work back: `fails` is "" or what goes wrong: one item, the batch, a payload."""
@@ -237,7 +237,7 @@ class World:
         self.ended[ended.outcome] += 1
         told = self.answers.pop(request.id)
         assert ended.tokens == told[: len(ended.tokens)] and ended.produced <= request.max_new_tokens
-        if ended.outcome is RequestOutcome.ANSWERED:
+        if ended.outcome is RequestOutput.ANSWERED:
             assert ended.error is None and ended.produced >= 1
         else:
             assert ended.error, "an end without an answer says why"
@@ -273,6 +273,6 @@ class World:
         self.clock.advance_to(self.clock() + 1e6)
         self.tiers.poll()
         self.check()
-        assert not self.tiers.leases and not self.tiers.transfers.under_way and not self.live
+        assert not self.tiers.handles and not self.tiers.transfers.under_way and not self.live
         assert self.tiers.pools[Tier.DEVICE].reserved == 0
         self.system.close()

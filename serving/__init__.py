@@ -5,16 +5,16 @@ if not __name__.startswith("tenure."):
 
 from .engine import Engine
 from .hints import Hint, HintReader, hint_formats, request_fields
-from .kvcache.base import Payload, Phantom, Status, TensorPayload, Tier, Urgency
+from .kvcache.base import KVPayload, PhantomPayload, Status, TensorPayload, Tier, Urgency
 from .kvcache.belady import Belady
 from .kvcache.disk_pool import DiskPool
 from .kvcache.eviction_policy import (
     LFU,
     LRU,
+    AllocStatus,
+    EvictionPolicy,
     ExpectedTime,
     LinearCosts,
-    Order,
-    Room,
     StepsToExecution,
     SuffixReuse,
     TierPolicy,
@@ -24,17 +24,17 @@ from .kvcache.eviction_policy import (
 )
 from .kvcache.memory_pool import MemoryPool, PhantomPool
 from .kvcache.radix_tree import Match
-from .kvcache.tiered_cache import Estimates, Lease, LoadState, TieredTree
-from .kvcache.transfer_threads import ThreadedCopies
-from .metrics import SchedulerStatistics, TierStatistics
-from .prediction import Measure, Outlook
-from .prefetch import Prefetcher, PrefetchLimits, PrefetchStatistics
+from .kvcache.tiered_cache import CacheHandle, Estimates, LoadState, TieredCache
+from .kvcache.transfer_threads import ThreadedTransfer
+from .metrics import SchedulerMetrics, TierMetrics
+from .prediction import Measure, NextCallPredictor
+from .prefetch import PrefetchConfig, Prefetcher, PrefetchMetrics
 from .prompt_cache import Compression, PromptKV
-from .request import Ended, Keep, Request, RequestOutcome, Times
-from .scheduler.config import Limits
+from .request import Ended, Request, RequestOutput, StorePolicy, Times
+from .scheduler.config import SchedulerConfig
 from .scheduler.request_state import Decode, Prefill, Work
 from .scheduler.scheduler import Scheduler
-from .simulation.clock import LinkSpeed, VirtualClock, VirtualCopies
+from .simulation.clock import LinkSpeed, VirtualClock, VirtualTransfer
 from .system import System, build_system, system_names
 from .workflow.graph import StepGraph
 from .workflow.loaders import (
@@ -53,7 +53,9 @@ __all__ = [
     "LFU",
     "LRU",
     "AgentSpec",
+    "AllocStatus",
     "Belady",
+    "CacheHandle",
     "Compression",
     "Decode",
     "DiskPool",
@@ -61,49 +63,47 @@ __all__ = [
     "Ended",
     "Engine",
     "Estimates",
+    "EvictionPolicy",
     "ExpectedTime",
     "Hint",
     "HintReader",
-    "Keep",
+    "KVPayload",
     "LearnedTransitions",
-    "Lease",
-    "Limits",
     "LinearCosts",
     "LinkSpeed",
     "LoadState",
     "Match",
     "Measure",
     "MemoryPool",
-    "Order",
-    "Outlook",
-    "Payload",
-    "Phantom",
+    "NextCallPredictor",
+    "PhantomPayload",
     "PhantomPool",
-    "PrefetchLimits",
-    "PrefetchStatistics",
+    "PrefetchConfig",
+    "PrefetchMetrics",
     "Prefetcher",
     "Prefill",
     "PromptKV",
     "Request",
-    "RequestOutcome",
-    "Room",
+    "RequestOutput",
     "Scheduler",
-    "SchedulerStatistics",
+    "SchedulerConfig",
+    "SchedulerMetrics",
     "Status",
     "StepGraph",
     "StepsToExecution",
+    "StorePolicy",
     "SuffixReuse",
     "System",
     "TensorPayload",
-    "ThreadedCopies",
+    "ThreadedTransfer",
     "Tier",
+    "TierMetrics",
     "TierPolicy",
-    "TierStatistics",
-    "TieredTree",
+    "TieredCache",
     "Times",
     "Urgency",
     "VirtualClock",
-    "VirtualCopies",
+    "VirtualTransfer",
     "Work",
     "Workflow",
     "WorkflowSpec",

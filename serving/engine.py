@@ -15,9 +15,9 @@ import torch
 
 from ..eviction import get_policy, policy_text
 from ..retention.seams import end_tokens
-from .kvcache.eviction_policy import Room
+from .kvcache.eviction_policy import AllocStatus
 from .prompt_cache import Compression, PromptKV
-from .request import Ended, Keep, Request
+from .request import Ended, Request, StorePolicy
 from .scheduler.request_state import Decode, Prefill
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Engine:
         boundary = self._boundary(request)
         if boundary:
             namespace = self._namespace(request.namespace, boundary)
-            request = replace(request, namespace=namespace, fixed_tokens=boundary, keep=Keep.DISCARD)
+            request = replace(request, namespace=namespace, fixed_tokens=boundary, keep=StorePolicy.DISCARD)
         self.system.scheduler.submit(request)
 
     def prepare(self, prompt: Sequence[int]) -> TensorPayload:
@@ -155,14 +155,16 @@ class Engine:
             raise ValueError(f"got a fixed prompt of {len(prompt)} tokens; accepted: a page of {page} at the least")
         return self.kv.computed(prompt[:tokens], self.compression)
 
-    def store(self, agent: str, prompt: Sequence[int], payload: TensorPayload, namespace: Hashable = None) -> Room:
+    def store(
+        self, agent: str, prompt: Sequence[int], payload: TensorPayload, namespace: Hashable = None
+    ) -> AllocStatus:
         """Offers the tiers an agent's fixed prompt, so that it is there before the agent's first request.
 
         Args:
             payload: what `prepare` made of the prompt; the tiers own it if they take it.
 
         Returns:
-            READY, or why not, see `TieredTree.insert`.
+            READY, or why not, see `TieredCache.insert`.
         """
         tiers = self.system.tiers
         if self.compression is not None:
@@ -170,13 +172,13 @@ class Engine:
         fixed = list(prompt[: payload.tokens])
         if self.system.prefetcher is not None:
             self.system.prefetcher.register(agent, fixed, namespace)
-        with tiers.open(fixed, namespace) as lease:
-            if lease.length == len(fixed):
-                return Room.READY
-            if lease.length and not payload.divisible:
-                return Room.REFUSED
-            rest = payload.split(lease.length)[1] if lease.length else payload
-            return tiers.insert(lease, fixed, rest, agent, len(fixed))
+        with tiers.open(fixed, namespace) as handle:
+            if handle.length == len(fixed):
+                return AllocStatus.READY
+            if handle.length and not payload.divisible:
+                return AllocStatus.REFUSED
+            rest = payload.split(handle.length)[1] if handle.length else payload
+            return tiers.insert(handle, fixed, rest, agent, len(fixed))
 
     def step(self, patience_s: float = 0.1) -> list[Ended]:
         """Computes the next piece of work, or waits for one; returns the requests that have ended."""
@@ -227,7 +229,7 @@ class Engine:
     def _prefill(self, item: Prefill) -> None:
         request = item.request
         if item.first:
-            self._caches[request.id] = self.kv.cache(item.lease.payloads())
+            self._caches[request.id] = self.kv.cache(item.handle.payloads())
         cache, start, boundary = self._caches[request.id], item.start, self._boundary(request)
         logits = None
         if item.start < boundary <= item.end:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .request import RequestOutcome
+from .request import RequestOutput
 
 if TYPE_CHECKING:
     from .kvcache.base import Link
 
 
 @dataclass
-class TierStatistics:
+class TierMetrics:
     """Counts since the tiers were made.
 
     Attributes:
@@ -51,7 +51,7 @@ class TierStatistics:
 
 
 @dataclass
-class SchedulerStatistics:
+class SchedulerMetrics:
     """Counts since the scheduler was made.
 
     Attributes:
@@ -67,7 +67,7 @@ class SchedulerStatistics:
     """
 
     submitted: int = 0
-    ended: dict[RequestOutcome, int] = field(default_factory=lambda: dict.fromkeys(RequestOutcome, 0))
+    ended: dict[RequestOutput, int] = field(default_factory=lambda: dict.fromkeys(RequestOutput, 0))
     batches: int = 0
     prefilled: int = 0
     decoded: int = 0

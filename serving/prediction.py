@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Hashable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from .hints.hint import Hint, HintBoard, SessionAction
+from .hints.hint import Hint, HintStore, SessionAction
 from .kvcache.base import Tier
 from .kvcache.radix_tree import TOKEN_BYTES, Pages, common_pages
-from .kvcache.tiered_cache import TieredTree
+from .kvcache.tiered_cache import TieredCache
 from .workflow.durations import Duration
 from .workflow.graph import LEAST, SILENT_S, StepGraph
 from .workflow.markov import LearnedTransitions
@@ -65,7 +65,7 @@ class LearnedPrefixes:
 MAX_OWNED = 100_000  # agents whose owner is remembered
 
 
-class Shares:
+class ClientQuotas:
     """Of the agents of one client, the most valuable count until their prompts fill its share of the device.
 
     The share is one part in as many as there are clients with agents; what is beyond it is worth as much as an agent of
@@ -77,7 +77,7 @@ class Shares:
         worth: of an agent, larger = keep; what the cap is applied to.
     """
 
-    def __init__(self, tiers: TieredTree, worth: Callable[[str], float]) -> None:
+    def __init__(self, tiers: TieredCache, worth: Callable[[str], float]) -> None:
         self.tiers, self._worth = tiers, worth
         self.capped: set[str] = set()
         self._owner: dict[str, str] = {}
@@ -172,7 +172,7 @@ class Measure(Enum):
     TIME = "expected time"
 
 
-class Outlook:
+class NextCallPredictor:
     """Listens to calls and hints, and says how soon an agent is called again.
 
     Used under the lock of the tiers, as the graph is not for several threads.
@@ -195,19 +195,19 @@ class Outlook:
         step_s: float = 5.0,
     ) -> None:
         self.graph, self.measure, self.learned = graph, measure, learned
-        self.board = HintBoard(clock)
+        self.board = HintStore(clock)
         self.step = Duration(step_s, step_s)
         self._opened = opened
         self._waiting: dict[str, int] = {}
         self._news: set[str] = set()
         self._rate = graph.rate
         self._clock, self._swept = clock, clock()
-        self._shares: Shares | None = None
+        self._shares: ClientQuotas | None = None
         self._prefixes: LearnedPrefixes | None = None
 
-    def attach(self, tiers: TieredTree) -> None:
+    def attach(self, tiers: TieredCache) -> None:
         """The tree whose order asks here; called once."""
-        self._shares = Shares(tiers, self._worth)
+        self._shares = ClientQuotas(tiers, self._worth)
         self._prefixes = LearnedPrefixes(tiers.tree.page_size)
 
     @property
@@ -215,7 +215,7 @@ class Outlook:
         return self.measure is Measure.TIME
 
     @property
-    def shares(self) -> Shares:
+    def shares(self) -> ClientQuotas:
         assert self._shares is not None, "attached to a tree"
         return self._shares
 

@@ -19,13 +19,13 @@ from typing import Any
 
 from .kvcache.base import Tier, Urgency
 from .kvcache.radix_tree import TOKEN_BYTES, Node, Pages, encode
-from .kvcache.tiered_cache import Estimates, Lease, LoadState, TieredTree
-from .kvcache.transfer_queue import CopyJob, Outcome
-from .prediction import Outlook
+from .kvcache.tiered_cache import CacheHandle, Estimates, LoadState, TieredCache
+from .kvcache.transfer_queue import Outcome, TransferJob
+from .prediction import NextCallPredictor
 
 
 @dataclass(frozen=True)
-class PrefetchLimits:
+class PrefetchConfig:
     """Budgets of a `Prefetcher`.
 
     Attributes:
@@ -54,7 +54,7 @@ class PrefetchLimits:
 
 
 @dataclass
-class PrefetchStatistics:
+class PrefetchMetrics:
     """Counts since the prefetcher was made.
 
     Attributes:
@@ -87,7 +87,7 @@ AGEING = 0.1  # seconds that a second in sight is worth in the order of the wish
 
 
 @dataclass(eq=False)
-class Wish:
+class PrefetchRequest:
     """An agent whose prompt should be on the device.
 
     Attributes:
@@ -106,26 +106,26 @@ class Wish:
     failures: int = 0
 
 
-class Wishes:
+class PrefetchQueue:
     """Wishes by key, and the agents that come into sight with time alone."""
 
     def __init__(self) -> None:
-        self._wishes: dict[str, Wish] = {}
-        self._heap: list[tuple[float, int, Wish]] = []
+        self._wishes: dict[str, PrefetchRequest] = {}
+        self._heap: list[tuple[float, int, PrefetchRequest]] = []
         self._looks: dict[str, float] = {}
         self._later: list[tuple[float, str]] = []
         self._numbers = count(1)
 
-    def want(self, agent: str, now: float, due: float) -> Wish:
+    def want(self, agent: str, now: float, due: float) -> PrefetchRequest:
         """`agent` is in sight and expected to be called at `due`."""
         self._looks.pop(agent, None)
         wish = self._wishes.get(agent)
         if wish is None:
-            wish = self._wishes[agent] = Wish(agent, now, due, due)
+            wish = self._wishes[agent] = PrefetchRequest(agent, now, due, due)
         wish.due, wish.key, wish.failures = due, due - AGEING * (now - wish.since), 0
         return wish
 
-    def enter(self, wish: Wish) -> None:
+    def enter(self, wish: PrefetchRequest) -> None:
         """It is to be granted, in its turn."""
         wish.stamp = next(self._numbers)
         heapq.heappush(self._heap, (wish.key, wish.stamp, wish))
@@ -133,13 +133,13 @@ class Wishes:
             self._heap = [(w.key, w.stamp, w) for w in self._wishes.values() if w.stamp]
             heapq.heapify(self._heap)
 
-    def first(self) -> Wish | None:
+    def first(self) -> PrefetchRequest | None:
         """The one whose turn it is; it stays."""
         while self._heap and self._heap[0][2].stamp != self._heap[0][1]:
             heapq.heappop(self._heap)
         return self._heap[0][2] if self._heap else None
 
-    def holds(self, wish: Wish) -> bool:
+    def holds(self, wish: PrefetchRequest) -> bool:
         """Whether it is still wished."""
         return self._wishes.get(wish.agent) is wish
 
@@ -183,17 +183,17 @@ class Wishes:
 
 
 @dataclass(eq=False)
-class Flight:
+class InFlightPrefetch:
     """A prompt on its way; the lease keeps it until it has arrived."""
 
-    wish: Wish
-    lease: Lease
+    wish: PrefetchRequest
+    handle: CacheHandle
     nbytes: int
     seconds: float
     client: str
 
 
-class Flights:
+class InFlightPrefetches:
     """By agent, by lease, and by client.
 
     Attributes:
@@ -202,26 +202,26 @@ class Flights:
 
     def __init__(self) -> None:
         self.nbytes, self.seconds = 0, 0.0
-        self._by_agent: dict[str, Flight] = {}
-        self._by_lease: dict[int, Flight] = {}
-        self._parked: dict[str, dict[Wish, None]] = {}
+        self._by_agent: dict[str, InFlightPrefetch] = {}
+        self._by_lease: dict[int, InFlightPrefetch] = {}
+        self._parked: dict[str, dict[PrefetchRequest, None]] = {}
 
     def __len__(self) -> int:
         return len(self._by_agent)
 
-    def __iter__(self) -> Iterator[Flight]:
+    def __iter__(self) -> Iterator[InFlightPrefetch]:
         return iter(list(self._by_agent.values()))
 
     def __contains__(self, agent: str) -> bool:
         return agent in self._by_agent
 
-    def __getitem__(self, agent: str) -> Flight:
+    def __getitem__(self, agent: str) -> InFlightPrefetch:
         return self._by_agent[agent]
 
-    def of_lease(self, number: int) -> Flight | None:
+    def of_lease(self, number: int) -> InFlightPrefetch | None:
         return self._by_lease.get(number)
 
-    def leases(self) -> set[int]:
+    def handles(self) -> set[int]:
         """The numbers of their leases."""
         return set(self._by_lease)
 
@@ -229,17 +229,17 @@ class Flights:
         """Bytes on their way for `client`."""
         return sum(flight.nbytes for flight in self._by_agent.values() if flight.client == client)
 
-    def add(self, flight: Flight) -> None:
-        self._by_agent[flight.wish.agent] = self._by_lease[flight.lease.number] = flight
+    def add(self, flight: InFlightPrefetch) -> None:
+        self._by_agent[flight.wish.agent] = self._by_lease[flight.handle.number] = flight
         self.nbytes, self.seconds = self.nbytes + flight.nbytes, self.seconds + flight.seconds
 
-    def park(self, wish: Wish, client: str) -> None:
+    def park(self, wish: PrefetchRequest, client: str) -> None:
         """It is beyond the share of `client`, which has flights: it waits for one of them to end."""
         self._parked.setdefault(client, {})[wish] = None
 
-    def remove(self, flight: Flight) -> list[Wish]:
+    def remove(self, flight: InFlightPrefetch) -> list[PrefetchRequest]:
         """It is over; returns the wishes that waited for it."""
-        del self._by_agent[flight.wish.agent], self._by_lease[flight.lease.number]
+        del self._by_agent[flight.wish.agent], self._by_lease[flight.handle.number]
         self.nbytes, self.seconds = self.nbytes - flight.nbytes, self.seconds - flight.seconds
         return list(self._parked.pop(flight.client, {}))
 
@@ -271,20 +271,20 @@ class Prefetcher:
 
     def __init__(
         self,
-        tiers: TieredTree,
+        tiers: TieredCache,
         estimates: Estimates,
-        outlook: Outlook,
-        limits: PrefetchLimits | None = None,
+        predictor: NextCallPredictor,
+        limits: PrefetchConfig | None = None,
         only_below: bool = True,
         counts_as_use: bool = False,
     ) -> None:
-        self.tiers, self.estimates, self.outlook = tiers, estimates, outlook
-        self.limits = limits or PrefetchLimits()
+        self.tiers, self.estimates, self.predictor = tiers, estimates, predictor
+        self.limits = limits or PrefetchConfig()
         self.only_below, self.counts_as_use = only_below, counts_as_use
-        self.statistics = PrefetchStatistics()
-        self._wishes = Wishes()
-        self._flights = Flights()
-        self._landed: dict[Flight, CopyJob] = {}
+        self.statistics = PrefetchMetrics()
+        self._wishes = PrefetchQueue()
+        self._flights = InFlightPrefetches()
+        self._landed: dict[InFlightPrefetch, TransferJob] = {}
         self._arrived: dict[str, None] = {}
         self._registered: dict[str, tuple[Pages, Hashable]] = {}
         self._news = False
@@ -319,11 +319,11 @@ class Prefetcher:
 
     def _consider(self, agent: str) -> None:
         now, limits = self.tiers.clock(), self.limits
-        if self.outlook.next_steps(agent) > limits.look_ahead_steps and not self.outlook.is_near(agent):
+        if self.predictor.next_steps(agent) > limits.look_ahead_steps and not self.predictor.is_near(agent):
             self._forget(agent)
             return
-        seconds = self.outlook.due(agent)
-        wait = self.outlook.wait(agent, seconds, limits.look_ahead_s, limits.least_reuse)
+        seconds = self.predictor.due(agent)
+        wait = self.predictor.wait(agent, seconds, limits.look_ahead_s, limits.least_reuse)
         if wait:
             self._forget(agent)
             if wait < min(seconds, math.inf):
@@ -368,7 +368,7 @@ class Prefetcher:
         self._news = False
         beyond: set[str] = set()
         while len(self._flights) < self.limits.copies and (wish := self._wishes.first()) is not None:
-            client = self.outlook.shares.owner(wish.agent)
+            client = self.predictor.shares.owner(wish.agent)
             verdict = _Verdict.PARKED if client in beyond else self._begin(wish, client)
             if verdict is _Verdict.WAIT:
                 return
@@ -377,31 +377,31 @@ class Prefetcher:
                 wish.stamp = 0
                 self._flights.park(wish, client)
 
-    def _begin(self, wish: Wish, client: str) -> _Verdict:
+    def _begin(self, wish: PrefetchRequest, client: str) -> _Verdict:
         """Begins the copies for a wish, or finds why not."""
         if self._is_hopeless(wish.agent):
             self.statistics.no_room += 1
             return _Verdict.WAIT
-        lease = self._open(wish.agent)
-        missing = [] if lease is None else [node for node in lease.nodes() or () if not _comes(node)]
-        if lease is None or not missing:
-            self._drop(wish, lease)
+        handle = self._open(wish.agent)
+        missing = [] if handle is None else [node for node in handle.nodes() or () if not _comes(node)]
+        if handle is None or not missing:
+            self._drop(wish, handle)
             return _Verdict.DROPPED
         nbytes, seconds = sum(node.nbytes for node in missing), self.estimates.load_s(missing)
-        verdict = self._may_begin(wish, client, lease, missing, nbytes, seconds)
+        verdict = self._may_begin(wish, client, handle, missing, nbytes, seconds)
         if verdict is not _Verdict.BEGUN:
-            lease.release()
+            handle.release()
             if verdict is _Verdict.DROPPED:
                 self._drop(wish, None)
             return verdict
-        state = lease.load(Urgency.PREFETCH, wish.key, only_below=self.only_below)
+        state = handle.load(Urgency.PREFETCH, wish.key, only_below=self.only_below)
         if state is LoadState.LOADING:
             wish.stamp = 0
-            self._flights.add(Flight(wish, lease, nbytes, seconds, client))
+            self._flights.add(InFlightPrefetch(wish, handle, nbytes, seconds, client))
             self.statistics.begun += 1
             self.statistics.bytes += nbytes
             return _Verdict.BEGUN
-        lease.release()
+        handle.release()
         self.statistics.no_room += state is LoadState.NO_ROOM
         if state in (LoadState.WAITING, LoadState.NO_ROOM):
             return _Verdict.WAIT
@@ -413,12 +413,12 @@ class Prefetcher:
         end, pool = self.tiers.tree.ends.get(agent), self.tiers.pools[Tier.DEVICE]
         if end is None or not self.only_below or _comes(end) or end.nbytes <= pool.free + pool.leaving:
             return False
-        eviction, rank = self.tiers.eviction, self.tiers.residency.candidates[Tier.DEVICE].rank(end)
+        eviction, rank = self.tiers.eviction, self.tiers.storage.candidates[Tier.DEVICE].rank(end)
         first = eviction.first_rank(Tier.DEVICE)
         return first is None or first >= eviction.policy.order.displaced(rank)
 
     def _may_begin(
-        self, wish: Wish, client: str, lease: Lease, missing: list[Node], nbytes: int, seconds: float
+        self, wish: PrefetchRequest, client: str, handle: CacheHandle, missing: list[Node], nbytes: int, seconds: float
     ) -> _Verdict:
         """BEGUN: it may."""
         budget = self.limits.share * self.tiers.pools[Tier.DEVICE].capacity
@@ -427,20 +427,20 @@ class Prefetcher:
             statistics.over_budget += 1
             return _Verdict.DROPPED
         begin = missing[0].end - missing[0].covers
-        computed = self.estimates.costs.recompute_s(begin, lease.length)
+        computed = self.estimates.costs.recompute_s(begin, handle.length)
         if self.tiers.clock() + flights.seconds + seconds > max(wish.due, self.tiers.clock()) + computed:
             statistics.too_late += 1
             return _Verdict.DROPPED
         mine = flights.of_client(client) if client else 0
-        if mine and mine + nbytes > budget * self.outlook.shares.part(client):
+        if mine and mine + nbytes > budget * self.predictor.shares.part(client):
             return _Verdict.PARKED
         full = flights.nbytes + nbytes > budget or flights.seconds + seconds > self.limits.seconds
         return _Verdict.WAIT if full and len(flights) else _Verdict.BEGUN
 
-    def _open(self, agent: str) -> Lease | None:
-        lease = self.tiers.open_agent(agent)
-        if lease is not None or agent not in self._registered:
-            return lease
+    def _open(self, agent: str) -> CacheHandle | None:
+        handle = self.tiers.open_agent(agent)
+        if handle is not None or agent not in self._registered:
+            return handle
         prompt, namespace = self._registered[agent]
         with self.tiers.open(prompt, namespace, again=True) as found:
             if found.length == 0:
@@ -448,25 +448,25 @@ class Prefetcher:
             self.tiers.insert(found, Pages(prompt[: found.length * TOKEN_BYTES]), None, agent, found.length)
         return self.tiers.open_agent(agent)
 
-    def _drop(self, wish: Wish, lease: Lease | None) -> None:
+    def _drop(self, wish: PrefetchRequest, handle: CacheHandle | None) -> None:
         """Nothing is to be done for it until there is news of its agent."""
         wish.stamp = 0
         if self._wishes.holds(wish):
             self._wishes.drop(wish.agent)
-        if lease is not None:
-            lease.release()
+        if handle is not None:
+            handle.release()
 
-    def _on_copy(self, job: CopyJob) -> None:
+    def _on_copy(self, job: TransferJob) -> None:
         self._news = True  # there may be room
         for number in job.waiters:
             if (flight := self._flights.of_lease(number)) is not None:
                 self._landed[flight] = job
 
-    def _land(self, flight: Flight, job: CopyJob) -> None:
+    def _land(self, flight: InFlightPrefetch, job: TransferJob) -> None:
         """One of its copies has ended."""
-        if self._flights.of_lease(flight.lease.number) is not flight:
+        if self._flights.of_lease(flight.handle.number) is not flight:
             return
-        chain = flight.lease.nodes()
+        chain = flight.handle.nodes()
         missing = None if chain is None else [node for node in chain if node.copies[Tier.DEVICE] is None]
         wish, statistics = flight.wish, self.statistics
         if missing and job.outcome is Outcome.DONE and all(node.flight is not None for node in missing):
@@ -477,7 +477,7 @@ class Prefetcher:
             if len(self._arrived) > MAX_REGISTERED:
                 del self._arrived[next(iter(self._arrived))]
             if self.counts_as_use:
-                self._touch(flight.lease)
+                self._touch(flight.handle)
             self._end(flight)
             self._drop(wish, None)
             return
@@ -490,18 +490,18 @@ class Prefetcher:
         else:
             self._drop(wish, None)
 
-    def _touch(self, lease: Lease) -> None:
+    def _touch(self, handle: CacheHandle) -> None:
         """The leased nodes have been used now; their places in the order are taken note of at the release."""
         now = self.tiers.clock()
-        for node in lease.node.path():
+        for node in handle.node.path():
             node.last_used = now
 
-    def _end(self, flight: Flight) -> None:
+    def _end(self, flight: InFlightPrefetch) -> None:
         for wish in self._flights.remove(flight):
             if self._wishes.holds(wish) and not wish.stamp and wish.agent not in self._flights:
                 self._wishes.enter(wish)
         self._landed.pop(flight, None)
-        flight.lease.release()
+        flight.handle.release()
 
     # Time -------------------------------------------------------------------------------------------------------
 
@@ -509,9 +509,9 @@ class Prefetcher:
         """When an agent comes into sight without other news."""
         return self._wishes.next_time()
 
-    def leases(self) -> set[int]:
+    def handles(self) -> set[int]:
         """The numbers of the leases that it holds."""
-        return self._flights.leases()
+        return self._flights.handles()
 
     def close(self) -> None:
         """Gives up everything that is under way."""

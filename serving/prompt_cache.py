@@ -11,7 +11,7 @@ import torch
 
 from ..eviction import Budget, Policy, get_policy
 from ..eviction.serialization import cache_of, check_parts, export_cache, import_cache, part_of
-from .kvcache.base import Payload, TensorPayload
+from .kvcache.base import KVPayload, TensorPayload
 
 if TYPE_CHECKING:
     from ..eviction import RaggedCache, Session
@@ -98,7 +98,7 @@ class PromptKV:
         self.compress(cache, how)
         return self.compressed(cache)
 
-    def cache(self, payloads: Sequence[Payload]) -> RaggedCache:
+    def cache(self, payloads: Sequence[KVPayload]) -> RaggedCache:
         """A cache that goes on where the payloads end; an empty one if there are none.
 
         Raises:
@@ -117,5 +117,5 @@ class PromptKV:
         return import_cache(self.session, header, owned)
 
     @staticmethod
-    def _read(payload: Payload) -> dict[str, torch.Tensor]:
+    def _read(payload: KVPayload) -> dict[str, torch.Tensor]:
         return {name: tensor for layer in range(len(payload.layers)) for name, tensor in payload.read(layer).items()}

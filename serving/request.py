@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class Keep(Enum):
+class StorePolicy(Enum):
     """Of a request's suffix and answer."""
 
     NEUTRAL = "neutral"  # stored, for whoever continues the conversation
@@ -55,7 +55,7 @@ class Request:
     namespace: Hashable = None
     priority: float = 0.5
     timeout_s: float | None = None
-    keep: Keep = Keep.NEUTRAL
+    keep: StorePolicy = StorePolicy.NEUTRAL
     bytes_per_token: int | None = None
     expected_tokens: int | None = None
 
@@ -82,7 +82,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-class RequestOutcome(Enum):
+class RequestOutput(Enum):
     ANSWERED = "answered"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -114,7 +114,7 @@ class Ended:
     """
 
     request: Request
-    outcome: RequestOutcome
+    outcome: RequestOutput
     error: str | None
     tokens: list[int]
     produced: int

@@ -11,19 +11,19 @@ from .kvcache.eviction_policy import (
     LFU,
     LRU,
     Costs,
+    EvictionPolicy,
     ExpectedTime,
-    Order,
     StepsToExecution,
     SuffixReuse,
     TierPolicy,
     WriteBack,
 )
 from .kvcache.memory_pool import Pool
-from .kvcache.tiered_cache import Estimates, TieredTree
-from .kvcache.transfer_queue import Mover
-from .prediction import Measure, Outlook
-from .prefetch import Prefetcher, PrefetchLimits
-from .scheduler.config import Limits
+from .kvcache.tiered_cache import Estimates, TieredCache
+from .kvcache.transfer_queue import TransferBackend
+from .prediction import Measure, NextCallPredictor
+from .prefetch import PrefetchConfig, Prefetcher
+from .scheduler.config import SchedulerConfig
 from .scheduler.scheduler import Scheduler
 from .workflow.graph import StepGraph
 from .workflow.markov import LearnedTransitions
@@ -71,9 +71,9 @@ class System:
     """Everything an engine or a simulator drives; `scheduler` is what it talks to."""
 
     name: str
-    tiers: TieredTree
+    tiers: TieredCache
     graph: StepGraph
-    outlook: Outlook
+    predictor: NextCallPredictor
     scheduler: Scheduler
     prefetcher: Prefetcher | None
     estimates: Estimates
@@ -87,15 +87,15 @@ class System:
 def build_system(
     name: str,
     pools: Mapping[Tier, Pool],
-    mover: Mover,
+    mover: TransferBackend,
     *,
     clock: Callable[[], float],
     costs: Costs,
     bytes_per_token: int,
     page_size: int = 16,
     graph: StepGraph | None = None,
-    limits: Limits | None = None,
-    prefetch: PrefetchLimits | None = None,
+    limits: SchedulerConfig | None = None,
+    prefetch: PrefetchConfig | None = None,
     prompts: Iterable[Sequence[int]] | None = None,
     learn: bool = False,
     step_s: float = 5.0,
@@ -104,7 +104,7 @@ def build_system(
 
     Args:
         name: of `system_names()`.
-        pools, mover, clock, page_size: of the `TieredTree`. Pools that the system does not use are left alone; whoever
+        pools, mover, clock, page_size: of the `TieredCache`. Pools that the system does not use are left alone; whoever
             made them closes them.
         costs: seconds of computing and reloading.
         bytes_per_token: KV on the device of a token that is computed.
@@ -125,7 +125,7 @@ def build_system(
     recipe, graph = _RECIPES[name], StepGraph(clock) if graph is None else graph
     used = {tier: pool for tier, pool in pools.items() if recipe.below or tier == Tier.DEVICE}
     oracle = None if prompts is None else Belady(prompts, page_size)
-    outlook = Outlook(
+    predictor = NextCallPredictor(
         graph,
         recipe.measure,
         clock,
@@ -134,21 +134,21 @@ def build_system(
         step_s,
     )
     suffixes = SuffixReuse(costs) if recipe.write_back is WriteBack.WORTH else None
-    order: Order = {
+    order: EvictionPolicy = {
         "lru": LRU,
         "lfu": LFU,
-        "ste": lambda: StepsToExecution(outlook.steps),
+        "ste": lambda: StepsToExecution(predictor.steps),
         "expected_time": lambda: ExpectedTime(
-            outlook.reuse, costs, rate=lambda: graph.rate, clock=clock, suffixes=suffixes
+            predictor.reuse, costs, rate=lambda: graph.rate, clock=clock, suffixes=suffixes
         ),
         "belady": lambda: oracle,
     }[recipe.order]()
-    tiers = TieredTree(used, mover, TierPolicy(order, recipe.write_back, suffixes, recipe.ahead), page_size, clock)
-    outlook.attach(tiers)
+    tiers = TieredCache(used, mover, TierPolicy(order, recipe.write_back, suffixes, recipe.ahead), page_size, clock)
+    predictor.attach(tiers)
     estimates = Estimates(costs, tiers.transfers)
     prefetcher = None
     if recipe.prefetch:
         by_use = not order.uses_agents
-        prefetcher = Prefetcher(tiers, estimates, outlook, prefetch, only_below=not by_use, counts_as_use=by_use)
-    scheduler = Scheduler(tiers, estimates, outlook, bytes_per_token, limits, prefetcher, recipe.batch_waits)
-    return System(name, tiers, graph, outlook, scheduler, prefetcher, estimates)
+        prefetcher = Prefetcher(tiers, estimates, predictor, prefetch, only_below=not by_use, counts_as_use=by_use)
+    scheduler = Scheduler(tiers, estimates, predictor, bytes_per_token, limits, prefetcher, recipe.batch_waits)
+    return System(name, tiers, graph, predictor, scheduler, prefetcher, estimates)

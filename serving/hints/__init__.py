@@ -4,6 +4,6 @@ if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.serving.hints', not {__name__!r}: a second name would give duplicate classes")
 
 from .formats import HintReader, hint_formats, request_fields
-from .hint import Action, ActionKind, Hint, HintBoard, SessionAction
+from .hint import Action, ActionKind, Hint, HintStore, SessionAction
 
-__all__ = ["Action", "ActionKind", "Hint", "HintBoard", "HintReader", "SessionAction", "hint_formats", "request_fields"]
+__all__ = ["Action", "ActionKind", "Hint", "HintReader", "HintStore", "SessionAction", "hint_formats", "request_fields"]

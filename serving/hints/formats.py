@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..request import Keep
+from ..request import StorePolicy
 from ..workflow.spec import MAX_NAME
 from .hint import DEFAULT_TTL_S, MAX_TTL_S, NEUTRAL, Action, ActionKind, Hint, SessionAction, normalised, session_agent
 
@@ -186,7 +186,7 @@ def sglang(document: Any, sender: Sender, unknown: set[str]) -> Hint:
         workflow=workflow,
         agent=agent,
         session=sender.session,
-        keep=Keep.DISCARD if reuse == "discard" else None,
+        keep=StorePolicy.DISCARD if reuse == "discard" else None,
         pause_s=None if pause is None else bounded(pause),
         steps=dict.fromkeys(children, 1.0),
         ttl_s=bounded(ttl),
@@ -338,7 +338,7 @@ def tensorrt(document: Any, sender: Sender, unknown: set[str]) -> Hint:
         sender.client,
         agent=sender.agent,
         session=sender.session,
-        keep=Keep.DISCARD if decode == 0 else None,
+        keep=StorePolicy.DISCARD if decode == 0 else None,
         fixed_tokens=fixed or None,
         actions=_actions(target(sender.agent, sender.session), *wishes),
     )

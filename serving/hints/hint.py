@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
 
-from ..request import Keep
+from ..request import StorePolicy
 
 MAX_TTL_S = 3600.0  # longer wishes are cut to it
 DEFAULT_TTL_S = 300.0
@@ -74,7 +74,7 @@ class Hint:
     session: str | None = None
     session_action: SessionAction | None = None
     priority: float | None = None
-    keep: Keep | None = None
+    keep: StorePolicy | None = None
     expected_tokens: int | None = None
     pause_s: float | None = None
     fixed_tokens: int | None = None
@@ -119,7 +119,7 @@ class Note:
     number: int = 0
 
 
-class HintBoard:
+class HintStore:
     """Hints by agent, each until its time is over or the agent is called.
 
     A hint is worth steps: `FAR_STEPS` at the priority 0, none at 1. The smaller of these and a graph's counts. A wish

@@ -1,7 +1,7 @@
 """The KV of a span as the memory of one tier holds it: named tensors, copied a layer at a time.
 
-The tree and the tiers see nothing of it but its bytes, its layers, and whether it can be cut in two. `Phantom` has the
-same face and no tensors: with it, the simulator runs the same code.
+The tree and the tiers see nothing of it but its bytes, its layers, and whether it can be cut in two. `PhantomPayload`
+has the same face and no tensors: with it, the simulator runs the same code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Kind = tuple["torch.dtype", tuple[int, ...]]  # type and shape of a tensor
 Memory = Callable[[int], "torch.Tensor"]  # gives so many bytes, uint8 `(nbytes,)`
 
 
-class Payload(Protocol):
+class KVPayload(Protocol):
     """What a tier holds of a node.
 
     Attributes:
@@ -58,16 +58,16 @@ class Payload(Protocol):
         """
         ...
 
-    def split(self, at: int) -> tuple[Payload, Payload]:
+    def split(self, at: int) -> tuple[KVPayload, KVPayload]:
         """The first `at` tokens and the rest, each with memory of its own; `self` is left as it is."""
         ...
 
-    def join(self, other: Payload) -> Payload | None:
+    def join(self, other: KVPayload) -> KVPayload | None:
         """`self` followed by `other` with memory of its own; None if they cannot be joined."""
         ...
 
 
-class LostCopyError(Exception):
+class LostPayloadError(Exception):
     """A copy that is gone or damaged: to the tree a miss."""
 
 
@@ -78,7 +78,7 @@ class TensorPayload:
     Attributes:
         tensors: by name. Names with the same beginning, up to the last dot, are one layer: `layers.3.key`,
             `layers.3.value`. Layers are copied in the order in which they first appear.
-        tokens: as in `Payload`.
+        tokens: as in `KVPayload`.
         token_dim: the dimension of every tensor that runs over the tokens (-2 for keys and values of shape `(batch,
             num_kv_heads, seq_len, head_dim)`); None if there is none, which makes the payload indivisible.
         memory: where `split` and `join` get the memory of their results, so many bytes for each layer; None: beside
@@ -118,7 +118,7 @@ class TensorPayload:
         return {name: self.tensors[name] for name in self.groups[layer]}
 
     @classmethod
-    def empty_like(cls, payload: Payload, memory: Memory, of_parts: Memory) -> TensorPayload:
+    def empty_like(cls, payload: KVPayload, memory: Memory, of_parts: Memory) -> TensorPayload:
         """Room for a copy of `payload`: each layer in one block of `memory`; `of_parts` becomes its `memory`."""
         return cls(_packed(payload.kinds(), memory), payload.tokens, payload.token_dim, of_parts)
 
@@ -128,7 +128,7 @@ class TensorPayload:
         # Copies: views would keep the memory of both halves alive until the last of them is evicted.
         return self._made(at, [(0, self, 0)]), self._made(self.tokens - at, [(0, self, at)])
 
-    def join(self, other: Payload) -> TensorPayload | None:
+    def join(self, other: KVPayload) -> TensorPayload | None:
         dim = self.token_dim
         if not isinstance(other, TensorPayload) or dim is None or other.token_dim != dim:
             return None
@@ -162,7 +162,7 @@ class TensorPayload:
 
 
 @dataclass(frozen=True, eq=False)
-class Phantom:
+class PhantomPayload:
     """A payload of so many bytes and no data, in any tier."""
 
     tokens: int
@@ -182,16 +182,16 @@ class Phantom:
     def read(self, layer: int) -> dict[str, torch.Tensor]:
         return {}
 
-    def split(self, at: int) -> tuple[Phantom, Phantom]:
+    def split(self, at: int) -> tuple[PhantomPayload, PhantomPayload]:
         assert self.divisible and 0 < at < self.tokens, "only divisible payloads are split, within"
         first = self.nbytes * at // self.tokens
-        rest = Phantom(self.tokens - at, self.nbytes - first, self.num_layers)
-        return Phantom(at, first, self.num_layers), rest
+        rest = PhantomPayload(self.tokens - at, self.nbytes - first, self.num_layers)
+        return PhantomPayload(at, first, self.num_layers), rest
 
-    def join(self, other: Payload) -> Phantom | None:
-        if not isinstance(other, Phantom) or not (self.divisible and other.divisible):
+    def join(self, other: KVPayload) -> PhantomPayload | None:
+        if not isinstance(other, PhantomPayload) or not (self.divisible and other.divisible):
             return None
-        return Phantom(self.tokens + other.tokens, self.nbytes + other.nbytes, self.num_layers)
+        return PhantomPayload(self.tokens + other.tokens, self.nbytes + other.nbytes, self.num_layers)
 
 
 def _packed(kinds: Mapping[str, Kind], memory: Memory) -> dict[str, torch.Tensor]:

@@ -8,11 +8,11 @@ from collections.abc import Hashable, Iterable, Sequence
 from itertools import chain
 
 from .base import Tier
-from .eviction_policy import Order, Rank
+from .eviction_policy import EvictionPolicy, Rank
 from .radix_tree import TOKEN_BYTES, Node, encode, hash_pages
 
 
-class Belady(Order):
+class Belady(EvictionPolicy):
     """What is used again last goes first (Belady 1966); optimal for nodes of one size.
 
     A node is used by every request of the trace whose prompt begins with everything up to the node's end.

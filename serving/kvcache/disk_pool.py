@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import Kind, LostCopyError, Payload, group_layers
+from .base import Kind, KVPayload, LostPayloadError, group_layers
 from .memory_pool import Pool
 
 if TYPE_CHECKING:
@@ -77,18 +77,18 @@ class FilePayload:
                 file.seek(self.data_at + sum(self.layers[:layer]))
                 got = _read_fully(file, memoryview(buffer))
         except OSError as error:
-            raise LostCopyError(f"{self.path} cannot be read: {error}") from error
+            raise LostPayloadError(f"{self.path} cannot be read: {error}") from error
         if got < size:
-            raise LostCopyError(f"{self.path} is truncated: layer {layer} has {got} of its {size} bytes")
+            raise LostPayloadError(f"{self.path} is truncated: layer {layer} has {got} of its {size} bytes")
         if hashlib.sha256(buffer).hexdigest() != self.digests[layer]:
-            raise LostCopyError(f"{self.path} is damaged: layer {layer} is not what was written")
+            raise LostPayloadError(f"{self.path} is damaged: layer {layer} is not what was written")
         block = torch.frombuffer(buffer, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
         return views(block, {name: self.tensors[name] for name in self.groups[layer]})
 
-    def split(self, at: int) -> tuple[Payload, Payload]:
+    def split(self, at: int) -> tuple[KVPayload, KVPayload]:
         raise AssertionError("files are not divisible")
 
-    def join(self, other: Payload) -> None:
+    def join(self, other: KVPayload) -> None:
         return None
 
 
@@ -112,17 +112,17 @@ class DiskPool(Pool):
         self._lock.acquire()
         self._numbers = count()
 
-    def require(self, payload: Payload) -> None:
+    def require(self, payload: KVPayload) -> None:
         for dtype, _ in payload.kinds().values():
             _code(dtype)
 
-    def charge(self, payload: Payload) -> int:
+    def charge(self, payload: KVPayload) -> int:
         return len(_header(payload, None)) + payload.nbytes
 
-    def begin(self, payload: Payload) -> _FileBuilder:
+    def begin(self, payload: KVPayload) -> _FileBuilder:
         return _FileBuilder(payload, self.folder / f"{next(self._numbers)}.safetensors")
 
-    def discard(self, payload: Payload) -> None:
+    def discard(self, payload: KVPayload) -> None:
         assert isinstance(payload, FilePayload), "the disk holds files"
         payload.path.unlink(missing_ok=True)
 
@@ -134,7 +134,7 @@ class DiskPool(Pool):
 class _FileBuilder:
     """Writes one file; nothing is opened before the first layer comes."""
 
-    def __init__(self, payload: Payload, path: Path) -> None:
+    def __init__(self, payload: KVPayload, path: Path) -> None:
         self._source, self._path = payload, path
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._kinds = payload.kinds()
@@ -171,7 +171,7 @@ class _FileBuilder:
         self._temporary.unlink(missing_ok=True)
 
 
-def _header(payload: Payload, digests: list[str] | None) -> bytes:
+def _header(payload: KVPayload, digests: list[str] | None) -> bytes:
     """The beginning of the safetensors file: 8 bytes of length, JSON, spaces up to a multiple of 8.
 
     It has the same length with and without digests.

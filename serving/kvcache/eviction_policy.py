@@ -26,7 +26,7 @@ WORTH = 2.0  # times as much as what it displaces is a prompt that is brought up
 AgentValue = Callable[[Agent], float] | Mapping[Any, float]  # how soon or how likely an agent comes back
 
 
-class Order(ABC):
+class EvictionPolicy(ABC):
     """The order of eviction; what is smaller goes first. It reads nodes and writes to nothing.
 
     Attributes:
@@ -46,7 +46,7 @@ class Order(ABC):
         return local
 
     def value(self, agent: Agent) -> float:
-        """What `agent` is worth, larger = keep, never NaN. Read when `TieredTree.values_changed` says so."""
+        """What `agent` is worth, larger = keep, never NaN. Read when `TieredCache.values_changed` says so."""
         return 0.0
 
     def displaced(self, rank: Rank) -> Rank:
@@ -64,7 +64,7 @@ class Order(ABC):
 
 
 @dataclass(frozen=True)
-class LRU(Order):
+class LRU(EvictionPolicy):
     """Least recently used first."""
 
     name = "lru"
@@ -74,7 +74,7 @@ class LRU(Order):
 
 
 @dataclass(frozen=True)
-class LFU(Order):
+class LFU(EvictionPolicy):
     """Least often used first, then least recently."""
 
     name = "lfu"
@@ -84,7 +84,7 @@ class LFU(Order):
 
 
 @dataclass(frozen=True)
-class StepsToExecution(Order):
+class StepsToExecution(EvictionPolicy):
     """KVFlow (arXiv 2507.07400, section 4.1): what no fixed prompt needs, then the largest steps-to-execution.
 
     Equal steps go by the least recent use. An agent without a number has infinitely many steps.
@@ -146,7 +146,7 @@ class LinearCosts:
 
 
 @dataclass(frozen=True)
-class ExpectedTime(Order):
+class ExpectedTime(EvictionPolicy):
     """Ours: the time a node is expected to save per byte, P(reuse) · min(recompute, reload) / bytes.
 
     P(reuse) of a fixed prompt is its agents' expected discounted reuse, e.g. E[exp(-γT)] with T the time until the next
@@ -296,7 +296,7 @@ def _prompt(node: Node) -> Hashable:
     return frozenset()
 
 
-class Room(Enum):
+class AllocStatus(Enum):
     READY = "there is room"
     PENDING = "there will be, once copies that are under way have ended"
     REFUSED = "there is none, and nothing (more) may go"
@@ -319,13 +319,13 @@ class TierPolicy:
         order: who goes first, in every tier.
         write_back: what is saved below rather than dropped.
         suffixes: for `WriteBack.WORTH`, and for no other: what is known of suffixes.
-        ahead: fixed prompts are saved before anything waits for their room (`SaveAhead`).
+        ahead: fixed prompts are saved before anything waits for their room (`WriteBackAhead`).
 
     Raises:
         ValueError: one of `WriteBack.WORTH` and suffixes without the other; `ahead` of evictions that save nothing.
     """
 
-    order: Order
+    order: EvictionPolicy
     write_back: WriteBack = WriteBack.ALL
     suffixes: SuffixReuse | None = None
     ahead: bool = False
@@ -344,7 +344,7 @@ class TierPolicy:
         return self.write_back is WriteBack.ALL or (self.write_back is not WriteBack.NOTHING and node.fixed)
 
 
-_NAMED: dict[str, tuple[Callable[..., Order], WriteBack]] = {
+_NAMED: dict[str, tuple[Callable[..., EvictionPolicy], WriteBack]] = {
     "lru": (LRU, WriteBack.NOTHING),  # a cache on the device alone
     "lfu": (LFU, WriteBack.ALL),
     "lru_reactive": (LRU, WriteBack.ALL),  # as SGLang's HiCache: into the host's memory, and back on demand

@@ -8,8 +8,8 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from .base import Tier
-from .eviction_policy import Order, Rank
-from .radix_tree import Group, Groups, Node
+from .eviction_policy import EvictionPolicy, Rank
+from .radix_tree import AgentGroup, AgentIndex, Node
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 Entry = tuple[Rank, int, Node]
 
 
-class Candidates:
-    """The evictable nodes of one tier in an `Order`.
+class EvictionQueue:
+    """The evictable nodes of one tier in an `EvictionPolicy`.
 
-    Each group has a heap of its nodes by `Order.local`; a heap over the groups holds, for each, a rank that is not
-    above that of its first node: exact after every event that lowers it, corrected when it comes to the top after one
+    Each group has a heap of its nodes by `EvictionPolicy.local`; a heap over the groups holds, for each, a rank that is
+    not above that of its first node: exact after every event that lowers it, corrected when it comes to the top after one
     that raised it. A node that is offered, used or evicted costs O(log n) amortised; a new value of a group O(log n)
     whatever the number of its nodes. The group of nobody, whose value falls with time, is compared at every choice.
 
@@ -33,12 +33,12 @@ class Candidates:
         now: the clock, seconds.
     """
 
-    def __init__(self, tier: Tier, order: Order, groups: Groups, now: Callable[[], float]) -> None:
+    def __init__(self, tier: Tier, order: EvictionPolicy, groups: AgentIndex, now: Callable[[], float]) -> None:
         self.tier, self.order, self._now = tier, order, now
         self._nobody = groups.nobody
-        self._nodes: dict[Group, list[Entry]] = {}
-        self._groups: list[tuple[Rank, int, Group]] = []
-        self._latest: dict[Group, tuple[Rank, int]] = {}
+        self._nodes: dict[AgentGroup, list[Entry]] = {}
+        self._groups: list[tuple[Rank, int, AgentGroup]] = []
+        self._latest: dict[AgentGroup, tuple[Rank, int]] = {}
         self._numbers = count(1)
         self._entries = 0
         self.live = 0
@@ -65,7 +65,7 @@ class Candidates:
         self.live -= node.stamps[self.tier] != 0
         node.stamps[self.tier] = 0
 
-    def revalue(self, groups: Iterable[Group]) -> None:
+    def revalue(self, groups: Iterable[AgentGroup]) -> None:
         """The values of `groups` are new."""
         nodes, note = self._nodes, self._note
         for group in groups:
@@ -126,10 +126,10 @@ class Candidates:
             heapq.heapreplace(groups, (true, number, group))
         return None
 
-    def _value(self, group: Group) -> float:
+    def _value(self, group: AgentGroup) -> float:
         return self.order.nobody(self._now()) if group is self._nobody else group.value
 
-    def _top(self, group: Group) -> Entry | None:
+    def _top(self, group: AgentGroup) -> Entry | None:
         """The first valid entry of a group; stale ones before it are dropped, and an empty heap with them."""
         heap = self._nodes.get(group)
         if heap is None:
@@ -143,7 +143,7 @@ class Candidates:
         self._latest.pop(group, None)
         return None
 
-    def _note(self, group: Group) -> None:
+    def _note(self, group: AgentGroup) -> None:
         """Enters the rank of a group's first node unless one at or below it is entered already."""
         top = None if group is self._nobody else self._top(group)
         if top is None:

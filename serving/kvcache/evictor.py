@@ -9,30 +9,30 @@ from collections.abc import Iterator
 from itertools import islice
 
 from .base import TIERS, Tier, Urgency
-from .eviction_policy import Rank, Room, TierPolicy
+from .eviction_policy import AllocStatus, Rank, TierPolicy
 from .radix_tree import Node
-from .tier_storage import Residency
-from .transfer import Transfers
-from .transfer_queue import CopyJob, Outcome
+from .tier_storage import TierStorage
+from .transfer import TransferManager
+from .transfer_queue import Outcome, TransferJob
 
 MAX_UNSAVED = 4096  # nodes of a tier that are remembered, the oldest first to be forgotten
 LOOKS = 64  # of these, from which the next one is chosen
 
 
-class SaveAhead:
+class WriteBackAhead:
     """Whatever a full tier will have to evict next, for a load or a request, it then has at once.
 
     It begins a copy only where the tier has no room for one more of that size, even without the suffixes in it, on a
     link on which nothing else is copied, and into room that is free below; each node is tried once after it has come.
-    If an eviction wants the node meanwhile, the copy becomes a part of that (`Transfers.adopt`).
+    If an eviction wants the node meanwhile, the copy becomes a part of that (`TransferManager.adopt`).
 
     Used under the lock of the tiers.
     """
 
-    def __init__(self, residency: Residency, transfers: Transfers) -> None:
-        self.residency, self.transfers = residency, transfers
+    def __init__(self, storage: TierStorage, transfers: TransferManager) -> None:
+        self.storage, self.transfers = storage, transfers
         self._unsaved: dict[Tier, dict[Node, None]] = {
-            tier: {} for tier in residency.pools if _below(tier, residency) is not None
+            tier: {} for tier in storage.pools if _below(tier, storage) is not None
         }
         self._largest = dict.fromkeys(self._unsaved, 0)  # bytes of any node that has come so far
         transfers.listeners.append(self._on_copy)
@@ -42,7 +42,7 @@ class SaveAhead:
         for each in node.path():
             self._came(each, Tier.DEVICE)
 
-    def _on_copy(self, job: CopyJob) -> None:
+    def _on_copy(self, job: TransferJob) -> None:
         if job.outcome is Outcome.DONE and job.target != Tier.DEVICE:
             self._came(job.node, job.target)
 
@@ -59,7 +59,7 @@ class SaveAhead:
         for tier, unsaved in self._unsaved.items():
             if not unsaved:
                 continue
-            lower = _below(tier, self.residency)
+            lower = _below(tier, self.storage)
             assert lower is not None, "only tiers above another one are looked at"
             idle = all(job.link != (tier, lower) for job in self.transfers.under_way)
             if idle and not self._has_room(tier, self._largest[tier]):
@@ -67,14 +67,14 @@ class SaveAhead:
 
     def _has_room(self, tier: Tier, nbytes: int) -> bool:
         """Whether `tier` has room for so much, or needs no prompt to go for it."""
-        pool = self.residency.pools[tier]
-        return self.residency.candidates[tier].has_loose(nbytes - pool.free - pool.leaving)
+        pool = self.storage.pools[tier]
+        return self.storage.candidates[tier].has_loose(nbytes - pool.free - pool.leaving)
 
     def _begin(self, tier: Tier, lower: Tier) -> None:
-        node = min(self._evictable(tier), key=self.residency.candidates[tier].rank, default=None)
+        node = min(self._evictable(tier), key=self.storage.candidates[tier].rank, default=None)
         if node is None or self._has_room(tier, node.held[tier]):
             return
-        below, payload = self.residency.pools[lower], node.copies[tier]
+        below, payload = self.storage.pools[lower], node.copies[tier]
         assert payload is not None, "who may be evicted has a copy"
         if below.can_take(below.charge(payload)):
             del self._unsaved[tier][node]
@@ -90,9 +90,9 @@ class SaveAhead:
                 yield node
 
 
-def _below(tier: Tier, residency: Residency) -> Tier | None:
+def _below(tier: Tier, storage: TierStorage) -> Tier | None:
     """The next tier below that exists."""
-    return next((lower for lower in TIERS[tier + 1 :] if lower in residency.pools), None)
+    return next((lower for lower in TIERS[tier + 1 :] if lower in storage.pools), None)
 
 
 def _saved(node: Node, tier: Tier) -> bool:
@@ -100,24 +100,25 @@ def _saved(node: Node, tier: Tier) -> bool:
     return any(node.copies[lower] is not None for lower in TIERS[tier + 1 :])
 
 
-class Eviction:
+class Evictor:
     """Applies a `TierPolicy`."""
 
-    def __init__(self, residency: Residency, transfers: Transfers, policy: TierPolicy) -> None:
-        self.residency, self.transfers, self.policy = residency, transfers, policy
+    def __init__(self, storage: TierStorage, transfers: TransferManager, policy: TierPolicy) -> None:
+        self.storage, self.transfers, self.policy = storage, transfers, policy
 
-    def make_room(self, tier: Tier, nbytes: int, below: Rank | None = None, hurry: bool = False) -> Room:
+    def make_room(self, tier: Tier, nbytes: int, below: Rank | None = None, hurry: bool = False) -> AllocStatus:
         """Evicts from `tier` until `nbytes` are free there, or will be.
 
         Args:
             below: evict only what ranks below this.
-            hurry: a request waits for it; what need not be saved first may go before what does (`Order.rather`).
+            hurry: a request waits for it; what need not be saved first may be evicted before what does
+                (`EvictionPolicy.rather`).
         """
-        pool, candidates = self.residency.pools[tier], self.residency.candidates[tier]
+        pool, candidates = self.storage.pools[tier], self.storage.candidates[tier]
         if pool.can_take(nbytes):
-            return Room.READY
+            return AllocStatus.READY
         if nbytes > self.transfers.can_leave(tier):
-            return Room.REFUSED
+            return AllocStatus.REFUSED
         while pool.free + pool.leaving < nbytes:
             victim = candidates.first()
             if hurry and (other := self._at_once(tier, victim)) is not None:
@@ -126,18 +127,18 @@ class Eviction:
             if self._adopts(tier, victim, below):
                 continue
             if victim is None or (below is not None and candidates.rank(victim) >= below):
-                return Room.REFUSED
+                return AllocStatus.REFUSED
             if self._follows(victim, tier):
-                return Room.PENDING
-            if self.evict(victim, tier) is Room.PENDING:
-                return Room.PENDING
-        return Room.READY if pool.can_take(nbytes) else Room.PENDING
+                return AllocStatus.PENDING
+            if self.evict(victim, tier) is AllocStatus.PENDING:
+                return AllocStatus.PENDING
+        return AllocStatus.READY if pool.can_take(nbytes) else AllocStatus.PENDING
 
     def _at_once(self, tier: Tier, victim: Node | None) -> Node | None:
         """Who may rather leave `tier` without a copy, where the one that goes next would have to be saved first."""
         if not self.policy.ahead:
             return None
-        candidates, job = self.residency.candidates[tier], self.transfers.ahead(tier)
+        candidates, job = self.storage.candidates[tier], self.transfers.ahead(tier)
         if job is not None and (victim is None or candidates.rank(job.node) <= candidates.rank(victim)):
             saved = sum(job.payload.layers[job.done :])
         elif victim is not None and not victim.has_spare and self.policy.saves(victim, tier):
@@ -153,7 +154,7 @@ class Eviction:
         """Whether a node that is being saved already goes rather than `victim`; then its copy is an eviction now."""
         if not self.policy.ahead or (job := self.transfers.ahead(tier)) is None:
             return False
-        candidates = self.residency.candidates[tier]
+        candidates = self.storage.candidates[tier]
         rank = candidates.rank(job.node)
         if (victim is not None and candidates.rank(victim) < rank) or (below is not None and rank >= below):
             return False
@@ -162,7 +163,7 @@ class Eviction:
 
     def first_rank(self, tier: Tier) -> Rank | None:
         """The rank of the next victim, be it that it is being saved already."""
-        candidates, job = self.residency.candidates[tier], self.transfers.ahead(tier)
+        candidates, job = self.storage.candidates[tier], self.transfers.ahead(tier)
         first = candidates.first_rank()
         if job is None:
             return first
@@ -171,56 +172,56 @@ class Eviction:
 
     def _follows(self, victim: Node, tier: Tier) -> bool:
         """Whether a node that ranks below `victim` becomes a candidate as soon as what builds on it has been saved."""
-        rank = self.residency.candidates[tier].rank
+        rank = self.storage.candidates[tier].rank
         for job in self.transfers.under_way:
             parent = job.node.parent
             if not job.frees_source or job.source != tier or parent is None or parent.copies[tier] is None:
                 continue
-            if parent.users == 1 and parent.below[tier] == 1 and rank(parent) < rank(victim):
+            if parent.ref_count == 1 and parent.below[tier] == 1 and rank(parent) < rank(victim):
                 return True
         return False
 
-    def evict(self, node: Node, tier: Tier) -> Room:
+    def evict(self, node: Node, tier: Tier) -> AllocStatus:
         """Has a candidate leave `tier`: at once, or when it has been copied into the tier below.
 
         Returns:
             PENDING, and nothing is done yet, if the tier below will have room once copies have ended; else READY.
         """
         room, suffixes = self._evict(node, tier), self.policy.suffixes
-        if suffixes is not None and room is Room.READY and tier is Tier.DEVICE and not node.fixed:
+        if suffixes is not None and room is AllocStatus.READY and tier is Tier.DEVICE and not node.fixed:
             suffixes.left(node)
         return room
 
-    def _evict(self, node: Node, tier: Tier) -> Room:
+    def _evict(self, node: Node, tier: Tier) -> AllocStatus:
         only_copy = not node.has_spare
         if only_copy and self.policy.saves(node, tier):
             room = self._save(node, tier)
-            if room is not Room.REFUSED:
+            if room is not AllocStatus.REFUSED:
                 return room
         elif only_copy and self.policy.suffixes is not None:
             self.policy.suffixes.dropped()
         statistics = self.transfers.statistics
         statistics.evicted_copies += 1
         statistics.dropped += only_copy
-        self.residency.lose(node, tier)
-        return Room.READY
+        self.storage.lose(node, tier)
+        return AllocStatus.READY
 
-    def _save(self, node: Node, tier: Tier) -> Room:
+    def _save(self, node: Node, tier: Tier) -> AllocStatus:
         """Begins to copy `node` out of `tier` into the next one below that has room for it; READY if that is so."""
         for lower in TIERS[tier + 1 :]:
-            if lower not in self.residency.pools:
+            if lower not in self.storage.pools:
                 continue
             payload = node.copies[tier]
             assert payload is not None
-            needed = self.residency.pools[lower].charge(payload)
-            room = self.make_room(lower, needed, self.residency.candidates[lower].rank(node))
+            needed = self.storage.pools[lower].charge(payload)
+            room = self.make_room(lower, needed, self.storage.candidates[lower].rank(node))
             if node.copies[tier] is None:
-                return Room.READY  # what went from the tier below took with it what was built on it
-            if room is Room.PENDING:
+                return AllocStatus.READY  # what went from the tier below took with it what was built on it
+            if room is AllocStatus.PENDING:
                 return room
-            if room is Room.READY and self.transfers.start(node, lower, Urgency.WRITE_BACK, frees_source=True):
+            if room is AllocStatus.READY and self.transfers.start(node, lower, Urgency.WRITE_BACK, frees_source=True):
                 self.transfers.statistics.evicted_copies += 1
                 if self.policy.suffixes is not None and not node.fixed:
                     self.policy.suffixes.saved(node)
                 return room
-        return Room.REFUSED
+        return AllocStatus.REFUSED

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .base import Payload, Phantom, TensorPayload
+from .base import KVPayload, PhantomPayload, TensorPayload
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def rounded(nbytes: int) -> int:
     return -(-nbytes // UNIT) * UNIT
 
 
-class Arena:
+class PinnedArena:
     """Blocks out of slabs: the smallest free range that is large enough, neighbours joined when they come back.
 
     A block is free again when the last tensor that shares its storage is gone, whoever held it, so nobody frees a
@@ -130,7 +130,7 @@ class Builder(Protocol):
         """Takes over the contents of one layer, in order; on a GPU the work may still be queued on the stream."""
         ...
 
-    def commit(self) -> Payload:
+    def commit(self) -> KVPayload:
         """The finished copy; every layer has been written."""
         ...
 
@@ -162,11 +162,11 @@ class Pool(ABC):
     def free(self) -> int:
         return self.capacity - self.used
 
-    def charge(self, payload: Payload) -> int:
+    def charge(self, payload: KVPayload) -> int:
         """Bytes that a copy of `payload` takes here."""
         return payload.nbytes
 
-    def require(self, payload: Payload) -> None:  # noqa: B027  # memory holds everything
+    def require(self, payload: KVPayload) -> None:  # noqa: B027  # memory holds everything
         """Raises ValueError if the tier cannot hold such a payload, of whatever size."""
 
     def can_take(self, nbytes: int) -> bool:
@@ -191,14 +191,14 @@ class Pool(ABC):
         assert self.reserved >= 0, "what is given back was reserved"
 
     @abstractmethod
-    def begin(self, payload: Payload) -> Builder:
+    def begin(self, payload: KVPayload) -> Builder:
         """Allocates for a copy of `payload`.
 
         Raises:
             OSError, RuntimeError, MemoryError: there is less memory than the capacity promises.
         """
 
-    def discard(self, payload: Payload) -> None:  # noqa: B027  # memory needs nothing
+    def discard(self, payload: KVPayload) -> None:  # noqa: B027  # memory needs nothing
         """Called when a copy leaves the tier, so that what reference counting does not free can be."""
 
     def close(self) -> None:  # noqa: B027
@@ -212,7 +212,7 @@ class MemoryPool(Pool):
         capacity: bytes.
         device: where the tensors are.
         pinned: page-locked, so that a GPU copies at full speed and asynchronously; needs a GPU. Each layer is counted
-            as what it takes of an `Arena`.
+            as what it takes of an `PinnedArena`.
 
     Raises:
         ValueError: a negative capacity, or pinned memory where there is no GPU.
@@ -227,12 +227,12 @@ class MemoryPool(Pool):
                 page_locked(1)
             except RuntimeError as error:
                 raise ValueError("pinned=True needs a GPU that torch sees; without one, pinned=False") from error
-            self._arena = Arena(capacity, page_locked)
+            self._arena = PinnedArena(capacity, page_locked)
 
-    def charge(self, payload: Payload) -> int:
+    def charge(self, payload: KVPayload) -> int:
         return payload.nbytes if self._arena is None else sum(map(rounded, payload.layers))
 
-    def begin(self, payload: Payload) -> Builder:
+    def begin(self, payload: KVPayload) -> Builder:
         return _TensorBuilder(TensorPayload.empty_like(payload, self._memory, self._memory_of_parts))
 
     def _memory(self, nbytes: int) -> torch.Tensor:
@@ -269,7 +269,7 @@ class _TensorBuilder:
         targets = self.made.read(layer)
         copy_all(list(targets.values()), [tensors[name] for name in targets])
 
-    def commit(self) -> Payload:
+    def commit(self) -> KVPayload:
         return self.made
 
     def abort(self) -> None:
@@ -279,19 +279,19 @@ class _TensorBuilder:
 class PhantomPool(Pool):
     """Counts and holds nothing: any tier of the simulator."""
 
-    def begin(self, payload: Payload) -> Builder:
-        assert isinstance(payload, Phantom), "a pool without memory holds payloads without data"
+    def begin(self, payload: KVPayload) -> Builder:
+        assert isinstance(payload, PhantomPayload), "a pool without memory holds payloads without data"
         return _PhantomBuilder(payload)
 
 
 @dataclass
 class _PhantomBuilder:
-    payload: Phantom
+    payload: PhantomPayload
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         pass
 
-    def commit(self) -> Payload:
+    def commit(self) -> KVPayload:
         return self.payload
 
     def abort(self) -> None:

@@ -27,8 +27,8 @@ import numpy as np
 from .base import TIERS, Status, Tier
 
 if TYPE_CHECKING:
-    from .base import Payload
-    from .transfer_queue import CopyJob
+    from .base import KVPayload
+    from .transfer_queue import TransferJob
 
 
 TOKEN = np.dtype("<i4")
@@ -84,7 +84,7 @@ def common_pages(left: bytes, right: bytes, at: int, page_bytes: int) -> int:
 Agent = Hashable
 
 
-class Group:
+class AgentGroup:
     """The nodes of one set of agents; its value is that of the agent that needs them most.
 
     Attributes:
@@ -115,7 +115,7 @@ class Group:
         return -values[0][0]
 
 
-class Groups:
+class AgentIndex:
     """All groups; `nobody` holds the nodes that are in no agent's fixed prompt, and has no value.
 
     Nodes of one agent share a group. A node that a second agent comes to share gets a group of its own, which further
@@ -126,11 +126,11 @@ class Groups:
     """
 
     def __init__(self, value: Callable[[Agent], float]) -> None:
-        self.nobody = Group()
+        self.nobody = AgentGroup()
         self._value = value
         self._values: dict[Agent, float] = {}
-        self._single: dict[Agent, Group] = {}
-        self._members: dict[Agent, set[Group]] = {}
+        self._single: dict[Agent, AgentGroup] = {}
+        self._members: dict[Agent, set[AgentGroup]] = {}
         self._numbers = count(1)
 
     @property
@@ -138,7 +138,7 @@ class Groups:
         """Those with at least one node."""
         return self._members.keys()
 
-    def move(self, node: Node, group: Group) -> None:
+    def move(self, node: Node, group: AgentGroup) -> None:
         """Puts `node` into `group`; the group it leaves is forgotten if that was its last node."""
         old = node.group
         if old is group:
@@ -149,7 +149,7 @@ class Groups:
         if old.nodes == 0 and old is not self.nobody:
             self._forget(old)
 
-    def _forget(self, group: Group) -> None:
+    def _forget(self, group: AgentGroup) -> None:
         for agent in group.agents:
             members = self._members[agent]
             members.discard(group)
@@ -182,25 +182,25 @@ class Groups:
             return
         self.move(node, self._group(tuple(other for other in group.agents if other != agent)))
 
-    def _group(self, agents: tuple[Agent, ...]) -> Group:
+    def _group(self, agents: tuple[Agent, ...]) -> AgentGroup:
         if not agents:
             return self.nobody
         if len(agents) == 1 and agents[0] in self._single:
             return self._single[agents[0]]
-        group = Group()
+        group = AgentGroup()
         for agent in agents:
             self._join(group, agent)
         if len(agents) == 1:
             self._single[agents[0]] = group
         return group
 
-    def _join(self, group: Group, agent: Agent) -> None:
+    def _join(self, group: AgentGroup, agent: Agent) -> None:
         if agent not in self._values:
             self._values[agent] = self._value(agent)
         self._members.setdefault(agent, set()).add(group)
         group.set(agent, self._values[agent], next(self._numbers))
 
-    def changed(self, agents: Iterable[Agent] | None = None) -> list[Group]:
+    def changed(self, agents: Iterable[Agent] | None = None) -> list[AgentGroup]:
         """Reads the values of these agents (None: all) anew; returns the groups of those that have another."""
         groups = []
         for agent in tuple(self._values) if agents is None else agents:
@@ -217,7 +217,7 @@ class Groups:
 
     def check(self, nodes: Iterable[Node]) -> None:
         """Raises AssertionError unless nodes, groups and agents agree; `nodes` are all there are, roots included."""
-        counts: dict[Group, int] = {}
+        counts: dict[AgentGroup, int] = {}
         for node in nodes:
             counts[node.group] = counts.get(node.group, 0) + 1
         assert all(group.nodes == number for group, number in counts.items()), "the nodes of a group are counted"
@@ -262,31 +262,31 @@ class Node:
         "hits",
         "last_used",
         "parent",
+        "ref_count",
         "span",
         "stamps",
         "start",
-        "users",
     )
 
-    def __init__(self, parent: Node | None, span: bytes, start: int, end: int, group: Group) -> None:
+    def __init__(self, parent: Node | None, span: bytes, start: int, end: int, group: AgentGroup) -> None:
         self.parent = parent
         self.span = span
         self.start, self.end = start, end
         self.covers = end - start
         self.children: dict[bytes, Node] = {}
-        self.users = 0
-        self.copies: list[Payload | None] = [None, None, None]
+        self.ref_count = 0
+        self.copies: list[KVPayload | None] = [None, None, None]
         self.held = [0, 0, 0]
         self.below = [0, 0, 0]
         self.stamps = [0, 0, 0]
-        self.flight: CopyJob | None = None
+        self.flight: TransferJob | None = None
         self.group = group
         self.last_used = 0.0
         self.hits = 0
         self._chain_hash: int | None = None
 
     def __repr__(self) -> str:
-        return f"Node([{self.start}, {self.end}), {self.status.value}, users={self.users})"
+        return f"Node([{self.start}, {self.end}), {self.status.value}, users={self.ref_count})"
 
     @property
     def length(self) -> int:
@@ -327,7 +327,7 @@ class Node:
 
     def evictable(self, tier: Tier) -> bool:
         """A leaf among those with a copy in `tier`, and without a user."""
-        return self.copies[tier] is not None and self.users == 0 and self.below[tier] == 0
+        return self.copies[tier] is not None and self.ref_count == 0 and self.below[tier] == 0
 
     def path(self, above: Node | None = None) -> Iterator[Node]:
         """This node and its ancestors, without the root; up to and without `above` if that is one of them."""
@@ -392,7 +392,7 @@ class PrefixTree:
         size: nodes without the roots.
     """
 
-    def __init__(self, page_size: int, groups: Groups) -> None:
+    def __init__(self, page_size: int, groups: AgentIndex) -> None:
         if page_size < 1:
             raise ValueError(f"got page_size={page_size}; accepted: 1 or more tokens")
         self.page_size, self.page_bytes = page_size, page_size * TOKEN_BYTES
@@ -451,7 +451,7 @@ class PrefixTree:
         assert parent is not None and 0 < cut < len(node.span), "a cut lies within a span"
         head = self._node(parent, node.span[:cut], node.start)
         self.groups.move(head, node.group)
-        head.users, head.last_used, head.hits = node.users, node.last_used, node.hits
+        head.ref_count, head.last_used, head.hits = node.ref_count, node.last_used, node.hits
         head.below = [int(node.copies[tier] is not None or node.below[tier] > 0) for tier in range(3)]
         parent.children[head.span[: self.page_bytes]] = head
         self._shorten(node, head, cut)
@@ -476,7 +476,7 @@ class PrefixTree:
     def remove_leaf(self, node: Node) -> Node:
         """Takes a node without children, data and users out of the tree; returns its parent."""
         parent = node.parent
-        assert parent is not None and not node.children and not node.has_data and not node.users, "nothing needs it"
+        assert parent is not None and not node.children and not node.has_data and not node.ref_count, "nothing needs it"
         del parent.children[node.span[: self.page_bytes]]
         for agent in node.group.agents:
             if self.ends.get(agent) is node:  # what is left of the fixed prompt stays the agent's
@@ -493,7 +493,8 @@ class PrefixTree:
         """
         (lower,) = upper.children.values()
         parent = upper.parent
-        assert parent is not None and not upper.has_data and not upper.users and not lower.users, "nothing needs it"
+        assert parent is not None and not upper.has_data, "the upper node has no data"
+        assert not upper.ref_count and not lower.ref_count, "nothing references either"
         lower.span, lower.start, lower.parent = upper.span + lower.span, upper.start, parent
         lower.last_used, lower.hits = max(lower.last_used, upper.last_used), max(lower.hits, upper.hits)
         if not lower.has_data:
@@ -547,7 +548,8 @@ class PrefixTree:
             assert node.start == node.parent.end, "spans follow each other"
             assert node.length > 0 and node.length % self.page_size == 0, "spans are whole pages"
             assert len(node.span) == node.length * TOKEN_BYTES, "a span has one id a token"
-            assert node.users >= sum(child.users for child in node.children.values()), "users below are users above"
+            below = sum(child.ref_count for child in node.children.values())
+            assert node.ref_count >= below, "references below are references above"
         tagged = {(agent, each) for agent, end in self.ends.items() for each in end.path()}
         assert tagged == {(agent, node) for node in nodes for agent in node.group.agents}, (
             "tags are paths to their ends"

@@ -1,7 +1,7 @@
 """Which tier holds what: copies on nodes, the bytes of the pools, users, and who may be evicted.
 
 Every change of a node's copies or users goes through here, so pools, candidates and the counts above a node always
-agree. Nothing here decides: `residency.py` keeps spans and copies together, `eviction.py` says who goes.
+agree. Nothing here decides: `storage.py` keeps spans and copies together, `eviction.py` says who goes.
 
 Keeps spans and copies together: what happens to a node's copies when it is cut, joined, filled or forgotten.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from .base import TIERS, Payload, Tier
-from .eviction_policy import Order
-from .eviction_queue import Candidates
+from .base import TIERS, KVPayload, Tier
+from .eviction_policy import EvictionPolicy
+from .eviction_queue import EvictionQueue
 from .memory_pool import Pool
 from .radix_tree import TOKEN_BYTES, Node, PrefixTree
 
@@ -27,9 +27,11 @@ class Ledger:
         now: the clock, seconds.
     """
 
-    def __init__(self, tree: PrefixTree, pools: Mapping[Tier, Pool], order: Order, now: Callable[[], float]) -> None:
+    def __init__(
+        self, tree: PrefixTree, pools: Mapping[Tier, Pool], order: EvictionPolicy, now: Callable[[], float]
+    ) -> None:
         self.tree, self.pools = tree, dict(pools)
-        self.candidates = {tier: Candidates(tier, order, tree.groups, now) for tier in self.pools}
+        self.candidates = {tier: EvictionQueue(tier, order, tree.groups, now) for tier in self.pools}
 
     def lock(self, node: Node, above: Node | None = None) -> None:
         """One more user of the prompt that ends at `node`.
@@ -38,8 +40,8 @@ class Ledger:
             above: an ancestor that the user has locked already; only what is below it is locked.
         """
         for each in node.path(above):
-            each.users += 1
-            if each.users == 1:
+            each.ref_count += 1
+            if each.ref_count == 1:
                 for tier, pool in self.pools.items():
                     pool.idle -= each.held[tier]
                     self.candidates[tier].withdraw(each)
@@ -47,9 +49,9 @@ class Ledger:
     def unlock(self, node: Node, above: Node | None = None) -> None:
         """One user less; `above` as in `lock`."""
         for each in node.path(above):
-            each.users -= 1
-            assert each.users >= 0, "who unlocks has locked"
-            if each.users == 0:
+            each.ref_count -= 1
+            assert each.ref_count >= 0, "who unlocks has locked"
+            if each.ref_count == 0:
                 for tier, pool in self.pools.items():
                     pool.idle += each.held[tier]
                 self.refresh(each)
@@ -60,23 +62,23 @@ class Ledger:
             if node.copies[tier] is not None:
                 self.candidates[tier].update(node)
 
-    def put(self, node: Node, tier: Tier, payload: Payload, held: int) -> None:
+    def put(self, node: Node, tier: Tier, payload: KVPayload, held: int) -> None:
         """`node` has a copy in `tier` now; its `held` bytes have been taken from the pool."""
         assert node.copies[tier] is None, "one copy a tier"
         node.copies[tier], node.held[tier] = payload, held
-        if node.users == 0:
+        if node.ref_count == 0:
             self.pools[tier].idle += held
         if node.below[tier] == 0:
             self._count_above(node, tier, +1)
         self.candidates[tier].update(node)
 
-    def pull(self, node: Node, tier: Tier) -> Payload:
+    def pull(self, node: Node, tier: Tier) -> KVPayload:
         """Takes the copy off `node`; its bytes are free, the payload is the caller's to use or discard."""
         payload, held, pool = node.copies[tier], node.held[tier], self.pools[tier]
         assert payload is not None, "there is a copy"
         node.copies[tier], node.held[tier] = None, 0
         pool.give(held)
-        if node.users == 0:
+        if node.ref_count == 0:
             pool.idle -= held
         self.candidates[tier].withdraw(node)
         if node.below[tier] == 0:
@@ -103,14 +105,14 @@ class Ledger:
 
     def check(self, leased: Iterable[Node]) -> None:
         """Raises AssertionError unless users and the counts above nodes add up; `leased` has a node for each lease."""
-        users: dict[Node, int] = {}
+        ref_count: dict[Node, int] = {}
         nodes = list(self.tree)
         for end in [*leased, *(node for node in nodes if node.flight is not None)]:
             for node in end.path():
-                users[node] = users.get(node, 0) + 1
+                ref_count[node] = ref_count.get(node, 0) + 1
         for node in nodes:
-            assert node.users == users.get(node, 0), "users are leases and copies under way"
-            assert node.has_data or node.children or node.users, "what nothing needs is not in the tree"
+            assert node.ref_count == ref_count.get(node, 0), "users are leases and copies under way"
+            assert node.has_data or node.children or node.ref_count, "what nothing needs is not in the tree"
             assert node.has_data or node.covers == node.length, "no copies cover the span alone"
             ends = {node.start, *(each.start for each in node.path())}
             assert node.covers >= node.length and node.end - node.covers in ends, "copies begin where a span does"
@@ -119,12 +121,12 @@ class Ledger:
                 assert node.below[tier] == sum(inside), "children with copies are counted"
                 payload = node.copies[tier]
                 assert payload is None or payload.tokens == node.covers, "copies are of the tokens they cover"
-                assert not (node.users and node.stamps[tier]), "nothing is both evictable and locked"
+                assert not (node.ref_count and node.stamps[tier]), "nothing is both evictable and locked"
         for candidates in self.candidates.values():
             candidates.check(nodes)
 
 
-class Residency(Ledger):
+class TierStorage(Ledger):
     """A ledger whose nodes come and go.
 
     Cutting and joining copy the data within the device: while that runs, a node's bytes exist twice.
@@ -176,7 +178,7 @@ class Residency(Ledger):
         upper = {tier: head for tier, (head, _) in parts.items()}
         self.lay(parent, upper, cut)
 
-    def lay(self, node: Node, copies: Mapping[Tier, Payload], covers: int) -> None:
+    def lay(self, node: Node, copies: Mapping[Tier, KVPayload], covers: int) -> None:
         """Gives `node` copies of the `covers` tokens that end with it, and its ancestors their parts of them.
 
         What a node has already, or a pool has no room for, is not stored twice; it goes with the last reference.
@@ -195,7 +197,7 @@ class Residency(Ledger):
             cut = covers - node.length
             self.lay(node.parent, {tier: payload.split(cut)[0] for tier, payload in copies.items()}, cut)
 
-    def _place(self, node: Node, tier: Tier, payload: Payload) -> None:
+    def _place(self, node: Node, tier: Tier, payload: KVPayload) -> None:
         pool = self.pools[tier]
         held = pool.charge(payload)
         if pool.can_take(held):
@@ -210,7 +212,7 @@ class Residency(Ledger):
         Only one that costs nothing: copying a long prompt each time a branch below it goes would be a bad bargain.
         """
         removed = False
-        while node.parent is not None and not (node.children or node.has_data or node.users):
+        while node.parent is not None and not (node.children or node.has_data or node.ref_count):
             node, removed = self.tree.remove_leaf(node), True
         if removed and node.parent is not None and len(node.children) == 1:
             self.merge(node, copying=False)
@@ -218,7 +220,7 @@ class Residency(Ledger):
     def lose(self, node: Node, tier: Tier) -> None:
         """Discards the copy of `node` in `tier`; with the last one of an idle node, everything that builds on it."""
         self.drop(node, tier)
-        if not node.has_data and not node.users:
+        if not node.has_data and not node.ref_count:
             self._forget_below(node)
             self.prune(node)
 
@@ -245,7 +247,7 @@ class Residency(Ledger):
                 if node.copies[tier] is not None:
                     self.drop(node, tier)
             node.covers = node.length
-            if not (node.children or node.users):
+            if not (node.children or node.ref_count):
                 self.tree.remove_leaf(node)
 
     def merge(self, upper: Node, copying: bool = True) -> bool:
@@ -257,7 +259,7 @@ class Residency(Ledger):
         if upper.parent is None or len(upper.children) != 1:
             return False
         (lower,) = upper.children.values()
-        if lower.users or upper.users or upper.group.agents.keys() != lower.group.agents.keys():
+        if lower.ref_count or upper.ref_count or upper.group.agents.keys() != lower.group.agents.keys():
             return False
         if not upper.has_data:
             if (lower.has_data and lower.covers < upper.length + lower.length) or _begin_at(lower):
@@ -276,7 +278,7 @@ class Residency(Ledger):
         self.refresh(lower)
         return True
 
-    def _joined(self, upper: Node, lower: Node) -> dict[Tier, Payload] | None:
+    def _joined(self, upper: Node, lower: Node) -> dict[Tier, KVPayload] | None:
         """Both nodes' copies in one, for each tier; None if that cannot be."""
         tiers = [tier for tier in TIERS if upper.copies[tier] is not None]
         if Tier.DISK in tiers or tiers != [tier for tier in TIERS if lower.copies[tier] is not None]:
@@ -305,12 +307,12 @@ def _begin_at(node: Node) -> bool:
     return False
 
 
-def node_at(residency: Residency, key: bytes, begin: Node) -> Node:
+def node_at(storage: TierStorage, key: bytes, begin: Node) -> Node:
     """The node that ends where `key` does, at or below `begin`; made, and without data, if there is none."""
-    tree = residency.tree
+    tree = storage.tree
     path, part = tree.walk(key, begin)
     node = path[-1] if path else begin
     if part:
-        node = residency.split(tree.next_child(node, key), part)
+        node = storage.split(tree.next_child(node, key), part)
     at = node.end * TOKEN_BYTES
     return tree.add_leaf(node, key[at:]) if at < len(key) else node

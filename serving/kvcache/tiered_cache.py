@@ -15,15 +15,15 @@ from enum import Enum
 from itertools import count
 from typing import Any
 
-from ..metrics import TierStatistics
-from .base import Link, Payload, Tier, Urgency
-from .eviction_policy import Costs, Order, Room, TierPolicy
-from .evictor import Eviction, SaveAhead
+from ..metrics import TierMetrics
+from .base import KVPayload, Link, Tier, Urgency
+from .eviction_policy import AllocStatus, Costs, EvictionPolicy, TierPolicy
+from .evictor import Evictor, WriteBackAhead
 from .memory_pool import Pool
-from .radix_tree import TOKEN_BYTES, Agent, Groups, Match, Node, PrefixTree, encode, fastest, find
-from .tier_storage import Residency, node_at
-from .transfer import Transfers
-from .transfer_queue import CopyJob, Mover
+from .radix_tree import TOKEN_BYTES, Agent, AgentIndex, Match, Node, PrefixTree, encode, fastest, find
+from .tier_storage import TierStorage, node_at
+from .transfer import TransferManager
+from .transfer_queue import TransferBackend, TransferJob
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Estimates:
         transfers: the copies under way.
     """
 
-    def __init__(self, costs: Costs, transfers: Transfers) -> None:
+    def __init__(self, costs: Costs, transfers: TransferManager) -> None:
         self.costs, self.transfers = costs, transfers
 
     def choose(self, chain: Sequence[Node], size: int, compute: bool = False, others: int = 0) -> Choice:
@@ -118,20 +118,20 @@ class LoadState(Enum):
     LOST = "a part cannot be read back: release the lease and open the prompt anew"
 
 
-class Lease:
+class CacheHandle:
     """Keeps the first `length` tokens of a prompt from being evicted, from the tiers that hold them.
 
-    Made by `TieredTree.open`. Its methods may be called from any thread.
+    Made by `TieredCache.open`. Its methods may be called from any thread.
 
     Attributes:
         number: among the leases of the tree.
         node: where the leased part ends; the root if it is empty.
     """
 
-    def __init__(self, tiers: TieredTree, number: int, node: Node) -> None:
+    def __init__(self, tiers: TieredCache, number: int, node: Node) -> None:
         self._tiers, self.number, self.node = tiers, number, node
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> CacheHandle:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,7 +144,7 @@ class Lease:
 
     @property
     def live(self) -> bool:
-        return self.number in self._tiers.leases
+        return self.number in self._tiers.handles
 
     def nodes(self) -> list[Node] | None:
         """The nodes that hold the KV, in order; None if a part was lost."""
@@ -159,8 +159,9 @@ class Lease:
         loaded twice, but becomes as urgent as asked for here.
 
         Args:
-            urgency, priority: of the copies, see `CopyJob`.
-            only_below: evict only what the order lets go for the leased prompt (`Order.displaced`); for prefetching.
+            urgency, priority: of the copies, see `TransferJob`.
+            only_below: evict only what the order lets go for the leased prompt (`EvictionPolicy.displaced`); for
+                prefetching.
         """
         tiers = self._tiers
         with tiers.lock:
@@ -176,7 +177,7 @@ class Lease:
                 self._join(node.flight, urgency, priority)
             return self._begin([node for node in missing if node.flight is None], urgency, priority, only_below)
 
-    def _join(self, flight: CopyJob | None, urgency: Urgency, priority: float) -> None:
+    def _join(self, flight: TransferJob | None, urgency: Urgency, priority: float) -> None:
         transfers = self._tiers.transfers
         if flight is None:
             return
@@ -193,16 +194,16 @@ class Lease:
         needed = sum(pool.charge(payload) for payload in payloads if payload is not None)
         below = None
         if only_below:
-            below = tiers.eviction.policy.order.displaced(tiers.residency.candidates[Tier.DEVICE].rank(self.node))
+            below = tiers.eviction.policy.order.displaced(tiers.storage.candidates[Tier.DEVICE].rank(self.node))
         room = tiers.eviction.make_room(Tier.DEVICE, needed, below, hurry=urgency is Urgency.DEMAND)
         if (
-            room is Room.REFUSED
+            room is AllocStatus.REFUSED
             and urgency is Urgency.DEMAND
             and tiers.transfers.cancel_prefetches(Tier.DEVICE, needed)
         ):
             return LoadState.WAITING
-        if room is not Room.READY:
-            return LoadState.WAITING if room is Room.PENDING else LoadState.NO_ROOM
+        if room is not AllocStatus.READY:
+            return LoadState.WAITING if room is AllocStatus.PENDING else LoadState.NO_ROOM
         for node in nodes:
             if not tiers.transfers.start(node, Tier.DEVICE, urgency, priority):
                 return LoadState.NO_ROOM
@@ -222,7 +223,7 @@ class Lease:
                 return state
             tiers.transfers.mover.wait(ended, left)
 
-    def payloads(self) -> list[Payload]:
+    def payloads(self) -> list[KVPayload]:
         """What the device holds of the leased tokens, in order; to be read before the release.
 
         Raises:
@@ -243,7 +244,7 @@ class Lease:
             self._require_live()
             self.cancel()
             before, self.node = self.node, node
-            self._tiers.residency.unlock(before, above=node)
+            self._tiers.storage.unlock(before, above=node)
 
     def cancel(self) -> None:
         """This lease does not wait for loads any more; those that nobody else waits for are cancelled."""
@@ -258,9 +259,9 @@ class Lease:
     def release(self) -> None:
         """Ends the lease, and its loads as `cancel`; nothing happens the second time."""
         with self._tiers.lock:
-            if self._tiers.leases.pop(self.number, None) is not None:
+            if self._tiers.handles.pop(self.number, None) is not None:
                 self.cancel()
-                self._tiers.residency.unlock(self.node)
+                self._tiers.storage.unlock(self.node)
                 self._tiers.save_ahead()
 
     def _require_live(self) -> None:
@@ -268,7 +269,7 @@ class Lease:
             raise ValueError("this lease has been released")
 
 
-class TieredTree:
+class TieredCache:
     """KV of prompts in a device pool, a host pool and on disk; any of the latter two may be missing.
 
     All methods may be called from any thread. What copies have done shows after `poll`, which everything here that
@@ -285,7 +286,7 @@ class TieredTree:
     def __init__(
         self,
         pools: Mapping[Tier, Pool],
-        mover: Mover,
+        mover: TransferBackend,
         policy: TierPolicy,
         page_size: int = 16,
         clock: Callable[[], float] = time.monotonic,
@@ -293,21 +294,21 @@ class TieredTree:
         if Tier.DEVICE not in pools:
             raise ValueError(f"got pools for {sorted(pools)}; a pool for Tier.DEVICE is needed")
         self.lock, self.clock, self.policy = threading.RLock(), clock, policy
-        self.statistics = TierStatistics()
-        self.tree = PrefixTree(page_size, Groups(policy.order.value))
-        self.residency = Residency(self.tree, pools, policy.order, clock)
-        self.transfers = Transfers(self.residency, mover, self.statistics)
-        self.eviction = Eviction(self.residency, self.transfers, policy)
-        self._ahead = SaveAhead(self.residency, self.transfers) if policy.ahead else None
-        self.leases: dict[int, Lease] = {}
+        self.statistics = TierMetrics()
+        self.tree = PrefixTree(page_size, AgentIndex(policy.order.value))
+        self.storage = TierStorage(self.tree, pools, policy.order, clock)
+        self.transfers = TransferManager(self.storage, mover, self.statistics)
+        self.eviction = Evictor(self.storage, self.transfers, policy)
+        self._ahead = WriteBackAhead(self.storage, self.transfers) if policy.ahead else None
+        self.handles: dict[int, CacheHandle] = {}
         self._numbers = count(1)
 
     @property
     def pools(self) -> dict[Tier, Pool]:
-        return self.residency.pools
+        return self.storage.pools
 
     @property
-    def order(self) -> Order:
+    def order(self) -> EvictionPolicy:
         return self.policy.order
 
     def whole_pages(self, tokens: int) -> int:
@@ -327,10 +328,10 @@ class TieredTree:
             self.poll()
             return find(self.tree, key, namespace)
 
-    def open(self, token_ids: Sequence[int] | Any, namespace: Hashable = None, again: bool = False) -> Lease:
+    def open(self, token_ids: Sequence[int] | Any, namespace: Hashable = None, again: bool = False) -> CacheHandle:
         """Leases what the tree has of a prompt: until its release nothing of that is evicted.
 
-        The lease may cover no tokens at all; what it covers may have to be loaded (`Lease.load`). What is opened
+        The lease may cover no tokens at all; what it covers may have to be loaded (`CacheHandle.load`). What is opened
         `again`, after it has been refused room, is not counted in the statistics a second time.
         """
         key = encode(token_ids, self.tree.page_size)
@@ -339,7 +340,7 @@ class TieredTree:
             found = find(self.tree, key, namespace)
             node = found.nodes[-1] if found.nodes else self.tree.root(namespace)
             if found.part:
-                node = self.residency.split(node, found.part)
+                node = self.storage.split(node, found.part)
                 if node.chain() is None:  # the halves would not have fitted
                     node = found.nodes[-2] if len(found.nodes) > 1 else self.tree.root(namespace)
             if not again:
@@ -347,7 +348,7 @@ class TieredTree:
                 self.statistics.tokens_found += node.end
             return self._lease(node)
 
-    def open_agent(self, agent: Agent) -> Lease | None:
+    def open_agent(self, agent: Agent) -> CacheHandle | None:
         """Leases the fixed prompt of `agent`; None if the tree has no usable one. Not counted as a use."""
         with self.lock:
             self.poll()
@@ -356,29 +357,29 @@ class TieredTree:
                 return None
             return self._lease(node, used=False)
 
-    def _lease(self, node: Node, used: bool = True) -> Lease:
+    def _lease(self, node: Node, used: bool = True) -> CacheHandle:
         number, now = next(self._numbers), self.clock()
         for each in node.path() if used else ():
             each.last_used = now
             each.hits += 1
-        self.residency.lock(node)
-        lease = self.leases[number] = Lease(self, number, node)
-        return lease
+        self.storage.lock(node)
+        handle = self.handles[number] = CacheHandle(self, number, node)
+        return handle
 
     def insert(
         self,
-        lease: Lease,
+        handle: CacheHandle,
         token_ids: Sequence[int] | Any,
-        payload: Payload | None,
+        payload: KVPayload | None,
         agent: Agent | None = None,
         fixed_tokens: int = 0,
-    ) -> Room:
-        """Stores the KV of a prompt whose first `lease.length` tokens are leased; the lease then covers it all.
+    ) -> AllocStatus:
+        """Stores the KV of a prompt whose first `handle.length` tokens are leased; the lease then covers it all.
 
         Args:
             lease: from `open` with the same prompt.
             token_ids: the prompt.
-            payload: KV of its tokens from `lease.length` to its last whole page, in the memory of the device tier. The
+            payload: KV of its tokens from `handle.length` to its last whole page, in the memory of the device tier. The
                 tree owns it from now on if it is stored. None if there are no such tokens.
             agent, fixed_tokens: whose fixed prompt the first `fixed_tokens` are (down to a whole page); 0: nobody's.
 
@@ -390,41 +391,41 @@ class TieredTree:
                 lease's.
         """
         key = encode(token_ids, self.tree.page_size)
-        end, new = len(key) // TOKEN_BYTES, len(key) // TOKEN_BYTES - lease.length
+        end, new = len(key) // TOKEN_BYTES, len(key) // TOKEN_BYTES - handle.length
         if (0 if payload is None else payload.tokens) != max(0, new):
             given = "no payload" if payload is None else f"a payload of {payload.tokens} tokens"
-            raise ValueError(f"got {given}; accepted: one of the {max(0, new)} tokens in [{lease.length}, {end})")
+            raise ValueError(f"got {given}; accepted: one of the {max(0, new)} tokens in [{handle.length}, {end})")
         if payload is not None:
             for pool in self.pools.values():
                 pool.require(payload)
         with self.lock:
             self.poll()
-            if not self.tree.spells(key, lease.node):
+            if not self.tree.spells(key, handle.node):
                 raise ValueError("the prompt does not begin with what the lease covers")
-            room = Room.READY if payload is None else self._store(lease, key, payload)
-            if room is Room.READY and agent is not None and fixed_tokens:
-                self._tag(agent, key[: self.whole_pages(fixed_tokens) * TOKEN_BYTES], lease.node.root)
-            self.statistics.inserted += payload is not None and room is Room.READY
-            self.statistics.refused += room is Room.REFUSED
-            if self._ahead is not None and room is Room.READY:
-                self._ahead.inserted(lease.node)
+            room = AllocStatus.READY if payload is None else self._store(handle, key, payload)
+            if room is AllocStatus.READY and agent is not None and fixed_tokens:
+                self._tag(agent, key[: self.whole_pages(fixed_tokens) * TOKEN_BYTES], handle.node.root)
+            self.statistics.inserted += payload is not None and room is AllocStatus.READY
+            self.statistics.refused += room is AllocStatus.REFUSED
+            if self._ahead is not None and room is AllocStatus.READY:
+                self._ahead.inserted(handle.node)
             return room
 
-    def _store(self, lease: Lease, key: bytes, payload: Payload) -> Room:
+    def _store(self, handle: CacheHandle, key: bytes, payload: KVPayload) -> AllocStatus:
         room = self.eviction.make_room(Tier.DEVICE, self.pools[Tier.DEVICE].charge(payload), hurry=True)
-        if room is not Room.READY:
+        if room is not AllocStatus.READY:
             return room
-        node = node_at(self.residency, key, lease.node)
-        self.residency.lock(node, above=lease.node)
-        self.residency.lay(node, {Tier.DEVICE: payload}, node.end - lease.length)
+        node = node_at(self.storage, key, handle.node)
+        self.storage.lock(node, above=handle.node)
+        self.storage.lay(node, {Tier.DEVICE: payload}, node.end - handle.length)
         if node.chain() is None:  # the prompt had in parts what cannot be completed by a payload that cannot be cut
-            self.residency.unlock(node, above=lease.node)
-            return Room.REFUSED
+            self.storage.unlock(node, above=handle.node)
+            return AllocStatus.REFUSED
         node.last_used = self.clock()
-        lease.node = node
+        handle.node = node
         return room
 
-    def reserve(self, nbytes: int, beside: int = 0) -> Room:
+    def reserve(self, nbytes: int, beside: int = 0) -> AllocStatus:
         """Takes `nbytes` of the device for a request that is computed, evicting for it; `release` gives them back.
 
         Args:
@@ -437,7 +438,7 @@ class TieredTree:
         with self.lock:
             self.poll()
             room = self.eviction.make_room(Tier.DEVICE, nbytes + beside, hurry=True)
-            if room is Room.READY:
+            if room is AllocStatus.READY:
                 self.pools[Tier.DEVICE].reserve(nbytes)
             return room
 
@@ -455,25 +456,25 @@ class TieredTree:
         with self.lock:
             self.poll()
             # Parents come first in the tree's order; from the last one up, a chain of any length becomes one node.
-            return sum(self.residency.merge(node) for node in reversed(list(self.tree)))
+            return sum(self.storage.merge(node) for node in reversed(list(self.tree)))
 
     # Agents -----------------------------------------------------------------------------------------------------
 
     def _tag(self, agent: Agent, key: bytes, root: Node) -> None:
-        for node in self.tree.tag(agent, node_at(self.residency, key, root)):
-            self.residency.refresh(node)
+        for node in self.tree.tag(agent, node_at(self.storage, key, root)):
+            self.storage.refresh(node)
 
     def forget_agent(self, agent: Agent) -> None:
         """`agent` has no fixed prompt any more; its nodes stay until they are evicted."""
         with self.lock:
             for node in self.tree.tag(agent, None):
-                self.residency.refresh(node)
+                self.storage.refresh(node)
 
     def values_changed(self, agents: Iterable[Agent] | None = None) -> None:
         """The order's values of these agents (None: of all) are new: O(log n) for each, however many nodes it has."""
         with self.lock:
             groups = self.tree.groups.changed(agents)
-            for candidates in self.residency.candidates.values():
+            for candidates in self.storage.candidates.values():
                 candidates.revalue(groups)
 
     # Copies -----------------------------------------------------------------------------------------------------
@@ -497,7 +498,7 @@ class TieredTree:
         self.transfers.mover.close()
         with self.lock:
             self.transfers.poll()  # `poll` might begin more
-            self.residency.empty()
+            self.storage.empty()
         for pool in self.pools.values():
             pool.close()
 
@@ -506,4 +507,4 @@ class TieredTree:
         with self.lock:
             self.tree.check()
             self.transfers.check()
-            self.residency.check([lease.node for lease in self.leases.values()])
+            self.storage.check([handle.node for handle in self.handles.values()])

@@ -13,7 +13,7 @@ from enum import Enum
 from itertools import count
 from typing import Protocol
 
-from .base import Link, Payload, Tier, Urgency
+from .base import KVPayload, Link, Tier, Urgency
 from .memory_pool import Builder
 from .radix_tree import Node
 
@@ -34,7 +34,7 @@ class Move(Enum):
 
 
 @dataclass(eq=False)
-class CopyJob:
+class TransferJob:
     """One copy of a node's payload. Whoever moves the bytes owns the job from `submit` until it is polled.
 
     Attributes:
@@ -55,7 +55,7 @@ class CopyJob:
     node: Node
     source: Tier
     target: Tier
-    payload: Payload
+    payload: KVPayload
     builder: Builder
     urgency: Urgency
     priority: float = 0.0
@@ -65,7 +65,7 @@ class CopyJob:
     done: int = 0
     cancelled: bool = False
     outcome: Outcome | None = None
-    result: Payload | None = None
+    result: KVPayload | None = None
     error: BaseException | None = None
     ready: Callable[[], None] | None = None
     entry: int = field(default=0, repr=False)  # its valid place in a queue, 0 = in none
@@ -91,30 +91,30 @@ class CopyJob:
         self.outcome, self.error = outcome, error
 
 
-class CopyQueue:
+class TransferQueue:
     """The jobs that wait for one link. Not locked: its mover does that."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[Urgency, float, int, CopyJob]] = []
+        self._heap: list[tuple[Urgency, float, int, TransferJob]] = []
         self._numbers = count(1)
 
-    def put(self, job: CopyJob) -> None:
+    def put(self, job: TransferJob) -> None:
         """Enters `job`; also after its urgency or priority has changed, which makes the old entry stale."""
         job.entry = next(self._numbers)
         heapq.heappush(self._heap, (job.urgency, job.priority, job.entry, job))
 
-    def remove(self, job: CopyJob) -> bool:
+    def remove(self, job: TransferJob) -> bool:
         """Takes a waiting job out; False if it was not waiting."""
         waiting, job.entry = job.entry != 0, 0
         return waiting
 
-    def first(self) -> CopyJob | None:
+    def first(self) -> TransferJob | None:
         """The job that goes next; it stays."""
         while self._heap and self._heap[0][3].entry != self._heap[0][2]:
             heapq.heappop(self._heap)
         return self._heap[0][3] if self._heap else None
 
-    def take(self) -> CopyJob | None:
+    def take(self) -> TransferJob | None:
         """The job that goes next, out of the queue."""
         job = self.first()
         if job is not None:
@@ -122,7 +122,7 @@ class CopyQueue:
             job.entry = 0
         return job
 
-    def next_move(self, job: CopyJob) -> Move:
+    def next_move(self, job: TransferJob) -> Move:
         """What to do with the running `job` at the boundary it has reached."""
         if job.cancelled:
             return Move.CANCEL
@@ -135,7 +135,7 @@ class CopyQueue:
         return Move.COPY
 
 
-class Mover(Protocol):
+class TransferBackend(Protocol):
     """Moves the bytes of jobs and hands them back when they have ended, in the order in which they ended.
 
     Attributes:
@@ -144,19 +144,19 @@ class Mover(Protocol):
 
     ended: int
 
-    def submit(self, job: CopyJob) -> None:
+    def submit(self, job: TransferJob) -> None:
         """Takes over `job`. Does not block."""
         ...
 
-    def cancel(self, job: CopyJob) -> None:
+    def cancel(self, job: TransferJob) -> None:
         """Asks that `job` stop; it may still end as DONE. Nothing happens if it has ended."""
         ...
 
-    def promote(self, job: CopyJob, urgency: Urgency, priority: float) -> None:
+    def promote(self, job: TransferJob, urgency: Urgency, priority: float) -> None:
         """Makes a waiting or running `job` that urgent."""
         ...
 
-    def poll(self) -> Sequence[CopyJob]:
+    def poll(self) -> Sequence[TransferJob]:
         """The jobs that have ended since the last call; does not block."""
         ...
 

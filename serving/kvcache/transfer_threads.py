@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .base import Link, Urgency
-from .transfer_queue import CopyJob, CopyQueue, Move, Outcome
+from .transfer_queue import Move, Outcome, TransferJob, TransferQueue
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +24,8 @@ class WorkerDiedError(RuntimeError):
     """The thread that carried a copy ended without a word; another one has taken its place."""
 
 
-class ThreadedCopies:
-    """A `Mover` with a daemon thread for each link, started at the link's first job.
+class ThreadedTransfer:
+    """A `TransferBackend` with a daemon thread for each link, started at the link's first job.
 
     Workers touch jobs, never nodes or pools. All methods may be called from any thread.
 
@@ -42,19 +42,19 @@ class ThreadedCopies:
             raise ValueError(f"got bandwidths {slow}; accepted: more than 0 bytes/s")
         self._gpu = _on_gpu(device)
         self._changed = threading.Condition()
-        self._queues: dict[Link, CopyQueue] = {}
-        self._running: dict[Link, CopyJob] = {}
+        self._queues: dict[Link, TransferQueue] = {}
+        self._running: dict[Link, TransferJob] = {}
         self._workers: dict[Link, threading.Thread] = {}
-        self._finished: deque[CopyJob] = deque()
+        self._finished: deque[TransferJob] = deque()
         self._closing = threading.Event()
         self.ended = 0
 
-    def submit(self, job: CopyJob) -> None:
+    def submit(self, job: TransferJob) -> None:
         with self._changed:
             if self._gpu is not None:
                 job.ready = self._after_current_stream(self._gpu)
             if job.link not in self._queues:
-                self._queues[job.link] = CopyQueue()
+                self._queues[job.link] = TransferQueue()
                 if not self._closing.is_set():
                     self._start(job.link)
             if self._closing.is_set():
@@ -63,20 +63,20 @@ class ThreadedCopies:
             self._queues[job.link].put(job)
             self._changed.notify_all()
 
-    def cancel(self, job: CopyJob) -> None:
+    def cancel(self, job: TransferJob) -> None:
         with self._changed:
             job.cancelled = True
             if self._queues[job.link].remove(job):
                 self._end(job, Outcome.CANCELLED)
 
-    def promote(self, job: CopyJob, urgency: Urgency, priority: float) -> None:
+    def promote(self, job: TransferJob, urgency: Urgency, priority: float) -> None:
         with self._changed:
             job.urgency, job.priority = urgency, priority
             if self._queues[job.link].remove(job):
                 self._queues[job.link].put(job)
                 self._changed.notify_all()
 
-    def poll(self) -> Sequence[CopyJob]:
+    def poll(self) -> Sequence[TransferJob]:
         with self._changed:
             finished = list(self._finished)
             self._finished.clear()
@@ -127,7 +127,7 @@ class ThreadedCopies:
                     logger.error("a copy worker died (%s -> %s); starting another", link[0].name, link[1].name)
                     self._start(link)
 
-    def _take(self, link: Link) -> CopyJob | None:
+    def _take(self, link: Link) -> TransferJob | None:
         """Waits for the next job of a link; None at the end."""
         with self._changed:
             queue = self._queues[link]
@@ -137,7 +137,7 @@ class ThreadedCopies:
                 self._running[link] = job
             return job
 
-    def _carry(self, job: CopyJob) -> None:
+    def _carry(self, job: TransferJob) -> None:
         """Copies layers until the job has ended or has to make way."""
         queue = self._queues[job.link]
         while True:
@@ -162,7 +162,7 @@ class ThreadedCopies:
                     self._hand_back(job)
                 return
 
-    def _copy_layer(self, job: CopyJob) -> None:
+    def _copy_layer(self, job: TransferJob) -> None:
         begun = time.monotonic()
         if job.ready is not None and job.done == 0:
             job.ready()
@@ -174,11 +174,11 @@ class ThreadedCopies:
         if speed is not None:
             self._closing.wait(max(0.0, size / speed - (time.monotonic() - begun)))
 
-    def _end(self, job: CopyJob, outcome: Outcome, error: BaseException | None = None) -> None:
+    def _end(self, job: TransferJob, outcome: Outcome, error: BaseException | None = None) -> None:
         job.end(outcome, error)
         self._hand_back(job)
 
-    def _hand_back(self, job: CopyJob) -> None:
+    def _hand_back(self, job: TransferJob) -> None:
         self._finished.append(job)
         self.ended += 1
         self._changed.notify_all()

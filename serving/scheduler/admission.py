@@ -13,19 +13,19 @@ from enum import Enum
 from itertools import islice
 
 from ..kvcache.base import Tier, Urgency
-from ..kvcache.eviction_policy import Room
+from ..kvcache.eviction_policy import AllocStatus
 from ..kvcache.memory_pool import Pool
 from ..kvcache.radix_tree import Node, fastest
-from ..kvcache.tiered_cache import Choice, Estimates, Lease, LoadState, TieredTree
-from ..kvcache.transfer_queue import CopyJob, Outcome
-from ..metrics import SchedulerStatistics
-from ..prediction import Outlook
-from .config import Limits
+from ..kvcache.tiered_cache import CacheHandle, Choice, Estimates, LoadState, TieredCache
+from ..kvcache.transfer_queue import Outcome, TransferJob
+from ..metrics import SchedulerMetrics
+from ..prediction import NextCallPredictor
+from .config import SchedulerConfig
 from .fair_queue import FairQueue
 from .request_state import Entry, State, Timers
 
 
-class Loads:
+class PendingLoads:
     """Found by their leases when copies end, so nobody asks all of them.
 
     Attributes:
@@ -47,16 +47,16 @@ class Loads:
         return iter(self._entries)
 
     def add(self, entry: Entry) -> None:
-        assert entry.lease is not None, "what is loaded is leased"
+        assert entry.handle is not None, "what is loaded is leased"
         entry.state = State.LOADING
         self._entries[entry] = None
-        self._by_lease[entry.lease.number] = entry
+        self._by_lease[entry.handle.number] = entry
 
     def remove(self, entry: Entry) -> None:
         """It loads nothing any more; its lease is still there."""
         if entry in self._entries:
-            assert entry.lease is not None, "what is loaded is leased"
-            del self._entries[entry], self._by_lease[entry.lease.number]
+            assert entry.handle is not None, "what is loaded is leased"
+            del self._entries[entry], self._by_lease[entry.handle.number]
             self._landed.pop(entry, None)
         self.ready.pop(entry, None)
 
@@ -73,7 +73,7 @@ class Loads:
             del self.ready[entry]
         return taken
 
-    def on_copy(self, job: CopyJob) -> None:
+    def on_copy(self, job: TransferJob) -> None:
         """A copy has ended; its failure is counted with everybody who waited for it."""
         self.ended = True
         for number in job.waiters:
@@ -95,13 +95,13 @@ class Loads:
     def check(self) -> None:
         """Raises AssertionError unless entries and leases agree."""
         for entry in self._entries:
-            assert entry.state is State.LOADING and entry.lease is not None and entry.lease.live
-            assert self._by_lease[entry.lease.number] is entry
+            assert entry.state is State.LOADING and entry.handle is not None and entry.handle.live
+            assert self._by_lease[entry.handle.number] is entry
         assert len(self._by_lease) == len(self._entries), "only what loads is found by its lease"
         assert self._landed.keys() <= self._entries.keys()
         for entry in self.ready:
-            assert entry.state is State.LOADED and entry.lease is not None
-            assert len(entry.lease.payloads()) == len(entry.lease.nodes() or ()), "what has come stays on the device"
+            assert entry.state is State.LOADED and entry.handle is not None
+            assert len(entry.handle.payloads()) == len(entry.handle.nodes() or ()), "what has come stays on the device"
 
 
 def bytes_of_loads(missing: Sequence[Node], pool: Pool) -> int:
@@ -141,18 +141,18 @@ class Admission:
 
     def __init__(
         self,
-        tiers: TieredTree,
+        tiers: TieredCache,
         estimates: Estimates,
-        limits: Limits,
-        statistics: SchedulerStatistics,
+        limits: SchedulerConfig,
+        statistics: SchedulerMetrics,
         timers: Timers,
-        outlook: Outlook,
+        predictor: NextCallPredictor,
     ) -> None:
         self.tiers, self.estimates, self.limits = tiers, estimates, limits
-        self.statistics, self.timers, self.outlook = statistics, timers, outlook
+        self.statistics, self.timers, self.predictor = statistics, timers, predictor
         self.queue = FairQueue()
         self.overdue: dict[Entry, None] = {}
-        self.loading = Loads()
+        self.loading = PendingLoads()
         self.changed = self.starved = False
         tiers.transfers.listeners.append(self.loading.on_copy)
 
@@ -170,7 +170,7 @@ class Admission:
         """The prompt of what waits must not be the first to go; of what is admitted, the lease keeps it."""
         if entry.waits != yes:
             entry.waits = yes
-            (self.outlook.waits if yes else self.outlook.admitted)(entry.agent)
+            (self.predictor.waits if yes else self.predictor.admitted)(entry.agent)
 
     def remove(self, entry: Entry) -> None:
         """It is over: nothing of it stays here, its lease and its bytes included."""
@@ -182,9 +182,9 @@ class Admission:
     def withdraw(self, entry: Entry) -> None:
         """Takes memory, loads and lease from a request."""
         self.loading.remove(entry)
-        if entry.lease is not None:
-            entry.lease.release()
-            entry.lease = None
+        if entry.handle is not None:
+            entry.handle.release()
+            entry.handle = None
         if entry.reserved:
             self.tiers.release(entry.reserved)
             entry.reserved = 0
@@ -265,10 +265,10 @@ class Admission:
         return False
 
     def _charge(self, entry: Entry) -> None:
-        request, lease = entry.request, entry.lease
-        assert lease is not None
+        request, handle = entry.request, entry.handle
+        assert handle is not None
         answer = min(request.expected_tokens or request.max_new_tokens, request.max_new_tokens)
-        self.queue.charge(entry, entry.size - lease.length + ANSWER_WEIGHT * answer - entry.charged)
+        self.queue.charge(entry, entry.size - handle.length + ANSWER_WEIGHT * answer - entry.charged)
 
     def settle(self, entry: Entry) -> None:
         """Corrects the charge of a request that is over by what was really computed."""
@@ -278,26 +278,27 @@ class Admission:
         """Looks a prompt up and, if there is room for all it needs, admits it or begins its loads."""
         tiers = self.tiers
         if not entry.opened:
-            self.outlook.opened(entry.request)
-        lease = entry.lease = tiers.open(entry.lookup, entry.request.namespace, again=entry.opened)
+            self.predictor.opened(entry.request)
+        handle = entry.handle = tiers.open(entry.lookup, entry.request.namespace, again=entry.opened)
         entry.opened = True
-        found, choice, missing = self._choose(entry, lease)
+        found, choice, missing = self._choose(entry, handle)
         if missing and len(self.loading) >= self.limits.loading:
             self._let_go(entry)
             return Attempt.ASIDE
         beside = bytes_of_loads(missing, tiers.pools[Tier.DEVICE])
         room = tiers.reserve(entry.needed, beside)
-        cancelled = room is Room.REFUSED and tiers.transfers.cancel_prefetches(Tier.DEVICE, entry.needed + beside)
-        if room is Room.REFUSED and not cancelled and alone and lease.length:
-            lease.shorten(lease.node.root)  # what is cached of it is itself in the way
+        wanted = entry.needed + beside
+        cancelled = room is AllocStatus.REFUSED and tiers.transfers.cancel_prefetches(Tier.DEVICE, wanted)
+        if room is AllocStatus.REFUSED and not cancelled and alone and handle.length:
+            handle.shorten(handle.node.root)  # what is cached of it is itself in the way
             missing = []
             room = tiers.reserve(entry.needed)
-        if room is not Room.READY:
+        if room is not AllocStatus.READY:
             self._let_go(entry)
             return Attempt.REFUSED
         entry.reserved = entry.needed
         self.statistics.events += 1
-        return self._begin(entry, lease, missing, found, choice)
+        return self._begin(entry, handle, missing, found, choice)
 
     def _let_go(self, entry: Entry) -> None:
         """As `withdraw`, of a request that was refused: no room has come of it."""
@@ -305,25 +306,25 @@ class Admission:
         self.withdraw(entry)
         self.changed = changed
 
-    def _choose(self, entry: Entry, lease: Lease) -> tuple[int, Choice, list[Node]]:
+    def _choose(self, entry: Entry, handle: CacheHandle) -> tuple[int, Choice, list[Node]]:
         """Shortens the lease to what is used.
 
         Returns:
             Tokens that were found, the choice, and the nodes that have to be loaded.
         """
-        chain = lease.nodes()
+        chain = handle.nodes()
         assert chain is not None, "what was just opened is whole"
         choice = self.estimates.choose(chain, entry.size, entry.compute, self._computing + len(self))
-        found = lease.length
+        found = handle.length
         if choice.nodes < len(chain):
-            lease.shorten(chain[choice.nodes - 1] if choice.nodes else lease.node.root)
+            handle.shorten(chain[choice.nodes - 1] if choice.nodes else handle.node.root)
         return found, choice, [node for node in chain[: choice.nodes] if node.copies[Tier.DEVICE] is None]
 
-    def _begin(self, entry: Entry, lease: Lease, missing: list[Node], found: int, choice: Choice) -> Attempt:
+    def _begin(self, entry: Entry, handle: CacheHandle, missing: list[Node], found: int, choice: Choice) -> Attempt:
         """The memory is there; loads what is missing."""
         now = self.tiers.clock()
         if missing:
-            state = lease.load(Urgency.DEMAND, entry.times.arrived)
+            state = handle.load(Urgency.DEMAND, entry.times.arrived)
             if state is not LoadState.LOADING:
                 entry.failures += 1
                 entry.compute = entry.failures >= FAILURES
@@ -333,14 +334,14 @@ class Admission:
             entry.give_up_at = now + self.limits.load_patience * max(choice.load_s, choice.alternative_s)
             self.timers.set(entry.give_up_at, entry)
             self.loading.add(entry)
-        self._count(entry, lease, missing, found)
+        self._count(entry, handle, missing, found)
         return Attempt.LOADING if missing else Attempt.ADMITTED
 
-    def _count(self, entry: Entry, lease: Lease, missing: list[Node], found: int) -> None:
+    def _count(self, entry: Entry, handle: CacheHandle, missing: list[Node], found: int) -> None:
         statistics = self.statistics
-        entry.cached = lease.length
+        entry.cached = handle.length
         entry.loaded = sum(node.covers for node in missing)
-        entry.recomputed = found - lease.length
+        entry.recomputed = found - handle.length
         if entry.recomputed:
             statistics.recomputed_refused += entry.compute
             statistics.recomputed_late += not entry.compute
@@ -348,9 +349,9 @@ class Admission:
     def _land(self) -> None:
         """Sorts those with an ended copy: all is there, or more is to come, or they wait for another try."""
         for entry in self.loading.take_landed():
-            assert entry.lease is not None and entry.state is State.LOADING, "what loads has a lease"
+            assert entry.handle is not None and entry.state is State.LOADING, "what loads has a lease"
             failed = entry.failures >= FAILURES
-            state = LoadState.NO_ROOM if failed else entry.lease.load(Urgency.DEMAND, entry.times.arrived)
+            state = LoadState.NO_ROOM if failed else entry.handle.load(Urgency.DEMAND, entry.times.arrived)
             if state is LoadState.READY:
                 self._stall(entry)
                 self.loading.done(entry)
@@ -383,4 +384,4 @@ class Admission:
         self.loading.check()
         for entry in (*self.queue, *self.overdue):
             assert entry.state is State.WAITING and entry.waits, "who waits is known to"
-            assert entry.lease is None and not entry.reserved, "who waits holds nothing"
+            assert entry.handle is None and not entry.reserved, "who waits holds nothing"

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..kvcache.base import Payload, Tier
-from ..kvcache.eviction_policy import Room
+from ..kvcache.base import KVPayload, Tier
+from ..kvcache.eviction_policy import AllocStatus
 from ..kvcache.radix_tree import TOKEN_BYTES, Pages, encode
-from ..kvcache.tiered_cache import Lease, TieredTree
-from ..metrics import SchedulerStatistics
-from .config import Limits
+from ..kvcache.tiered_cache import CacheHandle, TieredCache
+from ..metrics import SchedulerMetrics
+from .config import SchedulerConfig
 from .request_state import Decode, Entry, Prefill, Span, State, Work
 
 
 class Batch:
     """Every decoding request gets its token first; prefills share what the budget leaves, in the order of admission."""
 
-    def __init__(self, tiers: TieredTree, limits: Limits, statistics: SchedulerStatistics) -> None:
+    def __init__(self, tiers: TieredCache, limits: SchedulerConfig, statistics: SchedulerMetrics) -> None:
         self.tiers, self.limits, self.statistics = tiers, limits, statistics
         self.prefilling: dict[Entry, None] = {}
         self.decoding: dict[Entry, Decode] = {}
@@ -26,18 +26,18 @@ class Batch:
 
     def add(self, entry: Entry, now: float) -> None:
         """Its memory is reserved, and what it has leased is on the device."""
-        lease = entry.lease
-        assert lease is not None, "what is computed has a lease"
-        entry.state, entry.done, entry.times.admitted = State.PREFILL, lease.length, now
+        handle = entry.handle
+        assert handle is not None, "what is computed has a lease"
+        entry.state, entry.done, entry.times.admitted = State.PREFILL, handle.length, now
         self.prefilling[entry] = None
-        if entry.agent is not None and 0 < entry.fixed <= lease.length and not self._is_tagged(entry, lease):
-            leased = Pages(entry.key[: lease.length * TOKEN_BYTES])
-            self.tiers.insert(lease, leased, None, entry.agent, entry.fixed)
+        if entry.agent is not None and 0 < entry.fixed <= handle.length and not self._is_tagged(entry, handle):
+            leased = Pages(entry.key[: handle.length * TOKEN_BYTES])
+            self.tiers.insert(handle, leased, None, entry.agent, entry.fixed)
 
-    def _is_tagged(self, entry: Entry, lease: Lease) -> bool:
+    def _is_tagged(self, entry: Entry, handle: CacheHandle) -> bool:
         """Whether the tree knows already where the agent's fixed prompt ends."""
         end = self.tiers.tree.ends.get(entry.agent)
-        return end is not None and end.end == entry.fixed and any(node is end for node in lease.node.path())
+        return end is not None and end.end == entry.fixed and any(node is end for node in handle.node.path())
 
     def remove(self, entry: Entry) -> None:
         self.prefilling.pop(entry, None)
@@ -65,15 +65,15 @@ class Batch:
 
     def _chunk(self, entry: Entry, budget: int) -> Prefill:
         """The next tokens of a prompt. A chunk ends with the fixed prompt, so that its KV can be stored by itself."""
-        lease, start = entry.lease, entry.done
-        assert lease is not None, "what is computed has a lease"
+        handle, start = entry.handle, entry.done
+        assert handle is not None, "what is computed has a lease"
         boundary = entry.fixed if start < entry.fixed else entry.size
         end = min(boundary, start + min(budget, self.limits.chunk_tokens or budget))
         store = None
         if end == boundary:
             upto = entry.fixed if end == entry.fixed else entry.storable(0)
-            store = (lease.length, upto) if upto > lease.length else None
-        return Prefill(entry.request, lease, start, end, entry.computed == 0, end == entry.size, store, entry)
+            store = (handle.length, upto) if upto > handle.length else None
+        return Prefill(entry.request, handle, start, end, entry.computed == 0, end == entry.size, store, entry)
 
     def take_prefill(self, item: Prefill, now: float) -> bool:
         """Takes the results of a chunk; whether the request's answer ends with it."""
@@ -124,28 +124,28 @@ class Batch:
         entry.produced += len(told)
         entry.tokens += told
 
-    def _store(self, entry: Entry, span: Span, payload: Payload) -> None:
+    def _store(self, entry: Entry, span: Span, payload: KVPayload) -> None:
         """Gives KV to the tree, in the room that was reserved for it.
 
         Raises:
             ValueError: the payload is not of these tokens, or of a type that a pool cannot hold.
         """
-        lease, (_, end), pool = entry.lease, span, self.tiers.pools[Tier.DEVICE]
-        assert lease is not None, "what is computed has a lease"
+        handle, (_, end), pool = entry.handle, span, self.tiers.pools[Tier.DEVICE]
+        assert handle is not None, "what is computed has a lease"
         with self.tiers.lock:
-            taken = min(entry.reserved, (end - lease.length) * entry.byte_rate)
+            taken = min(entry.reserved, (end - handle.length) * entry.byte_rate)
             pool.unreserve(taken)
             entry.reserved -= taken
             room = None
             try:
                 agent = entry.agent
-                room = self.tiers.insert(lease, self._key(entry, end), payload, agent, min(entry.fixed, end))
+                room = self.tiers.insert(handle, self._key(entry, end), payload, agent, min(entry.fixed, end))
             finally:
-                if room is not Room.READY and pool.can_take(taken):  # it stays with the request
+                if room is not AllocStatus.READY and pool.can_take(taken):  # it stays with the request
                     pool.reserve(taken)
                     entry.reserved += taken
-        self.statistics.stores += room is Room.READY
-        self.statistics.stores_refused += room is not Room.READY
+        self.statistics.stores += room is AllocStatus.READY
+        self.statistics.stores_refused += room is not AllocStatus.READY
         self.statistics.events += 1
 
     def _key(self, entry: Entry, end: int) -> Pages:

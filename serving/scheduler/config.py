@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
-class Limits:
+class SchedulerConfig:
     """Budgets of a `Scheduler`; memory is bounded by the device pool itself.
 
     Attributes:

@@ -16,11 +16,11 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from ..kvcache.radix_tree import TOKEN_BYTES, Pages, encode
-from ..request import Ended, Keep, Request, RequestOutcome, Times
+from ..request import Ended, Request, RequestOutput, StorePolicy, Times
 
 if TYPE_CHECKING:
-    from ..kvcache.base import Payload
-    from ..kvcache.tiered_cache import Lease
+    from ..kvcache.base import KVPayload
+    from ..kvcache.tiered_cache import CacheHandle
 
 
 Span = tuple[int, int]  # tokens [start, end) of the prompt and the answer behind it
@@ -31,7 +31,7 @@ class Prefill:
     """The KV of the prompt's tokens [start, end) is to be computed.
 
     Attributes:
-        lease: of what is cached; its payloads are the KV of the first `lease.length` tokens, to be read at `first`.
+        lease: of what is cached; its payloads are the KV of the first `handle.length` tokens, to be read at `first`.
         first: nothing of the request has been computed before. last: the first token of the answer comes with it.
         store: tokens whose KV is to become the tree's, in `payload`; None: none.
         payload, tokens, finished, error: the results; `tokens` of a last chunk is the first token of the answer, or
@@ -39,14 +39,14 @@ class Prefill:
     """
 
     request: Request
-    lease: Lease
+    handle: CacheHandle
     start: int
     end: int
     first: bool
     last: bool
     store: Span | None
     entry: Entry = field(repr=False)
-    payload: Payload | None = None
+    payload: KVPayload | None = None
     tokens: Sequence[int] | None = None
     finished: bool = False
     error: BaseException | None = None
@@ -66,7 +66,7 @@ class Decode:
     request: Request
     entry: Entry = field(repr=False)
     tokens: Sequence[int] | None = None
-    payload: Payload | None = None
+    payload: KVPayload | None = None
     finished: bool = False
     error: BaseException | None = None
 
@@ -81,12 +81,12 @@ class Decode:
         The KV of the last token is not there: it has not been an input. Answers of tokens that are not told cannot be
         stored.
         """
-        entry, lease = self.entry, self.entry.lease
-        assert lease is not None, "what decodes has a lease"
+        entry, handle = self.entry, self.entry.handle
+        assert handle is not None, "what decodes has a lease"
         if self.tokens is None or not entry.told or not (self.finished or len(self.tokens) >= self.left):
             return None
         end = entry.storable(entry.produced + len(self.tokens))
-        return (lease.length, end) if end > lease.length else None
+        return (handle.length, end) if end > handle.length else None
 
 
 @dataclass(eq=False)
@@ -148,7 +148,7 @@ class Entry:
     page_size: int
     times: Times
     state: State = State.WAITING
-    lease: Lease | None = None
+    handle: CacheHandle | None = None
     done: int = 0
     reserved: int = 0
     computed: int = 0
@@ -165,7 +165,7 @@ class Entry:
     load_began: float = 0.0
     give_up_at: float = math.inf
     working: bool = False
-    doomed: tuple[RequestOutcome, str | None] | None = None
+    doomed: tuple[RequestOutput, str | None] | None = None
     decode: Decode | None = None
     tokens: list[int] = field(default_factory=list)
     told: bool = True
@@ -182,7 +182,7 @@ class Entry:
 
     def storable(self, produced: int) -> int:
         """Up to which token of prompt and answer the KV is to be kept, with so many tokens of the answer."""
-        if self.request.keep is Keep.DISCARD:
+        if self.request.keep is StorePolicy.DISCARD:
             return self.fixed
         whole = self.size + max(0, produced - 1)
         return whole - whole % self.page_size
@@ -190,10 +190,10 @@ class Entry:
     @property
     def needed(self) -> int:
         """Bytes of KV that are computed outside the tree until the request ends, beside its lease."""
-        covered = 0 if self.lease is None else self.lease.length
+        covered = 0 if self.handle is None else self.handle.length
         return (self.size + self.request.max_new_tokens - covered) * self.byte_rate
 
-    def ended(self, outcome: RequestOutcome, error: str | None) -> Ended:
+    def ended(self, outcome: RequestOutput, error: str | None) -> Ended:
         """What is told of it once it is over."""
         return Ended(
             self.request,

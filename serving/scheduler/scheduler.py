@@ -9,26 +9,26 @@ from collections import deque
 
 from ..hints.hint import Hint
 from ..kvcache.base import Tier
-from ..kvcache.tiered_cache import Estimates, TieredTree
-from ..metrics import SchedulerStatistics
-from ..prediction import Outlook
+from ..kvcache.tiered_cache import Estimates, TieredCache
+from ..metrics import SchedulerMetrics
+from ..prediction import NextCallPredictor
 from ..prefetch import Prefetcher
-from ..request import Ended, Request, RequestOutcome
+from ..request import Ended, Request, RequestOutput
 from .admission import Admission
 from .batch import Batch
-from .config import Limits
+from .config import SchedulerConfig
 from .request_state import Decode, Entry, Prefill, State, Timers, Work, new_entry
 
 
-class Registry:
+class LiveRequests:
     """Every request is in it from its arrival to its end, and in one place of admission or batch meanwhile.
 
     Attributes:
         entries: by the requests' ids. over: the ends that nobody has been told yet.
     """
 
-    def __init__(self, admission: Admission, batch: Batch, outlook: Outlook, timers: Timers) -> None:
-        self.admission, self.batch, self.outlook, self.timers = admission, batch, outlook, timers
+    def __init__(self, admission: Admission, batch: Batch, predictor: NextCallPredictor, timers: Timers) -> None:
+        self.admission, self.batch, self.predictor, self.timers = admission, batch, predictor, timers
         self.entries: dict[str, Entry] = {}
         self.over: deque[Ended] = deque()
 
@@ -43,7 +43,7 @@ class Registry:
         self.admission.statistics.submitted += 1
         self.admission.statistics.events += 1
 
-    def end(self, entry: Entry, outcome: RequestOutcome, error: str | None) -> None:
+    def end(self, entry: Entry, outcome: RequestOutput, error: str | None) -> None:
         """Ends a request now or, if it is in the work that is out, as soon as that is back."""
         if entry.working:
             entry.doomed = entry.doomed or (outcome, error)
@@ -57,10 +57,10 @@ class Registry:
         self.timers.ended()
         self._count(entry, outcome)
         if entry.started:
-            self.outlook.answered(entry.request, now - entry.times.arrived, outcome is RequestOutcome.ANSWERED)
+            self.predictor.answered(entry.request, now - entry.times.arrived, outcome is RequestOutput.ANSWERED)
         self.over.append(entry.ended(outcome, error))
 
-    def _count(self, entry: Entry, outcome: RequestOutcome) -> None:
+    def _count(self, entry: Entry, outcome: RequestOutput) -> None:
         statistics = self.admission.statistics
         statistics.ended[outcome] += 1
         statistics.events += 1
@@ -75,7 +75,7 @@ class Registry:
             timeout = self._timeout(entry)
             if now >= entry.times.arrived + timeout:
                 told = f"it was not answered within {timeout:g} s; {entry.state.value}"
-                self.end(entry, RequestOutcome.TIMED_OUT, told)
+                self.end(entry, RequestOutput.TIMED_OUT, told)
             elif entry.state is State.LOADING and now >= entry.give_up_at:
                 self.admission.give_up(entry)
 
@@ -92,13 +92,13 @@ class Registry:
         assert len(places) == len(set(places)) and set(places) == set(entries), "a request is in one place"
         reserved = sum(entry.reserved for entry in entries)
         assert admission.tiers.pools[Tier.DEVICE].reserved == reserved, "reserved bytes belong to requests"
-        leases = {entry.lease.number for entry in entries if entry.lease is not None}
-        assert leases <= admission.tiers.leases.keys(), "leases of requests are live"
+        handles = {entry.handle.number for entry in entries if entry.handle is not None}
+        assert handles <= admission.tiers.handles.keys(), "leases of requests are live"
         assert len(batch) <= admission.limits.running, "no more are computed than may be"
         for entry in batch.prefilling:
-            assert entry.state is State.PREFILL and entry.lease is not None
+            assert entry.state is State.PREFILL and entry.handle is not None
         for entry in batch.decoding:
-            assert entry.state is State.DECODE and entry.lease is not None
+            assert entry.state is State.DECODE and entry.handle is not None
 
 
 class Scheduler:
@@ -119,23 +119,23 @@ class Scheduler:
 
     def __init__(
         self,
-        tiers: TieredTree,
+        tiers: TieredCache,
         estimates: Estimates,
-        outlook: Outlook,
+        predictor: NextCallPredictor,
         bytes_per_token: int,
-        limits: Limits | None = None,
+        limits: SchedulerConfig | None = None,
         prefetcher: Prefetcher | None = None,
         batch_waits: bool = False,
     ) -> None:
         if bytes_per_token < 1:
             raise ValueError(f"got bytes_per_token={bytes_per_token}; accepted: 1 or more")
-        self.tiers, self.outlook, self.prefetcher = tiers, outlook, prefetcher
-        self.limits, self.bytes_per_token, self.batch_waits = limits or Limits(), bytes_per_token, batch_waits
-        self.statistics = SchedulerStatistics()
+        self.tiers, self.predictor, self.prefetcher = tiers, predictor, prefetcher
+        self.limits, self.bytes_per_token, self.batch_waits = limits or SchedulerConfig(), bytes_per_token, batch_waits
+        self.statistics = SchedulerMetrics()
         self._timers = Timers()
-        self._admission = Admission(tiers, estimates, self.limits, self.statistics, self._timers, outlook)
+        self._admission = Admission(tiers, estimates, self.limits, self.statistics, self._timers, predictor)
         self._batch = Batch(tiers, self.limits, self.statistics)
-        self._requests = Registry(self._admission, self._batch, outlook, self._timers)
+        self._requests = LiveRequests(self._admission, self._batch, predictor, self._timers)
         self._out: Work | None = None
         self._works = 0
         self._news = False
@@ -158,8 +158,8 @@ class Scheduler:
         entry = new_entry(request, page_size, self.bytes_per_token, clock())
         with self.tiers.lock:
             self._refuse_what_cannot_be(request, entry)
-            entry.agent, entry.started = self.outlook.called(request)
-            entry.fixed = entry.fixed or self.outlook.fixed_tokens(entry.agent, request.namespace, entry.key)
+            entry.agent, entry.started = self.predictor.called(request)
+            entry.fixed = entry.fixed or self.predictor.fixed_tokens(entry.agent, request.namespace, entry.key)
             if self.prefetcher is not None and entry.agent is not None:
                 self.prefetcher.called(entry.agent)
             self._requests.add(entry)
@@ -185,14 +185,14 @@ class Scheduler:
         with self.tiers.lock:
             entry = self._requests.entries.get(request_id)
             if entry is not None:
-                self._requests.end(entry, RequestOutcome.CANCELLED, "the request was cancelled")
+                self._requests.end(entry, RequestOutput.CANCELLED, "the request was cancelled")
             self._news = True
         self.tiers.transfers.mover.interrupt()
 
     def hint(self, hint: Hint) -> None:
         """Takes a client's hint; it moves memory, never answers."""
         with self.tiers.lock:
-            self.outlook.hinted(hint)
+            self.predictor.hinted(hint)
             self._news = True
         self.tiers.transfers.mover.interrupt()
 
@@ -269,11 +269,11 @@ class Scheduler:
                 over = self._batch.take_decode(item, steps)
         except Exception as failure:
             self._requests.end(
-                entry, RequestOutcome.FAILED, f"computing it failed: {type(failure).__name__}: {failure}"
+                entry, RequestOutput.FAILED, f"computing it failed: {type(failure).__name__}: {failure}"
             )
             return
         if over:
-            self._requests.end(entry, RequestOutcome.ANSWERED, None)
+            self._requests.end(entry, RequestOutput.ANSWERED, None)
 
     def close(self, reason: str = "the scheduler was closed") -> None:
         """Ends every request, those in the work that is out as well, and takes no more; the tiers stay open."""
@@ -284,7 +284,7 @@ class Scheduler:
                     item.entry.working = False
                 self._out = None
             for entry in list(self._requests.entries.values()):
-                self._requests.end(entry, *(entry.doomed or (RequestOutcome.CANCELLED, reason)))
+                self._requests.end(entry, *(entry.doomed or (RequestOutput.CANCELLED, reason)))
             if self.prefetcher is not None:
                 self.prefetcher.close()
             self._news = True
@@ -294,7 +294,7 @@ class Scheduler:
 
     def _refresh(self) -> None:
         """Tells the tree and the prefetcher what is new about the agents."""
-        changed = sorted(self.outlook.changed())  # in one order, whatever the seed of hashing
+        changed = sorted(self.predictor.changed())  # in one order, whatever the seed of hashing
         if changed:
             self.tiers.values_changed(changed)
             if self.prefetcher is not None:
@@ -326,4 +326,4 @@ class Scheduler:
             self._admission.check()
             self._requests.check()
             if self.prefetcher is not None:
-                assert self.prefetcher.leases() <= self.tiers.leases.keys(), "leases of prefetches are live"
+                assert self.prefetcher.handles() <= self.tiers.handles.keys(), "leases of prefetches are live"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from ..kvcache.base import Link, Urgency
-from ..kvcache.transfer_queue import CopyJob, CopyQueue, Move, Outcome
+from ..kvcache.transfer_queue import Move, Outcome, TransferJob, TransferQueue
 
 
 class VirtualClock:
@@ -37,8 +37,8 @@ class LinkSpeed:
         return self.latency_s + nbytes / self.bytes_per_s
 
 
-class VirtualCopies:
-    """A `Mover` that copies each layer at the virtual time at which its link would have moved it.
+class VirtualTransfer:
+    """A `TransferBackend` that copies each layer at the virtual time at which its link would have moved it.
 
     Payloads with data are really copied, so tests run every path deterministically in one thread.
 
@@ -49,32 +49,32 @@ class VirtualCopies:
 
     def __init__(self, clock: VirtualClock, speeds: Mapping[Link, LinkSpeed]) -> None:
         self.clock, self.speeds = clock, dict(speeds)
-        self._queues = {link: CopyQueue() for link in self.speeds}
-        self._running: dict[Link, CopyJob] = {}
+        self._queues = {link: TransferQueue() for link in self.speeds}
+        self._running: dict[Link, TransferJob] = {}
         self._due: list[tuple[float, int, Link]] = []
         self._numbers = count()
-        self._finished: deque[CopyJob] = deque()
+        self._finished: deque[TransferJob] = deque()
         self.ended = 0
 
-    def submit(self, job: CopyJob) -> None:
+    def submit(self, job: TransferJob) -> None:
         self._run(self.clock.now)  # what happens now must not change what is past
         self._queues[job.link].put(job)
         if job.link not in self._running:
             self._next_job(job.link, self.clock.now)
 
-    def cancel(self, job: CopyJob) -> None:
+    def cancel(self, job: TransferJob) -> None:
         self._run(self.clock.now)
         job.cancelled = True
         if self._queues[job.link].remove(job):
             self._end(job, Outcome.CANCELLED)
 
-    def promote(self, job: CopyJob, urgency: Urgency, priority: float) -> None:
+    def promote(self, job: TransferJob, urgency: Urgency, priority: float) -> None:
         self._run(self.clock.now)
         job.urgency, job.priority = urgency, priority
         if self._queues[job.link].remove(job):
             self._queues[job.link].put(job)
 
-    def poll(self) -> Sequence[CopyJob]:
+    def poll(self) -> Sequence[TransferJob]:
         self._run(self.clock.now)
         if not self._finished:
             return []
@@ -86,7 +86,7 @@ class VirtualCopies:
         """When the next copy will have ended if nothing else happens; None if nothing is under way."""
         return min((self._end_time(time, self._running[link]) for time, _, link in self._due), default=None)
 
-    def _end_time(self, time: float, job: CopyJob) -> float:
+    def _end_time(self, time: float, job: TransferJob) -> float:
         """When the running `job`, whose next layer is there at `time`, ends; `time` if it may stop there."""
         first = self._queues[job.link].first()
         if not job.cancelled and (first is None or first.urgency >= job.urgency):
@@ -129,7 +129,7 @@ class VirtualCopies:
                 continue
             self._continue(job, time)
 
-    def copy_layer(self, job: CopyJob) -> None:
+    def copy_layer(self, job: TransferJob) -> None:
         """Moves one layer's bytes."""
         job.copy_layer()
 
@@ -139,7 +139,7 @@ class VirtualCopies:
             self._running[link] = job
             self._continue(job, time)
 
-    def _continue(self, job: CopyJob, time: float) -> None:
+    def _continue(self, job: TransferJob, time: float) -> None:
         """Does what the queue says at the boundary that `job` reaches at `time`."""
         link, queue = job.link, self._queues[job.link]
         move = queue.next_move(job)
@@ -154,7 +154,7 @@ class VirtualCopies:
             self._end(job, Outcome.DONE if move is Move.COMMIT else Outcome.CANCELLED)
         self._next_job(link, time)
 
-    def _end(self, job: CopyJob, outcome: Outcome, error: BaseException | None = None) -> None:
+    def _end(self, job: TransferJob, outcome: Outcome, error: BaseException | None = None) -> None:
         job.end(outcome, error)
         self._finished.append(job)
         self.ended += 1

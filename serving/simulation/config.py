@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..prefetch import PrefetchLimits
-from ..scheduler.config import Limits
+from ..prefetch import PrefetchConfig
+from ..scheduler.config import SchedulerConfig
 from ..system import system_names
 from .cost_model import Links, RooflineCosts, card, model
 from .driver import Machine
@@ -156,7 +156,7 @@ def read_machine(given: dict[str, Any]) -> Machine:
     rate = shape.kv_bytes_per_token
     device = given["pool_tokens"] * rate if "pool_tokens" in given else costs.pool_bytes(given.get("card_share", 0.88))
     options = {"copy_parts": shape.layers, **{key: given[key] for key in ("page_size", "copy_parts") if key in given}}
-    for name, kind in (("limits", Limits), ("prefetch", PrefetchLimits)):
+    for name, kind in (("limits", SchedulerConfig), ("prefetch", PrefetchConfig)):
         if name in given:
             _only(given[name], {each.name for each in fields(kind)}, f"machine's {name}")
             options[name] = kind(**given[name])

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
-from ..kvcache.base import Phantom, Status, Tier
+from ..kvcache.base import PhantomPayload, Status, Tier
 from ..kvcache.eviction_policy import Costs
 from ..kvcache.memory_pool import PhantomPool
-from ..kvcache.transfer_queue import CopyJob
-from ..request import Ended, Keep, Request, RequestOutcome
-from ..scheduler.config import Limits
+from ..kvcache.transfer_queue import TransferJob
+from ..request import Ended, Request, RequestOutput, StorePolicy
+from ..scheduler.config import SchedulerConfig
 from ..scheduler.request_state import Decode
 from ..system import System, build_system
 from ..workflow.graph import StepGraph
 from ..workflow.spec import WorkflowSpec
-from .clock import LinkSpeed, VirtualClock, VirtualCopies
+from .clock import LinkSpeed, VirtualClock, VirtualTransfer
 from .cost_model import Batch, CostModel, Links
 from .trace import RecordedScheduler, Trace, TracedCall, TraceRecorder, batch_of
 from .workload import Call, Client
@@ -39,7 +39,7 @@ from .workload import Call, Client
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..prefetch import PrefetchLimits
+    from ..prefetch import PrefetchConfig
     from ..scheduler.request_state import Work
 
 
@@ -127,12 +127,12 @@ class Timeline:
         return max(places, key=lambda place: order.index(place) if place in order else len(order))
 
 
-class CountedCopies(VirtualCopies):
+class CountedTransfer(VirtualTransfer):
     """Counts the parts it has copied."""
 
     parts = 0
 
-    def copy_layer(self, job: CopyJob) -> None:
+    def copy_layer(self, job: TransferJob) -> None:
         self.parts += 1
         super().copy_layer(job)
 
@@ -159,8 +159,8 @@ class Machine:
     bytes_per_token: int = 131_072
     page_size: int = 16
     copy_parts: int = 4
-    limits: Limits = field(default_factory=Limits)
-    prefetch: PrefetchLimits | None = None
+    limits: SchedulerConfig = field(default_factory=SchedulerConfig)
+    prefetch: PrefetchConfig | None = None
     believed: Costs | None = None
 
     def __post_init__(self) -> None:
@@ -192,7 +192,7 @@ class Machine:
         system = build_system(
             name,
             pools,
-            CountedCopies(clock, speeds),
+            CountedTransfer(clock, speeds),
             costs=self.believed or self.costs,
             bytes_per_token=self.bytes_per_token,
             clock=clock,
@@ -326,7 +326,7 @@ class Driver:
 
     def _events(self) -> int:
         mover = self.system.tiers.transfers.mover
-        assert isinstance(mover, CountedCopies), "the system was built by a Machine"
+        assert isinstance(mover, CountedTransfer), "the system was built by a Machine"
         return self.system.scheduler.statistics.events + mover.parts
 
     def _expect(self, asks: list[tuple[float, Ask]]) -> None:
@@ -345,7 +345,7 @@ class Driver:
     def _collect(self, source: Source, run: Run) -> None:
         for ended in self.scheduler.take_ended():
             self._short.pop(ended.request.id, None)
-            if ended.outcome is not RequestOutcome.ANSWERED and ended.outcome is not RequestOutcome.TIMED_OUT:
+            if ended.outcome is not RequestOutput.ANSWERED and ended.outcome is not RequestOutput.TIMED_OUT:
                 raise RuntimeError(f"the request {ended.request.id!r} ended as {ended.outcome.value}: {ended.error}")
             run.ended.append(ended)
             run.end_s = max(run.end_s, ended.times.ended or 0.0)
@@ -378,7 +378,7 @@ class Driver:
             if item.store is not None:
                 tokens = item.store[1] - item.store[0]
                 rate = item.request.bytes_per_token or self.machine.bytes_per_token
-                item.payload = Phantom(tokens, tokens * rate, self.machine.copy_parts)
+                item.payload = PhantomPayload(tokens, tokens * rate, self.machine.copy_parts)
         for item, left in ends.items():
             item.finished = left == work.steps
         self.clock.advance_to(now + seconds)
@@ -420,7 +420,7 @@ class WarmUp:
                 fixed_tokens=len(prompt),
                 session="warm-up",
                 client=client,
-                keep=Keep.DISCARD,
+                keep=StorePolicy.DISCARD,
             )
             return [(at, Ask(request, 1))]
         return []
@@ -532,7 +532,7 @@ def _ask_of(call: TracedCall) -> Ask:
         session=call.session,
         client=call.client,
         priority=call.priority,
-        keep=Keep(call.keep),
+        keep=StorePolicy(call.keep),
         timeout_s=1e9,
     )
     return Ask(request, max(1, call.produced))

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..kvcache.base import Phantom
-from ..kvcache.eviction_policy import LinearCosts, Room
+from ..kvcache.base import PhantomPayload
+from ..kvcache.eviction_policy import AllocStatus, LinearCosts
 from ..request import Ended
-from ..scheduler.config import Limits
+from ..scheduler.config import SchedulerConfig
 from ..system import System
 from .clock import VirtualClock
 from .cost_model import Batch, Links, fit
@@ -208,14 +208,14 @@ def _store(trace: Trace, system: System, clock: VirtualClock, parts: int) -> Non
     for agent, prompt, nbytes in trace.stored:
         if system.prefetcher is not None:
             system.prefetcher.register(agent, prompt)
-        room = Room.PENDING
-        while room is Room.PENDING:
-            with tiers.open(prompt) as lease:
-                new = tiers.whole_pages(len(prompt)) - lease.length
-                payload = Phantom(new, nbytes * new // len(prompt), parts) if new else None
-                room = tiers.insert(lease, prompt, payload, agent, len(prompt))
+        room = AllocStatus.PENDING
+        while room is AllocStatus.PENDING:
+            with tiers.open(prompt) as handle:
+                new = tiers.whole_pages(len(prompt)) - handle.length
+                payload = PhantomPayload(new, nbytes * new // len(prompt), parts) if new else None
+                room = tiers.insert(handle, prompt, payload, agent, len(prompt))
             due = tiers.transfers.mover.next_time()
-            if room is Room.PENDING and due is not None:
+            if room is AllocStatus.PENDING and due is not None:
                 clock.advance_to(due)
     while (due := tiers.transfers.mover.next_time()) is not None:
         clock.advance_to(due)
@@ -232,7 +232,7 @@ def machine_of(trace: Trace) -> Machine:
     if not isinstance(about.get("device_bytes"), int):
         raise ValueError(f"the trace does not say `device_bytes` in `about`: it says {', '.join(about) or 'nothing'}")
     links = Links(about.get("link_bytes_per_s", 0.0), about.get("disk_bytes_per_s", 0.0), about.get("latency_s", 0.0))
-    limits = Limits(**about.get("limits", {}))
+    limits = SchedulerConfig(**about.get("limits", {}))
     believed = about.get("believed")
     return Machine(
         fit(trace.batches, links),

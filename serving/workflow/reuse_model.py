@@ -8,8 +8,8 @@ the chance that it happens before the clock rings; reuse / reach tells how soon 
   taken), first passages solve the linear system of semi-Markov processes (Pyke, Markov renewal processes, Ann. Math.
   Stat. 32, 1961), q_w(x) = E[exp(-γD_w)] · Σ_y p_wy (1 if y = x else q_y(x)), and the result is exact.
 * What the edges say is true with the chance `accuracy`; otherwise any agent may be called, each with the same chance.
-  That is believed as much as so many calls that were seen (`Followed`). Both are for ways of which one is taken;
-  forks, all of whose ways are taken, are believed.
+  That is believed as much as so many calls that were seen (`TransitionCounts`). Both are for ways of which one is
+  taken; forks, all of whose ways are taken, are believed.
 * The first of several (OR, forks, calls that run at once), taken as independent: wait for the sooner one if it comes at
   all, else for the other (`first_of`). It is never above the true value, which may use whichever happens to be first,
   nor below any single one.
@@ -78,7 +78,7 @@ class FirstPassage:
         is_and: for each agent.
         legs: for each agent, E[exp(-γ(call + pause))], float64 `(agents,)`.
         accuracy: the chance that a call which an edge foretells comes, and not another one.
-        followed: for each agent, how often which ones have followed it (`Followed.counts`).
+        followed: for each agent, how often which ones have followed it (`TransitionCounts.counts`).
     Attributes:
         after: chances `(agents, targets)` of the target's first call after one of the agent that begins now.
         onward: the same, counted from the end of the agent's call and pause.

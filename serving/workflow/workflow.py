@@ -99,10 +99,10 @@ TINY = 1e-200  # so small may a product of chances become before it begins anew
 Edge = tuple[int, int]
 
 
-class Mark(NamedTuple):
+class PendingPrediction(NamedTuple):
     """On an edge: its source has finished (at `since`, in seconds) and its target has not started since.
 
-    `probability` is that of the edge, or 1 if it is known to be taken. `doubts` belongs to `Marks.valid`.
+    `probability` is that of the edge, or 1 if it is known to be taken. `doubts` belongs to `PendingPredictions.valid`.
     """
 
     since: float
@@ -110,7 +110,7 @@ class Mark(NamedTuple):
     doubts: float = 1.0
 
 
-class Marks(dict[Edge, Mark]):
+class PendingPredictions(dict[Edge, PendingPrediction]):
     """By the agents' numbers (source, target), the oldest first; changed by `put`, `take` and `surprise` alone.
 
     Attributes:
@@ -125,7 +125,7 @@ class Marks(dict[Edge, Mark]):
     def put(self, edge: Edge, since: float, probability: float) -> None:
         """A new mark, also where there was one."""
         self.take(edge)
-        self[edge] = Mark(since, probability, self._doubts)
+        self[edge] = PendingPrediction(since, probability, self._doubts)
         self.sources[edge[0]] = self.sources.get(edge[0], 0) + 1
 
     def take(self, edge: Edge) -> bool:
@@ -141,7 +141,7 @@ class Marks(dict[Edge, Mark]):
         """The source of all marks; None if there are several, or no marks."""
         return next(iter(self.sources)) if len(self.sources) == 1 else None
 
-    def valid(self, mark: Mark) -> float:
+    def valid(self, mark: PendingPrediction) -> float:
         """The chance that no other call has come instead of the one that `mark` stands for."""
         return self._doubts / mark.doubts
 
@@ -174,7 +174,7 @@ MOST = 32  # successors of an agent that are counted; beyond, the least frequent
 _NONE: Mapping[int, float] = {}
 
 
-class Followed:
+class TransitionCounts:
     """Decayed counts of successors, by the agents' numbers.
 
     Of an agent whose calls lead elsewhere than its edges say, one time is put down to chance and the rest is a habit.
@@ -262,12 +262,12 @@ class Workflow:
         self.branches: dict[int, dict[int, float]] = {}
         self.running: dict[int, dict[Hashable, float]] = {}
         self.expected: set[int] = set()
-        self.marks = Marks()
+        self.marks = PendingPredictions()
         self.structure = self.version = 0
         self.touched = shared.clock()
         self.lasting = False
         self.accuracy = 1.0
-        self.followed = Followed()
+        self.followed = TransitionCounts()
         self._judged = TRUST_WORKFLOW
         self.changed: set[str] = set()  # agents whose steps may be other ones than at the last `drain`
 

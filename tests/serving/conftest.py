@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tenure.scripts.soak_kv import TOKEN_BYTES, FaultyCopies, assert_holds, damage, kv_of
+from tenure.scripts.soak_kv import TOKEN_BYTES, FaultyTransfer, assert_holds, damage, kv_of
 from tenure.serving import (
     LRU,
+    AllocStatus,
     DiskPool,
     LinkSpeed,
     MemoryPool,
-    Room,
     Tier,
-    TieredTree,
+    TieredCache,
     TierPolicy,
     VirtualClock,
-    VirtualCopies,
+    VirtualTransfer,
 )
 from tenure.serving.kvcache.memory_pool import Pool
 from tenure.serving.kvcache.radix_tree import Node
@@ -31,12 +31,12 @@ def ids_of(node: Node) -> list[int]:
     return memoryview(b"".join(reversed([each.span for each in node.path()]))).cast("i").tolist()
 
 
-def node_of(tiers: TieredTree, prompt: Sequence[int]) -> Node:
+def node_of(tiers: TieredCache, prompt: Sequence[int]) -> Node:
     """The node that `prompt` ends with."""
     return tiers.match(prompt).nodes[-1]
 
 
-def later(tiers: TieredTree, seconds: float = 100.0) -> None:
+def later(tiers: TieredCache, seconds: float = 100.0) -> None:
     """Lets so much time pass on the clock of `make_tiers`."""
     assert isinstance(tiers.clock, VirtualClock)
     tiers.clock.advance_to(tiers.clock() + seconds)
@@ -46,7 +46,7 @@ def later(tiers: TieredTree, seconds: float = 100.0) -> None:
 class Kv:
     """What tests need of this file."""
 
-    FaultyCopies = FaultyCopies
+    FaultyTransfer = FaultyTransfer
     ids_of = staticmethod(ids_of)
     damage = staticmethod(damage)
 
@@ -64,7 +64,7 @@ def kv() -> type[Kv]:
 @pytest.fixture
 def make_tiers(tmp_path: Path):
     """Tiers of so many tokens each (the disk: bytes) on a virtual clock; all is checked and closed at the end."""
-    made: list[TieredTree] = []
+    made: list[TieredCache] = []
 
     def make(
         device: int,
@@ -72,15 +72,15 @@ def make_tiers(tmp_path: Path):
         disk: int | None = None,
         policy: TierPolicy | None = None,
         page_size: int = 2,
-        copies: Callable[..., VirtualCopies] = VirtualCopies,
-    ) -> TieredTree:
+        copies: Callable[..., VirtualTransfer] = VirtualTransfer,
+    ) -> TieredCache:
         pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(device * TOKEN_BYTES)}
         if host is not None:
             pools[Tier.HOST] = MemoryPool(host * TOKEN_BYTES)
         if disk is not None:
             pools[Tier.DISK] = DiskPool(disk, tmp_path)
         clock = VirtualClock()
-        tiers = TieredTree(pools, copies(clock, ALL_LINKS), policy or TierPolicy(LRU()), page_size, clock)
+        tiers = TieredCache(pools, copies(clock, ALL_LINKS), policy or TierPolicy(LRU()), page_size, clock)
         made.append(tiers)
         return tiers
 
@@ -95,10 +95,10 @@ def make_tiers(tmp_path: Path):
 def cached():
     """Opens a prompt, stores its KV and releases it; False if there was no room."""
 
-    def store(tiers: TieredTree, prompt: Sequence[int], agent=None, fixed: int = 0, compressed: bool = False) -> bool:
-        with tiers.open(prompt) as lease:
+    def store(tiers: TieredCache, prompt: Sequence[int], agent=None, fixed: int = 0, compressed: bool = False) -> bool:
+        with tiers.open(prompt) as handle:
             end = tiers.whole_pages(len(prompt))
-            payload = kv_of(prompt, lease.length, end, compressed) if end > lease.length else None
-            return tiers.insert(lease, prompt, payload, agent, fixed) is Room.READY
+            payload = kv_of(prompt, handle.length, end, compressed) if end > handle.length else None
+            return tiers.insert(handle, prompt, payload, agent, fixed) is AllocStatus.READY
 
     return store

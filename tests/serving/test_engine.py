@@ -12,14 +12,14 @@ from tenure.eviction import Session, evict
 from tenure.retention import RetentionGates
 from tenure.serving import (
     AgentSpec,
+    AllocStatus,
     DiskPool,
     EdgeSpec,
     LinearCosts,
     MemoryPool,
     Request,
-    RequestOutcome,
-    Room,
-    ThreadedCopies,
+    RequestOutput,
+    ThreadedTransfer,
     Tier,
     WorkflowSpec,
     build_system,
@@ -87,7 +87,7 @@ def make_engine(session, name, how=None, prompts=1.7, host=20.0, disk=None, spee
     links = {(a, b): speed for a in Tier for b in Tier if a != b} if speed else None
     known = [prompt for _, prompt in calls()] if name == "belady" else None
     system = build_system(
-        name, pools, ThreadedCopies(links), costs=LinearCosts(2000.0, (1e8, 1e8), 0.0), bytes_per_token=rate,
+        name, pools, ThreadedTransfer(links), costs=LinearCosts(2000.0, (1e8, 1e8), 0.0), bytes_per_token=rate,
         clock=time.monotonic, page_size=PAGE, prompts=known,
     )  # fmt: skip
     names = [f"agent{i}" for i in range(AGENTS)]
@@ -124,7 +124,7 @@ def test_answers_are_those_without_a_cache(session, name, how, tmp_path):
     for number, (agent, prompt) in enumerate(calls()):
         engine.submit(request(number, agent, prompt))
         (ended,) = engine.run()
-        assert ended.error is None and ended.outcome is RequestOutcome.ANSWERED
+        assert ended.error is None and ended.outcome is RequestOutput.ANSWERED
         assert ended.tokens == answer_without_cache(session, prompt, how), f"call {number}"
     statistics = engine.system.tiers.statistics
     assert statistics.evicted_copies > 0
@@ -160,9 +160,9 @@ def test_requests_that_run_together_do_not_disturb_each_other(session, name, how
     assert {each.request.id for each in ended} == set(wanted) and len(ended) == len(wanted)
     assert max(widths) >= 3, "answers are decoded together"
     outcomes = {each.outcome for each in ended}
-    assert outcomes == {RequestOutcome.ANSWERED, RequestOutcome.CANCELLED}
+    assert outcomes == {RequestOutput.ANSWERED, RequestOutput.CANCELLED}
     for each in ended:
-        if each.outcome is RequestOutcome.ANSWERED:
+        if each.outcome is RequestOutput.ANSWERED:
             assert each.tokens == wanted[each.request.id]
         else:
             assert each.tokens == wanted[each.request.id][: len(each.tokens)]
@@ -199,7 +199,7 @@ def test_a_failing_model_ends_those_that_were_decoded_together(session, monkeypa
     for number, (agent, prompt) in enumerate(calls(1)[:3]):
         engine.submit(request(number, agent, prompt))
     ended = list(engine.run())
-    assert len(ended) == 3 and {each.outcome for each in ended} == {RequestOutcome.FAILED}
+    assert len(ended) == 3 and {each.outcome for each in ended} == {RequestOutput.FAILED}
     assert all("the device is gone" in (each.error or "") for each in ended)
     agent, prompt = calls(1)[3]
     engine.submit(request(3, agent, prompt))
@@ -217,8 +217,8 @@ def test_a_compressed_prompt_takes_its_share_of_the_memory(session):
     entries = sum(tensor.nbytes for name, tensor in part.tensors.items() if ".entries." in name)
     assert 0.35 < entries / whole.nbytes < 0.5
     for engine, payload in ((plain, whole), (small, part)):
-        assert engine.store("agent0", prompt, payload) is Room.READY
-        assert engine.store("agent0", prompt, engine.prepare(prompt)) is Room.READY, "it is there already"
+        assert engine.store("agent0", prompt, payload) is AllocStatus.READY
+        assert engine.store("agent0", prompt, engine.prepare(prompt)) is AllocStatus.READY, "it is there already"
         engine.submit(request(0, 0, prompt + tokens(7, SUFFIX)))
         (ended,) = engine.run()
         assert ended.cached_tokens == FIXED
@@ -265,7 +265,7 @@ def test_one_that_fails_ends_alone(session):
     for number, (agent, prompt) in enumerate(calls(1)[:3]):
         engine.submit(request(number, agent, prompt))
     ended = {each.request.id: each for each in engine.run()}
-    assert ended["call1"].outcome is RequestOutcome.FAILED and "no token" in (ended["call1"].error or "")
+    assert ended["call1"].outcome is RequestOutput.FAILED and "no token" in (ended["call1"].error or "")
     for number in (0, 2):
         assert ended[f"call{number}"].tokens == answer_without_cache(session, calls(1)[number][1], None)
     close(engine)

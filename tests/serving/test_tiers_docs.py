@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tenure.serving import Order, RequestOutcome, Tier, TieredTree, TierPolicy, hint_formats, system_names
+from tenure.serving import EvictionPolicy, RequestOutput, Tier, TieredCache, TierPolicy, hint_formats, system_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def test_the_example_runs():
     scope: dict = {}
     exec(before_closing(next(block for block in blocks() if "TieredTree(" in block)), scope)  # our own documentation
     tiers = scope["tiers"]
-    assert isinstance(tiers, TieredTree)
+    assert isinstance(tiers, TieredCache)
     found = tiers.match(scope["prompt"])
     assert found.length == 96 and [node.length for node in found.nodes] == [64, 32]
     assert tiers.tree.ends == {"planner": found.nodes[0]}
@@ -39,11 +39,11 @@ def test_the_order_evicts_what_it_says(make_tiers, cached):
     scope: dict = {}
     exec(next(block for block in blocks() if "(Order)" in block), scope)
     order = scope["LargestFirst"]()
-    assert isinstance(order, Order)
+    assert isinstance(order, EvictionPolicy)
     tiers = make_tiers(device=20, policy=TierPolicy(order))
     for prompt in ([1] * 4, [2] * 8, [3] * 6):
         assert cached(tiers, prompt)
-    first = tiers.residency.candidates[Tier.DEVICE].first()
+    first = tiers.storage.candidates[Tier.DEVICE].first()
     assert first is not None and first.length == 8
 
 
@@ -51,11 +51,11 @@ def test_the_request_is_answered_and_the_hint_taken():
     scope: dict = {}
     exec(next(block for block in blocks() if "build_system(" in block), scope)
     ended, system = scope["ended"], scope["system"]
-    assert ended.outcome is RequestOutcome.ANSWERED and ended.produced == 4
+    assert ended.outcome is RequestOutput.ANSWERED and ended.produced == 4
     assert system.tiers.tree.ends["planner"].end == 960
     exec(next(block for block in blocks() if "HintReader" in block), scope)
     assert scope["request"].agent == "planner" and scope["request"].client == "team-a"
-    assert system.outlook.steps("planner") < 2
+    assert system.predictor.steps("planner") < 2
     system.scheduler.check()
 
 

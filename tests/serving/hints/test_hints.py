@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tenure.serving import Hint, HintReader, Keep, Request, VirtualClock, hint_formats, request_fields
-from tenure.serving.hints import Action, ActionKind, HintBoard, SessionAction
+from tenure.serving import Hint, HintReader, Request, StorePolicy, VirtualClock, hint_formats, request_fields
+from tenure.serving.hints import Action, ActionKind, HintStore, SessionAction
 from tenure.serving.hints.hint import normalised
 
 
@@ -47,7 +47,7 @@ def test_sglang():
     )
     assert request_fields(hint) == {"workflow": "w", "agent": "coder", "client": "c"}
     discard = read("sglang", {"step_id": "s3", "reuse_hint": "discard"})
-    assert discard.keep is Keep.DISCARD and discard.actions[0].kind is ActionKind.EVICT and discard.agent == "s3"
+    assert discard.keep is StorePolicy.DISCARD and discard.actions[0].kind is ActionKind.EVICT and discard.agent == "s3"
     assert read("sglang", {"agent_id": "a", "reuse_hint": "neutral"}).actions == ()
     assert read("sglang", {"agent_id": 7}).agent == "7"
 
@@ -118,7 +118,7 @@ def test_tensorrt():
         "directory": "",
     }
     hint = read("tensorrt", document, session="s")
-    assert (hint.fixed_tokens, hint.keep) == (100, Keep.DISCARD)
+    assert (hint.fixed_tokens, hint.keep) == (100, StorePolicy.DISCARD)
     (action,) = hint.actions
     assert (action.agent, action.ttl_s) == ("session:s", 30.0) and action.priority == pytest.approx(0.5 + 0.5 * 45 / 65)
     whole = read("tensorrt", {"token_range_retention_configs": [{"token_start": 0, "priority": 36}]}, agent="a")
@@ -208,7 +208,7 @@ def test_whatever_comes_is_a_bounded_hint_or_one_error(source, document):
     assert all(isinstance(agent, str) and 0 < len(agent) <= 256 for agent in hint.agents())
     assert all(steps >= 0 for steps in hint.steps.values())
     Request("r", [1], 1, **request_fields(hint))
-    HintBoard(VirtualClock()).take(hint, set(hint.agents()))
+    HintStore(VirtualClock()).take(hint, set(hint.agents()))
 
 
 def test_the_board_is_bounded_and_forgets(monkeypatch):
@@ -216,7 +216,7 @@ def test_the_board_is_bounded_and_forgets(monkeypatch):
 
     monkeypatch.setattr(module, "MAX_AGENTS", 10)
     clock = VirtualClock()
-    board = HintBoard(clock)
+    board = HintStore(clock)
     for number in range(100):
         agent = f"a{number}"
         board.take(Hint("x", actions=(Action(ActionKind.RETAIN, agent, 1.0, 10.0 + number),)), {agent})

@@ -12,7 +12,7 @@ from filelock import FileLock
 from safetensors import safe_open
 
 from tenure.serving import LRU, DiskPool, LoadState, Status, TensorPayload, Tier, TierPolicy, WriteBack
-from tenure.serving.kvcache.base import LostCopyError
+from tenure.serving.kvcache.base import LostPayloadError
 
 POLICY = TierPolicy(LRU(), WriteBack.ALL)
 
@@ -74,7 +74,7 @@ def test_damage_is_told(damage, message, tmp_path: Path):
     pool = DiskPool(10**6, tmp_path)
     file = written(pool, mixed())
     damage(file.path)
-    with pytest.raises(LostCopyError, match=message):
+    with pytest.raises(LostPayloadError, match=message):
         read(file)
     pool.close()
 
@@ -89,7 +89,7 @@ def test_every_flipped_byte_is_found_or_does_not_matter(tmp_path: Path):
         if at < file.data_at:
             assert all(torch.equal(a, b) for a, b in zip(read(file).values(), payload.tensors.values(), strict=True))
         else:
-            with pytest.raises(LostCopyError):
+            with pytest.raises(LostPayloadError):
                 read(file)
     pool.close()
 
@@ -108,10 +108,10 @@ def test_a_type_that_files_do_not_know_is_refused_before_it_is_stored(make_tiers
     tiers = make_tiers(device=40, disk=4000)
     payload = TensorPayload({"x": torch.zeros(2, dtype=torch.complex64)}, 2, 0)
     with (
-        tiers.open([1, 2]) as lease,
+        tiers.open([1, 2]) as handle,
         pytest.raises(ValueError, match="got a tensor of complex64; the disk accepts float64"),
     ):
-        tiers.insert(lease, [1, 2], payload)
+        tiers.insert(handle, [1, 2], payload)
 
 
 def test_two_pools_share_a_folder_and_leftovers_of_a_dead_one_are_removed(tmp_path: Path):
@@ -146,13 +146,13 @@ def fill_disk(make_tiers, cached, device=4):
 
 def test_a_round_trip_through_the_disk(make_tiers, cached, kv):
     tiers, _ = fill_disk(make_tiers, cached)
-    with tiers.open([1, 1, 2, 2, 8]) as lease:
-        assert lease.length == 4
+    with tiers.open([1, 1, 2, 2, 8]) as handle:
+        assert handle.length == 4
         with pytest.raises(ValueError, match="not on the device: call load"):
-            lease.payloads()
-        assert lease.load() is LoadState.LOADING
-        assert lease.wait(100) is LoadState.READY
-        kv.assert_holds(lease.payloads(), [1, 1, 2, 2])
+            handle.payloads()
+        assert handle.load() is LoadState.LOADING
+        assert handle.wait(100) is LoadState.READY
+        kv.assert_holds(handle.payloads(), [1, 1, 2, 2])
     assert tiers.statistics.bytes_moved == {
         (Tier.DEVICE, Tier.DISK): 4 * kv.token_bytes,
         (Tier.DISK, Tier.DEVICE): 4 * kv.token_bytes,
@@ -167,9 +167,9 @@ def test_a_damaged_file_is_a_miss(how, make_tiers, cached, kv):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1] + b"\x55")
-    with tiers.open([1, 1, 2, 2]) as lease:
-        assert lease.length == 4
-        assert lease.wait(100) is LoadState.LOST
+    with tiers.open([1, 1, 2, 2]) as handle:
+        assert handle.length == 4
+        assert handle.wait(100) is LoadState.LOST
         tiers.check()
     assert tiers.statistics.copies_lost == 1
     assert tiers.match([1, 1, 2, 2]).length == 0 and tiers.tree.size == 0
@@ -183,10 +183,10 @@ def test_a_prompt_cut_while_on_disk_stays_whole_until_it_is_loaded(make_tiers, c
     assert cached(tiers, [1, 1, 9, 9])
     assert (node.length, node.covers, node.status) == (2, 4, Status.DISK)
     tiers.check()
-    with tiers.open([1, 1, 2, 2]) as lease:
-        assert lease.wait(100) is LoadState.READY
-        kv.assert_holds(lease.payloads(), [1, 1, 2, 2])
-        assert [payload.tokens for payload in lease.payloads()] == [2, 2]
+    with tiers.open([1, 1, 2, 2]) as handle:
+        assert handle.wait(100) is LoadState.READY
+        kv.assert_holds(handle.payloads(), [1, 1, 2, 2])
+        assert [payload.tokens for payload in handle.payloads()] == [2, 2]
     assert tiers.pools[Tier.DEVICE].used == 6 * kv.token_bytes, "what they have in common is there once"
     tiers.check()
 

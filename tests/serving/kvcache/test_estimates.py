@@ -7,14 +7,14 @@ from tenure.serving import (
     Estimates,
     LinearCosts,
     LinkSpeed,
-    Phantom,
+    PhantomPayload,
     PhantomPool,
     Tier,
-    TieredTree,
+    TieredCache,
     TierPolicy,
     Urgency,
     VirtualClock,
-    VirtualCopies,
+    VirtualTransfer,
 )
 
 
@@ -23,11 +23,11 @@ def test_a_busy_link_sends_a_request_to_a_free_device_only() -> None:
     clock = VirtualClock()
     pools = {tier: PhantomPool(10_000) for tier in (Tier.DEVICE, Tier.HOST)}
     speeds = {(a, b): LinkSpeed(1000.0) for a in pools for b in pools if a != b}
-    tiers = TieredTree(pools, VirtualCopies(clock, speeds), TierPolicy(LRU()), 1, clock)
+    tiers = TieredCache(pools, VirtualTransfer(clock, speeds), TierPolicy(LRU()), 1, clock)
     prompts = [[first, *range(99)] for first in (1000, 2000)]
     for prompt in prompts:
-        with tiers.open(prompt) as lease:
-            tiers.insert(lease, prompt, Phantom(100, 1000))
+        with tiers.open(prompt) as handle:
+            tiers.insert(handle, prompt, PhantomPayload(100, 1000))
         node = tiers.match(prompt).nodes[-1]
         tiers.eviction.evict(node, Tier.DEVICE)
         clock.advance_to(clock.now + 2.0)

@@ -15,14 +15,14 @@ from tenure.serving import (
     Belady,
     ExpectedTime,
     LinearCosts,
-    Phantom,
+    PhantomPayload,
     PhantomPool,
     StepsToExecution,
     Tier,
-    TieredTree,
+    TieredCache,
     TierPolicy,
     VirtualClock,
-    VirtualCopies,
+    VirtualTransfer,
     WriteBack,
     get_tier_policy,
     tier_policy_names,
@@ -34,10 +34,10 @@ COSTS = LinearCosts(tokens_per_s=1000.0, bytes_per_s=(1e6, 1e5), latency_s=1e-3)
 def on_device(order, capacity, page_size=2):
     clock = VirtualClock()
     policy = TierPolicy(order, WriteBack.NOTHING)
-    return TieredTree({Tier.DEVICE: PhantomPool(capacity)}, VirtualCopies(clock, {}), policy, page_size, clock)
+    return TieredCache({Tier.DEVICE: PhantomPool(capacity)}, VirtualTransfer(clock, {}), policy, page_size, clock)
 
 
-def pass_time(tiers: TieredTree, seconds: float) -> None:
+def pass_time(tiers: TieredCache, seconds: float) -> None:
     assert isinstance(tiers.clock, VirtualClock)
     tiers.clock.advance_to(tiers.clock() + seconds)
 
@@ -45,10 +45,10 @@ def pass_time(tiers: TieredTree, seconds: float) -> None:
 def serve(tiers, prompt, agent=None, bytes_per_token=1):
     """Whether the whole prompt was found; it is stored otherwise, and belongs to `agent`."""
     pass_time(tiers, 1)
-    with tiers.open(prompt) as lease:
-        hit = lease.length == len(prompt)
-        new = len(prompt) - lease.length
-        tiers.insert(lease, prompt, Phantom(new, new * bytes_per_token) if new else None, agent, len(prompt))
+    with tiers.open(prompt) as handle:
+        hit = handle.length == len(prompt)
+        new = len(prompt) - handle.length
+        tiers.insert(handle, prompt, PhantomPayload(new, new * bytes_per_token) if new else None, agent, len(prompt))
     return hit
 
 
@@ -131,7 +131,7 @@ def test_suffixes_go_before_fixed_prompts_and_shared_nodes_count_for_the_first_w
     serve(tiers, [1, 1, 3, 3], "far")
     serve(tiers, [1, 1, 2, 2, 7, 7])  # a request of "near" with its suffix
     serve(tiers, [1, 1, 4, 4], "unheard of")
-    candidates, gone = tiers.residency.candidates[Tier.DEVICE], []
+    candidates, gone = tiers.storage.candidates[Tier.DEVICE], []
     shared = tiers.match([1, 1]).nodes[0]
     assert candidates.rank(shared)[0] == -1.0
     while (node := candidates.first()) is not None:
@@ -150,7 +150,7 @@ def test_expected_time_weighs_probability_costs_and_bytes():
     serve(tiers, [3] * 8, "large", bytes_per_token=1000)  # reloading a byte costs less there: the latency is shared
     serve(tiers, [4] * 8)
     serve(tiers, [5] * 8)
-    ranks = {node.span[0]: tiers.residency.candidates[Tier.DEVICE].rank(node) for node in tiers.tree}
+    ranks = {node.span[0]: tiers.storage.candidates[Tier.DEVICE].rank(node) for node in tiers.tree}
     assert sorted(ranks, key=ranks.__getitem__) == [3, 4, 5, 2, 1]
     seconds = min(COSTS.recompute_s(0, 8), COSTS.reload_s(8, Tier.DEVICE))
     assert ranks[1][0] == pytest.approx(math.log(0.9 * seconds / 8))
@@ -165,14 +165,14 @@ def test_a_copy_is_ranked_by_its_own_bytes_whatever_other_tiers_hold():
     clock = VirtualClock()
     pools = {Tier.DEVICE: PhantomPool(10**6), Tier.HOST: PhantomPool(10**6)}
     policy = TierPolicy(ExpectedTime({}, COSTS), WriteBack.ALL)
-    tiers = TieredTree(pools, VirtualCopies(clock, {}), policy, 2, clock)
+    tiers = TieredCache(pools, VirtualTransfer(clock, {}), policy, 2, clock)
     serve(tiers, [1] * 8)
     (node,) = tiers.tree
     pools[Tier.HOST].take(16)
-    tiers.residency.put(node, Tier.HOST, Phantom(8, 16), 16)
+    tiers.storage.put(node, Tier.HOST, PhantomPayload(8, 16), 16)
     before = tiers.order.local(node, Tier.HOST)
     assert before[0] == pytest.approx(math.log(min(0.008, COSTS.reload_s(16, Tier.HOST)) / 16) + math.log(2) / 30)
-    tiers.residency.drop(node, Tier.DEVICE)
+    tiers.storage.drop(node, Tier.DEVICE)
     assert tiers.order.local(node, Tier.HOST) == before
     tiers.check()
 
@@ -182,7 +182,7 @@ def test_agents_of_no_worth_are_still_ranked():
     serve(tiers, [1] * 8, "unknown", bytes_per_token=1)
     serve(tiers, [2] * 8, "unheard of", bytes_per_token=1000)  # later, and less is saved per byte
     tiers.check()
-    first = tiers.residency.candidates[Tier.DEVICE].first()
+    first = tiers.storage.candidates[Tier.DEVICE].first()
     assert first is not None and first.span[0] == 2
 
 
@@ -210,7 +210,7 @@ def test_the_first_candidate_is_that_of_a_linear_scan(data):
             values.update(changed)
             tiers.values_changed(changed)
         elif action == "evict":
-            node = tiers.residency.candidates[Tier.DEVICE].first()
+            node = tiers.storage.candidates[Tier.DEVICE].first()
             if node is not None:
                 tiers.eviction.evict(node, Tier.DEVICE)
         elif action == "forget":
@@ -225,7 +225,7 @@ def test_stale_entries_do_not_pile_up():
     tiers = on_device(StepsToExecution(values), 10**6)
     for agent in range(5):
         serve(tiers, [1, 1, agent + 2, agent + 2], agent)
-    candidates = tiers.residency.candidates[Tier.DEVICE]
+    candidates = tiers.storage.candidates[Tier.DEVICE]
     for turn in range(3000):
         values.update({agent: float((agent + turn) % 7) for agent in range(5)})
         tiers.values_changed()

@@ -8,13 +8,13 @@ import torch
 from tenure.serving import (
     LRU,
     MemoryPool,
-    Phantom,
+    PhantomPayload,
     TensorPayload,
     Tier,
-    TieredTree,
+    TieredCache,
     TierPolicy,
     VirtualClock,
-    VirtualCopies,
+    VirtualTransfer,
 )
 from tenure.serving.kvcache import memory_pool
 
@@ -30,7 +30,7 @@ def test_pinned_memory_is_counted_as_it_is_taken(monkeypatch):
 def test_what_can_be_got_wrong_is_told():
     clock = VirtualClock()
     with pytest.raises(ValueError, match=r"a pool for Tier\.DEVICE is needed"):
-        TieredTree({Tier.HOST: MemoryPool(1)}, VirtualCopies(clock, {}), TierPolicy(LRU()), 2, clock)
+        TieredCache({Tier.HOST: MemoryPool(1)}, VirtualTransfer(clock, {}), TierPolicy(LRU()), 2, clock)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="pinned=True needs a GPU that torch sees"):
             MemoryPool(10, pinned=True)
@@ -39,9 +39,9 @@ def test_what_can_be_got_wrong_is_told():
 
 
 def test_phantoms_divide_their_bytes():
-    whole = Phantom(10, 1003, num_layers=4)
+    whole = PhantomPayload(10, 1003, num_layers=4)
     head, tail = whole.split(3)
     assert (head.tokens, tail.tokens, head.nbytes + tail.nbytes) == (3, 7, 1003)
     assert sum(whole.layers) == 1003 and len(whole.layers) == 4
     assert (joined := head.join(tail)) is not None and joined.nbytes == 1003
-    assert whole.join(Phantom(1, 1, divisible=False)) is None
+    assert whole.join(PhantomPayload(1, 1, divisible=False)) is None

@@ -11,7 +11,7 @@ from tenure.eviction.storage.paged import PagedStore
 from tenure.retention import RetentionGates
 from tenure.retention.ops.kernel_choice import interpreting
 from tenure.serving import MemoryPool, TensorPayload
-from tenure.serving.kvcache.base import Payload
+from tenure.serving.kvcache.base import KVPayload
 from tenure.serving.prompt_cache import Compression, PromptKV
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -19,7 +19,7 @@ LAYERS = 2
 DEVICE = "cpu" if interpreting() else "cuda"
 
 
-def through_host(payload: Payload) -> Payload:
+def through_host(payload: KVPayload) -> KVPayload:
     """A copy in the host's pool and from there in the device's, layer by layer as a mover makes them."""
     for pool in (MemoryPool(10**6, pinned=DEVICE == "cuda"), MemoryPool(10**6, DEVICE)):
         builder = pool.begin(payload)
@@ -31,7 +31,7 @@ def through_host(payload: Payload) -> Payload:
     return payload
 
 
-def assert_equal(one: Payload, other: Payload) -> None:
+def assert_equal(one: KVPayload, other: KVPayload) -> None:
     assert isinstance(one, TensorPayload) and isinstance(other, TensorPayload)
     assert one.kinds() == other.kinds() and one.nbytes == other.nbytes
     for name, tensor in one.tensors.items():
@@ -53,7 +53,7 @@ def test_one_launch_a_layer_out_of_pages_and_back(tiny_model, monkeypatch: pytes
         kv.forward(cache, ids)
         assert all(isinstance(store, PagedStore) for store in cache.stores)
 
-        def by_both(payload: str) -> Payload:
+        def by_both(payload: str) -> KVPayload:
             """`plain` or `compressed`, by the kernel and by its twin."""
             made = []
             for kernels in ("reference", "triton"):

@@ -10,7 +10,7 @@ import torch
 from tenure.eviction.storage.packing import as_one
 from tenure.serving import MemoryPool, TensorPayload
 from tenure.serving.kvcache import memory_pool
-from tenure.serving.kvcache.memory_pool import UNIT, Arena, rounded
+from tenure.serving.kvcache.memory_pool import UNIT, PinnedArena, rounded
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def memory(nbytes: int) -> torch.Tensor:
 
 def test_blocks_do_not_overlap_and_come_back(slabs):
     """Random sizes and lifetimes: what a block holds stays as it was written, and all memory is free at the end."""
-    source, place = random.Random(0), Arena(300 * UNIT, memory_pool.page_locked)
+    source, place = random.Random(0), PinnedArena(300 * UNIT, memory_pool.page_locked)
     blocks: list[tuple[torch.Tensor, int]] = []
     refused = 0
     for number in range(3000):
@@ -56,7 +56,7 @@ def test_blocks_do_not_overlap_and_come_back(slabs):
 
 
 def test_a_block_is_free_when_its_last_view_is_gone(slabs):
-    place = Arena(4 * UNIT, memory_pool.page_locked)
+    place = PinnedArena(4 * UNIT, memory_pool.page_locked)
     view = place.block(4 * UNIT)[10:20].view(2, 5)
     with pytest.raises(MemoryError, match="512 bytes are asked for, 0 are free"):
         place.block(1)
@@ -65,7 +65,7 @@ def test_a_block_is_free_when_its_last_view_is_gone(slabs):
 
 
 def test_fragments_are_made_up_for_up_to_a_quarter_more(slabs):
-    place = Arena(64 * UNIT, memory_pool.page_locked)
+    place = PinnedArena(64 * UNIT, memory_pool.page_locked)
     blocks = [place.block(UNIT) for _ in range(64)]
     del blocks[:16:2]
     kept = [place.block(2 * UNIT) for _ in range(4)]
@@ -73,7 +73,7 @@ def test_fragments_are_made_up_for_up_to_a_quarter_more(slabs):
 
 
 def test_more_than_a_slab(slabs):
-    place = Arena(1000 * UNIT, memory_pool.page_locked)
+    place = PinnedArena(1000 * UNIT, memory_pool.page_locked)
     assert place.block(200 * UNIT).shape == (200 * UNIT,) and slabs == [256 * UNIT]
 
 

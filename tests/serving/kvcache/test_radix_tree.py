@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenure.serving import Phantom, PhantomPool, Room, Status, Tier
+from tenure.serving import AllocStatus, PhantomPayload, PhantomPool, Status, Tier
 from tenure.serving.kvcache.radix_tree import common_pages, encode
 
 
@@ -49,20 +49,20 @@ def test_common_pages(left, right, page):
     page=st.integers(1, 3),
 )
 def test_a_match_is_the_longest_known_prefix(known, asked, page):
-    from tenure.serving import LRU, TieredTree, TierPolicy, VirtualClock, VirtualCopies
+    from tenure.serving import LRU, TieredCache, TierPolicy, VirtualClock, VirtualTransfer
 
     clock = VirtualClock()
-    tiers = TieredTree({Tier.DEVICE: PhantomPool(10**6)}, VirtualCopies(clock, {}), TierPolicy(LRU()), page, clock)
+    tiers = TieredCache({Tier.DEVICE: PhantomPool(10**6)}, VirtualTransfer(clock, {}), TierPolicy(LRU()), page, clock)
     for prompt in known:
-        with tiers.open(prompt) as lease:
-            new = tiers.whole_pages(len(prompt)) - lease.length
-            assert tiers.insert(lease, prompt, Phantom(new, new * 3) if new > 0 else None) is Room.READY
+        with tiers.open(prompt) as handle:
+            new = tiers.whole_pages(len(prompt)) - handle.length
+            assert tiers.insert(handle, prompt, PhantomPayload(new, new * 3) if new > 0 else None) is AllocStatus.READY
     expected = max([_common(asked, prompt, page) for prompt in known], default=0)
     found = tiers.match(asked)
     assert found.length == expected
-    with tiers.open(asked) as lease:
-        assert lease.length == expected
-        assert sum(payload.tokens for payload in lease.payloads()) == expected
+    with tiers.open(asked) as handle:
+        assert handle.length == expected
+        assert sum(payload.tokens for payload in handle.payloads()) == expected
     total = {tuple(prompt[:end]) for prompt in known for end in range(page, len(prompt) + 1, page)}
     assert tiers.pools[Tier.DEVICE].used == 3 * page * len(total), "every distinct page is stored once"
     tiers.check()
@@ -83,10 +83,10 @@ def test_a_split_cuts_the_data_and_keeps_leases(make_tiers, cached, kv):
         assert cached(tiers, other)
         kv.assert_holds(holding.payloads(), long)
         assert [node.length for node in holding.nodes()] == [2, 4]
-        assert holding.nodes()[0].users == holding.nodes()[1].users == 1
-        with tiers.open(other) as lease:
-            kv.assert_holds(lease.payloads(), other)
-            assert holding.nodes()[0].users == 2
+        assert holding.nodes()[0].ref_count == holding.nodes()[1].ref_count == 1
+        with tiers.open(other) as handle:
+            kv.assert_holds(handle.payloads(), other)
+            assert holding.nodes()[0].ref_count == 2
         tiers.check()
     assert tiers.pools[Tier.DEVICE].used == 8 * kv.token_bytes
 
@@ -97,9 +97,9 @@ def test_a_match_within_a_span_uses_its_part(make_tiers, cached, kv):
     found = tiers.match([1, 2, 3, 4, 9, 9])
     assert (found.length, found.part) == (4, 2)
     assert tiers.tree.size == 1, "asking changes nothing"
-    with tiers.open([1, 2, 3, 4, 9, 9]) as lease:
-        assert lease.length == 4
-        kv.assert_holds(lease.payloads(), [1, 2, 3, 4])
+    with tiers.open([1, 2, 3, 4, 9, 9]) as handle:
+        assert handle.length == 4
+        kv.assert_holds(handle.payloads(), [1, 2, 3, 4])
 
 
 def test_what_a_branch_had_cut_is_joined_when_it_is_asked_for(make_tiers, cached, kv):
@@ -116,9 +116,9 @@ def test_what_a_branch_had_cut_is_joined_when_it_is_asked_for(make_tiers, cached
     assert tiers.merge_spans() == 1
     assert sorted(node.length for node in tiers.tree) == [4, 4]
     assert tiers.merge_spans() == 0
-    with tiers.open([1, 1, 3, 3]) as lease:
-        kv.assert_holds(lease.payloads(), [1, 1, 3, 3])
-        assert len(lease.payloads()) == 1
+    with tiers.open([1, 1, 3, 3]) as handle:
+        kv.assert_holds(handle.payloads(), [1, 1, 3, 3])
+        assert len(handle.payloads()) == 1
     tiers.check()
 
 
@@ -129,15 +129,15 @@ def test_a_compressed_prompt_is_used_whole_or_not_at_all(make_tiers, cached, kv)
     assert tiers.pools[Tier.DEVICE].used == 3 * kv.token_bytes, "half the bytes a token"
     assert tiers.match(a[:4]).length == 0
     assert tiers.match([*a, 7, 7]).length == 6
-    with tiers.open(b) as lease:
-        assert lease.length == 0
-        assert tiers.insert(lease, b, kv.of(b, 0, 4)) is Room.READY
+    with tiers.open(b) as handle:
+        assert handle.length == 0
+        assert tiers.insert(handle, b, kv.of(b, 0, 4)) is AllocStatus.READY
     assert tiers.match([1, 1, 9, 9]).length == 2, "the second prompt filled what they have in common"
     for prompt, compressed in ((a, True), (b, False)):
-        with tiers.open(prompt) as lease:
-            assert lease.length == len(prompt)
-            kv.assert_holds(lease.payloads(), prompt)
-            assert any(payload.token_dim is None for payload in lease.payloads()) is compressed
+        with tiers.open(prompt) as handle:
+            assert handle.length == len(prompt)
+            kv.assert_holds(handle.payloads(), prompt)
+            assert any(payload.token_dim is None for payload in handle.payloads()) is compressed
     tiers.check()
 
 
@@ -149,8 +149,8 @@ def test_a_cut_that_moved_no_data_is_undone_when_the_branch_goes(make_tiers, cac
     (node,) = tiers.match(b).nodes
     tiers.eviction.evict(node, Tier.DEVICE)
     assert [(each.length, each.covers) for each in tiers.tree] == [(4, 4)]
-    with tiers.open(a) as lease:
-        kv.assert_holds(lease.payloads(), a)
+    with tiers.open(a) as handle:
+        kv.assert_holds(handle.payloads(), a)
 
 
 def test_spans_stay_apart_where_a_copy_below_begins(make_tiers, cached, kv):
@@ -162,22 +162,22 @@ def test_spans_stay_apart_where_a_copy_below_begins(make_tiers, cached, kv):
     assert cached(tiers, [1, 1, 2, 2])
     assert [(node.length, node.covers) for node in tiers.tree] == [(2, 2), (2, 2), (2, 4)]
     assert tiers.merge_spans() == 0
-    with tiers.open(long) as lease:
-        assert lease.length == 6
-        kv.assert_holds(lease.payloads(), long)
+    with tiers.open(long) as handle:
+        assert handle.length == 6
+        kv.assert_holds(handle.payloads(), long)
 
 
 def test_namespaces_are_apart(make_tiers, kv):
     tiers = make_tiers(device=40)
     prompt = [1, 2, 3, 4]
-    with tiers.open(prompt[:2], namespace="adapter") as lease:
-        assert tiers.insert(lease, prompt[:2], kv.of(prompt, 0, 2), "a", 2) is Room.READY
+    with tiers.open(prompt[:2], namespace="adapter") as handle:
+        assert tiers.insert(handle, prompt[:2], kv.of(prompt, 0, 2), "a", 2) is AllocStatus.READY
     assert tiers.match(prompt).length == 0
     assert tiers.match(prompt, namespace="adapter").length == 2
-    lease = tiers.open_agent("a")
-    assert lease is not None
-    assert tiers.insert(lease, prompt, kv.of(prompt, 2, 4), "a", 4) is Room.READY
-    lease.release()
+    handle = tiers.open_agent("a")
+    assert handle is not None
+    assert tiers.insert(handle, prompt, kv.of(prompt, 2, 4), "a", 4) is AllocStatus.READY
+    handle.release()
     assert tiers.match(prompt, namespace="adapter").length == 4 and tiers.match(prompt).length == 0
     assert tiers.tree.ends["a"].end == 4
 
@@ -194,10 +194,10 @@ def test_status_of_a_node(make_tiers, cached):
     tiers.clock.advance_to(100)
     tiers.poll()
     seen.append(node.status)
-    with tiers.open([1, 1, 2, 2]) as lease:
-        lease.load()
+    with tiers.open([1, 1, 2, 2]) as handle:
+        handle.load()
         seen.append(node.status)
-        lease.wait(100)
+        handle.wait(100)
         seen.append(node.status)
     assert seen == [Status.GPU, Status.OFFLOADING, Status.CPU, Status.LOADING, Status.GPU]
 
@@ -205,16 +205,16 @@ def test_status_of_a_node(make_tiers, cached):
 def test_wrong_payloads_and_prompts_are_refused(make_tiers, cached, kv):
     tiers = make_tiers(device=40)
     assert cached(tiers, [1, 2, 3, 4])
-    with tiers.open([1, 2, 3, 4, 5, 6]) as lease:
+    with tiers.open([1, 2, 3, 4, 5, 6]) as handle:
         with pytest.raises(ValueError, match=r"a payload of 4 tokens; accepted: one of the 2 tokens in \[4, 6\)"):
-            tiers.insert(lease, [1, 2, 3, 4, 5, 6], kv.of([1] * 4, 0, 4))
+            tiers.insert(handle, [1, 2, 3, 4, 5, 6], kv.of([1] * 4, 0, 4))
         with pytest.raises(ValueError, match="got no payload; accepted: one of the 2 tokens"):
-            tiers.insert(lease, [1, 2, 3, 4, 5, 6], None)
+            tiers.insert(handle, [1, 2, 3, 4, 5, 6], None)
         with pytest.raises(ValueError, match="does not begin with what the lease covers"):
-            tiers.insert(lease, [9, 9, 3, 4, 5, 6], kv.of([9, 9, 3, 4, 5, 6], 4, 6))
+            tiers.insert(handle, [9, 9, 3, 4, 5, 6], kv.of([9, 9, 3, 4, 5, 6], 4, 6))
     with pytest.raises(ValueError, match="has been released"):
-        lease.load()
-    lease.release()
+        handle.load()
+    handle.release()
     with pytest.raises(ValueError, match="page_size=0; accepted: 1 or more"):
         make_tiers(device=1, page_size=0)
     with pytest.raises(ValueError, match="3 tokens in dimension -2"):

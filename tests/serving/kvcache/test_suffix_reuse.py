@@ -17,7 +17,7 @@ from tenure.serving import (
     get_tier_policy,
 )
 from tenure.serving.kvcache.eviction_policy import EXPLORE
-from tenure.serving.kvcache.radix_tree import Group, Node
+from tenure.serving.kvcache.radix_tree import AgentGroup, Node
 
 COSTS = LinearCosts(100.0, (1000.0, 0.0))  # a token takes 10 ms to compute; a byte 1 ms to reload
 
@@ -29,11 +29,11 @@ class Copy:
 
 def suffix(agent: str, nbytes: int = 20) -> Node:
     """Ten tokens behind the fixed prompt of `agent`: 100 ms to compute, 20 ms to reload."""
-    group = Group()
+    group = AgentGroup()
     group.set(agent, 0.0, 1)
-    root = Node(None, b"", 0, 0, Group())
+    root = Node(None, b"", 0, 0, AgentGroup())
     prompt = Node(root, b"p", 0, 10, group)
-    node = Node(prompt, b"s", 10, 20, Group())
+    node = Node(prompt, b"s", 10, 20, AgentGroup())
     node.copies[Tier.DEVICE] = Copy(nbytes)  # type: ignore[assignment]  # only its size is read
     return node
 

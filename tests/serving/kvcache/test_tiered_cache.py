@@ -7,17 +7,17 @@ import weakref
 
 from tenure.serving import (
     LRU,
+    AllocStatus,
     LoadState,
     MemoryPool,
-    Room,
     Status,
     StepsToExecution,
     Tier,
-    TieredTree,
+    TieredCache,
     TierPolicy,
     Urgency,
     VirtualClock,
-    VirtualCopies,
+    VirtualTransfer,
     WriteBack,
 )
 from tenure.serving.kvcache.radix_tree import Pages, encode
@@ -29,7 +29,7 @@ ALL = TierPolicy(LRU(), WriteBack.ALL)
 A, B, C, D = ([n] * 4 for n in (1, 2, 3, 4))
 
 
-def spill(tiers: TieredTree, cached, prompt: list[int], agent: str | None = None) -> None:
+def spill(tiers: TieredCache, cached, prompt: list[int], agent: str | None = None) -> None:
     """Stores `prompt`, waiting for the room that write-backs make."""
     later(tiers, 1.0)
     if not cached(tiers, prompt, agent, len(prompt)):
@@ -42,14 +42,14 @@ def test_down_on_eviction_and_up_on_demand(make_tiers, cached, kv):
     for prompt in (A, B, C):
         spill(tiers, cached, prompt)
     assert [node_of(tiers, prompt).status for prompt in (A, B, C)] == [Status.CPU, Status.GPU, Status.GPU]
-    with tiers.open(A) as lease:
-        assert lease.load() is LoadState.WAITING, "B is on its way down"
+    with tiers.open(A) as handle:
+        assert handle.load() is LoadState.WAITING, "B is on its way down"
         assert node_of(tiers, B).status is Status.OFFLOADING
-        assert lease.wait(100) is LoadState.READY
-        kv.assert_holds(lease.payloads(), A)
+        assert handle.wait(100) is LoadState.READY
+        kv.assert_holds(handle.payloads(), A)
         assert node_of(tiers, B).status is Status.CPU
     assert node_of(tiers, A).copies[Tier.HOST] is not None, "what came up keeps its copy below"
-    assert tiers.eviction.make_room(Tier.DEVICE, 8 * kv.token_bytes) is Room.PENDING
+    assert tiers.eviction.make_room(Tier.DEVICE, 8 * kv.token_bytes) is AllocStatus.PENDING
     assert [node_of(tiers, prompt).status for prompt in (A, C)] == [Status.CPU, Status.OFFLOADING]
     later(tiers)
     assert [tiers.match(prompt).length for prompt in (A, B, C)] == [4, 0, 4], "B, the oldest, made room for C below"
@@ -73,7 +73,7 @@ def test_suffixes_are_dropped_and_fixed_prompts_saved(make_tiers, cached):
     tiers = make_tiers(device=8, host=8, policy=TierPolicy(StepsToExecution({"a": 1.0}), WriteBack.FIXED))
     assert cached(tiers, [*A, *B], "a", 4)
     assert [node.length for node in tiers.match([*A, *B]).nodes] == [4, 4]
-    assert tiers.eviction.make_room(Tier.DEVICE, tiers.pools[Tier.DEVICE].capacity) is Room.PENDING
+    assert tiers.eviction.make_room(Tier.DEVICE, tiers.pools[Tier.DEVICE].capacity) is AllocStatus.PENDING
     assert tiers.match([*A, *B]).length == 4
     later(tiers)
     assert node_of(tiers, A).status is Status.CPU
@@ -110,17 +110,17 @@ def test_a_prefetch_spares_what_ranks_higher(make_tiers, cached):
     tiers = make_tiers(device=4, host=8, policy=TierPolicy(StepsToExecution(steps), WriteBack.FIXED))
     spill(tiers, cached, A, "a")
     spill(tiers, cached, B, "b")
-    lease = tiers.open_agent("a")
-    assert lease is not None and lease.length == 4
-    assert lease.load(Urgency.PREFETCH, only_below=True) is LoadState.NO_ROOM
+    handle = tiers.open_agent("a")
+    assert handle is not None and handle.length == 4
+    assert handle.load(Urgency.PREFETCH, only_below=True) is LoadState.NO_ROOM
     steps.update(a=1.0, b=5.0)
     tiers.values_changed(["a", "b"])
-    assert lease.load(Urgency.PREFETCH, only_below=True) is LoadState.WAITING
+    assert handle.load(Urgency.PREFETCH, only_below=True) is LoadState.WAITING
     later(tiers)
-    assert lease.load(Urgency.PREFETCH, only_below=True) is LoadState.LOADING
+    assert handle.load(Urgency.PREFETCH, only_below=True) is LoadState.LOADING
     later(tiers)
-    assert lease.load() is LoadState.READY
-    lease.release()
+    assert handle.load() is LoadState.READY
+    handle.release()
     assert tiers.open_agent("nobody") is None
     tiers.forget_agent("a")
     assert tiers.open_agent("a") is None and tiers.match(A).length == 4
@@ -173,47 +173,47 @@ def test_a_cut_during_a_copy_is_made_when_it_has_ended(make_tiers, cached, kv):
     tiers.eviction.make_room(Tier.DEVICE, 1)
     node = node_of(tiers, [*A, *B])
     assert node.status is Status.OFFLOADING
-    with tiers.open([*A, *C]) as lease:
-        assert lease.length == 0, "not cut now: a match that is shorter than it could be"
+    with tiers.open([*A, *C]) as handle:
+        assert handle.length == 0, "not cut now: a match that is shorter than it could be"
     later(tiers)
-    with tiers.open([*A, *C]) as lease:
-        assert lease.length == 4 and lease.wait(100) is LoadState.READY
-        kv.assert_holds(lease.payloads(), A)
-        assert tiers.insert(lease, [*A, *C], kv.of([*A, *C], 4, 8)) is Room.READY
-    with tiers.open([*A, *B]) as lease:
-        assert lease.length == 8
+    with tiers.open([*A, *C]) as handle:
+        assert handle.length == 4 and handle.wait(100) is LoadState.READY
+        kv.assert_holds(handle.payloads(), A)
+        assert tiers.insert(handle, [*A, *C], kv.of([*A, *C], 4, 8)) is AllocStatus.READY
+    with tiers.open([*A, *B]) as handle:
+        assert handle.length == 8
 
 
 def test_a_used_copy_outlives_its_eviction(make_tiers, cached, kv):
     """A lease taken while the write-back runs keeps the device's copy."""
     tiers = make_tiers(device=4, host=8, policy=ALL)
     assert cached(tiers, A)
-    assert tiers.eviction.make_room(Tier.DEVICE, 1) is Room.PENDING
-    with tiers.open(A) as lease:
-        assert lease.load() is LoadState.READY
+    assert tiers.eviction.make_room(Tier.DEVICE, 1) is AllocStatus.PENDING
+    with tiers.open(A) as handle:
+        assert handle.load() is LoadState.READY
         later(tiers)
-        kv.assert_holds(lease.payloads(), A)
+        kv.assert_holds(handle.payloads(), A)
         node = node_of(tiers, A)
         assert node.copies[Tier.DEVICE] is not None and node.copies[Tier.HOST] is not None
 
 
 def test_failed_loads_and_write_backs(make_tiers, cached, kv):
-    tiers = make_tiers(device=4, host=8, policy=ALL, copies=kv.FaultyCopies)
+    tiers = make_tiers(device=4, host=8, policy=ALL, copies=kv.FaultyTransfer)
     mover = tiers.transfers.mover
     spill(tiers, cached, A)
     spill(tiers, cached, B)
-    with tiers.open(A) as lease:
-        assert lease.load() is LoadState.WAITING
+    with tiers.open(A) as handle:
+        assert handle.load() is LoadState.WAITING
         later(tiers)
         mover.fault = RuntimeError("bus error")
-        assert lease.load() is LoadState.LOADING
+        assert handle.load() is LoadState.LOADING
         later(tiers)
         assert tiers.statistics.copies_failed == 1 and tiers.pools[Tier.DEVICE].used == 0
-        assert lease.wait(100) is LoadState.READY, "the host still has it"
+        assert handle.wait(100) is LoadState.READY, "the host still has it"
     tiers.eviction.make_room(Tier.HOST, 8 * kv.token_bytes)
     assert node_of(tiers, A).status is Status.GPU and tiers.match(B).length == 0
     mover.fault = RuntimeError("bus error")
-    assert tiers.eviction.make_room(Tier.DEVICE, 1) is Room.PENDING
+    assert tiers.eviction.make_room(Tier.DEVICE, 1) is AllocStatus.PENDING
     later(tiers)
     assert tiers.match(A).length == 0, "an eviction whose write-back fails goes on without"
     assert all(pool.used == 0 for pool in tiers.pools.values())
@@ -223,14 +223,14 @@ def test_recomputed_kv_takes_the_place_on_the_device(make_tiers, cached, kv):
     tiers = make_tiers(device=4, host=8, policy=ALL)
     spill(tiers, cached, A)
     spill(tiers, cached, B)
-    lease = tiers.open([])
-    assert tiers.eviction.make_room(Tier.DEVICE, 1) is Room.PENDING
+    handle = tiers.open([])
+    assert tiers.eviction.make_room(Tier.DEVICE, 1) is AllocStatus.PENDING
     later(tiers)
     assert node_of(tiers, A).status is Status.CPU
-    assert tiers.insert(lease, A, kv.of(A, 0, 4)) is Room.READY, "computed by somebody who did not wait"
-    kv.assert_holds(lease.payloads(), A)
+    assert tiers.insert(handle, A, kv.of(A, 0, 4)) is AllocStatus.READY, "computed by somebody who did not wait"
+    kv.assert_holds(handle.payloads(), A)
     assert tiers.pools[Tier.DEVICE].used == 4 * kv.token_bytes
-    lease.release()
+    handle.release()
 
 
 def test_memory_that_is_not_there(make_tiers, cached):
@@ -241,7 +241,7 @@ def test_memory_that_is_not_there(make_tiers, cached):
     clock = VirtualClock()
     pools = {Tier.DEVICE: MemoryPool(4 * 32), Tier.HOST: Lying(10**6)}
     links = make_tiers(device=1).transfers.mover.speeds
-    tiers = TieredTree(pools, VirtualCopies(clock, links), ALL, 2, clock)
+    tiers = TieredCache(pools, VirtualTransfer(clock, links), ALL, 2, clock)
     assert cached(tiers, A) and cached(tiers, B), "dropped instead of saved"
     assert pools[Tier.HOST].used == 0 and tiers.match(A).length == 0
     tiers.check()
@@ -251,14 +251,14 @@ def test_reserved_bytes_are_not_the_trees(make_tiers, cached, kv):
     tiers = make_tiers(device=8, host=8, policy=ALL)
     assert cached(tiers, A) and cached(tiers, B)
     size = 4 * kv.token_bytes
-    assert tiers.reserve(size, beside=2 * size) is Room.REFUSED
-    assert tiers.reserve(size) is Room.PENDING, "A is on its way down"
+    assert tiers.reserve(size, beside=2 * size) is AllocStatus.REFUSED
+    assert tiers.reserve(size) is AllocStatus.PENDING, "A is on its way down"
     later(tiers)
-    assert tiers.reserve(size) is Room.READY and tiers.pools[Tier.DEVICE].reserved == size
+    assert tiers.reserve(size) is AllocStatus.READY and tiers.pools[Tier.DEVICE].reserved == size
     tiers.check()
-    with tiers.open(B) as lease:
-        assert lease.load() is LoadState.READY
-        assert tiers.reserve(1) is Room.REFUSED and not cached(tiers, C), "one is leased, the other reserved"
+    with tiers.open(B) as handle:
+        assert handle.load() is LoadState.READY
+        assert tiers.reserve(1) is AllocStatus.REFUSED and not cached(tiers, C), "one is leased, the other reserved"
     tiers.release(size)
     assert tiers.pools[Tier.DEVICE].reserved == 0
     tiers.check()
@@ -267,16 +267,16 @@ def test_reserved_bytes_are_not_the_trees(make_tiers, cached, kv):
 def test_a_lease_is_shortened(make_tiers, cached):
     tiers = make_tiers(device=20, host=20, policy=ALL)
     assert cached(tiers, [*A, *B], "a", 4)
-    with tiers.open([*A, *B]) as lease:
-        nodes = lease.nodes()
+    with tiers.open([*A, *B]) as handle:
+        nodes = handle.nodes()
         assert nodes is not None
         first, second = nodes
-        assert (first.users, second.users) == (1, 1)
-        lease.shorten(first)
-        assert (first.users, second.users, lease.length) == (1, 0, 4)
+        assert (first.ref_count, second.ref_count) == (1, 1)
+        handle.shorten(first)
+        assert (first.ref_count, second.ref_count, handle.length) == (1, 0, 4)
         tiers.check()
-        lease.shorten(first.root)
-        assert (first.users, lease.length, lease.payloads()) == (0, 0, [])
+        handle.shorten(first.root)
+        assert (first.ref_count, handle.length, handle.payloads()) == (0, 0, [])
         tiers.check()
 
 
@@ -294,13 +294,13 @@ def test_what_is_encoded_once_is_not_encoded_again(make_tiers, cached):
 
 
 def test_who_listens_hears_of_every_copy_that_has_ended(make_tiers, cached, kv):
-    tiers, heard = make_tiers(device=4, host=8, policy=ALL, copies=kv.FaultyCopies), []
+    tiers, heard = make_tiers(device=4, host=8, policy=ALL, copies=kv.FaultyTransfer), []
     tiers.transfers.listeners.append(lambda job: heard.append((job.target, job.outcome)))
     assert cached(tiers, A)
     tiers.eviction.make_room(Tier.DEVICE, 1)
     later(tiers)
-    with tiers.open(A) as lease:
-        lease.load()
+    with tiers.open(A) as handle:
+        handle.load()
         assert tiers.transfers.demanded[Tier.HOST, Tier.DEVICE] == 4 * kv.token_bytes
         tiers.transfers.mover.fault = RuntimeError("bus error")
         later(tiers)
@@ -313,7 +313,7 @@ def test_closing_lets_go_of_the_memory(make_tiers, cached, kv):
     for prompt in (A, A + B, C):
         spill(tiers, cached, prompt)
     held = [weakref.ref(payload) for node in tiers.tree for payload in node.copies if payload is not None]
-    lease = tiers.open(C)
+    handle = tiers.open(C)
     gc.disable()
     try:
         tiers.close()
@@ -322,5 +322,5 @@ def test_closing_lets_go_of_the_memory(make_tiers, cached, kv):
         gc.enable()
     assert [pool.used for pool in tiers.pools.values()] == [0, 0]
     assert [node.end for node in tiers.tree] == [4], "a lease keeps its nodes, without data"
-    lease.release()
+    handle.release()
     assert not list(tiers.tree)

@@ -20,16 +20,16 @@ from hypothesis.stateful import run_state_machine_as_test as run
 from tenure.serving import (
     LFU,
     LRU,
+    AllocStatus,
+    CacheHandle,
     DiskPool,
     ExpectedTime,
-    Lease,
     LinearCosts,
     LoadState,
     MemoryPool,
-    Room,
     StepsToExecution,
     Tier,
-    TieredTree,
+    TieredCache,
     TierPolicy,
     Urgency,
     VirtualClock,
@@ -55,7 +55,7 @@ class TierMachine(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.values: dict[str, float] = {}
-        self.leases: list[tuple[Lease, list[int]]] = []
+        self.handles: list[tuple[CacheHandle, list[int]]] = []
 
     @initialize(
         order=st.sampled_from(ORDERS),
@@ -73,33 +73,33 @@ class TierMachine(RuleBasedStateMachine):
         if "disk" in below:
             pools[Tier.DISK] = DiskPool(4500, self.folder.name)
         self.clock = VirtualClock()
-        self.copies = self.kv.FaultyCopies(self.clock, self.kv.links)
+        self.copies = self.kv.FaultyTransfer(self.clock, self.kv.links)
         policy = TierPolicy(made, write_back, ahead=ahead and write_back is not WriteBack.NOTHING)
-        self.tiers = TieredTree(pools, self.copies, policy, PAGE, self.clock)
+        self.tiers = TieredCache(pools, self.copies, policy, PAGE, self.clock)
 
-    def pick(self, data) -> tuple[Lease, list[int]]:
-        return self.leases[data.draw(st.integers(0, len(self.leases) - 1))]
+    def pick(self, data) -> tuple[CacheHandle, list[int]]:
+        return self.handles[data.draw(st.integers(0, len(self.handles) - 1))]
 
-    @precondition(lambda self: len(self.leases) < 4)
+    @precondition(lambda self: len(self.handles) < 4)
     @rule(prompt=prompts)
     def open(self, prompt):
-        known, lease = self.tiers.match(prompt), self.tiers.open(prompt)
-        assert lease.length == known.length and lease.length % PAGE == 0 and lease.length <= len(prompt)
-        self.leases.append((lease, prompt))
+        known, handle = self.tiers.match(prompt), self.tiers.open(prompt)
+        assert handle.length == known.length and handle.length % PAGE == 0 and handle.length <= len(prompt)
+        self.handles.append((handle, prompt))
 
     @rule(prompt=prompts, agent=st.none() | agents, fixed=st.integers(0, 14), compressed=st.booleans())
     def serve(self, prompt, agent, fixed, compressed):
         """What an engine does with a request, as far as there is room."""
-        with self.tiers.open(prompt) as lease:
-            if lease.wait(1e6) is not LoadState.READY:
+        with self.tiers.open(prompt) as handle:
+            if handle.wait(1e6) is not LoadState.READY:
                 return
-            self.kv.assert_holds(lease.payloads(), prompt[: lease.length])
+            self.kv.assert_holds(handle.payloads(), prompt[: handle.length])
             end = self.tiers.whole_pages(len(prompt))
-            payload = self.kv.of(prompt, lease.length, end, compressed) if end > lease.length else None
-            if self.tiers.insert(lease, prompt, payload, agent, fixed) is Room.PENDING:
+            payload = self.kv.of(prompt, handle.length, end, compressed) if end > handle.length else None
+            if self.tiers.insert(handle, prompt, payload, agent, fixed) is AllocStatus.PENDING:
                 self.time_passes(1e6)
-                self.tiers.insert(lease, prompt, payload, agent, fixed)
-            assert lease.wait(1e6) in (LoadState.READY, LoadState.LOST, LoadState.NO_ROOM)
+                self.tiers.insert(handle, prompt, payload, agent, fixed)
+            assert handle.wait(1e6) in (LoadState.READY, LoadState.LOST, LoadState.NO_ROOM)
 
     def pick_prompt(self, data) -> list[int]:
         """A prompt in the tree, one that is not on the device if there is one."""
@@ -113,10 +113,10 @@ class TierMachine(RuleBasedStateMachine):
     def give_up(self, nodes, random):
         """Loads are begun and, at some layer, given up."""
         for node in nodes:
-            with self.tiers.open(self.kv.ids_of(node)) as lease:
-                lease.load(random.choice(tuple(Urgency)))
+            with self.tiers.open(self.kv.ids_of(node)) as handle:
+                handle.load(random.choice(tuple(Urgency)))
                 self.time_passes(random.choice([0.0, 0.1, 1e6]))
-                lease.load()
+                handle.load()
 
     @rule(seed=st.integers(0, 2**32))
     def serve_many(self, seed):
@@ -135,39 +135,39 @@ class TierMachine(RuleBasedStateMachine):
                 self.kv.damage(node, random.choice(["flip", "cut", "remove"]))
                 self.serve(self.kv.ids_of(node), None, 0, False)
 
-    @precondition(lambda self: len(self.leases) < 4 and self.tiers.tree.ends)
+    @precondition(lambda self: len(self.handles) < 4 and self.tiers.tree.ends)
     @rule(agent=agents)
     def open_agent(self, agent):
-        lease = self.tiers.open_agent(agent)
-        if lease is not None:
-            self.leases.append((lease, self.kv.ids_of(lease.node)))
+        handle = self.tiers.open_agent(agent)
+        if handle is not None:
+            self.handles.append((handle, self.kv.ids_of(handle.node)))
 
-    @precondition(lambda self: self.leases)
+    @precondition(lambda self: self.handles)
     @rule(agent=st.none() | agents, fixed=st.integers(0, 12), compressed=st.booleans(), data=st.data())
     def insert(self, agent, fixed, compressed, data):
-        lease, prompt = self.pick(data)
-        end, before = self.tiers.whole_pages(len(prompt)), lease.length
+        handle, prompt = self.pick(data)
+        end, before = self.tiers.whole_pages(len(prompt)), handle.length
         payload = self.kv.of(prompt, before, end, compressed) if end > before else None
-        stored = self.tiers.insert(lease, prompt, payload, agent, fixed) is Room.READY
-        assert lease.length == (end if stored else before)
+        stored = self.tiers.insert(handle, prompt, payload, agent, fixed) is AllocStatus.READY
+        assert handle.length == (end if stored else before)
 
-    @precondition(lambda self: self.leases)
+    @precondition(lambda self: self.handles)
     @rule(urgency=st.sampled_from(Urgency), only_below=st.booleans(), data=st.data())
     def load(self, urgency, only_below, data):
-        lease, prompt = self.pick(data)
-        if lease.load(urgency, only_below=only_below) is LoadState.READY:
-            self.kv.assert_holds(lease.payloads(), prompt[: lease.length])
+        handle, prompt = self.pick(data)
+        if handle.load(urgency, only_below=only_below) is LoadState.READY:
+            self.kv.assert_holds(handle.payloads(), prompt[: handle.length])
 
-    @precondition(lambda self: self.leases)
+    @precondition(lambda self: self.handles)
     @rule(data=st.data())
     def cancel(self, data):
         self.pick(data)[0].cancel()
 
-    @precondition(lambda self: self.leases)
+    @precondition(lambda self: self.handles)
     @rule(data=st.data())
     def release(self, data):
-        lease, _ = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
-        lease.release()
+        handle, _ = self.handles.pop(data.draw(st.integers(0, len(self.handles) - 1)))
+        handle.release()
 
     @rule(seconds=st.sampled_from([0.0, 0.02, 0.1, 1.0, 100.0]))
     def time_passes(self, seconds):
@@ -207,8 +207,8 @@ class TierMachine(RuleBasedStateMachine):
 
     def teardown(self):
         self.copies.fault = None
-        for lease, _ in self.leases:
-            lease.release()
+        for handle, _ in self.handles:
+            handle.release()
         self.time_passes(1e6)
         while self.tiers.transfers.under_way:  # an end may have begun what is saved ahead
             self.time_passes(1e6)

@@ -12,30 +12,30 @@ import torch
 from tenure.serving import (
     LinkSpeed,
     MemoryPool,
-    Phantom,
+    PhantomPayload,
     PhantomPool,
     TensorPayload,
-    ThreadedCopies,
+    ThreadedTransfer,
     Tier,
     Urgency,
     VirtualClock,
-    VirtualCopies,
+    VirtualTransfer,
 )
-from tenure.serving.kvcache.radix_tree import Group, Node
-from tenure.serving.kvcache.transfer_queue import CopyJob, CopyQueue, Move, Outcome
+from tenure.serving.kvcache.radix_tree import AgentGroup, Node
+from tenure.serving.kvcache.transfer_queue import Move, Outcome, TransferJob, TransferQueue
 from tenure.serving.kvcache.transfer_threads import WorkerDiedError
 
 UP, DOWN = (Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST)
 
 
-def job(urgency=Urgency.PREFETCH, nbytes=400, layers=4, priority=0.0, link=UP) -> CopyJob:
-    payload = Phantom(1, nbytes, layers)
+def job(urgency=Urgency.PREFETCH, nbytes=400, layers=4, priority=0.0, link=UP) -> TransferJob:
+    payload = PhantomPayload(1, nbytes, layers)
     builder = PhantomPool(nbytes).begin(payload)
-    return CopyJob(Node(None, b"", 0, 0, Group()), link[0], link[1], payload, builder, urgency, priority)
+    return TransferJob(Node(None, b"", 0, 0, AgentGroup()), link[0], link[1], payload, builder, urgency, priority)
 
 
 def test_the_order_of_a_queue():
-    queue = CopyQueue()
+    queue = TransferQueue()
     late, soon, demand = job(priority=9.0), job(priority=1.0), job(Urgency.DEMAND, priority=5.0)
     for each in (late, soon, demand):
         queue.put(each)
@@ -57,7 +57,7 @@ def test_the_order_of_a_queue():
 
 def test_a_demand_load_overtakes_a_prefetch_at_a_layer_boundary():
     clock = VirtualClock()
-    copies = VirtualCopies(clock, {UP: LinkSpeed(100.0, latency_s=0.5)})
+    copies = VirtualTransfer(clock, {UP: LinkSpeed(100.0, latency_s=0.5)})
     prefetch, demand = job(), job(Urgency.DEMAND, nbytes=100, layers=1)
     copies.submit(prefetch)  # 4 layers of 1.5 s
     clock.advance_to(2.0)
@@ -74,7 +74,7 @@ def test_a_demand_load_overtakes_a_prefetch_at_a_layer_boundary():
 def test_the_next_time_is_the_end_of_a_copy_and_not_of_a_layer():
     """A driver that goes there misses nothing: until then no copy ends, whatever link it is on."""
     clock = VirtualClock()
-    copies = VirtualCopies(clock, {UP: LinkSpeed(100.0, latency_s=0.5), DOWN: LinkSpeed(100.0)})
+    copies = VirtualTransfer(clock, {UP: LinkSpeed(100.0, latency_s=0.5), DOWN: LinkSpeed(100.0)})
     prefetch, other = job(), job(nbytes=900, layers=3, link=DOWN)
     copies.submit(prefetch)  # 4 layers of 1.5 s
     copies.submit(other)  # 3 of 3 s
@@ -95,7 +95,7 @@ def test_the_next_time_is_the_end_of_a_copy_and_not_of_a_layer():
 
 def test_promoting_and_cancelling_on_a_virtual_clock():
     clock = VirtualClock()
-    copies = VirtualCopies(clock, {UP: LinkSpeed(100.0)})
+    copies = VirtualTransfer(clock, {UP: LinkSpeed(100.0)})
     first, second, third = job(), job(), job()
     for each in (first, second, third):
         copies.submit(each)
@@ -117,15 +117,15 @@ def test_promoting_and_cancelling_on_a_virtual_clock():
     assert set(copies.poll()) == {last, waiting} and copies.next_time() is None
 
 
-def real_job(size=64, layers=3, urgency=Urgency.DEMAND, payload=None) -> CopyJob:
+def real_job(size=64, layers=3, urgency=Urgency.DEMAND, payload=None) -> TransferJob:
     tensors = {f"{layer}.k": torch.full((size,), float(layer)) for layer in range(layers)}
     payload = payload or TensorPayload(tensors, 1, None)
     pool = MemoryPool(10**9)
-    return CopyJob(Node(None, b"", 0, 0, Group()), UP[0], UP[1], payload, pool.begin(payload), urgency)
+    return TransferJob(Node(None, b"", 0, 0, AgentGroup()), UP[0], UP[1], payload, pool.begin(payload), urgency)
 
 
-def drain(copies: ThreadedCopies, count: int, timeout_s: float = 30.0) -> list[CopyJob]:
-    jobs: list[CopyJob] = []
+def drain(copies: ThreadedTransfer, count: int, timeout_s: float = 30.0) -> list[TransferJob]:
+    jobs: list[TransferJob] = []
     deadline = time.monotonic() + timeout_s
     while len(jobs) < count and time.monotonic() < deadline:
         ended = copies.ended
@@ -137,7 +137,7 @@ def drain(copies: ThreadedCopies, count: int, timeout_s: float = 30.0) -> list[C
 
 @pytest.fixture
 def threaded():
-    copies = ThreadedCopies()
+    copies = ThreadedTransfer()
     yield copies
     copies.close()
     for thread in threading.enumerate():
@@ -235,7 +235,7 @@ def test_a_failed_copy_and_a_dead_worker_end_their_job_and_no_other(threaded, ca
 
 
 def test_a_bandwidth_limit_is_kept():
-    copies = ThreadedCopies({UP: 4000.0})
+    copies = ThreadedTransfer({UP: 4000.0})
     begun = time.monotonic()
     copies.submit(job := real_job(size=100, layers=2))  # 800 bytes
     assert drain(copies, 1) == [job]
@@ -244,7 +244,7 @@ def test_a_bandwidth_limit_is_kept():
     copies.submit(late := real_job())
     assert copies.poll() == [late] and late.outcome is Outcome.CANCELLED
     with pytest.raises(ValueError, match="accepted: more than 0 bytes/s"):
-        ThreadedCopies({UP: 0.0})
+        ThreadedTransfer({UP: 0.0})
 
 
 def test_closing_ends_what_is_under_way(threaded):

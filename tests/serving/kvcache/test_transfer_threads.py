@@ -8,13 +8,13 @@ from random import Random
 
 from tenure.serving import (
     LRU,
+    AllocStatus,
     DiskPool,
     LoadState,
     MemoryPool,
-    Room,
-    ThreadedCopies,
+    ThreadedTransfer,
     Tier,
-    TieredTree,
+    TieredCache,
     TierPolicy,
     Urgency,
     WriteBack,
@@ -29,7 +29,7 @@ def test_many_threads_share_tiers(tmp_path, kv):
         Tier.HOST: MemoryPool(30 * kv.token_bytes),
         Tier.DISK: DiskPool(9000, tmp_path),
     }
-    tiers = TieredTree(pools, ThreadedCopies(), TierPolicy(LRU(), WriteBack.ALL), page_size=2)
+    tiers = TieredCache(pools, ThreadedTransfer(), TierPolicy(LRU(), WriteBack.ALL), page_size=2)
     failures, counts = [], {state: 0 for state in LoadState}
 
     def engine(seed: int) -> None:
@@ -37,19 +37,19 @@ def test_many_threads_share_tiers(tmp_path, kv):
         try:
             for _ in range(60):
                 prompt = [random.randrange(3) for _ in range(random.randrange(1, 13))]
-                with tiers.open(prompt) as lease:
+                with tiers.open(prompt) as handle:
                     if random.random() < 0.2:
-                        lease.load(Urgency.PREFETCH, only_below=True)
+                        handle.load(Urgency.PREFETCH, only_below=True)
                         continue
-                    state = lease.wait(0.5)
+                    state = handle.wait(0.5)
                     counts[state] += 1
                     if state is not LoadState.READY:
                         continue
-                    kv.assert_holds(lease.payloads(), prompt[: lease.length])
+                    kv.assert_holds(handle.payloads(), prompt[: handle.length])
                     end = tiers.whole_pages(len(prompt))
-                    new = kv.of(prompt, lease.length, end) if end > lease.length else None
-                    if tiers.insert(lease, prompt, new) is Room.READY and lease.load() is LoadState.READY:
-                        kv.assert_holds(lease.payloads(), prompt[:end])
+                    new = kv.of(prompt, handle.length, end) if end > handle.length else None
+                    if tiers.insert(handle, prompt, new) is AllocStatus.READY and handle.load() is LoadState.READY:
+                        kv.assert_holds(handle.payloads(), prompt[:end])
         except BaseException as error:
             failures.append(error)
 
@@ -66,7 +66,7 @@ def test_many_threads_share_tiers(tmp_path, kv):
         sys.setswitchinterval(interval)
     if failures:
         raise failures[0]
-    assert counts[LoadState.READY] > 50 and not tiers.leases
+    assert counts[LoadState.READY] > 50 and not tiers.handles
     tiers.check()
     assert tiers.statistics.bytes_moved, "tiers were used"
     tiers.close()

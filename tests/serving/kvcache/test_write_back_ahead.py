@@ -7,14 +7,14 @@ import pytest
 from tenure.scripts.soak_kv import TOKEN_BYTES
 from tenure.serving import (
     LRU,
+    AllocStatus,
     ExpectedTime,
     LinearCosts,
     LoadState,
-    Room,
     Status,
     StepsToExecution,
     Tier,
-    TieredTree,
+    TieredCache,
     TierPolicy,
     Urgency,
     WriteBack,
@@ -33,7 +33,7 @@ def by_steps(**steps: float) -> TierPolicy:
     return TierPolicy(StepsToExecution(steps), WriteBack.FIXED, ahead=True)
 
 
-def jobs(tiers: TieredTree) -> list[tuple[list[int], Tier, Urgency]]:
+def jobs(tiers: TieredCache) -> list[tuple[list[int], Tier, Urgency]]:
     return [(list(memoryview(job.node.span).cast("i")), job.target, job.urgency) for job in tiers.transfers.under_way]
 
 
@@ -49,7 +49,7 @@ def test_a_full_device_is_saved_the_next_victim_first(make_tiers, cached, kv):
         later(tiers)
     assert not jobs(tiers)
     assert [node_of(tiers, p).copies[Tier.HOST] is not None for p in (A, B, C)] == [True] * 3
-    assert tiers.eviction.make_room(Tier.DEVICE, 14 * kv.token_bytes) is Room.READY, "nothing is waited for"
+    assert tiers.eviction.make_room(Tier.DEVICE, 14 * kv.token_bytes) is AllocStatus.READY, "nothing is waited for"
     assert tiers.statistics.bytes_moved[Tier.DEVICE, Tier.HOST] == 3 * 4 * kv.token_bytes, "each once"
 
 
@@ -69,14 +69,14 @@ def test_an_eviction_takes_over_the_copy_that_was_begun(make_tiers, cached, kv):
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
     tiers.save_ahead()
     later(tiers, 0.5 * SECONDS)
-    assert tiers.eviction.first_rank(Tier.DEVICE) < tiers.residency.candidates[Tier.DEVICE].first_rank()
-    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is Room.PENDING
+    assert tiers.eviction.first_rank(Tier.DEVICE) < tiers.storage.candidates[Tier.DEVICE].first_rank()
+    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.PENDING
     assert jobs(tiers) == [(B, Tier.HOST, Urgency.WRITE_BACK)]
     assert tiers.pools[Tier.DEVICE].leaving == 4 * kv.token_bytes
     tiers.check()
     later(tiers, 0.6 * SECONDS)
     assert node_of(tiers, B).status is Status.CPU and node_of(tiers, A).copies[Tier.DEVICE] is not None
-    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is Room.READY
+    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.READY
 
 
 def test_what_ranks_lower_goes_before_what_is_being_saved(make_tiers, cached, kv):
@@ -86,9 +86,9 @@ def test_what_ranks_lower_goes_before_what_is_being_saved(make_tiers, cached, kv
     tiers.save_ahead()
     steps["a"] = 3.0
     tiers.values_changed(["a"])
-    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is Room.PENDING
+    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.PENDING
     assert jobs(tiers) == [(B, Tier.HOST, Urgency.AHEAD), (A, Tier.HOST, Urgency.WRITE_BACK)]
-    assert tiers.eviction.make_room(Tier.DEVICE, 8 * kv.token_bytes) is Room.PENDING, "both can go"
+    assert tiers.eviction.make_room(Tier.DEVICE, 8 * kv.token_bytes) is AllocStatus.PENDING, "both can go"
     assert [urgency for _, _, urgency in jobs(tiers)] == [Urgency.WRITE_BACK] * 2
 
 
@@ -96,11 +96,11 @@ def test_a_lease_keeps_what_is_being_saved(make_tiers, cached, kv):
     tiers = make_tiers(device=8, host=16, policy=by_steps(a=1, b=2))
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
     tiers.save_ahead()
-    with tiers.open(B) as lease:
-        assert lease.load() is LoadState.READY
-        assert tiers.eviction.make_room(Tier.DEVICE, 8 * kv.token_bytes) is Room.REFUSED
+    with tiers.open(B) as handle:
+        assert handle.load() is LoadState.READY
+        assert tiers.eviction.make_room(Tier.DEVICE, 8 * kv.token_bytes) is AllocStatus.REFUSED
         later(tiers)
-        kv.assert_holds(lease.payloads(), B)
+        kv.assert_holds(handle.payloads(), B)
 
 
 @pytest.mark.parametrize("host", [4, 7])
@@ -126,7 +126,7 @@ def test_a_full_host_is_saved_on_disk(make_tiers, cached):
 
 
 def test_a_copy_that_fails_is_not_begun_again(make_tiers, cached, kv):
-    tiers = make_tiers(device=4, host=8, policy=by_steps(a=1), copies=kv.FaultyCopies)
+    tiers = make_tiers(device=4, host=8, policy=by_steps(a=1), copies=kv.FaultyTransfer)
     assert cached(tiers, A, "a", 4)
     tiers.transfers.mover.fault = RuntimeError("failed")
     ended = []
@@ -177,7 +177,7 @@ def test_a_request_that_waits_takes_what_need_not_be_saved(make_tiers, cached, k
     reuse.update(a=likely, b=0.0)
     tiers.values_changed()
     room = tiers.reserve(4 * kv.token_bytes)
-    assert room is (Room.PENDING if waits else Room.READY)
+    assert room is (AllocStatus.PENDING if waits else AllocStatus.READY)
     assert (node_of(tiers, A).copies[Tier.DEVICE] is None) is not waits
-    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is Room.PENDING, "a prefetch waits for B"
+    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.PENDING, "a prefetch waits for B"
     assert jobs(tiers) == [(B, Tier.HOST, Urgency.WRITE_BACK)]

@@ -12,17 +12,17 @@ from tenure.serving import (
     AgentSpec,
     EdgeSpec,
     Ended,
-    Limits,
     LinearCosts,
     LinkSpeed,
-    Phantom,
+    PhantomPayload,
     PhantomPool,
-    PrefetchLimits,
+    PrefetchConfig,
     Request,
+    SchedulerConfig,
     System,
     Tier,
     VirtualClock,
-    VirtualCopies,
+    VirtualTransfer,
     Work,
     WorkflowSpec,
     build_system,
@@ -62,7 +62,7 @@ class Driver:
     def finish(self, work: Work) -> None:
         for item in work.prefills:
             if item.store is not None:
-                item.payload = Phantom(item.store[1] - item.store[0], item.store[1] - item.store[0])
+                item.payload = PhantomPayload(item.store[1] - item.store[0], item.store[1] - item.store[0])
         prefilled = sum(item.end - item.start for item in work.prefills)
         self.clock.advance_to(self.clock() + prefilled / PREFILL + work.steps * bool(work.decodes))
         self.scheduler.complete(work)
@@ -125,13 +125,13 @@ def make_driver():
         pools = {Tier.DEVICE: PhantomPool(device), Tier.HOST: PhantomPool(host)}
         links = {(a, b): LinkSpeed(options.pop("link", LINK)) for a, b in ((Tier.HOST, Tier.DEVICE),)}
         links[Tier.DEVICE, Tier.HOST] = LinkSpeed(LINK)
-        options.setdefault("limits", Limits(batch_tokens=64, running=8))
-        options.setdefault("prefetch", PrefetchLimits(look_ahead_s=3.0))
+        options.setdefault("limits", SchedulerConfig(batch_tokens=64, running=8))
+        options.setdefault("prefetch", PrefetchConfig(look_ahead_s=3.0))
         options.setdefault("costs", LinearCosts(PREFILL, (LINK, 0.0)))
         system = build_system(
             name,
             pools,
-            options.pop("copies", VirtualCopies)(clock, links),
+            options.pop("copies", VirtualTransfer)(clock, links),
             clock=clock,
             bytes_per_token=1,
             page_size=2,
@@ -147,7 +147,7 @@ def make_driver():
         driver.clock.advance_to(driver.clock() + 1e6)
         driver.system.tiers.poll()
         driver.scheduler.check()
-        assert not driver.system.tiers.leases and not driver.system.tiers.transfers.under_way
+        assert not driver.system.tiers.handles and not driver.system.tiers.transfers.under_way
         driver.system.close()
 
 

@@ -7,7 +7,7 @@ from random import Random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tenure.serving import Limits, Request
+from tenure.serving import Request, SchedulerConfig
 from tenure.serving.scheduler import fair_queue
 from tenure.serving.scheduler.fair_queue import FairQueue
 from tenure.serving.scheduler.request_state import new_entry
@@ -175,7 +175,7 @@ def test_nothing_is_lost_or_given_twice(seed, steps):
 
 
 def test_a_client_that_marks_everything_urgent_gets_its_share_and_no_more(make_driver):
-    driver = make_driver("lru", device=60, limits=Limits(batch_tokens=64, running=4, timeout_s=1e5))
+    driver = make_driver("lru", device=60, limits=SchedulerConfig(batch_tokens=64, running=4, timeout_s=1e5))
     for number in range(40):
         driver.submit(f"urgent{number}", [1000 + number] * 10, 10, client="urgent", priority=1.0)
     for number in range(8):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tenure.serving import Limits, LinearCosts, LinkSpeed, Phantom, RequestOutcome, Tier, VirtualCopies
+from tenure.serving import LinearCosts, LinkSpeed, PhantomPayload, RequestOutput, SchedulerConfig, Tier, VirtualTransfer
 
 A, B, C, D = ([n * 100 + k for k in range(40)] for n in (1, 2, 3, 4))
 SLOW = {"link": 2.0, "costs": LinearCosts(1.0, (2.0, 0.0))}  # 40 tokens load in 20 s; it is thought, compute in 40
@@ -89,7 +89,7 @@ def test_a_prefix_that_is_cheap_to_load_is_loaded_and_the_rest_computed(make_dri
     assert (ended.loaded_tokens, ended.recomputed_tokens) == (20, 20)
 
 
-class Broken(VirtualCopies):
+class Broken(VirtualTransfer):
     """Copies into the device fail."""
 
     def copy_layer(self, job):
@@ -98,7 +98,7 @@ class Broken(VirtualCopies):
         super().copy_layer(job)
 
 
-class Stuck(VirtualCopies):
+class Stuck(VirtualTransfer):
     """Once `stuck`, copies into the device take far longer than anybody thinks: so many bytes a second."""
 
     stuck: float | None = None
@@ -113,7 +113,7 @@ def test_failed_loads_are_computed_after_another_try(make_driver):
     driver = make_driver(copies=Broken)
     spill(driver, A)
     ended = driver.serve("r", [*A, 1])
-    assert ended.outcome is RequestOutcome.ANSWERED and ended.recomputed_tokens == 40
+    assert ended.outcome is RequestOutput.ANSWERED and ended.recomputed_tokens == 40
     assert driver.system.tiers.statistics.copies_failed == 2 and driver.scheduler.statistics.recomputed_refused == 1
 
 
@@ -123,7 +123,7 @@ def test_a_load_that_does_not_end_is_given_up(make_driver):
     driver.system.tiers.transfers.mover.stuck = 1e-3
     before = driver.clock()
     ended = driver.serve("r", [*A, 1])
-    assert ended.outcome is RequestOutcome.ANSWERED and ended.recomputed_tokens == 40
+    assert ended.outcome is RequestOutput.ANSWERED and ended.recomputed_tokens == 40
     assert ended.times.ended - before < 5, "not the hours that the load would have taken"
 
 
@@ -147,7 +147,7 @@ def test_a_load_is_given_up_though_its_time_ended_while_the_driver_was_busy(make
 
 def test_requests_without_a_load_go_past_those_that_wait_for_one_to_end(make_driver):
     """More of these than an admission looks at, and for longer than patience."""
-    limits = Limits(batch_tokens=64, running=8, loading=1, room_patience_s=1.0, looks=2)
+    limits = SchedulerConfig(batch_tokens=64, running=8, loading=1, room_patience_s=1.0, looks=2)
     driver = make_driver(device=1000, limits=limits, **SLOW)
     cold = [[n * 1000 + k for k in range(40)] for n in range(1, 5)]
     spill(driver, *cold)
@@ -171,16 +171,16 @@ def test_requests_without_a_load_go_past_those_that_wait_for_one_to_end(make_dri
 
 
 def test_a_request_whose_kv_has_come_otherwise_need_not_wait_for_a_load_to_end(make_driver):
-    driver = make_driver(device=1000, limits=Limits(batch_tokens=64, running=8, loading=1), **SLOW)
+    driver = make_driver(device=1000, limits=SchedulerConfig(batch_tokens=64, running=8, loading=1), **SLOW)
     spill(driver, A, B)
     driver.submit("a", [*A, 1])
     driver.submit("b", [*B, 1])
     driver.submit("c", C[:8], 1)
     work, tiers = driver.begin(), driver.system.tiers
     assert work is not None and [item.request.id for item in work.prefills] == ["c"]
-    with tiers.open(B) as lease:
-        lease.shorten(lease.node.root)
-        tiers.insert(lease, B, Phantom(40, 40))
+    with tiers.open(B) as handle:
+        handle.shorten(handle.node.root)
+        tiers.insert(handle, B, PhantomPayload(40, 40))
     driver.finish(work)
     work = driver.begin()
     assert work is not None and [item.request.id for item in work.prefills] == ["b"], "though a has not come"
@@ -190,7 +190,7 @@ def test_a_request_whose_kv_has_come_otherwise_need_not_wait_for_a_load_to_end(m
 
 
 def test_who_is_overdue_and_needs_a_load_lets_others_pass(make_driver):
-    limits = Limits(batch_tokens=64, running=8, loading=1, room_patience_s=1.0)
+    limits = SchedulerConfig(batch_tokens=64, running=8, loading=1, room_patience_s=1.0)
     driver = make_driver(device=100, limits=limits, **SLOW)
     spill(driver, A)
     driver.serve("fill", C[:20])
@@ -207,11 +207,11 @@ def test_who_is_overdue_and_needs_a_load_lets_others_pass(make_driver):
     driver.run(lambda: any(ended.request.id == "small" for ended in driver.ended))
     assert driver.cached(C[:20]) == 0 and len(driver.scheduler) == 3, "large would load, and a load is under way"
     driver.run()
-    assert all(ended.outcome is RequestOutcome.ANSWERED for ended in driver.ended)
+    assert all(ended.outcome is RequestOutput.ANSWERED for ended in driver.ended)
 
 
 def test_no_more_are_computed_than_may_be_when_many_loads_end_together(make_driver):
-    driver = make_driver(device=400, limits=Limits(batch_tokens=64, running=2))
+    driver = make_driver(device=400, limits=SchedulerConfig(batch_tokens=64, running=2))
     prompts = [[n * 1000 + k for k in range(10)] for n in range(1, 7)]
     spill(driver, *prompts)
     for number, prompt in enumerate(prompts):
@@ -230,6 +230,6 @@ def test_no_more_are_computed_than_may_be_when_many_loads_end_together(make_driv
     assert order == ["r0", "r1", "r2", "r4", "r5", "new"], "in the order of their loads, before who came later"
     assert all(len(work.prefills) + len(work.decodes) <= 2 for _, work in driver.works[first:])
     ends = {ended.request.id: ended for ended in driver.ended}
-    assert ends.pop("r3").outcome is RequestOutcome.CANCELLED
-    assert {ended.outcome for ended in ends.values()} == {RequestOutcome.ANSWERED}
+    assert ends.pop("r3").outcome is RequestOutput.CANCELLED
+    assert {ended.outcome for ended in ends.values()} == {RequestOutput.ANSWERED}
     assert all(ends[f"r{n}"].loaded_tokens == 10 and ends[f"r{n}"].stalled_s == 1 for n in (0, 1, 2, 4, 5))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tenure.serving import Hint, RequestOutcome, Tier, build_system, system_names
+from tenure.serving import Hint, RequestOutput, Tier, build_system, system_names
 from tenure.serving.hints import Action, ActionKind, SessionAction
 
 
@@ -27,7 +27,7 @@ def store(driver, prompt_of, agents, client="", length=20):
 def first_victims(driver):
     """The agents in the order in which their prompts would leave the device."""
     tiers, found = driver.system.tiers, []
-    candidates = tiers.residency.candidates[Tier.DEVICE]
+    candidates = tiers.storage.candidates[Tier.DEVICE]
     while (node := candidates.first()) is not None:
         found += list(node.group.agents)
         tiers.eviction.evict(node, Tier.DEVICE)
@@ -44,7 +44,7 @@ def test_a_client_protects_its_share_and_no_more(make_driver, prompt_of, name):
         retain(driver, agent, "greedy", priority=1.0)
     retain(driver, "z", "modest", priority=0.6)
     driver.begin()
-    assert len(driver.system.outlook.shares.capped) == 3
+    assert len(driver.system.predictor.shares.capped) == 3
     victims = first_victims(driver)
     assert victims.index("z") == 3
 
@@ -54,7 +54,7 @@ def test_a_client_that_is_alone_may_protect_everything(make_driver, prompt_of):
     store(driver, prompt_of, "abc", "one")
     hint(driver, "one", a=0, b=0, c=0)
     driver.begin()
-    assert not driver.system.outlook.shares.capped
+    assert not driver.system.predictor.shares.capped
 
 
 def test_shares_are_counted_anew_when_clients_and_prompts_come(make_driver, prompt_of):
@@ -64,15 +64,15 @@ def test_shares_are_counted_anew_when_clients_and_prompts_come(make_driver, prom
     for agent in "abcdefgh":
         retain(driver, agent, "greedy", priority=1.0)
     driver.begin()
-    capped = driver.system.outlook.shares.capped
+    capped = driver.system.predictor.shares.capped
     assert not capped
     store(driver, prompt_of, "z", "modest")
     driver.begin()
-    capped = driver.system.outlook.shares.capped
+    capped = driver.system.predictor.shares.capped
     assert len(capped) == 2, "five prompts are its share; of the eighth nothing is stored"
     store(driver, prompt_of, "h", "greedy")
     driver.begin()
-    assert len(driver.system.outlook.shares.capped) == 3
+    assert len(driver.system.predictor.shares.capped) == 3
 
 
 def test_who_only_speaks_of_an_agent_loses_it_to_who_calls_it(make_driver, prompt_of):
@@ -80,15 +80,15 @@ def test_who_only_speaks_of_an_agent_loses_it_to_who_calls_it(make_driver, promp
     driver.scheduler.hint(Hint("kv_hints", client="mallory", actions=(Action(ActionKind.EVICT, "a", ttl_s=3600.0),)))
     hint(driver, "honest", a=1)
     driver.begin()
-    assert driver.system.outlook.steps("a") == math.inf, "nobody has called it"
+    assert driver.system.predictor.steps("a") == math.inf, "nobody has called it"
     driver.serve("r", [*prompt_of("a"), 1], agent="a", fixed_tokens=20, client="honest")
     hint(driver, "honest", a=1)
     driver.scheduler.hint(Hint("kv_hints", client="mallory", actions=(Action(ActionKind.EVICT, "a", ttl_s=3600.0),)))
     driver.begin()
-    assert driver.system.outlook.steps("a") == 1
+    assert driver.system.predictor.steps("a") == 1
     driver.serve("s", [*prompt_of("a"), 2], agent="a", fixed_tokens=20, client="mallory")
     hint(driver, "mallory", a=9)
-    assert driver.system.outlook.shares.owner("a") == "honest", "who has called it keeps it"
+    assert driver.system.predictor.shares.owner("a") == "honest", "who has called it keeps it"
 
 
 def test_a_request_under_the_name_of_anothers_agent_is_nobodys(make_driver, ring, prompt_of):
@@ -100,7 +100,7 @@ def test_a_request_under_the_name_of_anothers_agent_is_nobodys(make_driver, ring
     end, version = tiers.tree.ends["a"], workflow.version
     other = [9] * 20
     answer = driver.serve("r", [*other, 1], agent="a", workflow="ring", fixed_tokens=20, client="mallory")
-    assert answer.outcome is RequestOutcome.ANSWERED and workflow.version == version and not workflow.running
+    assert answer.outcome is RequestOutput.ANSWERED and workflow.version == version and not workflow.running
     assert tiers.tree.ends["a"] is end and tiers.match(other).length == 20, "its KV is kept as any other"
     assert not tiers.match(other).nodes[-1].fixed
 
@@ -111,8 +111,8 @@ def test_nobody_hints_about_others_agents(make_driver, prompt_of):
     hint(driver, "owner", a=1)
     hint(driver, "stranger", a=9, b=2)
     driver.scheduler.hint(Hint("vllm", client="stranger", actions=(Action(ActionKind.EVICT, "a"),)))
-    assert driver.system.outlook.steps("a") == 1
-    assert driver.system.outlook.steps("b") == 2
+    assert driver.system.predictor.steps("a") == 1
+    assert driver.system.predictor.steps("b") == 2
 
 
 def test_the_prompt_of_a_request_that_waits_is_not_the_first_to_go(make_driver, ring, prompt_of):
@@ -123,12 +123,13 @@ def test_the_prompt_of_a_request_that_waits_is_not_the_first_to_go(make_driver, 
     driver.submit("blocker", [7] * 20, 8)
     driver.submit("r", [*prompt_of("a"), *range(40)], 10, workflow="ring", agent="a", fixed_tokens=20)
     driver.begin()
-    outlook = driver.system.outlook
-    assert outlook.steps("a") == outlook.next_steps("a") == outlook.due("a") == 0.0 and outlook.reuse("a") == 1.0
+    predictor = driver.system.predictor
+    assert predictor.steps("a") == predictor.next_steps("a") == predictor.due("a") == 0.0
+    assert predictor.reuse("a") == 1.0
     driver.finish(driver.works[-1][1])
     driver.run(lambda: any(e.request.id == "blocker" for e in driver.ended))
     driver.begin()
-    assert outlook.steps("a") == 3.0, "admitted: its lease keeps the prompt, what counts is its next turn"
+    assert predictor.steps("a") == 3.0, "admitted: its lease keeps the prompt, what counts is its next turn"
     driver.finish(driver.works[-1][1])
 
 
@@ -153,9 +154,9 @@ def test_transitions_are_learned_where_no_workflow_is_declared(make_driver, prom
     for turn in range(6):
         for agent in "ab":
             driver.serve(f"{agent}{turn}", [*prompt_of(agent), turn], agent=agent, session="s", fixed_tokens=20)
-    assert driver.system.outlook.steps("a") == 1.0
+    assert driver.system.predictor.steps("a") == 1.0
     driver.scheduler.hint(Hint("dynamo", session="s", session_action=SessionAction.CLOSE))
-    assert driver.system.outlook.steps("a") == math.inf
+    assert driver.system.predictor.steps("a") == math.inf
 
 
 def test_a_hinted_pause_moves_the_expected_time(make_driver, ring, prompt_of):
@@ -174,13 +175,13 @@ def test_duplicates_and_late_hints_change_nothing(make_driver):
     driver.scheduler.hint(fetch)
     hint(driver, "", a=4)
     driver.scheduler.hint(fetch)
-    assert driver.system.outlook.steps("a") == 4
+    assert driver.system.predictor.steps("a") == 4
     driver.scheduler.hint(Hint("kvflow", steps={"b": 3.0}, sequence=5))
     driver.scheduler.hint(Hint("kvflow", steps={"b": 9.0}, sequence=4))
     driver.scheduler.hint(Hint("kvflow", steps={"b": 9.0}, sequence=5))
-    assert driver.system.outlook.steps("b") == 3
+    assert driver.system.predictor.steps("b") == 3
     driver.scheduler.hint(Hint("kvflow", steps={"b": 2.0}, sequence=6))
-    assert driver.system.outlook.steps("b") == 2
+    assert driver.system.predictor.steps("b") == 2
 
 
 def test_systems_by_name():
@@ -220,7 +221,7 @@ def test_nothing_is_expected_of_a_workflow_whose_client_has_gone_for_an_hour(mak
     graph["slow"].start("c")
     driver.clock.advance_to(driver.clock() + 3500)
     driver.begin()
-    steps = driver.system.outlook.steps
+    steps = driver.system.predictor.steps
     assert (steps("b"), steps("d")) == (0.0, 1.0)
     driver.clock.advance_to(driver.clock() + 800)
     driver.begin()

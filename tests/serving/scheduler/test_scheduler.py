@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tenure.serving import Keep, Limits, LinearCosts, Phantom, Request, RequestOutcome, Tier
+from tenure.serving import LinearCosts, PhantomPayload, Request, RequestOutput, SchedulerConfig, StorePolicy, Tier
 
 A, B, C, D = ([n * 100 + k for k in range(40)] for n in (1, 2, 3, 4))
 
@@ -27,10 +27,10 @@ def test_a_request_from_arrival_to_answer(make_driver):
     work = driver.begin()
     work.decodes[0].tokens = [9]
     assert work.decodes[0].store_span() == (40, 42), "the KV of the last token was never computed"
-    work.decodes[0].payload = Phantom(2, 2)
+    work.decodes[0].payload = PhantomPayload(2, 2)
     driver.finish(work)
     (ended,) = driver.ended
-    assert (ended.outcome, ended.error, ended.tokens, ended.produced) == (RequestOutcome.ANSWERED, None, [7, 8, 9], 3)
+    assert (ended.outcome, ended.error, ended.tokens, ended.produced) == (RequestOutput.ANSWERED, None, [7, 8, 9], 3)
     assert (ended.times.arrived, ended.times.admitted, ended.times.first_token, ended.times.ended) == (0, 0, 0.4, 2.4)
     assert driver.cached([*A, 7, 8]) == 42 and driver.system.tiers.pools[Tier.DEVICE].used == 42
     again = driver.serve("s", [*A, 7, 8, 5], 1)
@@ -45,7 +45,7 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token(make_driver
 
 
 def test_chunks_share_the_budget_beside_decodes(make_driver):
-    driver = make_driver(device=1000, limits=Limits(batch_tokens=24, chunk_tokens=16, running=4))
+    driver = make_driver(device=1000, limits=SchedulerConfig(batch_tokens=24, chunk_tokens=16, running=4))
     driver.submit("a", A, 4)
     driver.submit("b", B, 1)
     spans = []
@@ -85,7 +85,7 @@ def test_an_agents_fixed_prompt_is_learned_from_its_calls(make_driver):
 
 def test_discarded_suffixes_leave_the_fixed_prompt(make_driver):
     driver = make_driver("ste")
-    driver.serve("r", A, 2, agent="a", fixed_tokens=20, keep=Keep.DISCARD)
+    driver.serve("r", A, 2, agent="a", fixed_tokens=20, keep=StorePolicy.DISCARD)
     assert driver.cached(A) == 20 and driver.system.tiers.pools[Tier.DEVICE].used == 20
 
 
@@ -97,12 +97,12 @@ def test_memory_is_reserved_until_the_end_so_all_that_is_admitted_can_finish(mak
     assert [item.request.id for item in work.prefills] == ["a", "b"], "c has no room before one of them ends"
     driver.finish(work)
     driver.run()
-    assert {ended.request.id: ended.outcome for ended in driver.ended} == dict.fromkeys("abc", RequestOutcome.ANSWERED)
+    assert {ended.request.id: ended.outcome for ended in driver.ended} == dict.fromkeys("abc", RequestOutput.ANSWERED)
     assert driver.scheduler.statistics.refusals > 0
 
 
 def test_what_does_not_fit_is_passed_until_patience_ends(make_driver):
-    limits = Limits(batch_tokens=200, running=8, room_patience_s=3.0, timeout_s=1e4)
+    limits = SchedulerConfig(batch_tokens=200, running=8, room_patience_s=3.0, timeout_s=1e4)
     driver = make_driver("lru", device=100, limits=limits)
     driver.submit("first", A[:10], 30)
     driver.step()
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_passed_until_patience_ends(make_driver):
     order = sorted(driver.ended, key=lambda ended: ended.times.admitted)
     place = [ended.request.id for ended in order].index("large")
     assert 1 < place < 35, "others passed it, but not for ever"
-    assert all(ended.outcome is RequestOutcome.ANSWERED for ended in driver.ended)
+    assert all(ended.outcome is RequestOutput.ANSWERED for ended in driver.ended)
 
 
 def test_cancelled_in_every_state(make_driver):
@@ -131,11 +131,11 @@ def test_cancelled_in_every_state(make_driver):
         driver.scheduler.cancel(name)
     driver.finish(work)
     assert {e.request.id: e.outcome for e in driver.ended[-3:]} == dict.fromkeys(
-        ("loading", "waiting", "prefill"), RequestOutcome.CANCELLED
+        ("loading", "waiting", "prefill"), RequestOutput.CANCELLED
     )
     assert driver.answer("loading").error == "the request was cancelled"
     driver.scheduler.check()
-    assert len(driver.scheduler) == 0 and pool.reserved == 0 and not driver.system.tiers.leases
+    assert len(driver.scheduler) == 0 and pool.reserved == 0 and not driver.system.tiers.handles
     driver.submit("decode", D[:10], 9)
     driver.step()
     work = driver.begin()
@@ -146,7 +146,7 @@ def test_cancelled_in_every_state(make_driver):
 
 
 def test_timed_out_in_every_state(make_driver):
-    limits = Limits(batch_tokens=64, chunk_tokens=4, running=2)
+    limits = SchedulerConfig(batch_tokens=64, chunk_tokens=4, running=2)
     driver = make_driver(device=200, link=10.0, costs=LinearCosts(1.0, (10.0, 0.0)), limits=limits)
     for name, prompt in (("fill", A), ("fill2", C[:10])):
         driver.serve(name, prompt)
@@ -167,9 +167,9 @@ def test_timed_out_in_every_state(make_driver):
     }
     for name, told in states.items():
         ended = driver.answer(name)
-        assert (ended.outcome, ended.error) == (RequestOutcome.TIMED_OUT, f"it was not answered within {told}")
+        assert (ended.outcome, ended.error) == (RequestOutput.TIMED_OUT, f"it was not answered within {told}")
     assert 0 < driver.answer("decode").produced < 50 and driver.answer("prefill").produced == 0
-    assert driver.answer("late").outcome is RequestOutcome.ANSWERED
+    assert driver.answer("late").outcome is RequestOutput.ANSWERED
 
 
 def test_a_failed_item_ends_its_request_and_a_failed_batch_all_of_it(make_driver):
@@ -183,11 +183,11 @@ def test_a_failed_item_ends_its_request_and_a_failed_batch_all_of_it(make_driver
     work = driver.begin()
     driver.scheduler.complete(work, MemoryError("no memory"))
     driver.take()
-    assert driver.answer("b").outcome is RequestOutcome.FAILED
+    assert driver.answer("b").outcome is RequestOutput.FAILED
     assert driver.answer("b").error == "computing it failed: MemoryError: no memory"
     driver.submit("c", C, 1)
     work = driver.begin()
-    work.prefills[0].payload = Phantom(3, 3)
+    work.prefills[0].payload = PhantomPayload(3, 3)
     driver.scheduler.complete(work)
     driver.take()
     assert "got a payload of 3 tokens; accepted: one of the 40 tokens in [0, 40)" in driver.answer("c").error
@@ -210,7 +210,7 @@ def test_closing_ends_everything(make_driver):
 
 
 def test_many_steps_at_once_when_nothing_else_is_to_be_done(make_driver):
-    driver = make_driver(device=200, limits=Limits(batch_tokens=100, running=8))
+    driver = make_driver(device=200, limits=SchedulerConfig(batch_tokens=100, running=8))
     driver.submit("a", A, 10)
     driver.submit("b", B, 6)
     assert driver.begin(100).steps == 1, "beside prefills"
@@ -240,14 +240,14 @@ def test_a_request_whose_own_cached_prompt_is_in_the_way_is_computed_without_it(
     """The cached KV takes twice the bytes a token that computing takes: both do not fit beside each other."""
     driver = make_driver("lru", device=60)
     tiers = driver.system.tiers
-    with tiers.open(A) as lease:
-        tiers.insert(lease, A, Phantom(40, 55))
+    with tiers.open(A) as handle:
+        tiers.insert(handle, A, PhantomPayload(40, 55))
     ended = driver.serve("r", A, 10)
-    assert ended.outcome is RequestOutcome.ANSWERED and ended.cached_tokens == 0
+    assert ended.outcome is RequestOutput.ANSWERED and ended.cached_tokens == 0
 
 
 def test_what_can_never_be_is_refused_at_once(make_driver):
-    driver = make_driver(device=100, limits=Limits(waiting=2, running=4))
+    driver = make_driver(device=100, limits=SchedulerConfig(waiting=2, running=4))
     with pytest.raises(ValueError, match=r"'r' needs 101 bytes for 40 \+ 61 tokens; the device's pool has 100"):
         driver.submit("r", A, 61)
     with pytest.raises(ValueError, match="'r' has an empty prompt"):
@@ -289,6 +289,6 @@ def test_requests_are_checked(fields, message):
 
 def test_limits_are_checked():
     with pytest.raises(ValueError, match="got batch_tokens=0"):
-        Limits(batch_tokens=0)
+        SchedulerConfig(batch_tokens=0)
     with pytest.raises(ValueError, match="got batch_tokens=64 and running=64; accepted: more tokens than requests"):
-        Limits(batch_tokens=64)
+        SchedulerConfig(batch_tokens=64)

@@ -18,7 +18,7 @@ from hypothesis.stateful import run_state_machine_as_test as run
 
 from tenure.scripts import soak
 from tenure.scripts.soak_world import AGENTS, BELOW, FAULTS, HINTS, SYSTEMS, World
-from tenure.serving import Keep
+from tenure.serving import StorePolicy
 
 STEPS = int(os.environ.get("TENURE_SOAK_STEPS", "100000"))  # that do not shrink; those that do are a tenth of it
 STEPS_EACH = 50  # of hypothesis, at most: many examples are shorter
@@ -46,7 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         number=st.integers(0, 59),
         client=st.sampled_from(["", "x", "y"]),
         timeout_s=st.none() | st.sampled_from([0.5, 3.0]),
-        keep=st.sampled_from(Keep),
+        keep=st.sampled_from(StorePolicy),
     )
     def submit(self, suffix, agent, number, client, timeout_s, keep):
         self.world.submit(suffix, agent, number, {"client": client, "timeout_s": timeout_s, "keep": keep})

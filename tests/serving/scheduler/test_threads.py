@@ -12,8 +12,8 @@ from tenure.serving import (
     LinearCosts,
     MemoryPool,
     Request,
-    RequestOutcome,
-    ThreadedCopies,
+    RequestOutput,
+    ThreadedTransfer,
     Tier,
     build_system,
 )
@@ -24,7 +24,7 @@ from tenure.serving import (
 def test_clients_engine_and_copies_in_threads(tmp_path, seed):
     stress = Stress(str(tmp_path), seed)
     stress.run(seconds=4.0)
-    assert stress.ended[RequestOutcome.ANSWERED] > 50 and stress.read > 500 and stress.hints, "it did something"
+    assert stress.ended[RequestOutput.ANSWERED] > 50 and stress.read > 500 and stress.hints, "it did something"
     assert sum(stress.ended.values()) == stress.submitted
 
 
@@ -32,7 +32,7 @@ def make_system(**options):
     pools = {Tier.DEVICE: MemoryPool(1000), Tier.HOST: MemoryPool(1000)}
     costs = LinearCosts(1000.0, (1e6, 0.0))
     return build_system(
-        "ste_prefetch", pools, ThreadedCopies(), clock=time.monotonic, costs=costs, bytes_per_token=1, **options
+        "ste_prefetch", pools, ThreadedTransfer(), clock=time.monotonic, costs=costs, bytes_per_token=1, **options
     )
 
 
@@ -76,6 +76,6 @@ def test_waiting_ends_with_a_timeout_that_is_due():
         assert scheduler.next_work() is None
         scheduler.wait(30.0)
     assert 0.1 < time.monotonic() - begun < 10
-    assert scheduler.take_ended()[0].outcome is RequestOutcome.TIMED_OUT
+    assert scheduler.take_ended()[0].outcome is RequestOutput.TIMED_OUT
     system.tiers.release(900)
     system.close()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tenure.serving import Limits
+from tenure.serving import SchedulerConfig
 from tenure.serving.simulation.cost_model import FittedCosts, Links
 from tenure.serving.simulation.driver import Machine
 from tenure.serving.simulation.workload import Spread, Workload
@@ -31,7 +31,7 @@ def small() -> Small:
         """Room for so many fixed prompts, and one request beside them."""
         links = Links(bytes_per_s)
         room = int((prompts * FIXED + DYNAMIC + OUTPUT) * RATE)
-        limits = Limits(running=running, batch_tokens=256)
+        limits = SchedulerConfig(running=running, batch_tokens=256)
         return Machine(
             FittedCosts(0.005, 1e-3, 0.0, 0.0, links), links, room, host * FIXED * RATE, 0, RATE, limits=limits
         )

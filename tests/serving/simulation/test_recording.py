@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tenure.serving import AgentSpec, EdgeSpec, Keep, Request, Tier, WorkflowSpec
+from tenure.serving import AgentSpec, EdgeSpec, Request, StorePolicy, Tier, WorkflowSpec
 from tenure.serving.simulation.simulator import machine_of, replay, simulate
 from tenure.serving.simulation.trace import RecordedScheduler, TraceRecorder, read_trace
 from tenure.serving.simulation.workload import Spread
@@ -41,7 +41,7 @@ def test_calls_of_a_workflow_or_session_follow_each_other_and_others_do_not(smal
     requests = [
         Request("a", prompt, 1, session="one"),
         Request("b", prompt, 2, session="two"),
-        Request("c", prompt, 1, session="one", keep=Keep.DISCARD, priority=0.75, client="me"),
+        Request("c", prompt, 1, session="one", keep=StorePolicy.DISCARD, priority=0.75, client="me"),
         Request("d", prompt, 1),
     ]
     serve(small, requests, tmp_path / "t.jsonl")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from tenure.serving import RequestOutcome, Tier, system_names
+from tenure.serving import RequestOutput, Tier, system_names
 from tenure.serving.simulation.driver import ClientCalls, Driver, Run, WarmUp
 from tenure.serving.simulation.simulator import answer_seconds, simulate
 from tenure.serving.simulation.workload import Spread, clients_of
@@ -46,7 +46,7 @@ def test_all_policies_answer_the_same_calls(small) -> None:
         if policy == "belady":
             continue
         run = finished(machine, workload, policy)
-        assert all(ended.outcome is RequestOutcome.ANSWERED for ended in run.ended)
+        assert all(ended.outcome is RequestOutput.ANSWERED for ended in run.ended)
         asked[policy] = {
             each.request.id: (each.request.agent, each.produced, len(each.request.prompt)) for each in run.ended
         }
@@ -68,7 +68,7 @@ def test_nothing_is_lost_or_left(small, policy: str) -> None:
     system.scheduler.check()
     system.close()  # a prefetch may still be under way
     system.tiers.check()
-    assert len(system.scheduler) == 0 and not system.tiers.leases
+    assert len(system.scheduler) == 0 and not system.tiers.handles
     pool = system.tiers.pools[Tier.DEVICE]
     assert pool.reserved == 0 and pool.used == pool.idle
     statistics = system.scheduler.statistics

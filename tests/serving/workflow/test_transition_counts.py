@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tenure.serving.workflow.workflow import DOUBT, FADING, MOST, TRUST, Followed
+from tenure.serving.workflow.workflow import DOUBT, FADING, MOST, TRUST, TransitionCounts
 
 
 def test_what_no_edge_names_counts_from_the_second_time_on():
-    followed = Followed()
+    followed = TransitionCounts()
     followed.saw(0, 1, told=0.9)
     followed.saw(0, 5, told=0.0)
     assert followed.counts(0, named=[1]) == {1: FADING} and not followed.again(0, 5)
@@ -18,7 +18,7 @@ def test_what_no_edge_names_counts_from_the_second_time_on():
 
 
 def test_whether_the_same_agent_is_called_again_for_no_reason_is_learned():
-    followed = Followed()
+    followed = TransitionCounts()
     assert followed.repeating(10) == 1.0, "at first as any other"
     followed.surprised(False)
     assert followed.repeating(10) == pytest.approx(DOUBT / (1 + DOUBT))
@@ -31,7 +31,7 @@ def test_whether_the_same_agent_is_called_again_for_no_reason_is_learned():
 
 
 def test_what_is_as_it_was_told_moves_nothing():
-    followed = Followed()
+    followed = TransitionCounts()
     for _ in range(5):
         followed.saw(0, 1, told=1.0)
     assert followed.moved == 0.0
@@ -40,7 +40,7 @@ def test_what_is_as_it_was_told_moves_nothing():
 
 
 def test_old_habits_fade_and_many_are_bounded():
-    followed = Followed()
+    followed = TransitionCounts()
     for _ in range(3):
         followed.saw(0, 1, told=0.0)
     for _ in range(200):
