@@ -22,9 +22,10 @@ class EvictionQueue:
     """The evictable nodes of one tier in an `EvictionPolicy`.
 
     Each group has a heap of its nodes by `EvictionPolicy.local`; a heap over the groups holds, for each, a rank that is
-    not above that of its first node: exact after every event that lowers it, corrected when it comes to the top after one
-    that raised it. A node that is offered, used or evicted costs O(log n) amortised; a new value of a group O(log n)
-    whatever the number of its nodes. The group of nobody, whose value falls with time, is compared at every choice.
+    not above that of its first node: exact after every event that lowers it, corrected when it comes to the top after
+    one that raised it. A node that is offered, used or evicted costs O(log n) amortised; a new value of a group
+    O(log n) whatever the number of its nodes. The group of nobody, whose value falls with time, is compared at every
+    choice.
 
     Args:
         tier: whose candidates.
