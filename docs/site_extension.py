@@ -47,17 +47,18 @@ def toctree(pages: list[str], caption: str = "") -> str:
     return "\n".join(lines)
 
 
-def command_help(name: str, module: str) -> str:
+def command_help(name: str, command: Any) -> str:
     """The help of one command as it is printed for a terminal of 100 columns."""
     import tyro
 
-    command = importlib.import_module(f"tenure.scripts.{module}")
+    module = importlib.import_module(f"tenure.scripts.{command.module}")
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), contextlib.suppress(SystemExit):
-        if hasattr(command, "parse"):
-            command.parse(["--help"], f"tenure {name}")
+        if hasattr(module, "parse"):
+            module.parse(["--help"], f"tenure {name}")
         else:
-            tyro.cli(command.Config, prog=f"tenure {name}", args=["--help"])
+            config = getattr(module, getattr(command, "config", "Config"))
+            tyro.cli(config, prog=f"tenure {name}", args=["--help"])
     return re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).rstrip()
 
 
@@ -71,7 +72,7 @@ def commands_page() -> str:
     parts = []
     for name, command in cli.COMMANDS.items():
         try:
-            text = command_help(name, command.module)
+            text = command_help(name, command)
         except ImportError as error:  # bench and soak stay in the checkout
             text = f"(not available here: {error})"
         parts.append(f"\n## tenure {name}\n\n{command.summary}.\n\n````text\n{text}\n````\n")

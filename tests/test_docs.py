@@ -23,12 +23,14 @@ from tenure.eval.sweep import SweepConfig
 from tenure.eviction import Policy, evict
 from tenure.retention import RetentionGates
 from tenure.retention.checkpoint import load_checkpoint
-from tenure.scripts import cli, sweep
+from tenure.scripts import cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 DOCUMENTS += sorted(ROOT.glob("examples/*/README.md"))
+# Folders whose files may name pages; add the packages whose docstrings name the present ones.
+NAMING_PAGES = ("examples", "tests")
 
 
 def name_of(path: Path) -> str:
@@ -62,6 +64,15 @@ def test_relative_links_and_their_anchors_exist(path: Path) -> None:
         if not file.exists() or (anchor and anchor not in anchors_of(file)):
             absent.append(link)
     assert not absent
+
+
+@pytest.mark.parametrize("root", NAMING_PAGES)
+def test_pages_named_in_files_exist(root: str) -> None:
+    absent = []
+    for path in sorted(one for one in (ROOT / root).rglob("*") if one.suffix in (".py", ".yaml", ".json", ".cfg")):
+        names = re.findall(r"\bdocs/[\w/-]+\.(?:md|png|svg)\b", path.read_text())
+        absent += [f"{name_of(path)}: {name}" for name in names if not (ROOT / name).is_file()]
+    assert not absent, "\n".join(absent)
 
 
 def test_every_page_is_in_the_navigation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +144,10 @@ def test_command_lines_are_accepted(path: Path, monkeypatch) -> None:
         assert command is not None, words
         rest = words[len(command.split()) :]
         if command != "eval":
-            config = tyro.cli(import_module(f"tenure.scripts.{cli.COMMANDS[command].module}").Config, args=rest)
-            assert not isinstance(config, sweep.Config) or SweepConfig.from_yaml(config.config).cells()
+            known = cli.COMMANDS[command]
+            of_command = getattr(import_module(f"tenure.scripts.{known.module}"), getattr(known, "config", "Config"))
+            config = tyro.cli(of_command, args=rest)
+            assert command != "sweep" or SweepConfig.from_yaml(config.config).cells()
             continue
         hf = pytest.importorskip("lm_eval.models.huggingface").HFLM
         asked = peek(rest)

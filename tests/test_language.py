@@ -18,11 +18,11 @@ QUESTION = re.compile(r"(what|which|who|whose|whom)\b(?!.*\?$)", re.IGNORECASE) 
 PHRASES = {
     r"\bgoes\b|\bmay go\b": "say `is evicted`, `is freed`, or what happens",
     r"\b(come|comes|coming|brought|bring|brings|bringing) up\b": "say `is loaded`",
-    r"\btold\b": "say `stated`, `reported`, `notified`",
+    r"\btold\b(?! apart)": "say `stated`, `reported`, `notified`",
     r"\bof today\b": "say `this version`",
     r"\bin the mean\b": "say `on average`",
     r"\|\s*beside\s*\|": "a column is `compared with`, not `beside`",
-    r"\banswers? for\b": "say `controls`, `is responsible for`",
+    r"\banswers for\b": "say `controls`, `is responsible for`",
     r"\b(is|are) no more\b": "say `no longer`, `no further`",
     r"\bno matter of\b": "say `independent of`",
     r"\bfor a \w+ to win\b": "say `all policies are equal`",
