@@ -10,11 +10,12 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 INPUTS := setup.cfg pyproject.toml constraints.txt
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 help:
 	@echo "make demo   set up, then show gates at work on a real model (args: ARGS=--quick)"
 	@echo "make test   set up, then run all tests (args: PYTEST_ARGS='tests/eviction -x')"
 	@echo "make lint   set up, then ruff and basedpyright"
+	@echo "make docs   set up, then build the documents into build/docs; broken links and anchors are errors"
 	@echo "make clean  remove .venv and what was built; downloads stay in the cache folder"
 
 demo: $(VENV)/.ready-demo
@@ -26,6 +27,10 @@ test: $(VENV)/.ready-dev
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+
+docs: $(VENV)/.ready-dev
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
+	@echo "build/docs/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

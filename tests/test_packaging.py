@@ -79,7 +79,7 @@ def test_wheel_metadata(wheel: Path):
     assert "Requires-Python: >=3.10" in text
     assert "License: Apache-2.0" in text
     extras = {line.split(": ")[1] for line in text.splitlines() if line.startswith("Provides-Extra: ")}
-    assert extras == {"demo", "train", "eval", "kvpress", "agents", "simulate", "serve", "test", "dev"}
+    assert extras == {"demo", "train", "eval", "kvpress", "agents", "simulate", "serve", "docs", "test", "dev"}
 
 
 def test_plain_install_imports_everything(wheel: Path, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The example in docs/agents.md runs and answers from a compressed prompt."""
+"""The example in docs/guides/serve-agents.md runs and answers from a compressed prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_example_runs(tiny_llama):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "agents.md").read_text(), re.DOTALL)
+    text = (ROOT / "docs" / "guides" / "serve-agents.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Engine(" in block]
     torch.manual_seed(1)
     gates = RetentionGates.for_model(tiny_llama, gate_width=8, init_std=0.5, initial_bias=2.0)
     planner, question = (torch.randint(3, 128, (count,)).tolist() for count in (200, 10))

@@ -16,9 +16,9 @@ def texts(svg: str) -> list[str]:
 
 
 def test_the_snippet_of_the_step_graph_runs_and_draws_the_picture() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "tiers.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "concepts" / "step-graph.md").read_text(), re.DOTALL)
     names: dict = {}
     exec(next(code for code in blocks if "StepGraph()" in code), names)  # our own documentation
     graph = names["graph"]
     assert [graph.next_steps(name) for name in ("search", "coder", "writer", "editor")] == [0, 0, 1, 3]
-    assert texts(names["svg"]) == texts((DOCS / "steps.svg").read_text())
+    assert texts(names["svg"]) == texts((DOCS / "images" / "steps.svg").read_text())

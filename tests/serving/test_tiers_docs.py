@@ -1,4 +1,4 @@
-"""The code in docs/tiers.md on nodes and orders runs, and does what is said there."""
+"""The code in the documents on tiers, eviction policies, requests and hints runs as described."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from tenure.serving import EvictionPolicy, RequestOutput, Tier, TieredCache, Tie
 ROOT = Path(__file__).parents[2]
 
 
-def blocks() -> list[str]:
-    text = (ROOT / "docs" / "tiers.md").read_text()
-    section = text[text.index("## The life of a node") :]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+TIERS, AGENTS, HINTS = "concepts/tiers.md", "guides/serve-agents.md", "reference/hints.md"
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
 def before_closing(code: str) -> str:
@@ -25,7 +26,8 @@ def before_closing(code: str) -> str:
 
 def test_the_example_runs():
     scope: dict = {}
-    exec(before_closing(next(block for block in blocks() if "TieredTree(" in block)), scope)  # our own documentation
+    code = next(block for block in blocks(TIERS) if "TieredCache(" in block)
+    exec(before_closing(code), scope)  # our own documentation
     tiers = scope["tiers"]
     assert isinstance(tiers, TieredCache)
     found = tiers.match(scope["prompt"])
@@ -37,7 +39,7 @@ def test_the_example_runs():
 
 def test_the_order_evicts_what_it_says(make_tiers, cached):
     scope: dict = {}
-    exec(next(block for block in blocks() if "(Order)" in block), scope)
+    exec(next(block for block in blocks(TIERS) if "(EvictionPolicy)" in block), scope)
     order = scope["LargestFirst"]()
     assert isinstance(order, EvictionPolicy)
     tiers = make_tiers(device=20, policy=TierPolicy(order))
@@ -49,18 +51,18 @@ def test_the_order_evicts_what_it_says(make_tiers, cached):
 
 def test_the_request_is_answered_and_the_hint_taken():
     scope: dict = {}
-    exec(next(block for block in blocks() if "build_system(" in block), scope)
+    exec(next(block for block in blocks(AGENTS) if "VirtualClock(" in block), scope)
     ended, system = scope["ended"], scope["system"]
     assert ended.outcome is RequestOutput.ANSWERED and ended.produced == 4
     assert system.tiers.tree.ends["planner"].end == 960
-    exec(next(block for block in blocks() if "HintReader" in block), scope)
+    exec(next(block for block in blocks(AGENTS) if "HintReader" in block), scope)
     assert scope["request"].agent == "planner" and scope["request"].client == "team-a"
     assert system.predictor.steps("planner") < 2
     system.scheduler.check()
 
 
 def test_the_tables_name_what_there_is():
-    text = (ROOT / "docs" / "tiers.md").read_text()
-    for heading, names in (("### Systems", system_names()), ("### What a hint", hint_formats())):
-        rows = re.findall(r"^\| `(\w+)` \|", text[text.index(heading) :].split("\n###")[0], re.MULTILINE)
+    for page, heading, names in ((AGENTS, "## Systems", system_names()), (HINTS, "## Formats", hint_formats())):
+        text = (ROOT / "docs" / page).read_text()
+        rows = re.findall(r"^\| `(\w+)` \|", text[text.index(heading) :].split("\n##")[0], re.MULTILINE)
         assert sorted(rows) == sorted(names)
