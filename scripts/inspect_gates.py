@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Config:
+class InspectConfig:
     """Show what is in a gates checkpoint.
 
     With --model it also runs the gates over a text and shows every head's median half-life: after that many tokens an
@@ -41,7 +41,7 @@ class Config:
             raise ValueError(f"--tokens is {self.tokens}; 1 or more is accepted")
 
 
-def main(config: Config) -> int:
+def main(config: InspectConfig) -> int:
     from rich.console import Console
 
     from ..retention import RetentionGates
@@ -59,7 +59,7 @@ def main(config: Config) -> int:
     return 0
 
 
-def measured_half_lives(config: Config, gates: RetentionGates) -> torch.Tensor:
+def measured_half_lives(config: InspectConfig, gates: RetentionGates) -> torch.Tensor:
     """Median over the tokens of a text of ln 2 / -log β, in tokens: `(layers, num_kv_heads)` fp32."""
     import torch
 

@@ -1,17 +1,37 @@
-"""The model and tokenizer that `--model` names, as every sub-command loads them."""
+"""Loads the model, tokenizer and gates that a command line names, in the same way for every command."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+SHIPPED_GATES = Path("examples") / "smollm2-135m-gates"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@contextlib.contextmanager
+def needs_checkout() -> Iterator[None]:
+    """Around imports of `tenure.scripts.bench` and `tenure.scripts.soak`, which are not installed with the package.
+
+    Raises:
+        ImportError: they are not there; the message says that a checkout is needed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("tenure.scripts.bench", "tenure.scripts.soak"):
+            raise
+        raise ImportError(
+            "benchmarks and soak tests are part of the repository and not of the installed package: run this in a "
+            "checkout, installed with `pip install -e .`"
+        ) from None
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -53,6 +73,25 @@ def load_model(
     if name == "demo":  # so that gates trained on it name the model, not this machine's cache folder
         model.config._name_or_path = DEMO_MODEL_ID
     return model.to(target).eval(), tokenizer
+
+
+def find_gates(model: str, gates: str | None) -> str | Path:
+    """The gates to use: those given, or the shipped ones of the demo model.
+
+    Raises:
+        ValueError: none are given and the shipped ones are not for this model, or are not there.
+    """
+    if gates is not None:
+        return gates
+    if model != "demo":
+        raise ValueError(f"the shipped gates fit the demo model only: give --gates for {model!r}")
+    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+        if (root / SHIPPED_GATES).is_dir():
+            return root / SHIPPED_GATES
+    raise ValueError(
+        f"the shipped gates ({SHIPPED_GATES}) are part of the repository and not of the installed package: run this in "
+        "a checkout, or give --gates"
+    )
 
 
 @contextlib.contextmanager

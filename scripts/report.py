@@ -10,7 +10,7 @@ import tyro
 
 
 @dataclass
-class Config:
+class ReportConfig:
     """Make a page of a run: accuracy, KL and bytes of every policy and budget, tasks, settings, failures.
 
     Of two runs it also shows how they differ on the cases that both have, with paired bootstrap intervals. The page is
@@ -29,7 +29,7 @@ class Config:
             raise ValueError(f"--output is {self.output}; a name that ends with .html is accepted")
 
 
-def main(config: Config) -> int:
+def main(config: ReportConfig) -> int:
     from ..eval.report import compare_runs, load_run, report_markdown, report_page
     from ..retention.checkpoint import write_atomic
 

@@ -33,25 +33,25 @@ lm-eval's own help:
 
 
 @dataclass(frozen=True)
-class Config:
+class LmEvalArguments:
     """Run lm-eval under a KV-cache budget: `--model tenure`, its own tasks and the generated ones, all its flags."""
 
     arguments: tuple[str, ...] = ()
 
 
-def parse(arguments: Sequence[str], prog: str) -> Config:
+def parse(arguments: Sequence[str], prog: str) -> LmEvalArguments:
     """All arguments are lm-eval's: it has the flags and the last word on what is wrong."""
-    return Config(tuple(arguments))
+    return LmEvalArguments(tuple(arguments))
 
 
-def main(config: Config) -> int:
+def main(config: LmEvalArguments) -> int:
     from ..eval.harness.command import run
     from ..eval.harness.generated import task_names
 
     arguments = config.arguments
     if not arguments or (len(arguments) == 1 and arguments[0] in HELP_FLAGS):
         names = ", ".join(name for name in task_names() if not name.endswith("_aware"))
-        print(HELP.format(docstring=Config.__doc__, tasks=names), flush=True)
+        print(HELP.format(docstring=LmEvalArguments.__doc__, tasks=names), flush=True)
         arguments = ("run", "--help")
     run(arguments)
     return 0

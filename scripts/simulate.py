@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,14 +13,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from .simulate_output import Comparison, show_comparison, show_study, study_rows, write_rows
+from .output import make_console, write_rows
 
 if TYPE_CHECKING:
-    from ..serving.simulation.setups import Setup
+    from rich.table import Table
+
+    from ..serving.simulation.results import Outcome, Row
+    from ..serving.simulation.setups import Cell, Setup
+    from ..serving.simulation.study import Point
+
+SUMMED = ("bytes_moved", "stall_s")
+BYTES = ("bytes_moved", "bytes_wasted")
 
 
 @dataclass
-class Config:
+class SimulateConfig:
     """Simulate serving policies: how many times as fast as each baseline they are, beside what a paper reports."""
 
     setups: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="PATH ...")] = field(default_factory=list)
@@ -70,7 +78,47 @@ class Config:
         return self.jobs or cores()
 
 
-def main(config: Config) -> int:
+@dataclass(frozen=True)
+class PolicyComparison:
+    """One cell under all policies.
+
+    Attributes:
+        outcomes: by policy, one for each seed, the same seeds for all.
+        recorded_s: of a trace that was replayed, its own makespan.
+    """
+
+    setup: Setup
+    cell: Cell
+    outcomes: Mapping[str, Sequence[Outcome]]
+    recorded_s: float | None = None
+
+    def all_ratios(self, baseline: str) -> dict[str, list[float]]:
+        """By policy, how many times as fast as the baseline, seed by seed."""
+        base = self.outcomes[baseline]
+        return {
+            policy: [one.makespan_s / other.makespan_s for one, other in zip(base, outcomes, strict=True)]
+            for policy, outcomes in self.outcomes.items()
+            if policy != baseline
+        }
+
+    def paper(self, policy: str, baseline: str) -> float | None:
+        return self.cell.paper.get(baseline) if policy == self.cell.paper_policy else None
+
+    def rows(self) -> list[Row]:
+        """One for each policy and baseline."""
+        from ..serving.simulation.results import row_of
+
+        rows = []
+        for baseline in self.setup.baselines:
+            ratios = {baseline: [1.0], **self.all_ratios(baseline)}
+            for policy, values in ratios.items():
+                name = f"{self.setup.name}/{self.cell.name}/vs_{baseline}"
+                paper = self.paper(policy, baseline)
+                rows.append(row_of(name, policy, self.outcomes[policy], statistics.fmean(values), paper))
+        return rows
+
+
+def main(config: SimulateConfig) -> int:
     from ..serving.simulation.setups import load_setup
 
     if config.trace:
@@ -78,7 +126,7 @@ def main(config: Config) -> int:
     setups = [_chosen(load_setup(path, config.set), config) for path in config.setups]
     if config.study:
         return _study(setups[0], config)
-    comparisons: list[Comparison] = []
+    comparisons: list[PolicyComparison] = []
     for setup in setups:
         begun = time.perf_counter()
         compared = compare(setup, config.processes)
@@ -90,7 +138,7 @@ def main(config: Config) -> int:
     return 0
 
 
-def _chosen(setup: Setup, config: Config) -> Setup:
+def _chosen(setup: Setup, config: SimulateConfig) -> Setup:
     """Only the cells, policies and repeats that the command line asks for."""
     from dataclasses import replace
 
@@ -103,7 +151,7 @@ def _chosen(setup: Setup, config: Config) -> Setup:
     return replace(setup, cells=cells, repeats=config.repeats or setup.repeats)
 
 
-def compare(setup: Setup, jobs: int) -> list[Comparison]:
+def compare(setup: Setup, jobs: int) -> list[PolicyComparison]:
     """Runs every policy of every cell with every seed."""
     from ..serving.simulation.many import run_all
     from ..serving.simulation.simulate import simulate
@@ -118,7 +166,7 @@ def compare(setup: Setup, jobs: int) -> list[Comparison]:
     with _progress(setup.name, len(tasks)) as ended:
         outcomes = iter(run_all(tasks, jobs, ended))
     return [
-        Comparison(setup, cell, {policy: [next(outcomes) for _ in seeds] for policy in setup.policies})
+        PolicyComparison(setup, cell, {policy: [next(outcomes) for _ in seeds] for policy in setup.policies})
         for cell in setup.cells
     ]
 
@@ -133,7 +181,7 @@ def _progress(name: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(bar)
 
 
-def _study(setup: Setup, config: Config) -> int:
+def _study(setup: Setup, config: SimulateConfig) -> int:
     from ..serving.simulation.plots import draw_study
     from ..serving.simulation.study import questions_for, run_study
 
@@ -153,7 +201,7 @@ def _study(setup: Setup, config: Config) -> int:
     return 0
 
 
-def _trace(config: Config) -> int:
+def _trace(config: SimulateConfig) -> int:
     """Replays a trace under every policy, beside the makespan that was recorded."""
     from ..serving.simulation.many import run_all
     from ..serving.simulation.setups import Cell, Setup, load_setup
@@ -171,14 +219,14 @@ def _trace(config: Config) -> int:
     begun = time.perf_counter()
     outcomes = run_all([partial(replay, machine, trace, policy) for policy in setup.policies], config.processes)
     by_policy = {policy: [outcome] for policy, outcome in zip(setup.policies, outcomes, strict=True)}
-    comparison = Comparison(setup, cell, by_policy, recorded_s=trace.makespan_s)
+    comparison = PolicyComparison(setup, cell, by_policy, recorded_s=trace.makespan_s)
     show_comparison([comparison], time.perf_counter() - begun, config.processes)
     if config.json:
         write_rows(comparison.rows(), config.json)
     return 0
 
 
-def _extras(setup: Setup, comparisons: Sequence[Comparison], config: Config) -> None:
+def _extras(setup: Setup, comparisons: Sequence[PolicyComparison], config: SimulateConfig) -> None:
     """Pictures and a recorded trace of the first cell."""
     from ..serving.simulation.plots import draw_speedups, draw_timelines
     from ..serving.simulation.recording import TraceRecorder
@@ -201,3 +249,136 @@ def _extras(setup: Setup, comparisons: Sequence[Comparison], config: Config) -> 
         ratios = {each.cell.name: each.all_ratios(baseline) for each in comparisons}
         paper = {each.cell.name: each.cell.paper[baseline] for each in comparisons if baseline in each.cell.paper}
         draw_speedups(ratios, config.plot, baseline, paper)
+
+
+def show_comparison(comparisons: Sequence[PolicyComparison], seconds: float, jobs: int) -> None:
+    """A table for each cell of a set-up on stdout, and what explains its differences from the paper.
+
+    Args:
+        seconds: that all of it took. jobs: processes it was run by.
+    """
+    setup, console = comparisons[0].setup, make_console()
+    console.print(f"{setup.title}\n{setup.source}; mean ± standard deviation of {setup.repeats} seeds", highlight=False)
+    for each in comparisons:
+        console.print(_table(each))
+        if each.recorded_s is not None:
+            console.print(f"recorded makespan: {each.recorded_s:.2f} s")
+        if each.cell.why:
+            console.print(f"{each.cell.why}\n", highlight=False)
+    for group in _groups(comparisons):
+        console.print(group)
+    runs = [outcome for each in comparisons for outcomes in each.outcomes.values() for outcome in outcomes]
+    cpu, events = sum(run.cpu_s for run in runs), sum(run.events for run in runs)
+    decisions = sum(run.decisions for run in runs)
+    console.print(
+        f"{events / 1e6:.2f} M events in {cpu:.1f} s of one core: {events / cpu / 1e3:.0f} k/s; "
+        f"{decisions / cpu / 1e3:.1f} k/s if the tokens of a batch count as one"
+        + (f". In {seconds:.1f} s by {jobs} processes: {events / seconds / 1e3:.0f} k/s" if jobs > 1 else ""),
+        highlight=False,
+    )
+
+
+def _table(comparison: PolicyComparison) -> Table:
+    from rich.table import Column, Table
+
+    table = Table(
+        Column("policy", no_wrap=True),
+        *(Column(f"vs {baseline} (paper)", no_wrap=True) for baseline in comparison.setup.baselines),
+        Column("makespan s", justify="right", no_wrap=True),
+        Column("hits", justify="right", no_wrap=True),
+        Column("stall s", justify="right", no_wrap=True),
+        Column("GB, wasted", justify="right", no_wrap=True),
+        Column("TTFT p50, p99", justify="right", no_wrap=True),
+        title=comparison.cell.name,
+        title_justify="left",
+    )
+    for policy, outcomes in comparison.outcomes.items():
+        table.add_row(
+            policy,
+            *(_ratio(comparison, policy, baseline) for baseline in comparison.setup.baselines),
+            _mean(outcomes, "makespan_s", ".1f"),
+            _mean(outcomes, "hit_rate", ".2f"),
+            _mean(outcomes, "stall_s", ".1f"),
+            ", ".join(f"{statistics.fmean(getattr(o, f) for o in outcomes) / 1e9:.0f}" for f in BYTES),
+            ", ".join(_mean(outcomes, field, ".3f") for field in ("ttft_p50_s", "ttft_p99_s")),
+        )
+    return table
+
+
+def _groups(comparisons: Sequence[PolicyComparison]) -> Iterator[Table]:
+    """Tables of what cells have in common whose names differ by a number only."""
+    from rich.table import Column, Table
+
+    by_name: dict[str, list[PolicyComparison]] = {}
+    for each in comparisons:
+        by_name.setdefault(each.cell.name.rstrip("0123456789 "), []).append(each)
+    for name, members in by_name.items():
+        if len(members) == 1:
+            continue
+        baseline = members[0].setup.baselines[-1]
+        columns = ("policy", "cells", f"× {baseline}, geometric mean", "GB moved", "stall s", "TTFT p99, mean")
+        table = Table(*(Column(column, no_wrap=True) for column in columns), title=f"{name}, all", title_justify="left")
+        chosen = {
+            "all": members,
+            "mispredicted": [each for each in members if each.cell.workload.mispredicted],
+            "branches": [each for each in members if each.cell.workload.branches > 1],
+        }
+        for policy in members[0].outcomes:
+            for kind, cells in chosen.items():
+                if cells:
+                    table.add_row(policy, f"{len(cells)} {kind}", *_summary(cells, policy, baseline))
+        yield table
+
+
+def _summary(cells: Sequence[PolicyComparison], policy: str, baseline: str) -> list[str]:
+    ratios = [1.0 if policy == baseline else statistics.fmean(each.all_ratios(baseline)[policy]) for each in cells]
+    sums = {f: sum(statistics.fmean(getattr(o, f) for o in each.outcomes[policy]) for each in cells) for f in SUMMED}
+    p99 = statistics.geometric_mean(
+        max(1e-6, statistics.fmean(outcome.ttft_p99_s for outcome in each.outcomes[policy])) for each in cells
+    )
+    moved, stalled = (sums[field] for field in SUMMED)
+    return [f"{statistics.geometric_mean(ratios):.4f}", f"{moved / 1e9:.0f}", f"{stalled:.0f}", f"{p99:.3f}"]
+
+
+def _mean(outcomes: Sequence[Outcome], field: str, form: str) -> str:
+    return format(statistics.fmean(getattr(outcome, field) for outcome in outcomes), form)
+
+
+def _ratio(comparison: PolicyComparison, policy: str, baseline: str) -> str:
+    if policy == baseline:
+        return "1"
+    values = comparison.all_ratios(baseline)[policy]
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    paper = comparison.paper(policy, baseline)
+    shown = f"{statistics.fmean(values):.2f}" + (f" ± {spread:.2f}" if spread >= 0.005 else "")
+    return shown + ("" if paper is None else f" ({paper:.2f})")
+
+
+def show_study(setup: Setup, points: Sequence[Point], baseline: str) -> None:
+    """A table a question, and the points that are slower than the baseline by more than is promised."""
+    from rich.table import Table
+
+    console = make_console()
+    policies = list(dict.fromkeys(point.policy for point in points))
+    console.print(f"{setup.title}: {setup.cells[0].name}; {setup.repeats} seeds", highlight=False)
+    for question in dict.fromkeys(point.question for point in points):
+        mine = [point for point in points if point.question == question]
+        table = Table(question, *policies, caption=f"× as fast as {baseline} by the mean call / P99 of TTFT in s")
+        for value in dict.fromkeys(point.value for point in mine):
+            by_policy = {point.policy: point for point in mine if point.value == value}
+            table.add_row(value, *(f"{by_policy[p].ratio:.2f} / {by_policy[p].ttft_p99_s:.2f}" for p in policies))
+        console.print(table)
+    harmed = [point for point in points if point.harmed]
+    for point in harmed:
+        console.print(f"slower than {baseline}: {point.policy} at {point.question} {point.value}: {point.ratio:.3f}")
+    if not harmed:
+        console.print(f"no policy is slower than {baseline} by more than 3 % anywhere")
+
+
+def study_rows(name: str, points: Sequence[Point], baseline: str) -> list[Row]:
+    from ..serving.simulation.results import row_of
+
+    return [
+        row_of(f"{name}/{point.question}/{point.value}/vs_{baseline}", point.policy, point.outcomes, point.ratio)
+        for point in points
+    ]

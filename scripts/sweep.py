@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .loading import load_model
+from .loading import load_model, needs_checkout
 from .sweep_checks import check, load_gates, load_texts, make_builder, pick_devices
-from .sweep_kvpress import check_kvpress, prepare_kvpress
 
 if TYPE_CHECKING:
     from ..eval.sweep import Failure, SweepConfig, Unit, UnitRunner
@@ -25,7 +24,7 @@ EVERY_S = 30.0  # between two lines of progress where stderr is no terminal
 
 
 @dataclass
-class Config:
+class SweepCommand:
     """Measure every policy at every budget on the cases of a YAML file (examples/sweep_smollm2.yaml).
 
     Each case's context is read once for all policies and budgets. Results are appended to part-K.jsonl in `--output`,
@@ -63,7 +62,7 @@ class Config:
             raise ValueError(f"--kvpress runs on the CPU; --devices has {', '.join(self.devices)}")
 
 
-def main(config: Config) -> int:
+def main(config: SweepCommand) -> int:
     from ..eval.sweep import Store, SweepConfig, all_units, export_cases, run_units
 
     given = {name: getattr(config, name) for name in ("model", "gates", "question", "cases")}
@@ -73,6 +72,8 @@ def main(config: Config) -> int:
     job = check(sweep, devices)
     start: Prepare = partial(prepare, sweep, job.threads)
     if config.kvpress is not None:
+        with needs_checkout():
+            from .bench.sweep_kvpress import check_kvpress, prepare_kvpress
         job.settings["kvpress"] = check_kvpress(config.kvpress, sweep, job.cells)
         start = partial(prepare_kvpress, config.kvpress, sweep, job.threads)
     units = all_units(sweep)

@@ -17,7 +17,7 @@ QUESTION_TOKENS = 256  # room for the question and the answer
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """A sweep that can run.
 
     Attributes:
@@ -35,7 +35,7 @@ class Job:
     threads: int | None
 
 
-def check(sweep: SweepConfig, devices: Sequence[str]) -> Job:
+def check(sweep: SweepConfig, devices: Sequence[str]) -> SweepJob:
     """Finds everything but the model's weights.
 
     Raises:
@@ -62,7 +62,7 @@ def check(sweep: SweepConfig, devices: Sequence[str]) -> Job:
         for task in sweep.tasks:
             first.case(task, 0)  # refuses a length that cannot hold the task
     settings = _settings(sweep, cells, gates, texts, devices[0], model_config)
-    return Job(cells, tokenizer, builder, settings, _threads(sweep, devices))
+    return SweepJob(cells, tokenizer, builder, settings, _threads(sweep, devices))
 
 
 def make_builder(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -> CaseBuilder:
@@ -82,7 +82,7 @@ def load_texts(sweep: SweepConfig) -> list[str]:
 def load_gates(sweep: SweepConfig, cells: Sequence[Cell]) -> RetentionGates | None:
     """The gates on the CPU if a cell needs some; ValueError where they cannot be found or used."""
     from ..retention import RetentionGates
-    from .demo import find_gates
+    from .loading import find_gates
 
     if not any("log_beta" in cell.policy.needs for cell in cells):
         return None
@@ -147,7 +147,7 @@ def _settings(
 
 def _gates_settings(sweep: SweepConfig) -> dict[str, Any]:
     from ..retention.checkpoint import load_checkpoint, local_folder
-    from .demo import SHIPPED_GATES, find_gates
+    from .loading import SHIPPED_GATES, find_gates
 
     document, _ = load_checkpoint(local_folder(find_gates(sweep.model, sweep.gates)))
     return {"folder": sweep.gates or str(SHIPPED_GATES), "sha256": document["weights_sha256"]}

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Config = TrainConfig
-
 
 def parse(arguments: Sequence[str], prog: str) -> TrainConfig:
     """Flags over the values of `--config FILE`, over the defaults.

@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 import types
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -75,8 +74,8 @@ def test_command_lines_are_accepted(name: str, monkeypatch) -> None:
         assert command is not None, words
         rest = words[len(command.split()) :]
         if command != "eval":
-            config = tyro.cli(import_module(f"tenure.scripts.{cli.COMMANDS[command].module}").Config, args=rest)
-            assert not isinstance(config, sweep.Config) or SweepConfig.from_yaml(config.config).cells()
+            config = tyro.cli(cli.COMMANDS[command].config_class(), args=rest)
+            assert not isinstance(config, sweep.SweepCommand) or SweepConfig.from_yaml(config.config).cells()
             continue
         hf = pytest.importorskip("lm_eval.models.huggingface").HFLM
         asked = peek(rest)

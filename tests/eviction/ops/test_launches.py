@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction.ops import copies, decode, defensive, pages, select, value_norms
-from tenure.eviction.ops.compile_cases import (
+from tenure.scripts.bench.eviction_kernel_cases import (
     DIM,
     HEADS,
     KEPT,
