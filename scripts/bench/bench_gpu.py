@@ -14,6 +14,7 @@ import time
 import types
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,6 @@ def use_checkout(root: Path) -> None:
 
 if __name__ == "__main__":
     use_checkout(Path(__file__).resolve().parents[2])
-    from tenure.scripts.bench import bench_gpu  # itself, as a module of its package
+    bench_gpu = import_module("tenure.scripts.bench.bench_gpu")  # this file, as a module of its package
 
     sys.exit(bench_gpu.main(bench_gpu.read_arguments(sys.argv[1:])))
