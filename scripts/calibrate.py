@@ -1,4 +1,4 @@
-"""`tenure calibrate`: the smallest budget that keeps the expected loss of quality below a bound, with a guarantee."""
+"""`tenure calibrate`: find the smallest budget that keeps the expected quality loss below a bound, with a guarantee."""
 
 from __future__ import annotations
 
@@ -28,60 +28,60 @@ SPLITS = 200  # random halves of all measured documents, with --validate
 
 @dataclass
 class CalibrateConfig:
-    """Find the smallest cache budget whose expected loss of quality is below a bound, and store it with the gates.
+    """Find the smallest cache budget whose expected quality loss is below a bound, and store it with the gates.
 
     Documents are compressed to every budget before the question is known. Learn-then-Test then accepts budgets from
-    the largest down, so that with the stated confidence the expected loss at the budget found is within the bound, for
-    documents and questions drawn like those measured. The budget "calibrated" of evict() and `tenure generate` is the
-    one found. If none qualifies, nothing is stored and the exit code is 1.
+    the largest down: with the stated confidence, the expected loss at the chosen budget is within the bound for
+    documents and questions from the same distribution. evict() and `tenure generate` use the stored budget if given
+    the budget "calibrated". If no budget qualifies, nothing is stored and the exit code is 1.
     """
 
     model: str = "demo"
-    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, fetched once)."""
+    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
     gates: str = "examples/smollm2-135m-gates"
-    """Trained gates: a folder, where calibration.json is written, or with --out a Hub id."""
+    """Trained gates: a folder, to which calibration.json is written, or with --out a Hub id."""
     out: Path | None = None
     """Save the gates with their calibration to this folder instead."""
     loss: Annotated[str, tyro.conf.arg(metavar="kl|answers|TASK")] = "kl"
-    """kl: KL to the full cache over question and answer, in nats; answers: an answer that the full cache gives right
-    and the compressed one wrong; needle, phrase, multikey, date: the same for that task alone."""
+    """kl: KL to the full cache over question and answer, in nats; answers: the share of answers that are right with the
+    full cache and wrong with the compressed one; needle, phrase, multikey, date: the same for a single task."""
     bound: float = 0.2
-    """Of the expected loss: nats, or the share of answers lost."""
+    """Bound on the expected loss: nats, or the share of lost answers."""
     max_loss: float = 1.0
-    """A case's KL counts at most this many nats. Answers are not affected."""
+    """Clip the KL of a case at this many nats. Does not affect losses about answers."""
     confidence: float = 0.9
-    """That the bound holds (ltt)."""
+    """Probability that the bound holds (ltt)."""
     method: Literal["ltt", "crc"] = "ltt"
     """ltt: Learn-then-Test, with the stated confidence; crc: conformal risk control, on average over calibrations."""
     budgets: Annotated[tuple[int | float, ...], tyro.conf.arg(metavar="BUDGET ...")] = (
         0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1,
     )  # fmt: skip
-    """What is tried: shares of the tokens seen, or entries per head on average."""
+    """Budgets to try: shares of the tokens seen, or average entries per head."""
     cases: int = 60
-    """Documents to measure."""
+    """Number of documents to measure."""
     length: tuple[int, ...] = (1024,)
-    """Tokens of a document; of several numbers each document draws one."""
+    """Tokens per document; with several values, one is drawn for each document."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")] = ("needle", "phrase", "multikey")
-    """What the questions are about, with the loss kl or answers."""
+    """Tasks of the questions, for the losses kl and answers."""
     policy: str = "retention"
-    """Which entries stay; options may follow, as in retention(lookahead=16)."""
+    """Eviction policy, with options as in retention(lookahead=16)."""
     scope: Literal["auto", "global", "layer", "head", "pyramid"] = "auto"
-    """Who competes for the budget; auto is the policy's choice."""
+    """Which entries compete for the budget; auto is the policy's default."""
     data: str = "demo"
-    """Texts to take documents from: `demo` (every other held-out essay), a text file or a folder, used whole."""
+    """Texts to take documents from: `demo` (every other held-out essay), a text file or a folder."""
     validate: int = 0
-    """Also measure this many documents of the other held-out essays (with --data of your own: of the same texts), and
-    count how often random splits of all documents measured break the bound."""
+    """Also measure this many documents of the remaining held-out essays (with your own --data: of the same texts), and
+    count how often random splits of all documents violate the bound."""
     seed: int = 0
-    """Chooses documents, facts and where they lie."""
+    """Seed for documents, facts and their positions."""
     json: Path | None = None
-    """Also write the result and every single case to this file."""
+    """Also write the result and all cases to this file."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is the GPU if there is one."""
     dtype: Dtype = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU."""
     threads: int | None = None
-    """CPU threads; by default as many as torch chooses."""
+    """CPU threads; by default torch decides."""
 
     def __post_init__(self) -> None:
         if self.cases < 1 or self.validate < 0:
@@ -96,15 +96,15 @@ class CalibrateConfig:
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """What a run does, checked before the model is loaded.
+    """The validated inputs of a calibration.
 
     Attributes:
-        control: what is asked of a budget.
-        cells: the full cache, then every budget, falling.
-        tasks: what the questions are about.
-        gates: with or without an earlier calibration.
-        texts, held_out: what documents are cut from for calibration, and for validation.
-        sinks, recent: first and last tokens that always stay: what `evict` protects by default.
+        control: decides which budgets qualify.
+        cells: the full cache, then the budgets in descending order.
+        tasks: of the questions.
+        gates: possibly with an earlier calibration, which is replaced.
+        texts, held_out: sources of documents for calibration and for validation.
+        sinks, recent: protected first and last tokens, as by default in `evict`.
     """
 
     control: RiskControl
@@ -123,11 +123,11 @@ class CalibrationPlan:
 
 @dataclass(frozen=True)
 class MeasuredCases:
-    """Cases that were evaluated.
+    """Evaluated cases.
 
     Attributes:
-        documents: the name of each case's text.
-        records: of every cell on every case.
+        documents: name of each case's source text.
+        records: one for each cell and case.
         losses: float64 `(cases, budgets)`.
     """
 
@@ -164,10 +164,10 @@ def main(config: CalibrateConfig) -> int:
 
 
 def _check(config: CalibrateConfig) -> CalibrationPlan:
-    """Refuses what cannot work, in one sentence and before the model is loaded.
+    """Validates the configuration before the model is loaded.
 
     Raises:
-        ValueError: a wrong loss, task, bound, budget, policy or scope; too few cases for any promise; documents beyond
+        ValueError: a wrong loss, task, bound, budget, policy or scope; too few cases for a guarantee; documents beyond
             the model's context; no gates, nowhere to store a calibration, or no texts.
     """
     from ..eval import Cell, RiskControl, check_inputs, tasks_of
@@ -214,10 +214,10 @@ def _load(config: CalibrateConfig, gates: RetentionGates, console: Console) -> t
 
 
 def long_texts(config: CalibrateConfig, tokenizer: Any, texts: Sequence[Document]) -> list[Document]:
-    """Those that hold a document.
+    """The texts that are long enough for a document.
 
     Raises:
-        ValueError: none does.
+        ValueError: none is.
     """
     from ..eval import long_enough
 
@@ -261,7 +261,7 @@ def measure(
 def _calibration(
     config: CalibrateConfig, plan: CalibrationPlan, model: PreTrainedModel, measured: MeasuredCases, outcome: Outcome
 ) -> Calibration | None:
-    """What is stored; None if no budget qualifies."""
+    """The calibration to store; None if no budget qualifies."""
     if outcome.budget is None:
         return None
     from ..eviction import policy_text
@@ -296,7 +296,7 @@ def _calibration(
 
 
 def _store(config: CalibrateConfig, gates: RetentionGates, calibration: Calibration) -> Path:
-    """Writes calibration.json beside the gates, or all files of the gates to `--out`; returns its path."""
+    """Writes calibration.json next to the gates, or gates and calibration to `--out`; returns its path."""
     from ..retention.calibration import save_calibration
     from ..retention.checkpoint import CALIBRATION_FILE
 
@@ -309,7 +309,7 @@ def _store(config: CalibrateConfig, gates: RetentionGates, calibration: Calibrat
 
 
 def introduction(config: CalibrateConfig, cells: Sequence[Cell], names: Sequence[str]) -> str:
-    """What is about to be measured, and what the promise will be about."""
+    """Describes the measurement and the population that the guarantee covers."""
     lengths = " or ".join(str(length) for length in config.length)
     shown = f"{', '.join(names[:8])}{', …' * (len(names) > 8)}"
     lines = [
@@ -325,7 +325,7 @@ def introduction(config: CalibrateConfig, cells: Sequence[Cell], names: Sequence
 
 
 def budget_table(config: CalibrateConfig, outcome: Outcome, losses: np.ndarray) -> Table:
-    """One row a budget, the largest first."""
+    """One row per budget, the largest first."""
     from rich.table import Table
 
     from ..eval.summary import budget_text
@@ -352,14 +352,14 @@ def loss_text(config: CalibrateConfig) -> str:
 
 
 def conclusion(calibration: Calibration) -> str:
-    """The chosen budget and its promise."""
+    """The chosen budget and its guarantee."""
     from ..eval.summary import budget_text
 
     return f"{budget_text(calibration.budget)} of the cache: {calibration.promise} drawn like these."
 
 
 def refusal(control: RiskControl, outcome: Outcome, cases: int) -> str:
-    """Why no budget qualifies and what would help, in one sentence."""
+    """One sentence on why no budget qualifies, and what would help."""
     from ..eval.summary import budget_text
 
     first = outcome.table[0]
@@ -383,7 +383,7 @@ def show_validation(
     measured: MeasuredCases,
     validation: MeasuredCases,
 ) -> None:
-    """The chosen budget on the held-out documents, and the promise in random splits of all documents."""
+    """Tests the chosen budget on held-out documents, and the guarantee on random splits of all documents."""
     import numpy as np
     from rich.table import Table
 
@@ -433,7 +433,7 @@ def write_result(
     measured: MeasuredCases,
     validation: MeasuredCases | None,
 ) -> None:
-    """The calibration (null if there is none), the table, and every single case of both sets."""
+    """Writes the calibration (null if there is none), the table, and all cases of both sets."""
     from ..retention.checkpoint import write_atomic
 
     document: dict[str, Any] = {

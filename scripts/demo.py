@@ -1,4 +1,4 @@
-"""`tenure demo`: judge the shipped gates on a real model, see what they keep, then train fresh ones for a few steps."""
+"""`tenure demo`: evaluate the shipped gates on a real model, show what they keep, and train new ones briefly."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ POLICIES = (
     "random",
 )
 QUICK_CASES, QUICK_STEPS = 5, 2
-WIDE = 105  # a terminal of so many characters has room for the intervals beside the numbers
+WIDE = 105  # terminal width from which tables have padding between columns
 PICTURED = (("retention", "global"), ("snapkv", "layer"))
 ON_THE_PAGE = (*PICTURED, ("snapkv", "head"))
 FULL_LENGTHS, FULL_BUDGETS, FULL_TASK = (1024, 2048), (0.5, 0.2, 0.1), "date"
@@ -48,39 +48,39 @@ FULL_LENGTHS, FULL_BUDGETS, FULL_TASK = (1024, 2048), (0.5, 0.2, 0.1), "date"
 
 @dataclass
 class DemoConfig:
-    """Compare what a model still finds when a fifth of its KV cache is left.
+    """Compare how well policies answer questions when only a fifth of the KV cache is kept.
 
-    Facts are hidden in held-out documents. Each document is read once; its cache is compressed in several ways before
-    the question is known; then the question is asked. Afterwards fresh gates are trained for a few steps. The numbers,
-    a heat map and a page that shows what was kept go to `--out`.
+    Facts are hidden in held-out documents. Each document is read once; its cache is compressed by several policies
+    before the question is known; then the question is asked. Afterwards new gates are trained for a few steps. Results,
+    a heat map and a page that shows the kept tokens are written to `--out`.
     """
 
     model: str = "demo"
-    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, fetched once)."""
+    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
     gates: str | None = None
-    """Trained gates: a folder or Hub id; by default those shipped for the demo model."""
+    """Trained gates: a folder or Hub id; by default the gates shipped for the demo model."""
     data: str = "demo"
     """Documents: `demo` (held-out essays), a text file or a folder."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")] = ("needle", "phrase", "multikey")
-    """What is hidden: needle (a number), phrase (three words), multikey (four similar numbers), date."""
+    """Kinds of facts to hide: needle (a number), phrase (three words), multikey (four similar numbers), date."""
     policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY[:SCOPE][@CHUNK] ...")] = POLICIES
-    """What is compared: a policy, its options if any, e.g. snapkv(window=16); after a colon who competes (global, layer
-    or head); after an @ the tokens of the chunks in which the document is read. snapkv:layer is AdaKV without its
-    floor."""
+    """Policies to compare, with options as in snapkv(window=16). The scope after a colon (global, layer or head) says
+    which entries compete for the budget; a number after @ is the chunk size for chunked prefill. snapkv:layer is AdaKV
+    without its floor."""
     length: int = 1024
-    """Tokens of a document."""
+    """Tokens per document."""
     budgets: tuple[float, ...] = (0.2,)
-    """Shares of the cache that stay."""
+    """Shares of the cache to keep."""
     cases: int = 20
     """Documents per task."""
     seed: int = 0
-    """Chooses documents, facts and where they lie."""
+    """Seed for documents, facts and their positions."""
     quick: bool = False
-    """At most 5 cases a cell and 2 training steps: under three minutes on two cores."""
+    """At most 5 cases per cell and 2 training steps: under three minutes on two cores."""
     full: bool = False
-    """Also 50% and 10% kept, documents of 2048 tokens, the task date, and results.md: up to an hour."""
+    """Also keep 50% and 10%, use documents of 2048 tokens and the task date, and write results.md: up to an hour."""
     train_steps: int = 6
-    """Steps of the training at the end; 0 skips it."""
+    """Training steps at the end; 0 skips training."""
     out: Path = Path("runs/demo")
     """Folder for results.json, kept.png, kept.html and the short training run."""
     device: str = "auto"
@@ -88,7 +88,7 @@ class DemoConfig:
     dtype: Dtype = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU."""
     threads: int | None = None
-    """CPU threads; by default as many as torch chooses."""
+    """CPU threads; by default torch decides."""
 
     def __post_init__(self) -> None:
         if self.quick and self.full:
@@ -103,7 +103,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """What a run does, after `--quick` and `--full` have had their say."""
+    """Settings of a run after `--quick` and `--full` are applied."""
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -123,7 +123,7 @@ class DemoPlan:
 
     @property
     def shown_budget(self) -> float:
-        """The budget of the pictures: the demo's own, a fifth, if it is among them."""
+        """The budget shown in the pictures: 0.2 if it is among the budgets."""
         return 0.2 if 0.2 in self.budgets else self.budgets[0]
 
 
@@ -159,7 +159,7 @@ def main(config: DemoConfig) -> int:
 
 
 def _check(config: DemoConfig, plan: DemoPlan) -> tuple[list[Cell], RetentionGates | None, list[str]]:
-    """Refuses what cannot work, in one sentence and before the model is loaded.
+    """Validates the configuration before the model is loaded.
 
     Raises:
         ValueError: unknown policy, scope or task; a budget out of range; documents beyond the model's context; no
@@ -224,13 +224,13 @@ def _evaluate(
 
 
 def _train_a_few_steps(config: DemoConfig, steps: int, console: Console) -> None:
-    """Trains fresh gates for the same model, so that the whole path has been walked once."""
+    """Trains new gates for the same model, so that the demo covers the whole pipeline."""
     from tenure.training import TrainConfig  # absolute as in train_gates, so that type checkers see one class
 
     from .train_gates import main as train_gates
 
     folder = config.out / "training"
-    shutil.rmtree(folder, ignore_errors=True)  # else the run before this one would be resumed
+    shutil.rmtree(folder, ignore_errors=True)  # otherwise the previous run would be resumed
     console.print(f"\nNow {steps} steps of training fresh gates; the shipped ones took hundreds.")
     train_gates(
         TrainConfig(
@@ -252,7 +252,7 @@ def _train_a_few_steps(config: DemoConfig, steps: int, console: Console) -> None
 
 
 def introduction(model: str, plan: DemoPlan, cells: Sequence[Cell]) -> RenderableType:
-    """One paragraph about what is going to happen."""
+    """One paragraph that explains the experiment."""
     from rich.markup import escape
     from rich.panel import Panel
 
@@ -274,7 +274,7 @@ def introduction(model: str, plan: DemoPlan, cells: Sequence[Cell]) -> Renderabl
 
 
 def tables(records: Sequence[Record], plan: DemoPlan, quick: bool, width: int) -> list[Table]:
-    """One table a length and budget, for a terminal of `width` characters."""
+    """One table per length and budget, for a terminal of `width` characters."""
     from ..eval import summarise
     from ..eval.summary import kl_intervals, table_rows
 
@@ -327,7 +327,7 @@ def _table(
 
 
 def conclusion(records: Sequence[Record], plan: DemoPlan) -> str:
-    """The one sentence to remember, or nothing where retention or a baseline is missing."""
+    """The main result in one sentence; empty if retention or every baseline is missing."""
     from ..eval import paired_bootstrap
     from ..eval.cells import label
     from ..eval.summary import budget_text
@@ -362,14 +362,14 @@ def _correct(records: Sequence[Record]) -> list[float]:
 
 
 def where(files: Sequence[Path]) -> str:
-    """Where the results are."""
+    """Names the files that were written."""
     return "Written: " + ", ".join(str(path) for path in files)
 
 
 def run_settings(
     config: DemoConfig, plan: DemoPlan, model: PreTrainedModel, gates: str | None, seconds: float
 ) -> dict[str, Any]:
-    """Everything needed to run this again and to judge the timings."""
+    """Everything needed to repeat the run and to interpret its timings."""
     import torch
 
     return {
@@ -389,7 +389,7 @@ def run_settings(
 
 
 def save_results(folder: Path, records: Sequence[Record], settings: dict[str, Any]) -> Path:
-    """results.json: the rows of the tables, the settings, and every single case."""
+    """results.json: table rows, settings, and all cases."""
     from ..eval import summarise
 
     document = {
@@ -401,7 +401,7 @@ def save_results(folder: Path, records: Sequence[Record], settings: dict[str, An
 
 
 def save_markdown(folder: Path, records: Sequence[Record], settings: dict[str, Any]) -> Path:
-    """results.md: the tables as Markdown, with what they were measured on."""
+    """results.md: the tables as Markdown, with model, machine and versions."""
     from ..eval.summary import markdown_tables
 
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
@@ -423,10 +423,10 @@ def _write(path: Path, text: str) -> Path:
 
 @dataclass
 class KeptPictures:
-    """Looks at compressed caches while the evaluation runs and draws them afterwards.
+    """Collects what compressed caches kept during the evaluation, and draws it afterwards.
 
     Attributes:
-        task, length, budget: which cases are drawn; the page shows the first of them.
+        task, length, budget: the cases to draw; the page shows the first.
     """
 
     task: str
@@ -437,7 +437,7 @@ class KeptPictures:
     _case: Case | None = None
 
     def look(self, case: Case, cell: Cell, cache: RaggedCache) -> None:
-        """Notes what `cell` kept; reads the cache only."""
+        """Records what `cell` kept; does not modify the cache."""
         from ..eval.kept import kept_mask, kept_share
 
         name = cell.policy.name, cell.scope
@@ -452,7 +452,7 @@ class KeptPictures:
     def save(
         self, folder: Path, records: Sequence[Record], tokenizer: Any, settings: dict[str, Any]
     ) -> list[Path]:
-        """Writes kept.png and kept.html; nothing where no pictured policy took part."""
+        """Writes kept.png and kept.html, or nothing if none of the pictured policies ran."""
         import numpy as np
 
         from ..eval.heat_map import save_heat_map

@@ -1,4 +1,4 @@
-"""`tenure fidelity`: how far a model moves from its full cache: KL, perplexity, attention kept, evidence, budgets."""
+"""`tenure fidelity`: compare compressed caches with the full cache: KL, perplexity, retained attention, evidence."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ QUESTION_TOKENS = 256
 
 @dataclass
 class FidelityConfig:
-    """Measure what eviction changes, beside right and wrong answers.
+    """Measure how eviction changes a model's predictions and attention.
 
-    Documents are read in chunks by the full cache and by compressed ones side by side: KL to the full cache by
-    position, agreement on the likeliest token, and perplexity. Then cases with planted evidence are compressed before
-    their question: how much of the answer's attention to the context is kept, in the mean and in the worst head, and
-    whether more of it falls on the evidence than with the full cache. Tables are shown; fidelity.json in `--out` has
-    every row with its bootstrap interval, and what each layer and head kept.
+    Documents are read in chunks with the full cache and with compressed ones: KL to the full cache by position,
+    agreement on the top token, and perplexity. Then contexts with planted evidence are compressed before the question
+    is read: the share of the answer's attention to the context that falls on kept entries, on average and in the worst
+    head, and how much of it falls on the evidence compared with the full cache. Tables are printed; fidelity.json in
+    `--out` has all rows with bootstrap intervals, and the entries kept per layer and head.
     """
 
     model: str = "demo"
-    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, fetched once)."""
+    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
     gates: str | None = None
-    """Trained gates: a folder or Hub id; by default those shipped for the demo model."""
+    """Trained gates: a folder or Hub id; by default the gates shipped for the demo model."""
     data: str = "demo"
     """Texts: `demo` (held-out essays), a text file or a folder."""
     policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY[:SCOPE] ...")] = POLICIES
-    """What is compared: a policy, its options if any, after a colon who competes."""
+    """Policies to compare, with options if any; the scope, after a colon, says which entries compete."""
     budgets: Annotated[tuple[int | float, ...], tyro.conf.arg(metavar="BUDGET ...")] = (0.5, 0.2)
-    """Shares of the cache that stay (0.2), or whole numbers: entries per head (256)."""
+    """Shares of the cache to keep (0.2), or whole numbers: entries per head (256)."""
     length: int = 1024
-    """Tokens of a document and of a context."""
+    """Tokens per document and context."""
     documents: int = 6
-    """Documents that are read in chunks; 0 leaves this part out."""
+    """Documents to read in chunks; 0 skips this part."""
     chunk: int = 128
-    """Tokens read between two evictions."""
+    """Tokens between two evictions."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")] = ("niah_single_2", "niah_multikey_1")
-    """Cases whose attention is looked at."""
+    """Tasks of the contexts whose attention is measured."""
     cases: int = 6
-    """Cases per task; 0 leaves this part out."""
+    """Cases per task; 0 skips this part."""
     seed: int = 0
-    """Chooses documents and cases."""
+    """Seed for documents and cases."""
     out: Path = Path("runs/fidelity")
     """Folder for fidelity.json."""
     device: str = "auto"
@@ -85,7 +85,7 @@ def main(config: FidelityConfig) -> int:
     console = Console()
     started = time.perf_counter()
     cells, gates, texts = _check(config)
-    config.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is told now
+    config.out.mkdir(parents=True, exist_ok=True)  # fail now if the folder cannot be written
     with console.status(f"loading model {config.model}"):
         model, tokenizer = load_model(config.model, config.device, config.dtype)
     if gates is not None:
@@ -111,7 +111,7 @@ def main(config: FidelityConfig) -> int:
 
 
 def _check(config: FidelityConfig) -> tuple[list[Cell], RetentionGates | None, list[str]]:
-    """Refuses what cannot work before the model is loaded.
+    """Validates the configuration before the model is loaded.
 
     Raises:
         ValueError: unknown policy, scope or task; a budget out of range; nothing to do; contexts too long or too short;
@@ -149,7 +149,7 @@ def _check(config: FidelityConfig) -> tuple[list[Cell], RetentionGates | None, l
 
 
 class _bar:
-    """A progress bar; the block's value advances it, whatever it is called with."""
+    """A progress bar; the value of the `with` block is a callback that advances it and ignores its argument."""
 
     def __init__(self, console: Console, name: str, total: int) -> None:
         from rich import progress as bars
@@ -167,7 +167,7 @@ class _bar:
 
 
 def _stream_table(rows: Sequence[dict[str, Any]]) -> Table:
-    notes = "documents read in chunks, evicted after each; means over the documents with 95% bootstrap intervals"
+    notes = "documents read in chunks with an eviction after each; means over documents with 95% bootstrap intervals"
     columns = ("kl", "KL, nats"), ("top1", "same top token"), ("perplexity", "perplexity"), (
         "perplexity_ratio", "to the full cache's",
     )  # fmt: skip

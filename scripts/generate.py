@@ -1,4 +1,4 @@
-"""`tenure generate`: stream a model's answer while its KV cache stays within a budget."""
+"""`tenure generate`: stream a model's output while its KV cache stays within a budget."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ INTRO = "Read this text, then answer the question about it."
 class GenerateConfig:
     """Generate text under a KV-cache budget.
 
-    The text goes to stdout as it is made, a report of what the cache kept to stderr. With --question the prompt is
-    compressed to the budget first and the question asked after, so that the cache cannot have been kept for it.
+    The text is streamed to stdout; a report on the cache follows on stderr. With --question, the prompt is compressed
+    to the budget before the question is read, so that the choice of entries cannot depend on it.
     """
 
     prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    """What to say to the model."""
+    """The prompt."""
     prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Read the prompt from this file (- for stdin)."""
     data: Annotated[str | None, tyro.conf.arg(metavar="TEXTS")] = None
-    """Take the first text of these as the prompt: `demo` (held-out essays), a text file or a folder."""
+    """Use the first of these texts as the prompt: `demo` (held-out essays), a text file or a folder."""
     question: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    """Ask this about the prompt once the prompt has been compressed."""
+    """Question about the prompt, asked after the prompt has been compressed."""
     model: str = "demo"
-    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, fetched once)."""
+    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
     policy: str = "retention"
-    """Which entries stay: retention or retention_defensive (these need gates), defensive, layer_defensive, snapkv,
+    """Eviction policy: retention or retention_defensive (these need gates), defensive, layer_defensive, snapkv,
     adakv, criticalkv, ada_criticalkv, pyramidkv, expected_attention, lagkv, keydiff, knorm, tova, h2o, streaming_llm,
     random, or full."""
     gates: str = "examples/smollm2-135m-gates"
-    """Trained gates for the retention policy and the calibrated budget: a folder or Hub id."""
+    """Trained gates for the retention policies and the calibrated budget: a folder or Hub id."""
     budget: int | float | Literal["calibrated"] = 0.2
-    """Entries that stay, per head on average: a share of the tokens seen (0.2), or a number (256); calibrated is what
-    `tenure calibrate` stored with the gates."""
+    """Average number of entries to keep per head: a share of the tokens seen (0.2) or a number (256); calibrated uses
+    the budget that `tenure calibrate` stored with the gates."""
     scope: Literal["auto", "global", "layer", "head", "pyramid"] = "auto"
-    """Who competes for the budget: all heads, the heads of a layer, or each head alone; auto is the policy's choice."""
+    """Which entries compete for the budget: those of all heads, a layer, or a head; auto: the policy's default."""
     sinks: int = 4
-    """First tokens that always stay."""
+    """Number of first tokens that are never evicted."""
     recent: int = 32
-    """Last tokens that always stay."""
+    """Number of last tokens that are never evicted."""
     buffer: int = 128
-    """Tokens written above the budget before the next eviction."""
+    """Tokens that may exceed the budget before the next eviction."""
     prefill_chunk: int | None = None
-    """Read a longer prompt in chunks of so many tokens with an eviction after each: bounds the memory it needs."""
+    """Process longer prompts in chunks of this many tokens, with an eviction after each, to bound peak memory."""
     max_new_tokens: int = 128
     """Stop after this many tokens."""
     temperature: float = 0.0
-    """0 takes the likeliest token; above 0 samples."""
+    """0 is greedy decoding; above 0 tokens are sampled."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed for sampling."""
     raw: bool = False
-    """Continue the prompt as it is, without the model's chat template."""
+    """Continue the prompt as given, without the model's chat template."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is the GPU if there is one."""
     dtype: Dtype = "auto"
@@ -87,7 +87,7 @@ def main(config: GenerateConfig) -> int:
     from ..eviction.budget import CALIBRATED
     from ..retention import RetentionGates
 
-    policy = get_policy(config.policy)  # first what is quick: mistakes are told before the model is loaded
+    policy = get_policy(config.policy)  # cheap checks first: mistakes are reported before the model is loaded
     needs_gates = "log_beta" in policy.needs or config.budget == CALIBRATED
     gates = RetentionGates.from_pretrained(config.gates) if needs_gates else None
     model, tokenizer = load_model(config.model, config.device, config.dtype)

@@ -35,7 +35,10 @@ def needs_checkout() -> Iterator[None]:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` is the GPU if there is one, else the CPU; ValueError for a device that is not there."""
+    """`auto` is the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: the device is not available."""
     import torch
 
     if device != "auto":
@@ -48,18 +51,18 @@ def pick_device(device: str = "auto") -> torch.device:
 def load_model(
     name: str, device: str = "auto", dtype: Dtype = "auto", revision: str | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """Model in eval mode on its device, and its tokenizer.
+    """The model in eval mode on its device, and its tokenizer.
 
     Args:
         name: `demo`, a local folder, or a Hub id.
-        dtype: `auto` is bfloat16 on a GPU and float32 on a CPU, few of which are fast in bfloat16.
+        dtype: `auto` is bfloat16 on a GPU and float32 on a CPU, since few CPUs are fast in bfloat16.
         revision: of a Hub model.
 
     Raises:
         ValueError: no such model or device.
-        AssetError: the demo model could not be made ready.
+        AssetError: the demo model could not be downloaded or converted.
     """
-    from ..training.assets import DEMO_MODEL_ID, resolve_model  # first: a wrong name is told before the slow imports
+    from ..training.assets import DEMO_MODEL_ID, resolve_model  # first, before the slow imports
 
     source, target = resolve_model(name), pick_device(device)
     import torch
@@ -76,10 +79,10 @@ def load_model(
 
 
 def find_gates(model: str, gates: str | None) -> str | Path:
-    """The gates to use: those given, or the shipped ones of the demo model.
+    """The given gates, or the gates shipped for the demo model.
 
     Raises:
-        ValueError: none are given and the shipped ones are not for this model, or are not there.
+        ValueError: none are given, and there are no shipped gates for this model or in this installation.
     """
     if gates is not None:
         return gates

@@ -1,4 +1,4 @@
-"""`tenure simulate`: replays set-ups of papers, studies and traces on a virtual clock, with the real scheduler."""
+"""`tenure simulate`: replay published set-ups, studies and traces on a virtual clock, with the real scheduler."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ BYTES = ("bytes_moved", "bytes_wasted")
 
 @dataclass
 class SimulateConfig:
-    """Simulate serving policies: how many times as fast as each baseline they are, beside what a paper reports."""
+    """Simulate serving policies and print their speed-ups over each baseline next to the published numbers."""
 
     setups: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="PATH ...")] = field(default_factory=list)
     """YAML set-ups (examples/kvflow_*.yaml; docs/simulator.md has the format)."""
     policies: list[str] = field(default_factory=list)
-    """Only these, beside the baselines; by default what the set-up names."""
+    """Policies to run in addition to the baselines; by default those of the set-up."""
     set: tuple[str, ...] = ()
-    """Changes to the set-ups and all their cells, as machine.link_gb_s=4 workload.rounds=1."""
+    """Overrides for all cells of the set-ups, e.g. machine.link_gb_s=4 workload.rounds=1."""
     cells: str | None = None
-    """Only cells whose name contains this."""
+    """Run only cells whose name contains this text."""
     repeats: int | None = None
-    """Seeds of each run; by default what the set-up says."""
+    """Seeds per run; by default as in the set-up."""
     jobs: int | None = None
-    """Processes; by default one for each core."""
+    """Number of processes; by default one per core."""
     study: bool = False
-    """Vary the first cell's workload instead: mispredictions, noise, changes, tails, numbers, hostile clients."""
+    """Vary the first cell's workload instead: mispredictions, noise, changes, tails, scale, adversarial clients."""
     workflows: list[int] = field(default_factory=lambda: [64, 250, 1000])
-    """Numbers of workflows that the study tries."""
+    """Numbers of workflows in the study."""
     trace: str | None = None
-    """Replay this trace (JSONL) on the first cell's machine; without a set-up, on the one it was recorded on."""
+    """Replay this trace (JSONL) on the first cell's machine, or without a set-up on the machine it was recorded on."""
     record: str | None = None
     """Write a trace of the last policy's run of the first cell to this file."""
     timeline: str | None = None
-    """Draw where the agents' prompts were, for the first cell, to this file (.png or .svg)."""
+    """Plot the tier of each agent's prompt over time, for the first cell, to this file (.png or .svg)."""
     timeline_s: float | None = None
-    """Only the first so many seconds of it."""
+    """Limit that plot to this many seconds."""
     plot: str | None = None
-    """Draw the speed-ups with their spread, or the study, to this file."""
+    """Plot the speed-ups with their spread, or the study, to this file."""
     json: str | None = None
     """Also write the rows to this file."""
 
@@ -84,7 +84,7 @@ class PolicyComparison:
 
     Attributes:
         outcomes: by policy, one for each seed, the same seeds for all.
-        recorded_s: of a trace that was replayed, its own makespan.
+        recorded_s: recorded makespan of a replayed trace.
     """
 
     setup: Setup
@@ -93,7 +93,7 @@ class PolicyComparison:
     recorded_s: float | None = None
 
     def all_ratios(self, baseline: str) -> dict[str, list[float]]:
-        """By policy, how many times as fast as the baseline, seed by seed."""
+        """Speed-ups over the baseline by policy, one per seed."""
         base = self.outcomes[baseline]
         return {
             policy: [one.makespan_s / other.makespan_s for one, other in zip(base, outcomes, strict=True)]
@@ -105,7 +105,7 @@ class PolicyComparison:
         return self.cell.paper.get(baseline) if policy == self.cell.paper_policy else None
 
     def rows(self) -> list[Row]:
-        """One for each policy and baseline."""
+        """One row for each policy and baseline."""
         from ..serving.simulation.results import row_of
 
         rows = []
@@ -139,7 +139,7 @@ def main(config: SimulateConfig) -> int:
 
 
 def _chosen(setup: Setup, config: SimulateConfig) -> Setup:
-    """Only the cells, policies and repeats that the command line asks for."""
+    """The set-up with the cells, policies and repeats selected on the command line."""
     from dataclasses import replace
 
     if config.policies:
@@ -173,7 +173,7 @@ def compare(setup: Setup, jobs: int) -> list[PolicyComparison]:
 
 @contextmanager
 def _progress(name: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar, and what moves it on by one."""
+    """A progress bar, and a callback that advances it by one."""
     from rich.progress import Progress
 
     with Progress(transient=True) as progress:
@@ -202,7 +202,7 @@ def _study(setup: Setup, config: SimulateConfig) -> int:
 
 
 def _trace(config: SimulateConfig) -> int:
-    """Replays a trace under every policy, beside the makespan that was recorded."""
+    """Replays a trace under every policy and prints the recorded makespan for comparison."""
     from ..serving.simulation.many import run_all
     from ..serving.simulation.setups import Cell, Setup, load_setup
     from ..serving.simulation.simulate import machine_of, replay
@@ -227,7 +227,7 @@ def _trace(config: SimulateConfig) -> int:
 
 
 def _extras(setup: Setup, comparisons: Sequence[PolicyComparison], config: SimulateConfig) -> None:
-    """Pictures and a recorded trace of the first cell."""
+    """Plots and a recorded trace of the first cell."""
     from ..serving.simulation.plots import draw_speedups, draw_timelines
     from ..serving.simulation.recording import TraceRecorder
     from ..serving.simulation.simulate import simulate
@@ -252,10 +252,10 @@ def _extras(setup: Setup, comparisons: Sequence[PolicyComparison], config: Simul
 
 
 def show_comparison(comparisons: Sequence[PolicyComparison], seconds: float, jobs: int) -> None:
-    """A table for each cell of a set-up on stdout, and what explains its differences from the paper.
+    """Prints a table for each cell of a set-up, with notes on differences from the paper.
 
     Args:
-        seconds: that all of it took. jobs: processes it was run by.
+        seconds: total wall-clock time. jobs: number of processes.
     """
     setup, console = comparisons[0].setup, make_console()
     console.print(f"{setup.title}\n{setup.source}; mean ± standard deviation of {setup.repeats} seeds", highlight=False)
@@ -306,7 +306,7 @@ def _table(comparison: PolicyComparison) -> Table:
 
 
 def _groups(comparisons: Sequence[PolicyComparison]) -> Iterator[Table]:
-    """Tables of what cells have in common whose names differ by a number only."""
+    """Summary tables of cells whose names differ only by a number."""
     from rich.table import Column, Table
 
     by_name: dict[str, list[PolicyComparison]] = {}
@@ -355,7 +355,7 @@ def _ratio(comparison: PolicyComparison, policy: str, baseline: str) -> str:
 
 
 def show_study(setup: Setup, points: Sequence[Point], baseline: str) -> None:
-    """A table a question, and the points that are slower than the baseline by more than is promised."""
+    """Prints a table per question, and the points that are slower than the baseline beyond the accepted limit."""
     from rich.table import Table
 
     console = make_console()

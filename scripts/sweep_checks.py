@@ -1,4 +1,4 @@
-"""What `tenure sweep` refuses in one sentence before any work, and the settings it writes down."""
+"""Validation of `tenure sweep` before any work starts, and the settings it records."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ QUESTION_TOKENS = 256  # room for the question and the answer
 
 @dataclass(frozen=True)
 class SweepJob:
-    """A sweep that can run.
+    """A validated sweep.
 
     Attributes:
-        cells: what is measured on each case.
+        cells: measured on each case.
         tokenizer: the model's.
         builder: the cases of a length and a seed.
-        settings: all that decides the numbers, for settings.json.
-        threads: CPU threads of a process; None leaves the choice to torch.
+        settings: everything that determines the results, for settings.json.
+        threads: CPU threads per process; None: torch decides.
     """
 
     cells: list[Cell]
@@ -36,7 +36,7 @@ class SweepJob:
 
 
 def check(sweep: SweepConfig, devices: Sequence[str]) -> SweepJob:
-    """Finds everything but the model's weights.
+    """Validates a sweep and loads everything except the model's weights.
 
     Raises:
         ValueError: an unknown policy, scope or task; a budget out of range; contexts beyond the model's, or too short
@@ -73,14 +73,20 @@ def make_builder(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -
 
 
 def load_texts(sweep: SweepConfig) -> list[str]:
-    """The held-out texts that cases are made of; ValueError where there are none."""
+    """The held-out texts that cases are built from.
+
+    Raises:
+        ValueError: there are none."""
     from ..training.assets import resolve_texts
 
     return [document.text for document in resolve_texts(sweep.data, "eval")]
 
 
 def load_gates(sweep: SweepConfig, cells: Sequence[Cell]) -> RetentionGates | None:
-    """The gates on the CPU if a cell needs some; ValueError where they cannot be found or used."""
+    """The gates, on the CPU, if any cell needs them.
+
+    Raises:
+        ValueError: they cannot be found or used."""
     from ..retention import RetentionGates
     from .loading import find_gates
 
@@ -93,7 +99,7 @@ def pick_devices(devices: Sequence[str], processes: int) -> list[str]:
     """The device of each process.
 
     Raises:
-        ValueError: devices that are not there or of two kinds, or several processes beside named devices.
+        ValueError: a device is missing, devices are of two kinds, or both devices and processes are given.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Agent workflows for `tenure bench agents`: what is called in which order, and one run of it on a system."""
+"""Agent workflows for `tenure bench agents` and `bench trace`: sequences of calls, and running one on a system."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORKFLOWS = {"ring": RING, "branching": BRANCHES}
 
 @dataclass(frozen=True)
 class AgentCall:
-    """One request: whose, and what comes after the agent's fixed prompt."""
+    """One request: the calling agent, and the suffix after its fixed prompt."""
 
     agent: str
     suffix: tuple[int, ...]
@@ -126,7 +126,7 @@ class AgentRunSetting:
 
 @dataclass(frozen=True)
 class AgentRun:
-    """What one run took and answered.
+    """Times, counts and answers of one run.
 
     Attributes:
         busy_s: seconds of the makespan in which the model computed; in the rest it waited.

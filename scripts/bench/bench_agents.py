@@ -1,4 +1,4 @@
-"""`tenure bench agents`: agent workflows on a real model, whose prompts do not fit on the device together."""
+"""`tenure bench agents`: run agent workflows on a real model when their prompts do not all fit on the device."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ MIB = 2**20
 
 @dataclass
 class AgentsBenchConfig:
-    """Run agent workflows with every way to manage prompts in two tiers, in turn; print wall-clock times and ratios.
+    """Run agent workflows under several policies for two memory tiers; print wall-clock times and ratios.
 
-    Ten agents, each with a fixed prompt; a call brings a short suffix and gets a short answer, and the next call comes
-    when the one before is answered. Each turn draws its calls anew, the same for all. All prompts lie in the tiers at
-    the start. The device pool is a share of what they take uncompressed, and room for one request beside it; host
-    memory has room for all. Copies are real, held to a stated bandwidth.
+    Ten agents have a fixed prompt each; a call adds a short suffix and gets a short answer, and the next call starts
+    when the previous one is answered. Each turn draws new calls, the same for all systems. All prompts are in the tiers
+    at the start. The device pool holds a share of the uncompressed prompts, plus one request; host memory holds all of
+    them. Copies are real, throttled to the given bandwidth.
     """
 
     model: str = "demo"
@@ -38,31 +38,31 @@ class AgentsBenchConfig:
     workflows: tuple[str, ...] = ("ring", "branching")
     """ring: each agent calls the next; branching: planner, workers, writer, critic."""
     systems: tuple[str, ...] = SYSTEMS
-    """What is compared; ratios are against lru_reactive."""
+    """Systems to compare; ratios are relative to lru_reactive."""
     keep: tuple[float, ...] = (1.0, 0.25)
-    """Shares of the fixed prompts' KV that are stored; below 1 the gates choose."""
+    """Shares of the fixed prompts' KV to store; below 1 the gates choose the entries."""
     pools: tuple[float, ...] = (0.5,)
     """Device pools, as shares of all fixed prompts uncompressed."""
     wrong: tuple[float, ...] = (0.0,)
-    """Shares of the calls that go to any other agent rather than along an edge."""
+    """Shares of mispredicted calls: to a random other agent instead of along an edge."""
     habit: bool = False
-    """Wrong calls of an agent all go to the same other one, which no edge of it names."""
+    """All mispredicted calls of an agent address the same other agent, to which it has no edge."""
     bandwidth: float = 60.0
-    """MB/s of each direction of the link between device and host."""
+    """Bandwidth of the device-host link in MB/s, per direction."""
     fixed: int = 512
-    """Tokens of a fixed prompt."""
+    """Tokens per fixed prompt."""
     suffix: int = 16
-    """Tokens of what follows it."""
+    """Tokens per suffix."""
     answer: int = 8
-    """Tokens of an answer at most."""
+    """Maximum tokens per answer."""
     rounds: int = 4
-    """Calls in a run, in tens."""
+    """Calls per run, in tens."""
     runs: int = 5
-    """Counted runs of each system; medians are reported."""
+    """Measured runs per system; medians are reported."""
     threads: int = 1
-    """CPU threads of the model; copies have threads of their own."""
+    """CPU threads of the model; copies run in separate threads."""
     seed: int = 0
-    """Of the first turn, the next one's is one more: chooses ways at branches and wrong calls."""
+    """Seed of the first turn, incremented per turn: determines branches and mispredicted calls."""
     json: str | None = None
     """Also write the rows to this file."""
 
@@ -160,7 +160,7 @@ def compare(
 
 
 def prefill_speed(session: Session, workload: AgentWorkload, count: int) -> float:
-    """Tokens/s of a fixed prompt, the median of three: what the systems are told about computing."""
+    """Prefill speed in tokens/s, the median of three runs; the systems' estimate of compute cost."""
     import torch
 
     took = []
@@ -189,11 +189,11 @@ def row(
     setting: AgentRunSetting,
     warm: dict[str, TensorPayload],
 ) -> dict[str, Any]:
-    """Medians over the runs; the ratios are those of the baseline without compression, turn by turn.
+    """Medians over the runs; ratios are relative to the baseline without compression, turn by turn.
 
-    `idle_s` are the seconds in which the model did not compute: what a policy answers for, whatever else the machine
-    does meanwhile. `even` is the ratio if all that computed the same in a turn had done it in the same seconds.
-    `agents_fit` is how many fixed prompts, as they are stored, the device pool has room for.
+    `idle_s` is the time in which the model did not compute, the only part a policy controls. `even` is the ratio with
+    compute time equalised among runs of a turn that computed the same tokens. `agents_fit` is the number of fixed
+    prompts, as stored, that fit into the device pool.
     """
     from ...serving import MemoryPool
     from ...serving.simulation.results import quantile

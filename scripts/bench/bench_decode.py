@@ -1,4 +1,4 @@
-"""`tenure bench decode`: tokens a second with a fifth of the cache kept, against the plain cache and kvpress."""
+"""`tenure bench decode`: decoding speed with a fifth of the cache kept, against the full cache and kvpress."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecodePoint:
-    """One row of the table: where it decodes, and how many times the plain cache's speed is aimed at."""
+    """One row of the table: context, batch and dtype, and the target speed-up over the full cache."""
 
     context: int
     batch: int
@@ -51,28 +51,28 @@ KVPRESS = DecodePoint(4096, 1, "bfloat16", 1.5)
 
 @dataclass
 class DecodeBenchConfig:
-    """Time decoding after a prompt of which a share is kept; print a table of ratios to the plain cache.
+    """Time decoding from a compressed cache; print a table of speed-ups over transformers' full cache.
 
-    Both sides decode greedily from the same essay and take turns. Prompts are computed in float32 and their caches
-    converted: a CPU without bfloat16 units would not get through them.
+    Both sides decode greedily from the same essay, in alternation. Prompts are computed in float32 and their caches
+    converted, since prefill in bfloat16 is too slow on CPUs without bfloat16 units.
     """
 
     model: str = "demo"
     """Hub id, local folder, or `demo`."""
     gates: str | None = None
-    """Trained gates, a folder or Hub id; the shipped ones for the demo model."""
+    """Trained gates: a folder or Hub id; by default the gates shipped for the demo model."""
     share: float = 0.2
-    """Share of the cache that stays."""
+    """Share of the cache to keep."""
     threads: int = 1
-    """CPU threads of every side."""
+    """CPU threads on each side."""
     runs: int = 5
-    """Counted runs of each side; medians are reported."""
+    """Measured runs per side; medians are reported."""
     decode_tokens: int = 32
-    """Tokens decoded in one run."""
+    """Tokens decoded per run."""
     kvpress_python: Path | None = None
-    """Python of an environment with kvpress: adds the row against its AdaKV."""
+    """Python of an environment with kvpress: adds a row against its AdaKV."""
     quick: bool = False
-    """Only the row at 1024 tokens."""
+    """Measure only the row at 1024 tokens."""
     json: str | None = None
     """Also write the rows to this file."""
 

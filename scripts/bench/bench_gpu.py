@@ -1,6 +1,6 @@
-"""`python scripts/bench/bench_gpu.py` or `tenure bench gpu`: every kernel checked, then timed on the card that is here.
+"""`python scripts/bench/bench_gpu.py` or `tenure bench gpu`: check every kernel, then time it on this GPU.
 
-As a script it runs from a checkout with nothing installed but torch and Triton: it imports the kernels' modules only.
+As a script it needs a checkout with torch and Triton, nothing else: it imports only the kernels' modules.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ PACKAGES = ("retention", "eviction", "eviction/policies")
 
 @dataclass
 class GpuBenchConfig:
-    """Check every Triton kernel against its plain twin, then time it on this GPU beside the twin, SDPA and
-    FlexAttention, at the shapes of Qwen3-4B and Llama-3.1-8B, in at most 8 minutes. The exit code is 1 if a check
+    """Check every Triton kernel against its plain-torch twin, then time it on this GPU against the twin, SDPA and
+    FlexAttention at the shapes of Qwen3-4B and Llama-3.1-8B. Takes at most 8 minutes. The exit code is 1 if a check
     fails or a kernel does not run, and 2 without a GPU."""
 
     json: str | None = None
     """Also write everything to this file."""
     quick: bool = False
-    """Contexts up to 32K, and fewer runs."""
+    """Limit contexts to 32K, with fewer runs."""
     interpret: bool = False
-    """No GPU: all checks and set-ups at small shapes in Triton's interpreter, which times nothing."""
+    """Without a GPU: run all checks at small shapes in Triton's interpreter; times are meaningless."""
 
 
 def read_arguments(arguments: Sequence[str]) -> GpuBenchConfig:
@@ -45,7 +45,7 @@ def read_arguments(arguments: Sequence[str]) -> GpuBenchConfig:
     description = inspect.cleandoc(GpuBenchConfig.__doc__ or "")
     parser = argparse.ArgumentParser("bench_gpu.py", description=description)
     parser.add_argument("--json", metavar="PATH", help="also write everything to this file")
-    parser.add_argument("--quick", action="store_true", help="contexts up to 32K, and fewer runs")
+    parser.add_argument("--quick", action="store_true", help="limit contexts to 32K, with fewer runs")
     parser.add_argument("--interpret", action="store_true", help="no GPU: small shapes in Triton's interpreter")
     return GpuBenchConfig(**vars(parser.parse_args(arguments)))
 
@@ -94,7 +94,7 @@ def main(config: GpuBenchConfig) -> int:
 
 
 def missing(interpret: bool) -> str | None:
-    """What is not here and is needed, in a sentence; None if all is."""
+    """One sentence on missing requirements; None if there are none."""
     absent = [name for name in ("torch", "triton") if find_spec(name) is None]
     if absent:
         return f"{' and '.join(absent)} must be installed, nothing else: pip install {' '.join(absent)}"
@@ -106,7 +106,7 @@ def missing(interpret: bool) -> str | None:
 
 
 def use_checkout(root: Path) -> None:
-    """Makes the folders of a checkout importable as `tenure.…`, without running the `__init__` of `PACKAGES`."""
+    """Makes a checkout importable as `tenure.…` without running the `__init__` of `tenure` or of `PACKAGES`."""
     for name in ("", *PACKAGES):
         module = types.ModuleType(".".join(["tenure", *filter(None, name.split("/"))]))
         module.__path__ = [str(root / name)]

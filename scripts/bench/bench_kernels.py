@@ -1,4 +1,4 @@
-"""`tenure bench kernels`: what Triton's compiler makes of every kernel, for cards that need not be here."""
+"""`tenure bench kernels`: compile every Triton kernel for A100 and H100, without a GPU, and report its resources."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ KIB = 1024
 @dataclass
 class KernelsBenchConfig:
     """Compile every Triton kernel for A100 (sm_80) and H100 (sm_90) as it is launched at the shapes of Qwen3-4B and
-    Llama-3.1-8B, and print registers, shared memory, spills and use of tensor cores. Needs no GPU, and times nothing.
+    Llama-3.1-8B, and print registers, shared memory, spills and use of tensor cores. Needs no GPU; nothing is timed.
     The exit code is 1 if a kernel spills or does not fit."""
 
     only: str = ""
-    """Only kernels whose name contains this text."""
+    """Compile only kernels whose name contains this text."""
     json: str | None = None
     """Also write the rows to this file."""
 
@@ -81,7 +81,7 @@ def _show(rows: list[Compiled]) -> None:
 
 
 def _cells(rows: list[Compiled], like: Compiled) -> tuple[str, ...]:
-    """What the table says of a kernel of one model: registers, shared memory, spills, blocks, tensor cores."""
+    """Table cells of a kernel at one model's shapes: registers, shared memory, spills, blocks, tensor cores."""
     found = [row for row in rows if (row.name, row.shape) == (like.name, like.shape)]
     values = [
         [str(row.registers) for row in found],

@@ -1,4 +1,4 @@
-"""`tenure bench prefill`: what eviction costs beside the prompt it follows, in time and in memory."""
+"""`tenure bench prefill`: time and memory of scoring and eviction relative to the prefill before them."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ CHUNK = 256
 
 @dataclass
 class PrefillBenchConfig:
-    """Time scoring and eviction against the prefill they follow, and show the peak memory of long prompts.
+    """Time scoring and eviction relative to prefill, and measure the peak memory of long prompts.
 
-    The prompt is an essay; a share of its cache is kept. Times are those of the model in bfloat16, its own dtype, and,
-    in the rows `…/fp32`, in float32. Peak memory is that of fresh processes (Linux), in float32.
+    The prompt is an essay; a share of its cache is kept. Times are for the model in bfloat16, its own dtype, and in
+    float32 (rows `…/fp32`). Peak memory is measured in new processes (Linux), in float32.
     """
 
     model: str = "demo"
     """Hub id, local folder, or `demo`."""
     gates: str | None = None
-    """Trained gates, a folder or Hub id; the shipped ones for the demo model."""
+    """Trained gates: a folder or Hub id; by default the gates shipped for the demo model."""
     share: float = 0.2
-    """Share of the cache that stays."""
+    """Share of the cache to keep."""
     threads: int = 1
     """CPU threads."""
     runs: int = 3
-    """Counted runs; medians are reported."""
+    """Measured runs; medians are reported."""
     quick: bool = False
-    """Prompts of 1024 tokens only."""
+    """Use only prompts of 1024 tokens."""
     json: str | None = None
     """Also write the rows to this file."""
 
@@ -165,7 +165,7 @@ def evict_rows(seconds: Timed, length: int, runs: int) -> list[BenchRow]:
 
 
 def share_row(name: str, part: Sequence[float], whole: Sequence[float], runs: int, aim: float | None) -> BenchRow:
-    """Seconds of `part` beside those of the prefill, and its share of them."""
+    """Seconds of `part` and of the prefill, and their ratio."""
     target = "" if aim is None else f"<= {aim} of the prefill"
     return BenchRow(
         name, statistics.median(part), statistics.median(whole), median_ratio(part, whole), "s", runs, target
@@ -175,7 +175,7 @@ def share_row(name: str, part: Sequence[float], whole: Sequence[float], runs: in
 def bytes_row(
     model: PreTrainedModel, gates: RetentionGates, ids: torch.Tensor, share: float, suffix: str = ""
 ) -> BenchRow:
-    """Bytes allocated after an eviction beside those of the keys, values, positions and log β of what is kept."""
+    """Bytes allocated after an eviction, relative to the keys, values, positions and log β of the kept entries."""
     import torch
 
     from ...eviction import evict
@@ -211,7 +211,7 @@ with torch.no_grad(), evict(model, policy, budget, gates=gates, prefill_chunk=in
 
 
 def peak_mib(length: int, gates: str, config: PrefillBenchConfig, chunk: int) -> float:
-    """MiB that a prompt adds to the peak resident size of a fresh process; `chunk` 0 keeps everything."""
+    """MiB that a prompt adds to the peak resident size of a new process; with `chunk` 0 nothing is evicted."""
     values = (config.model, gates, length, config.share, chunk, config.threads)
     done = subprocess.run(
         [sys.executable, "-c", PEAK_SCRIPT, *map(str, values)], capture_output=True, text=True, check=True
@@ -220,6 +220,6 @@ def peak_mib(length: int, gates: str, config: PrefillBenchConfig, chunk: int) ->
 
 
 def peak_row(length: int, gates: str, config: PrefillBenchConfig) -> BenchRow:
-    """Chunked prefill under a budget that does not grow with the prompt, beside the whole cache in one forward."""
+    """Chunked prefill under a fixed budget, against one forward pass with the full cache."""
     ours, peer = peak_mib(length, gates, config, CHUNK), peak_mib(length, gates, config, 0)
     return BenchRow(f"peak/ctx{length}", ours, peer, ours / peer, "MiB", 1, "flat beside linear")

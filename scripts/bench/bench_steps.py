@@ -1,4 +1,4 @@
-"""`tenure bench steps`: the step graph's full solve and updates at 10 000 agents and 100 000 edges."""
+"""`tenure bench steps`: time the step graph's full solve and its updates at 10 000 agents and 100 000 edges."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepsBenchConfig:
-    """Time steps-to-execution on large graphs: from nothing, and after single updates; print a table of ratios.
+    """Time steps-to-execution on large graphs, from scratch and after single updates; print a table of ratios.
 
-    Times are the processor's, since nothing here waits or runs in parallel: neighbours on the machine do not count.
+    Times are CPU times, since everything runs in one thread; other load on the machine then matters less.
     """
 
     agents: int = 10_000
-    """Agents of a graph."""
+    """Agents per graph."""
     degree: int = 10
     """Edges per agent."""
     runs: int = 5
-    """Counted full solves; medians are reported."""
+    """Measured full solves; medians are reported."""
     updates: int = 300
-    """Counted updates of each graph; medians are reported."""
+    """Measured updates per graph; medians are reported."""
     json: str | None = None
     """Also write the rows to this file."""
 

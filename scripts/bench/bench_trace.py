@@ -1,4 +1,4 @@
-"""`tenure bench trace`: records agent workflows on a real model and replays them in the simulator."""
+"""`tenure bench trace`: record agent workflows on a real model and replay them in the simulator."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PROMISED = 0.15  # of the measured makespan, by which the predicted one may be o
 
 @dataclass
 class TraceBenchConfig:
-    """Record the workflows of `bench agents` on a real model and compare the simulator's replay with what was measured.
+    """Record the workflows of `bench agents` on a real model and compare the simulator's predictions with measurements.
 
-    Each run is predicted twice: with the seconds of computing fitted to its own batches, and with those of the first
-    system's run. The latter can only be right where the machine was as fast in both: drift says how much slower.
+    Each run is predicted twice: with compute times fitted to its own batches, and with those fitted to the first
+    system's run. The latter is accurate only if the machine was equally fast in both runs; drift is the slowdown.
     """
 
     model: str = "demo"
@@ -35,25 +35,25 @@ class TraceBenchConfig:
     workflows: tuple[str, ...] = ("ring", "branching")
     """ring: each agent calls the next; branching: planner, workers, writer, critic."""
     systems: tuple[str, ...] = ("lru_reactive", "ste_prefetch")
-    """What is run and replayed."""
+    """Systems to run and replay."""
     pool: float = 0.5
     """Device pool, as a share of all fixed prompts."""
     bandwidth: float = 60.0
-    """MB/s of each direction of the link between device and host."""
+    """Bandwidth of the device-host link in MB/s, per direction."""
     fixed: int = 512
-    """Tokens of a fixed prompt."""
+    """Tokens per fixed prompt."""
     suffix: int = 16
-    """Tokens of what follows it."""
+    """Tokens per suffix."""
     answer: int = 8
-    """Tokens of an answer at most."""
+    """Maximum tokens per answer."""
     rounds: int = 2
-    """Calls in a run, in tens."""
+    """Calls per run, in tens."""
     threads: int = 1
-    """CPU threads of the model; copies have threads of their own."""
+    """CPU threads of the model; copies run in separate threads."""
     seed: int = 0
-    """Chooses ways at branches."""
+    """Seed for branches."""
     keep: str | None = None
-    """Leave the traces in this folder, for `tenure simulate --trace`."""
+    """Keep the traces in this folder, for `tenure simulate --trace`."""
     json: str | None = None
     """Also write the rows to this file."""
 
@@ -143,7 +143,7 @@ def validate(
 
     Args:
         warm: the KV of each agent's fixed prompt.
-        tokens_per_s: of a prefill, as the systems are told.
+        tokens_per_s: prefill speed, the systems' estimate of compute cost.
         folder: for the traces.
     """
     from ...serving.prompt_kv import PromptKV

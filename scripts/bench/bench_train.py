@@ -1,4 +1,4 @@
-"""`tenure bench train`: gated attention, a training step and evicted decoding, each against its peer in one run."""
+"""`tenure bench train`: time gated attention, a training step and decoding under eviction against peers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class TrainBenchConfig:
     model: str = "demo"
     """Model of the step and decode rows: Hub id, local folder, or `demo`."""
     threads: int = 2
-    """CPU threads torch may use."""
+    """CPU threads of torch."""
     runs: int = 5
-    """Counted runs of each side; medians are reported."""
+    """Measured runs per side; medians are reported."""
     decode_tokens: int = 32
-    """Tokens decoded in one run."""
+    """Tokens decoded per run."""
     quick: bool = False
-    """Leave out what takes long: memory above 4k tokens and decoding at 4096 tokens."""
+    """Skip slow rows: memory above 4096 tokens, decoding at 4096 tokens."""
     json: str | None = None
     """Also write the rows to this file."""
 

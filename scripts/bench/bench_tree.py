@@ -1,6 +1,6 @@
-"""`tenure bench tree`: the prefix tree and the choice of victims against plain ways to do the same.
+"""`tenure bench tree`: time the prefix tree and victim selection against simple implementations.
 
-Times are of the process's CPU: all of it is Python in one thread, and short runs suffer most from neighbours.
+Times are CPU times of the process: everything is single-threaded Python, and other load disturbs short runs most.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class TreeBenchConfig:
-    """Time match, insert, eviction and new values of agents in a large tree; print a table of ratios."""
+    """Time match, insert, eviction and value updates in a large prefix tree; print a table of ratios."""
 
     nodes: int = 10_000
-    """Nodes of the tree, each of --span tokens."""
+    """Nodes in the tree, with --span tokens each."""
     span: int = 96
-    """Tokens of a node, whole pages."""
+    """Tokens per node, a multiple of --page."""
     page: int = 16
-    """Tokens a page."""
+    """Tokens per page."""
     calls: int = 300
-    """Calls in one run."""
+    """Calls per run."""
     runs: int = 5
-    """Counted runs of each side; medians are reported."""
+    """Measured runs per side; medians are reported."""
     json: str | None = None
     """Also write the rows to this file."""
 

@@ -1,4 +1,4 @@
-"""What every `tenure bench …` shares: interleaved timing, rows, a table, JSON."""
+"""Shared by all benchmarks: interleaved timing, result rows and their table, prompts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def alternate(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds on `clock` of every counted run of each side, the sides taking turns, so that drift hits all alike."""
+    """Seconds on `clock` of each measured run; the sides alternate, so that drift affects all of them equally."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warmup + runs):
         for name, side in sides.items():

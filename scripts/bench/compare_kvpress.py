@@ -1,4 +1,4 @@
-"""`tenure bench kvpress`: the entries that each policy keeps, against kvpress's in a Python of its own."""
+"""`tenure bench kvpress`: compare the entries that each policy keeps with kvpress, run in a separate Python."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REASONS = {
 
 @dataclass
 class KvpressBenchConfig:
-    """Compare what each policy keeps of essay prompts with kvpress.
+    """Compare the entries that each policy keeps of essay prompts with kvpress.
 
     kvpress pins an older transformers: make an environment for it (`python -m venv kvp; kvp/bin/pip install kvpress`)
     and give its Python. Both sides run the same prompts in float32 without protected tokens.
@@ -40,11 +40,11 @@ class KvpressBenchConfig:
     model: str = "demo"
     """Local folder, or `demo`."""
     prompts: int = 3
-    """Essays of the evaluation split."""
+    """Number of essays of the evaluation split."""
     tokens: int = 1024
-    """Tokens of each."""
+    """Tokens per essay."""
     shares: tuple[float, ...] = (0.2, 0.35, 0.5)
-    """Shares of the entries that stay."""
+    """Shares of the entries to keep."""
     json: str | None = None
     """Also write the rows to this file."""
 
@@ -89,7 +89,7 @@ def main(config: KvpressBenchConfig) -> int:
 
 
 def agreement(ours: list[list[list[list[int]]]], theirs: list[list[list[list[int]]]]) -> tuple[float, float]:
-    """Of the entries they keep, the share that we keep too: over all, and in the layer of a prompt where it is least.
+    """Share of kvpress's kept entries that tenure keeps too: overall, and in the worst layer of any prompt.
 
     Args:
         ours, theirs: `[prompt][layer][head]` lists of positions.

@@ -1,7 +1,7 @@
-"""What Triton's compiler makes of a kernel for a card that need not be here: registers, shared memory, spills.
+"""Compiles a Triton kernel for a GPU that need not be present, and reads its registers, shared memory and spills.
 
 `triton.compile` builds a cubin for any target, and `cuobjdump`, which comes with Triton, reads its resources. So a
-machine without a GPU can refuse a kernel that spills or does not fit. How fast it is, only a GPU can tell.
+machine without a GPU can reject a kernel that spills or does not fit. Speed can only be measured on a GPU.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class KernelCase:
 
 
 def specialised(sizes: Mapping[str, int]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What Triton makes of a launch's integers: their types, 1 being a constant, and which are multiples of 16."""
+    """How Triton specialises a launch's integers: their types (1 is a constant), and which are multiples of 16."""
     types = {name: 1 if size == 1 else "i32" for name, size in sizes.items()}
     return types, tuple(name for name, size in sizes.items() if size % POINTER_ALIGNMENT == 0)
 

@@ -1,4 +1,4 @@
-"""Every kernel of this package as its launcher launches it at the shapes of two models, for the compiler's report.
+"""Compile cases of `tenure.eviction.ops`: every kernel as its launcher launches it at the shapes of two models.
 
 A layer of a row of `TOKENS` tokens, of which `KEPT` stay. Tests hold the cases against what launchers launch there.
 """

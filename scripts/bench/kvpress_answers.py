@@ -1,4 +1,4 @@
-"""Answers under kvpress. Runs by path in a Python that has kvpress and not tenure; see `sweep_kvpress`.
+"""Answers under kvpress. Run by path in a Python with kvpress and without tenure; see `sweep_kvpress`.
 
 `python kvpress_answers.py JOB`: JOB is JSON with `model` (a folder), `threads` and `cells`, a list of [press, share of
 the entries that stay]. After "ready", every line read is JSON with `context_ids`, `question_ids`, `answer_ids`, `limit`
@@ -52,7 +52,7 @@ class Answers:
         self.model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
 
     def answer(self, case: dict[str, Any]) -> list[dict[str, Any]]:
-        """What the full cache does on a case, and then all cells."""
+        """Results of the full cache on a case, then of all cells."""
         results: list[dict[str, Any]] = []
         whole, readings = None, {}
         for name, press, share in [("full", None, 1.0), *self.cells]:

@@ -1,4 +1,4 @@
-"""Decoding under kvpress. Runs by path in a Python that has kvpress and not tenure; see `bench_decode`.
+"""Decoding under kvpress. Run by path in a Python with kvpress and without tenure; see `bench_decode`.
 
 `python kvpress_decode.py JOB`: JOB is JSON with `model` (a folder), `prompt` (token ids), `share` (of the entries that
 stay), `tokens`, `dtype` (of decoding; the prompt is in float32) and `threads`. Compresses the prompt with AdaKV

@@ -1,4 +1,4 @@
-"""What kvpress keeps of prompts. Runs by path in a Python that has kvpress and not tenure; see `compare_kvpress`.
+"""Entries that kvpress keeps. Run by path in a Python with kvpress and without tenure; see `compare_kvpress`.
 
 `python kvpress_kept.py JOB OUT`: JOB is JSON with `model` (a folder), `prompts` (lists of token ids) and `shares` (of
 the entries that stay); OUT becomes JSON `[prompt][press][share][layer][head]` lists of kept positions.

@@ -1,4 +1,4 @@
-"""Every launch of this package's kernels at the shapes of two models, for `compiling.compile_kernel`."""
+"""Compile cases of `tenure.retention.ops`: every launch of its kernels at the shapes of two models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLES = 64
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the kernels see of a model."""
+    """Dimensions of a model that its kernels depend on."""
 
     name: str
     layers: int

@@ -1,4 +1,4 @@
-"""The cases of a sweep under kvpress, which runs in a Python of its own: `tenure sweep YAML --kvpress PYTHON`."""
+"""`tenure sweep YAML --kvpress PYTHON`: run the cases of a sweep under kvpress, in a separate Python."""
 
 from __future__ import annotations
 

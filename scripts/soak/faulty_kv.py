@@ -1,4 +1,4 @@
-"""KV that can be told by its prompt, and copies that fail when told to."""
+"""KV whose content is derived from its prompt, and transfers that fail on demand."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def damage(node: Node, how: str) -> None:
 
 
 class FaultyCopies(VirtualCopies):
-    """The next layer after a fault was planned fails with it."""
+    """Transfers whose next layer fails with the planned fault."""
 
     fault: Exception | None = None
 

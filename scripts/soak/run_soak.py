@@ -1,4 +1,4 @@
-"""`tenure soak`: random load with faults on tiers, prefetch and scheduler, checked after every step."""
+"""`tenure soak`: random load with fault injection on tiers, prefetch and scheduler, checked after every step."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ LIFE = 300  # steps of one world
 
 @dataclass
 class SoakConfig:
-    """Random steps on a virtual clock, then threads on the real one; nothing may be wrong, lost or left over."""
+    """Run random steps on a virtual clock, then threads on the real one; errors, lost requests and leaks fail."""
 
     steps: int = 1_000_000
-    """Steps on the virtual clock, each followed by a check of all counts; 0: none."""
+    """Steps on the virtual clock, each followed by an integrity check; 0 skips this part."""
     seconds: float = 600.0
-    """How long threads run under load, with a lowered switch interval and a watchdog; 0: not at all."""
+    """Duration of the threaded part, with a lowered switch interval and a watchdog; 0 skips it."""
     seed: int = 0
-    """Of everything random; a failure names the world's own seed, which `--only` repeats."""
+    """Random seed. A failure names the seed of its world, which `--only` repeats."""
     only: int | None = None
-    """Run only the world of this seed."""
+    """Run only the world with this seed."""
     json: str | None = None
     """Also write the counts to this file."""
 
@@ -39,7 +39,7 @@ class SoakConfig:
 def main(config: SoakConfig) -> int:
     from rich.console import Console
 
-    logging.getLogger("tenure.serving").setLevel(logging.CRITICAL)  # faults are planned here
+    logging.getLogger("tenure.serving").setLevel(logging.CRITICAL)  # faults are injected on purpose
     counts: dict[str, Any] = {}
     if config.steps:
         counts |= _with_progress(config)

@@ -1,4 +1,4 @@
-"""Engine, clients and copies in threads that switch as often as they can, with faults and a watchdog."""
+"""Engine, clients and transfers in threads with a short switch interval, injected faults and a watchdog."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ class Stress:
 def switching_often(seconds: float = 1e-5) -> Iterator[None]:
     """Python's threads take turns a few hundred times as often as usual."""
     before, level = sys.getswitchinterval(), logging.getLogger("tenure.serving").level
-    logging.getLogger("tenure.serving").setLevel(logging.CRITICAL)  # faults are planned here
+    logging.getLogger("tenure.serving").setLevel(logging.CRITICAL)  # faults are injected on purpose
     sys.setswitchinterval(seconds)
     try:
         yield

@@ -1,6 +1,6 @@
-"""A whole serving system that lives through whatever a driver does to it: every step is checked, every request counted.
+"""A complete serving system under test: every step is followed by integrity checks, and every request is accounted for.
 
-Drivers choose the steps: `soak_steps` at random and for long, the tests by hypothesis, which shrinks what fails.
+Steps are chosen by drivers: `random_step` for long random runs, and hypothesis in the tests, which shrinks failures.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class World:
         self.add_workflow("tree")
 
     def add_workflow(self, name: str) -> None:
-        """Or ends the one of that name, if it runs."""
+        """Adds the workflow, or removes it if it is running."""
         graph = self.system.graph
         if name in graph:
             graph.remove_workflow(name)
@@ -153,7 +153,7 @@ class World:
                 self.read += item.lease.length
 
     def finish(self, seed: int, fails: str = "") -> None:
-        """Hands the work back: `fails` is "" or what goes wrong: one item, the batch, a payload."""
+        """Completes the batch. `fails` is "" or the part that fails: item, batch or payload."""
         work, self.out = self.out, None
         if work is None:
             return
@@ -196,7 +196,7 @@ class World:
             self.scheduler.hint(self.reader.read(source, document, client))
 
     def time_passes(self, seconds: float) -> None:
-        """Or jumps, also back."""
+        """Advances the clock; `seconds` may be negative."""
         self.clock.now = max(0.0, self.clock.now + seconds)
 
     def fault(self, choice: int) -> None:
@@ -220,7 +220,7 @@ class World:
         self.tiers.eviction.make_room(Tier.DEVICE, int(share * pool.capacity))
 
     def wait(self) -> None:
-        """As a driver without work: until something happens."""
+        """Advances the clock to the next event, like a driver without work."""
         due = self.scheduler.next_time()
         if due is not None:
             self.clock.advance_to(due)
@@ -244,7 +244,7 @@ class World:
             assert ended.error, "an end without an answer says why"
 
     def counts(self) -> dict[str, int]:
-        """What happened, in numbers."""
+        """Counters of everything that happened."""
         found = {"submitted": self.submitted, "refused": self.refused, "tokens read back": self.read}
         found.update({outcome.value: number for outcome, number in self.ended.items()})
         parts = {"": self.scheduler.statistics, "tiers: ": self.tiers.statistics}
@@ -280,7 +280,7 @@ class World:
 
 
 def random_step(world: World, random: Random) -> str:
-    """Does one thing, more often what a server does in peace; returns its name."""
+    """Performs one random step, weighted towards normal operation; returns its name."""
     name = random.choices(STEPS, WEIGHTS)[0]
     if name == "submit":
         options: dict[str, Any] = {"client": random.choice(["", "", "x", "y"]), "priority": random.random()}

@@ -1,4 +1,4 @@
-"""What a row of the bench is: a kernel at a shape, the twin that checks it, its peers, and what it must do at least."""
+"""A row of the GPU benchmark: a kernel at a shape, its checking twin, its peers, and its lower bound of work."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ H100 = Ceilings("H100 SXM, data sheet", 3.35e12, 989e12, 132 * 16 * 1.83e9, 64e9
 
 @dataclass(frozen=True)
 class Work:
-    """What one call must do at the least: bytes of memory, operations, exponentials, bytes over the link."""
+    """Lower bound of one call's work: bytes of memory, operations, exponentials, bytes over the link."""
 
     memory: float
     products: float = 0.0
@@ -73,7 +73,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Sides:
-    """What is timed at one shape; everything has been allocated.
+    """The calls to time at one shape; all memory is allocated.
 
     Attributes:
         ours: the kernel.
@@ -124,11 +124,11 @@ class Case(ABC):
 
     @abstractmethod
     def error(self, device: str) -> float:
-        """Of the kernel against its twin, in float64 where numbers are computed; called on `small` cases."""
+        """Error of the kernel against its twin, computed in float64 where applicable; called on `small` cases."""
 
 
 def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
-    """Of the norm; infinite if something is not finite."""
+    """Relative error of the norm; infinite if a value is not finite."""
     if not ours.isfinite().all():
         return float("inf")
     return float((ours.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30))

@@ -59,7 +59,7 @@ class Pages:
         return Pages(*(tensor.clone() for tensor in self.tensors()))
 
     def resetting(self) -> Call:
-        """What puts lengths and the stack of free pages back."""
+        """A call that restores the lengths and the stack of free pages."""
         names = ("lengths", "free", "counters")
         saved = [(getattr(self, name), getattr(self, name).clone()) for name in names]
 

@@ -1,4 +1,4 @@
-"""Cases of an eviction: scores of a window, norms of values, the choice over all layers, and compaction."""
+"""Cases of an eviction: window scores, value norms, selection over all layers, and compaction."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class DefensiveScores(Case):
 
 @dataclass(frozen=True)
 class ValueNorms(Case):
-    """What values do to a layer's output."""
+    """Norms of the values' contributions to a layer's output."""
 
     model: str
     entries: int
@@ -173,7 +173,7 @@ class Selection(Case):
 
 @dataclass(frozen=True)
 class Compaction(Case):
-    """Of keys, values, positions and one state of a layer, and the release of its pages."""
+    """Compaction of keys, values, positions and one state of a layer, and release of its pages."""
 
     entries: int
     heads: Heads = FULL

@@ -1,4 +1,4 @@
-"""Checks the cases, then times them, and says why what is missing is missing."""
+"""Checks and times the cases, and records why a row or peer is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times on a card by events, and its ceilings, measured with the same watch."""
+"""Timing with CUDA events, and the GPU's measured ceilings."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _exponentials(numbers, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def measure_ceilings(watch: Stopwatch, device: str) -> Ceilings:
-    """What this card reaches: a copy of 1 GiB, a bf16 product of 8192 squared, exponentials, and its link, pinned."""
+    """Measured limits of this GPU: a 1 GiB copy, a bf16 product of size 8192, exponentials, the pinned host link."""
     size, side, blocks, rounds = (1024 * MIB, 8192, 132 * 64, 4096) if watch.on_card else (1024, 32, 1, 2)
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""The bench's report as plain text: it must print where nothing but torch and Triton is installed."""
+"""The report as plain text, which needs nothing but torch and Triton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIGA, TERA = 1e9, 1e12
 
 
 def ceilings_text(measured: Ceilings) -> str:
-    """The card's ceilings beside those of the data sheet."""
+    """The GPU's measured ceilings next to those of the data sheet."""
     lines = [f"Ceilings of {measured.name} (in brackets: {H100.name})"]
     for label, name, unit, size in (
         ("copy in memory", "memory", "GB/s", GIGA),

@@ -112,7 +112,7 @@ class GatedAttention(Case):
 
 @dataclass(frozen=True)
 class Occupancy(Case):
-    """Of all layers; at every position or, as in training, at `samples` of them."""
+    """Occupancy of all layers, at every position or, as in training, at `samples` of them."""
 
     model: str
     seq_len: int
