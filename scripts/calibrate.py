@@ -1,8 +1,10 @@
-"""`tenure calibrate`: the smallest budget that keeps the expected loss of quality below a bound, with a guarantee."""
+"""`tenure calibrate`: find the smallest budget that keeps the expected quality loss below a bound, with a guarantee."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,73 +13,75 @@ import tyro
 from .loading import Dtype, load_model
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
+    from rich.table import Table
     from transformers import PreTrainedModel
 
-    from ..eval import Cell, Outcome, RiskControl
+    from ..eval import Cell, Outcome, Record, Resplits, RiskControl
     from ..retention import Calibration, RetentionGates
     from ..training.assets import Document
-    from .calibrate_cases import Measured
 
 VALIDATION_SEED = 1_000_003  # added to the seed: other cases than the calibration's
+SPLITS = 200  # random halves of all measured documents, with --validate
 
 
 @dataclass
-class Config:
-    """Find the smallest cache budget whose expected loss of quality is below a bound, and store it with the gates.
+class CalibrateConfig:
+    """Find the smallest cache budget whose expected quality loss is below a bound, and store it with the gates.
 
     Documents are compressed to every budget before the question is known. Learn-then-Test then accepts budgets from
-    the largest down, so that with the stated confidence the expected loss at the budget found is within the bound, for
-    documents and questions drawn like those measured. The budget "calibrated" of evict() and `tenure generate` is the
-    one found. If none qualifies, nothing is stored and the exit code is 1.
+    the largest down: with the stated confidence, the expected loss at the chosen budget is within the bound for
+    documents and questions from the same distribution. evict() and `tenure generate` use the stored budget if given
+    the budget "calibrated". If no budget qualifies, nothing is stored and the exit code is 1.
     """
 
     model: str = "demo"
-    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, fetched once)."""
+    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
     gates: str = "examples/smollm2-135m-gates"
-    """Trained gates: a folder, where calibration.json is written, or with --out a Hub id."""
+    """Trained gates: a folder, to which calibration.json is written, or with --out a Hub id."""
     out: Path | None = None
     """Save the gates with their calibration to this folder instead."""
     loss: Annotated[str, tyro.conf.arg(metavar="kl|answers|TASK")] = "kl"
-    """kl: KL to the full cache over question and answer, in nats; answers: an answer that the full cache gives right
-    and the compressed one wrong; needle, phrase, multikey, date: the same for that task alone."""
+    """kl: KL to the full cache over question and answer, in nats; answers: the share of answers that are right with the
+    full cache and wrong with the compressed one; needle, phrase, multikey, date: the same for a single task."""
     bound: float = 0.2
-    """Of the expected loss: nats, or the share of answers lost."""
+    """Bound on the expected loss: nats, or the share of lost answers."""
     max_loss: float = 1.0
-    """A case's KL counts at most this many nats. Answers are not affected."""
+    """Clip the KL of a case at this many nats. Does not affect losses about answers."""
     confidence: float = 0.9
-    """That the bound holds (ltt)."""
+    """Probability that the bound holds (ltt)."""
     method: Literal["ltt", "crc"] = "ltt"
     """ltt: Learn-then-Test, with the stated confidence; crc: conformal risk control, on average over calibrations."""
     budgets: Annotated[tuple[int | float, ...], tyro.conf.arg(metavar="BUDGET ...")] = (
         0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1,
     )  # fmt: skip
-    """What is tried: shares of the tokens seen, or entries per head on average."""
+    """Budgets to try: shares of the tokens seen, or average entries per head."""
     cases: int = 60
-    """Documents to measure."""
+    """Number of documents to measure."""
     length: tuple[int, ...] = (1024,)
-    """Tokens of a document; of several numbers each document draws one."""
+    """Tokens per document; with several values, one is drawn for each document."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")] = ("needle", "phrase", "multikey")
-    """What the questions are about, with the loss kl or answers."""
+    """Tasks of the questions, for the losses kl and answers."""
     policy: str = "retention"
-    """Which entries stay; options may follow, as in retention(lookahead=16)."""
+    """Eviction policy, with options as in retention(lookahead=16)."""
     scope: Literal["auto", "global", "layer", "head", "pyramid"] = "auto"
-    """Who competes for the budget; auto is the policy's choice."""
+    """Which entries compete for the budget; auto is the policy's default."""
     data: str = "demo"
-    """Texts to take documents from: `demo` (every other held-out essay), a text file or a folder, used whole."""
+    """Texts to take documents from: `demo` (every other held-out essay), a text file or a folder."""
     validate: int = 0
-    """Also measure this many documents of the other held-out essays (with --data of your own: of the same texts), and
-    count how often random splits of all documents measured break the bound."""
+    """Also measure this many documents of the remaining held-out essays (with your own --data: of the same texts), and
+    count how often random splits of all documents violate the bound."""
     seed: int = 0
-    """Chooses documents, facts and where they lie."""
+    """Seed for documents, facts and their positions."""
     json: Path | None = None
-    """Also write the result and every single case to this file."""
+    """Also write the result and all cases to this file."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is the GPU if there is one."""
     dtype: Dtype = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU."""
     threads: int | None = None
-    """CPU threads; by default as many as torch chooses."""
+    """CPU threads; by default torch decides."""
 
     def __post_init__(self) -> None:
         if self.cases < 1 or self.validate < 0:
@@ -91,16 +95,16 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run does, checked before the model is loaded.
+class CalibrationPlan:
+    """The validated inputs of a calibration.
 
     Attributes:
-        control: what is asked of a budget.
-        cells: the full cache, then every budget, falling.
-        tasks: what the questions are about.
-        gates: with or without an earlier calibration.
-        texts, held_out: what documents are cut from for calibration, and for validation.
-        sinks, recent: first and last tokens that always stay: what `evict` protects by default.
+        control: decides which budgets qualify.
+        cells: the full cache, then the budgets in descending order.
+        tasks: of the questions.
+        gates: possibly with an earlier calibration, which is replaced.
+        texts, held_out: sources of documents for calibration and for validation.
+        sinks, recent: protected first and last tokens, as by default in `evict`.
     """
 
     control: RiskControl
@@ -117,41 +121,53 @@ class Plan:
         return [cell.budget for cell in self.cells[1:]]
 
 
-def main(config: Config) -> int:
-    from rich.console import Console
+@dataclass(frozen=True)
+class MeasuredCases:
+    """Evaluated cases.
 
-    from . import calibrate_output as output
-    from .calibrate_cases import long_texts, measure
+    Attributes:
+        documents: name of each case's source text.
+        records: one for each cell and case.
+        losses: float64 `(cases, budgets)`.
+    """
+
+    documents: list[str]
+    records: list[Record]
+    losses: np.ndarray
+
+
+def main(config: CalibrateConfig) -> int:
+    from rich.console import Console
 
     console = Console()
     plan = _check(config)
     model, tokenizer = _load(config, plan.gates, console)
     texts = long_texts(config, tokenizer, plan.texts)
     held_out = long_texts(config, tokenizer, plan.held_out) if config.validate else []
-    console.print(output.introduction(config, plan.cells, [text.name for text in texts]), markup=False)
+    console.print(introduction(config, plan.cells, [text.name for text in texts]), markup=False)
     measured = measure(config, plan, model, tokenizer, texts, config.cases, config.seed, console)
     outcome = plan.control.decide(measured.losses, plan.budgets)
-    console.print(output.table(config, outcome, measured.losses))
+    console.print(budget_table(config, outcome, measured.losses))
     validation = None
     if config.validate:
         seed = config.seed + VALIDATION_SEED
         validation = measure(config, plan, model, tokenizer, held_out, config.validate, seed, console)
-        output.show_validation(console, config, plan.control, outcome, measured, validation)
+        show_validation(console, config, plan.control, outcome, measured, validation)
     calibration = _calibration(config, plan, model, measured, outcome)
     if config.json is not None:
-        output.write_json(config.json, calibration, outcome, measured, validation)
+        write_result(config.json, calibration, outcome, measured, validation)
     if calibration is None:
-        raise ValueError(output.refusal(plan.control, outcome, config.cases))
-    console.print(output.conclusion(calibration), markup=False, highlight=False)
+        raise ValueError(refusal(plan.control, outcome, config.cases))
+    console.print(conclusion(calibration), markup=False, highlight=False)
     console.print(f"Stored in {_store(config, plan.gates, calibration)}", markup=False, highlight=False)
     return 0
 
 
-def _check(config: Config) -> Plan:
-    """Refuses what cannot work, in one sentence and before the model is loaded.
+def _check(config: CalibrateConfig) -> CalibrationPlan:
+    """Validates the configuration before the model is loaded.
 
     Raises:
-        ValueError: a wrong loss, task, bound, budget, policy or scope; too few cases for any promise; documents beyond
+        ValueError: a wrong loss, task, bound, budget, policy or scope; too few cases for a guarantee; documents beyond
             the model's context; no gates, nowhere to store a calibration, or no texts.
     """
     from ..eval import Cell, RiskControl, check_inputs, tasks_of
@@ -182,10 +198,10 @@ def _check(config: Config) -> Plan:
     documents = resolve_texts(config.data, "eval")
     # The gates were trained on the training essays; of the others, sorted by name, one half each.
     halves = (documents[::2], documents[1::2]) if config.data == "demo" else (documents, documents)
-    return Plan(control, cells, tasks, gates, *halves)
+    return CalibrationPlan(control, cells, tasks, gates, *halves)
 
 
-def _load(config: Config, gates: RetentionGates, console: Console) -> tuple[PreTrainedModel, Any]:
+def _load(config: CalibrateConfig, gates: RetentionGates, console: Console) -> tuple[PreTrainedModel, Any]:
     import torch
 
     if config.threads is not None:
@@ -197,10 +213,55 @@ def _load(config: Config, gates: RetentionGates, console: Console) -> tuple[PreT
     return model, tokenizer
 
 
+def long_texts(config: CalibrateConfig, tokenizer: Any, texts: Sequence[Document]) -> list[Document]:
+    """The texts that are long enough for a document.
+
+    Raises:
+        ValueError: none is.
+    """
+    from ..eval import long_enough
+
+    found = long_enough(tokenizer, [text.text for text in texts], max(config.length))
+    if not found:
+        raise ValueError(
+            f"none of the {len(texts)} texts in {config.data!r} has {max(config.length)} tokens: give a smaller "
+            "--length, or longer texts (files may be joined)"
+        )
+    return [texts[number] for number in found]
+
+
+def measure(
+    config: CalibrateConfig,
+    plan: CalibrationPlan,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Sequence[Document],
+    count: int,
+    seed: int,
+    console: Console,
+) -> MeasuredCases:
+    """Compresses `count` documents cut from `texts` to every budget and asks, under a progress bar."""
+    from rich import progress as bars  # importing it advances Python's random numbers
+
+    from ..eval import draw_cases, evaluate, losses_of
+
+    draws = draw_cases(tokenizer, [text.text for text in texts], count, config.length, plan.tasks, seed)
+    numbers, cases = zip(*draws, strict=True)
+    columns = bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn()
+    with bars.Progress(bars.TextColumn("measuring"), *columns, console=console) as progress:
+        bar = progress.add_task("measuring", total=count * len(plan.cells))
+        records = evaluate(
+            model, tokenizer, cases, plan.cells, plan.gates, plan.sinks, plan.recent, lambda _: progress.advance(bar),
+            together=8,
+        )  # fmt: skip
+    losses = losses_of(records, plan.budgets, config.loss, plan.control.max_loss)
+    return MeasuredCases([texts[number].name for number in numbers], records, losses)
+
+
 def _calibration(
-    config: Config, plan: Plan, model: PreTrainedModel, measured: Measured, outcome: Outcome
+    config: CalibrateConfig, plan: CalibrationPlan, model: PreTrainedModel, measured: MeasuredCases, outcome: Outcome
 ) -> Calibration | None:
-    """What is stored; None if no budget qualifies."""
+    """The calibration to store; None if no budget qualifies."""
     if outcome.budget is None:
         return None
     from ..eviction import policy_text
@@ -234,8 +295,8 @@ def _calibration(
     )
 
 
-def _store(config: Config, gates: RetentionGates, calibration: Calibration) -> Path:
-    """Writes calibration.json beside the gates, or all files of the gates to `--out`; returns its path."""
+def _store(config: CalibrateConfig, gates: RetentionGates, calibration: Calibration) -> Path:
+    """Writes calibration.json next to the gates, or gates and calibration to `--out`; returns its path."""
     from ..retention.calibration import save_calibration
     from ..retention.checkpoint import CALIBRATION_FILE
 
@@ -245,3 +306,146 @@ def _store(config: Config, gates: RetentionGates, calibration: Calibration) -> P
         return Path(config.gates) / CALIBRATION_FILE
     gates.save_pretrained(config.out)
     return config.out / CALIBRATION_FILE
+
+
+def introduction(config: CalibrateConfig, cells: Sequence[Cell], names: Sequence[str]) -> str:
+    """Describes the measurement and the population that the guarantee covers."""
+    lengths = " or ".join(str(length) for length in config.length)
+    shown = f"{', '.join(names[:8])}{', …' * (len(names) > 8)}"
+    lines = [
+        f"{cells[-1].label}: {config.cases} documents of {lengths} tokens from {len(names)} texts ({shown}), each "
+        f"compressed to {len(cells) - 1} budgets before its question is known."
+    ]
+    if config.cases > len(names):
+        lines.append(
+            "Several documents share a text: the promise is for further passages of these texts, and for other texts "
+            "only as far as they are like them."
+        )
+    return "\n".join(lines)
+
+
+def budget_table(config: CalibrateConfig, outcome: Outcome, losses: np.ndarray) -> Table:
+    """One row per budget, the largest first."""
+    from rich.table import Table
+
+    from ..eval.summary import budget_text
+
+    statistic = "p-value" if config.method == "ltt" else "bound on the mean"
+    rows = Table(title=f"Loss: {loss_text(config)}; bound {config.bound:g}", title_justify="left")
+    for name in ("budget", "mean loss", "largest", statistic):
+        rows.add_column(name, justify="right")
+    rows.add_column("accepted")
+    for row, largest in zip(outcome.table, losses.max(0), strict=True):
+        mark = "yes" if row.accepted else "no"
+        rows.add_row(
+            budget_text(row.budget), f"{row.mean_loss:.4f}", f"{largest:.3f}", f"{row.statistic:.2g}", mark
+        )
+    return rows
+
+
+def loss_text(config: CalibrateConfig) -> str:
+    """The loss in words."""
+    if config.loss == "kl":
+        return f"KL to the full cache in nats, at most {config.max_loss:g} a case"
+    kind = "" if config.loss == "answers" else f" ({config.loss})"
+    return f"answers{kind} that the full cache gives right and the compressed one wrong"
+
+
+def conclusion(calibration: Calibration) -> str:
+    """The chosen budget and its guarantee."""
+    from ..eval.summary import budget_text
+
+    return f"{budget_text(calibration.budget)} of the cache: {calibration.promise} drawn like these."
+
+
+def refusal(control: RiskControl, outcome: Outcome, cases: int) -> str:
+    """One sentence on why no budget qualifies, and what would help."""
+    from ..eval.summary import budget_text
+
+    first = outcome.table[0]
+    needed = control.cases_needed(first.mean_loss)
+    if needed is None:
+        help_ = "no number of cases would do: raise the bound or try larger budgets"
+    else:
+        help_ = f"{needed} cases would do for {control.bound:g} if its mean stayed as it is"
+    reachable = control.reachable(first.mean_loss, cases)
+    return (
+        f"no budget qualifies and nothing is stored: {budget_text(first.budget)}, the largest, has a mean loss of "
+        f"{first.mean_loss:.4f}; with {cases} cases it meets a bound of {reachable:.4f} or more, and {help_}"
+    )
+
+
+def show_validation(
+    console: Console,
+    config: CalibrateConfig,
+    control: RiskControl,
+    outcome: Outcome,
+    measured: MeasuredCases,
+    validation: MeasuredCases,
+) -> None:
+    """Tests the chosen budget on held-out documents, and the guarantee on random splits of all documents."""
+    import numpy as np
+    from rich.table import Table
+
+    from ..eval import bootstrap_mean, resplit
+    from ..eval.summary import budget_text
+
+    names = ", ".join(dict.fromkeys(sorted(validation.documents)))
+    if outcome.accepted is not None:
+        found = bootstrap_mean(list(validation.losses[:, outcome.accepted]), config.seed)
+        budget = budget_text(outcome.table[outcome.accepted].budget)
+        verdict = "within" if found.value <= config.bound else "above"
+        console.print(
+            f"Held out, {len(validation.losses)} documents of {names}: mean loss {found.value:.4f} at {budget} (95% "
+            f"interval {found.low:.4f} to {found.high:.4f}), {verdict} the bound.",
+            markup=False,
+            highlight=False,
+        )
+    losses = np.concatenate([measured.losses, validation.losses])
+    documents = measured.documents + validation.documents
+    budgets = [row.budget for row in outcome.table]
+    rows = Table(title=f"{SPLITS} random halves of all {len(losses)} documents, calibrated on one, judged by the other")
+    rows.title_justify = "left"
+    for name in ("halves of", "bound broken", "promised", "none accepted", "held-out mean", "chosen"):
+        rows.add_column(name, justify="left" if name == "chosen" else "right")
+    promised = f"≤ {1 - config.confidence:.0%}" if config.method == "ltt" else "mean ≤ bound"
+    groups: dict[str, Sequence[int]] = {"documents": range(len(losses))}
+    if len(set(documents)) > 1:
+        order = {name: number for number, name in enumerate(sorted(set(documents)))}
+        groups["texts"] = [order[name] for name in documents]
+    for name, labels in groups.items():
+        found = resplit(losses, budgets, labels, control, SPLITS, config.seed)
+        rows.add_row(name, *_split_cells(found, promised))
+    console.print(rows)
+
+
+def _split_cells(found: Resplits, promised: str) -> list[str]:
+    from ..eval.summary import budget_text
+
+    chosen = ", ".join(f"{budget_text(budget)} ({times})" for budget, times in found.chosen.items())
+    return [f"{found.rate:.1%}", promised, str(found.none), f"{found.mean_loss:.4f}", chosen]
+
+
+def write_result(
+    path: Path,
+    calibration: Calibration | None,
+    outcome: Outcome,
+    measured: MeasuredCases,
+    validation: MeasuredCases | None,
+) -> None:
+    """Writes the calibration (null if there is none), the table, and all cases of both sets."""
+    from ..retention.checkpoint import write_atomic
+
+    document: dict[str, Any] = {
+        "calibration": None if calibration is None else calibration.to_dict(),
+        "table": [asdict(row) for row in outcome.table],
+    }
+    for name, cases in (("measured", measured), ("validation", validation)):
+        if cases is not None:
+            document[name] = {
+                "documents": cases.documents,
+                "losses": cases.losses.tolist(),
+                "records": [record.to_dict() for record in cases.records],
+            }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())

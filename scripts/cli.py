@@ -1,8 +1,8 @@
-"""The `tenure` command: one sub-command per module of this package, each imported only when it is asked for.
+"""The `tenure` command: one module per sub-command, imported only when that sub-command runs.
 
-A sub-command's module has a dataclass `Config`, whose fields and docstring become its flags and help, and
-`main(config) -> int`, which returns the exit code; one that reads its flags in a way of its own has
-`parse(arguments, prog) -> Config` too. To add a sub-command, add a line to `COMMANDS`.
+A sub-command's module has a config dataclass, whose fields and docstrings become its flags and help text, and
+`main(config) -> int`, which returns the exit code. A module that parses its arguments itself also has
+`parse(arguments, prog) -> config`. To add a sub-command, add a line to `COMMANDS`.
 """
 
 from __future__ import annotations
@@ -12,40 +12,102 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+from tenure import __version__
+
+from .loading import needs_checkout
 
 
 @dataclass(frozen=True)
 class Command:
-    """Where a sub-command lives (a module of `tenure.scripts`) and its line in the overview."""
+    """A sub-command.
+
+    Attributes:
+        module: below `tenure.scripts`.
+        config: name of the config dataclass in that module.
+        summary: line in the overview.
+    """
 
     module: str
+    config: str
     summary: str
 
+    def load(self) -> ModuleType:
+        """The sub-command's module.
 
-# A name may have two words (`bench train`): the first then groups the commands that start with it.
+        Raises:
+            ImportError: the module is not installed with the package (`bench`, `soak`), or needs a missing extra.
+        """
+        with needs_checkout():
+            return importlib.import_module(f".{self.module}", __package__)
+
+    def config_class(self) -> type[Any]:
+        return getattr(self.load(), self.config)
+
+
+# A name may consist of two words (`bench train`); the first then names a group of commands.
 COMMANDS: dict[str, Command] = {
-    "demo": Command("demo", "See the shipped gates at work on a real model, then train fresh ones for a few steps"),
-    "train": Command("train_gates", "Train retention gates on a frozen model"),
-    "eval": Command("run_lm_eval", "Run lm-eval, with all its flags, under a KV-cache budget (--model tenure)"),
-    "fidelity": Command("measure_fidelity", "Measure KL, perplexity and kept attention against the full cache"),
-    "sweep": Command("sweep", "Measure policies at budgets on many cases, resumable, one process a device"),
-    "report": Command("report", "Make a page of sweeps: accuracy, KL, bytes, and whether two runs differ"),
-    "calibrate": Command("calibrate", "Find the smallest budget that keeps the loss below a bound, with a guarantee"),
-    "generate": Command("generate_text", "Generate text under a KV-cache budget"),
-    "inspect": Command("inspect_gates", "Show what is in a gates checkpoint and how long each head remembers"),
-    "bench train": Command("bench_train", "Time gated attention, a training step and evicted decoding against peers"),
-    "bench decode": Command("bench_decode", "Time decoding with a fifth of the cache kept against the plain cache"),
-    "bench prefill": Command("bench_prefill", "Time eviction and scoring against the prefill they follow; peak memory"),
-    "bench tree": Command("bench_tree", "Time the prefix tree and the choice of victims against plain ways"),
-    "bench steps": Command("bench_steps", "Time steps-to-execution on large step graphs: full solves and updates"),
-    "bench agents": Command("bench_agents", "Run agent workflows on a real model whose prompts do not all fit"),
-    "bench trace": Command("bench_trace", "Record runs on a real model and see whether the simulator foretells them"),
-    "bench kernels": Command("bench_kernels", "Compile the Triton kernels for A100 and H100: registers, spills"),
-    "bench gpu": Command("bench_gpu", "Check every Triton kernel on this GPU, then time it against its twin and peers"),
-    "bench kvpress": Command("compare_kvpress", "Compare what each policy keeps with kvpress, run in its own Python"),
-    "simulate": Command("simulate", "Replay papers' set-ups, studies and traces of serving on a virtual clock"),
-    "soak": Command("soak", "Random load with faults on tiers, prefetch and scheduler; everything is checked"),
+    "demo": Command(
+        "demo", "DemoConfig", "Evaluate the shipped gates on a real model, then train new ones for a few steps"
+    ),
+    "train": Command("train_gates", "TrainConfig", "Train retention gates on a frozen model"),
+    "eval": Command(
+        "run_lm_eval", "LmEvalArguments", "Run lm-eval under a KV-cache budget (--model tenure); takes all its flags"
+    ),
+    "fidelity": Command(
+        "fidelity", "FidelityConfig", "Measure KL, perplexity and retained attention against the full cache"
+    ),
+    "sweep": Command(
+        "sweep", "SweepCommand", "Evaluate policies × budgets on many cases; resumable, one process per device"
+    ),
+    "report": Command(
+        "report", "ReportConfig", "Render sweeps as a page: accuracy, KL, bytes, and whether two runs differ"
+    ),
+    "calibrate": Command(
+        "calibrate", "CalibrateConfig", "Find the smallest budget that keeps the loss below a bound, with a guarantee"
+    ),
+    "generate": Command("generate", "GenerateConfig", "Generate text under a KV-cache budget"),
+    "inspect": Command(
+        "inspect_gates", "InspectConfig", "Show the contents of a gates checkpoint and each head's half-life"
+    ),
+    "bench train": Command(
+        "bench.bench_train", "TrainBenchConfig", "Time gated attention, a training step and decoding against peers"
+    ),
+    "bench decode": Command(
+        "bench.bench_decode", "DecodeBenchConfig", "Time decoding from a compressed cache against the full cache"
+    ),
+    "bench prefill": Command(
+        "bench.bench_prefill", "PrefillBenchConfig", "Time scoring and eviction relative to prefill; peak memory"
+    ),
+    "bench tree": Command(
+        "bench.bench_tree", "TreeBenchConfig", "Time prefix tree and victim selection against simple implementations"
+    ),
+    "bench steps": Command(
+        "bench.bench_steps", "StepsBenchConfig", "Time steps-to-execution on large step graphs: full solves and updates"
+    ),
+    "bench agents": Command(
+        "bench.bench_agents", "AgentsBenchConfig", "Run agent workflows on a real model whose prompts exceed the pool"
+    ),
+    "bench trace": Command(
+        "bench.bench_trace", "TraceBenchConfig", "Record runs on a real model and compare the simulator's predictions"
+    ),
+    "bench kernels": Command(
+        "bench.bench_kernels", "KernelsBenchConfig", "Compile the Triton kernels for A100 and H100: registers, spills"
+    ),
+    "bench gpu": Command(
+        "bench.bench_gpu", "GpuBenchConfig", "Check every Triton kernel on this GPU, then time it against its peers"
+    ),
+    "bench kvpress": Command(
+        "bench.compare_kvpress", "KvpressBenchConfig", "Compare the entries each policy keeps with kvpress's choice"
+    ),
+    "simulate": Command(
+        "simulate", "SimulateConfig", "Replay published set-ups, studies and traces of serving on a virtual clock"
+    ),
+    "soak": Command(
+        "soak.run_soak", "SoakConfig", "Random load with fault injection on tiers, prefetch and scheduler"
+    ),
 }
 
 USAGE_ERROR = 2
@@ -55,7 +117,7 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default the process's own) and return its exit code.
 
-    0: done; 1: a failure told in one sentence on stderr; 2: a wrong command line; 130: interrupted.
+    0: success; 1: failure, reported in one sentence on stderr; 2: wrong command line; 130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments or _debugging()
@@ -67,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(overview(COMMANDS))
         return 0
     if arguments[0] == "--version":
-        print(f"tenure {_version()}")
+        print(f"tenure {__version__}")
         return 0
     name = find_command(arguments, COMMANDS)
     if name is None:
@@ -86,13 +148,13 @@ def find_command(arguments: Sequence[str], commands: dict[str, Command]) -> str 
 
 
 def run_config(prog: str, call: Callable[[], int], show_traceback: bool | None = None) -> int:
-    """Return what `call` returns; tell its failures under the name `prog`, as described at `main` above."""
+    """Return the exit code of `call`; report its failures under the name `prog`, as described in `main`."""
     try:
         return call()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -103,13 +165,14 @@ def run_config(prog: str, call: Callable[[], int], show_traceback: bool | None =
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    module = importlib.import_module(f".{COMMANDS[name].module}", __package__)
+    command = COMMANDS[name]
+    module = command.load()
     prog = f"tenure {name}"
     if hasattr(module, "parse"):
         return module.main(module.parse(arguments, prog))
     import tyro
 
-    return module.main(tyro.cli(module.Config, prog=prog, args=arguments))
+    return module.main(tyro.cli(command.config_class(), prog=prog, args=arguments))
 
 
 def _debugging() -> bool:
@@ -117,7 +180,7 @@ def _debugging() -> bool:
 
 
 def is_user_error(error: Exception) -> bool:
-    """Whether the message alone tells the user what to change: wrong values and files, and missing extras."""
+    """Whether the message alone is enough to fix the problem: wrong values or files, and missing extras."""
     if isinstance(error, (ValueError, OSError, ImportError)):
         return True
     from ..training.fetch import AssetError
@@ -132,7 +195,7 @@ def first_line(error: Exception) -> str:
 
 
 def overview(commands: dict[str, Command], group: str = "") -> str:
-    """The help that lists the sub-commands, one line each."""
+    """The help text that lists the sub-commands, one line each."""
     shown = {name: command for name, command in commands.items() if name.split()[0] == group or not group}
     width = max(map(len, shown), default=0)
     rows = [f"  {name:<{width}}  {command.summary}" for name, command in shown.items()]
@@ -146,8 +209,9 @@ def overview(commands: dict[str, Command], group: str = "") -> str:
             "commands:",
             *rows,
             "",
-            "`tenure COMMAND --help` lists a command's options. After a failure, --traceback (or TENURE_DEBUG=1) shows",
-            "where in the code it happened. The demo's model and texts are kept in $TENURE_CACHE if that is set.",
+            "`tenure COMMAND --help` lists a command's options. --traceback (or TENURE_DEBUG=1) shows a failure's",
+            "traceback. bench and soak need a checkout of the repository. The demo's model and texts are cached in",
+            "$TENURE_CACHE if that is set.",
         ]
     )
 
@@ -162,13 +226,6 @@ def _no_such_command(arguments: Sequence[str]) -> int:
     print(f"tenure: no command {first!r}; the commands are {known}\n", file=sys.stderr)
     print(overview(COMMANDS), file=sys.stderr)
     return USAGE_ERROR
-
-
-def _version() -> str:
-    try:
-        return version("tenure")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

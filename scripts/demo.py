@@ -1,27 +1,33 @@
-"""`tenure demo`: judge the shipped gates on a real model, see what they keep, then train fresh ones for a few steps."""
+"""`tenure demo`: evaluate the shipped gates on a real model, show what they keep, and train new ones briefly."""
 
 from __future__ import annotations
 
+import json
+import platform
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .loading import Dtype, load_model
+from .loading import Dtype, find_gates, load_model
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    import numpy as np
+    from rich.console import Console, RenderableType
+    from rich.table import Table
     from transformers import PreTrainedModel
 
     from ..eval import Case, Cell, Record
     from ..eval.runner import Inspect
+    from ..eval.token_page import PagePolicy
+    from ..eviction import RaggedCache
     from ..retention import RetentionGates
 
-SHIPPED_GATES = Path("examples") / "smollm2-135m-gates"
 POLICIES = (
     "full",
     "retention:global",
@@ -34,44 +40,47 @@ POLICIES = (
     "random",
 )
 QUICK_CASES, QUICK_STEPS = 5, 2
+WIDE = 105  # terminal width from which tables have padding between columns
+PICTURED = (("retention", "global"), ("snapkv", "layer"))
+ON_THE_PAGE = (*PICTURED, ("snapkv", "head"))
 FULL_LENGTHS, FULL_BUDGETS, FULL_TASK = (1024, 2048), (0.5, 0.2, 0.1), "date"
 
 
 @dataclass
-class Config:
-    """Compare what a model still finds when a fifth of its KV cache is left.
+class DemoConfig:
+    """Compare how well policies answer questions when only a fifth of the KV cache is kept.
 
-    Facts are hidden in held-out documents. Each document is read once; its cache is compressed in several ways before
-    the question is known; then the question is asked. Afterwards fresh gates are trained for a few steps. The numbers,
-    a heat map and a page that shows what was kept go to `--out`.
+    Facts are hidden in held-out documents. Each document is read once; its cache is compressed by several policies
+    before the question is known; then the question is asked. Afterwards new gates are trained for a few steps. Results,
+    a heat map and a page that shows the kept tokens are written to `--out`.
     """
 
     model: str = "demo"
-    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, fetched once)."""
+    """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
     gates: str | None = None
-    """Trained gates: a folder or Hub id; by default those shipped for the demo model."""
+    """Trained gates: a folder or Hub id; by default the gates shipped for the demo model."""
     data: str = "demo"
     """Documents: `demo` (held-out essays), a text file or a folder."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")] = ("needle", "phrase", "multikey")
-    """What is hidden: needle (a number), phrase (three words), multikey (four similar numbers), date."""
+    """Kinds of facts to hide: needle (a number), phrase (three words), multikey (four similar numbers), date."""
     policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY[:SCOPE][@CHUNK] ...")] = POLICIES
-    """What is compared: a policy, its options if any, e.g. snapkv(window=16); after a colon who competes (global, layer
-    or head); after an @ the tokens of the chunks in which the document is read. snapkv:layer is AdaKV without its
-    floor."""
+    """Policies to compare, with options as in snapkv(window=16). The scope after a colon (global, layer or head) says
+    which entries compete for the budget; a number after @ is the chunk size for chunked prefill. snapkv:layer is AdaKV
+    without its floor."""
     length: int = 1024
-    """Tokens of a document."""
+    """Tokens per document."""
     budgets: tuple[float, ...] = (0.2,)
-    """Shares of the cache that stay."""
+    """Shares of the cache to keep."""
     cases: int = 20
     """Documents per task."""
     seed: int = 0
-    """Chooses documents, facts and where they lie."""
+    """Seed for documents, facts and their positions."""
     quick: bool = False
-    """At most 5 cases a cell and 2 training steps: under three minutes on two cores."""
+    """At most 5 cases per cell and 2 training steps: under three minutes on two cores."""
     full: bool = False
-    """Also 50% and 10% kept, documents of 2048 tokens, the task date, and results.md: up to an hour."""
+    """Also keep 50% and 10%, use documents of 2048 tokens and the task date, and write results.md: up to an hour."""
     train_steps: int = 6
-    """Steps of the training at the end; 0 skips it."""
+    """Training steps at the end; 0 skips training."""
     out: Path = Path("runs/demo")
     """Folder for results.json, kept.png, kept.html and the short training run."""
     device: str = "auto"
@@ -79,7 +88,7 @@ class Config:
     dtype: Dtype = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU."""
     threads: int | None = None
-    """CPU threads; by default as many as torch chooses."""
+    """CPU threads; by default torch decides."""
 
     def __post_init__(self) -> None:
         if self.quick and self.full:
@@ -93,8 +102,8 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run does, after `--quick` and `--full` have had their say."""
+class DemoPlan:
+    """Settings of a run after `--quick` and `--full` are applied."""
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -103,7 +112,7 @@ class Plan:
     train_steps: int
 
     @classmethod
-    def of(cls, config: Config) -> Plan:
+    def of(cls, config: DemoConfig) -> DemoPlan:
         plan = cls(tuple(config.tasks), (config.length,), tuple(config.budgets), config.cases, config.train_steps)
         if config.quick:
             return replace(plan, cases=min(plan.cases, QUICK_CASES), train_steps=min(plan.train_steps, QUICK_STEPS))
@@ -114,44 +123,43 @@ class Plan:
 
     @property
     def shown_budget(self) -> float:
-        """The budget of the pictures: the demo's own, a fifth, if it is among them."""
+        """The budget shown in the pictures: 0.2 if it is among the budgets."""
         return 0.2 if 0.2 in self.budgets else self.budgets[0]
 
 
-def main(config: Config) -> int:
+def main(config: DemoConfig) -> int:
     from rich.console import Console
 
     from ..eval import CaseBuilder
-    from . import demo_output
 
     console = Console()
-    plan = Plan.of(config)
+    plan = DemoPlan.of(config)
     started = time.perf_counter()
     cells, gates, texts = _check(config, plan)
     model, tokenizer = _load(config, gates, console)
     builders = [CaseBuilder(tokenizer, texts, length, config.seed) for length in plan.lengths]
     cases = [case for builder in builders for case in builder.cases(plan.tasks, plan.cases)]
-    console.print(demo_output.introduction(config.model, plan, cells))
-    pictures = demo_output.Pictures(plan.tasks[0], plan.lengths[0], plan.shown_budget)
+    console.print(introduction(config.model, plan, cells))
+    pictures = KeptPictures(plan.tasks[0], plan.lengths[0], plan.shown_budget)
     records = _evaluate(model, tokenizer, cases, cells, gates, console, pictures.look)
     source = None if gates is None else str(find_gates(config.model, config.gates))
-    settings = demo_output.settings(config, plan, model, source, time.perf_counter() - started)
-    files = [demo_output.save_results(config.out, records, settings)]
+    settings = run_settings(config, plan, model, source, time.perf_counter() - started)
+    files = [save_results(config.out, records, settings)]
     if config.full:
-        files.append(demo_output.save_markdown(config.out, records, settings))
+        files.append(save_markdown(config.out, records, settings))
     files += pictures.save(config.out, records, tokenizer, settings)
-    for table in demo_output.tables(records, plan, config.quick, console.width):
+    for table in tables(records, plan, config.quick, console.width):
         console.print(table)
-    console.print(demo_output.conclusion(records, plan), markup=False)
-    console.print(demo_output.where(files), markup=False)
+    console.print(conclusion(records, plan), markup=False)
+    console.print(where(files), markup=False)
     if plan.train_steps:
         _train_a_few_steps(config, plan.train_steps, console)
     console.print(f"[dim]{time.perf_counter() - started:.0f} seconds altogether.[/dim]")
     return 0
 
 
-def _check(config: Config, plan: Plan) -> tuple[list[Cell], RetentionGates | None, list[str]]:
-    """Refuses what cannot work, in one sentence and before the model is loaded.
+def _check(config: DemoConfig, plan: DemoPlan) -> tuple[list[Cell], RetentionGates | None, list[str]]:
+    """Validates the configuration before the model is loaded.
 
     Raises:
         ValueError: unknown policy, scope or task; a budget out of range; documents beyond the model's context; no
@@ -176,26 +184,7 @@ def _check(config: Config, plan: Plan) -> tuple[list[Cell], RetentionGates | Non
     return cells, gates, texts
 
 
-def find_gates(model: str, gates: str | None) -> str | Path:
-    """The gates to use: those given, or the shipped ones of the demo model.
-
-    Raises:
-        ValueError: none are given and the shipped ones are not for this model, or are not there.
-    """
-    if gates is not None:
-        return gates
-    if model != "demo":
-        raise ValueError(f"the shipped gates fit the demo model only: give --gates for {model!r}")
-    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
-        if (root / SHIPPED_GATES).is_dir():
-            return root / SHIPPED_GATES
-    raise ValueError(
-        f"the shipped gates ({SHIPPED_GATES}) are part of the repository and not of the installed package: run this in "
-        "a checkout, or give --gates"
-    )
-
-
-def _load(config: Config, gates: RetentionGates | None, console: Console) -> tuple[PreTrainedModel, Any]:
+def _load(config: DemoConfig, gates: RetentionGates | None, console: Console) -> tuple[PreTrainedModel, Any]:
     import torch
 
     if config.threads is not None:
@@ -234,13 +223,14 @@ def _evaluate(
     return records
 
 
-def _train_a_few_steps(config: Config, steps: int, console: Console) -> None:
-    """Trains fresh gates for the same model, so that the whole path has been walked once."""
-    from .train_gates import Config as TrainConfig
+def _train_a_few_steps(config: DemoConfig, steps: int, console: Console) -> None:
+    """Trains new gates for the same model, so that the demo covers the whole pipeline."""
+    from tenure.training import TrainConfig  # absolute as in train_gates, so that type checkers see one class
+
     from .train_gates import main as train_gates
 
     folder = config.out / "training"
-    shutil.rmtree(folder, ignore_errors=True)  # else the run before this one would be resumed
+    shutil.rmtree(folder, ignore_errors=True)  # otherwise the previous run would be resumed
     console.print(f"\nNow {steps} steps of training fresh gates; the shipped ones took hundreds.")
     train_gates(
         TrainConfig(
@@ -259,3 +249,242 @@ def _train_a_few_steps(config: Config, steps: int, console: Console) -> None:
             seed=config.seed,
         )
     )
+
+
+def introduction(model: str, plan: DemoPlan, cells: Sequence[Cell]) -> RenderableType:
+    """One paragraph that explains the experiment."""
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    from ..eval.summary import budget_text
+
+    budgets = " / ".join(map(budget_text, plan.budgets))
+    lengths = " and ".join(map(str, plan.lengths))
+    ways = len({cell.label for cell in cells if cell.evicts})
+    name = "SmolLM2-135M-Instruct" if model == "demo" else escape(model)
+    return Panel(
+        f"Facts are hidden in {plan.cases * len(plan.tasks) * len(plan.lengths)} held-out documents of {lengths} "
+        f"tokens. {name} reads each document once. Then, [bold]before any question is known[/bold], its KV cache is "
+        f"compressed to {budgets} in {ways} ways, and only what is left answers the question. [bold]retention[/bold] "
+        "is this library: gates trained on the frozen model score every entry, and all layers and heads compete for "
+        "one budget. The others need no training.",
+        title="tenure: which tokens earn their place in the cache",
+        border_style="dim",
+    )
+
+
+def tables(records: Sequence[Record], plan: DemoPlan, quick: bool, width: int) -> list[Table]:
+    """One table per length and budget, for a terminal of `width` characters."""
+    from ..eval import summarise
+    from ..eval.summary import kl_intervals, table_rows
+
+    rows, kl = summarise(records), kl_intervals(records)
+    made = []
+    for length in plan.lengths:
+        for budget in plan.budgets:
+            table = _table(table_rows(rows, length, budget), length, budget, kl, quick)
+            table.padding = (0, 1) if width >= WIDE else (0, 0)
+            made.append(table)
+    return made
+
+
+def _table(
+    rows: dict[tuple[str, str], list[dict[str, Any]]], length: int, budget: float, kl: dict[tuple, Any], quick: bool
+) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from ..eval.cells import label
+    from ..eval.summary import accuracy_text, budget_text, mean_over_tasks, table_cases
+
+    notes = [
+        f"accuracy [95% interval], {table_cases(rows)} cases a cell",
+        "KL to the full cache in nats",
+        "ms: compress the cache, then read question and answer",
+    ]
+    if quick:
+        notes.append("--quick: few cases, so wide intervals")
+    title = f"{length} tokens, {budget_text(budget)} of the cache kept"
+    table = Table(title=title, caption="; ".join(notes), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("policy", no_wrap=True)
+    for row in next(iter(rows.values())):
+        table.add_column(row["task"], justify="right")
+    for name in ("KL", "entries", "MB", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for (policy, scope), group in rows.items():
+        style = "bold green" if (policy, scope) == ("retention", "global") else "dim" if policy == "full" else ""
+        table.add_row(
+            label(policy, scope),
+            *map(accuracy_text, group),
+            f"{kl[(length, policy, scope, group[0]['budget'], group[0]['aware'])].value:.3f}",
+            f"{mean_over_tasks(group, 'entries'):,.0f}",
+            f"{mean_over_tasks(group, 'bytes') / 1e6:.1f}",
+            f"{mean_over_tasks(group, 'seconds') * 1e3:.0f}",
+            style=style,
+        )
+    return table
+
+
+def conclusion(records: Sequence[Record], plan: DemoPlan) -> str:
+    """The main result in one sentence; empty if retention or every baseline is missing."""
+    from ..eval import paired_bootstrap
+    from ..eval.cells import label
+    from ..eval.summary import budget_text
+
+    length, budget = plan.lengths[0], plan.shown_budget
+    found = {key: group for key, group in _by_cell(records, length).items() if key[2] == budget or key[0] == "full"}
+    ours = found.get(("retention", "global", budget))
+    full = next((group for key, group in found.items() if key[0] == "full"), None)
+    others = {key: group for key, group in found.items() if key[0] not in ("retention", "full")}
+    if ours is None or full is None or not others:
+        return ""
+    best = max(others, key=lambda key: sum(record.correct for record in others[key]))
+    difference = paired_bootstrap(_correct(ours), _correct(others[best]))
+    return (
+        f"With {budget_text(budget)} of the cache, retention answers {sum(_correct(ours)):.0f} of {len(ours)} "
+        f"questions; the full cache answers {sum(_correct(full)):.0f}, the best baseline "
+        f"({label(best[0], best[1])}) {sum(_correct(others[best])):.0f}. Paired difference to that "
+        f"baseline: {difference.value:+.2f}, 95% interval {difference.low:+.2f} to {difference.high:+.2f}."
+    )
+
+
+def _by_cell(records: Sequence[Record], length: int) -> dict[tuple[str, str, float | int], list[Record]]:
+    groups: dict[tuple[str, str, float | int], list[Record]] = {}
+    for record in records:
+        if record.length == length:
+            groups.setdefault((record.policy, record.scope, record.budget), []).append(record)
+    return groups
+
+
+def _correct(records: Sequence[Record]) -> list[float]:
+    return [float(record.correct) for record in records]
+
+
+def where(files: Sequence[Path]) -> str:
+    """Names the files that were written."""
+    return "Written: " + ", ".join(str(path) for path in files)
+
+
+def run_settings(
+    config: DemoConfig, plan: DemoPlan, model: PreTrainedModel, gates: str | None, seconds: float
+) -> dict[str, Any]:
+    """Everything needed to repeat the run and to interpret its timings."""
+    import torch
+
+    return {
+        "config": asdict(config) | {"out": str(config.out)},
+        "plan": asdict(plan),
+        "model": model.config._name_or_path,
+        "gates": gates,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("tenure", "torch", "transformers")}
+        | {"python": platform.python_version()},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "evaluation_seconds": round(seconds, 1),
+    }
+
+
+def save_results(folder: Path, records: Sequence[Record], settings: dict[str, Any]) -> Path:
+    """results.json: table rows, settings, and all cases."""
+    from ..eval import summarise
+
+    document = {
+        "rows": summarise(records),
+        "settings": settings,
+        "records": [record.to_dict() for record in records],
+    }
+    return _write(folder / "results.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_markdown(folder: Path, records: Sequence[Record], settings: dict[str, Any]) -> Path:
+    """results.md: the tables as Markdown, with model, machine and versions."""
+    from ..eval.summary import markdown_tables
+
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    head = (
+        f"Printed by `tenure demo --full`. Model {settings['model']}, {settings['dtype']} on {settings['device']} "
+        f"({settings['threads']} threads), {versions}. Accuracy with Wilson's 95% interval; KL to the full cache over "
+        "question and answer with its bootstrap 95% interval; ms is compressing the cache and reading question and "
+        "answer."
+    )
+    return _write(folder / "results.md", f"{head}\n\n{markdown_tables(records)}\n")
+
+
+def _write(path: Path, text: str) -> Path:
+    from ..retention.checkpoint import write_atomic
+
+    write_atomic(path, text.encode())
+    return path
+
+
+@dataclass
+class KeptPictures:
+    """Collects what compressed caches kept during the evaluation, and draws it afterwards.
+
+    Attributes:
+        task, length, budget: the cases to draw; the page shows the first.
+    """
+
+    task: str
+    length: int
+    budget: float
+    _shares: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    _masks: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    _case: Case | None = None
+
+    def look(self, case: Case, cell: Cell, cache: RaggedCache) -> None:
+        """Records what `cell` kept; does not modify the cache."""
+        from ..eval.kept import kept_mask, kept_share
+
+        name = cell.policy.name, cell.scope
+        if case.length != self.length or cell.budget != self.budget or not cell.evicts:
+            return
+        if name in PICTURED:
+            self._shares.setdefault(cell.label, []).append(kept_share(cache))
+        if name in ON_THE_PAGE and case.task == self.task and case.index == 0:
+            self._case = case
+            self._masks[name] = kept_mask(cache)
+
+    def save(
+        self, folder: Path, records: Sequence[Record], tokenizer: Any, settings: dict[str, Any]
+    ) -> list[Path]:
+        """Writes kept.png and kept.html, or nothing if none of the pictured policies ran."""
+        import numpy as np
+
+        from ..eval.heat_map import save_heat_map
+        from ..eval.prompts import token_texts
+        from ..eval.summary import budget_text
+        from ..eval.token_page import save_token_page
+
+        files = []
+        if self._shares:
+            shares = {name: np.mean(seen, axis=0) for name, seen in self._shares.items()}
+            count = len(next(iter(self._shares.values())))
+            title = f"What each head kept of {self.length} tokens, mean of {count} documents"
+            save_heat_map(folder / "kept.png", shares, title)
+            files.append(folder / "kept.png")
+        if self._case is not None:
+            policies = [self._on_page(name, records) for name in ON_THE_PAGE if name in self._masks]
+            texts = token_texts(tokenizer, list(self._case.context_ids))
+            subtitle = (
+                f"{settings['model']}, {self.length} tokens, {budget_text(self.budget)} of the cache kept, compressed "
+                "before the question was known"
+            )
+            save_token_page(folder / "kept.html", self._case, texts, policies, subtitle)
+            files.append(folder / "kept.html")
+        return files
+
+    def _on_page(self, name: tuple[str, str], records: Sequence[Record]) -> PagePolicy:
+        from ..eval.cells import label
+        from ..eval.token_page import PagePolicy
+
+        record = next(
+            record
+            for record in _by_cell(records, self.length)[(*name, self.budget)]
+            if record.task == self.task and record.index == 0
+        )
+        return PagePolicy(label(*name), self._masks[name], record.prediction, record.correct, record.kl)

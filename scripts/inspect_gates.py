@@ -1,4 +1,4 @@
-"""`tenure inspect`: what is in a gates checkpoint, and how long each head remembers."""
+"""`tenure inspect`: show the contents of a gates checkpoint and each head's half-life."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Config:
-    """Show what is in a gates checkpoint.
+class InspectConfig:
+    """Show the contents of a gates checkpoint.
 
-    With --model it also runs the gates over a text and shows every head's median half-life: after that many tokens an
-    entry counts half.
+    With --model, also run the gates over a text and show the median half-life of each head: the number of tokens after
+    which the weight of an entry has halved.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """Folder with tenure_config.json and gates.safetensors, or a Hub id."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """Base model to run the gates with: Hub id, local folder, or `demo`."""
+    """Base model for measuring half-lives: Hub id, local folder, or `demo`."""
     data: str = "demo"
-    """Text to run them over: `demo` (held-out essays), a text file, or a folder."""
+    """Text to measure on: `demo` (held-out essays), a text file, or a folder."""
     tokens: int = 1024
-    """Tokens of that text."""
+    """Tokens of the text to use."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ValueError(f"--tokens is {self.tokens}; 1 or more is accepted")
 
 
-def main(config: Config) -> int:
+def main(config: InspectConfig) -> int:
     from rich.console import Console
 
     from ..retention import RetentionGates
@@ -59,7 +59,7 @@ def main(config: Config) -> int:
     return 0
 
 
-def measured_half_lives(config: Config, gates: RetentionGates) -> torch.Tensor:
+def measured_half_lives(config: InspectConfig, gates: RetentionGates) -> torch.Tensor:
     """Median over the tokens of a text of ln 2 / -log β, in tokens: `(layers, num_kv_heads)` fp32."""
     import torch
 

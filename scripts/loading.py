@@ -1,21 +1,44 @@
-"""The model and tokenizer that `--model` names, as every sub-command loads them."""
+"""Loads the model, tokenizer and gates that a command line names, in the same way for every command."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+SHIPPED_GATES = Path("examples") / "smollm2-135m-gates"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+@contextlib.contextmanager
+def needs_checkout() -> Iterator[None]:
+    """Around imports of `tenure.scripts.bench` and `tenure.scripts.soak`, which are not installed with the package.
+
+    Raises:
+        ImportError: they are not there; the message says that a checkout is needed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("tenure.scripts.bench", "tenure.scripts.soak"):
+            raise
+        raise ImportError(
+            "benchmarks and soak tests are part of the repository and not of the installed package: run this in a "
+            "checkout, installed with `pip install -e .`"
+        ) from None
+
+
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` is the GPU if there is one, else the CPU; ValueError for a device that is not there."""
+    """`auto` is the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: the device is not available."""
     import torch
 
     if device != "auto":
@@ -28,18 +51,18 @@ def pick_device(device: str = "auto") -> torch.device:
 def load_model(
     name: str, device: str = "auto", dtype: Dtype = "auto", revision: str | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """Model in eval mode on its device, and its tokenizer.
+    """The model in eval mode on its device, and its tokenizer.
 
     Args:
         name: `demo`, a local folder, or a Hub id.
-        dtype: `auto` is bfloat16 on a GPU and float32 on a CPU, few of which are fast in bfloat16.
+        dtype: `auto` is bfloat16 on a GPU and float32 on a CPU, since few CPUs are fast in bfloat16.
         revision: of a Hub model.
 
     Raises:
         ValueError: no such model or device.
-        AssetError: the demo model could not be made ready.
+        AssetError: the demo model could not be downloaded or converted.
     """
-    from ..training.assets import DEMO_MODEL_ID, resolve_model  # first: a wrong name is told before the slow imports
+    from ..training.assets import DEMO_MODEL_ID, resolve_model  # first, before the slow imports
 
     source, target = resolve_model(name), pick_device(device)
     import torch
@@ -53,6 +76,25 @@ def load_model(
     if name == "demo":  # so that gates trained on it name the model, not this machine's cache folder
         model.config._name_or_path = DEMO_MODEL_ID
     return model.to(target).eval(), tokenizer
+
+
+def find_gates(model: str, gates: str | None) -> str | Path:
+    """The given gates, or the gates shipped for the demo model.
+
+    Raises:
+        ValueError: none are given, and there are no shipped gates for this model or in this installation.
+    """
+    if gates is not None:
+        return gates
+    if model != "demo":
+        raise ValueError(f"the shipped gates fit the demo model only: give --gates for {model!r}")
+    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+        if (root / SHIPPED_GATES).is_dir():
+            return root / SHIPPED_GATES
+    raise ValueError(
+        f"the shipped gates ({SHIPPED_GATES}) are part of the repository and not of the installed package: run this in "
+        "a checkout, or give --gates"
+    )
 
 
 @contextlib.contextmanager

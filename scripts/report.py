@@ -1,4 +1,4 @@
-"""`tenure report`: one or two runs as an HTML page and Markdown tables."""
+"""`tenure report`: render one or two runs as an HTML page and Markdown tables."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import tyro
 
 
 @dataclass
-class Config:
-    """Make a page of a run: accuracy, KL and bytes of every policy and budget, tasks, settings, failures.
+class ReportConfig:
+    """Render a run as a page: accuracy, KL and bytes of every policy and budget, tasks, settings, failures.
 
-    Of two runs it also shows how they differ on the cases that both have, with paired bootstrap intervals. The page is
-    one file that loads nothing; the same tables stand beside it as Markdown (the name with .md).
+    For two runs, the page also shows how they differ on the cases that both contain, with paired bootstrap intervals.
+    It is a single self-contained file; the same tables are written as Markdown to the same name with .md.
     """
 
     runs: Annotated[list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN]")]
     """Folders that `tenure sweep` or `tenure demo` wrote; a sweep need not be finished."""
     output: Path | None = None
-    """Where the page is written; by default report.html in the last run's folder."""
+    """Path of the page; by default report.html in the last run's folder."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.runs) <= 2:
@@ -29,7 +29,7 @@ class Config:
             raise ValueError(f"--output is {self.output}; a name that ends with .html is accepted")
 
 
-def main(config: Config) -> int:
+def main(config: ReportConfig) -> int:
     from ..eval.report import compare_runs, load_run, report_markdown, report_page
     from ..retention.checkpoint import write_atomic
 

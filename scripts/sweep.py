@@ -1,4 +1,4 @@
-"""`tenure sweep`: policies × budgets on many cases, resumable, one process a device."""
+"""`tenure sweep`: evaluate policies × budgets on many cases; resumable, one process per device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .loading import load_model
+from .loading import load_model, needs_checkout
 from .sweep_checks import check, load_gates, load_texts, make_builder, pick_devices
-from .sweep_kvpress import check_kvpress, prepare_kvpress
 
 if TYPE_CHECKING:
     from ..eval.sweep import Failure, SweepConfig, Unit, UnitRunner
@@ -25,36 +24,37 @@ EVERY_S = 30.0  # between two lines of progress where stderr is no terminal
 
 
 @dataclass
-class Config:
+class SweepCommand:
     """Measure every policy at every budget on the cases of a YAML file (examples/sweep_smollm2.yaml).
 
     Each case's context is read once for all policies and budgets. Results are appended to part-K.jsonl in `--output`,
-    one line for each case and cell; the same command goes on where it was stopped. What fails is recorded and does not
-    stop the rest; the exit status is then 1. `tenure report OUTPUT` makes a page of the results.
+    one line per case and cell; the same command resumes an interrupted sweep. Failures are recorded and do not stop the
+    sweep; the exit status is then 1. `tenure report OUTPUT` renders the results as a page.
     """
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="YAML")]
-    """What is swept; docs/evaluation.md lists the keys."""
+    """Definition of the sweep; docs/evaluation.md lists the keys."""
     output: Path | None = None
-    """Folder of the results; by default what the YAML file says."""
+    """Folder for the results; by default the one in the YAML file."""
     devices: list[str] = field(default_factory=list)
-    """One process each: cuda:0 cuda:1 …, or cpu. By default the GPU if there is one."""
+    """Devices, with one process each: cuda:0 cuda:1 …, or cpu. By default the GPU if there is one."""
     processes: int = 1
-    """So many processes on the CPU."""
+    """Number of processes on the CPU."""
     model: str | None = None
-    """In place of the YAML file's."""
+    """Overrides the model of the YAML file."""
     gates: str | None = None
-    """In place of the YAML file's: a folder or Hub id."""
+    """Overrides the gates of the YAML file: a folder or Hub id."""
     question: Literal["agnostic", "aware", "both"] | None = None
-    """In place of the YAML file's: caches are compressed before the question (agnostic), after it, or both."""
+    """Overrides the YAML file: compress caches before the question is read (agnostic), after it (aware), or both."""
     cases: int | None = None
-    """In place of the YAML file's: cases of each task, length and seed."""
+    """Overrides the YAML file: cases per task, length and seed."""
     retry_failed: bool = False
-    """Run again the cases in which something failed."""
+    """Run cases with failures again."""
     export_cases: Path | None = None
-    """Only write the cases to this file, one JSON line each, for another program; nothing is measured."""
+    """Only write the cases to this file, one JSON line each, for use by other programs."""
     kvpress: Annotated[Path | None, tyro.conf.arg(metavar="PYTHON")] = None
-    """Run the same cases under kvpress instead: Python of an environment that has it (examples/sweep_kvpress.yaml)."""
+    """Run the same cases with kvpress instead: the Python of an environment that has it, from a checkout
+    (examples/sweep_kvpress.yaml)."""
 
     def __post_init__(self) -> None:
         if self.processes < 1:
@@ -63,7 +63,7 @@ class Config:
             raise ValueError(f"--kvpress runs on the CPU; --devices has {', '.join(self.devices)}")
 
 
-def main(config: Config) -> int:
+def main(config: SweepCommand) -> int:
     from ..eval.sweep import Store, SweepConfig, all_units, export_cases, run_units
 
     given = {name: getattr(config, name) for name in ("model", "gates", "question", "cases")}
@@ -73,6 +73,8 @@ def main(config: Config) -> int:
     job = check(sweep, devices)
     start: Prepare = partial(prepare, sweep, job.threads)
     if config.kvpress is not None:
+        with needs_checkout():
+            from .bench.sweep_kvpress import check_kvpress, prepare_kvpress
         job.settings["kvpress"] = check_kvpress(config.kvpress, sweep, job.cells)
         start = partial(prepare_kvpress, config.kvpress, sweep, job.threads)
     units = all_units(sweep)
@@ -91,7 +93,7 @@ def main(config: Config) -> int:
 
 
 def prepare(sweep: SweepConfig, threads: int | None, device: str) -> UnitRunner:
-    """What a process needs on its device; called there.
+    """Loads everything that a worker process needs; called in that process.
 
     Raises:
         ValueError: the gates were made for another model, or the device cannot be used.
@@ -114,7 +116,7 @@ def prepare(sweep: SweepConfig, threads: int | None, device: str) -> UnitRunner:
 
 
 def _session(devices: Sequence[str], threads: int | None, together: int) -> dict[str, Any]:
-    """When and where this start ran: for the timings, not for the answers."""
+    """When and where this session ran: affects timings, not answers."""
     import platform
 
     import torch
@@ -132,7 +134,7 @@ def _session(devices: Sequence[str], threads: int | None, together: int) -> dict
 
 
 def _conclude(folder: Path, failures: Sequence[Failure], lost: Sequence[Unit], records: int) -> int:
-    """Says what failed; the exit status."""
+    """Reports failures and returns the exit status."""
     for failure in failures[:SHOWN_FAILURES]:
         _say(f"failed: {failure.name}: {failure.error}")
     if len(failures) > SHOWN_FAILURES:
@@ -148,7 +150,7 @@ def _conclude(folder: Path, failures: Sequence[Failure], lost: Sequence[Unit], r
 
 
 class _Progress:
-    """A line on stderr: how far it is, and how long it will take if a case takes as long as its context."""
+    """A progress line on stderr; the time left assumes that a case's time is proportional to its context length."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units, self._tokens = len(units), sum(unit.length for unit in units)

@@ -1,4 +1,4 @@
-"""What `tenure sweep` refuses in one sentence before any work, and the settings it writes down."""
+"""Validation of `tenure sweep` before any work starts, and the settings it records."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ QUESTION_TOKENS = 256  # room for the question and the answer
 
 
 @dataclass(frozen=True)
-class Job:
-    """A sweep that can run.
+class SweepJob:
+    """A validated sweep.
 
     Attributes:
-        cells: what is measured on each case.
+        cells: measured on each case.
         tokenizer: the model's.
         builder: the cases of a length and a seed.
-        settings: all that decides the numbers, for settings.json.
-        threads: CPU threads of a process; None leaves the choice to torch.
+        settings: everything that determines the results, for settings.json.
+        threads: CPU threads per process; None: torch decides.
     """
 
     cells: list[Cell]
@@ -35,8 +35,8 @@ class Job:
     threads: int | None
 
 
-def check(sweep: SweepConfig, devices: Sequence[str]) -> Job:
-    """Finds everything but the model's weights.
+def check(sweep: SweepConfig, devices: Sequence[str]) -> SweepJob:
+    """Validates a sweep and loads everything except the model's weights.
 
     Raises:
         ValueError: an unknown policy, scope or task; a budget out of range; contexts beyond the model's, or too short
@@ -62,7 +62,7 @@ def check(sweep: SweepConfig, devices: Sequence[str]) -> Job:
         for task in sweep.tasks:
             first.case(task, 0)  # refuses a length that cannot hold the task
     settings = _settings(sweep, cells, gates, texts, devices[0], model_config)
-    return Job(cells, tokenizer, builder, settings, _threads(sweep, devices))
+    return SweepJob(cells, tokenizer, builder, settings, _threads(sweep, devices))
 
 
 def make_builder(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -> CaseBuilder:
@@ -73,16 +73,22 @@ def make_builder(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -
 
 
 def load_texts(sweep: SweepConfig) -> list[str]:
-    """The held-out texts that cases are made of; ValueError where there are none."""
+    """The held-out texts that cases are built from.
+
+    Raises:
+        ValueError: there are none."""
     from ..training.assets import resolve_texts
 
     return [document.text for document in resolve_texts(sweep.data, "eval")]
 
 
 def load_gates(sweep: SweepConfig, cells: Sequence[Cell]) -> RetentionGates | None:
-    """The gates on the CPU if a cell needs some; ValueError where they cannot be found or used."""
+    """The gates, on the CPU, if any cell needs them.
+
+    Raises:
+        ValueError: they cannot be found or used."""
     from ..retention import RetentionGates
-    from .demo import find_gates
+    from .loading import find_gates
 
     if not any("log_beta" in cell.policy.needs for cell in cells):
         return None
@@ -93,7 +99,7 @@ def pick_devices(devices: Sequence[str], processes: int) -> list[str]:
     """The device of each process.
 
     Raises:
-        ValueError: devices that are not there or of two kinds, or several processes beside named devices.
+        ValueError: a device is missing, devices are of two kinds, or both devices and processes are given.
     """
     import torch
 
@@ -147,7 +153,7 @@ def _settings(
 
 def _gates_settings(sweep: SweepConfig) -> dict[str, Any]:
     from ..retention.checkpoint import load_checkpoint, local_folder
-    from .demo import SHIPPED_GATES, find_gates
+    from .loading import SHIPPED_GATES, find_gates
 
     document, _ = load_checkpoint(local_folder(find_gates(sweep.model, sweep.gates)))
     return {"folder": sweep.gates or str(SHIPPED_GATES), "sha256": document["weights_sha256"]}

@@ -1,6 +1,6 @@
 """Train retention gates: `accelerate launch scripts/train_gates.py --config examples/smollm2.yaml`.
 
-Every field of the config file is also a flag, and a flag wins over the file. `tenure train` is the same on one device.
+Every setting in the config file is also a flag; flags override the file. `tenure train` does the same on one device.
 Imports are absolute because accelerate runs this file as a script.
 """
 
@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Config = TrainConfig
-
 
 def parse(arguments: Sequence[str], prog: str) -> TrainConfig:
-    """Flags over the values of `--config FILE`, over the defaults.
+    """Flags override the values of `--config FILE`, which override the defaults.
 
     Raises:
         ValueError: the file is absent, not YAML, or names unknown settings.
@@ -48,12 +46,12 @@ def parse(arguments: Sequence[str], prog: str) -> TrainConfig:
             rest.append(argument)
     default = TrainConfig() if path is None else TrainConfig.from_yaml(path)
     summary = inspect.cleandoc(TrainConfig.__doc__ or "")
-    description = f"{summary}\n\n--config FILE: a YAML file of these settings; flags win over it."
+    description = f"{summary}\n\n--config FILE: a YAML file with these settings; flags override it."
     return tyro.cli(TrainConfig, prog=prog, args=rest, default=default, description=description)
 
 
 def build_source(config: TrainConfig, tokenizer: Any) -> ExampleSource:
-    """The examples that `config.data` names.
+    """The training examples named by `config.data`.
 
     Raises:
         ValueError: no such data, or columns or lengths that cannot be used.
@@ -115,7 +113,7 @@ def main(config: TrainConfig) -> int:
     from tenure.training import train
 
     dtype = config.dtype
-    if dtype == "auto":  # of the device accelerate will move the model to, not of the CPU it is loaded on
+    if dtype == "auto":  # for the device that accelerate moves the model to, not for the CPU it is loaded on
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     model, tokenizer = load_model(config.model, device="cpu", dtype=dtype, revision=config.revision)
     source = build_source(config, tokenizer)

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenure.eviction.ops import page_table
 from tenure.retention.ops import gated_attention_triton, kernel_choice, occupancy_triton
-from tenure.retention.ops.compiling import Constant, KernelCase
 from tenure.retention.ops.triton_language import jit
+from tenure.scripts.bench.compiling import Constant, KernelCase
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.int32: "*i32",

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass, fields, is_dataclass
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -49,10 +48,10 @@ def probe_main(config: ProbeConfig) -> int:
 @pytest.fixture
 def probe(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("tenure.scripts.probe")
-    module.Config, module.main = ProbeConfig, probe_main  # pyright: ignore[reportAttributeAccessIssue]
+    module.ProbeConfig, module.main = ProbeConfig, probe_main  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "tenure.scripts.probe", module)
-    monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("probe", "Only for tests"))
-    monkeypatch.setitem(cli.COMMANDS, "group one", cli.Command("probe", "First of the group"))
+    monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("probe", "ProbeConfig", "Only for tests"))
+    monkeypatch.setitem(cli.COMMANDS, "group one", cli.Command("probe", "ProbeConfig", "First of the group"))
     monkeypatch.delenv("TENURE_DEBUG", raising=False)
 
 
@@ -90,15 +89,17 @@ def test_version(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_every_command_has_a_module_with_documented_config_and_readable_help(name, capsys):
-    module = import_module(f"tenure.scripts.{cli.COMMANDS[name].module}")
-    assert callable(module.main)
-    assert is_dataclass(module.Config)
-    assert module.Config.__doc__ and "Config(" not in module.Config.__doc__, "a docstring of its own is the help"
+    command = cli.COMMANDS[name]
+    assert callable(command.load().main)
+    config_class = command.config_class()
+    assert is_dataclass(config_class)
+    assert config_class.__doc__ and "Config(" not in config_class.__doc__, "a docstring of its own is the help"
+    assert f"{command.config}(" not in config_class.__doc__
     assert exit_code(*name.split(), "--help") == 0
     out = capsys.readouterr().out
     assert f"usage: tenure {name}" in out
-    assert module.Config.__doc__.strip().splitlines()[0] in out
-    for field in fields(module.Config):
+    assert config_class.__doc__.strip().splitlines()[0] in out
+    for field in fields(config_class):
         flag = f"--{field.name.replace('_', '-')}"
         assert flag in out or "PATH" in out, f"{flag} is missing from the help"
 

@@ -24,6 +24,7 @@ from tenure.eviction import Policy, evict
 from tenure.retention import RetentionGates
 from tenure.retention.checkpoint import load_checkpoint
 from tenure.scripts import cli
+from tenure.scripts.sweep import SweepCommand
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -144,10 +145,8 @@ def test_command_lines_are_accepted(path: Path, monkeypatch) -> None:
         assert command is not None, words
         rest = words[len(command.split()) :]
         if command != "eval":
-            known = cli.COMMANDS[command]
-            of_command = getattr(import_module(f"tenure.scripts.{known.module}"), getattr(known, "config", "Config"))
-            config = tyro.cli(of_command, args=rest)
-            assert command != "sweep" or SweepConfig.from_yaml(config.config).cells()
+            config = tyro.cli(cli.COMMANDS[command].config_class(), args=rest)
+            assert not isinstance(config, SweepCommand) or SweepConfig.from_yaml(config.config).cells()
             continue
         hf = pytest.importorskip("lm_eval.models.huggingface").HFLM
         asked = peek(rest)

@@ -1,4 +1,4 @@
-"""The wheel holds the tree, imports go one way only, and importing anything changes nothing."""
+"""The wheel holds the installed packages and no more, the sdist everything, and importing has no side effects."""
 
 from __future__ import annotations
 
@@ -8,36 +8,41 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import tenure
+
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("retention", "training", "eviction", "serving", "eval", "scripts")
+FOLDERS = ("tenure", "retention", "training", "eviction", "serving", "eval", "scripts")
 PRESENT = [folder for folder in FOLDERS if (ROOT / folder).is_dir()]
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "runs", "wandb", "*.egg-info", "__pycache__")
-MAY_IMPORT = {
-    "retention": set(),
-    "training": {"retention"},
-    "eviction": {"retention"},
-    "serving": {"eviction", "retention"},
-    "eval": {"retention", "eviction", "training"},  # training has the document generator and the assets
-    "scripts": {"retention", "training", "eviction", "serving", "eval"},
-}
+# Packages that only a checkout has.
+NOT_INSTALLED = ("scripts/bench", "scripts/soak")
 
 
 def source_files(folder: str) -> list[Path]:
     return sorted(path for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts)
 
 
-def module_names() -> list[str]:
+def is_installed(path: Path) -> bool:
+    """Whether a file of the packages belongs into the wheel."""
+    return not path.relative_to(ROOT).as_posix().startswith(tuple(f"{folder}/" for folder in NOT_INSTALLED))
+
+
+def module_names(installed_only: bool = False) -> list[str]:
     """Every module of every package, as `tenure.x.y`."""
     names = []
     for folder in PRESENT:
         for path in source_files(folder):
+            if installed_only and not is_installed(path):
+                continue
             parts = path.relative_to(ROOT).with_suffix("").parts
-            names.append(".".join(("tenure", *(part for part in parts if part != "__init__"))))
+            parts = parts if folder == "tenure" else ("tenure", *parts)
+            names.append(".".join(part for part in parts if part != "__init__"))
     return names
 
 
@@ -47,26 +52,57 @@ def run_python(code: str, *, cwd: Path, **environment: str) -> subprocess.Comple
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that neither this tree nor an old build/ folder takes part."""
-    source = tmp_path_factory.mktemp("source") / "tree"
-    shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree, so that neither this tree nor an old build/ folder takes part in what is built."""
+    copy = tmp_path_factory.mktemp("source") / "tree"
+    shutil.copytree(ROOT, copy, ignore=NOT_SOURCE)
+    return copy
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """`kind` is sdist or wheel."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out), str(source)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
-    (path,) = out.glob("*.whl")
+    (path,) = out.glob("*.whl" if kind == "wheel" else "*.tar.gz")
     return path
 
 
-def test_wheel_contents_equal_the_tree(wheel: Path):
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+def shipped_files(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
-        shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def test_wheel_contents_equal_the_installed_packages(wheel: Path):
     expected = set()
     for folder in PRESENT:
         files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-        expected |= {f"tenure/{path.relative_to(ROOT).as_posix()}" for path in files if not path.name.startswith(".")}
+        files = [path for path in files if not path.name.startswith(".") and is_installed(path)]
+        prefix = "" if folder == "tenure" else "tenure/"
+        expected |= {f"{prefix}{path.relative_to(ROOT).as_posix()}" for path in files}
+    shipped = shipped_files(wheel)
     assert shipped == expected
+    assert {"tenure/__init__.py", "tenure/__main__.py", "tenure/py.typed", "tenure/scripts/cli.py"} <= shipped
+    assert not [name for name in shipped if "bench" in name or "soak" in name or "tests/" in name]
+
+
+def test_the_sdist_is_complete_and_makes_the_same_wheel(source: Path, wheel: Path, tmp_path: Path):
+    sdist = build("sdist", source, tmp_path)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (tree,) = (tmp_path / "unpacked").iterdir()
+    packed = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    wanted = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    wanted = {name for name in wanted if not name.startswith(("tenure.egg-info/", "build/"))}
+    assert not wanted - packed
+    assert {"docs/records/kvpress/settings.json", "examples/smollm2-135m-gates/gates.safetensors"} <= packed
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "constraints.txt"} <= packed
+    assert shipped_files(build("wheel", tree, tmp_path / "wheel")) == shipped_files(wheel)
 
 
 def test_wheel_metadata(wheel: Path):
@@ -82,25 +118,107 @@ def test_wheel_metadata(wheel: Path):
     assert extras == {"demo", "train", "eval", "kvpress", "agents", "simulate", "serve", "docs", "test", "dev"}
 
 
-def test_plain_install_imports_everything(wheel: Path, tmp_path: Path):
-    target = tmp_path / "site"
+# An editable install's import hook takes part in every process of this environment; plain installs are tested alone.
+ALONE = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '') + repr(f)]
+for name in list(sys.modules):
+    if name.split('.')[0] == 'tenure': del sys.modules[name]
+"""
+
+
+@pytest.fixture(scope="module")
+def plain_install(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("plain") / "site"
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(target)]
     subprocess.run([*command, str(wheel)], check=True, capture_output=True)
-    assert {path.name for path in target.iterdir() if path.is_dir() and not path.name.endswith(".dist-info")} <= {
-        "tenure",
-        "bin",
-    }
-    # An editable install's import hook comes first on sys.meta_path; the plain install is to be seen alone.
-    code = (
-        "import sys, importlib\n"
-        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '') + repr(f)]\n"
-        "for name in list(sys.modules):\n"
-        "    if name.split('.')[0] == 'tenure': del sys.modules[name]\n"
-        f"for name in {module_names()!r}:\n"
-        f"    assert importlib.import_module(name).__file__.startswith({str(target)!r}), name\n"
+    return target
+
+
+def test_plain_install_imports_everything(plain_install: Path, tmp_path: Path):
+    folders = {path.name for path in plain_install.iterdir() if path.is_dir() and not path.name.endswith(".dist-info")}
+    assert folders <= {"tenure", "bin"}
+    code = ALONE + (
+        "import importlib\n"
+        f"for name in {module_names(installed_only=True)!r}:\n"
+        f"    assert importlib.import_module(name).__file__.startswith({str(plain_install)!r}), name\n"
     )
-    result = run_python(code, cwd=tmp_path, PYTHONPATH=str(target))
+    result = run_python(code, cwd=tmp_path, PYTHONPATH=str(plain_install))
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("arguments", [["bench", "decode", "--quick"], ["bench", "gpu", "--help"], ["soak"]])
+def test_a_plain_install_says_what_needs_a_checkout(arguments: list[str], plain_install: Path, tmp_path: Path):
+    code = ALONE + f"from tenure.scripts.cli import main\nsys.exit(main({arguments!r}))"
+    result = run_python(code, cwd=tmp_path, PYTHONPATH=str(plain_install))
+    assert result.returncode == 1 and not result.stdout
+    (line,) = result.stderr.splitlines()
+    name = " ".join(word for word in arguments if not word.startswith("-"))
+    assert line == (
+        f"tenure {name}: benchmarks and soak tests are part of the repository and not of the installed package: run "
+        "this in a checkout, installed with `pip install -e .`"
+    )
+
+
+def test_this_install_resolves_everything_to_the_checkout(tmp_path: Path):
+    """Tests run in an editable install; its hook has to find the top-level package beside the mapped folders."""
+    code = (
+        "import importlib, pathlib\n"
+        f"root = pathlib.Path({str(ROOT)!r})\n"
+        f"for name in {module_names()!r}:\n"
+        "    assert pathlib.Path(importlib.import_module(name).__file__).resolve().is_relative_to(root), name\n"
+    )
+    result = run_python(code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_the_front_door_is_light_and_complete(tmp_path: Path):
+    code = (
+        "import sys, tenure\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'tyro', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert set(tenure.__all__) <= set(dir(tenure))\n"
+        "from importlib.metadata import version\n"
+        "assert tenure.__version__ == version('tenure')\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "from tenure import evict, RetentionGates, Engine\n"
+        "import tenure.eviction, tenure.retention, tenure.serving.engine\n"
+        "assert evict is tenure.eviction.evict and RetentionGates is tenure.retention.RetentionGates\n"
+        "assert Engine is tenure.serving.engine.Engine\n"
+        "from tenure import *\n"
+        "missing = [name for name in tenure.__all__ if name not in globals()]\n"
+        "assert not missing, missing\n"
+    )
+    result = run_python(code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    with pytest.raises(AttributeError, match="module 'tenure' has no attribute 'evictt'"):
+        tenure.evictt  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_type_checkers_see_the_names_that_the_front_door_exports():
+    """Lazy names are invisible to them; the imports under `TYPE_CHECKING` say the same."""
+    tree = ast.parse(Path(str(tenure.__file__)).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imported = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == {name: f"tenure.{module}" for name, module in tenure._MODULE_OF.items()}
+    assert {*imported, "__version__"} == set(tenure.__all__)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["inspect", "/no/such/gates"]])
+def test_python_m_is_the_command(arguments: list[str], tmp_path: Path):
+    command = Path(sys.executable).with_name("tenure")
+    ran = [
+        subprocess.run([*start, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        for start in ([str(command)], [sys.executable, "-m", "tenure"])
+    ]
+    assert ran[0].returncode == ran[1].returncode
+    assert (ran[0].stdout, ran[0].stderr) == (ran[1].stdout, ran[1].stderr)
+    assert ran[0].stdout or ran[0].stderr
 
 
 def packages_listed() -> list[str]:
@@ -109,7 +227,19 @@ def packages_listed() -> list[str]:
     return config["options"]["packages"].split()
 
 
-@pytest.mark.parametrize("package", packages_listed())
+def packages_present() -> list[str]:
+    """Those of `FOLDERS` but the top-level package, and the ones that are not installed."""
+    found = [path.parent.relative_to(ROOT) for folder in PRESENT for path in (ROOT / folder).rglob("__init__.py")]
+    return sorted(".".join(("tenure", *path.parts)) for path in found if path.parts != ("tenure",))
+
+
+def test_every_package_is_listed_or_needs_a_checkout():
+    unlisted = set(packages_present()) - set(packages_listed())
+    assert all(name.startswith(("tenure.scripts.bench", "tenure.scripts.soak")) for name in unlisted), unlisted
+    assert set(packages_listed()) - set(packages_present()) == {"tenure"}
+
+
+@pytest.mark.parametrize("package", packages_present())
 def test_a_bare_name_import_is_refused(package: str):
     bare = package.removeprefix("tenure.")
     result = run_python(f"import {bare}", cwd=ROOT)
@@ -118,7 +248,7 @@ def test_a_bare_name_import_is_refused(package: str):
     assert f"import 'tenure.{outermost}', not '{outermost}'" in result.stderr
 
 
-@pytest.mark.parametrize("package", packages_listed())
+@pytest.mark.parametrize("package", packages_present())
 def test_every_package_guards_its_own_name(package: str):
     folder = package.removeprefix("tenure.").replace(".", "/")
     tree = ast.parse((ROOT / folder / "__init__.py").read_text())
@@ -126,62 +256,11 @@ def test_every_package_guards_its_own_name(package: str):
     assert ast.unparse(after_docstring).startswith("if not __name__.startswith('tenure.'):\n    raise ImportError(")
 
 
-def imported_packages(path: Path) -> set[str]:
-    """Top-level packages of this project that a file imports, wherever in the file and in whichever form."""
-    here = path.relative_to(ROOT).with_suffix("").parts
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names: list[tuple[str, ...]] = []
-        if isinstance(node, ast.Import):
-            names = [tuple(alias.name.split(".")) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            module = tuple((node.module or "").split("."))
-            names = [(*module, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ("tenure", *here[: len(here) - node.level])
-            if len(here) - node.level < 0:
-                pytest.fail(f"{path}: line {node.lineno} imports from above the package")
-            module = tuple(node.module.split(".")) if node.module else ()
-            names = [(*base, *module, alias.name) for alias in node.names]
-        for name in names:
-            if name[0] == "tenure":
-                found.add(name[1] if len(name) > 1 else "*")
-            elif name[0] in FOLDERS or name[0] == "tests":
-                found.add(f"bare {name[0]}")
-    return found
-
-
-@pytest.mark.parametrize("folder", PRESENT)
-def test_imports_go_one_way(folder: str):
-    for path in source_files(folder):
-        wrong = imported_packages(path) - MAY_IMPORT[folder] - {folder}
-        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}; {folder} may import {MAY_IMPORT[folder]}"
-
-
-@pytest.mark.parametrize(
-    ("code", "found"),
-    [
-        ("import tenure.eviction.policies", {"eviction"}),
-        ("from tenure import scripts", {"scripts"}),
-        ("def f():\n    from ..eval import tasks", {"eval"}),
-        ("from .. import serving", {"serving"}),
-        ("from . import gates", {"retention"}),
-        ("import scripts.cli", {"bare scripts"}),
-        ("from tests import conftest", {"bare tests"}),
-        ("import evaluate, torch", set()),
-    ],
-)
-def test_the_import_reader_sees(code: str, found: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    path = tmp_path / "retention" / "probe.py"
-    path.parent.mkdir()
-    path.write_text(code)
-    assert imported_packages(path) == found
-
-
-def test_no_file_of_scripts_hides_a_module_when_run_as_a_script():
-    """`accelerate launch scripts/train_gates.py` puts scripts/ first on sys.path."""
-    names = {path.stem for path in source_files("scripts") if path.parent.name == "scripts"} - {"__init__"}
+@pytest.mark.parametrize("folder", ["scripts", "scripts/bench"])
+def test_no_file_of_scripts_hides_a_module_when_run_as_a_script(folder: str):
+    """`accelerate launch scripts/train_gates.py` puts scripts/ first on sys.path, a benchmark scripts/bench/."""
+    names = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    names |= {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
     assert not names & set(sys.stdlib_module_names)
     # -I leaves both the checkout and scripts/ out of sys.path
     code = f"import importlib.util as u; print([n for n in {sorted(names)!r} if u.find_spec(n)])"

@@ -22,7 +22,7 @@ from tenure.eval.prompts import chat_frame
 from tenure.eviction import evict
 from tenure.retention import RetentionGates
 from tenure.scripts import cli
-from tenure.scripts.run_lm_eval import Config
+from tenure.scripts.run_lm_eval import LmEvalArguments
 
 from .harness_tools import TASKS, instance, passage, run_tasks, write_tasks
 
@@ -285,7 +285,7 @@ def test_command_lines_are_completed(tmp_path):
     stored = peek(["--config", str(settings)])
     assert (stored.model, stored.model_args, stored.tasks) == ("tenure", {"pretrained": "y"}, ["tenure_cwe"])
     assert len(task_names()) == 2 * (17 + 2) and len(task_files("tenure_memory_aware")) == 4
-    assert Config(("a",)).arguments == ("a",)
+    assert LmEvalArguments(("a",)).arguments == ("a",)
 
 
 def test_importing_registers_in_either_order_and_imports_nothing(tmp_path):

@@ -18,7 +18,7 @@ kvpress = pytest.importorskip("kvpress")
 
 from tenure.eviction import RaggedCache, SnapKV, evict  # noqa: E402
 from tenure.eviction.integrations.kvpress import PressPolicy, from_press  # noqa: E402
-from tenure.scripts.kvpress_kept import _kept as positions_kept  # noqa: E402
+from tenure.scripts.bench.kvpress_kept import _kept as positions_kept  # noqa: E402
 
 N, RATIO = 320, 0.75  # a quarter of them is a whole number
 LAYERS, HEADS = 3, 2

@@ -11,8 +11,8 @@ import torch
 
 from tenure.eviction import evict
 from tenure.retention import RetentionGates
-from tenure.scripts.agent_runs import make_workload
-from tenure.scripts.bench_agents import Config, compare, write
+from tenure.scripts.bench.agent_runs import make_workload
+from tenure.scripts.bench.bench_agents import AgentsBenchConfig, compare, write
 from tenure.serving.simulation.simulator import Row
 
 FIXED, SUFFIX, ANSWER = 48, 16, 4
@@ -31,7 +31,7 @@ def test_rows_of_systems_with_and_without_compression(session, tmp_path: Path, c
     text = torch.randint(3, 128, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
     turns = [make_workload("ring", text, 2, FIXED, SUFFIX, ANSWER, 0.0, turn) for turn in range(2)]
     systems = ("lru", "lru_reactive", "ste_prefetch")
-    config = Config(systems=systems, fixed=FIXED, suffix=SUFFIX, answer=ANSWER, bandwidth=20.0, runs=2)
+    config = AgentsBenchConfig(systems=systems, fixed=FIXED, suffix=SUFFIX, answer=ANSWER, bandwidth=20.0, runs=2)
     rows = {row["policy"]: row for row in compare(session, turns, 0.5, config)}
     assert list(rows) == [*systems, *(f"{system}+25%" for system in systems)]
     assert rows["lru_reactive"]["ratio"] == 1.0 and rows["lru"]["bytes_moved"] == 0
@@ -59,4 +59,4 @@ def test_rows_of_systems_with_and_without_compression(session, tmp_path: Path, c
 )
 def test_what_cannot_be_is_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Config(**values)
+        AgentsBenchConfig(**values)

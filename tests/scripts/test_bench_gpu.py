@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from tenure.retention.ops.kernel_choice import interpreting
-from tenure.scripts import bench_gpu
-from tenure.scripts.gpu import decoding
-from tenure.scripts.gpu.after_prompt import AfterPrompt
-from tenure.scripts.gpu.case import H100, Case, Sides, Work
-from tenure.scripts.gpu.cases import all_cases
-from tenure.scripts.gpu.decoding import Append, RaggedDecode
-from tenure.scripts.gpu.evicting import Compaction, DefensiveScores, Selection, ValueNorms
-from tenure.scripts.gpu.moving import TierCopies
-from tenure.scripts.gpu.running import GIB, Row, Timer, check_all
-from tenure.scripts.gpu.stopwatch import Stopwatch
-from tenure.scripts.gpu.table import rows_text
-from tenure.scripts.gpu.training import GatedAttention, Occupancy
+from tenure.scripts.bench import bench_gpu
+from tenure.scripts.bench.gpu import decoding
+from tenure.scripts.bench.gpu.after_prompt import AfterPrompt
+from tenure.scripts.bench.gpu.case import H100, Case, Sides, Work
+from tenure.scripts.bench.gpu.cases import all_cases
+from tenure.scripts.bench.gpu.decoding import Append, RaggedDecode
+from tenure.scripts.bench.gpu.evicting import Compaction, DefensiveScores, Selection, ValueNorms
+from tenure.scripts.bench.gpu.moving import TierCopies
+from tenure.scripts.bench.gpu.running import GIB, KernelRow, KernelTimer, check_all
+from tenure.scripts.bench.gpu.stopwatch import Stopwatch
+from tenure.scripts.bench.gpu.table import rows_text
+from tenure.scripts.bench.gpu.training import GatedAttention, Occupancy
 
 SCRIPT = Path(bench_gpu.__file__).resolve()
 # The dependencies of tenure that the script must do without, and an installed tenure is not used either.
@@ -150,8 +150,8 @@ class Doubling(Case):
         return float("nan")
 
 
-def timer(free: float = GIB, ends: float = float("inf")) -> Timer:
-    return Timer("cpu", Stopwatch("cpu", 0.1), H100, frozenset(), ends, lambda device: free)
+def timer(free: float = GIB, ends: float = float("inf")) -> KernelTimer:
+    return KernelTimer("cpu", Stopwatch("cpu", 0.1), H100, frozenset(), ends, lambda device: free)
 
 
 def test_rows_say_what_is_missing_and_why() -> None:
@@ -183,4 +183,4 @@ def test_the_shapes_that_are_timed() -> None:
     for case in cases:
         assert case.memory() < 75 * GIB, "an H100 times every row"
         assert case.small(interpreted=False).memory() < GIB
-    assert rows_text([Row("a", "b", 1.0)]).splitlines()[0].split()[0] == "kernel"
+    assert rows_text([KernelRow("a", "b", 1.0)]).splitlines()[0].split()[0] == "kernel"

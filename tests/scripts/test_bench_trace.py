@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tenure.eviction import evict
-from tenure.scripts import bench_trace
-from tenure.scripts.agent_runs import Setting, make_workload
-from tenure.scripts.bench_agents import prepared
-from tenure.scripts.bench_trace import Config, costs_of, record, show, validate
-from tenure.scripts.simulate_output import write_rows
+from tenure.scripts.bench import bench_trace
+from tenure.scripts.bench.agent_runs import AgentRunSetting, make_workload
+from tenure.scripts.bench.bench_agents import prepared
+from tenure.scripts.bench.bench_trace import TraceBenchConfig, costs_of, record, show, validate
+from tenure.scripts.output import write_rows
 from tenure.serving.prompt_cache import PromptKV
 from tenure.serving.simulation.simulator import machine_of, replay
 from tenure.serving.simulation.trace import TraceRecorder, read_trace
@@ -44,7 +44,7 @@ def test_a_replay_asks_and_hits_what_the_engine_did(session, workload, system, t
     """Without a prefetch nothing depends on how fast the machine was: every request finds the same tokens."""
     rate = PromptKV(session).bytes_per_token()
     room = (4 * FIXED + FIXED + SUFFIX + ANSWER) * rate
-    setting = Setting(system, None, room, 20 * FIXED * rate, 1e9, 1e9, costs_of(100.0, 1e9))
+    setting = AgentRunSetting(system, None, room, 20 * FIXED * rate, 1e9, 1e9, costs_of(100.0, 1e9))
     record(session, workload, setting, prepared(session, workload, None), tmp_path / "run.jsonl")
     trace = read_trace(tmp_path / "run.jsonl")
     assert [call.agent for call in trace.calls] == [call.agent for call in workload.calls]
@@ -66,7 +66,8 @@ def test_a_replay_asks_and_hits_what_the_engine_did(session, workload, system, t
 
 
 def test_rows_are_measured_predicted_and_shown(session, workload, tmp_path: Path, capsys) -> None:
-    config = Config(systems=("lru_reactive", "ste_prefetch"), fixed=FIXED, suffix=SUFFIX, answer=ANSWER, bandwidth=1.0)
+    systems = ("lru_reactive", "ste_prefetch")
+    config = TraceBenchConfig(systems=systems, fixed=FIXED, suffix=SUFFIX, answer=ANSWER, bandwidth=1.0)
     rows = validate(session, workload, prepared(session, workload, None), 500.0, config, tmp_path)
     assert [(row.name, row.policy) for row in rows] == [("ring", "lru_reactive"), ("ring", "ste_prefetch")]
     for row in rows:
@@ -91,4 +92,4 @@ def test_rows_are_measured_predicted_and_shown(session, workload, tmp_path: Path
 )
 def test_what_cannot_be_is_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bench_trace.Config(**values)
+        bench_trace.TraceBenchConfig(**values)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tenure.scripts.bench_train import attention_rows
-from tenure.scripts.benching import Row, alternate, median_ratio, show, write_json
+from tenure.scripts.bench.bench_train import attention_rows
+from tenure.scripts.bench.benching import BenchRow, alternate, median_ratio, show
+from tenure.scripts.output import write_rows
 
 
 def test_sides_take_turns_and_the_warm_up_is_not_counted() -> None:
@@ -25,8 +26,8 @@ def test_the_ratio_is_the_median_of_pairs() -> None:
 
 
 def test_rows_are_written_as_strict_json_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [Row("x/T1", 1.0, None, 1.0, "MiB", 1), Row("y", 2.0, 4.0, 2.0, "s", 3, "faster")]
-    write_json(rows, str(tmp_path / "new" / "rows.json"))
+    rows = [BenchRow("x/T1", 1.0, None, 1.0, "MiB", 1), BenchRow("y", 2.0, 4.0, 2.0, "s", 3, "faster")]
+    write_rows(rows, str(tmp_path / "new" / "rows.json"))
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tenure.scripts import kvpress_kept
-from tenure.scripts.compare_kvpress import Config, agreement, kept_by_kvpress, kept_by_us, policies
+from tenure.scripts.bench import kvpress_kept
+from tenure.scripts.bench.compare_kvpress import KvpressBenchConfig, agreement, kept_by_kvpress, kept_by_us, policies
 
 
 def test_agreement_counts_common_entries():
@@ -41,9 +41,9 @@ def test_our_side_keeps_the_share(tiny_llama):
 
 def test_what_cannot_be_run_is_told(tmp_path):
     with pytest.raises(ValueError, match="--shares accepts numbers between 0 and 1"):
-        Config(Path("python"), shares=(1.0,))
+        KvpressBenchConfig(Path("python"), shares=(1.0,))
     with pytest.raises(ValueError, match="accept 1 or more"):
-        Config(Path("python"), prompts=0)
+        KvpressBenchConfig(Path("python"), prompts=0)
     with pytest.raises(ValueError, match="--python /no/python cannot be run"):
         kept_by_kvpress(Path("/no/python"), "model", [[1]], (0.5,))
     with pytest.raises(ValueError, match=r"could not run kvpress: .*(kvpress|/no/model)"):

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tenure.retention import RetentionGates
-from tenure.scripts import demo
-from tenure.scripts.demo import Config, Plan, find_gates, main
+from tenure.scripts import demo, loading
+from tenure.scripts.demo import DemoConfig, DemoPlan, find_gates, main
 
 NASTY = 'He wrote </script><img src=x onerror="alert(1)"> & left it there. '
 TEXT = NASTY + " ".join(f"On day {day} the crew wrote down what the weather was like." for day in range(150))
@@ -42,20 +42,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def config(tiny_model, tokenizer, tmp_path) -> Config:
+def config(tiny_model, tokenizer, tmp_path) -> DemoConfig:
     """A folder with a model, gates for it and a text, and a configuration that names them."""
     model = tiny_model("llama", vocab_size=512, max_position_embeddings=1024)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     RetentionGates.for_model(model, gate_width=8, initial_bias=3.0).save_pretrained(tmp_path / "gates")
     (tmp_path / "text.txt").write_text(TEXT)
-    return Config(
+    return DemoConfig(
         model=str(tmp_path / "model"), gates=str(tmp_path / "gates"), data=str(tmp_path / "text.txt"), length=450,
         cases=2, train_steps=0, out=tmp_path / "out",
     )  # fmt: skip
 
 
-def change(config: Config, **changes: Any) -> Config:
+def change(config: DemoConfig, **changes: Any) -> DemoConfig:
     return replace(config, **changes)
 
 
@@ -126,7 +126,7 @@ def test_the_page_is_self_contained_and_escaped(config, tokenizer):
         assert policy["share"] == pytest.approx(0.2)
 
 
-def _nasty(config: Config) -> str:
+def _nasty(config: DemoConfig) -> str:
     path = Path(config.data).with_name("nasty.txt")
     path.write_text(NASTY * 60)
     return str(path)
@@ -154,11 +154,11 @@ def test_full_adds_lengths_budgets_a_task_and_markdown(config, monkeypatch):
 
 
 def test_quick_only_lowers():
-    assert Plan.of(Config(quick=True)).cases == 5
-    assert Plan.of(Config(quick=True, cases=3, train_steps=0)).cases == 3
-    assert Plan.of(Config(quick=True, train_steps=0)).train_steps == 0
-    assert Plan.of(Config(full=True)).lengths == (1024, 2048)
-    assert Plan.of(Config()).tasks == ("needle", "phrase", "multikey")
+    assert DemoPlan.of(DemoConfig(quick=True)).cases == 5
+    assert DemoPlan.of(DemoConfig(quick=True, cases=3, train_steps=0)).cases == 3
+    assert DemoPlan.of(DemoConfig(quick=True, train_steps=0)).train_steps == 0
+    assert DemoPlan.of(DemoConfig(full=True)).lengths == (1024, 2048)
+    assert DemoPlan.of(DemoConfig()).tasks == ("needle", "phrase", "multikey")
 
 
 @pytest.mark.parametrize(
@@ -192,15 +192,15 @@ def test_gates_of_another_model_are_refused(config, tiny_model, tmp_path):
 
 def test_settings_that_exclude_each_other():
     with pytest.raises(ValueError, match="--quick and --full exclude each other"):
-        Config(quick=True, full=True)
+        DemoConfig(quick=True, full=True)
     with pytest.raises(ValueError, match="--cases takes 1 or more"):
-        Config(cases=0)
+        DemoConfig(cases=0)
     with pytest.raises(ValueError, match="--threads is 0"):
-        Config(threads=0)
+        DemoConfig(threads=0)
 
 
 def test_shipped_gates_are_asked_for_by_name_when_absent(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "SHIPPED_GATES", Path("examples") / "not-there")
+    monkeypatch.setattr(loading, "SHIPPED_GATES", Path("examples") / "not-there")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"not-there\) are part of the repository .* give --gates"):
         find_gates("demo", None)

@@ -231,8 +231,8 @@ def test_a_report_of_nothing_is_refused(folder, capsys):
 
 def test_numbers_and_names_out_of_range_are_refused():
     with pytest.raises(ValueError, match="--processes is 0; 1 or more is accepted"):
-        sweep.Config(Path("a.yaml"), processes=0)
+        sweep.SweepCommand(Path("a.yaml"), processes=0)
     with pytest.raises(ValueError, match="3 runs are named; one, or two to compare, are accepted"):
-        report.Config([Path("a"), Path("b"), Path("c")])
+        report.ReportConfig([Path("a"), Path("b"), Path("c")])
     with pytest.raises(ValueError, match=r"--output is page.txt; a name that ends with .html is accepted"):
-        report.Config([Path("a")], output=Path("page.txt"))
+        report.ReportConfig([Path("a")], output=Path("page.txt"))

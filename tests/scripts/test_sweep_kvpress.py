@@ -14,9 +14,9 @@ import torch
 from tenure.eval import CaseBuilder, kl_to_full
 from tenure.eval.cells import parse_cells
 from tenure.eval.sweep import Failure, SweepConfig, Unit
-from tenure.scripts.kvpress_answers import Answers
-from tenure.scripts.sweep import Config
-from tenure.scripts.sweep_kvpress import KvpressRunner, check_kvpress
+from tenure.scripts.bench.kvpress_answers import Answers
+from tenure.scripts.bench.sweep_kvpress import KvpressRunner, check_kvpress
+from tenure.scripts.sweep import SweepCommand
 
 CONTEXT, QUESTION, GOLD = list(range(3, 43)), [50, 51, 52, 53], [60, 61, 62]
 
@@ -102,7 +102,7 @@ def test_pythons_that_cannot_run_kvpress_are_refused():
     with pytest.raises(ValueError, match="--kvpress /no/python cannot be run"):
         check_kvpress(Path("/no/python"), sweep, sweep.cells())
     with pytest.raises(ValueError, match="--kvpress runs on the CPU; --devices has cuda:0"):
-        Config(Path("sweep.yaml"), devices=["cuda:0"], kvpress=Path("python"))
+        SweepCommand(Path("sweep.yaml"), devices=["cuda:0"], kvpress=Path("python"))
     builder = partial(CaseBuilder, None, [])
     with pytest.raises(ValueError, match="could not run kvpress: "):
         KvpressRunner(Path(sys.executable), "/no/model", None, parse_cells(["snapkv"], [0.5]), builder, [2])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tenure.scripts.soak_kv import TOKEN_BYTES, FaultyTransfer, assert_holds, damage, kv_of
+from tenure.scripts.soak.faulty_kv import TOKEN_BYTES, FaultyTransfer, assert_holds, damage, kv_of
 from tenure.serving import (
     LRU,
     AllocStatus,

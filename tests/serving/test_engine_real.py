@@ -7,9 +7,9 @@ import torch
 
 from tenure.eviction import evict
 from tenure.retention import RetentionGates
-from tenure.scripts.agent_runs import Setting, make_workload, one_run
-from tenure.scripts.bench_agents import prepared
-from tenure.scripts.demo import find_gates
+from tenure.scripts.bench.agent_runs import AgentRunSetting, make_workload, one_run
+from tenure.scripts.bench.bench_agents import prepared
+from tenure.scripts.loading import find_gates
 from tenure.serving import LinearCosts
 from tenure.serving.prompt_cache import Compression, PromptKV
 
@@ -43,7 +43,7 @@ def test_the_real_model_answers_as_without_a_cache(real_model_path, essay_texts)
             room = int(3 * FIXED * (1.0 if how is None else 0.3) + FIXED + SUFFIX + ANSWER) * rate
             for system in ("lru_reactive", "ste_prefetch"):
                 costs = LinearCosts(300.0, (1e8, 1e8), 0.0)
-                setting = Setting(system, how, room, 20 * FIXED * rate, 1e8, 1e8, costs)
+                setting = AgentRunSetting(system, how, room, 20 * FIXED * rate, 1e8, 1e8, costs)
                 run = one_run(session, workload, setting, prepared(session, workload, how))
                 assert run.answers == tuple(wanted), (system, how)
                 assert run.bytes_moved > 0

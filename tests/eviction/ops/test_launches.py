@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction.ops import copy_entries, page_table, paged_attention, radix_select, value_norms, window_risk
-from tenure.eviction.ops.compile_cases import (
+from tenure.scripts.bench.eviction_kernel_cases import (
     DIM,
     HEADS,
     KEPT,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tenure.retention.ops import gated_attention_triton, occupancy_triton
-from tenure.retention.ops.compile_cases import MODELS, compile_cases
+from tenure.scripts.bench.retention_kernel_cases import MODELS, compile_cases
 
 from ...launches import assert_compiled_as_launched, heads_behind_tokens, meta, record
 

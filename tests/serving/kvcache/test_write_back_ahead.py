@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tenure.scripts.soak_kv import TOKEN_BYTES
+from tenure.scripts.soak.faulty_kv import TOKEN_BYTES
 from tenure.serving import (
     LRU,
     AllocStatus,

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run
 
-from tenure.scripts import soak
-from tenure.scripts.soak_world import AGENTS, BELOW, FAULTS, HINTS, SYSTEMS, World
+from tenure.scripts.soak import run_soak
+from tenure.scripts.soak.world import AGENTS, BELOW, FAULTS, HINTS, SYSTEMS, World
 from tenure.serving import StorePolicy
 
 STEPS = int(os.environ.get("TENURE_SOAK_STEPS", "100000"))  # that do not shrink; those that do are a tenth of it
@@ -127,7 +127,7 @@ def test_random_steps_that_shrink():
 @pytest.mark.timeout(900)  # one run, as some counters move once in ten thousand steps
 def test_many_random_steps():
     """Every counter must have moved: what never happens is not tested."""
-    counts = soak.worlds(STEPS, seed=1)
+    counts = run_soak.worlds(STEPS, seed=1)
     still = [name for name, value in counts.items() if not value]
     assert set(still) <= {"stores_refused", "tiers: refused", "prefetch: over_budget"}, still
     assert (
@@ -138,7 +138,7 @@ def test_many_random_steps():
 
 def test_the_command_counts_and_writes(tmp_path, capsys):
     target = tmp_path / "soak.json"
-    assert soak.main(soak.Config(steps=300, seconds=0, json=str(target))) == 0
+    assert run_soak.main(run_soak.SoakConfig(steps=300, seconds=0, json=str(target))) == 0
     assert "steps" in capsys.readouterr().out and '"steps": 300' in target.read_text()
     with pytest.raises(ValueError, match="got --steps -1"):
-        soak.Config(steps=-1)
+        run_soak.SoakConfig(steps=-1)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tenure.scripts.soak_threads import Stress
+from tenure.scripts.soak.stress import Stress
 from tenure.serving import (
     LinearCosts,
     MemoryPool,

@@ -1,0 +1,242 @@
+"""`tenure bench decode`: decoding speed with a fifth of the cache kept, against the full cache and kvpress."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..output import write_rows
+from .benching import BenchRow, alternate, essay_prompts, median_ratio, show
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from ...eviction import RaggedCache
+    from ...eviction.session import Session
+    from ...retention import RetentionGates
+
+
+@dataclass(frozen=True)
+class DecodePoint:
+    """One row of the table: context, batch and dtype, and the target speed-up over the full cache."""
+
+    context: int
+    batch: int
+    dtype: str
+    aim: float
+
+    @property
+    def name(self) -> str:
+        return f"decode/ctx{self.context}/b{self.batch}" + ("/fp32" if self.dtype == "float32" else "")
+
+
+POINTS = (
+    DecodePoint(4096, 1, "bfloat16", 2.0),
+    DecodePoint(4096, 4, "bfloat16", 2.5),
+    DecodePoint(1024, 1, "bfloat16", 1.2),
+    DecodePoint(4096, 1, "float32", 1.15),
+    DecodePoint(4096, 4, "float32", 2.0),
+)
+KVPRESS = DecodePoint(4096, 1, "bfloat16", 1.5)
+
+
+@dataclass
+class DecodeBenchConfig:
+    """Time decoding from a compressed cache; print a table of speed-ups over transformers' full cache.
+
+    Both sides decode greedily from the same essay, in alternation. Prompts are computed in float32 and their caches
+    converted, since prefill in bfloat16 is too slow on CPUs without bfloat16 units.
+    """
+
+    model: str = "demo"
+    """Hub id, local folder, or `demo`."""
+    gates: str | None = None
+    """Trained gates: a folder or Hub id; by default the gates shipped for the demo model."""
+    share: float = 0.2
+    """Share of the cache to keep."""
+    threads: int = 1
+    """CPU threads on each side."""
+    runs: int = 5
+    """Measured runs per side; medians are reported."""
+    decode_tokens: int = 32
+    """Tokens decoded per run."""
+    kvpress_python: Path | None = None
+    """Python of an environment with kvpress: adds a row against its AdaKV."""
+    quick: bool = False
+    """Measure only the row at 1024 tokens."""
+    json: str | None = None
+    """Also write the rows to this file."""
+
+    def __post_init__(self) -> None:
+        if min(self.threads, self.runs, self.decode_tokens) < 1:
+            raise ValueError("--threads, --runs and --decode-tokens accept 1 or more")
+        if not 0 < self.share < 1:
+            raise ValueError(f"--share accepts a number between 0 and 1, got {self.share}")
+
+
+def main(config: DecodeBenchConfig) -> int:
+    import torch
+
+    from ...retention import RetentionGates
+    from ..loading import find_gates, load_model
+
+    torch.set_num_threads(config.threads)
+    gates = RetentionGates.from_pretrained(find_gates(config.model, config.gates))
+    model, tokenizer = load_model(config.model, "cpu", "float32")
+    gates.check_model(model)
+    prompts = essay_prompts(tokenizer, 4, 4096)
+    rows = [
+        decode_row(model, gates, prompts, point, config)
+        for point in POINTS
+        if not config.quick or point.context <= 1024
+    ]
+    if config.kvpress_python is not None and not config.quick:
+        with kvpress_decoder(prompts[:1], config) as peer:
+            rows.append(decode_row(model, gates, prompts, KVPRESS, config, peer))
+    title = f"{config.model}, {config.share:.0%} kept, {config.threads} threads, torch {torch.__version__}"
+    show(rows, title)
+    if config.json:
+        write_rows(rows, config.json)
+    return 0
+
+
+@dataclass(frozen=True)
+class PromptStates:
+    """A prompt's whole cache in float32, layer by layer: `(batch, heads, n, dim)`, log β `(batch, heads, n)`."""
+
+    ids: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    log_beta: list[torch.Tensor]
+
+    @classmethod
+    def read(cls, model: PreTrainedModel, gates: RetentionGates, ids: torch.Tensor) -> PromptStates:
+        from ...eviction import evict
+
+        with evict(model, "full", gates=gates, observe=["retention"]) as session:
+            cache = session.new_cache()
+            model(ids, past_key_values=cache, logits_to_keep=1)
+        keys, values, log_beta = (
+            [store.dense(store.buffers[name]) for store in cache.stores] for name in ("key", "value", "log_beta")
+        )
+        return cls(ids, keys, values, log_beta)
+
+    def plain(self, config: Any, dtype: torch.dtype) -> Any:
+        """As transformers' own cache."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=config)
+        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            cache.update(key.to(dtype), value.to(dtype), index)
+        return cache
+
+    def evicted(self, session: Session, dtype: torch.dtype) -> RaggedCache:
+        """As a cache of `session`, which evicts when the prompt has been written."""
+        cache = session.new_cache()
+        batch, n = self.ids.shape
+        cache.begin_step(batch, n, None, self.ids.device)
+        for layer, key, value, log_beta in zip(cache.ragged, self.keys, self.values, self.log_beta, strict=True):
+            cache.open_layer(layer.layer_idx, {"log_beta": log_beta})
+            layer.update(key.to(dtype), value.to(dtype))
+        cache.end_step(completed=True)
+        return cache
+
+
+def decode_row(
+    model: PreTrainedModel,
+    gates: RetentionGates,
+    prompts: torch.Tensor,
+    point: DecodePoint,
+    config: DecodeBenchConfig,
+    kvpress: Callable[[], object] | None = None,
+) -> BenchRow:
+    """Greedy decoding with retention under one global budget, against transformers' own cache or `kvpress`."""
+    import torch
+
+    from ...eviction import evict
+
+    dtype = getattr(torch, point.dtype)
+    with torch.no_grad():
+        prompt = PromptStates.read(model, gates, prompts[: point.batch, : point.context])
+        runner = copy.deepcopy(model).to(dtype)
+        plain_runner = copy.deepcopy(runner, {id(weight): weight for weight in runner.parameters()})  # the same weights
+        with evict(runner, "retention", config.share, gates=gates) as session:
+            kept = prompt.evicted(session, dtype)
+            plain = None if kvpress else prompt.plain(model.config, dtype)
+            first = prompt.ids[:, -1:]
+            del prompt
+            sides: dict[str, Callable[[], object]] = {
+                "ours": lambda: decode(runner, kept, first, config.decode_tokens),
+                "peer": kvpress or (lambda: decode(plain_runner, plain, first, config.decode_tokens)),
+            }
+            seconds = alternate(sides, config.runs)
+    tokens = point.batch * config.decode_tokens
+    ours, peer = (tokens / statistics.median(seconds[side]) for side in ("ours", "peer"))
+    ratio = median_ratio(seconds["peer"], seconds["ours"])
+    name = f"{point.name}/vs_kvpress" if kvpress else point.name
+    return BenchRow(name, ours, peer, ratio, "tokens/s", config.runs, f">= {point.aim} times the speed")
+
+
+def decode(model: Any, cache: Any, token: torch.Tensor, count: int) -> None:
+    """Decodes `count` tokens greedily after `token` `(batch, 1)` and takes them back."""
+    for _ in range(count):
+        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    cache.crop(-count)
+
+
+@contextlib.contextmanager
+def kvpress_decoder(prompt: torch.Tensor, config: DecodeBenchConfig) -> Iterator[Callable[[], object]]:
+    """A process with kvpress that has compressed `prompt` `(1, n)`; each call lets it decode once.
+
+    Raises:
+        ValueError: that Python does not run it; the message ends with the last line it wrote.
+    """
+    from ...training.assets import resolve_model
+
+    job = {
+        "model": str(resolve_model(config.model)),
+        "prompt": prompt[0].tolist(),
+        "share": config.share,
+        "tokens": config.decode_tokens,
+        "dtype": KVPRESS.dtype,
+        "threads": config.threads,
+    }
+    script = Path(__file__).with_name("kvpress_decode.py")
+    with tempfile.TemporaryDirectory() as folder:
+        file, errors = Path(folder, "job.json"), Path(folder, "errors")
+        file.write_text(json.dumps(job))
+        command = [str(config.kvpress_python), "-I", str(script), str(file)]
+        with errors.open("w") as stderr, subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as process:
+            assert process.stdin is not None and process.stdout is not None
+
+            def answer() -> str:
+                assert process.stdout is not None
+                line = process.stdout.readline()
+                if not line:
+                    last = (errors.read_text().strip().splitlines() or ["no output"])[-1]
+                    raise ValueError(f"--kvpress-python {config.kvpress_python} could not run kvpress: {last}")
+                return line
+
+            def once() -> str:
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+                return answer()
+
+            try:
+                answer()
+                yield once
+            finally:
+                process.stdin.close()
+                process.kill()
