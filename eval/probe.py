@@ -8,10 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..retention import RetentionGates
+from .cases import Record
 from .cells import Cell
-from .retrieval import CaseBuilder
-from .runner import Record, evaluate
-from .statistics import wilson
+from .intervals import wilson
+from .runner import evaluate
+from .tasks.builder import CaseBuilder
 
 PROBE_SEED = 1_000_003  # not the demo's: gates chosen by the probe were not chosen by the cases that judge them
 

@@ -7,8 +7,8 @@ from itertools import product
 from typing import Any
 
 from .cells import label
+from .intervals import Interval, bootstrap_mean, wilson
 from .runner import Record
-from .statistics import Interval, bootstrap_mean, wilson
 
 Row = dict[str, Any]
 

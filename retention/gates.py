@@ -23,7 +23,7 @@ from .checkpoint import (
     parse_weights,
     save_checkpoint,
 )
-from .config import RetentionConfig
+from .gate_config import RetentionConfig
 from .seams import full_attention_layers, text_config
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
-    from ..eval import Cell, Outcome, RiskControl
+    from ..eval import BudgetDecision, Cell, RiskControl
     from ..retention import Calibration, RetentionGates
     from ..training.assets import Document
     from .calibrate_cases import Measured
@@ -198,7 +198,7 @@ def _load(config: Config, gates: RetentionGates, console: Console) -> tuple[PreT
 
 
 def _calibration(
-    config: Config, plan: Plan, model: PreTrainedModel, measured: Measured, outcome: Outcome
+    config: Config, plan: Plan, model: PreTrainedModel, measured: Measured, outcome: BudgetDecision
 ) -> Calibration | None:
     """What is stored; None if no budget qualifies."""
     if outcome.budget is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..eval import Cell, Outcome, Resplits, RiskControl, bootstrap_mean, resplit
+from ..eval import BudgetDecision, Cell, Resplits, RiskControl, bootstrap_mean, resplit
 from ..eval.summary import budget_text
 from ..retention import Calibration
 from ..retention.checkpoint import write_atomic
@@ -41,7 +41,7 @@ def introduction(config: Config, cells: Sequence[Cell], names: Sequence[str]) ->
     return "\n".join(lines)
 
 
-def table(config: Config, outcome: Outcome, losses: np.ndarray) -> Table:
+def table(config: Config, outcome: BudgetDecision, losses: np.ndarray) -> Table:
     """One row a budget, the largest first."""
     from rich.table import Table
 
@@ -71,7 +71,7 @@ def conclusion(calibration: Calibration) -> str:
     return f"{budget_text(calibration.budget)} of the cache: {calibration.promise} drawn like these."
 
 
-def refusal(control: RiskControl, outcome: Outcome, cases: int) -> str:
+def refusal(control: RiskControl, outcome: BudgetDecision, cases: int) -> str:
     """Why no budget qualifies and what would help, in one sentence."""
     first = outcome.table[0]
     needed = control.cases_needed(first.mean_loss)
@@ -90,7 +90,7 @@ def show_validation(
     console: Console,
     config: Config,
     control: RiskControl,
-    outcome: Outcome,
+    outcome: BudgetDecision,
     measured: Measured,
     validation: Measured,
 ) -> None:
@@ -134,7 +134,7 @@ def _split_cells(found: Resplits, promised: str) -> list[str]:
 def write_json(
     path: Path,
     calibration: Calibration | None,
-    outcome: Outcome,
+    outcome: BudgetDecision,
     measured: Measured,
     validation: Measured | None,
 ) -> None:

@@ -157,12 +157,12 @@ def _check(config: Config, plan: Plan) -> tuple[list[Cell], RetentionGates | Non
         ValueError: unknown policy, scope or task; a budget out of range; documents beyond the model's context; no
             gates; no texts.
     """
-    from ..eval import check_inputs, get_task, parse_cells
+    from ..eval import RETRIEVAL, check_inputs, get_task, parse_cells
     from ..retention import RetentionGates
     from ..training.assets import resolve_model, resolve_texts
 
     for task in plan.tasks:
-        get_task(task)
+        get_task(task, RETRIEVAL)
     cells = parse_cells(config.policies, plan.budgets)
     gates = None
     if any("log_beta" in cell.policy.needs for cell in cells):

@@ -15,8 +15,7 @@ import numpy as np
 
 from ..eval import Case, Cell, Record, paired_bootstrap, summarise
 from ..eval.cells import label
-from ..eval.heat_map import save_heat_map
-from ..eval.kept import kept_mask, kept_share
+from ..eval.pictures import PagePolicy, kept_mask, kept_share, save_heat_map, save_token_page
 from ..eval.prompts import token_texts
 from ..eval.summary import (
     accuracy_text,
@@ -27,7 +26,6 @@ from ..eval.summary import (
     table_cases,
     table_rows,
 )
-from ..eval.token_page import PagePolicy, save_token_page
 from ..retention.checkpoint import write_atomic
 
 if TYPE_CHECKING:

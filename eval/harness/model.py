@@ -14,9 +14,8 @@ import torch
 
 from ...eviction import Session, evict
 from ..prompts import shared_start
-from .meter import Meter
 from .options import Options, check_config, find_config, load_gates
-from .scoring import Scored, Scorer, left_padded, read_contexts
+from .scoring import CacheMeter, Scored, Scorer, left_padded, read_contexts
 
 if TYPE_CHECKING:
     TenureLM: type[Evicting]
@@ -49,7 +48,7 @@ class Evicting(_Hf):
         check_config(self.options, gates, config, others)
         super().__init__(pretrained=pretrained, **others)
         self.gates = None if gates is None else gates.to(self.model.device)
-        self.meter = Meter()
+        self.meter = CacheMeter()
         self._session: Session | None = None
         self._places: dict[str, int] = {}  # of the running requests: where each prompt's question begins
         self._tails: list[int] = []  # of the running batch: tokens of each row's question

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .numbers import Method, Setting, is_full, method_label, ranking
+from .numbers import Method, SettingResults, is_full, method_label, ranking
 
 # Okabe and Ito's colours, which differ for every kind of colour blindness; yellow, hard to see on white, is a violet.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7A5195")
@@ -21,21 +21,21 @@ KL_FLOOR = 1e-4  # a KL below it is drawn there: the axis is logarithmic
 
 
 @dataclass(frozen=True)
-class Style:
+class LineStyle:
     """How a policy is drawn; None for the marker: thin and grey, one of the others."""
 
     colour: str
     marker: str | None
 
 
-def styles(settings: Sequence[Setting]) -> dict[Method, Style]:
+def styles(settings: Sequence[SettingResults]) -> dict[Method, LineStyle]:
     """The policies that are drawn in colour: as many as can be told apart, those of the highest mean accuracy."""
     ranked = [method for method in ranking(settings) if not is_full(method)]
-    chosen = {method: Style(*pair) for method, *pair in zip(ranked, COLOURS, MARKERS, strict=False)}
-    return {method: chosen.get(method, Style(OTHERS, None)) for method in ranked}
+    chosen = {method: LineStyle(*pair) for method, *pair in zip(ranked, COLOURS, MARKERS, strict=False)}
+    return {method: chosen.get(method, LineStyle(OTHERS, None)) for method in ranked}
 
 
-def accuracy_chart(setting: Setting, drawn: dict[Method, Style]) -> str:
+def accuracy_chart(setting: SettingResults, drawn: dict[Method, LineStyle]) -> str:
     """Mean accuracy over the tasks against kept bytes; "" where bytes were not measured."""
     lines = {
         method: [(point.bytes, point.accuracy.value) for point in _points(setting, method)] for method in drawn
@@ -44,7 +44,7 @@ def accuracy_chart(setting: Setting, drawn: dict[Method, Style]) -> str:
     return _chart(lines, drawn, "accuracy, mean over tasks", _Linear(), full, best=max)
 
 
-def kl_chart(setting: Setting, drawn: dict[Method, Style]) -> str:
+def kl_chart(setting: SettingResults, drawn: dict[Method, LineStyle]) -> str:
     """KL to the full cache against kept bytes, both logarithmic; "" where one of them was not measured."""
     lines = {
         method: [(point.bytes, max(point.kl.value, KL_FLOOR)) for point in _points(setting, method) if point.kl]
@@ -54,7 +54,7 @@ def kl_chart(setting: Setting, drawn: dict[Method, Style]) -> str:
     return _chart(lines, drawn, "KL to the full cache, nats", _Log(values), None, best=min) if values else ""
 
 
-def legend(drawn: dict[Method, Style]) -> str:
+def legend(drawn: dict[Method, LineStyle]) -> str:
     """Which line is which policy's, as HTML."""
     parts = []
     for method, style in drawn.items():
@@ -62,7 +62,7 @@ def legend(drawn: dict[Method, Style]) -> str:
             parts.append(f'<span class="key">{_swatch(style)}{escape(method_label(method))}</span>')
     grey = [method_label(method) for method, style in drawn.items() if style.marker is None]
     if grey:
-        parts.append(f'<span class="key">{_swatch(Style(OTHERS, None))}grey: {escape(", ".join(grey))}</span>')
+        parts.append(f'<span class="key">{_swatch(LineStyle(OTHERS, None))}grey: {escape(", ".join(grey))}</span>')
     parts.append('<span class="key"><svg width="26" height="12" aria-hidden="true"><path d="M1 10H13V3H25" '
                  'class="front"/></svg>best at its size or below</span>')  # fmt: skip
     return f'<div class="legend">{"".join(parts)}</div>'
@@ -97,13 +97,13 @@ class _Log:
         return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
 
 
-def _points(setting: Setting, method: Method) -> list:
+def _points(setting: SettingResults, method: Method) -> list:
     found = [point for (one, _), point in setting.points.items() if one == method and point.bytes > 0]
     return sorted(found, key=lambda point: point.bytes)
 
 
 def _chart(
-    lines: dict[Method, list[tuple[float, float]]], drawn: dict[Method, Style], title: str, up: _Linear | _Log,
+    lines: dict[Method, list[tuple[float, float]]], drawn: dict[Method, LineStyle], title: str, up: _Linear | _Log,
     full: float | None, best,
 ) -> str:  # fmt: skip
     sizes = [size / 1e6 for line in lines.values() for size, _ in line]
@@ -154,7 +154,7 @@ def _front(points: list[tuple[float, float]], x, y, best) -> str:
     return f'<path d="{path}H{WIDTH - RIGHT}" class="front"/>' if path else ""
 
 
-def _line(points: list[tuple[float, float]], method: Method, style: Style, x, y) -> str:
+def _line(points: list[tuple[float, float]], method: Method, style: LineStyle, x, y) -> str:
     if not points:
         return ""
     places = [(x(size / 1e6), y(value)) for size, value in points]
@@ -168,7 +168,7 @@ def _line(points: list[tuple[float, float]], method: Method, style: Style, x, y)
     )
 
 
-def _marker(style: Style, x: float, y: float) -> str:
+def _marker(style: LineStyle, x: float, y: float) -> str:
     at, fill = f"M{x:.1f} {y:.1f}", f'fill="{style.colour}" stroke="#fff" stroke-width="0.8"'
     stroke = f'fill="none" stroke="{style.colour}" stroke-width="2.2"'
     shapes = {
@@ -185,6 +185,6 @@ def _marker(style: Style, x: float, y: float) -> str:
     return shapes[style.marker] if style.marker else small
 
 
-def _swatch(style: Style) -> str:
+def _swatch(style: LineStyle) -> str:
     line = f'<path d="M1 6.5H25" stroke="{style.colour}" stroke-width="1.8"/>'
     return f'<svg width="26" height="13" aria-hidden="true">{line}{_marker(style, 13, 6.5)}</svg>'

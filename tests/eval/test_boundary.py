@@ -12,7 +12,7 @@ import pytest
 lm_eval = pytest.importorskip("lm_eval")
 
 from tenure.eval.harness import Boundaries  # noqa: E402
-from tenure.eval.harness.checks import says_where  # noqa: E402
+from tenure.eval.harness.command import says_where  # noqa: E402
 
 SHIPPED = Path(lm_eval.__file__).parent / "tasks"
 DOC: dict[str, Any] = {

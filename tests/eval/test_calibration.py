@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from tenure.eval import RiskControl
-from tenure.eval.calibration import binomial_cdf, hoeffding_bentkus, p_value
-from tenure.eval.resplits import resplit
+from tenure.eval.risk_control import binomial_cdf, hoeffding_bentkus, p_value, resplit
 
 BUDGETS = [0.8, 0.6, 0.4, 0.2]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tenure.eval import CaseBuilder, Cell, RetrievalProbe, check_inputs, evaluate, kl_to_full, parse_cells, summarise
-from tenure.eval.decode import agreed, greedy_rows, read
+from tenure.eval.predictions import agreed, greedy_rows, read
 from tenure.eval.runner import EXTRA_TOKENS
 from tenure.eval.summary import markdown_tables
 from tenure.eviction import SnapKV, evict

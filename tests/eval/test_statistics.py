@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tenure.eval import bootstrap_mean, paired_bootstrap, wilson
-from tenure.eval.statistics import holm, stratified_difference, stratified_mean
+from tenure.eval.intervals import holm, stratified_difference, stratified_mean
 
 
 @pytest.mark.parametrize(

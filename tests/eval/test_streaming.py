@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tenure.eval import CaseBuilder, Cell, kl_to_full, parse_cells
-from tenure.eval.attention import Watch, attention_rows, examine
-from tenure.eval.streaming import draw_documents, stream, stream_rows
+from tenure.eval.attention_coverage import Watch, attention_rows, examine
+from tenure.eval.perplexity import draw_documents, stream, stream_rows
 from tenure.eviction import evict
 from tenure.retention import RetentionGates
 from tenure.scripts import cli

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tenure.training.batching import PackedSource, collate, concatenate, first_fit
 from tenure.training.data import Example
-from tenure.training.packing import PackedSource, collate, concatenate, first_fit
 
 
 class Listed:

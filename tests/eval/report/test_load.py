@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tenure.eval.report import load_run, report_page, settings_of
-from tenure.eval.sweep import Failure, Store
-from tenure.eval.sweep.store import append_unit, part_path
+from tenure.eval.sweep import Failure, SweepFolder
+from tenure.eval.sweep.sweep_folder import append_unit, part_path
 
 from ..made import made
 
@@ -25,7 +25,7 @@ def both(**values):
 
 def test_an_unfinished_sweep_is_read_as_far_as_it_is_whole(tmp_path):
     whole = Failure("vt", 256, 0, 2, "OSError: gone", "")
-    with Store(tmp_path, SETTINGS, {"devices": ["cpu"]}):
+    with SweepFolder(tmp_path, SETTINGS, {"devices": ["cpu"]}):
         append_unit(part_path(tmp_path, 1), both(task="needle"))
         append_unit(part_path(tmp_path, 0), both(index=1))
         append_unit(part_path(tmp_path, 0), both(index=0))
@@ -61,13 +61,13 @@ def test_other_programs_need_not_measure_everything(tmp_path):
     assert setting.points[("knorm", "head"), 0.2].kl is None
     assert "No KL was measured." in report_page([run], [], tmp_path)
     (tmp_path / "theirs.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(ValueError, match=r"theirs.jsonl: record 1 lacks score"):
+    with pytest.raises(ValueError, match=r"theirs.jsonl: record 1: the document lacks score"):
         load_run(tmp_path)
     (tmp_path / "theirs.jsonl").write_text(json.dumps(line | {"length": "long", "score": "good"}) + "\n")
-    with pytest.raises(ValueError, match=r"theirs.jsonl: record 1 has length 'long', score 'good'; names are text"):
+    with pytest.raises(ValueError, match=r"theirs.jsonl: record 1: got 'long' as length; accepted: a whole number"):
         load_run(tmp_path)
     (tmp_path / "theirs.jsonl").write_text(json.dumps(line | {"score": 1.0}) + "\n")
-    for text, message in (("{", r"settings.json is not JSON: "), ("[]", r"settings.json holds list; a mapping")):
+    for text, message in (("{", r"settings.json is not JSON: "), ("[]", r"got a list in .*settings.json; accepted: a mapping")):
         (tmp_path / "settings.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_run(tmp_path)
@@ -78,7 +78,7 @@ def test_folders_without_a_run_are_refused(tmp_path):
         load_run(Path("no/such"))
     with pytest.raises(ValueError, match=r"has neither settings.json with part-\*.jsonl nor results.json"):
         load_run(tmp_path)
-    with Store(tmp_path, SETTINGS):
+    with SweepFolder(tmp_path, SETTINGS):
         part_path(tmp_path, 0).write_text("")
     with pytest.raises(ValueError, match="has no complete case yet"):
         load_run(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tenure.eval import KINDS, TASKS
+from tenure.eval import TASKS
 from tenure.eval.sweep import SweepConfig, all_units
 from tenure.eviction import policy_names
 
@@ -48,25 +48,26 @@ def test_scopes_are_taken_with_policies_that_name_none(file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (SMALL + "lenghts: [5]\nfoo: 1\n", r"unknown keys foo, lenghts; accepted: policies, budgets, tasks, .*output"),
-        ("policies: [full]\ntasks: [vt]\n", "lacks budgets; accepted keys: policies"),
-        ("- 1\n", "holds list; a mapping"),
+        (SMALL + "lenghts: [5]\nfoo: 1\n",
+         r"sweep.yaml: got unknown fields foo, lenghts \(meant is perhaps lengths\); accepted: policies, .*output"),
+        ("policies: [full]\ntasks: [vt]\n", "lacks budgets; accepted fields: policies"),
+        ("- 1\n", "got a list as the document; accepted: a mapping of policies"),
         ("a: [\n", r"sweep.yaml is not YAML: while parsing"),
         ("a: !!python/object/apply:os.system [ls]\n", "is not YAML: could not determine a constructor"),
-        (SMALL.replace("[vt]", "vt"), "tasks is 'vt'; a list of names is accepted"),
-        (SMALL.replace("[vt]", "[]"), "tasks is empty; a list of one or more names"),
-        (SMALL.replace("[vt]", "[vt, vt]"), "tasks names something twice"),
-        (SMALL.replace("0.5", "5e-2"), r"budgets is \['5e-2', 64\]; a list of numbers"),
-        (SMALL.replace("0.5", "true"), r"budgets is \[True, 64\]; a list of numbers"),
-        (SMALL + "cases: 0\n", "cases is 0; a whole number of 1 or more"),
-        (SMALL + "cases: 2.5\n", "cases is 2.5; a whole number of 1 or more"),
-        (SMALL + "cases: null\n", "cases is None; a whole number of 1 or more"),
-        (SMALL + "together: 0\n", "together is 0; a whole number of 1 or more"),
-        (SMALL + "lengths: [0]\n", r"lengths is \[0\]; numbers of tokens"),
-        (SMALL + "question: maybe\n", "question is 'maybe'; accepted: agnostic, aware, both"),
-        (SMALL + "dtype: int8\n", "dtype is 'int8'; accepted: auto, float32"),
-        (SMALL + "model: 7\n", "model is 7; text is accepted"),
-        (SMALL + "gates: [a]\n", r"gates is \['a'\]; text or nothing"),
+        (SMALL.replace("[vt]", "vt"), "got 'vt' as tasks; accepted: a list of 1 or more items, each text"),
+        (SMALL.replace("[vt]", "[]"), "got a list of 0 as tasks; accepted: a list of 1 or more items"),
+        (SMALL.replace("[vt]", "[vt, vt]"), "got 'vt' twice in tasks"),
+        (SMALL.replace("0.5", "5e-2"), r"got '5e-2' as budgets\[0\]; accepted: a number .*after a dot, as in 2.0e-4"),
+        (SMALL.replace("0.5", "true"), r"got True as budgets\[0\]; accepted: a number"),
+        (SMALL + "cases: 0\n", "got 0 as cases; accepted: a whole number of 1 or more"),
+        (SMALL + "cases: 2.5\n", "got 2.5 as cases; accepted: a whole number of 1 or more"),
+        (SMALL + "cases: null\n", "got nothing as cases; accepted: a whole number of 1 or more"),
+        (SMALL + "together: 0\n", "got 0 as together; accepted: a whole number of 1 or more"),
+        (SMALL + "lengths: [0]\n", r"got 0 as lengths\[0\]; accepted: a whole number of 1 or more"),
+        (SMALL + "question: maybe\n", "got 'maybe' as question; accepted: agnostic, aware, both"),
+        (SMALL + "dtype: int8\n", "got 'int8' as dtype; accepted: auto, float32"),
+        (SMALL + "model: 7\n", "got 7 as model; accepted: text"),
+        (SMALL + "gates: [a]\n", "got a list as gates; accepted: text or nothing"),
     ],
 )  # fmt: skip
 def test_what_a_file_may_not_say(text, message, file):
@@ -90,11 +91,11 @@ def test_the_table_is_what_the_issue_asks_for():
     config = SweepConfig.from_yaml(EXAMPLES / "sweep_smollm2.yaml")
     assert set(config.policies) >= set(policy_names())
     assert set(config.budgets) == {0.5, 0.2, 0.1, 0.05} and set(config.lengths) == {1024, 4096}
-    assert len(config.tasks) >= 8 and set(config.tasks) <= {*KINDS, *TASKS}
+    assert len(config.tasks) >= 8 and set(config.tasks) <= set(TASKS)
     assert config.cases >= 25 and config.question == "agnostic" and config.model == "demo"
 
 
 def test_the_other_example_can_be_read():
     config = SweepConfig.from_yaml(EXAMPLES / "sweep_gemma3.yaml")
-    assert set(config.tasks) <= {*KINDS, *TASKS}
+    assert set(config.tasks) <= set(TASKS)
     assert not any("log_beta" in cell.policy.needs for cell in config.cells()), "there are no gates for this model"

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tenure.eval.sweep import Failure, Unit, pool
-from tenure.eval.sweep.pool import _finish, _Pool
+from tenure.eval.sweep import Failure, Unit, process_pool
+from tenure.eval.sweep.process_pool import _finish, _Pool
 
 UNITS = [Unit("vt", 256, 0, index) for index in range(3)]
 
@@ -42,7 +42,7 @@ def test_units_of_processes_that_died_are_returned(tmp_path, monkeypatch):
 def test_a_process_that_outlives_its_parent_writes_nothing(tmp_path, monkeypatch, alive):
     """Its unit is run again by the sweep that goes on, perhaps at this moment and into the same file."""
     parent, path = SimpleNamespace(is_alive=lambda: alive), tmp_path / "part-0.jsonl"
-    monkeypatch.setattr(pool.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(process_pool.multiprocessing, "parent_process", lambda: parent)
     if alive:
         assert _finish(Failing(), UNITS[0], path).unit == UNITS[0] and path.is_file()
         return

@@ -86,7 +86,7 @@ def test_numbers_that_are_none_are_a_failure(runner, monkeypatch):
     import torch
 
     nothing = torch.tensor([float("nan")])
-    monkeypatch.setattr("tenure.eval.case_runner.kl_to_full", lambda full, other: nothing.expand(full.shape[:-1]))
+    monkeypatch.setattr("tenure.eval.runner.kl_to_full", lambda full, other: nothing.expand(full.shape[:-1]))
     results = runner.run(UNIT)
     assert len(results) == len(CELLS) and all(isinstance(one, Failure) for one in results)
     assert all("not finite: KL nan" in one.error for one in results)

@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..record import Record
-from .store import append_unit, part_path
+from ..cases import Record
+from .sweep_folder import append_unit, part_path
 from .units import Failure, Unit
 
 

@@ -10,19 +10,27 @@ Losses lie in [0, max_loss] and the cases are independent draws. Two methods:
   calibration cases too, is within the bound. It needs losses that never rise with the budget, so each case's loss is
   replaced by its largest at this budget or a larger one, which is an upper bound of it.
 
-The p-values hold for every number of cases; no central limit theorem is used.
+The p-values hold for every number of cases; no central limit theorem is used. `draw_cases` draws independent cases,
+`losses_of` takes the losses from their records, and `resplit` checks the guarantee on held-out halves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ..retention import TriedBudget
 from ..retention.calibration import Method
+from .cases import Case
+from .prompts import encode
+from .runner import Record
+from .tasks.builder import RETRIEVAL, CaseBuilder, get_task
 
 
 def binomial_cdf(successes: int, trials: int, probability: float) -> float:
@@ -71,7 +79,7 @@ def p_value(total: float, cases: int, bound: float, binary: bool) -> float:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BudgetDecision:
     """What a calibration found.
 
     Attributes:
@@ -125,7 +133,7 @@ class RiskControl:
         assert needed is not None, "the bound is positive"
         return needed
 
-    def decide(self, losses: np.ndarray, budgets: Sequence[float | int]) -> Outcome:
+    def decide(self, losses: np.ndarray, budgets: Sequence[float | int]) -> BudgetDecision:
         """Accepts budgets.
 
         Args:
@@ -148,7 +156,7 @@ class RiskControl:
             TriedBudget(budget, float(mean), value, place < accepted)
             for place, (budget, mean, value) in enumerate(zip(budgets, losses.mean(0), statistics, strict=True))
         )
-        return Outcome(budgets[accepted - 1] if accepted else None, table)
+        return BudgetDecision(budgets[accepted - 1] if accepted else None, table)
 
     def reachable(self, mean_loss: float, cases: int) -> float:
         """The smallest bound that a budget with this mean loss over so many cases meets."""
@@ -195,3 +203,142 @@ class RiskControl:
             raise ValueError(f"losses must lie in [0, {self.max_loss:g}], got {outside[0]}")
         if self.binary and not np.isin(losses, (0.0, self.max_loss)).all():
             raise ValueError(f"binary losses are 0 or {self.max_loss:g}")
+
+
+KL, ANSWERS = "kl", "answers"
+
+
+def long_enough(tokenizer: Any, texts: Sequence[str], tokens: int) -> list[int]:
+    """Which of the texts have at least `tokens` tokens: a document cut from one of them does not repeat itself."""
+    return [number for number, text in enumerate(texts) if len(encode(tokenizer, text, plain=True)) >= tokens]
+
+
+def draw_cases(
+    tokenizer: Any, texts: Sequence[str], count: int, lengths: Sequence[int], tasks: Sequence[str], seed: int
+) -> Iterator[tuple[int, Case]]:
+    """Cases with the number of the text that their document is a part of.
+
+    The texts take turns in a random order, so that with no more cases than texts no two cases share one. Given the
+    text, cases are independent: passage, task, length, facts and depth are drawn anew for each (`CaseBuilder`'s own
+    sequence spreads the depths evenly instead). A document that starts near the end of its text goes on at its start.
+
+    Args:
+        texts: each of at least as many tokens as the longest length.
+        lengths, tasks: each case draws one of each.
+        seed: the same seed gives the same cases.
+
+    Raises:
+        ValueError: no texts, an unknown task, or a length that cannot hold the frame and the facts.
+    """
+    if not texts:
+        raise ValueError("there is no text to draw documents from")
+    order = list(range(len(texts)))
+    random.Random(f"{seed}/texts").shuffle(order)
+    for number in range(count):
+        rng = random.Random(f"{seed}/{number}")
+        text = order[number % len(order)]
+        builder = CaseBuilder(tokenizer, [texts[text]], rng.choice(list(lengths)), seed=rng.getrandbits(31))
+        yield text, builder.case(rng.choice(list(tasks)), 0)
+
+
+def tasks_of(loss: str, tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks whose questions a loss is measured on: those given, or the loss itself if it is a task.
+
+    Raises:
+        ValueError: neither "kl" nor "answers" nor a task, or an unknown task.
+    """
+    for task in tasks:
+        get_task(task, RETRIEVAL)
+    if loss in (KL, ANSWERS):
+        return tuple(tasks)
+    if loss not in RETRIEVAL:
+        raise ValueError(f"unknown loss {loss!r}; known: {KL}, {ANSWERS}, {', '.join(RETRIEVAL)}")
+    return (loss,)
+
+
+def losses_of(
+    records: Sequence[Record], budgets: Sequence[float | int], loss: str, max_loss: float = 1.0
+) -> np.ndarray:
+    """The losses that a calibration is about: float64 `(cases, budgets)` in [0, max_loss].
+
+    Args:
+        records: of one policy: for each case those of the full cache (needed for a task's loss) and of every budget, as
+            `evaluate` returns them.
+        loss: "kl": `min(KL to the full cache, max_loss)` in nats; anything else: `max_loss` where the full cache's
+            answer is right and the compressed cache's wrong, 0 elsewhere.
+    """
+    cells: dict[float | int, list[Record]] = {budget: [] for budget in budgets}
+    full: list[Record] = []
+    for record in records:
+        (full if record.policy == "full" else cells[record.budget]).append(record)
+    columns = []
+    for budget in budgets:
+        if loss == KL:
+            columns.append([min(record.kl, max_loss) for record in cells[budget]])
+        else:
+            pairs = zip(full, cells[budget], strict=True)
+            columns.append([max_loss * (before.correct and not after.correct) for before, after in pairs])
+    return np.array(columns, dtype=np.float64).T
+
+
+@dataclass(frozen=True)
+class Resplits:
+    """What became of the promise in many splits.
+
+    The splits share one pool of cases and are not independent experiments, and a held-out half is finite: a budget
+    whose expected loss is just within the bound exceeds it in about half of the held-out halves.
+
+    Attributes:
+        splits: how many were made.
+        broken: in how many the chosen budget's mean loss on the held-out half exceeded the bound.
+        none: in how many no budget was accepted; nothing was promised there.
+        chosen: how often each budget was chosen.
+        mean_loss: of the chosen budgets on the held-out halves; NaN where none was ever chosen.
+    """
+
+    splits: int
+    broken: int
+    none: int
+    chosen: dict[float | int, int] = field(default_factory=dict)
+    mean_loss: float = float("nan")
+
+    @property
+    def rate(self) -> float:
+        """Share of the splits in which the bound was broken."""
+        return self.broken / self.splits
+
+
+def resplit(
+    losses: np.ndarray,
+    budgets: Sequence[float | int],
+    groups: Sequence[int],
+    control: RiskControl,
+    splits: int = 200,
+    seed: int = 0,
+) -> Resplits:
+    """Calibrates on a random half of the groups and judges the chosen budget on the others, `splits` times.
+
+    Args:
+        losses, budgets: as in `RiskControl.decide`.
+        groups: the group of each case; a group is never torn apart: its document, or its own number.
+
+    Raises:
+        ValueError: fewer than two groups, or what `RiskControl.decide` refuses.
+    """
+    labels = np.asarray(groups)
+    distinct = np.unique(labels)
+    if len(labels) != len(losses) or len(distinct) < 2:
+        raise ValueError(f"expected the groups of {len(losses)} cases, two or more different ones, got {len(distinct)}")
+    rng = np.random.default_rng(seed)
+    chosen: Counter[float | int] = Counter()
+    held_out = []
+    for _ in range(splits):
+        inside = np.isin(labels, rng.permutation(distinct)[: (len(distinct) + 1) // 2])
+        outcome = control.decide(losses[inside], budgets)
+        if outcome.accepted is not None:
+            chosen[budgets[outcome.accepted]] += 1
+            held_out.append(float(losses[~inside, outcome.accepted].mean()))
+    broken = sum(loss > control.bound for loss in held_out)
+    mean = float(np.mean(held_out)) if held_out else float("nan")
+    in_order = {budget: chosen[budget] for budget in budgets if chosen[budget]}
+    return Resplits(splits, broken, splits - len(held_out), in_order, mean)

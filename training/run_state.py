@@ -7,13 +7,15 @@ import logging
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from ..retention import RetentionGates
+from ..retention.checked import Range, load_json, read
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,19 @@ KEEP = 2
 PREFIX = "step-"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class _RunState:
+    """The file of a checkpoint that is neither gates nor optimizer.
+
+    Attributes:
+        step: optimizer steps that are done.
+        settings: those that change the loss curve.
+    """
+
+    step: Annotated[int, Range(0)]
+    settings: dict[str, Any]
 
 
 def save_state(
@@ -62,9 +77,9 @@ def load_state(path: Path, gates: RetentionGates, optimizer: torch.optim.Optimiz
     Raises:
         ValueError: the checkpoint was made with settings that change the loss curve; all are named.
     """
-    state = json.loads((path / STATE_FILE).read_text())
+    state = read(_RunState, load_json(path / STATE_FILE), str(path / STATE_FILE))
     # Through JSON, so that tuples compare as the lists they become there.
-    now, then = json.loads(json.dumps(settings)), state["settings"]
+    now, then = json.loads(json.dumps(settings)), state.settings
     names = [name for name in sorted(set(now) | set(then)) if now.get(name) != then.get(name)]
     changed = [f"{name}: {then.get(name)!r} -> {now.get(name)!r}" for name in names]
     if changed:
@@ -81,7 +96,7 @@ def load_state(path: Path, gates: RetentionGates, optimizer: torch.optim.Optimiz
         saved["state"].setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict(saved)
     logger.info("resumed from %s", path)
-    return int(state["step"])
+    return state.step
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

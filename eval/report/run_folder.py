@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..record import Record
-from ..sweep.store import SESSIONS, SETTINGS_FILE, part_paths, read_settings, read_units
+from ...retention.checked import load_json, parse_json, read, read_fields, shown
+from ..cases import Record
+from ..sweep.sweep_folder import SESSIONS, SETTINGS_FILE, part_paths, read_settings, read_units
 from ..sweep.units import Failure, Unit
 
 RESULTS_FILE = "results.json"  # of `tenure demo`
 _NEEDED = ("task", "length", "seed", "index", "policy", "scope", "budget", "score")
-_ABSENT = {"int": 0, "float": math.nan, "float | int": 0, "bool": False, "str": ""}  # what another program leaves out
+# Values of fields that another program leaves out, by type.
+_ABSENT = {"int": 0, "float": math.nan, "float | int": 0, "bool": False, "str": ""}
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a folder holds.
+class _DemoResults:
+    """The demo's file of results."""
+
+    records: list[dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run as its folder holds it.
 
     Attributes:
         folder: as it was given.
@@ -51,7 +60,7 @@ class Run:
         return len(found)
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path) -> RecordedRun:
     """The run in `folder`: a sweep's (finished or not), the demo's, or another program's records.
 
     Another program's are *.jsonl with one record a line that has at least `task, length, seed, index, policy, scope,
@@ -78,7 +87,7 @@ def load_run(folder: Path) -> Run:
     return run
 
 
-def _sweep(folder: Path) -> Run:
+def _sweep(folder: Path) -> RecordedRun:
     settings = read_settings(folder)
     sessions = settings.pop(SESSIONS, [])
     records, failures = [], []
@@ -86,7 +95,7 @@ def _sweep(folder: Path) -> Run:
     for part in part_paths(folder):
         units, _ = read_units(part, len(settings["cells"]))
         for unit in units.keys() - seen:
-            failures += [Failure(**line) for line in units[unit] if "error" in line]
+            failures += [read(Failure, line, str(part)) for line in units[unit] if "error" in line]
             records += _records((line for line in units[unit] if "error" not in line), part)
         seen |= units.keys()
     order = {tuple(cell): number for number, cell in enumerate(settings["cells"])}
@@ -98,25 +107,25 @@ def _sweep(folder: Path) -> Run:
 
     records.sort(key=place)  # the same order whichever process wrote what
     files = [folder / SETTINGS_FILE, *part_paths(folder)]
-    return Run(folder, records, failures, settings, sessions, files, settings.get("units"))
+    return RecordedRun(folder, records, failures, settings, sessions, files, settings.get("units"))
 
 
-def _demo(folder: Path) -> Run:
+def _demo(folder: Path) -> RecordedRun:
     path = folder / RESULTS_FILE
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        lines, settings = document["records"], dict(document.get("settings", {}))
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} does not hold the demo's results") from None
-    return Run(folder, list(_records(lines, path)), [], settings, [], [path])
+        found = read(_DemoResults, load_json(path), unknown=set())
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold the demo's results: {error}") from None
+    return RecordedRun(folder, list(_records(found.records, path)), [], dict(found.settings), [], [path])
 
 
-def _others(folder: Path) -> Run:
+def _others(folder: Path) -> RecordedRun:
     files = sorted(folder.glob("*.jsonl"))
     records: list[Record] = []
     for path in files:
         try:
-            lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text.strip()]
+            texts = path.read_text(encoding="utf-8").splitlines()
+            lines = [parse_json(text, f"line {number}") for number, text in enumerate(texts, 1) if text.strip()]
         except ValueError as error:
             raise ValueError(f"{path} is not JSON lines: {error}") from None
         records += _records(lines, path)
@@ -124,34 +133,22 @@ def _others(folder: Path) -> Run:
     if (folder / SETTINGS_FILE).is_file():
         settings = _json_mapping(folder / SETTINGS_FILE)
         files = [folder / SETTINGS_FILE, *files]
-    return Run(folder, records, [], settings, [], files)
+    return RecordedRun(folder, records, [], settings, [], files)
 
 
 def _json_mapping(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    document = load_json(path)
     if not isinstance(document, dict):
-        raise ValueError(f"{path} holds {type(document).__name__}; a mapping of settings is accepted")
+        raise ValueError(f"got {shown(document)} in {path}; accepted: a mapping of settings")
     return document
-
-
-def _kind(name: str) -> Any:
-    return str if name in ("task", "policy", "scope") else (int, float) if name in ("budget", "score") else int
 
 
 def _records(lines: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Record]:
     """Records whose numbers that were not measured are NaN."""
     absent = {one.name: _ABSENT[str(one.type)] for one in fields(Record) if one.default is MISSING}
-    known = {one.name for one in fields(Record)}
     for number, line in enumerate(lines, 1):
-        missing = [name for name in _NEEDED if not isinstance(line, Mapping) or name not in line]
-        if missing:
-            raise ValueError(f"{path}: record {number} lacks {', '.join(missing)}")
-        wrong = [name for name in _NEEDED if not isinstance(line[name], _kind(name))]
-        if wrong:
-            shown = ", ".join(f"{name} {line[name]!r}" for name in wrong)
-            raise ValueError(f"{path}: record {number} has {shown}; names are text, the others numbers")
-        values = absent | {name: value for name, value in line.items() if name in known}
-        yield Record(**values | {"correct": line["score"] == 1.0})
+        try:
+            values = read_fields(Record, line, _NEEDED, unknown=set())
+        except ValueError as error:
+            raise ValueError(f"{path}: record {number}: {error}") from None
+        yield Record(**absent | values | {"correct": values["score"] == 1.0})

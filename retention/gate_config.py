@@ -1,12 +1,13 @@
-"""What a set of retention gates looks like."""
+"""The shape and initialisation of a set of retention gates."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
 
 from transformers import PreTrainedModel
 
+from .checked import Range, Size, read, verify
 from .seams import full_attention_layers, text_config
 
 Projection = Literal["per_layer", "shared", "shared_heads"]
@@ -28,26 +29,24 @@ class RetentionConfig:
         activation: the model's MLP activation, by its transformers name.
         initial_bias: bias of the output before training; 18 means β ≈ 1, nothing is forgotten at step 0.
         init_std: standard deviation of the weights before training.
+
+    Raises:
+        ValueError: a value of another type or out of its range, or layers that are not distinct and rising.
     """
 
-    hidden_size: int
-    num_kv_heads: int
-    layer_indices: tuple[int, ...]
-    gate_width: int = 512
+    hidden_size: Annotated[int, Range(1)]
+    num_kv_heads: Annotated[int, Range(1)]
+    layer_indices: Annotated[tuple[Annotated[int, Range(0)], ...], Size(1)]
+    gate_width: Annotated[int, Range(1)] = 512
     projection: Projection = "shared"
     activation: str = "silu"
     initial_bias: float = 18.0
-    init_std: float = 0.02
+    init_std: Annotated[float, Range(0)] = 0.02
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer_indices", tuple(int(i) for i in self.layer_indices))
-        if self.projection not in get_args(Projection):
-            raise ValueError(f"projection is {self.projection!r}; accepted: {', '.join(get_args(Projection))}")
-        for name in ("hidden_size", "num_kv_heads", "gate_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; a positive number is accepted")
-        if not self.layer_indices or sorted(set(self.layer_indices)) != list(self.layer_indices):
-            raise ValueError(f"layer_indices is {self.layer_indices}; distinct layers in rising order are accepted")
+        verify(self)
+        if sorted(set(self.layer_indices)) != list(self.layer_indices):
+            raise ValueError(f"got {self.layer_indices} as layer_indices; accepted: distinct layers in rising order")
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **overrides: Any) -> RetentionConfig:
@@ -68,14 +67,14 @@ class RetentionConfig:
         return cls(**(found | overrides))
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values by name, for JSON."""
         return asdict(self) | {"layer_indices": list(self.layer_indices)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RetentionConfig:
-        """Raises ValueError naming unknown and absent fields."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        absent = sorted({"hidden_size", "num_kv_heads", "layer_indices"} - set(values))
-        if unknown or absent:
-            raise ValueError(f"gate configuration has unknown fields {unknown} and lacks {absent}")
-        return cls(**values)
+        """The configuration of what `to_dict` gave.
+
+        Raises:
+            ValueError: unknown or missing fields (all are named), or a value of another type or out of its range.
+        """
+        return read(cls, values, "the gate configuration")

@@ -21,11 +21,10 @@ from transformers import PreTrainedModel
 from ..eviction import RaggedCache, evict
 from ..retention import RetentionGates
 from .cells import Cell
-from .decode import read
-from .fidelity import kl_to_full, top1_agreement
+from .intervals import Interval, bootstrap_mean
+from .predictions import kl_to_full, read, top1_agreement
 from .prompts import encode
-from .statistics import Interval, bootstrap_mean
-from .tasks.source import Source
+from .tasks.documents import SourceTexts
 
 TASK = "stream"  # what these rows are called beside those of tasks
 
@@ -68,7 +67,7 @@ def draw_documents(
     """
     if length < 2:
         raise ValueError(f"a document must have at least 2 tokens to predict one, got {length}")
-    source = Source(texts)
+    source = SourceTexts(texts)
     documents = []
     for number in range(count):
         run = source.run(random.Random(f"{seed}/stream/{number}"))
@@ -115,8 +114,8 @@ def stream(
     with evict(model, "full", 1.0, gates=gates, sinks=sinks, recent=recent, observe=policies) as session:
         for number, ids in enumerate(documents):
             full = session.new_cache()
-            runs = [_Run(cell, session.new_cache() if cell.evicts else full) for cell in cells]
-            reference = _Run(Cell.of("full"), full)
+            runs = [_StreamedCell(cell, session.new_cache() if cell.evicts else full) for cell in cells]
+            reference = _StreamedCell(Cell.of("full"), full)
             for start in range(0, len(ids), chunk):
                 part, following = ids[start : start + chunk], ids[start + 1 : start + chunk + 1]
                 logits = read(model, full, part)[: len(following)]
@@ -132,7 +131,7 @@ def stream(
     return results
 
 
-class _Run:
+class _StreamedCell:
     """One cell on one document, while it is read."""
 
     def __init__(self, cell: Cell, cache: RaggedCache) -> None:
@@ -148,7 +147,7 @@ class _Run:
         self._parts["kl"].append(kl_to_full(full, logits))
         self._parts["top1"].append(top1_agreement(full, logits))
 
-    def result(self, document: int, length: int, reference: _Run) -> Streamed:
+    def result(self, document: int, length: int, reference: _StreamedCell) -> Streamed:
         report = self.cache.report()
         seen = self.cache.tokens_seen.view(-1, 1, 1).double().cpu()
         return Streamed(

@@ -20,10 +20,10 @@ from ..eviction import LayerView, Policy, RaggedCache, evict
 from ..retention import RetentionGates
 from .cases import Case
 from .cells import Cell
-from .decode import read
-from .kept import kept_mask
-from .statistics import paired_bootstrap
-from .streaming import mean_interval
+from .intervals import paired_bootstrap
+from .perplexity import mean_interval
+from .pictures import kept_mask
+from .predictions import read
 
 MOST_QUERIES = 64
 HALF = 0.5

@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .compare import Difference
-from .load import Run
-from .numbers import SEED, method_label
+from ..intervals import Interval
+from ..summary import budget_text
+from .numbers import SEED, Amount, Difference, method_label
+from .run_folder import RecordedRun
 
 
-def run_line(run: Run) -> str:
+def run_line(run: RecordedRun) -> str:
     """One line about a run: model, device, versions, how much there is."""
     settings = run.settings
     model = settings.get("model", "")
@@ -46,12 +47,10 @@ def significant_line(differences: Sequence[Difference]) -> str:
 
 
 def budget_name(one: Difference) -> str:
-    from ..summary import budget_text
-
     return budget_text(one.budget) + (", question-aware" if one.aware else "")
 
 
-def facts_of(run: Run) -> list[tuple[str, str]]:
+def facts_of(run: RecordedRun) -> list[tuple[str, str]]:
     """Settings and sessions, flat, as (name, value), without the list of cells, which follows from the others."""
     settings = {name: value for name, value in run.settings.items() if name != "cells"}
     facts = list(_flat(settings))
@@ -76,3 +75,27 @@ def _plain(value: Any) -> str:
     if value is None or value == "":
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def short_names(runs: Sequence[RecordedRun]) -> list[str]:
+    """The folders' own names where they differ, else as they were given."""
+    names = [run.folder.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [run.name for run in runs]
+
+
+def kept(budget: Amount) -> str:
+    return f"{budget_text(budget)} kept"
+
+
+def between(interval: Interval) -> str:
+    """`.76–.91`."""
+    return f"{_short(interval.low)}–{_short(interval.high)}"
+
+
+def signed(interval: Interval, digits: int = 3) -> str:
+    return f"{interval.low:+.{digits}f} to {interval.high:+.{digits}f}"
+
+
+def _short(value: float) -> str:
+    text = f"{value:.2f}"
+    return text if value >= 0.995 else text.removeprefix("0")

@@ -1,7 +1,7 @@
 """A sweep's folder: settings.json, and one part-K.jsonl a process with one line for each case and cell.
 
 All lines of a unit are written at once and stand together; a unit counts when all are there, so a process that is
-killed at any moment loses at most the unit it was at. The next start removes what is left of such a unit. `Store`
+killed at any moment loses at most the unit it was at. The next start removes what is left of such a unit. `SweepFolder`
 holds the folder's lock; while it does, part-K.jsonl is written by process K alone. A part-K.jsonl.gz counts as well:
 what was run before, kept small.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import os
 import re
 import zlib
@@ -19,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...retention.checked import load_json, read
 from ...retention.checkpoint import write_atomic
-from ..record import Record
+from ..cases import Record
 from .units import Failure, Unit
 
 SETTINGS_FILE = "settings.json"
@@ -84,13 +84,19 @@ def is_whole_failure(lines: Sequence[Mapping[str, Any]]) -> bool:
     return len(lines) == 1 and "error" in lines[0] and lines[0]["policy"] is None
 
 
-def finite(record: Record) -> bool:
-    """Whether the record's numbers can be written and averaged."""
-    return all(math.isfinite(value) for value in (record.kl, record.top1, record.score))
+@dataclass(frozen=True)
+class _SweepSettings:
+    """The part of settings.json that reading the records needs.
+
+    Attributes:
+        cells: policy, scope, budget and awareness of every cell, in the order of a unit's lines.
+    """
+
+    cells: tuple[tuple[str, str, float | int, bool], ...]
 
 
 @dataclass
-class Store:
+class SweepFolder:
     """A sweep's folder, open for writing; use as a context manager.
 
     Attributes:
@@ -111,7 +117,7 @@ class Store:
     retry_failed: bool = False
     done: set[Unit] = field(default_factory=set, init=False)
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> SweepFolder:
         from filelock import FileLock, Timeout
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +139,7 @@ class Store:
     def failures(self) -> list[Failure]:
         """All that failed, in this start or one before."""
         lines = [line for part in part_paths(self.folder) for found in self._read(part)[0].values() for line in found]
-        return [Failure(**line) for line in lines if "error" in line]
+        return [read(Failure, line) for line in lines if "error" in line]
 
     def _open(self) -> None:
         path = self.folder / SETTINGS_FILE
@@ -170,20 +176,19 @@ class Store:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What settings.json says.
+    """The settings in settings.json.
 
     Raises:
         ValueError: it is absent or not a sweep's.
     """
     path = folder / SETTINGS_FILE
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = load_json(path)
+        read(_SweepSettings, document, unknown=set())
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {SETTINGS_FILE}") from None
-    except ValueError:
-        document = None
-    if not isinstance(document, dict) or not isinstance(document.get("cells"), list):
-        raise ValueError(f"{path} does not hold a sweep's settings")
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold a sweep's settings: {error}") from None
     return document
 
 
