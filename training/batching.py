@@ -8,8 +8,6 @@ import torch
 
 from .data import Example
 
-_OPEN_ROWS = 64  # rows that first-fit still looks at: bounds planning to O(documents) with hardly any space lost
-
 
 @dataclass
 class Batch:
@@ -153,8 +151,12 @@ class PackedSource:
         return self._plans[epoch]
 
 
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Places of `lengths` in rows of at most `capacity`, every place into the first open row with room for it."""
+def first_fit(lengths: Sequence[int], capacity: int, open_limit: int = 64) -> list[list[int]]:
+    """Places of `lengths` in rows of at most `capacity`, every place into the first open row with room for it.
+
+    Args:
+        open_limit: rows that stay open; bounds planning to O(documents), with hardly any space lost.
+    """
     rows: list[list[int]] = []
     open_rows: list[list[int]] = []  # [row number, room]
     for place, length in enumerate(lengths):
@@ -165,7 +167,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             entry = [len(rows), capacity]
             rows.append([])
             open_rows.append(entry)
-            if len(open_rows) > _OPEN_ROWS:
+            if len(open_rows) > open_limit:
                 open_rows.remove(min(open_rows[:-1], key=lambda candidate: candidate[1]))
         rows[entry[0]].append(place)
         entry[1] -= length

@@ -19,7 +19,6 @@ from ..retention.checked import Range, load_json, read
 
 logger = logging.getLogger(__name__)
 
-KEEP = 2
 PREFIX = "step-"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -39,9 +38,14 @@ class _RunState:
 
 
 def save_state(
-    folder: Path, step: int, gates: RetentionGates, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+    folder: Path,
+    step: int,
+    gates: RetentionGates,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    keep: int = 2,
 ) -> Path:
-    """Writes `folder/step-NNNNNNNN` as one atomic step and drops all but the last two.
+    """Writes `folder/step-NNNNNNNN` as one atomic step and drops all but the last `keep` checkpoints.
 
     No random state is stored: data and sampling depend on the seed and the step alone.
     """
@@ -58,7 +62,7 @@ def save_state(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _complete(folder)[:-KEEP]:
+    for old in _complete(folder)[:-keep]:
         shutil.rmtree(old)
     return target
 

@@ -28,10 +28,35 @@ from .templates import (
 )
 from .vocabulary import VOCABULARY
 
-_TURN_SENTENCES = (1, 4)  # sentences of the text in one turn
-_CYCLE_WORDS = (24, 90)  # words of a list that is repeated
-_SHOWN, _EXPECTED = (4, 8), (6, 16)  # words of a repeated passage that a question shows, and that must follow
-_LIST_SHARE = 0.7  # of the repeated passages: lists of words; the others are sentences of the text
+
+@dataclass(frozen=True)
+class DocumentForms:
+    """Sizes of the parts of synthetic documents; ranges are inclusive.
+
+    Attributes:
+        introduction_share: share of the retrieval documents that begin with an introduction.
+        opening_share: share of a document's tokens whose sentences are certain to be in it; quotations come from them.
+        attempts: drawings of facts until one of them fits together with its question.
+        turn_sentences: sentences of the text in one turn of a conversation.
+        list_share: of the repeated passages, the share that are lists of words; the others are sentences of the text.
+        cycle_words: words of a repeated list; no repeated passage has more than the greatest number.
+        cycle_sentences: sentences of a repeated passage of the text.
+        shown, expected: words of a repeated passage that a question shows, and that must follow.
+        least_repeated: tokens that a document of a repeated passage has at least, with its questions.
+    """
+
+    introduction_share: float = 0.3
+    opening_share: float = 0.3
+    attempts: int = 50
+    turn_sentences: tuple[int, int] = (1, 4)
+    list_share: float = 0.7
+    cycle_words: tuple[int, int] = (24, 90)
+    cycle_sentences: tuple[int, int] = (2, 5)
+    shown: tuple[int, int] = (4, 8)
+    expected: tuple[int, int] = (6, 16)
+    least_repeated: int = 512
+
+
 _WORDS = tuple(
     word for name in ("noun", "adjective", "animal", "color", "material", "verb") for word in VOCABULARY[name]
 )
@@ -40,12 +65,16 @@ Encode = Callable[[str], list[int]]
 
 
 def turns(
-    stream: Iterator[Sentence], speakers: tuple[str, str], encode: Encode, rng: random.Random
+    stream: Iterator[Sentence],
+    speakers: tuple[str, str],
+    encode: Encode,
+    rng: random.Random,
+    sentences_of_turn: tuple[int, int],
 ) -> Iterator[Sentence]:
     """The text as turns of two speakers, each a piece that begins on a line of its own."""
     number = 0
     while True:
-        sentences = [next(stream) for _ in range(rng.randint(*_TURN_SENTENCES))]
+        sentences = [next(stream) for _ in range(rng.randint(*sentences_of_turn))]
         said = " ".join(sentence.text.strip() for sentence in sentences)
         text = f"\n{speakers[number % 2]}: {' '.join(said.split())}"
         number += 1
@@ -77,22 +106,27 @@ class Repeated:
         words: one round of it.
         joint: stands between two words, also between the rounds.
         introduction: stands before it, or is empty.
+        forms: numbers of words that questions show and expect.
     """
 
     words: tuple[str, ...]
     joint: str
     introduction: str
+    forms: DocumentForms
 
     @classmethod
-    def draw(cls, stream: Iterator[Sentence], room: int, encode: Encode, rng: random.Random) -> Repeated:
+    def draw(
+        cls, stream: Iterator[Sentence], room: int, encode: Encode, rng: random.Random, forms: DocumentForms
+    ) -> Repeated:
         """A list of words, or sentences of the text, of which three rounds go into `room` tokens."""
-        words = rng.sample(_WORDS, rng.randint(*_CYCLE_WORDS))
-        if rng.random() >= _LIST_SHARE:
-            words = [word for _ in range(rng.randint(2, 5)) for word in next(stream).text.split()][: _CYCLE_WORDS[1]]
+        words = rng.sample(_WORDS, rng.randint(*forms.cycle_words))
+        if rng.random() >= forms.list_share:
+            sentences = rng.randint(*forms.cycle_sentences)
+            words = [word for _ in range(sentences) for word in next(stream).text.split()][: forms.cycle_words[1]]
         joint = rng.choice(JOINTS)
         while len(encode(joint.join(words))) > room // 3 and len(words) > 1:
             words = words[: len(words) // 2]
-        return cls(tuple(words), joint, rng.choice(REPETITION_INTRODUCTIONS))
+        return cls(tuple(words), joint, rng.choice(REPETITION_INTRODUCTIONS), forms)
 
     def tokens(self, room: int, encode: Encode) -> list[int]:
         """`room` token ids of it; the last round may be cut off anywhere."""
@@ -102,7 +136,7 @@ class Repeated:
 
     def question(self, rng: random.Random) -> FactQuestion:
         """Some words of it are shown; the answer is those and the ones that follow, maybe in the next round."""
-        shown, expected = rng.randint(*_SHOWN), rng.randint(*_EXPECTED)
+        shown, expected = rng.randint(*self.forms.shown), rng.randint(*self.forms.expected)
         start = rng.randrange(len(self.words))
         turned = [self.words[(start + place) % len(self.words)] for place in range(shown + expected)]
         question = rng.choice(REPETITION_QUESTIONS).format(start=self.joint.join(turned[:shown]))
@@ -165,11 +199,6 @@ class Questioner:
         return self.frame.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-_ATTEMPTS = 50
-_LEAST_REPEATED = 512  # tokens of a document that is one passage again and again, with its questions
-_OPENING_SHARE = 0.3  # of the length: sentences that are certain to be in the document, from which quotations are taken
-
-
 @dataclass(frozen=True)
 class Answer:
     """Where a question's answer stands in an example: tokens `start` to `stop` (the end-of-turn token excluded)."""
@@ -212,6 +241,7 @@ class RetrievalDocuments:
         brief_share: share of the documents whose questions are answered without the question's words.
         fact_share, question_share: most of a document's tokens that facts, and questions with answers, may take; they
             lower the number of facts and questions in short documents.
+        forms: sizes of the documents' parts.
 
     Raises:
         ValueError: no text, an unknown kind, an empty range, a length too short to hold a fact and its question.
@@ -232,6 +262,7 @@ class RetrievalDocuments:
     brief_share: float = 0.1
     fact_share: float = 0.25
     question_share: float = 0.35
+    forms: DocumentForms = field(default_factory=DocumentForms)
     _corpora: tuple[Corpus, ...] = field(init=False, repr=False)
     _frame: ChatFrame = field(init=False, repr=False)
     _questioner: Questioner = field(init=False, repr=False)
@@ -257,10 +288,10 @@ class RetrievalDocuments:
                 "dialogue_share and repetition_share are shares of the documents, at most 1 together, got "
                 f"{self.dialogue_share} and {self.repetition_share}"
             )
-        if self.repetition_share and min(self.lengths) < _LEAST_REPEATED:
+        if self.repetition_share and min(self.lengths) < self.forms.least_repeated:
             raise ValueError(
-                f"repetition_share accepts lengths of {_LEAST_REPEATED} tokens or more, got {list(self.lengths)}: "
-                "three rounds of a passage and a question have to go in"
+                f"repetition_share accepts lengths of {self.forms.least_repeated} tokens or more, got "
+                f"{list(self.lengths)}: three rounds of a passage and a question have to go in"
             )
         # Documents are laid out in both ways so that a line break is no sign of what belongs to the text.
         self._corpora = both_layouts(self.texts, self.tokenizer)
@@ -299,7 +330,8 @@ class RetrievalDocuments:
     def _repetition(self, corpus: Corpus, length: int, rng: random.Random) -> RetrievalDocument:
         head = self._frame.pieces(1)[0]
         room = length - len(head)
-        passage = Repeated.draw(corpus.stream(rng), int((1 - self.question_share) * room), self._encode, rng)
+        most = int((1 - self.question_share) * room)
+        passage = Repeated.draw(corpus.stream(rng), most, self._encode, rng, self.forms)
         asked = [passage.question(rng) for _ in range(rng.randint(*self.questions))]
         questions = self._questioner.within(asked, len(asked), self.question_share * room) or asked[:1]
         tail = self._questioner.conversation(questions)
@@ -309,11 +341,11 @@ class RetrievalDocuments:
         stream = corpus.stream(rng)
         speakers = rng.choice(SPEAKERS) if dialogue else None
         if speakers:
-            stream = turns(stream, speakers, self._encode, rng)
-        introduction = f"{rng.choice(INTRODUCTIONS)}{SEPARATOR}" if rng.random() < 0.3 else ""
+            stream = turns(stream, speakers, self._encode, rng, self.forms.turn_sentences)
+        introduction = f"{rng.choice(INTRODUCTIONS)}{SEPARATOR}" if rng.random() < self.forms.introduction_share else ""
         head = self._frame.pieces(1)[0] + self._encode(introduction)
-        first, stream = opening(stream, _OPENING_SHARE * (length - len(head)), self._encode)
-        for _ in range(_ATTEMPTS):
+        first, stream = opening(stream, self.forms.opening_share * (length - len(head)), self._encode)
+        for _ in range(self.forms.attempts):
             facts, passages = self._draw_facts(first, self.fact_share * (length - len(head)), rng, speakers)
             questions = self._questioner.draw(facts, self.questions, self.question_share * (length - len(head)), rng)
             if questions:

@@ -45,8 +45,9 @@ class GeneratedCases:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> GeneratedCases:
         """The settings among the arguments of lm-eval's flags, of which the others do not matter here."""
-        named = {one.name: given[one.name] for one in fields(cls) if one.name in given}
-        return cls(**named | {"tokenizer": named.get("tokenizer") or given.get("pretrained")})
+        named: dict[str, Any] = {one.name: given[one.name] for one in fields(cls) if one.name in given}
+        named["tokenizer"] = named.get("tokenizer") or given.get("pretrained")
+        return cls(**named)
 
     def builder(self) -> CaseBuilder:
         """Makes the cases.

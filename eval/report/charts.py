@@ -13,11 +13,40 @@ from .numbers import Method, SettingResults, is_full, method_label, ranking
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7A5195")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "down", "plus", "ring")
 OTHERS = "#b8bec9"
-WIDTH, HEIGHT = 460, 320
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 42
 # Where an axis has its ticks in each power of ten, by how many powers it spans.
 _STEPS = ((0.7, (1, 1.5, 2, 3, 4, 5, 7)), (1.7, (1, 2, 5)), (2.6, (1, 3)), (math.inf, (1,)))
-KL_FLOOR = 1e-4  # a KL below it is drawn there: the axis is logarithmic
+
+
+@dataclass(frozen=True)
+class ChartFrame:
+    """Measures of a chart, in the units of its SVG.
+
+    Attributes:
+        width, height: of the whole chart.
+        left, right, top, bottom: margins around the axes.
+        kl_floor: a KL below it, in nats, is drawn there: the axis is logarithmic.
+    """
+
+    width: int = 460
+    height: int = 320
+    left: int = 46
+    right: int = 14
+    top: int = 26
+    bottom: int = 42
+    kl_floor: float = 1e-4
+
+    @property
+    def right_edge(self) -> int:
+        """x of the axes' right end."""
+        return self.width - self.right
+
+    @property
+    def lower_edge(self) -> int:
+        """y of the axes' lower end."""
+        return self.height - self.bottom
+
+
+FRAME = ChartFrame()
 
 
 @dataclass(frozen=True)
@@ -47,7 +76,7 @@ def accuracy_chart(setting: SettingResults, drawn: dict[Method, LineStyle]) -> s
 def kl_chart(setting: SettingResults, drawn: dict[Method, LineStyle]) -> str:
     """KL to the full cache against kept bytes, both logarithmic; "" where one of them was not measured."""
     lines = {
-        method: [(point.bytes, max(point.kl.value, KL_FLOOR)) for point in _points(setting, method) if point.kl]
+        method: [(point.bytes, max(point.kl.value, FRAME.kl_floor)) for point in _points(setting, method) if point.kl]
         for method in drawn
     }
     values = [value for line in lines.values() for _, value in line]
@@ -112,33 +141,35 @@ def _chart(
     across = _Log(sizes)
 
     def x(size: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * across(size)
+        return FRAME.left + (FRAME.right_edge - FRAME.left) * across(size)
 
     def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * up(value)
+        return FRAME.lower_edge - (FRAME.lower_edge - FRAME.top) * up(value)
 
-    parts = [f'<text x="{LEFT - 38}" y="14" class="title">{title}</text>']
+    parts = [f'<text x="{FRAME.left - 38}" y="14" class="title">{title}</text>']
     for value in up.ticks:
-        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" class="grid"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{up.text(value)}</text>')
+        parts.append(f'<path d="M{FRAME.left} {y(value):.1f}H{FRAME.right_edge}" class="grid"/>')
+        parts.append(f'<text x="{FRAME.left - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{up.text(value)}</text>')
     for value in across.ticks:
-        parts.append(f'<path d="M{x(value):.1f} {HEIGHT - BOTTOM}v5" class="axis"/>')
+        parts.append(f'<path d="M{x(value):.1f} {FRAME.lower_edge}v5" class="axis"/>')
         parts.append(
-            f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{across.text(value)}</text>'
+            f'<text x="{x(value):.1f}" y="{FRAME.lower_edge + 18}" text-anchor="middle">{across.text(value)}</text>'
         )
-    parts.append(f'<path d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}" class="axis"/>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">kept a case, MB (logarithmic)</text>')
+    parts.append(f'<path d="M{FRAME.left} {FRAME.lower_edge}H{FRAME.right_edge}" class="axis"/>')
+    caption = "kept per case, MB (logarithmic)"
+    parts.append(f'<text x="{FRAME.right_edge}" y="{FRAME.height - 6}" text-anchor="end">{caption}</text>')
     if full is not None:
-        parts.append(f'<path d="M{LEFT} {y(full):.1f}H{WIDTH - RIGHT}" class="full"/>')
+        parts.append(f'<path d="M{FRAME.left} {y(full):.1f}H{FRAME.right_edge}" class="full"/>')
         # The label stands above the line, below it where there is no room.
-        place = y(full) - 5 if y(full) > TOP + 12 else y(full) + 14
-        parts.append(f'<text x="{LEFT + 4}" y="{place:.1f}">full cache {full:.2f}</text>')
+        place = y(full) - 5 if y(full) > FRAME.top + 12 else y(full) + 14
+        parts.append(f'<text x="{FRAME.left + 4}" y="{place:.1f}">full cache {full:.2f}</text>')
     parts.append(_front([(size / 1e6, value) for line in lines.values() for size, value in line], x, y, best))
     ordered = sorted(drawn, key=lambda method: drawn[method].marker is not None)
     for method in ordered:
         parts.append(_line(lines[method], method, drawn[method], x, y))
+    label = f"{escape(title)} against kept megabytes"
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} against kept megabytes">'
+        f'<svg viewBox="0 0 {FRAME.width} {FRAME.height}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg>"
     )
 
@@ -151,7 +182,7 @@ def _front(points: list[tuple[float, float]], x, y, best) -> str:
             reached, path = value, f"M{x(size):.1f} {y(value):.1f}"
         elif best(reached, value) != reached:
             reached, path = value, f"{path}H{x(size):.1f}V{y(value):.1f}"
-    return f'<path d="{path}H{WIDTH - RIGHT}" class="front"/>' if path else ""
+    return f'<path d="{path}H{FRAME.right_edge}" class="front"/>' if path else ""
 
 
 def _line(points: list[tuple[float, float]], method: Method, style: LineStyle, x, y) -> str:

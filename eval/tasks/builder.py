@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..cases import EXTRA_TOKENS, Case
+from ..cases import Case
 from ..prompts import DocumentFrame, ask, chat_frame, encode, token_spans
 from .documents import Draft, SourceTexts, fit
 from .memory import AssociativeRecall, Dialogue, Repetition
@@ -195,7 +195,7 @@ class CaseBuilder:
             answer_ids=answer_ids, question=draft.question, answer=draft.continuation,
             depth=spans[0][0] / self.length if spans else 0.0, facts=tuple(spans), key=draft.key,
             answers=draft.answers, match=draft.match,
-            extra_tokens=EXTRA_TOKENS + self.tokens_per_answer * (len(draft.answers) - 1),
+            extra_tokens=Case.extra_tokens + self.tokens_per_answer * (len(draft.answers) - 1),
         )  # fmt: skip
 
     def cases(self, tasks: Sequence[str], count: int) -> Iterator[Case]:

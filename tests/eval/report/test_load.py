@@ -67,7 +67,7 @@ def test_other_programs_need_not_measure_everything(tmp_path):
     with pytest.raises(ValueError, match=r"theirs.jsonl: record 1: got 'long' as length; accepted: a whole number"):
         load_run(tmp_path)
     (tmp_path / "theirs.jsonl").write_text(json.dumps(line | {"score": 1.0}) + "\n")
-    for text, message in (("{", r"settings.json is not JSON: "), ("[]", r"got a list in .*settings.json; accepted: a mapping")):
+    for text, message in (("{", "settings.json is not JSON: "), ("[]", "got a list in .*settings.json; accepted: a ")):
         (tmp_path / "settings.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_run(tmp_path)
