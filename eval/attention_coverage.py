@@ -1,4 +1,4 @@
-"""What attention loses and gains by eviction: retained mass, and dilution on planted evidence.
+"""The attention that eviction keeps: retained mass (coverage), and dilution on planted evidence.
 
 * **Coverage** (the defensive paper's figure): of the attention that the answer's queries pay to the context with the
   full cache, the share on the entries that a cell keeps; the mean, and the worst head and query.
@@ -46,7 +46,7 @@ class Watch(Policy):
 
 @dataclass(frozen=True)
 class Examined:
-    """What one cell did to the attention of one case's answer.
+    """The attention of one case's answer under one cell.
 
     Attributes:
         task, length, index: the case.
@@ -91,7 +91,7 @@ def examine(
         ValueError: question-aware cells, gates of another model, or retention without gates.
     """
     if any(cell.aware or cell.prefill_chunk for cell in cells):
-        raise ValueError("coverage is of contexts read in one piece, before the question: leave out other cells")
+        raise ValueError("coverage needs contexts read in one piece and before the question: leave out other cells")
     evicting = [cell for cell in cells if cell.evicts]
     observe = (Watch(most_queries), *{cell.policy for cell in evicting})
     results = []
@@ -166,7 +166,7 @@ def _on_evidence(cache: RaggedCache, queries: int, case: Case) -> float:
 def attention_rows(results: Sequence[Examined], seed: int = 0) -> list[dict[str, Any]]:
     """One row for each task, length and cell, with 95% bootstrap intervals over the cases.
 
-    A row begins as those of tasks do and goes on with `n`; `coverage`; `worst_head` and `worst_query`, the least of a
+    A row has the columns of the tasks' rows, then `n`; `coverage`; `worst_head` and `worst_query`, the least of a
     case; `least`: the least of all; `below_half`: the share of heads with a coverage under a half; and, where evidence
     was planted, `evidence` and `full_evidence` (attention on it), `dilution` and `full_dilution` (one minus that), and
     `evidence_gain`: their difference, with the p-value of the paired bootstrap. `heads` has the kept share of every

@@ -1,4 +1,4 @@
-"""Confidence intervals for what a finite number of cases can say."""
+"""Confidence intervals and tests for means over a finite number of cases."""
 
 from __future__ import annotations
 
@@ -106,8 +106,7 @@ def stratified_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values, in their order, adjusted for how many they are (Holm 1979): in 95 % of studies none that is below
-    5 % is wrong."""
+    """The p-values, in order, adjusted for their number (Holm 1979): in 95 % of studies none below 5 % is wrong."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, number in enumerate(sorted(range(len(p_values)), key=lambda one: p_values[one])):
         largest = max(largest, min(1.0, p_values[number] * (len(p_values) - rank)))

@@ -1,8 +1,8 @@
-"""Perplexity and KL under eviction: a document is read in chunks by the full cache and by compressed ones side by side.
+"""Perplexity and KL under eviction: a document is read in chunks by the full cache and by compressed ones in parallel.
 
 After every chunk each compressed cache is evicted down to its budget, a share being counted from the tokens read so
-far; the next chunk is then predicted from what is left and from the chunk itself. So no cache ever holds more than its
-budget and a chunk, only one chunk's logits exist at a time, and a document may be as long as the full cache allows.
+far; the next chunk is then predicted from the kept entries and from the chunk itself. So no cache ever holds more than
+its budget and a chunk, only one chunk's logits exist at a time, and a document may be as long as the full cache allows.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .predictions import kl_to_full, read, top1_agreement
 from .prompts import encode
 from .tasks.documents import SourceTexts
 
-TASK = "stream"  # what these rows are called beside those of tasks
+TASK = "stream"  # the name of these rows among those of tasks
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """What one cell did on one document of n tokens; arrays have one number for each of the n − 1 predicted tokens.
+    """The predictions of one cell on one document of n tokens; arrays have a number for each of the n − 1 predictions.
 
     Attributes:
         document: its number.
@@ -164,7 +164,7 @@ class _StreamedCell:
 def stream_rows(results: Sequence[Streamed], bins: int = 8, seed: int = 0) -> list[dict[str, Any]]:
     """One row for each length and cell, with 95% bootstrap intervals over the documents.
 
-    A row begins as those of tasks do, `task, length, policy, scope, budget, aware`, and goes on with `n` (documents);
+    A row has the columns of the tasks' rows, `task, length, policy, scope, budget, aware`; `n` (documents);
     `kl`, `top1`, `perplexity`, `perplexity_ratio` (to the full cache's on the same documents), each a dictionary of
     `value, low, high`; `entries, bytes, kept_share` (means); `by_position`: KL and agreement in equal parts of the
     document, a list of `start, stop, kl, top1`; and `heads`: the kept share of every `[layer][head]`.

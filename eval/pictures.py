@@ -22,7 +22,7 @@ _SLOT = "__DATA__"
 
 @dataclass(frozen=True)
 class PagePolicy:
-    """What one policy kept of the document and what the model then answered.
+    """The part of the document that one policy kept, and the model's answer from it.
 
     Attributes:
         label: name on the page.
@@ -90,7 +90,7 @@ def _policy(policy: PagePolicy) -> dict[str, Any]:
 
 
 def _script_safe(data: Any) -> str:
-    """JSON that cannot end the script element it stands in, whatever the texts contain."""
+    """JSON that cannot end its script element, whatever the texts contain."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

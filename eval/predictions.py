@@ -88,7 +88,7 @@ def greedy_rows(
                 generated[row].append(choice)
                 if ends(generated[row]):
                     live.remove(row)
-        if live and 2 * len(live) <= len(rows):  # what is done is left out once it is worth the copy
+        if live and 2 * len(live) <= len(rows):  # finished rows are dropped once that is worth the copy
             cache.select_rows(torch.tensor([place for place, row in enumerate(rows) if row in live]))
             rows = [row for row in rows if row in live]
     return generated
@@ -114,8 +114,8 @@ def kl_to_full(
 ) -> torch.Tensor:
     """KL divergence of the compressed model from the full one at every position, in nats.
 
-    `KL(p‖q) = Σ_v p_v (log p_v − log q_v)` with p from the full cache: what is lost by predicting with q. Computed in
-    float64, a few positions at a time, so that neither precision nor memory depends on how many there are.
+    `KL(p‖q) = Σ_v p_v (log p_v − log q_v)` with p from the full cache. Computed in
+    float64, a few positions at a time, so that neither precision nor memory depends on their number.
 
     Args:
         logits_full: `(..., vocab)`, any float dtype, without a cache or with the full one.

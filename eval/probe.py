@@ -23,9 +23,9 @@ class RetrievalProbe:
         texts: the haystack.
         tasks: names of tasks, see `tenure.eval.TASKS`.
         length: tokens of a context.
-        cases: how many a task.
+        cases: number of cases of each task.
         budgets: shares of the context that stay.
-        scope: who competes.
+        scope: the entries that compete.
         seed: chooses the cases; not the demo's by default, so that gates chosen by the probe are judged by other cases.
     """
 

@@ -11,7 +11,7 @@ _MARK = "\u2063DOCUMENT\u2063"  # invisible separators: no template and no docum
 
 @dataclass(frozen=True)
 class DocumentFrame:
-    """What stands around a document in a model's own chat format.
+    """The text around a document in a model's own chat format.
 
     Attributes:
         before: token ids up to the document: system prompt, start of the user's turn, `intro`.
@@ -51,7 +51,7 @@ def ask(
 
 
 def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many of the first ids are the same in both."""
+    """Number of first ids that are the same in both."""
     count = 0
     while count < min(len(one), len(other)) and one[count] == other[count]:
         count += 1
@@ -61,7 +61,7 @@ def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
 def token_spans(tokenizer: Any, text: str, pieces: Sequence[str]) -> list[tuple[int, int]]:
     """Token ranges `(start, end)` of verbatim pieces of `text`, each at its first place, counted in the whole text.
 
-    A token that a piece shares with what is around it belongs to the piece.
+    A token that a piece shares with the text around it belongs to the piece.
     """
     whole = encode(tokenizer, text, plain=True)
     spans = []

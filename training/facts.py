@@ -1,4 +1,4 @@
-"""Facts for synthetic training documents: what is inserted into a text, and what is asked about it afterwards."""
+"""Facts for synthetic training documents: passages to insert into a text, and the questions about them."""
 
 import random
 import re
@@ -120,7 +120,7 @@ def draw(slot: str, rng: random.Random, used: set[str]) -> str:
 
 @dataclass(frozen=True)
 class AnswerStyle:
-    """How a document's questions are answered: by the value or in the question's words, and the instruction for it.
+    """The form of a document's answers, the value alone or a whole sentence, and the instruction for it.
 
     Even `brief` answers begin with a few fixed words: small models put some there whatever the instruction, and a
     first token that the model would never write teaches nothing about what to keep.

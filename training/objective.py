@@ -1,4 +1,4 @@
-"""What the gates are trained on: stay close to the frozen model, with an occupancy within the budget."""
+"""The training objective: stay close to the frozen model, with an occupancy within the budget."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .batching import Batch
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one batch, scalars with their graph, and what the log shows of it.
+    """Losses of one batch, scalars with their graph, and numbers for the log.
 
     Attributes:
         total: `(ntp + kl) / 2 + weight · capacity` (TRIM-KV, training objective).
@@ -86,8 +86,8 @@ class GateObjective(nn.Module):
         samples: positions per row at which occupancy is evaluated; None for all.
         chunk: target tokens whose logits exist at a time.
         implementation: of the gated attention.
-        evictions: of which one, drawn by `seed`, is what happens to a row's prompt at its end; without any, its keys
-            decay for what comes after it.
+        evictions: one of them, drawn by `seed`, evicts a row's prompt at its end; without any, the prompt's keys decay
+            for the tokens after it.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class GateObjective(nn.Module):
         return _Forward(teacher, student, batch.input_ids, batch.loss_mask, attached.log_beta(), attached.segments)
 
     def _after_prompt(self, row: Batch, rng: random.Random) -> _Forward:
-        """The prompt is read once, for teacher and student; gates act on what comes after it."""
+        """The prompt is read once, for teacher and student; gates act on the tokens after it."""
         start = row.prompt_tokens[0]
         prompt = read_prompt(self.model, row.input_ids[:, :start])
         rest = {"input_ids": row.input_ids[:, start:], "use_cache": True}

@@ -1,4 +1,4 @@
-"""The log of a training run: metrics.jsonl beside the checkpoints, accelerate's trackers, a picture of occupancy."""
+"""The log of a training run: metrics.jsonl next to the checkpoints, accelerate's trackers, a picture of occupancy."""
 
 from __future__ import annotations
 

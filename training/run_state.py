@@ -1,4 +1,4 @@
-"""Training checkpoints: everything a resumed run needs to go on to the last bit, in safetensors and JSON."""
+"""Training checkpoints, from which a run resumes to the last bit, in safetensors and JSON."""
 
 from __future__ import annotations
 

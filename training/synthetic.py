@@ -82,7 +82,7 @@ def turns(
 
 
 def told_fact(speakers: tuple[str, str], style: AnswerStyle, rng: random.Random, used: set[str]) -> Fact | None:
-    """A fact that the first speaker tells of herself and the second acknowledges; None when its statement was used."""
+    """A fact that the first speaker states and the second acknowledges; None when its statement was used."""
     statement, question, answer, slot = rng.choice(FIRST_PERSON)
     if statement in used:
         return None
@@ -100,12 +100,12 @@ def told_fact(speakers: tuple[str, str], style: AnswerStyle, rng: random.Random,
 
 @dataclass(frozen=True)
 class Repeated:
-    """A passage that is said again and again, the same words in the same order.
+    """A passage that is repeated over and over, the same words in the same order.
 
     Attributes:
         words: one round of it.
-        joint: stands between two words, also between the rounds.
-        introduction: stands before it, or is empty.
+        joint: text between two words, also between the rounds.
+        introduction: text before the passage; may be empty.
         forms: numbers of words that questions show and expect.
     """
 
@@ -118,7 +118,7 @@ class Repeated:
     def draw(
         cls, stream: Iterator[Sentence], room: int, encode: Encode, rng: random.Random, forms: DocumentForms
     ) -> Repeated:
-        """A list of words, or sentences of the text, of which three rounds go into `room` tokens."""
+        """A list of words, or sentences of the text, of which three rounds fit into `room` tokens."""
         words = rng.sample(_WORDS, rng.randint(*forms.cycle_words))
         if rng.random() >= forms.list_share:
             sentences = rng.randint(*forms.cycle_sentences)
@@ -145,7 +145,7 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Questions and answers as token ids, which of them are targets, and the span of every answer."""
+    """Questions and answers as token ids, the targets among them, and the token range of every answer."""
 
     ids: list[int]
     loss_mask: list[bool]
@@ -161,10 +161,10 @@ class Questioner:
     def draw(
         self, facts: Sequence[Fact], number: tuple[int, int], room: float, rng: random.Random
     ) -> list[FactQuestion]:
-        """Questions within `room` tokens: one of each fact as far as they go, then second ones; in random order.
+        """Questions within `room` tokens: one of each fact while there is room, then second ones; in random order.
 
         Args:
-            number: range (inclusive) of how many.
+            number: range (inclusive) of their number.
         """
         ranked = [q for rank in range(2) for fact in facts for q in fact.questions[rank : rank + 1]]
         chosen = self.within(ranked, rng.randint(*number), room)
@@ -172,7 +172,7 @@ class Questioner:
         return chosen
 
     def within(self, questions: Sequence[FactQuestion], number: int, room: float) -> list[FactQuestion]:
-        """The first `number` of those that go into `room` tokens together with their answers."""
+        """The first `number` of those that fit into `room` tokens together with their answers."""
         chosen: list[FactQuestion] = []
         for question in questions:
             cost = len(self._encode(question.text)) + len(self._encode(question.answer)) + self.frame.turn_tokens()
@@ -201,7 +201,7 @@ class Questioner:
 
 @dataclass(frozen=True)
 class Answer:
-    """Where a question's answer stands in an example: tokens `start` to `stop` (the end-of-turn token excluded)."""
+    """The place of a question's answer in an example: tokens `start` to `stop` (the end-of-turn token excluded)."""
 
     question: FactQuestion
     start: int
@@ -210,7 +210,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class RetrievalDocument:
-    """An example with what it was made of; `document_stop` is the number of tokens before the first question."""
+    """An example with its answers; `document_stop` is the number of tokens before the first question."""
 
     example: Example
     answers: tuple[Answer, ...]
@@ -236,8 +236,8 @@ class RetrievalDocuments:
         text_share: share of the examples that are plain text, with loss on their second half.
         prompt_share: share of the examples whose document (or first half of the text) is read without gates: they act
             only where its compressed cache would be used, as when a prompt is evicted once at its end.
-        dialogue_share: share of the documents that are a conversation in which a speaker tells facts of herself.
-        repetition_share: share of the documents that are one passage again and again, asked for from any place of it.
+        dialogue_share: share of the documents that are a conversation in which a speaker states facts about herself.
+        repetition_share: share of the documents that are one passage repeated, asked for from any place in it.
         brief_share: share of the documents whose questions are answered without the question's words.
         fact_share, question_share: most of a document's tokens that facts, and questions with answers, may take; they
             lower the number of facts and questions in short documents.
@@ -291,7 +291,7 @@ class RetrievalDocuments:
         if self.repetition_share and min(self.lengths) < self.forms.least_repeated:
             raise ValueError(
                 f"repetition_share accepts lengths of {self.forms.least_repeated} tokens or more, got "
-                f"{list(self.lengths)}: three rounds of a passage and a question have to go in"
+                f"{list(self.lengths)}: three rounds of a passage and a question have to fit"
             )
         # Documents are laid out in both ways so that a line break is no sign of what belongs to the text.
         self._corpora = both_layouts(self.texts, self.tokenizer)
@@ -305,7 +305,7 @@ class RetrievalDocuments:
         return self.document(index).example
 
     def document(self, index: int) -> RetrievalDocument:
-        """The example at `index` (any non-negative number) together with where its answers stand."""
+        """The example at `index` (any non-negative number) with the places of its answers."""
         rng = random.Random(f"{self.seed}:{index}")
         length = rng.choice(list(self.lengths))
         corpus = rng.choice(self._corpora)
@@ -376,7 +376,7 @@ class RetrievalDocuments:
     ) -> tuple[list[Fact], list[list[Sentence]]]:
         """Facts whose passages take `room` tokens at most, and those passages tokenised; `first` may be quoted.
 
-        With speakers, facts are told by the first of them.
+        With speakers, the first of them states the facts.
         """
         facts: list[Fact] = []
         passages: list[list[Sentence]] = []

@@ -59,11 +59,11 @@ class TrainConfig:
     group_share: Share = 0.3
     """Share of the facts in synthetic documents that are groups of sentences which differ in key and value only."""
     dialogue_share: Share = 0.0
-    """Share of synthetic documents that are a conversation in which a speaker tells facts of herself."""
+    """Share of synthetic documents that are a conversation in which a speaker states facts about herself."""
     repetition_share: Share = 0.0
-    """Share of synthetic documents that are one passage again and again."""
+    """Share of synthetic documents that are one passage repeated over and over."""
     prompt_share: Share = 0.0
-    """Share of synthetic examples whose document is a prompt: read without gates, as one compressed at its end is."""
+    """Share of synthetic examples whose document is a prompt, read without gates and compressed at its end."""
     eviction_budgets: tuple[KeptShare, ...] = ()
     """Prompts are softly evicted at their end to one of these shares of their entries; none: their keys decay."""
     eviction_temperature: Annotated[float, Range(0, above=True)] = 0.5
@@ -78,7 +78,7 @@ class TrainConfig:
     budget: Annotated[float, Range(0, above=True)] = 0.2
     """Entries per layer and head that occupancy may hold; below 1, that share of each document's length."""
     scope: Literal["global", "local"] = "global"
-    """Who shares the budget in the capacity loss: all layers and heads, or each head on its own."""
+    """Sharing of the budget in the capacity loss: among all layers and heads, or each head on its own."""
     capacity_weight: Annotated[float, Range(0)] = 1.0
     """λ, weight of the capacity loss."""
     capacity_samples: Count | None = 64

@@ -56,7 +56,7 @@ def train(
         model: on the CPU; accelerate moves it. It is frozen.
         source: training examples.
         pad_token_id: fills rows of unequal length.
-        evaluate: called every `config.eval_every` steps on the main process; its values go to the log.
+        evaluate: called every `config.eval_every` steps on the main process; its values are logged.
         progress: called after every step on the main process with the step's losses.
 
     Returns:
@@ -78,7 +78,7 @@ def train(
 
 
 class _TrainingRun:
-    """One process of a training run; `step` optimizer steps are behind it."""
+    """One process of a training run, which has done `step` optimizer steps."""
 
     def __init__(self, config: TrainConfig, model: PreTrainedModel, source: ExampleSource, pad_token_id: int) -> None:
         self.config, self.source, self.pad_token_id = config, source, pad_token_id

@@ -27,7 +27,7 @@ SUBCOMMANDS = ("ls", "validate")
 def run(arguments: Sequence[str]) -> None:
     """Runs lm-eval's own command line with these arguments.
 
-    `--model tenure` and the folder of the generated tasks are added where the arguments do not say otherwise.
+    `--model tenure` and the folder of the generated tasks are added unless the arguments name others.
 
     Raises:
         ValueError: what `check` refuses.
@@ -79,7 +79,7 @@ def complete(arguments: Sequence[str], asked: Asked) -> list[str]:
 
 @dataclass
 class Asked:
-    """What a command line asks lm-eval for, as far as it is checked here.
+    """The part of an lm-eval command line that is checked here.
 
     Attributes:
         model: the model type, or None.
@@ -98,7 +98,7 @@ class Asked:
 
 
 def peek(arguments: Sequence[str]) -> Asked:
-    """Reads the flags that matter here; a file of `--config` gives what the flags leave out.
+    """Reads the flags that matter here; a file of `--config` supplies those that are left out.
 
     Raises:
         ValueError: the file is absent or no mapping in YAML, or what should be `a=1,b=2` or JSON is neither.
@@ -159,7 +159,7 @@ def check(asked: Asked) -> None:
 
     Raises:
         ValueError: wrong options; gates or a model that do not fit; a device that is not there; an unknown generated
-            task, or one whose cases cannot be made; contexts beyond the model's positions; a task that does not say
+            task, or one whose cases cannot be made; contexts beyond the model's positions; a task without a rule for
             where its question begins, with `question=agnostic`.
     """
     options, others = Options.split(asked.model_args)
@@ -197,7 +197,7 @@ def check_generated(asked: Asked, config: Any, question_tokens: int = 256) -> No
     wanted = asked.metadata.get(RULER_LENGTHS) or []
     wanted = [one for one in (wanted if isinstance(wanted, list) else [wanted]) if isinstance(one, int)]
     if limit is not None and wanted and max(wanted) > limit:
-        raise ValueError(f"{RULER_LENGTHS} has {max(wanted)}; prompts of so many tokens exceed {room}")
+        raise ValueError(f"{RULER_LENGTHS} has {max(wanted)}; prompts of that many tokens exceed {room}")
     kinds = kinds_of(asked.tasks)
     if not kinds:
         return
@@ -216,7 +216,7 @@ def check_generated(asked: Asked, config: Any, question_tokens: int = 256) -> No
 
 
 def check_fields(options: Options, tasks: dict[str, Any]) -> None:
-    """Raises ValueError for a task whose documents do not say where their questions begin."""
+    """Raises ValueError for a task whose documents lack the field that begins their questions."""
     for name, task in tasks.items():
         document = next(iter(task.eval_docs), None)
         if document is None:
@@ -230,12 +230,12 @@ def check_fields(options: Options, tasks: dict[str, Any]) -> None:
 
 
 def says_where(task: str) -> bool:
-    """Whether a task or group is known to say where its questions begin, so that its data need not be loaded."""
+    """Whether there is a known rule for a task's or group's questions, so that its data need not be loaded."""
     return task.startswith(PREFIX) or task in FAMILIES or any(fnmatch(task, name) for name, _, _ in KNOWN)
 
 
 def _loaded(asked: Asked, tasks: Sequence[str]) -> dict[str, Any]:
-    """These of the tasks by name, as lm-eval is going to load them; its own are indexed only if one is among them."""
+    """These of the tasks by name, as lm-eval will load them; its own are indexed only if one is among them."""
     from lm_eval.tasks import TaskManager
 
     folders: list[str | Path] = [tasks_folder(), *([asked.include_path] if asked.include_path else [])]

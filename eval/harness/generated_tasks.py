@@ -88,7 +88,8 @@ def check_kinds(kinds: Iterable[str], **given: Any) -> None:
 def document(builder: CaseBuilder, kind: str, index: int, aware: bool) -> dict[str, Any]:
     """One case as lm-eval's document.
 
-    `context`, `question` and `reply` make the prompt; `outputs` and `match` say what is right; the rest is for people.
+    `context`, `question` and `reply` make the prompt; `outputs` and `match` define the right answers; other
+    fields are for readers.
     """
     made = builder.text(kind, index)
     draft = made.draft

@@ -21,18 +21,18 @@ SEVERAL_DEVICES = ("parallelize", "tp_plan")
 
 @dataclass(frozen=True)
 class Options:
-    """How the model evicts.
+    """The eviction of lm-eval's model type `tenure`.
 
     Attributes:
         policy: a name with options, as `snapkv(window=16)`; "full" evicts nothing.
         budget: as in `evict`: a share, entries per head, or text such as "512MiB"; "calibrated" asks the gates.
-        scope: who competes; None for the policy's default.
+        scope: the entries that compete; None for the policy's default.
         gates: folder or Hub id of trained gates, for policies that need them.
-        prefill_chunk: contexts are read in chunks of so many tokens with an eviction after each.
+        prefill_chunk: tokens of the chunks in which contexts are read, with an eviction after each; None: in one piece.
         sinks, recent, buffer, floor: as in `evict`.
         question: "agnostic": a context is compressed before its question is read; "aware": the whole prompt is read and
-            then compressed, as a served model does; "auto": what the task's documents say in a field `aware`, and
-            "aware" where they say nothing.
+            then compressed, as a served model does; "auto": by the field `aware` of the task's documents, and
+            "aware" where there is none.
         question_field: the field of a document whose text, at its last place in the prompt, begins the question.
         question_pattern: a regular expression; its last match in the prompt begins the question.
 
@@ -112,7 +112,7 @@ class Options:
 
     @property
     def boundaries(self) -> Boundaries:
-        """Where questions begin."""
+        """The rule that finds the beginnings of questions."""
         return Boundaries(self.question, self.question_field, self.question_pattern)
 
     @property

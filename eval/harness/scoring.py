@@ -1,4 +1,4 @@
-"""Log-likelihoods under eviction, and what the caches of lm-eval's requests held.
+"""Log-likelihoods under eviction, and a meter of the caches of lm-eval's requests.
 
 Contexts are read and compressed, then continuations are read as if they were generated.
 """
@@ -32,7 +32,7 @@ class Scored:
 
     @property
     def read(self) -> tuple[int, ...]:
-        """What is read after the context: all but the last token, which is only predicted."""
+        """The tokens read after the context: all but the last one, which is only predicted."""
         return (self.question + self.continuation)[:-1]
 
 
@@ -81,7 +81,7 @@ class Scorer:
     def _continue(
         self, cache: RaggedCache, mask: torch.Tensor, first: torch.Tensor, asked: Sequence[Scored]
     ) -> list[tuple[float, bool]]:
-        """Reads what follows the contexts and scores it.
+        """Reads the tokens after the contexts and scores the continuations.
 
         A piece ends where the next eviction is due, so that every token sees what it would see if the tokens before it
         had been generated one by one.
@@ -91,7 +91,7 @@ class Scorer:
         greedy = torch.ones(len(asked), dtype=torch.bool, device=device)
         seen = mask.sum(1, keepdim=True)
         longest = max(len(one.read) for one in asked)
-        # What the logits at each column of the read tokens are to predict; -1 for nothing.
+        # The token that the logits at each column of the read tokens predict; -1 for none.
         targets = torch.full((len(asked), longest + 1), -1, device=device)
         ids = torch.full((len(asked), longest), self.pad, device=device)
         valid = torch.zeros_like(ids)
@@ -129,7 +129,7 @@ class Scorer:
 
 
 def tokens_until_due(cache: RaggedCache, most: int) -> int:
-    """How many tokens every row can take, at most `most`, until one of the rows evicts, which the last one causes."""
+    """Tokens that every row can take, at most `most`, up to the one that makes a row evict."""
     layout = layout_of(cache.ragged)
 
     def due(stored: int, tokens: int, count: int) -> bool:
@@ -169,7 +169,7 @@ class CacheMeter:
     Attributes:
         contexts: rows counted.
         entries: entries they held after the compression, in all layers and heads.
-        full_entries: what a cache that evicts nothing would have held.
+        full_entries: entries that a cache without eviction would have held.
         bytes: bytes allocated for the entries.
         peak_bytes: the most bytes that one call's cache, a batch, held at any time.
         tokens: tokens of the contexts.
@@ -197,10 +197,10 @@ class CacheMeter:
         self.seen(cache)
 
     def full(self, cache: RaggedCache, lengths: list[int]) -> None:
-        """Counts contexts that were read together with what follows them, so that nothing could be counted between.
+        """Counts contexts that were read together with their continuations, so that nothing could be counted between.
 
         Args:
-            cache: of the last of them, which evicts nothing: it says what an entry takes.
+            cache: of the last of them, which evicts nothing: it gives the bytes of an entry.
             lengths: the contexts' real tokens.
         """
         report = cache.report()

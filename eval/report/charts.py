@@ -13,7 +13,7 @@ from .numbers import Method, SettingResults, is_full, method_label, ranking
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7A5195")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "down", "plus", "ring")
 OTHERS = "#b8bec9"
-# Where an axis has its ticks in each power of ten, by how many powers it spans.
+# Ticks of an axis within each power of ten, by the number of powers that it spans.
 _STEPS = ((0.7, (1, 1.5, 2, 3, 4, 5, 7)), (1.7, (1, 2, 5)), (2.6, (1, 3)), (math.inf, (1,)))
 
 
@@ -51,7 +51,7 @@ FRAME = ChartFrame()
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How a policy is drawn; None for the marker: thin and grey, one of the others."""
+    """The look of a policy's line; without a marker it is thin and grey, one of the others."""
 
     colour: str
     marker: str | None
@@ -84,7 +84,7 @@ def kl_chart(setting: SettingResults, drawn: dict[Method, LineStyle]) -> str:
 
 
 def legend(drawn: dict[Method, LineStyle]) -> str:
-    """Which line is which policy's, as HTML."""
+    """The legend of the policies' lines, as HTML."""
     parts = []
     for method, style in drawn.items():
         if style.marker is not None:
@@ -160,7 +160,7 @@ def _chart(
     parts.append(f'<text x="{FRAME.right_edge}" y="{FRAME.height - 6}" text-anchor="end">{caption}</text>')
     if full is not None:
         parts.append(f'<path d="M{FRAME.left} {y(full):.1f}H{FRAME.right_edge}" class="full"/>')
-        # The label stands above the line, below it where there is no room.
+        # The label is above the line, or below it where there is no room.
         place = y(full) - 5 if y(full) > FRAME.top + 12 else y(full) + 14
         parts.append(f'<text x="{FRAME.left + 4}" y="{place:.1f}">full cache {full:.2f}</text>')
     parts.append(_front([(size / 1e6, value) for line in lines.values() for size, value in line], x, y, best))

@@ -1,4 +1,4 @@
-"""The report's tables as Markdown, to stand in other pages."""
+"""The report's tables as Markdown, for other pages."""
 
 from __future__ import annotations
 

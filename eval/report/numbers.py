@@ -27,7 +27,7 @@ class MethodResult:
             or wrong, else the bootstrap's over cases within the tasks.
         kl: the same of the KL to the full cache in nats; None where it was not measured.
         bytes: mean bytes of a compressed cache; NaN where they were not measured.
-        cases: how many.
+        cases: their number.
         tasks: the accuracy of each task.
         ahead: no method at this budget is better on the same cases: the best, and those whose paired 95 % interval of
             the difference to it holds 0.
@@ -84,7 +84,7 @@ def is_full(method: Method) -> bool:
 
 
 def case_key(record: Record) -> CaseKey:
-    """What tells the case apart in a run."""
+    """The identity of the case within a run."""
     return record.task, record.length, record.seed, record.index
 
 
@@ -207,7 +207,7 @@ class Difference:
 
     Attributes:
         method, budget, aware: the cell.
-        cases: how many are shared.
+        cases: number of shared cases.
         before, after: mean accuracy in the first and in the second run, each the mean over tasks and lengths.
         accuracy: the difference with its paired bootstrap interval, by resampling the cases within task and length.
         holm: the p-value of it, adjusted for the number of cells compared.

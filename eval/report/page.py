@@ -33,7 +33,7 @@ def report_page(runs: Sequence[RecordedRun], differences: Sequence[Difference], 
     """The page for one run, or for two with their differences.
 
     Args:
-        folder: where the page will stand; links to the raw files are relative to it.
+        folder: of the page; links to the raw files are relative to it.
     """
     title = " and ".join(run.name for run in runs)
     body = [f"<h1>{escape(title)}</h1>"]
@@ -271,7 +271,7 @@ def difference_table(runs: Sequence[RecordedRun], found: Sequence[Difference]) -
 
 
 def failure_list(found: Sequence[Failure]) -> str:
-    """What failed, where, and why."""
+    """The failures with their places and reasons."""
     parts = []
     for one in found:
         trace = f"<pre>{escape(one.traceback)}</pre>" if one.traceback else ""

@@ -35,10 +35,10 @@ class RecordedRun:
         folder: as it was given.
         records: of complete cases only.
         failures: cells and cases that failed.
-        settings: what was run with which versions, as it is written there.
+        settings: the run's settings and versions, as they are written there.
         sessions: when and where.
         files: the raw files.
-        units: how many cases were wanted; None where the run does not say.
+        units: number of cases that were wanted; None where it is not recorded.
     """
 
     folder: Path

@@ -13,7 +13,7 @@ from .run_folder import RecordedRun
 
 
 def run_line(run: RecordedRun) -> str:
-    """One line about a run: model, device, versions, how much there is."""
+    """One line about a run: model, device, versions, numbers of cases and records."""
     settings = run.settings
     model = settings.get("model", "")
     name = model.get("id", "") if isinstance(model, Mapping) else str(model)
@@ -34,7 +34,7 @@ def intervals_note() -> str:
 
 
 def significant_line(differences: Sequence[Difference]) -> str:
-    """Which accuracies differ."""
+    """A sentence about the accuracies that differ."""
     found = [one for one in differences if one.significant]
     if not found:
         return f"No accuracy differs significantly: all {len(differences)} intervals hold 0."

@@ -1,4 +1,4 @@
-"""Many cells on many cases, resumable: what is swept, how units of work run, and how their records are kept."""
+"""Many cells on many cases, resumable: the settings, the units of work, and the folder of their records."""
 
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.eval', not {__name__!r}: a second name would give duplicate classes")

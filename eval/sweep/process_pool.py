@@ -18,7 +18,7 @@ from .units import Failure, Unit
 
 
 class Runner(Protocol):
-    """What runs units, such as `UnitRunner`."""
+    """Runs units, such as `UnitRunner`."""
 
     def run(self, unit: Unit) -> Sequence[Record | Failure]:
         """One result for each cell, or one failure of the whole unit."""
@@ -47,7 +47,7 @@ def run_units(
     """Runs all units and writes their results to the parts of `folder`.
 
     With one device in this process; with several in a process for each, which is given the next unit of the list when
-    it is done with one. So which process ran a unit may change, what it wrote does not.
+    it is done with one. So a unit may run in another process, with the same results.
 
     Returns:
         Units that were lost with a process that died; the other processes went on.
@@ -67,14 +67,14 @@ def _finish(runner: Runner, unit: Unit, path: Path) -> Finished:
     results = runner.run(unit)
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
-        raise EOFError("the parent is gone: whoever goes on in its place runs the unit again, and may write this file")
+        raise EOFError("the parent is gone: the process in its place runs the unit again, and may write this file")
     append_unit(path, results)
     failures = tuple(one for one in results if isinstance(one, Failure))
     return Finished(unit, time.perf_counter() - start, failures)
 
 
 def _work(prepare: Prepare, device: str, path: Path, pipe: Connection) -> None:
-    """A process: says that it is ready, then answers every unit with what became of it, until it is sent None."""
+    """A process: says that it is ready, then replies to every unit with its outcome, until it is sent None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which then ends this process
     try:
         runner = prepare(device)

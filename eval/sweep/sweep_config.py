@@ -10,7 +10,7 @@ from ...retention.checked import Distinct, Range, Size, load_yaml, read, verify
 from ..cells import Cell, parse_cells
 
 QUESTIONS = {"agnostic": (False,), "aware": (True,), "both": (False, True)}
-_NOT_SETTINGS = ("output", "threads", "together")  # where and how fast, not what
+_NOT_SETTINGS = ("output", "threads", "together")  # they decide where and how fast, not the numbers
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SweepConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path, **changes: Any) -> SweepConfig:
-        """Reads a YAML mapping of the attributes; `changes` replace what the file says.
+        """Reads a YAML mapping of the attributes; `changes` replace values of the file.
 
         Raises:
             ImportError: PyYAML is missing.
@@ -90,6 +90,6 @@ class SweepConfig:
         return parse_cells(names, self.budgets, QUESTIONS[self.question])
 
     def settings(self) -> dict[str, Any]:
-        """What decides the numbers, as plain values for JSON."""
+        """The settings that the numbers depend on, as plain values for JSON."""
         values = {name: value for name, value in asdict(self).items() if name not in _NOT_SETTINGS}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

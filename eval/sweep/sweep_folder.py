@@ -1,9 +1,9 @@
 """A sweep's folder: settings.json, and one part-K.jsonl a process with one line for each case and cell.
 
 All lines of a unit are written at once and stand together; a unit counts when all are there, so a process that is
-killed at any moment loses at most the unit it was at. The next start removes what is left of such a unit. `SweepFolder`
+killed at any moment loses at most the unit it was at. The next start removes the rest of such a unit. `SweepFolder`
 holds the folder's lock; while it does, part-K.jsonl is written by process K alone. A part-K.jsonl.gz counts as well:
-what was run before, kept small.
+an earlier run, compressed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Line = dict[str, Any]
 
 
 def part_path(folder: Path, number: int) -> Path:
-    """Where process `number` writes."""
+    """The file that process `number` writes."""
     return folder / f"part-{number}.jsonl"
 
 
@@ -54,7 +54,7 @@ def read_units(path: Path, cells: int) -> tuple[dict[Unit, list[Line]], bool]:
     """The complete units of a part, and whether it holds nothing else.
 
     Args:
-        cells: how many lines make a unit complete, unless the unit failed as a whole.
+        cells: number of lines of a complete unit, unless the unit failed as a whole.
 
     Raises:
         ValueError: a line before the last that no sweep wrote, or a compressed part that cannot be read to its end.
@@ -66,7 +66,7 @@ def read_units(path: Path, cells: int) -> tuple[dict[Unit, list[Line]], bool]:
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} cannot be unpacked: {error}") from None
     lines = raw.split(b"\n")
-    rest = lines.pop()  # what stands after the last line break: nothing, or a line cut short
+    rest = lines.pop()  # the text after the last line break: empty, or a line cut short
     units: dict[Unit, list[Line]] = {}
     for number, text in enumerate(lines, 1):
         try:
@@ -74,7 +74,7 @@ def read_units(path: Path, cells: int) -> tuple[dict[Unit, list[Line]], bool]:
             units.setdefault(Unit.of(line), []).append(line)
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number}, is not a sweep's record: remove it or the file") from None
-    # A unit that stands there twice was written by a process that outlived its parent, and by the next one.
+    # A unit that is there twice was written by a process that outlived its parent, and by the next one.
     complete = {unit: found[:cells] for unit, found in units.items() if len(found) >= cells or is_whole_failure(found)}
     return complete, not rest and sum(map(len, complete.values())) == len(lines)
 
@@ -101,8 +101,8 @@ class SweepFolder:
 
     Attributes:
         folder: made if it is not there.
-        settings: what decides the numbers; it must be what the folder was begun with. `settings["cells"]` lists the
-            cells.
+        settings: those that the numbers depend on; they must equal those that the folder was begun with.
+            `settings["cells"]` lists the cells.
         session: about this start; added to those before.
         retry_failed: units with a failure are forgotten, so that they are run again.
         done: after entering, the units that need not be run.

@@ -34,18 +34,18 @@ class Unit:
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Unit:
-        """The unit that a record or a failure is of; KeyError if it does not say."""
+        """The unit that a record or a failure is of; KeyError without its fields."""
         return cls(line["task"], line["length"], line["seed"], line["index"])
 
     @property
     def name(self) -> str:
-        """For people: `vt, 1024 tokens, seed 0, case 3`."""
+        """Readable: `vt, 1024 tokens, seed 0, case 3`."""
         return f"{self.task}, {self.length} tokens, seed {self.seed}, case {self.index}"
 
 
 def all_units(config: SweepConfig) -> list[Unit]:
     """All units of a sweep: one length after the other as they are listed, within a length all first cases, then all
-    second ones, so that what is done of a length at any time covers its tasks and seeds evenly."""
+    second ones, so that at any time the finished cases of a length cover its tasks and seeds evenly."""
     return [
         Unit(task, length, seed, index)
         for length in config.lengths
@@ -79,7 +79,7 @@ class Failure:
 
     @classmethod
     def of(cls, unit: Unit, cell: Cell | None, error: Exception) -> Failure:
-        """What `error` did to `cell`, or to the whole unit."""
+        """The failure of `cell`, or of the whole unit, by `error`."""
         import traceback
 
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -94,7 +94,7 @@ class Failure:
 
     @property
     def name(self) -> str:
-        """For people: the unit, and the cell if it is one."""
+        """Readable: the unit, and the cell if it is one."""
         unit = Unit(self.task, self.length, self.seed, self.index).name
         if self.policy is None:
             return unit
@@ -200,9 +200,9 @@ def _checked(unit: Unit, record: Record) -> Record | Failure:
 def export_cases(
     path: Path, units: Iterable[Unit], builder: Callable[[int, int], CaseBuilder], tokenizer: Any
 ) -> int:
-    """Writes one line a unit and returns how many; the file appears when all are written.
+    """Writes one line a unit and returns their number; the file appears when all are written.
 
-    A line has `task, length, seed, index`; `context_ids, question_ids, answer_ids`, what the model reads and the gold
+    A line has `task, length, seed, index`; `context_ids, question_ids, answer_ids`, the model's input and the gold
     continuation, which is teacher-forced for the KL; `context, prompt_end, question`: the texts of the first two and
     the question alone; `answers, match`: what must be found in the generation, see `Case.score`; `max_new_tokens`; and
     `evidence`: token ranges of the planted facts. The ids are exact; the texts need not split into the same ids again.

@@ -1,4 +1,4 @@
-"""Documents of exactly so many tokens, made of the sentences, passages and words of given texts."""
+"""Documents of an exact number of tokens, made of the sentences, passages and words of given texts."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def fit(tokenizer: Any, document: Callable[[int], str], length: int, name: str, 
 
 
 def _most_units(tokens: Callable[[int], int], length: int) -> int:
-    """The most units whose tokens do not exceed `length`, by interpolation between what is known to fit and not."""
+    """The most units whose tokens do not exceed `length`, by interpolation between numbers that fit and do not."""
     low, high = 0, 1
     while tokens(high) <= length:
         grown = tokens(high) - tokens(0)
@@ -125,10 +125,10 @@ def planted(
     """A document of `head`, units of filler, and facts at given depths among them.
 
     Args:
-        head: what stands before the first unit.
-        filler: the first so many units.
+        head: text before the first unit.
+        filler: returns that many first units.
         facts: `(depth, text)`, the depth as a share of the units in [0, 1].
-        joint: stands between units.
+        joint: text between units.
     """
     ordered = sorted(facts, key=lambda fact: fact[0])
 
@@ -175,7 +175,7 @@ class SourceTexts:
 
     @cached_property
     def words(self) -> list[str]:
-        """Lower-case words of 4 to 9 letters that stand in the texts, sorted."""
+        """Lower-case words of 4 to 9 letters of the texts, sorted."""
         return sorted({word for sentence in self.sentences for word in re.findall(r"\b[a-z]{4,9}\b", sentence)})
 
     def run(self, rng: random.Random) -> SentenceRun:

@@ -131,7 +131,7 @@ def _documents(
 
 
 def _blank(rng: random.Random, sentence: str) -> str:
-    """A word that stands once in the sentence: a name if there is one, else a long word."""
+    """A word that occurs once in the sentence: a name if there is one, else a long word."""
     words = re.findall(r"\b[A-Za-z]{4,}\b", sentence)
     single = [word for word in words[1:] if len(re.findall(rf"\b{word}\b", sentence)) == 1]
     names = [word for word in single if word[0].isupper()]

@@ -56,7 +56,7 @@ class CommonWords:
 
     Attributes:
         common: words that appear often; the question names 10.
-        short: contexts of fewer tokens repeat as `short_repeats` says, longer ones as `long_repeats` says.
+        short: contexts of fewer tokens use `short_repeats`, longer ones `long_repeats`.
         short_repeats, long_repeats: times that a common and another word appear, as in RULER.
     """
 

@@ -1,4 +1,4 @@
-"""What the kernels of gated attention share: loading and storing a tile, the keys of a tile of queries, its logits.
+"""Functions that the kernels of gated attention share: tiles, the keys of a tile of queries, and its logits.
 
 The queries are the last `q_len` of `seq_len` tokens; the others were read before. Of a query, `t` is the place among
 all tokens, `seq_len - q_len` more than its row in memory.

@@ -11,7 +11,7 @@ from . import gated_attention_gradients, gated_attention_kernels, occupancy_kern
 from .compiling import Constant, KernelCase, specialised
 from .gated_attention_triton import DELTA_ROWS, launch_numbers
 from .kernel_choice import LAUNCH_OPTIONS
-from .occupancy_triton import BLOCK_M, BLOCK_N, WARPS
+from .occupancy_triton import COMPILED
 
 POINTERS = {"start": "*i32", "end": "*i32", "log_beta": "*fp32", "lse": "*fp32", "delta": "*fp32", "beta_grad": "*fp32"}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -22,7 +22,7 @@ SAMPLES = 64
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the kernels see of a model."""
+    """The sizes of a model that kernels depend on."""
 
     name: str
     layers: int
@@ -67,7 +67,8 @@ def occupancy_cases(model: ModelShape) -> list[KernelCase]:
     """Everywhere and at chosen positions."""
     cases = []
     for chosen in (False, True):
-        numbers = {"CHOSEN": chosen, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": WARPS, **LAUNCH_OPTIONS}
+        tile = {"BLOCK_M": COMPILED.queries, "BLOCK_N": COMPILED.keys, "num_warps": COMPILED.warps}
+        numbers = {"CHOSEN": chosen, **tile, **LAUNCH_OPTIONS}
         where = "at samples" if chosen else "everywhere"
         for name in ("forward", "backward"):
             kernel = getattr(occupancy_kernels, f"{name}_kernel")
@@ -81,7 +82,7 @@ def occupancy_cases(model: ModelShape) -> list[KernelCase]:
 def _case(
     name: str, kernel: Any, numbers: dict[str, Any], dtype: torch.dtype, model: ModelShape, sizes: dict[str, int]
 ) -> KernelCase:
-    """Types of what the launcher passes by place; the strides are multiples of the head dimension."""
+    """Types of the launcher's positional arguments; the strides are multiples of the head dimension."""
     strides = {name: model.head_dim for name in kernel.arg_names if name.startswith("stride_")}
     integers = sizes | strides
     arguments, divisible = specialised({name: integers[name] for name in kernel.arg_names if name in integers})

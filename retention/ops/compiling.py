@@ -1,7 +1,7 @@
-"""What Triton's compiler makes of a kernel for a card that need not be here: registers, shared memory, spills.
+"""Compiling Triton kernels for a card that need not be present: their registers, shared memory and spills.
 
 `triton.compile` builds a cubin for any target, and `cuobjdump`, which comes with Triton, reads its resources. So a
-machine without a GPU can refuse a kernel that spills or does not fit. How fast it is, only a GPU can tell.
+machine without a GPU can refuse a kernel that spills or does not fit. Its speed can only be measured on a GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class KernelCase:
             `tl.constexpr` (`64`, `True`, `None`, `"ieee"` in a `Constant`).
         num_warps, num_stages: as the launcher passes them; Triton's own where it passes none.
         divisible: integer arguments that are multiples of 16 at this shape; Triton compiles such a launch on its own.
-        shape: what the shape is called, e.g. `Qwen3-4B`.
+        shape: name of the shape, e.g. `Qwen3-4B`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class KernelCase:
 
 
 def specialised(sizes: Mapping[str, int]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What Triton makes of a launch's integers: their types, 1 being a constant, and which are multiples of 16."""
+    """Triton's specialisation of a launch's integers: their types, 1 as a constant, and the multiples of 16."""
     types = {name: 1 if size == 1 else "i32" for name, size in sizes.items()}
     return types, tuple(name for name, size in sizes.items() if size % POINTER_ALIGNMENT == 0)
 

@@ -1,4 +1,4 @@
-"""Occupancy `S_t = Σ_{j≤t} β_j^(t-j)`: how many entries a head effectively holds at time t (TRIM-KV, capacity loss).
+"""Occupancy `S_t = Σ_{j≤t} β_j^(t-j)`: the effective number of entries of a head at time t (TRIM-KV, capacity loss).
 
 Both forms share one tiled kernel that never holds more than a tile of the T x T terms, forward or backward, and
 skips tiles whose terms all lie below fp32 resolution. `occupancy` evaluates it at every position (exact, for

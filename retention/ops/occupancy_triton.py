@@ -89,7 +89,7 @@ forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def launch_numbers(chosen: bool) -> dict[str, Any]:
-    """What a launch passes by keyword. `chosen`: at chosen positions only."""
+    """The keyword arguments of a launch. `chosen`: at chosen positions only."""
     launch = INTERPRETED if interpreting() else COMPILED
     blocks = {"BLOCK_M": launch.queries, "BLOCK_N": launch.keys}
     return {"CHOSEN": chosen, **blocks, "num_warps": launch.warps, **LAUNCH_OPTIONS}
@@ -103,7 +103,7 @@ def _launch(
     tensors: tuple[torch.Tensor, ...],
     numbers: dict[str, Any],
 ) -> None:
-    """One program for each row and tile. `tensors`: what the kernel takes between `index` and the sizes."""
+    """One program for each row and tile. `tensors`: the kernel's arguments between `index` and the sizes."""
     layers, batch, heads, seq_len = log_beta.shape
     index = log_beta if query_index is None else query_index.to(torch.int32).contiguous()  # not read if None
     samples = seq_len if query_index is None else query_index.shape[1]

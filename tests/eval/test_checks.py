@@ -66,7 +66,7 @@ def test_what_cannot_work_is_told_before_the_model_is_loaded(folder, tmp_path, m
 def test_a_task_without_the_field_it_needs(model, tokenizer, folder, tmp_path):
     tasks = write_tasks(tmp_path / "tasks")
     subject = model_class()(pretrained=model, tokenizer=tokenizer, policy="snapkv", question="agnostic")
-    with pytest.raises(ValueError, match="task 'probe' does not say where its question begins"):
+    with pytest.raises(ValueError, match="task 'probe' has no rule for where its question begins"):
         subject.generate_until([instance("generate_until", ("a b", {"until": []}), {"text": "a b"})])
     arguments = ["--model_args", f"pretrained={folder},policy=snapkv,question=agnostic,question_field=query"]
     asked = peek([*arguments, "--tasks", "local_generate", "--include_path", str(tasks)])
