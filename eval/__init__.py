@@ -3,14 +3,14 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.eval', not {__name__!r}: a second name would give duplicate classes")
 
-from .cases import Case, answer_score
+from .cases import Case, Record, answer_score
 from .cells import Cell, parse_cells
 from .harness import Options, register, tasks_folder
 from .intervals import Interval, PairedDifference, bootstrap_mean, paired_bootstrap, wilson
 from .predictions import kl_to_full, top1_agreement
 from .probe import RetrievalProbe
 from .risk_control import BudgetDecision, Resplits, RiskControl, draw_cases, long_enough, losses_of, resplit, tasks_of
-from .runner import Record, check_inputs, evaluate
+from .runner import check_inputs, evaluate
 from .summary import summarise
 from .tasks.builder import GENERATED, RETRIEVAL, RULER, TASKS, CaseBuilder, get_task
 

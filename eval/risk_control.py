@@ -27,9 +27,8 @@ import numpy as np
 
 from ..retention import TriedBudget
 from ..retention.calibration import Method
-from .cases import Case
+from .cases import Case, Record
 from .prompts import encode
-from .runner import Record
 from .tasks.builder import RETRIEVAL, CaseBuilder, get_task
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
+from .cases import Record
 from .cells import label
 from .intervals import Interval, bootstrap_mean, wilson
-from .runner import Record
 
 Row = dict[str, Any]
 
