@@ -194,7 +194,7 @@ class CaseBuilder:
             task=task, index=index, seed=self.seed, context_ids=tuple(context), question_ids=question_ids,
             answer_ids=answer_ids, question=draft.question, answer=draft.continuation,
             depth=spans[0][0] / self.length if spans else 0.0, facts=tuple(spans), key=draft.key,
-            answers=draft.answers, match=draft.match,
+            answers=() if chosen.layout.inserted else draft.answers, match=draft.match,
             extra_tokens=Case.extra_tokens + self.tokens_per_answer * (len(draft.answers) - 1),
         )  # fmt: skip
 
