@@ -96,16 +96,16 @@ import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import conftest, test_trainer
-from tenure.training import state, train
+from tenure.training import run_state, train
 output = Path(sys.argv[2])
 values = json.loads(sys.argv[3])
 if values.pop("kill", False):
-    save = state.save_file
+    save = run_state.save_file
     def killed(*args, **kwargs):
         if (output / "checkpoints" / "step-00000003").exists():
             os.kill(os.getpid(), signal.SIGKILL)
         save(*args, **kwargs)
-    state.save_file = killed
+    run_state.save_file = killed
 train(test_trainer.settings(output, **values), conftest.build_tiny("llama"), test_trainer.Tokens())
 """
 
