@@ -1,12 +1,13 @@
-"""A case: a context, a question that may come after its compression, and what counts as an answer."""
+"""A case (a context, a question that may follow its compression, accepted answers) and the record of a cell on it."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-EXTRA_TOKENS = 4  # generation may go this far beyond the gold answer's length
 ALL, ANY = "all", "any"
 
 
@@ -15,17 +16,17 @@ class Case:
     """One document with a question that is asked before or after the document's cache is compressed.
 
     Attributes:
-        task, index, seed: what generated it; together with the texts and the tokenizer they determine it.
+        task, index, seed: its origin; together with the texts and the tokenizer they determine it.
         context_ids: exactly `length` token ids: chat template and document, the user's turn still open.
         question_ids: the question, the end of the user's turn and the start of the assistant's reply.
         answer_ids: the gold continuation.
         question, answer: their texts.
         depth: where the asked fact begins, as a share of the context.
         facts: token ranges `(start, end)` of the planted sentences in the context, the asked one first.
-        key: what is asked about.
-        answers: what must be found in the generated text; empty stands for `answer` alone.
+        key: the thing that is asked about.
+        answers: texts that must be found in the generation; empty stands for `answer` alone.
         match: "all": the score is the share of `answers` that are found; "any": 1 if one of them is.
-        extra_tokens: generation may go this far beyond the gold answer's length.
+        extra_tokens: tokens that generation may take beyond the gold answer's length.
     """
 
     task: str
@@ -41,7 +42,7 @@ class Case:
     key: str
     answers: tuple[str, ...] = ()
     match: str = ALL
-    extra_tokens: int = EXTRA_TOKENS
+    extra_tokens: int = 4
 
     @property
     def length(self) -> int:
@@ -49,7 +50,7 @@ class Case:
         return len(self.context_ids)
 
     def score(self, text: str) -> float:
-        """How right the generated `text` is, in [0, 1], see `match`."""
+        """The share of right answers in the generated `text`, in [0, 1], see `match`."""
         return answer_score(text, self.answers or (self.answer,), self.match)
 
     def accepts(self, text: str) -> bool:
@@ -58,7 +59,7 @@ class Case:
 
 
 def answer_score(text: str, answers: Sequence[str], match: str = ALL) -> float:
-    """The share of `answers` that stand in `text` (RULER's string match), or with "any" 1 if one does.
+    """The share of `answers` that `text` contains (RULER's string match), or with "any" 1 if it contains one.
 
     Compared without case, quotes and thousands separators; an answer must not be a part of a longer word or number.
 
@@ -76,3 +77,57 @@ def normalise(text: str) -> str:
     """Lower case, without quotes and thousands separators, runs of white space as one space."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower())
     return " ".join(re.sub(r"[\"'“”‘’*`]", "", text).split())
+
+
+@dataclass(frozen=True)
+class Record:
+    """The measurements of one cell on one case.
+
+    Attributes:
+        task, length, index, seed, depth: the case.
+        policy, scope, budget: the cell, its options and chunks with the policy (`Cell.name`).
+        correct: the greedy generation contains the answer, or all of them.
+        answer, prediction: the hidden text and the generation.
+        kl: KL to the full cache in nats, the mean over all positions of question and gold answer; of a question-aware
+            cell over those of the answer, since the question is read before anything is evicted.
+        top1: share of these positions where both have the same most likely token.
+        entries: cache entries after compression, all layers and heads.
+        bytes: bytes allocated for them. If a retention cell is compared too, the entries of every cell carry
+            the gates' 4 bytes, since all come from one prompt.
+        kept_share: entries as a share of the full cache's.
+        seconds: `compress_seconds + read_seconds`, the same work for every cell without chunks.
+        compress_seconds: scoring, choosing and moving what stays; of a context read in chunks, reading it too.
+        read_seconds: forwards over the question and the gold answer; of cells that were asked together, a cell's part.
+        score: the share of the answers that the generation contains, in [0, 1].
+        aware: whether the question was read before the compression.
+    """
+
+    task: str
+    length: int
+    index: int
+    seed: int
+    depth: float
+    policy: str
+    scope: str
+    budget: float | int
+    correct: bool
+    answer: str
+    prediction: str
+    kl: float
+    top1: float
+    entries: int
+    bytes: int
+    kept_share: float
+    seconds: float
+    compress_seconds: float
+    read_seconds: float
+    score: float = 0.0
+    aware: bool = False
+
+    @property
+    def finite(self) -> bool:
+        """Whether the record's numbers can be written and averaged."""
+        return all(math.isfinite(value) for value in (self.kl, self.top1, self.score))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

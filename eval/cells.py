@@ -1,4 +1,4 @@
-"""What is compared: policies, scopes and budgets."""
+"""Cells, the things compared: a policy with a scope and a budget."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to compress: a policy, who competes, and how much stays.
+    """One way to compress: a policy, the entries that compete with each other, and the share that stays.
 
     Attributes:
         policy: an instance.
         scope: "global", "layer" or "head"; "none" for the full cache.
         budget: share of the context that stays, or entries per head; 1.0 for the full cache.
-        prefill_chunk: the context is read in chunks of so many tokens and compressed after each; None: in one piece.
+        prefill_chunk: tokens of the chunks in which the context is read, with a compression after each; None: in one
+            piece.
         aware: the question is read before the compression (question-aware), as when a served model is given both; else
             after it (question-agnostic).
     """
@@ -93,7 +94,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """The name shown to people."""
+        """The name in tables and pictures."""
         return label(self.name, self.scope)
 
     @property
@@ -102,7 +103,7 @@ class Cell:
 
 
 def label(policy: str, scope: str) -> str:
-    """The name shown to people for a policy and a scope."""
+    """The name of a policy and a scope in tables and pictures."""
     return LABELS.get((policy, scope), f"{policy} ({scope})")
 
 
@@ -111,7 +112,7 @@ def parse_cells(
 ) -> list[Cell]:
     """Cells for names like "retention:global" or "snapkv", each at every budget; the full cache once.
 
-    `aware` says whether the question is read before the compression; both values give two cells each.
+    `aware`: whether the question is read before the compression; both values give two cells each.
 
     A name is `POLICY[(OPTION=VALUE,...)][:SCOPE][@CHUNK]`, e.g. "snapkv(window=16):layer@256".
 

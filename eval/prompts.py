@@ -10,8 +10,8 @@ _MARK = "\u2063DOCUMENT\u2063"  # invisible separators: no template and no docum
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What stands around a document in a model's own chat format.
+class DocumentFrame:
+    """The text around a document in a model's own chat format.
 
     Attributes:
         before: token ids up to the document: system prompt, start of the user's turn, `intro`.
@@ -22,7 +22,7 @@ class Frame:
     after: str
 
 
-def chat_frame(tokenizer: Any, intro: str) -> Frame:
+def chat_frame(tokenizer: Any, intro: str) -> DocumentFrame:
     """The frame of one user turn that begins with `intro`, if any, and a document and stays open for a question.
 
     A tokenizer without a chat template gets its beginning-of-sequence token, if any, and plain paragraphs.
@@ -32,13 +32,13 @@ def chat_frame(tokenizer: Any, intro: str) -> Frame:
         turn = [{"role": "user", "content": f"{opening}{_MARK}"}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         before, _, after = text.partition(_MARK)
-        return Frame(tuple(encode(tokenizer, before)), after)
+        return DocumentFrame(tuple(encode(tokenizer, before)), after)
     start = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    return Frame(start + tuple(encode(tokenizer, opening) if opening else ()), "\n\nAnswer:")
+    return DocumentFrame(start + tuple(encode(tokenizer, opening) if opening else ()), "\n\nAnswer:")
 
 
 def ask(
-    tokenizer: Any, frame: Frame, question: str, reply: str, answer: str
+    tokenizer: Any, frame: DocumentFrame, question: str, reply: str, answer: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids of the question with the start of the assistant's reply, and of the gold answer after it."""
     asked = encode(tokenizer, f"\n\n{question}", plain=True) + encode(tokenizer, frame.after)
@@ -51,7 +51,7 @@ def ask(
 
 
 def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many of the first ids are the same in both."""
+    """Number of first ids that are the same in both."""
     count = 0
     while count < min(len(one), len(other)) and one[count] == other[count]:
         count += 1
@@ -61,7 +61,7 @@ def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
 def token_spans(tokenizer: Any, text: str, pieces: Sequence[str]) -> list[tuple[int, int]]:
     """Token ranges `(start, end)` of verbatim pieces of `text`, each at its first place, counted in the whole text.
 
-    A token that a piece shares with what is around it belongs to the piece.
+    A token that a piece shares with the text around it belongs to the piece.
     """
     whole = encode(tokenizer, text, plain=True)
     spans = []

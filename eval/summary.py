@@ -1,4 +1,4 @@
-"""From records of single cases to the rows of a table."""
+"""Tables of means over records of single cases."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
+from .cases import Record
 from .cells import label
-from .runner import Record
-from .statistics import Interval, bootstrap_mean, wilson
+from .intervals import Interval, bootstrap_mean, wilson
 
 Row = dict[str, Any]
 
@@ -68,7 +68,7 @@ def markdown_tables(records: Sequence[Record]) -> str:
 def table_rows(
     rows: Sequence[Row], length: int, budget: float | int, aware: bool = False
 ) -> dict[tuple[str, str], list[Row]]:
-    """The rows of one table by (policy, scope): this length, budget and awareness, and the full cache beside them."""
+    """The rows of one table by (policy, scope): this length, budget and awareness, and the full cache."""
     table: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         here = row["length"] == length and row["aware"] == aware

@@ -3,14 +3,13 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.retention', not {__name__!r}: a second name would give duplicate classes")
 
-from .attach import Attached, attach
+from .attach import Attached, Prompt, attach, attach_after, read_prompt
 from .calibration import Calibration, TriedBudget
 from .capacity import Capacity, capacity_loss
 from .checkpoint import CheckpointError, CheckpointInfo, fingerprint
-from .config import RetentionConfig
+from .gate_config import RetentionConfig
 from .gates import RetentionGates
 from .ops import gated_attention, occupancy
-from .prompt import Prompt, attach_after, read_prompt
 from .seams import UnsupportedModelError
 from .segments import Segments
 from .soft_eviction import SoftEviction

@@ -1,24 +1,40 @@
-"""Attaching gates to a model: inside the context its full-attention layers are retention-gated."""
+"""Attaching gates to a model, over whole sequences (training) or after a prompt that is read once without them.
+
+When a prompt is evicted once, at its end, its tokens attend as in the plain model: their keys, values and gate inputs
+do not depend on the gates. So they are computed once, without a graph, and only the tokens after the prompt run with
+gates, a forward and a backward over a fraction of the sequence.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .gates import RetentionGates
-from .ops import gated_attention
-from .ops.gated_attention import Implementation
-from .seams import AttentionCall, AttentionFunction, AttentionLayer, Interceptor, intercept, is_intercepted
+from .ops import Implementation, biased_attention, gated_attention, gated_attention_after
+from .seams import (
+    AttentionCall,
+    AttentionFunction,
+    AttentionLayer,
+    Interceptor,
+    intercept,
+    is_intercepted,
+    text_config,
+    text_decoder,
+)
 from .segments import Segments
+from .soft_eviction import SoftEviction
 
 
 class GatedInterceptor(Interceptor):
-    """Runs gates beside a model's layers and keeps what they said in the last forward."""
+    """Runs gates next to a model's layers and keeps the log β of the last forward."""
 
     def __init__(self, gates: RetentionGates) -> None:
         self.gates = gates
@@ -39,7 +55,7 @@ class GatedInterceptor(Interceptor):
 
 
 def attention_call(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]) -> AttentionCall:
-    """The call that answers for a layer with `attend(query, key, value, scaling)`, `(batch, num_heads, q_len, dim)`."""
+    """A call that computes attention by `attend(query, key, value, scaling)`, `(batch, num_heads, q_len, dim)`."""
 
     def call(
         base: AttentionFunction,
@@ -61,10 +77,10 @@ def attention_call(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, f
 
 
 class Attached(GatedInterceptor):
-    """What `attach` yields.
+    """A model with attached gates, as `attach` yields it.
 
     Attributes:
-        segments: documents and padding of the last forward.
+        segments: documents and padding of the last forward; None before the first.
         implementation: how the gated attention is computed, see `retention.ops.gated_attention`.
     """
 
@@ -108,7 +124,7 @@ def attach(
     """Gates the full-attention layers of `model` inside the `with` block, for whole sequences (training).
 
     Packed documents are recognised by restarting `position_ids` (without a mask), padding by the 2-D
-    `attention_mask`. Nothing of the model is changed: outside the block it computes what it did before, bit for bit.
+    `attention_mask`. The model itself is left unchanged: outside the block it computes as before, bit for bit.
     To generate under a budget use `tenure.eviction.evict`.
 
     Raises:
@@ -117,5 +133,102 @@ def attach(
     """
     gates.check_model(model)
     attached = Attached(model, gates, implementation)
+    with intercept(model, attached):
+        yield attached
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that a model has read: its hidden states, keys and values.
+
+    Attributes:
+        hidden_states: by layer index, the attention module's inputs `(batch, prompt_len, hidden_size)`.
+        cache: keys and values of all layers; not to be written to, see `new_cache`.
+        length: tokens.
+    """
+
+    hidden_states: dict[int, torch.Tensor]
+    cache: DynamicCache
+    length: int
+
+    def new_cache(self) -> DynamicCache:
+        """A cache that starts with the prompt. Its layers share the prompt's tensors until they grow into new ones."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return cache
+
+
+class _Reader(Interceptor):
+    def __init__(self) -> None:
+        self.hidden_states: dict[int, torch.Tensor] = {}
+
+    def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return kwargs
+
+    def call(self, layer: AttentionLayer, hidden_states: torch.Tensor) -> None:
+        self.hidden_states[layer.layer_idx] = hidden_states
+
+
+@torch.no_grad()
+def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor) -> Prompt:
+    """Runs the plain model over `input_ids` `(batch, prompt_len)`, no padding; keeps what `attach_after` needs.
+
+    Raises:
+        UnsupportedModelError: tenure cannot attach to the model.
+    """
+    reader, cache = _Reader(), DynamicCache(config=text_config(model))
+    with intercept(model, reader):
+        text_decoder(model)(input_ids=input_ids, past_key_values=cache, use_cache=True)
+    return Prompt(reader.hidden_states, cache, input_ids.shape[1])
+
+
+class AttachedAfter(GatedInterceptor):
+    """A model that continues a prompt under gates, as `attach_after` yields it."""
+
+    def __init__(self, gates: RetentionGates, prompt: Prompt, eviction: SoftEviction | None) -> None:
+        super().__init__(gates)
+        self.prompt = prompt
+        self._of_prompt = {index: gates.log_beta(index, prompt.hidden_states[index]) for index in gates.layer_indices}
+        self._log_weight: dict[int, torch.Tensor] = {}
+        if eviction is not None:
+            weights = eviction.log_weight(torch.stack(list(self._of_prompt.values())))
+            self._log_weight = dict(zip(gates.layer_indices, weights, strict=True))
+
+    def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        self._log_beta = {}
+        return kwargs | {"past_key_values": self.prompt.new_cache(), "use_cache": True}
+
+    def call(self, layer: AttentionLayer, hidden_states: torch.Tensor) -> AttentionCall:
+        index = layer.layer_idx
+        log_beta = torch.cat((self._of_prompt[index], self.gates.log_beta(index, hidden_states)), dim=-1)
+        self._log_beta[index] = log_beta
+        bias = None
+        if self._log_weight:
+            bias = nn.functional.pad(self._log_weight[index], (0, hidden_states.shape[1]))
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+            if bias is None:
+                return gated_attention_after(query, key, value, log_beta, scaling)
+            return biased_attention(query, key, value, bias, scaling)
+
+        return attention_call(attend)
+
+
+@contextmanager
+def attach_after(
+    model: PreTrainedModel, gates: RetentionGates, prompt: Prompt, eviction: SoftEviction | None = None
+) -> Iterator[AttachedAfter]:
+    """Inside the block a forward of the model's decoder continues `prompt`, under gates; no padding, no dropout.
+
+    Args:
+        eviction: the eviction of the prompt; the tokens after it are kept. None lets all keys decay instead, as in
+            `attach`, for the queries after the prompt.
+
+    Raises:
+        UnsupportedModelError: tenure cannot attach to the model.
+        ValueError: the gates do not fit the model, or it is already inside an attach() or evict() block.
+    """
+    gates.check_model(model)
+    attached = AttachedAfter(gates, prompt, eviction)
     with intercept(model, attached):
         yield attached

@@ -1,21 +1,22 @@
-"""What `tenure calibrate` found for a set of gates: the file `calibration.json` beside them."""
+"""The result of `tenure calibrate` for a set of gates: the file `calibration.json` next to them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 
+from .checked import Range, parse_json, read, read_fields, shown, verify
 from .checkpoint import CALIBRATION_FILE, CheckpointError, write_atomic
 
 SCHEMA_VERSION = 1
 Method = Literal["ltt", "crc"]
+KeptBudget = Annotated[float, Range(0, 1, above=True)] | Annotated[int, Range(1)]
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class TriedBudget:
     """One row of a calibration's table.
 
     Attributes:
-        budget: what stays, as in `Calibration`.
+        budget: share or number of entries kept, as in `Calibration`.
         mean_loss: mean of the cases' losses.
         statistic: "ltt": the p-value of "the expected loss exceeds the bound"; "crc": (n · mean + max_loss)/(n + 1) of
             the losses made monotone.
         accepted: whether the method vouches for this budget.
     """
 
-    budget: float | int
+    budget: KeptBudget
     mean_loss: float
     statistic: float
     accepted: bool
@@ -50,12 +51,12 @@ class Calibration:
         bound, max_loss: of the loss.
         confidence: of "ltt"; None for "crc".
         method: "ltt" or "crc".
-        policy, scope, floor, sinks, recent: how was evicted; options of the policy stand behind its name.
+        policy, scope, floor, sinks, recent: the eviction; options of the policy follow its name in parentheses.
         model, dtype: the model it was measured with.
-        tasks: what the questions were about.
+        tasks: names of the tasks that the questions are of.
         lengths: tokens of the shortest and the longest document.
-        cases, documents: how many were measured, and the texts that their documents were taken from.
-        data: where the texts are from.
+        cases, documents: numbers of measured cases and of the texts that their documents were taken from.
+        data: the source of the texts.
         seed: chose the cases.
         weights: `weights_digest` of the gates it belongs to.
         table: every budget that was tried, the largest first.
@@ -64,50 +65,39 @@ class Calibration:
         ValueError: a value of the wrong kind or out of its range.
     """
 
-    budget: float | int
+    budget: KeptBudget
     loss: str
-    bound: float
-    max_loss: float
-    confidence: float | None
+    bound: Annotated[float, Range(0, above=True)]
+    max_loss: Annotated[float, Range(0, above=True)]
+    confidence: Annotated[float, Range(0, 1, above=True, below=True)] | None
     method: Method
     policy: str
     scope: str
-    floor: float
-    sinks: int
-    recent: int
+    floor: Annotated[float, Range(0, 1)]
+    sinks: Annotated[int, Range(0)]
+    recent: Annotated[int, Range(0)]
     model: str
     dtype: str
     tasks: tuple[str, ...]
-    lengths: tuple[int, int]
-    cases: int
-    documents: int
+    lengths: tuple[Annotated[int, Range(1)], Annotated[int, Range(1)]]
+    cases: Annotated[int, Range(1)]
+    documents: Annotated[int, Range(1)]
     data: str
     seed: int
     weights: str
     table: tuple[TriedBudget, ...]
 
     def __post_init__(self) -> None:
-        wrong = [name for name, right in self._checks().items() if not right]
-        if wrong:
-            found = ", ".join(f"{name} = {getattr(self, name)!r}" for name in wrong)
-            raise ValueError(f"out of range or of the wrong kind: {found}")
-
-    def _checks(self) -> dict[str, bool]:
-        texts = ("loss", "policy", "scope", "model", "dtype", "data", "weights")
-        checks = {name: isinstance(getattr(self, name), str) for name in texts}
-        checks |= {name: _whole(getattr(self, name), least) for name, least in _LEAST.items()}
-        share = _number(self.confidence) and 0 < self.confidence < 1  # type: ignore[operator]  # it is a number
-        return checks | {
-            "method": self.method in get_args(Method),
-            "budget": _is_budget(self.budget),
-            "max_loss": _number(self.max_loss) and self.max_loss > 0,
-            "bound": _number(self.bound) and _number(self.max_loss) and 0 < self.bound < self.max_loss,
-            "confidence": share if self.method == "ltt" else self.confidence is None,
-            "floor": _number(self.floor) and 0 <= self.floor <= 1,
-            "tasks": all(isinstance(task, str) for task in self.tasks),
-            "lengths": len(self.lengths) == 2 and all(_whole(length, 1) for length in self.lengths),
-            "table": self.budget in [row.budget for row in self.table if row.accepted],
-        }
+        verify(self)
+        if not self.bound < self.max_loss:
+            raise ValueError(f"got {self.bound} as bound; accepted: a number below max_loss, {self.max_loss}")
+        if (self.confidence is None) != (self.method == "crc"):
+            raise ValueError(
+                f"got {shown(self.confidence)} as confidence of method {self.method!r}; accepted: a number with ltt, "
+                "nothing with crc"
+            )
+        if self.budget not in [row.budget for row in self.table if row.accepted]:
+            raise ValueError(f"got {self.budget} as budget; accepted: one that the table has as accepted")
 
     @property
     def promise(self) -> str:
@@ -121,29 +111,25 @@ class Calibration:
         return f"{what} at most {self.bound:g} {how}, for documents of {tokens} tokens"
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values by name and the schema's version, for JSON."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        """Raises ValueError naming unknown and absent fields, or those that hold nonsense; a newer schema too."""
-        given = dict(values)
-        version = given.pop("schema_version", None)
-        if not _whole(version, 1):
-            raise ValueError(f"schema_version is {version!r}; a positive number is accepted")
+        """The calibration of what `to_dict` gave.
+
+        Raises:
+            ValueError: a newer schema; unknown or missing fields (all are named), or a value that is refused.
+        """
+        version = read_fields(_Schema, values, unknown=set())["schema_version"]
         if version > SCHEMA_VERSION:
             raise ValueError(f"schema version {version}; this version of tenure reads up to {SCHEMA_VERSION}")
-        known = {field.name for field in fields(cls)}
-        unknown, absent = sorted(set(given) - known), sorted(known - set(given))
-        if unknown or absent:
-            raise ValueError(f"it has unknown fields {unknown} and lacks {absent}")
-        for name in ("table", "tasks", "lengths"):
-            if not isinstance(given[name], list | tuple):
-                raise ValueError(f"{name} is {given[name]!r}; a list is accepted")
-        try:
-            rows = tuple(TriedBudget(**row) for row in given["table"])
-        except TypeError as error:
-            raise ValueError(f"a row of its table cannot be used: {error}") from None
-        return cls(**given | {"table": rows, "tasks": tuple(given["tasks"]), "lengths": tuple(given["lengths"])})
+        return read(cls, {name: value for name, value in values.items() if name != "schema_version"})
+
+
+@dataclass(frozen=True)
+class _Schema:
+    schema_version: Annotated[int, Range(1)]
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
@@ -174,32 +160,14 @@ def load_calibration(folder: Path, state: Mapping[str, torch.Tensor]) -> Calibra
     if not path.is_file():
         return None
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict):
-            raise ValueError(f"it holds a {type(document).__name__}, not an object")
-        calibration = Calibration.from_dict(document)
-    except (ValueError, RecursionError) as error:
+        calibration = Calibration.from_dict(parse_json(path.read_bytes(), "the file"))
+    except ValueError as error:
         raise CheckpointError(
             f"{path} cannot be used: {error}; remove the file, then `tenure calibrate` makes a new one"
         ) from None
     if calibration.weights != weights_digest(state):
         raise CheckpointError(
-            f"{path} was measured on other gates than those beside it; remove the file, then `tenure calibrate` makes "
+            f"{path} was measured on other gates than those next to it; remove the file, then `tenure calibrate` makes "
             "a new one"
         )
     return calibration
-
-
-_LEAST = {"sinks": 0, "recent": 0, "cases": 1, "documents": 1, "seed": -math.inf}
-
-
-def _whole(value: object, least: float) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_budget(value: object) -> bool:
-    return _whole(value, 1) or (isinstance(value, float) and 0 < value <= 1)

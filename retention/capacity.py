@@ -1,4 +1,4 @@
-"""Capacity losses: how far the gates' occupancy exceeds the budget they are trained for (TRIM-KV, DBTrimKV)."""
+"""Capacity losses: the excess of the gates' occupancy over the budget they are trained for (TRIM-KV, DBTrimKV)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Scope = Literal["global", "local"]
 
 @dataclass(frozen=True)
 class Capacity:
-    """A capacity loss and what it was computed from.
+    """A capacity loss and the occupancy it was computed from.
 
     Attributes:
         loss: scalar, differentiable.

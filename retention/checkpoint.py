@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from transformers import PreTrainedModel
 
-from .config import RetentionConfig
+from .checked import parse_json, read, read_fields, verify
+from .gate_config import RetentionConfig
 
 CONFIG_FILE = "tenure_config.json"
 WEIGHTS_FILE = "gates.safetensors"
@@ -24,20 +25,27 @@ CALIBRATION_FILE = "calibration.json"
 SCHEMA_VERSION = 1
 
 
+@dataclass(frozen=True)
+class _Versioned:
+    """The field that every schema has."""
+
+    schema_version: int
+
+
 class CheckpointError(ValueError):
-    """A folder that does not hold usable gates; the message names the file and what is wrong with it."""
+    """A folder that does not hold usable gates; the message names the file and the fault."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """Where gates come from.
+    """The origin of a set of gates.
 
     Attributes:
         base_model: name of the model they were trained on.
         revision: its revision, "" if unknown.
         base_fingerprint: `fingerprint(model)` of it, "" if unknown; checked when gates meet a model.
-        training: how they were trained (settings, tokens, budget).
-        metrics: what they scored.
+        training: the settings they were trained with.
+        metrics: their scores, by name.
     """
 
     base_model: str = ""
@@ -45,6 +53,9 @@ class CheckpointInfo:
     base_fingerprint: str = ""
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        verify(self)
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **values: Any) -> CheckpointInfo:
@@ -60,7 +71,7 @@ class CheckpointInfo:
 def fingerprint(model: PreTrainedModel) -> str:
     """16 hex digits that tell base models of the same shape apart: a hash over a few input embeddings in bf16.
 
-    The same for the model loaded in fp32, bf16 or from another path.
+    It is the same for a model that is loaded in fp32, in bf16, or from another path.
     """
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
@@ -120,10 +131,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], bytes]:
         if not (path / name).is_file():
             raise CheckpointError(f"{path} has no {name}; a gates folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
-        document = json.loads((path / CONFIG_FILE).read_text())
-        version = int(document["schema_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / CONFIG_FILE} is not a gates configuration: {error!r}") from None
+        document = parse_json((path / CONFIG_FILE).read_bytes(), CONFIG_FILE)
+        version = read_fields(_Versioned, document, unknown=set())["schema_version"]
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG_FILE} is not a gates configuration: {error}") from None
     if version > SCHEMA_VERSION:
         raise CheckpointError(
             f"{path / CONFIG_FILE} has schema version {version}; this version of tenure reads up to {SCHEMA_VERSION}, "
@@ -162,9 +173,9 @@ def local_folder(source: str | os.PathLike, revision: str | None = None) -> Path
 def parse_config(document: dict[str, Any], where: str) -> tuple[RetentionConfig, CheckpointInfo]:
     """Raises CheckpointError when the document lacks a field or holds one of the wrong kind."""
     try:
-        config = RetentionConfig.from_dict(document["gates"])
-        info = CheckpointInfo(**{f.name: document[f.name] for f in fields(CheckpointInfo) if f.name in document})
-    except (KeyError, TypeError, ValueError) as error:
+        config = RetentionConfig.from_dict(document.get("gates", {}))
+        info = read(CheckpointInfo, document, unknown=set())
+    except ValueError as error:
         raise CheckpointError(f"{where}: {CONFIG_FILE} cannot be used: {error}") from None
     return config, info
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,10 +24,65 @@ from .checkpoint import (
     parse_weights,
     save_checkpoint,
 )
-from .config import RetentionConfig
+from .gate_config import RetentionConfig
 from .seams import full_attention_layers, text_config
 
 logger = logging.getLogger(__name__)
+
+
+# A part of a gate's MLP: a module, or the weights of a linear layer of all layers, `(layers, in, out)` and
+# `(layers, 1, out)`.
+GateStep = nn.Module | tuple[torch.Tensor, torch.Tensor]
+
+
+def gate_log_beta(
+    config: RetentionConfig,
+    hidden_states: torch.Tensor,
+    steps: Iterable[GateStep],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> torch.Tensor:
+    """log β of every token, by the gate of one layer or by those of all layers at once.
+
+    `log β = logsigmoid(W · MLP(x) + b)` (TRIM-KV, retention gate; DBTrimKV, shared projection), in fp32 whatever the
+    dtype of x and whatever autocast says: log β near 0 needs it.
+
+    Args:
+        config: the shape of the gates.
+        hidden_states: `(batch, seq_len, hidden_size)` of one layer, or `(layers, tokens, hidden_size)` of all; the
+            attention modules' inputs (after the input layernorm, before RoPE), any float dtype.
+        steps: the MLP: modules for one layer; for all layers what `stacked_steps` returns.
+        weight, bias: the output projection. One layer: `(num_kv_heads, gate_width)` and `(num_kv_heads,)`, or
+            `(1, gate_width)` and `(1,)` if it is shared by the heads. All layers: the same, or with one for each layer
+            `(layers, num_kv_heads, gate_width)` and `(layers, num_kv_heads)`.
+
+    Returns:
+        fp32, the shape of `hidden_states` with `num_kv_heads` last, each value in (-∞, 0].
+    """
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        features = hidden_states.float()
+        for step in steps:
+            features = torch.baddbmm(step[1], features, step[0]) if isinstance(step, tuple) else step(features)
+        if config.projection == "shared_heads":
+            logits = features.unflatten(-1, (config.num_kv_heads, config.gate_width)) @ weight[0] + bias
+        elif weight.dim() == 3:
+            logits = torch.baddbmm(bias.unsqueeze(1), features, weight.transpose(1, 2))
+        else:
+            logits = F.linear(features, weight, bias)
+        return F.logsigmoid(logits)
+
+
+@torch.no_grad()
+def stacked_steps(gates: RetentionGates) -> list[GateStep]:
+    """The MLPs of all layers as steps of `gate_log_beta`: a copy of their weights, to which later changes are lost."""
+    steps: list[GateStep] = []
+    for parts in zip(*(gates.bodies[str(index)] for index in gates.layer_indices), strict=True):
+        if isinstance(parts[0], nn.Linear):
+            weight = torch.stack([part.weight.detach().t() for part in parts])
+            steps.append((weight, torch.stack([part.bias.detach() for part in parts]).unsqueeze(1)))
+        else:
+            steps.append(parts[0])
+    return steps
 
 
 class RetentionGates(nn.Module):
@@ -102,18 +158,11 @@ class RetentionGates(nn.Module):
         Returns:
             fp32 `(batch, num_kv_heads, seq_len)`, each value in (-∞, 0].
         """
-        config = self.config
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            features = self.bodies[str(layer_idx)](hidden_states.float())
-            if config.projection == "shared_heads":
-                features = features.unflatten(-1, (config.num_kv_heads, config.gate_width))
-                logits = features @ self.weight[0] + self.bias
-            elif config.projection == "per_layer":
-                row = self._row[layer_idx]
-                logits = F.linear(features, self.weight[row], self.bias[row])
-            else:
-                logits = F.linear(features, self.weight, self.bias)
-            return F.logsigmoid(logits).transpose(1, 2)
+        weight, bias = self.weight, self.bias
+        if self.config.projection == "per_layer":
+            row = self._row[layer_idx]
+            weight, bias = weight[row], bias[row]
+        return gate_log_beta(self.config, hidden_states, [self.bodies[str(layer_idx)]], weight, bias).transpose(1, 2)
 
     def check_model(self, model: PreTrainedModel, same_base: bool = True) -> None:
         """Refuses a model these gates were not made for.

@@ -5,8 +5,8 @@ No modelling file is forked and no forward is replaced. While `intercept` is act
 1. a pre-hook on the text decoder sees the keyword arguments of its forward (2-D mask, position ids, cache),
 2. a pre-hook on every full-attention module sees its input hidden states and hands the module an
    `AttentionCall` as the keyword argument `tenure`, which transformers passes on to the attention function,
-3. that function, registered once in transformers' attention interface, lets the call answer; without a call
-   (a sliding-window layer, another model with the same configuration object) the ordinary function answers.
+3. that function, registered once in transformers' attention interface, runs the call; without one (a sliding-window
+   layer, another model with the same configuration object) it runs the ordinary function.
 
 On leaving, the hooks are removed and the configuration is restored, so the model behaves bit for bit as before.
 """
@@ -42,7 +42,7 @@ AttentionCall = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class UnsupportedModelError(ValueError):
-    """The model cannot be attached to; the message names the model, the reason and what is supported."""
+    """The model cannot be attached to; the message names the model, the reason and the supported families."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _unsupported(kind: str, reason: str) -> UnsupportedModelError:
 
 
 class Interceptor(ABC):
-    """What `intercept` asks while a model runs. One forward of the decoder is one `begin` … `end`."""
+    """Handler of `intercept` while a model runs. One forward of the decoder is one `begin` … `end`."""
 
     @abstractmethod
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _pre_hook(layer: AttentionLayer, interceptor: Interceptor) -> Callable[..., 
 
 
 def _register(base: str) -> str:
-    """Registers, once per base implementation, the function that answers for `tenure_<base>`."""
+    """Registers, once per base implementation, the attention function called `tenure_<base>`."""
     name = PREFIX + base
     if name in ALL_ATTENTION_FUNCTIONS:
         return name

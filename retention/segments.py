@@ -1,4 +1,4 @@
-"""Which tokens of a batch belong together: padding, packed documents and positions inside them."""
+"""The documents of a batch: padding, packed documents and positions inside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Eviction of a prompt under a global budget, made differentiable: what the gates are asked for, trained directly.
+"""Eviction of a prompt under a global budget, made differentiable: the gates' task at run time, trained directly.
 
 The runtime evicts a prompt of T tokens at its end by keeping the entries with the k highest scores
 `s_i = (T+1-i)·log β_i` of all layers and heads. Here θ, the geometric mean of the k-th and the next score, becomes a
@@ -22,13 +22,13 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class SoftEviction:
-    """How a prompt is softly evicted at its end.
+    """Soft eviction of a prompt at its end.
 
     Attributes:
         budget: share of its entries that stay, in (0, 1].
-        temperature: τ > 0.
-        sinks, recent: its first and last tokens, which stay and count in the budget, as far as it goes: if they exceed
-            it, fewer recent ones stay, then fewer sinks.
+        temperature: τ > 0, in units of log scores.
+        sinks, recent: numbers of its first and last tokens, which stay and count in the budget; if they exceed it,
+            fewer recent ones stay, then fewer sinks.
 
     Raises:
         ValueError: a budget outside (0, 1] or a temperature that is not positive.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel
 
-    from ..eval import Cell, Outcome, Record, Resplits, RiskControl
+    from ..eval import BudgetDecision, Cell, Record, Resplits, RiskControl
     from ..retention import Calibration, RetentionGates
     from ..training.assets import Document
 
@@ -259,7 +259,11 @@ def measure(
 
 
 def _calibration(
-    config: CalibrateConfig, plan: CalibrationPlan, model: PreTrainedModel, measured: MeasuredCases, outcome: Outcome
+    config: CalibrateConfig,
+    plan: CalibrationPlan,
+    model: PreTrainedModel,
+    measured: MeasuredCases,
+    outcome: BudgetDecision,
 ) -> Calibration | None:
     """The calibration to store; None if no budget qualifies."""
     if outcome.budget is None:
@@ -324,7 +328,7 @@ def introduction(config: CalibrateConfig, cells: Sequence[Cell], names: Sequence
     return "\n".join(lines)
 
 
-def budget_table(config: CalibrateConfig, outcome: Outcome, losses: np.ndarray) -> Table:
+def budget_table(config: CalibrateConfig, outcome: BudgetDecision, losses: np.ndarray) -> Table:
     """One row per budget, the largest first."""
     from rich.table import Table
 
@@ -358,7 +362,7 @@ def conclusion(calibration: Calibration) -> str:
     return f"{budget_text(calibration.budget)} of the cache: {calibration.promise} drawn like these."
 
 
-def refusal(control: RiskControl, outcome: Outcome, cases: int) -> str:
+def refusal(control: RiskControl, outcome: BudgetDecision, cases: int) -> str:
     """One sentence on why no budget qualifies, and what would help."""
     from ..eval.summary import budget_text
 
@@ -379,7 +383,7 @@ def show_validation(
     console: Console,
     config: CalibrateConfig,
     control: RiskControl,
-    outcome: Outcome,
+    outcome: BudgetDecision,
     measured: MeasuredCases,
     validation: MeasuredCases,
 ) -> None:
@@ -429,7 +433,7 @@ def _split_cells(found: Resplits, promised: str) -> list[str]:
 def write_result(
     path: Path,
     calibration: Calibration | None,
-    outcome: Outcome,
+    outcome: BudgetDecision,
     measured: MeasuredCases,
     validation: MeasuredCases | None,
 ) -> None:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..eval import Case, Cell, Record
+    from ..eval.pictures import PagePolicy
     from ..eval.runner import Inspect
-    from ..eval.token_page import PagePolicy
     from ..eviction import RaggedCache
     from ..retention import RetentionGates
 
@@ -165,12 +165,12 @@ def _check(config: DemoConfig, plan: DemoPlan) -> tuple[list[Cell], RetentionGat
         ValueError: unknown policy, scope or task; a budget out of range; documents beyond the model's context; no
             gates; no texts.
     """
-    from ..eval import check_inputs, get_task, parse_cells
+    from ..eval import RETRIEVAL, check_inputs, get_task, parse_cells
     from ..retention import RetentionGates
     from ..training.assets import resolve_model, resolve_texts
 
     for task in plan.tasks:
-        get_task(task)
+        get_task(task, RETRIEVAL)
     cells = parse_cells(config.policies, plan.budgets)
     gates = None
     if any("log_beta" in cell.policy.needs for cell in cells):
@@ -438,7 +438,7 @@ class KeptPictures:
 
     def look(self, case: Case, cell: Cell, cache: RaggedCache) -> None:
         """Records what `cell` kept; does not modify the cache."""
-        from ..eval.kept import kept_mask, kept_share
+        from ..eval.pictures import kept_mask, kept_share
 
         name = cell.policy.name, cell.scope
         if case.length != self.length or cell.budget != self.budget or not cell.evicts:
@@ -455,10 +455,9 @@ class KeptPictures:
         """Writes kept.png and kept.html, or nothing if none of the pictured policies ran."""
         import numpy as np
 
-        from ..eval.heat_map import save_heat_map
+        from ..eval.pictures import save_heat_map, save_token_page
         from ..eval.prompts import token_texts
         from ..eval.summary import budget_text
-        from ..eval.token_page import save_token_page
 
         files = []
         if self._shares:
@@ -480,7 +479,7 @@ class KeptPictures:
 
     def _on_page(self, name: tuple[str, str], records: Sequence[Record]) -> PagePolicy:
         from ..eval.cells import label
-        from ..eval.token_page import PagePolicy
+        from ..eval.pictures import PagePolicy
 
         record = next(
             record

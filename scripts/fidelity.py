@@ -79,8 +79,8 @@ def main(config: FidelityConfig) -> int:
     from rich.console import Console
 
     from ..eval import CaseBuilder
-    from ..eval.attention import attention_rows, examine
-    from ..eval.streaming import draw_documents, stream, stream_rows
+    from ..eval.attention_coverage import attention_rows, examine
+    from ..eval.perplexity import draw_documents, stream, stream_rows
 
     console = Console()
     started = time.perf_counter()
@@ -117,7 +117,7 @@ def _check(config: FidelityConfig) -> tuple[list[Cell], RetentionGates | None, l
         ValueError: unknown policy, scope or task; a budget out of range; nothing to do; contexts too long or too short;
             no gates, or gates of another shape; no such model, device or texts.
     """
-    from ..eval import CaseBuilder, check_inputs, check_task, parse_cells
+    from ..eval import CaseBuilder, check_inputs, get_task, parse_cells
     from ..eval.harness.options import Options, check_config, find_config
     from ..retention import RetentionGates
     from ..training.assets import resolve_texts
@@ -125,7 +125,7 @@ def _check(config: FidelityConfig) -> tuple[list[Cell], RetentionGates | None, l
 
     tasks = config.tasks if config.cases else ()
     for task in tasks:
-        check_task(task)
+        get_task(task)
     cells = parse_cells(config.policies, config.budgets)
     if not config.documents and not any(cell.evicts for cell in cells):
         raise ValueError("--policies names nothing that evicts, and --documents 0 leaves nothing else to measure")

@@ -42,7 +42,7 @@ def pick_device(device: str = "auto") -> torch.device:
     import torch
 
     if device != "auto":
-        from ..eval.devices import find_device
+        from ..eval.runner import find_device
 
         return find_device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

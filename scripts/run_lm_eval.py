@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str], prog: str) -> LmEvalArguments:
 
 def main(config: LmEvalArguments) -> int:
     from ..eval.harness.command import run
-    from ..eval.harness.generated import task_names
+    from ..eval.harness.generated_tasks import task_names
 
     arguments = config.arguments
     if not arguments or (len(arguments) == 1 and arguments[0] in HELP_FLAGS):

@@ -17,7 +17,7 @@ from .sweep_checks import check, load_gates, load_texts, make_builder, pick_devi
 
 if TYPE_CHECKING:
     from ..eval.sweep import Failure, SweepConfig, Unit, UnitRunner
-    from ..eval.sweep.pool import Finished, Prepare
+    from ..eval.sweep.process_pool import Finished, Prepare
 
 SHOWN_FAILURES = 20
 EVERY_S = 30.0  # between two lines of progress where stderr is no terminal
@@ -64,7 +64,7 @@ class SweepCommand:
 
 
 def main(config: SweepCommand) -> int:
-    from ..eval.sweep import Store, SweepConfig, all_units, export_cases, run_units
+    from ..eval.sweep import SweepConfig, SweepFolder, all_units, export_cases, run_units
 
     given = {name: getattr(config, name) for name in ("model", "gates", "question", "cases")}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -83,7 +83,8 @@ def main(config: SweepCommand) -> int:
         print(f"{count} cases written to {config.export_cases}")
         return 0
     folder = Path(sweep.output) if config.output is None else config.output
-    with Store(folder, job.settings, _session(devices, job.threads, sweep.together), config.retry_failed) as store:
+    session = _session(devices, job.threads, sweep.together)
+    with SweepFolder(folder, job.settings, session, config.retry_failed) as store:
         left = [unit for unit in units if unit not in store.done]
         _say(f"{len(units) - len(left)} of {len(units)} cases are there, {len(left)} to do on {', '.join(devices)}")
         progress = _Progress(left)

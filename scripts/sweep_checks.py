@@ -42,11 +42,11 @@ def check(sweep: SweepConfig, devices: Sequence[str]) -> SweepJob:
         ValueError: an unknown policy, scope or task; a budget out of range; contexts beyond the model's, or too short
             for a task; no gates, or gates of another shape; no such model or texts.
     """
-    from ..eval import check_inputs, check_task
+    from ..eval import check_inputs, get_task
     from ..eval.harness.options import Options, check_config, find_config
 
     for task in sweep.tasks:
-        check_task(task)
+        get_task(task)
     cells = sweep.cells()
     gates = load_gates(sweep, cells)
     source, model_config = find_config(sweep.model, {"revision": sweep.revision})
@@ -103,7 +103,7 @@ def pick_devices(devices: Sequence[str], processes: int) -> list[str]:
     """
     import torch
 
-    from ..eval.devices import find_device
+    from ..eval.runner import find_device
 
     if processes > 1 and devices:
         raise ValueError("--devices and --processes exclude each other: each device has one process")

@@ -57,8 +57,8 @@ def build_source(config: TrainConfig, tokenizer: Any) -> ExampleSource:
         ValueError: no such data, or columns or lengths that cannot be used.
     """
     from tenure.training.assets import resolve_texts
+    from tenure.training.batching import PackedSource
     from tenure.training.data import load_examples
-    from tenure.training.packing import PackedSource
     from tenure.training.synthetic import RetrievalDocuments
 
     if config.data == "synthetic":

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tenure.eval import Options
 from tenure.eval.report import compare_runs, load_run, report_markdown
 from tenure.eval.report.numbers import method_label
-from tenure.eval.report.words import run_line
+from tenure.eval.report.wording import run_line
 from tenure.eval.sweep import SweepConfig
 from tenure.eviction import Policy, evict
 from tenure.retention import RetentionGates
@@ -136,8 +136,8 @@ def commands(path: Path) -> list[list[str]]:
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if commands(path)], ids=name_of)
 def test_command_lines_are_accepted(path: Path, monkeypatch) -> None:
     """As far as they can be without their models: flags, options, tasks of our own, and files of the repository."""
-    from tenure.eval.harness.asked import peek
-    from tenure.eval.harness.generated import kinds_of
+    from tenure.eval.harness.command import peek
+    from tenure.eval.harness.generated_tasks import kinds_of
 
     monkeypatch.chdir(ROOT)
     for words in commands(path):

@@ -3,11 +3,11 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.training', not {__name__!r}: a second name would give duplicate classes")
 
-from .config import TrainConfig
+from .batching import Batch, PackedSource, collate
 from .data import Example, ExampleSource, load_examples
 from .objective import GateObjective, Losses
-from .packing import Batch, PackedSource, collate
 from .synthetic import RetrievalDocuments
+from .train_config import TrainConfig
 from .trainer import NotFiniteError, train
 
 __all__ = [

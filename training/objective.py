@@ -1,4 +1,4 @@
-"""What the gates are trained on: stay close to the frozen model, with an occupancy within the budget."""
+"""The training objective: stay close to the frozen model, with an occupancy within the budget."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from ..retention import (
 from ..retention.capacity import Scope
 from ..retention.ops import Implementation
 from ..retention.seams import text_config, text_decoder
-from .packing import Batch
+from .batching import Batch
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one batch, scalars with their graph, and what the log shows of it.
+    """Losses of one batch, scalars with their graph, and numbers for the log.
 
     Attributes:
         total: `(ntp + kl) / 2 + weight · capacity` (TRIM-KV, training objective).
@@ -53,7 +53,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Forward:
     """A batch, or one row of it, through teacher and student.
 
     Attributes:
@@ -86,8 +86,8 @@ class GateObjective(nn.Module):
         samples: positions per row at which occupancy is evaluated; None for all.
         chunk: target tokens whose logits exist at a time.
         implementation: of the gated attention.
-        evictions: of which one, drawn by `seed`, is what happens to a row's prompt at its end; without any, its keys
-            decay for what comes after it.
+        evictions: one of them, drawn by `seed`, evicts a row's prompt at its end; without any, the prompt's keys decay
+            for the tokens after it.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class GateObjective(nn.Module):
         occupancy = torch.cat([one.occupancy for one in capacities], dim=-1)
         return Losses((ntp + kl) / 2 + self.weight * capacity, ntp, kl, capacity, targets, occupancy)
 
-    def _whole(self, batch: Batch) -> _Run:
+    def _whole(self, batch: Batch) -> _Forward:
         """Every token under gates."""
         decoder = text_decoder(self.model)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
@@ -180,10 +180,10 @@ class GateObjective(nn.Module):
             student = decoder(**inputs).last_hidden_state
             self._student = None
         assert attached.segments is not None
-        return _Run(teacher, student, batch.input_ids, batch.loss_mask, attached.log_beta(), attached.segments)
+        return _Forward(teacher, student, batch.input_ids, batch.loss_mask, attached.log_beta(), attached.segments)
 
-    def _after_prompt(self, row: Batch, rng: random.Random) -> _Run:
-        """The prompt is read once, for teacher and student; gates act on what comes after it."""
+    def _after_prompt(self, row: Batch, rng: random.Random) -> _Forward:
+        """The prompt is read once, for teacher and student; gates act on the tokens after it."""
         start = row.prompt_tokens[0]
         prompt = read_prompt(self.model, row.input_ids[:, :start])
         rest = {"input_ids": row.input_ids[:, start:], "use_cache": True}
@@ -194,7 +194,7 @@ class GateObjective(nn.Module):
         with attach_after(self.model, self.gates, prompt, eviction) as attached:
             student = decoder(**rest).last_hidden_state
         segments = Segments.whole(1, row.input_ids.shape[1], row.input_ids.device)
-        return _Run(teacher, student, rest["input_ids"], row.loss_mask[:, start:], attached.log_beta(), segments)
+        return _Forward(teacher, student, rest["input_ids"], row.loss_mask[:, start:], attached.log_beta(), segments)
 
     def _limit(self, document: torch.Tensor) -> float | torch.Tensor:
         """The budget in entries per layer and head: for a share, of the length of each token's own document."""
@@ -205,7 +205,7 @@ class GateObjective(nn.Module):
         length = (member.sum(1, keepdim=True) * member).sum(-1)
         return (length * self.budget).clamp_min(1.0)
 
-    def _quality(self, run: _Run) -> tuple[torch.Tensor, torch.Tensor]:
+    def _quality(self, run: _Forward) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums of cross-entropy and KL over the targets."""
         target = run.loss_mask[:, 1:]
         count = int(target.sum())

@@ -1,4 +1,4 @@
-"""The facts that synthetic training documents are made of, as data: sentences and the questions about them.
+"""Sentences that state the facts of synthetic training documents, and the questions about them.
 
 Evaluation uses other sentences and other words (single and multi-key needles, three-word secrets, the essay needle), so
 nothing here may contain one of `HELD_OUT`; a test compares the two sets.

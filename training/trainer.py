@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_w
 
 from ..retention import CheckpointInfo, RetentionGates, SoftEviction
 from .assets import DEMO_MODEL_ID
-from .config import TrainConfig
+from .batching import Batch, collate
 from .data import ExampleSource
-from .metrics import MetricsLog, occupancy_metrics
 from .objective import GateObjective, Losses
-from .packing import Batch, collate
-from .state import latest_state, load_state, save_state
+from .run_log import MetricsLog, occupancy_metrics
+from .run_state import latest_state, load_state, save_state
+from .train_config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,7 +56,7 @@ def train(
         model: on the CPU; accelerate moves it. It is frozen.
         source: training examples.
         pad_token_id: fills rows of unequal length.
-        evaluate: called every `config.eval_every` steps on the main process; its values go to the log.
+        evaluate: called every `config.eval_every` steps on the main process; its values are logged.
         progress: called after every step on the main process with the step's losses.
 
     Returns:
@@ -65,7 +65,7 @@ def train(
         NotFiniteError: a loss became NaN or infinite; nothing is saved after the last good checkpoint.
         ValueError: the checkpoint in `output_dir` was made with other settings.
     """
-    run = _Run(config, model, source, pad_token_id)
+    run = _TrainingRun(config, model, source, pad_token_id)
     while run.step < config.steps:
         values = run.advance()
         if progress is not None and run.accelerator.is_main_process:
@@ -77,8 +77,8 @@ def train(
     return run.finish()
 
 
-class _Run:
-    """One process of a training run; `step` optimizer steps are behind it."""
+class _TrainingRun:
+    """One process of a training run, which has done `step` optimizer steps."""
 
     def __init__(self, config: TrainConfig, model: PreTrainedModel, source: ExampleSource, pad_token_id: int) -> None:
         self.config, self.source, self.pad_token_id = config, source, pad_token_id

@@ -1,4 +1,4 @@
-"""The words that synthetic training documents are filled with, by the names that templates use for them."""
+"""The words of synthetic training documents, by the names of the templates' slots."""
 
 
 def _words(text: str) -> tuple[str, ...]:

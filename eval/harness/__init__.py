@@ -1,4 +1,4 @@
-"""lm-eval with an evicting model: the model type `tenure`, its registration, and where contexts end in known tasks."""
+"""lm-eval with an evicting model: the model type `tenure`, its registration, and the contexts of known tasks."""
 
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.eval', not {__name__!r}: a second name would give duplicate classes")

@@ -1,9 +1,9 @@
-"""Where the context of a prompt ends and its question begins.
+"""Finding the end of a prompt's context and the beginning of its question.
 
 lm-eval hands a model the whole prompt as text, with the document it was made of. A question-agnostic model must know
-where the question begins: everything before is compressed first. For a task that is said in one of three ways, tried
-in this order: `question_field` or `question_pattern` in `--model_args`, the table `KNOWN` for tasks that lm-eval ships,
-and a field `question` beside a field `context` in the task's documents.
+where the question begins: everything before is compressed first. For a task, one of three rules gives it, tried in this
+order: `question_field` or `question_pattern` in `--model_args`, the table `KNOWN` for tasks that lm-eval ships,
+and fields `context` and `question` in the task's documents.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Boundaries:
         """The index of the prompt's character where the question begins; None if the whole prompt is the context.
 
         Raises:
-            ValueError: the task is to be question-agnostic and its prompt does not say where its question begins.
+            ValueError: the task is to be question-agnostic and its prompt has no recognisable question.
         """
         if not self.agnostic(doc):
             return None
@@ -96,14 +96,14 @@ class Boundaries:
         place = prompt.rfind(text) if text.strip() else -1
         place = prompt.rfind(text.strip()) if place < 0 and text.strip() else place
         if place <= 0:
-            raise ValueError(f"task {task!r}: the text of its field {rule!r} does not stand behind a context")
+            raise ValueError(f"task {task!r}: the text of its field {rule!r} is not found after a context")
         return place
 
     def rule(self, task: str, doc: Any) -> tuple[str, str]:
         """("field", name) or ("pattern", regular expression) for a task.
 
         Raises:
-            ValueError: nothing says where the questions of this task begin.
+            ValueError: there is no rule for the questions of this task.
         """
         if self.field:
             return "field", self.field
@@ -115,6 +115,6 @@ class Boundaries:
         if isinstance(doc, Mapping) and {"context", "question"} <= set(doc):
             return "field", "question"
         raise ValueError(
-            f"task {task!r} does not say where its question begins, which question=agnostic needs: add "
+            f"task {task!r} has no rule for where its question begins, which question=agnostic needs: add "
             "question_field=NAME or question_pattern=REGEX to --model_args"
         )

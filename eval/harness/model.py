@@ -14,9 +14,8 @@ import torch
 
 from ...eviction import Session, evict
 from ..prompts import shared_start
-from .meter import Meter
 from .options import Options, check_config, find_config, load_gates
-from .scoring import Scored, Scorer, left_padded, read_contexts
+from .scoring import CacheMeter, Scored, Scorer, left_padded, read_contexts
 
 if TYPE_CHECKING:
     TenureLM: type[Evicting]
@@ -25,7 +24,7 @@ _Hf: Any = object  # `TenureLM` puts lm-eval's class here
 
 
 class Evicting(_Hf):
-    """What differs from lm-eval's `hf`; `TenureLM` joins the two.
+    """The differences to lm-eval's `hf`; `TenureLM` joins the two.
 
     With nothing to evict (`policy=full`, or a budget of 1.0) every number is computed by `hf`'s own code.
 
@@ -49,7 +48,7 @@ class Evicting(_Hf):
         check_config(self.options, gates, config, others)
         super().__init__(pretrained=pretrained, **others)
         self.gates = None if gates is None else gates.to(self.model.device)
-        self.meter = Meter()
+        self.meter = CacheMeter()
         self._session: Session | None = None
         self._places: dict[str, int] = {}  # of the running requests: where each prompt's question begins
         self._tails: list[int] = []  # of the running batch: tokens of each row's question
@@ -69,7 +68,7 @@ class Evicting(_Hf):
             finally:
                 self._session = None
 
-    # Requests: those whose context is compressed before the question go apart from those whose whole prompt is.
+    # Requests whose context is compressed before the question run apart from those whose whole prompt is compressed.
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         return self._in_groups(requests, lambda group: super(Evicting, self).generate_until(group, disable_tqdm))
@@ -207,7 +206,7 @@ class Evicting(_Hf):
             raise ValueError(f"a continuation of {len(continuation)} tokens leaves no room in {self.max_length}")
         cut = len(context)
         if strings is not None and strings[0] in self._places:
-            # As lm-eval cuts the context from the continuation: trailing spaces go to what follows.
+            # As lm-eval cuts the context from the continuation: trailing spaces belong to the continuation.
             before = self.tok_encode(strings[0][: self._places[strings[0]]].rstrip())
             cut = shared_start(before, context)
         first = len(context) - kept
@@ -220,7 +219,7 @@ class Evicting(_Hf):
         return torch.autocast(device_type=self.device.type, dtype=kind, enabled=kind is not None)
 
     def get_model_info(self) -> dict[str, Any]:
-        """lm-eval's own, and under `tenure` the options and what the caches held."""
+        """lm-eval's own, and under `tenure` the options and the measurements of the caches."""
         return super().get_model_info() | {"tenure": self.options.to_dict() | self.meter.summary()}
 
 

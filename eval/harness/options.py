@@ -1,40 +1,37 @@
-"""What `--model_args` of the model type `tenure` say beside lm-eval's own, checked before a model is loaded."""
+"""The options that the model type `tenure` takes in `--model_args`, checked before a model is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 
 from ...eviction import Budget, Policy, get_policy, policy_text
 from ...eviction.plan import CALIBRATED, Plan, calibrated
 from ...retention import RetentionGates
+from ...retention.checked import verify
+from .boundary import Boundaries
 
-if TYPE_CHECKING:
-    from .boundary import Boundaries
-
-QUESTIONS = ("auto", "agnostic", "aware")
-MISSPELT = 0.8  # alike enough to be the same word; lm-eval hands names that it does not know on to transformers
 DTYPES = ("dtype", "softmax_dtype", "mixed_precision_dtype")
 SEVERAL_DEVICES = ("parallelize", "tp_plan")
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the model evicts.
+    """The eviction of lm-eval's model type `tenure`.
 
     Attributes:
         policy: a name with options, as `snapkv(window=16)`; "full" evicts nothing.
         budget: as in `evict`: a share, entries per head, or text such as "512MiB"; "calibrated" asks the gates.
-        scope: who competes; None for the policy's default.
+        scope: the entries that compete; None for the policy's default.
         gates: folder or Hub id of trained gates, for policies that need them.
-        prefill_chunk: contexts are read in chunks of so many tokens with an eviction after each.
+        prefill_chunk: tokens of the chunks in which contexts are read, with an eviction after each; None: in one piece.
         sinks, recent, buffer, floor: as in `evict`.
         question: "agnostic": a context is compressed before its question is read; "aware": the whole prompt is read and
-            then compressed, as a served model does; "auto": what the task's documents say in a field `aware`, and
-            "aware" where they say nothing.
+            then compressed, as a served model does; "auto": by the field `aware` of the task's documents, and
+            "aware" where there is none.
         question_field: the field of a document whose text, at its last place in the prompt, begins the question.
         question_pattern: a regular expression; its last match in the prompt begins the question.
 
@@ -43,7 +40,7 @@ class Options:
             questions begin that nothing would use.
     """
 
-    policy: str = "retention"
+    policy: str | Policy = "retention"
     budget: float | int | str = 0.2
     scope: str | None = None
     gates: Any = None
@@ -52,39 +49,33 @@ class Options:
     recent: int = 32
     buffer: int = 128
     floor: float | None = None
-    question: str = "auto"
+    question: Literal["auto", "agnostic", "aware"] = "auto"
     question_field: str | None = None
     question_pattern: str | None = None
 
     def __post_init__(self) -> None:
-        if self.question not in QUESTIONS:
-            raise ValueError(f"question is {self.question!r}; accepted: {', '.join(QUESTIONS)}")
+        verify(self)
         if self.question_field and self.question_pattern:
             raise ValueError("question_field and question_pattern exclude each other: give one of them")
         if (self.question_field or self.question_pattern) and self.question != "agnostic":
             name = "question_field" if self.question_field else "question_pattern"
             raise ValueError(f"{name} is used with question=agnostic only; question is {self.question!r}")
-        if not isinstance(self.policy, (str, Policy)):
-            raise ValueError(f"policy is {self.policy!r}; a policy's name is accepted")
-        for name, kind, what in (
-            ("sinks", int, "a whole number"), ("recent", int, "a whole number"), ("buffer", int, "a whole number"),
-            ("prefill_chunk", (int, type(None)), "a whole number"), ("floor", (int, float, type(None)), "a number"),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}; {what} is accepted")
         _ = self.plan, self.boundaries
 
     @classmethod
-    def split(cls, arguments: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
+    def split(cls, arguments: dict[str, Any], alike: float = 0.8) -> tuple[Options, dict[str, Any]]:
         """The options among keyword arguments, and the other arguments.
+
+        Args:
+            alike: share of letters in common (difflib's ratio) from which on another argument's name is taken for a
+                misspelt option; lm-eval hands names that it does not know on to transformers.
 
         Raises:
             ValueError: see above; or another argument's name is an option's misspelt.
         """
         known = {field.name for field in fields(cls)}
         for name in arguments.keys() - known:
-            meant = get_close_matches(name, known, n=1, cutoff=MISSPELT)
+            meant = get_close_matches(name, known, n=1, cutoff=alike)
             if meant:
                 raise ValueError(f"no option {name!r}; {meant[0]!r} is one")
         given = {name: value for name, value in arguments.items() if name in known}
@@ -120,9 +111,7 @@ class Options:
 
     @property
     def boundaries(self) -> Boundaries:
-        """Where questions begin."""
-        from .boundary import Boundaries
-
+        """The rule that finds the beginnings of questions."""
         return Boundaries(self.question, self.question_field, self.question_pattern)
 
     @property

@@ -1,4 +1,7 @@
-"""Log-likelihoods under eviction: contexts are read and compressed, then continuations are read as if generated."""
+"""Log-likelihoods under eviction, and a meter of the caches of lm-eval's requests.
+
+Contexts are read and compressed, then continuations are read as if they were generated.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ import torch
 
 from ...eviction import RaggedCache, Session
 from ...eviction.selection import layout_of
-from .meter import Meter
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Scored:
 
     @property
     def read(self) -> tuple[int, ...]:
-        """What is read after the context: all but the last token, which is only predicted."""
+        """The tokens read after the context: all but the last one, which is only predicted."""
         return (self.question + self.continuation)[:-1]
 
 
@@ -44,7 +46,7 @@ class Scorer:
         softmax_dtype: of the log-probabilities; None for the logits' own.
     """
 
-    def __init__(self, session: Session, meter: Meter, pad: int, softmax_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, session: Session, meter: CacheMeter, pad: int, softmax_dtype: torch.dtype | None = None) -> None:
         self.session, self.meter, self.pad, self.softmax_dtype = session, meter, pad, softmax_dtype
         self.model = session.model
 
@@ -79,7 +81,7 @@ class Scorer:
     def _continue(
         self, cache: RaggedCache, mask: torch.Tensor, first: torch.Tensor, asked: Sequence[Scored]
     ) -> list[tuple[float, bool]]:
-        """Reads what follows the contexts and scores it.
+        """Reads the tokens after the contexts and scores the continuations.
 
         A piece ends where the next eviction is due, so that every token sees what it would see if the tokens before it
         had been generated one by one.
@@ -89,7 +91,7 @@ class Scorer:
         greedy = torch.ones(len(asked), dtype=torch.bool, device=device)
         seen = mask.sum(1, keepdim=True)
         longest = max(len(one.read) for one in asked)
-        # What the logits at each column of the read tokens are to predict; -1 for nothing.
+        # The token that the logits at each column of the read tokens predict; -1 for none.
         targets = torch.full((len(asked), longest + 1), -1, device=device)
         ids = torch.full((len(asked), longest), self.pad, device=device)
         valid = torch.zeros_like(ids)
@@ -127,7 +129,7 @@ class Scorer:
 
 
 def tokens_until_due(cache: RaggedCache, most: int) -> int:
-    """How many tokens every row can take, at most `most`, until one of the rows evicts, which the last one causes."""
+    """Tokens that every row can take, at most `most`, up to the one that makes a row evict."""
     layout = layout_of(cache.ragged)
 
     def due(stored: int, tokens: int, count: int) -> bool:
@@ -158,3 +160,71 @@ def left_padded(
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+@dataclass
+class CacheMeter:
+    """Sums over the contexts that were compressed.
+
+    Attributes:
+        contexts: rows counted.
+        entries: entries they held after the compression, in all layers and heads.
+        full_entries: entries that a cache without eviction would have held.
+        bytes: bytes allocated for the entries.
+        peak_bytes: the most bytes that one call's cache, a batch, held at any time.
+        tokens: tokens of the contexts.
+    """
+
+    contexts: int = 0
+    entries: int = 0
+    full_entries: int = 0
+    bytes: int = 0
+    peak_bytes: int = 0
+    tokens: int = 0
+
+    def compressed(self, cache: RaggedCache, lengths: list[int]) -> None:
+        """Counts a cache right after its contexts were read and compressed.
+
+        Args:
+            lengths: the contexts' real tokens, one number a row.
+        """
+        report = cache.report()
+        self.contexts += len(lengths)
+        self.tokens += sum(lengths)
+        self.entries += report.entries
+        self.full_entries += report.full_entries
+        self.bytes += report.bytes
+        self.seen(cache)
+
+    def full(self, cache: RaggedCache, lengths: list[int]) -> None:
+        """Counts contexts that were read together with their continuations, so that nothing could be counted between.
+
+        Args:
+            cache: of the last of them, which evicts nothing: it gives the bytes of an entry.
+            lengths: the contexts' real tokens.
+        """
+        report = cache.report()
+        heads = report.lengths.shape[1] * report.lengths.shape[2]
+        entries = sum(lengths) * heads
+        self.contexts += len(lengths)
+        self.tokens += sum(lengths)
+        self.entries += entries
+        self.full_entries += entries
+        self.bytes += round(entries * report.bytes / max(1, report.entries))
+        self.seen(cache)
+
+    def seen(self, cache: RaggedCache) -> None:
+        """Notes the peak of a cache that has been used."""
+        self.peak_bytes = max(self.peak_bytes, cache.report().peak_bytes)
+
+    def summary(self) -> dict[str, Any]:
+        """Means over the contexts by name: `contexts, context_tokens, entries, bytes, kept_share`; and `peak_bytes`."""
+        count = max(1, self.contexts)
+        return {
+            "contexts": self.contexts,
+            "context_tokens": self.tokens / count,
+            "entries": self.entries / count,
+            "bytes": self.bytes / count,
+            "kept_share": self.entries / self.full_entries if self.full_entries else 1.0,
+            "peak_bytes": self.peak_bytes,
+        }

@@ -3,17 +3,16 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.eval', not {__name__!r}: a second name would give duplicate classes")
 
-from .compare import Difference, compare_runs
-from .load import Run, load_run
 from .markdown import report_markdown
-from .numbers import Point, Setting, settings_of
+from .numbers import Difference, MethodResult, SettingResults, compare_runs, settings_of
 from .page import report_page
+from .run_folder import RecordedRun, load_run
 
 __all__ = [
     "Difference",
-    "Point",
-    "Run",
-    "Setting",
+    "MethodResult",
+    "RecordedRun",
+    "SettingResults",
     "compare_runs",
     "load_run",
     "report_markdown",

@@ -7,35 +7,64 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .numbers import Method, Setting, is_full, method_label, ranking
+from .numbers import Method, SettingResults, is_full, method_label, ranking
 
 # Okabe and Ito's colours, which differ for every kind of colour blindness; yellow, hard to see on white, is a violet.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7A5195")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "down", "plus", "ring")
 OTHERS = "#b8bec9"
-WIDTH, HEIGHT = 460, 320
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 42
-# Where an axis has its ticks in each power of ten, by how many powers it spans.
+# Ticks of an axis within each power of ten, by the number of powers that it spans.
 _STEPS = ((0.7, (1, 1.5, 2, 3, 4, 5, 7)), (1.7, (1, 2, 5)), (2.6, (1, 3)), (math.inf, (1,)))
-KL_FLOOR = 1e-4  # a KL below it is drawn there: the axis is logarithmic
 
 
 @dataclass(frozen=True)
-class Style:
-    """How a policy is drawn; None for the marker: thin and grey, one of the others."""
+class ChartFrame:
+    """Measures of a chart, in the units of its SVG.
+
+    Attributes:
+        width, height: of the whole chart.
+        left, right, top, bottom: margins around the axes.
+        kl_floor: a KL below it, in nats, is drawn there: the axis is logarithmic.
+    """
+
+    width: int = 460
+    height: int = 320
+    left: int = 46
+    right: int = 14
+    top: int = 26
+    bottom: int = 42
+    kl_floor: float = 1e-4
+
+    @property
+    def right_edge(self) -> int:
+        """x of the axes' right end."""
+        return self.width - self.right
+
+    @property
+    def lower_edge(self) -> int:
+        """y of the axes' lower end."""
+        return self.height - self.bottom
+
+
+FRAME = ChartFrame()
+
+
+@dataclass(frozen=True)
+class LineStyle:
+    """The look of a policy's line; without a marker it is thin and grey, one of the others."""
 
     colour: str
     marker: str | None
 
 
-def styles(settings: Sequence[Setting]) -> dict[Method, Style]:
+def styles(settings: Sequence[SettingResults]) -> dict[Method, LineStyle]:
     """The policies that are drawn in colour: as many as can be told apart, those of the highest mean accuracy."""
     ranked = [method for method in ranking(settings) if not is_full(method)]
-    chosen = {method: Style(*pair) for method, *pair in zip(ranked, COLOURS, MARKERS, strict=False)}
-    return {method: chosen.get(method, Style(OTHERS, None)) for method in ranked}
+    chosen = {method: LineStyle(*pair) for method, *pair in zip(ranked, COLOURS, MARKERS, strict=False)}
+    return {method: chosen.get(method, LineStyle(OTHERS, None)) for method in ranked}
 
 
-def accuracy_chart(setting: Setting, drawn: dict[Method, Style]) -> str:
+def accuracy_chart(setting: SettingResults, drawn: dict[Method, LineStyle]) -> str:
     """Mean accuracy over the tasks against kept bytes; "" where bytes were not measured."""
     lines = {
         method: [(point.bytes, point.accuracy.value) for point in _points(setting, method)] for method in drawn
@@ -44,25 +73,25 @@ def accuracy_chart(setting: Setting, drawn: dict[Method, Style]) -> str:
     return _chart(lines, drawn, "accuracy, mean over tasks", _Linear(), full, best=max)
 
 
-def kl_chart(setting: Setting, drawn: dict[Method, Style]) -> str:
+def kl_chart(setting: SettingResults, drawn: dict[Method, LineStyle]) -> str:
     """KL to the full cache against kept bytes, both logarithmic; "" where one of them was not measured."""
     lines = {
-        method: [(point.bytes, max(point.kl.value, KL_FLOOR)) for point in _points(setting, method) if point.kl]
+        method: [(point.bytes, max(point.kl.value, FRAME.kl_floor)) for point in _points(setting, method) if point.kl]
         for method in drawn
     }
     values = [value for line in lines.values() for _, value in line]
     return _chart(lines, drawn, "KL to the full cache, nats", _Log(values), None, best=min) if values else ""
 
 
-def legend(drawn: dict[Method, Style]) -> str:
-    """Which line is which policy's, as HTML."""
+def legend(drawn: dict[Method, LineStyle]) -> str:
+    """The legend of the policies' lines, as HTML."""
     parts = []
     for method, style in drawn.items():
         if style.marker is not None:
             parts.append(f'<span class="key">{_swatch(style)}{escape(method_label(method))}</span>')
     grey = [method_label(method) for method, style in drawn.items() if style.marker is None]
     if grey:
-        parts.append(f'<span class="key">{_swatch(Style(OTHERS, None))}grey: {escape(", ".join(grey))}</span>')
+        parts.append(f'<span class="key">{_swatch(LineStyle(OTHERS, None))}grey: {escape(", ".join(grey))}</span>')
     parts.append('<span class="key"><svg width="26" height="12" aria-hidden="true"><path d="M1 10H13V3H25" '
                  'class="front"/></svg>best at its size or below</span>')  # fmt: skip
     return f'<div class="legend">{"".join(parts)}</div>'
@@ -97,13 +126,13 @@ class _Log:
         return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
 
 
-def _points(setting: Setting, method: Method) -> list:
+def _points(setting: SettingResults, method: Method) -> list:
     found = [point for (one, _), point in setting.points.items() if one == method and point.bytes > 0]
     return sorted(found, key=lambda point: point.bytes)
 
 
 def _chart(
-    lines: dict[Method, list[tuple[float, float]]], drawn: dict[Method, Style], title: str, up: _Linear | _Log,
+    lines: dict[Method, list[tuple[float, float]]], drawn: dict[Method, LineStyle], title: str, up: _Linear | _Log,
     full: float | None, best,
 ) -> str:  # fmt: skip
     sizes = [size / 1e6 for line in lines.values() for size, _ in line]
@@ -112,33 +141,35 @@ def _chart(
     across = _Log(sizes)
 
     def x(size: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * across(size)
+        return FRAME.left + (FRAME.right_edge - FRAME.left) * across(size)
 
     def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * up(value)
+        return FRAME.lower_edge - (FRAME.lower_edge - FRAME.top) * up(value)
 
-    parts = [f'<text x="{LEFT - 38}" y="14" class="title">{title}</text>']
+    parts = [f'<text x="{FRAME.left - 38}" y="14" class="title">{title}</text>']
     for value in up.ticks:
-        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" class="grid"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{up.text(value)}</text>')
+        parts.append(f'<path d="M{FRAME.left} {y(value):.1f}H{FRAME.right_edge}" class="grid"/>')
+        parts.append(f'<text x="{FRAME.left - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{up.text(value)}</text>')
     for value in across.ticks:
-        parts.append(f'<path d="M{x(value):.1f} {HEIGHT - BOTTOM}v5" class="axis"/>')
+        parts.append(f'<path d="M{x(value):.1f} {FRAME.lower_edge}v5" class="axis"/>')
         parts.append(
-            f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{across.text(value)}</text>'
+            f'<text x="{x(value):.1f}" y="{FRAME.lower_edge + 18}" text-anchor="middle">{across.text(value)}</text>'
         )
-    parts.append(f'<path d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}" class="axis"/>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">kept a case, MB (logarithmic)</text>')
+    parts.append(f'<path d="M{FRAME.left} {FRAME.lower_edge}H{FRAME.right_edge}" class="axis"/>')
+    caption = "kept per case, MB (logarithmic)"
+    parts.append(f'<text x="{FRAME.right_edge}" y="{FRAME.height - 6}" text-anchor="end">{caption}</text>')
     if full is not None:
-        parts.append(f'<path d="M{LEFT} {y(full):.1f}H{WIDTH - RIGHT}" class="full"/>')
-        # The label stands above the line, below it where there is no room.
-        place = y(full) - 5 if y(full) > TOP + 12 else y(full) + 14
-        parts.append(f'<text x="{LEFT + 4}" y="{place:.1f}">full cache {full:.2f}</text>')
+        parts.append(f'<path d="M{FRAME.left} {y(full):.1f}H{FRAME.right_edge}" class="full"/>')
+        # The label is above the line, or below it where there is no room.
+        place = y(full) - 5 if y(full) > FRAME.top + 12 else y(full) + 14
+        parts.append(f'<text x="{FRAME.left + 4}" y="{place:.1f}">full cache {full:.2f}</text>')
     parts.append(_front([(size / 1e6, value) for line in lines.values() for size, value in line], x, y, best))
     ordered = sorted(drawn, key=lambda method: drawn[method].marker is not None)
     for method in ordered:
         parts.append(_line(lines[method], method, drawn[method], x, y))
+    label = f"{escape(title)} against kept megabytes"
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} against kept megabytes">'
+        f'<svg viewBox="0 0 {FRAME.width} {FRAME.height}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg>"
     )
 
@@ -151,10 +182,10 @@ def _front(points: list[tuple[float, float]], x, y, best) -> str:
             reached, path = value, f"M{x(size):.1f} {y(value):.1f}"
         elif best(reached, value) != reached:
             reached, path = value, f"{path}H{x(size):.1f}V{y(value):.1f}"
-    return f'<path d="{path}H{WIDTH - RIGHT}" class="front"/>' if path else ""
+    return f'<path d="{path}H{FRAME.right_edge}" class="front"/>' if path else ""
 
 
-def _line(points: list[tuple[float, float]], method: Method, style: Style, x, y) -> str:
+def _line(points: list[tuple[float, float]], method: Method, style: LineStyle, x, y) -> str:
     if not points:
         return ""
     places = [(x(size / 1e6), y(value)) for size, value in points]
@@ -168,7 +199,7 @@ def _line(points: list[tuple[float, float]], method: Method, style: Style, x, y)
     )
 
 
-def _marker(style: Style, x: float, y: float) -> str:
+def _marker(style: LineStyle, x: float, y: float) -> str:
     at, fill = f"M{x:.1f} {y:.1f}", f'fill="{style.colour}" stroke="#fff" stroke-width="0.8"'
     stroke = f'fill="none" stroke="{style.colour}" stroke-width="2.2"'
     shapes = {
@@ -185,6 +216,6 @@ def _marker(style: Style, x: float, y: float) -> str:
     return shapes[style.marker] if style.marker else small
 
 
-def _swatch(style: Style) -> str:
+def _swatch(style: LineStyle) -> str:
     line = f'<path d="M1 6.5H25" stroke="{style.colour}" stroke-width="1.8"/>'
     return f'<svg width="26" height="13" aria-hidden="true">{line}{_marker(style, 13, 6.5)}</svg>'

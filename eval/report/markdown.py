@@ -1,20 +1,18 @@
-"""The report's tables as Markdown, to stand in other pages."""
+"""The report's tables as Markdown, for other pages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ..cells import NO_SCOPE
-from .compare import Difference
-from .load import Run
-from .numbers import Point, Setting, is_full, method_label, settings_of
-from .tables import between, kept, short_names, signed
-from .words import budget_name, intervals_note, run_line, significant_line
+from .numbers import Difference, MethodResult, SettingResults, is_full, method_label, settings_of
+from .run_folder import RecordedRun
+from .wording import between, budget_name, intervals_note, kept, run_line, short_names, signed, significant_line
 
 FULL = ("full", NO_SCOPE)
 
 
-def report_markdown(runs: Sequence[Run], differences: Sequence[Difference]) -> str:
+def report_markdown(runs: Sequence[RecordedRun], differences: Sequence[Difference]) -> str:
     """Accuracy and KL of every policy and budget, each task, and the differences of two runs."""
     parts = [f"# {' and '.join(run.name for run in runs)}"]
     if differences:
@@ -32,10 +30,10 @@ def report_markdown(runs: Sequence[Run], differences: Sequence[Difference]) -> s
     return "\n\n".join(parts) + "\n"
 
 
-def _means(setting: Setting) -> str:
+def _means(setting: SettingResults) -> str:
     """Accuracy with its interval and KL, policies down and budgets across."""
 
-    def cell(point: Point | None) -> str:
+    def cell(point: MethodResult | None) -> str:
         if point is None:
             return "–"
         text = f"{point.accuracy.value:.2f} [{between(point.accuracy)}]"
@@ -51,7 +49,7 @@ def _means(setting: Setting) -> str:
     return _table(rows)
 
 
-def _tasks(setting: Setting, budget: float | int) -> str:
+def _tasks(setting: SettingResults, budget: float | int) -> str:
     rows = [["policy", *setting.tasks], ["---"] * (1 + len(setting.tasks))]
     for method in setting.methods:
         point = setting.point(method, budget)
@@ -61,7 +59,7 @@ def _tasks(setting: Setting, budget: float | int) -> str:
     return _table(rows)
 
 
-def _task(point: Point, task: str) -> str:
+def _task(point: MethodResult, task: str) -> str:
     found = point.tasks.get(task)
     if found is None:
         return "–"
@@ -69,7 +67,7 @@ def _task(point: Point, task: str) -> str:
     return f"**{text}**" if task in point.tasks_ahead else text
 
 
-def _differences(runs: Sequence[Run], found: Sequence[Difference]) -> str:
+def _differences(runs: Sequence[RecordedRun], found: Sequence[Difference]) -> str:
     names = ["policy", "kept", "cases", *short_names(runs), "difference", "95 %", "p", "p (Holm)", "KL difference"]
     rows = [names, ["---"] * len(names)]
     for one in found:

@@ -1,4 +1,4 @@
-"""The numbers of a report: means over tasks with intervals, single tasks, and which policies lead."""
+"""The numbers of a report: means over tasks with intervals, the leading policies, and two runs cell by cell."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..cases import Record
 from ..cells import NO_SCOPE, label
-from ..record import Record
-from ..statistics import Interval, stratified_difference, stratified_mean
+from ..intervals import Interval, PairedDifference, holm, stratified_difference, stratified_mean
 from ..summary import accuracy_interval
+from .run_folder import RecordedRun
 
 SEED = 0  # of every bootstrap of a report
 Method = tuple[str, str]  # policy, scope
@@ -18,7 +19,7 @@ CaseKey = tuple[str, int, int, int]  # task, length, seed, index
 
 
 @dataclass(frozen=True)
-class Point:
+class MethodResult:
     """A method at a budget, over the cases of one setting.
 
     Attributes:
@@ -26,7 +27,7 @@ class Point:
             or wrong, else the bootstrap's over cases within the tasks.
         kl: the same of the KL to the full cache in nats; None where it was not measured.
         bytes: mean bytes of a compressed cache; NaN where they were not measured.
-        cases: how many.
+        cases: their number.
         tasks: the accuracy of each task.
         ahead: no method at this budget is better on the same cases: the best, and those whose paired 95 % interval of
             the difference to it holds 0.
@@ -43,7 +44,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingResults:
     """All that can be compared: one length and one kind of question.
 
     Attributes:
@@ -60,7 +61,7 @@ class Setting:
     tasks: tuple[str, ...]
     methods: tuple[Method, ...]
     budgets: tuple[Amount, ...]
-    points: Mapping[tuple[Method, Amount], Point]
+    points: Mapping[tuple[Method, Amount], MethodResult]
 
     @property
     def title(self) -> str:
@@ -71,10 +72,10 @@ class Setting:
         return f"{self.length}-{'aware' if self.aware else 'agnostic'}"
 
     @property
-    def full(self) -> Point | None:
+    def full(self) -> MethodResult | None:
         return self.points.get((("full", NO_SCOPE), 1.0))
 
-    def point(self, method: Method, budget: Amount) -> Point | None:
+    def point(self, method: Method, budget: Amount) -> MethodResult | None:
         """The full cache is the same at every budget."""
         return self.full if is_full(method) else self.points.get((method, budget))
 
@@ -83,7 +84,7 @@ def is_full(method: Method) -> bool:
 
 
 def case_key(record: Record) -> CaseKey:
-    """What tells the case apart in a run."""
+    """The identity of the case within a run."""
     return record.task, record.length, record.seed, record.index
 
 
@@ -91,7 +92,7 @@ def method_label(method: Method) -> str:
     return label(*method)
 
 
-def settings_of(records: Sequence[Record]) -> list[Setting]:
+def settings_of(records: Sequence[Record]) -> list[SettingResults]:
     """One for each length and kind of question, of rising length.
 
     The methods are ordered by their mean accuracy over everything, so that all settings have the same order.
@@ -104,7 +105,7 @@ def settings_of(records: Sequence[Record]) -> list[Setting]:
     return [replace(one, methods=tuple(sorted(one.methods, key=lambda method: order[method]))) for one in found]
 
 
-def ranking(settings: Sequence[Setting]) -> list[Method]:
+def ranking(settings: Sequence[SettingResults]) -> list[Method]:
     """The full cache, then the methods by their mean accuracy over all settings and budgets, the best first."""
     found: dict[Method, list[float]] = {}
     for setting in settings:
@@ -113,7 +114,7 @@ def ranking(settings: Sequence[Setting]) -> list[Method]:
     return sorted(found, key=lambda method: (not is_full(method), -sum(found[method]) / len(found[method])))
 
 
-def _setting(length: int, aware: bool, records: Sequence[Record]) -> Setting:
+def _setting(length: int, aware: bool, records: Sequence[Record]) -> SettingResults:
     cells: dict[tuple[Method, Amount], list[Record]] = {}
     for record in records:
         cells.setdefault(((record.policy, record.scope), record.budget), []).append(record)
@@ -125,24 +126,24 @@ def _setting(length: int, aware: bool, records: Sequence[Record]) -> Setting:
     for budget in ordered:
         _mark_ahead(points, {key: group for key, group in cells.items() if key[1] == budget and not is_full(key[0])})
     tasks = tuple(dict.fromkeys(record.task for record in records))
-    return Setting(length, aware, tasks, methods, tuple(ordered), points)
+    return SettingResults(length, aware, tasks, methods, tuple(ordered), points)
 
 
-def _point(records: Sequence[Record]) -> Point:
+def _point(records: Sequence[Record]) -> MethodResult:
     scores = _by_task(records, "score")
     tasks = {task: accuracy_interval(list(found.values())) for task, found in scores.items()}
     strata = [list(found.values()) for found in scores.values()]
     accuracy = next(iter(tasks.values())) if len(tasks) == 1 else stratified_mean(strata, SEED)
     kl = [list(found.values()) for found in _by_task(records, "kl").values()]
     measured = all(math.isfinite(value) for values in kl for value in values)
-    return Point(
+    return MethodResult(
         accuracy, stratified_mean(kl, SEED) if measured else None,
         sum(record.bytes for record in records) / len(records), len(records), tasks,
     )  # fmt: skip
 
 
 def _mark_ahead(
-    points: dict[tuple[Method, Amount], Point], cells: Mapping[tuple[Method, Amount], Sequence[Record]]
+    points: dict[tuple[Method, Amount], MethodResult], cells: Mapping[tuple[Method, Amount], Sequence[Record]]
 ) -> None:
     """Sets `ahead` and `tasks_ahead` of the points of one budget."""
     scores = {key: _by_task(group, "score") for key, group in cells.items()}
@@ -194,3 +195,100 @@ def by_stratum(records: Iterable[Record], name: str) -> dict[str, dict[CaseKey, 
     for record in records:
         found.setdefault(f"{record.task}/{record.length}", {})[case_key(record)] = float(getattr(record, name))
     return found
+
+
+_Cell = tuple[str, str, Amount, bool]
+_Values = Mapping[str, Mapping[CaseKey, float]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The second run minus the first in one cell.
+
+    Attributes:
+        method, budget, aware: the cell.
+        cases: number of shared cases.
+        before, after: mean accuracy in the first and in the second run, each the mean over tasks and lengths.
+        accuracy: the difference with its paired bootstrap interval, by resampling the cases within task and length.
+        holm: the p-value of it, adjusted for the number of cells compared.
+        kl: the same of the KL in nats; None where a run did not measure it.
+    """
+
+    method: Method
+    budget: Amount
+    aware: bool
+    cases: int
+    before: float
+    after: float
+    accuracy: PairedDifference
+    holm: float
+    kl: PairedDifference | None
+
+    @property
+    def significant(self) -> bool:
+        """The 95 % interval of the accuracy leaves out 0."""
+        return self.accuracy.low > 0 or self.accuracy.high < 0
+
+
+def compare_runs(first: RecordedRun, second: RecordedRun) -> list[Difference]:
+    """One difference for each cell that both runs have, in the first run's order.
+
+    Cases are the same if task, length, seed, number and gold answer are.
+
+    Raises:
+        ValueError: the runs share no case, or no cell.
+    """
+    answers = {case_key(record): record.answer for record in first.records}
+    theirs = {case_key(record): record.answer for record in second.records}
+    shared = {key for key, answer in answers.items() if key in theirs and _same(answer, theirs[key])}
+    if not shared:
+        raise ValueError(
+            f"{first.name} and {second.name} share no case (the same task, length, seed, number and answer): there is "
+            "nothing to compare"
+        )
+    ours, other = _cells(first, shared), _cells(second, shared)
+    each = [_difference(cell, ours[cell], other[cell]) for cell in ours if cell in other]
+    found = [one for one in each if one is not None]
+    if not found:
+        raise ValueError(f"{first.name} and {second.name} share cases but no policy at the same budget")
+    adjusted = holm([one.accuracy.p_value for one in found])
+    return [replace(one, holm=p_value) for one, p_value in zip(found, adjusted, strict=True)]
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two records are of one case; a program that does not write the answer down is believed."""
+    return not one or not other or one == other
+
+
+def _cells(run: RecordedRun, shared: set[CaseKey]) -> dict[_Cell, list[Record]]:
+    cells: dict[_Cell, list[Record]] = {}
+    for record in run.records:
+        if case_key(record) in shared:
+            cells.setdefault((record.policy, record.scope, record.budget, record.aware), []).append(record)
+    return cells
+
+
+def _difference(cell: _Cell, first: list[Record], second: list[Record]) -> Difference | None:
+    """None if the cell's cases are not shared; the p-value is not adjusted yet."""
+    policy, scope, budget, aware = cell
+    before, after = by_stratum(first, "score"), by_stratum(second, "score")
+    strata = paired_strata(after, before)
+    if not strata:
+        return None
+    accuracy = stratified_difference(strata, SEED)
+    kl = paired_strata(by_stratum(second, "kl"), by_stratum(first, "kl"))
+    measured = all(math.isfinite(value) for values in kl for value in values)
+    return Difference(
+        (policy, scope), budget, aware, sum(map(len, strata)), _mean(before, after), _mean(after, before), accuracy,
+        accuracy.p_value, stratified_difference(kl, SEED) if measured else None,
+    )  # fmt: skip
+
+
+def _mean(one: _Values, other: _Values) -> float:
+    """The mean over tasks and lengths of the first's values on the shared cases."""
+    means = []
+    for name, values in one.items():
+        shared = [value for key, value in values.items() if key in other.get(name, {})]
+        if shared:
+            means.append(sum(shared) / len(shared))
+    return sum(means) / len(means)

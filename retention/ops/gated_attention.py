@@ -11,9 +11,9 @@ from typing import Literal, get_args
 import torch
 
 from ..segments import Segments
-from . import naive
 from .channels import channels
 from .kernel_choice import chosen_kernels
+from .naive import gated_attention as naive
 
 Implementation = Literal["auto", "channels", "flex", "naive", "triton"]
 
@@ -57,7 +57,7 @@ def gated_attention(
             implementation = "triton"
         else:
             implementation = "flex" if query.device.type == "cuda" else "channels"
-    functions = {"channels": channels, "flex": flex, "naive": naive.gated_attention, "triton": triton}
+    functions = {"channels": channels, "flex": flex, "naive": naive, "triton": triton}
     return functions[implementation](query, key, value, log_beta, scaling, segments)
 
 

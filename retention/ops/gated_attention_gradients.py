@@ -6,7 +6,7 @@ Both own what they write, so there are no atomics and every run gives the same b
 
 from __future__ import annotations
 
-from .attention_tiles import LOG2_E, keys_of, load_tile, store_tile, tile_logits
+from .gated_attention_kernels import LOG2_E, keys_of, load_tile, store_tile, tile_logits
 from .triton_language import dot, jit, tl
 
 

@@ -22,7 +22,7 @@ DELTA_ROWS = 32
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile, warps of a block, and copies of what is loaded ahead.
+    """Queries and keys of a tile, warps of a block, and copies that are loaded ahead.
 
     The values are the largest of those tried that compile without spills; how fast they are was not measured.
     """
@@ -267,7 +267,7 @@ def launch_numbers(
     capability: int | None,
     decays: bool = True,
 ) -> tuple[Tile, dict[str, Any]]:
-    """The tile of `forward`, `query_grad` or `key_grad`, and what its launch passes by keyword."""
+    """The tile of `forward`, `query_grad` or `key_grad`, and the keyword arguments of its launch."""
     block_d, block_v = (max(LEAST_BLOCK, 1 << (width - 1).bit_length()) for width in (head_dim, value_dim))
     tile: Tile = getattr(Tiles.choose(max(block_d, block_v), dtype, capability, decays), kernel)
     numbers = {

@@ -1,4 +1,4 @@
-"""Which form of an operation runs, the Triton kernel or plain torch: by device, and by force."""
+"""The choice between an operation's Triton kernel and plain torch: by device, or by force."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
 
 def chosen_kernels(device: torch.device | str, kernels: Kernels = "auto") -> Literal["triton", "reference"]:
-    """What an operation on `device` runs.
+    """The form of an operation that runs on `device`.
 
     Args:
         kernels: an argument other than `auto` decides; then the environment variable `TENURE_KERNELS`; then the device:
@@ -70,7 +70,7 @@ def launching_on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How a kernel multiplies matrices of this dtype: fp32 without rounding to TF32; bf16 and fp16 as they are.
+    """The precision of kernels' matrix products in this dtype: fp32 without rounding to TF32; bf16 and fp16 as is.
 
     Triton's interpreter keeps bf16 as bits and would multiply those, so there the operands are `widened` to fp32, in
     which their products are exact.

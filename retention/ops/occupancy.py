@@ -1,4 +1,4 @@
-"""Occupancy `S_t = Σ_{j≤t} β_j^(t-j)`: how many entries a head effectively holds at time t (TRIM-KV, capacity loss).
+"""Occupancy `S_t = Σ_{j≤t} β_j^(t-j)`: the effective number of entries of a head at time t (TRIM-KV, capacity loss).
 
 Both forms share one tiled kernel that never holds more than a tile of the T x T terms, forward or backward, and
 skips tiles whose terms all lie below fp32 resolution. `occupancy` evaluates it at every position (exact, for
@@ -8,6 +8,7 @@ evaluation); `occupancy_at` at chosen positions only (the sampled training loss)
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +16,23 @@ import torch
 from ..segments import Segments
 from .kernel_choice import Kernels, chosen_kernels
 
-QUERY_BLOCK = 128
-KEY_BLOCK = 512
-# A whole tile row of 512 terms below exp(-30) adds less than 5e-11 to a sum that holds the self term 1.
-NEGLIGIBLE = -30.0
+
+@dataclass(frozen=True)
+class OccupancyTiles:
+    """Tiles of the plain form.
+
+    Attributes:
+        queries, keys: tokens of a tile, of which `queries · keys` terms exist at a time.
+        negligible: exponent below which terms are skipped. A whole tile row of 512 terms below exp(-30) adds less than
+            5e-11 to a sum that holds the self term 1.
+    """
+
+    queries: int = 128
+    keys: int = 512
+    negligible: float = -30.0
+
+
+TILES = OccupancyTiles()
 
 
 def occupancy(log_beta: torch.Tensor, segments: Segments, kernels: Kernels = "auto") -> torch.Tensor:
@@ -107,12 +121,12 @@ def _tiles(query_index: torch.Tensor, segments: Segments):
     seq_len = document.shape[1]
     query_document, query_position = document.gather(1, query_index), position.gather(1, query_index)
     column = torch.arange(seq_len, device=document.device)
-    for first in range(0, query_index.shape[1], QUERY_BLOCK):
-        queries = slice(first, first + QUERY_BLOCK)
+    for first in range(0, query_index.shape[1], TILES.queries):
+        queries = slice(first, first + TILES.queries)
         index = query_index[:, queries, None]
         reach = int(index.max()) + 1
-        for start in range(0, reach, KEY_BLOCK):
-            keys = slice(start, min(start + KEY_BLOCK, reach))
+        for start in range(0, reach, TILES.keys):
+            keys = slice(start, min(start + TILES.keys, reach))
             valid = (query_document[:, queries, None] == document[:, None, keys]) & (index >= column[keys])
             valid &= query_document[:, queries, None] >= 0
             if not bool(valid.any()):
@@ -123,7 +137,7 @@ def _tiles(query_index: torch.Tensor, segments: Segments):
 
 def _matters(gap: torch.Tensor, valid: torch.Tensor, decay: torch.Tensor) -> bool:
     nearest = torch.where(valid, gap, torch.iinfo(gap.dtype).max).amin(-2)  # (batch, 1, keys)
-    return bool((nearest * decay.detach().double() > NEGLIGIBLE).any())
+    return bool((nearest * decay.detach().double() > TILES.negligible).any())
 
 
 def _terms(gap: torch.Tensor, valid: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:

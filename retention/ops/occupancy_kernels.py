@@ -1,7 +1,7 @@
 """Triton kernels of occupancy `S_t = Σ_{i≤t} exp((t-i)·log β_i)` and of its gradient.
 
 Only a tile of the queries-by-keys terms exists at a time. Tiles whose terms all lie below `exp(-30)` are skipped:
-beside the self term 1 they are below the resolution of fp32. Every program owns what it writes: no atomics.
+next to the self term 1 they are below the resolution of fp32. Every program owns what it writes: no atomics.
 
 Positions are compared and subtracted in fp32, exact up to 2^24 tokens. Exponents are in powers of two.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +11,23 @@ from ..segments import Segments
 from .kernel_choice import LAUNCH_OPTIONS, check_dtype, interpreting, launching_on
 from .occupancy_kernels import backward_kernel, forward_kernel
 
-# Queries and keys of a tile. In the interpreter they are small, so that short sequences have many.
-BLOCK_M, BLOCK_N = 32, 64
-SMALL_M, SMALL_N = 16, 32
-WARPS = 4
+
+@dataclass(frozen=True)
+class OccupancyLaunch:
+    """A launch of the kernels.
+
+    Attributes:
+        queries, keys: tokens of a tile; BLOCK_M and BLOCK_N of the kernels.
+        warps: of a program.
+    """
+
+    queries: int = 32
+    keys: int = 64
+    warps: int = 4
+
+
+COMPILED = OccupancyLaunch()
+INTERPRETED = OccupancyLaunch(queries=16, keys=32)  # small tiles, so that the tests' short sequences have many
 
 
 def occupancy(log_beta: torch.Tensor, query_index: torch.Tensor | None, segments: Segments) -> torch.Tensor:
@@ -75,10 +89,10 @@ forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def launch_numbers(chosen: bool) -> dict[str, Any]:
-    """What a launch passes by keyword. `chosen`: at chosen positions only."""
-    small = interpreting()
-    blocks = {"BLOCK_M": SMALL_M if small else BLOCK_M, "BLOCK_N": SMALL_N if small else BLOCK_N}
-    return {"CHOSEN": chosen, **blocks, "num_warps": WARPS, **LAUNCH_OPTIONS}
+    """The keyword arguments of a launch. `chosen`: at chosen positions only."""
+    launch = INTERPRETED if interpreting() else COMPILED
+    blocks = {"BLOCK_M": launch.queries, "BLOCK_N": launch.keys}
+    return {"CHOSEN": chosen, **blocks, "num_warps": launch.warps, **LAUNCH_OPTIONS}
 
 
 def _launch(
@@ -89,7 +103,7 @@ def _launch(
     tensors: tuple[torch.Tensor, ...],
     numbers: dict[str, Any],
 ) -> None:
-    """One program for each row and tile. `tensors`: what the kernel takes between `index` and the sizes."""
+    """One program for each row and tile. `tensors`: the kernel's arguments between `index` and the sizes."""
     layers, batch, heads, seq_len = log_beta.shape
     index = log_beta if query_index is None else query_index.to(torch.int32).contiguous()  # not read if None
     samples = seq_len if query_index is None else query_index.shape[1]

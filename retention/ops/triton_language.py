@@ -1,4 +1,4 @@
-"""Triton's `jit` and language for kernel modules, which import without Triton too; their launchers say what is missing.
+"""Triton's `jit` and language for kernel modules, which import without Triton too; their launchers report its absence.
 
 Only kernel modules import this file, and only launchers import kernel modules, at their first use.
 """

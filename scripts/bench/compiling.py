@@ -39,7 +39,7 @@ class KernelCase:
             `tl.constexpr` (`64`, `True`, `None`, `"ieee"` in a `Constant`).
         num_warps, num_stages: as the launcher passes them; Triton's own where it passes none.
         divisible: integer arguments that are multiples of 16 at this shape; Triton compiles such a launch on its own.
-        shape: what the shape is called, e.g. `Qwen3-4B`.
+        shape: name of the shape, e.g. `Qwen3-4B`.
     """
 
     name: str

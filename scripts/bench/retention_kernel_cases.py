@@ -10,7 +10,7 @@ import torch
 from ...retention.ops import gated_attention_gradients, gated_attention_kernels, occupancy_kernels
 from ...retention.ops.gated_attention_triton import DELTA_ROWS, launch_numbers
 from ...retention.ops.kernel_choice import LAUNCH_OPTIONS
-from ...retention.ops.occupancy_triton import BLOCK_M, BLOCK_N, WARPS
+from ...retention.ops.occupancy_triton import COMPILED
 from .compiling import Constant, KernelCase, specialised
 
 POINTERS = {"start": "*i32", "end": "*i32", "log_beta": "*fp32", "lse": "*fp32", "delta": "*fp32", "beta_grad": "*fp32"}
@@ -67,7 +67,8 @@ def occupancy_cases(model: ModelShape) -> list[KernelCase]:
     """Everywhere and at chosen positions."""
     cases = []
     for chosen in (False, True):
-        numbers = {"CHOSEN": chosen, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": WARPS, **LAUNCH_OPTIONS}
+        tile = {"BLOCK_M": COMPILED.queries, "BLOCK_N": COMPILED.keys, "num_warps": COMPILED.warps}
+        numbers = {"CHOSEN": chosen, **tile, **LAUNCH_OPTIONS}
         where = "at samples" if chosen else "everywhere"
         for name in ("forward", "backward"):
             kernel = getattr(occupancy_kernels, f"{name}_kernel")
@@ -81,7 +82,7 @@ def occupancy_cases(model: ModelShape) -> list[KernelCase]:
 def _case(
     name: str, kernel: Any, numbers: dict[str, Any], dtype: torch.dtype, model: ModelShape, sizes: dict[str, int]
 ) -> KernelCase:
-    """Types of what the launcher passes by place; the strides are multiples of the head dimension."""
+    """Types of the launcher's positional arguments; the strides are multiples of the head dimension."""
     strides = {name: model.head_dim for name in kernel.arg_names if name.startswith("stride_")}
     integers = sizes | strides
     arguments, divisible = specialised({name: integers[name] for name in kernel.arg_names if name in integers})

@@ -15,7 +15,7 @@ from ..sweep_checks import load_texts, make_builder
 
 if TYPE_CHECKING:
     from ...eval import Case, CaseBuilder, Cell
-    from ...eval.runner import Record
+    from ...eval.cases import Record
     from ...eval.sweep import Failure, SweepConfig, Unit
 
 # Policies that are a press of kvpress with its defaults; who competes is then decided by the press.
@@ -141,7 +141,7 @@ class KvpressRunner:
         return [self._record(case, cell, next(rest) if cell.evicts else whole, whole["entries"]) for cell in self.cells]
 
     def _record(self, case: Case, cell: Cell, found: dict[str, Any], entries: int) -> Record:
-        from ...eval.runner import Record
+        from ...eval.cases import Record
 
         prediction = self.tokenizer.decode(found["ids"], skip_special_tokens=True)
         score = case.score(prediction)

@@ -12,7 +12,7 @@ import pytest
 lm_eval = pytest.importorskip("lm_eval")
 
 from tenure.eval.harness import Boundaries  # noqa: E402
-from tenure.eval.harness.checks import says_where  # noqa: E402
+from tenure.eval.harness.command import says_where  # noqa: E402
 
 SHIPPED = Path(lm_eval.__file__).parent / "tasks"
 DOC: dict[str, Any] = {
@@ -64,7 +64,7 @@ def test_shipped_tasks_say_where_their_question_begins(folder):
     for name, text in tasks:
         prompt = prompt_of(folder, text, doc)
         if name in ("infinitebench_longbook_sum_en",):  # its prompt is the book alone
-            with pytest.raises(ValueError, match="does not stand behind a context"):
+            with pytest.raises(ValueError, match="is not found after a context"):
                 AGNOSTIC.find(prompt, doc, name)
             continue
         place = AGNOSTIC.find(prompt, doc, name)
@@ -119,8 +119,8 @@ def test_the_users_rule_comes_first():
         ({"pattern": "Z: "}, {}, "no context before a match of 'Z: '"),
         ({"pattern": "^Text"}, {}, "no context before a match"),
         ({"field": "asked"}, {"text": "", "other": ""}, "'asked' to find the question by; its fields are other, text"),
-        ({"field": "asked"}, {"asked": "Q: three?"}, "does not stand behind a context"),
-        ({"field": "asked"}, {"asked": " "}, "does not stand behind a context"),
+        ({"field": "asked"}, {"asked": "Q: three?"}, "is not found after a context"),
+        ({"field": "asked"}, {"asked": " "}, "is not found after a context"),
         ({}, {"text": ""}, r"add question_field=NAME or question_pattern=REGEX to --model_args"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -10,9 +10,8 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from tenure.eval.harness.asked import peek
-from tenure.eval.harness.checks import check
-from tenure.eval.harness.generated import kinds_of
+from tenure.eval.harness.command import check, peek
+from tenure.eval.harness.generated_tasks import kinds_of
 from tenure.eval.harness.model import model_class
 from tenure.retention import RetentionGates
 from tenure.scripts import cli
@@ -35,17 +34,17 @@ def test_what_cannot_work_is_told_before_the_model_is_loaded(folder, tmp_path, m
         ({"policy": "snapkv", "budget": 1.5}, r"budget 1\.5 is out of range: give a float in \(0, 1\]"),
         ({"policy": "snapkv", "scope": "heads"}, "unknown scope 'heads'; known: "),
         ({"policy": "snapkv", "prefill_chunk": 0}, "prefill_chunk must be at least 1 token"),
-        ({"policy": "snapkv", "question": "late"}, "question is 'late'; accepted: auto, agnostic, aware"),
+        ({"policy": "snapkv", "question": "late"}, "got 'late' as question; accepted: auto, agnostic, aware"),
         ({"policy": "snapkv", "question": "agnostic", "question_pattern": "("}, "is no regular expression"),
         ({"policy": "snapkv", "question_pattern": "a", "question_field": "b"}, "exclude each other"),
         ({"policy": "snapkv", "max_length": 5000}, "max_length is 5000; the model has 1024 positions"),
         ({"policy": "snapkv", "max_length": "long"}, "max_length is 'long'; a number of tokens is accepted"),
         ({"policy": "snapkv", "question_field": "b"}, "question_field is used with question=agnostic only"),
         ({"policy": "snapkv", "question": "aware", "question_pattern": "b"}, "question_pattern is used with"),
-        ({"policy": "snapkv", "sinks": "few"}, "sinks is 'few'; a whole number is accepted"),
-        ({"policy": "snapkv", "prefill_chunk": 0.5}, r"prefill_chunk is 0\.5; a whole number is accepted"),
-        ({"policy": "snapkv", "floor": "low"}, "floor is 'low'; a number is accepted"),
-        ({"policy": 7}, "policy is 7; a policy's name is accepted"),
+        ({"policy": "snapkv", "sinks": "few"}, "got 'few' as sinks; accepted: a whole number"),
+        ({"policy": "snapkv", "prefill_chunk": 0.5}, r"got 0\.5 as prefill_chunk; accepted: a whole number"),
+        ({"policy": "snapkv", "floor": "low"}, "got 'low' as floor; accepted: a number or nothing"),
+        ({"policy": 7}, "got 7 as policy; accepted: text or a Policy"),
         ({"policy": "snapkv", "dtype": "int8"}, "dtype is 'int8'; auto, float32, bfloat16"),
         ({"policy": "snapkv", "dtype": "floats"}, "dtype is 'floats'; auto, float32, bfloat16"),
         ({"polcy": "snapkv"}, "no option 'polcy'; 'policy' is one"),
@@ -67,7 +66,7 @@ def test_what_cannot_work_is_told_before_the_model_is_loaded(folder, tmp_path, m
 def test_a_task_without_the_field_it_needs(model, tokenizer, folder, tmp_path):
     tasks = write_tasks(tmp_path / "tasks")
     subject = model_class()(pretrained=model, tokenizer=tokenizer, policy="snapkv", question="agnostic")
-    with pytest.raises(ValueError, match="task 'probe' does not say where its question begins"):
+    with pytest.raises(ValueError, match="task 'probe' has no rule for where its question begins"):
         subject.generate_until([instance("generate_until", ("a b", {"until": []}), {"text": "a b"})])
     arguments = ["--model_args", f"pretrained={folder},policy=snapkv,question=agnostic,question_field=query"]
     asked = peek([*arguments, "--tasks", "local_generate", "--include_path", str(tasks)])
@@ -87,12 +86,15 @@ def test_a_task_without_the_field_it_needs(model, tokenizer, folder, tmp_path):
         (["--tasks", "tenure_nothing"], "no task 'tenure_nothing'; known, each also with _aware: tenure_cwe,"),
         (["--tasks", "tenure_vt", "--metadata", "length=60", "texts=pydoc"],
          "a context of 60 tokens is too short for task 'vt': give at least "),
-        (["--tasks", "tenure_memory", "--metadata", "length=long"], "length is 'long'; an integer of at least 1 is"),
-        (["--tasks", "tenure_vt", "--metadata", "length=500", "cases=0"], "cases is 0; an integer of at least 1 is"),
+        (["--tasks", "tenure_memory", "--metadata", "length=long"],
+         "got 'long' as length; accepted: a whole number of 1 or more"),
+        (["--tasks", "tenure_vt", "--metadata", "length=500", "cases=0"],
+         "got 0 as cases; accepted: a whole number of 1 or more"),
         (["--tasks", "tenure_vt", "--metadata", "length=500", "texts=no/text"], "no file or folder 'no/text'"),
         (["--tasks", "tenure_vt", "--metadata", "lenght=500"],
-         "--metadata has lenght; the generated tasks take length, cases, seed, texts, tokenizer"),
-        (["--tasks", "tenure_vt", "--metadata", "{length: 500}"], "--metadata is '{length: 500}'; a=1,b=2 or"),
+         "got lenght in --metadata; the generated tasks accept length, cases, seed, texts, tokenizer"),
+        (["--tasks", "tenure_vt", "--metadata", "{length: 500}"],
+         "got '{length: 500}' as --metadata; accepted: a=1,b=2 or"),
         (["--tasks", "ruler", "--metadata", '{"max_seq_lengths": [512, 4096]}'],
          "max_seq_lengths has 4096; prompts of so many tokens exceed the model's 1024 positions"),
         (["--tasks", "tenure_vt", "--device", "gpu"], "--device has 'gpu'; cpu, cuda, cuda:1 and so on are accepted"),
@@ -111,7 +113,7 @@ def test_wrong_command_lines_are_one_sentence(rest, message, folder, capsys):
 def test_a_command_line_needs_a_model_and_a_settings_file_a_mapping(tmp_path, capsys):
     assert cli.main(["eval", "--tasks", "tenure_vt"]) == 1
     assert "no model: add pretrained=NAME to --model_args" in capsys.readouterr().err
-    for text, message in (("a: [", "run.yaml is not YAML: while parsing"), ("- a", "run.yaml holds list; a mapping")):
+    for text, message in (("a: [", "run.yaml is not YAML: while parsing"), ("- a", "got a list in ")):
         (tmp_path / "run.yaml").write_text(text)
         assert cli.main(["eval", "--config", str(tmp_path / "run.yaml")]) == 1
         assert message in capsys.readouterr().err

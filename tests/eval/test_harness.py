@@ -14,9 +14,8 @@ import torch
 pytest.importorskip("lm_eval")
 
 from tenure.eval import tasks_folder
-from tenure.eval.harness.asked import peek
-from tenure.eval.harness.command import complete
-from tenure.eval.harness.generated import task_files, task_names
+from tenure.eval.harness.command import complete, peek
+from tenure.eval.harness.generated_tasks import task_files, task_names
 from tenure.eval.harness.model import model_class
 from tenure.eval.prompts import chat_frame
 from tenure.eviction import evict

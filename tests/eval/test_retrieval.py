@@ -8,9 +8,10 @@ import re
 
 import pytest
 
-from tenure.eval import TASKS, CaseBuilder, get_task
+from tenure.eval import RETRIEVAL, TASKS, CaseBuilder, get_task
 from tenure.eval.prompts import chat_frame, encode, token_texts
-from tenure.eval.retrieval import split_sentences
+from tenure.eval.tasks import words as evaluation_words
+from tenure.eval.tasks.documents import SourceTexts, split_sentences
 
 LENGTH = 420
 
@@ -19,7 +20,7 @@ def text_of(tokenizer, ids) -> str:
     return tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", RETRIEVAL)
 @pytest.mark.parametrize("kind", ["tokenizer", "plain_tokenizer"])
 def test_every_context_has_the_exact_length_and_holds_the_answer(task, kind, texts, request):
     tokenizer = request.getfixturevalue(kind)
@@ -32,7 +33,7 @@ def test_every_context_has_the_exact_length_and_holds_the_answer(task, kind, tex
         assert case.depth == start / length
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", RETRIEVAL)
 def test_a_case_is_a_function_of_seed_and_index(task, tokenizer, texts):
     first = CaseBuilder(tokenizer, texts, LENGTH, seed=1)
     again = CaseBuilder(tokenizer, texts, LENGTH, seed=1)
@@ -41,7 +42,7 @@ def test_a_case_is_a_function_of_seed_and_index(task, tokenizer, texts):
     assert CaseBuilder(tokenizer, texts, LENGTH, seed=2).case(task, 3) != first.case(task, 3)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", RETRIEVAL)
 def test_nothing_of_the_question_is_in_the_context_and_the_turn_stays_open(task, tokenizer, texts):
     case = CaseBuilder(tokenizer, texts, LENGTH).case(task, 0)
     context, question = text_of(tokenizer, case.context_ids), text_of(tokenizer, case.question_ids)
@@ -144,7 +145,6 @@ def test_token_texts_join_to_the_text(tokenizer):
 def test_training_never_sees_the_evaluation_templates():
     import inspect
 
-    from tenure.eval import templates
     from tenure.training import facts, synthetic
     from tenure.training import templates as training
 
@@ -152,19 +152,20 @@ def test_training_never_sees_the_evaluation_templates():
     source = source.lower().replace(str(training.HELD_OUT).lower(), "")
     source = re.sub(r"held_out = \(.*?\)", "", source)
     words = set(re.findall(r"[a-z]+", source))
-    for phrase in templates.RESERVED_PHRASES:
+    for phrase in evaluation_words.RESERVED_PHRASES:
         assert phrase not in source
-    for vocabulary in (templates.CITIES, templates.PEOPLE, templates.GEMS, templates.ADJECTIVES, templates.NOUNS):
+    for vocabulary in (
+        evaluation_words.CITIES, evaluation_words.PEOPLE, evaluation_words.GEMS, evaluation_words.ADJECTIVES,
+        evaluation_words.NOUNS,
+    ):
         assert not [word for word in vocabulary if word.lower() in words]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", RETRIEVAL)
 def test_every_template_has_a_reserved_phrase(task):
-    from tenure.eval.templates import RESERVED_PHRASES
-
-    facts = TASKS[task].facts(random.Random(0))
-    for text in (*facts.sentences, facts.question, facts.reply):
-        assert any(phrase in text for phrase in RESERVED_PHRASES)
+    draft = TASKS[task].generator.draft(random.Random(0), SourceTexts(["One sentence."]), (), LENGTH)
+    for text in (*draft.evidence, draft.question, draft.reply):
+        assert any(phrase in text for phrase in evaluation_words.RESERVED_PHRASES)
 
 
 @pytest.mark.real

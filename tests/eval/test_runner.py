@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tenure.eval import CaseBuilder, Cell, RetrievalProbe, check_inputs, evaluate, kl_to_full, parse_cells, summarise
-from tenure.eval.decode import agreed, greedy_rows, read
-from tenure.eval.runner import EXTRA_TOKENS
+from tenure.eval.predictions import agreed, greedy_rows, read
 from tenure.eval.summary import markdown_tables
 from tenure.eviction import SnapKV, evict
 from tenure.retention import RetentionGates
@@ -49,7 +48,7 @@ def test_full_rows_change_nothing_and_match_the_model_outside(model, tokenizer, 
     assert record.kl < 1e-9 and record.top1 == 1.0
     assert record.kept_share == 1.0 and record.entries == 3 * 2 * LENGTH  # layers, heads, tokens
     prompt = row([*case.context_ids, *case.question_ids])
-    limit = len(case.answer_ids) + EXTRA_TOKENS
+    limit = len(case.answer_ids) + case.extra_tokens
     output = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=limit, do_sample=False, pad_token_id=0
     )
@@ -77,7 +76,7 @@ def test_a_shared_prompt_gives_what_a_run_of_its_own_gives(name, model, gates, t
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 past_key_values=cache,
-                max_new_tokens=len(case.answer_ids) + EXTRA_TOKENS,
+                max_new_tokens=len(case.answer_ids) + case.extra_tokens,
                 do_sample=False,
                 pad_token_id=0,
             )
@@ -141,7 +140,7 @@ def test_a_generation_ends_where_the_model_ends_it(model, tokenizer, builder):
     """Not only behind the last token it may have."""
     case = builder.case("needle", 0)
     (free,) = evaluate(model, tokenizer, [case], [Cell.of("full")])
-    tokens = continued(model, row([*case.context_ids, *case.question_ids]), len(case.answer_ids) + EXTRA_TOKENS)
+    tokens = continued(model, row([*case.context_ids, *case.question_ids]), len(case.answer_ids) + case.extra_tokens)
     assert free.prediction == tokenizer.decode(tokens, skip_special_tokens=True)
     model.generation_config.eos_token_id = [2, tokens[3]]
     (ended,) = evaluate(model, tokenizer, [case], [Cell.of("full")])

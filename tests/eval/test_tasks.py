@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from tenure.eval import KINDS, RULER, TASKS, CaseBuilder, TaskBuilder, answer_score, check_task, evaluate, parse_cells
+from tenure.eval import GENERATED, RETRIEVAL, RULER, TASKS, CaseBuilder, answer_score, evaluate, get_task, parse_cells
 from tenure.eval.prompts import encode, token_spans
 from tenure.eval.summary import accuracy_interval
-from tenure.eval.tasks.draft import fit
+from tenure.eval.tasks.documents import fit
 from tenure.eval.tasks.words import ALL_ADJECTIVES, ALL_NOUNS, Keys
 from tenure.training import templates as training_templates
 from tenure.training.vocabulary import VOCABULARY
@@ -34,10 +34,10 @@ def many_texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def built(tokenizer, many_texts):
-    return TaskBuilder(tokenizer, many_texts, LENGTH)
+    return CaseBuilder(tokenizer, many_texts, LENGTH)
 
 
-@pytest.mark.parametrize("task", KINDS)
+@pytest.mark.parametrize("task", GENERATED)
 def test_a_document_has_exactly_the_length_and_its_evidence(task, built, tokenizer):
     made = built.text(task, 2)
     ids = encode(tokenizer, made.document, plain=True)
@@ -54,15 +54,15 @@ def test_a_document_has_exactly_the_length_and_its_evidence(task, built, tokeniz
 def test_spans_are_where_the_evidence_stands(built, tokenizer):
     for task in ("niah_single_2", "niah_multiquery", "recall", "dialogue"):
         case = built.case(task, 1)
-        evidence = built.text(task, 1, LENGTH - len(built._frame.before)).draft.evidence
+        evidence = built.text(task, 1, LENGTH - len(built.frame(TASKS[task].layout).before)).draft.evidence
         for (start, stop), piece in zip(case.facts, evidence, strict=True):
             assert piece in tokenizer.decode(case.context_ids[start:stop])
             assert piece not in tokenizer.decode(case.context_ids[start + 2 : stop])
 
 
 def test_cases_are_a_function_of_seed_and_index(tokenizer, many_texts):
-    first, again = (TaskBuilder(tokenizer, many_texts, 700, seed=1) for _ in range(2))
-    other = TaskBuilder(tokenizer, many_texts, 700, seed=2)
+    first, again = (CaseBuilder(tokenizer, many_texts, 700, seed=1) for _ in range(2))
+    other = CaseBuilder(tokenizer, many_texts, 700, seed=2)
     for task in ("niah_multikey_1", "vt", "qa_2", "dialogue"):
         wanted = first.case(task, 3)
         again.case(task, 0)
@@ -73,8 +73,8 @@ def test_cases_are_a_function_of_seed_and_index(tokenizer, many_texts):
 
 def test_there_are_the_thirteen_kinds_of_ruler():
     assert len(RULER) == 13 and sum(name.startswith("niah_") for name in RULER) == 8
-    assert set(KINDS) - set(RULER) == {"dialogue", "recall", "repetition", "verbatim"}
-    assert not set(KINDS) & set(TASKS)
+    assert set(GENERATED) - set(RULER) == {"dialogue", "recall", "repetition", "verbatim"}
+    assert {*GENERATED, *RETRIEVAL} == set(TASKS) and len(TASKS) == 21
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_tasks_with_several_answers(task, count, built):
 
 
 def test_dialogue_facts_are_told_early(tokenizer, many_texts):
-    builder = TaskBuilder(tokenizer, many_texts, 3000)
+    builder = CaseBuilder(tokenizer, many_texts, 3000)
     depths = [builder.case("dialogue", index).depth for index in range(6)]
     assert max(depths) < 0.4
 
@@ -127,13 +127,13 @@ def test_intervals_of_partly_right_answers():
 
 def test_errors_name_what_is_accepted(tokenizer, many_texts):
     with pytest.raises(ValueError, match="unknown task 'niah'; known tasks: needle, phrase, date, multikey, niah_"):
-        check_task("niah")
+        get_task("niah")
     with pytest.raises(ValueError, match="100 tokens is too short for task 'niah_multikey_3': give at least"):
-        TaskBuilder(tokenizer, many_texts, 100).text("niah_multikey_3", 0)
+        CaseBuilder(tokenizer, many_texts, 100).text("niah_multikey_3", 0)
     with pytest.raises(ValueError, match="texts to hide facts in are empty"):
-        TaskBuilder(tokenizer, [""], 500)
+        CaseBuilder(tokenizer, [""], 500)
     with pytest.raises(ValueError, match="no sentence of 12 words"):
-        TaskBuilder(tokenizer, ["Too short. Each one."] * 3, 500).text("qa_1", 0)
+        CaseBuilder(tokenizer, ["Too short. Each one."] * 3, 500).text("qa_1", 0)
 
 
 def test_every_length_can_be_met(tokenizer):

@@ -186,7 +186,7 @@ def test_failures_are_named_and_do_not_stop_the_rest(folder, monkeypatch, capsys
         ({"gates": "SHAPE"}, "the gates were trained on .*same shape, other weights"),
         ({"model": "no/such/model"}, "no/such/model"),
         ({"data": "no/such/text"}, "no file or folder 'no/such/text'"),
-        ({"foo": 1}, "unknown keys foo; accepted: policies, budgets, tasks"),
+        ({"foo": 1}, "got unknown fields foo; accepted: policies, budgets, tasks"),
     ],
 )
 def test_what_cannot_work_is_one_sentence_before_any_work(changes, message, folder, tiny_model, capsys):

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tenure.training.batching import PackedSource
 from tenure.training.chat import encode_messages
 from tenure.training.data import DatasetSource, Example, load_examples
-from tenure.training.packing import PackedSource
 
 CONVERSATION = [
     {"role": "system", "content": "Be kind."},

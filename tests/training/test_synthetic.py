@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from tenure.eval.templates import ADJECTIVES, CITIES, GEMS, NOUNS, PEOPLE, RESERVED_PHRASES
+from tenure.eval.tasks.words import ADJECTIVES, CITIES, GEMS, NOUNS, PEOPLE, RESERVED_PHRASES
 from tenure.training import templates
 from tenure.training.corpus import split_sentences
-from tenure.training.facts import KINDS
-from tenure.training.synthetic import Document, RetrievalDocuments
+from tenure.training.facts import FACT_KINDS
+from tenure.training.synthetic import RetrievalDocument, RetrievalDocuments
 from tenure.training.vocabulary import VOCABULARY
 
 FINGERPRINT = """
@@ -41,18 +41,18 @@ def documents(texts: list[str], chat_tokenizer: Any) -> RetrievalDocuments:
 
 
 @pytest.fixture(scope="module")
-def sample(documents: RetrievalDocuments) -> list[Document]:
+def sample(documents: RetrievalDocuments) -> list[RetrievalDocument]:
     return [documents.document(index) for index in range(150)]
 
 
-def test_same_index_same_example_in_any_order(documents: RetrievalDocuments, sample: list[Document]) -> None:
+def test_same_index_same_example_in_any_order(documents: RetrievalDocuments, sample: list[RetrievalDocument]) -> None:
     for index in (77, 3, 149, 3):
         assert documents[index] == sample[index].example
     assert sample[0].example != sample[1].example
 
 
 def test_prompts_are_the_documents_and_change_no_token(
-    texts: list[str], chat_tokenizer: Any, sample: list[Document]
+    texts: list[str], chat_tokenizer: Any, sample: list[RetrievalDocument]
 ) -> None:
     prompts = RetrievalDocuments(texts, chat_tokenizer, lengths=(700, 1000), seed=5, prompt_share=1.0)
     kinds = set()
@@ -68,7 +68,7 @@ def test_prompts_are_the_documents_and_change_no_token(
     assert kinds == {"retrieval", "text"}
 
 
-def test_seed_changes_every_example(texts: list[str], chat_tokenizer: Any, sample: list[Document]) -> None:
+def test_seed_changes_every_example(texts: list[str], chat_tokenizer: Any, sample: list[RetrievalDocument]) -> None:
     other = RetrievalDocuments(texts, chat_tokenizer, lengths=(700, 1000), seed=6)
     assert all(other[index].input_ids != sample[index].example.input_ids for index in range(10))
 
@@ -85,7 +85,7 @@ def test_another_process_gives_identical_ids(documents: RetrievalDocuments) -> N
     assert result.stdout.strip() == digest.hexdigest()
 
 
-def test_lengths_are_reached_and_not_exceeded(sample: list[Document]) -> None:
+def test_lengths_are_reached_and_not_exceeded(sample: list[RetrievalDocument]) -> None:
     targets = {min(target for target in (700, 1000) if len(d.example.input_ids) <= target) for d in sample}
     assert targets == {700, 1000}
     for document in sample:
@@ -95,7 +95,7 @@ def test_lengths_are_reached_and_not_exceeded(sample: list[Document]) -> None:
         assert len(document.example.loss_mask) == size
 
 
-def test_targets_are_the_answers_and_their_end(sample: list[Document], chat_tokenizer: Any) -> None:
+def test_targets_are_the_answers_and_their_end(sample: list[RetrievalDocument], chat_tokenizer: Any) -> None:
     end = chat_tokenizer.convert_tokens_to_ids("<|im_end|>")
     for document in (d for d in sample if d.example.kind == "retrieval"):
         ids, mask = document.example.input_ids, document.example.loss_mask
@@ -107,7 +107,9 @@ def test_targets_are_the_answers_and_their_end(sample: list[Document], chat_toke
         assert document.answers and mask == expected
 
 
-def test_every_value_stands_in_the_document_and_in_the_answer(sample: list[Document], chat_tokenizer: Any) -> None:
+def test_every_value_stands_in_the_document_and_in_the_answer(
+    sample: list[RetrievalDocument], chat_tokenizer: Any
+) -> None:
     for document in sample:
         text = chat_tokenizer.decode(document.example.input_ids[: document.document_stop])
         for answer in document.answers:
@@ -118,7 +120,9 @@ def test_every_value_stands_in_the_document_and_in_the_answer(sample: list[Docum
                 assert value.strip(" ,") in question.answer, question
 
 
-def test_whole_conversation_is_what_the_chat_template_renders(sample: list[Document], chat_tokenizer: Any) -> None:
+def test_whole_conversation_is_what_the_chat_template_renders(
+    sample: list[RetrievalDocument], chat_tokenizer: Any
+) -> None:
     document = next(d for d in sample if d.example.kind == "retrieval")
     text = chat_tokenizer.decode(document.example.input_ids)
     turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", text, re.DOTALL)
@@ -129,16 +133,16 @@ def test_whole_conversation_is_what_the_chat_template_renders(sample: list[Docum
     assert [turns[2 * i][1] for i in range(1, len(document.answers))] == [a.question.text for a in document.answers[1:]]
 
 
-def test_all_kinds_occur_and_groups_are_the_share_asked_for(sample: list[Document]) -> None:
+def test_all_kinds_occur_and_groups_are_the_share_asked_for(sample: list[RetrievalDocument]) -> None:
     asked = [answer.question.kind for document in sample for answer in document.answers]
-    assert set(asked) == set(KINDS)
+    assert set(asked) == set(FACT_KINDS)
     assert 0.2 < asked.count("group") / len(asked) < 0.4
     plain = [d.example for d in sample if d.example.kind == "text"]
     assert 5 <= len(plain) <= 30
 
 
 def test_plain_text_has_its_second_half_as_target(
-    sample: list[Document], texts: list[str], chat_tokenizer: Any
+    sample: list[RetrievalDocument], texts: list[str], chat_tokenizer: Any
 ) -> None:
     document = next(d for d in sample if d.example.kind == "text")
     size = len(document.example.input_ids)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tenure.retention import RetentionGates
 from tenure.training import Example, NotFiniteError, TrainConfig, train
-from tenure.training.state import latest_state
+from tenure.training.run_state import latest_state
 
 
 class Tokens:
@@ -96,16 +96,16 @@ import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import conftest, test_trainer
-from tenure.training import state, train
+from tenure.training import run_state, train
 output = Path(sys.argv[2])
 values = json.loads(sys.argv[3])
 if values.pop("kill", False):
-    save = state.save_file
+    save = run_state.save_file
     def killed(*args, **kwargs):
         if (output / "checkpoints" / "step-00000003").exists():
             os.kill(os.getpid(), signal.SIGKILL)
         save(*args, **kwargs)
-    state.save_file = killed
+    run_state.save_file = killed
 train(test_trainer.settings(output, **values), conftest.build_tiny("llama"), test_trainer.Tokens())
 """
 
@@ -200,10 +200,10 @@ def test_starting_from_given_gates(tiny_model, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps: 0", "steps is 0; 1 or more is accepted"),
-        ("lengths: [8]", "lengths of 64 tokens or more are accepted"),
-        ("learning_rat: 1", r"unknown settings \['learning_rat'\]; known: accumulation"),
-        ("- 1", "holds list; a mapping of training settings is accepted"),
+        ("steps: 0", "c.yaml: got 0 as steps; accepted: a whole number of 1 or more"),
+        ("lengths: [8]", r"got 8 as lengths\[0\]; accepted: a whole number of 64 or more"),
+        ("learning_rat: 1", r"got unknown fields learning_rat \(meant is perhaps learning_rate\); accepted: model, "),
+        ("- 1", "got a list as the document; accepted: a mapping of model, revision"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -219,12 +219,14 @@ def test_wrong_config_files_are_named(tmp_path: Path, text: str, message: str) -
     ("values", "message"),
     [
         ({"eviction_budgets": (0.2,)}, "above 0 with eviction_budgets"),
-        ({"prompt_share": 1.5}, r"prompt_share is 1.5; a share in \[0, 1\]"),
+        ({"prompt_share": 1.5}, "got 1.5 as prompt_share; accepted: a number from 0 to 1"),
         ({"prompt_share": 0.5, "gradient_checkpointing": True}, "set gradient_checkpointing to false"),
-        ({"prompt_share": 0.5, "eviction_budgets": (0.2, 2.0)}, r"shares in \(0, 1\]"),
-        ({"prompt_share": 0.5, "eviction_budgets": (0.2,), "eviction_temperature": 0.0}, "temperature above 0"),
-        ({"facts": (3, 2)}, r"facts is \(3, 2\); a range"),
-        ({"questions": (1, 2, 3)}, r"questions is \(1, 2, 3\); a range"),
+        ({"prompt_share": 0.5, "eviction_budgets": (0.2, 2.0)},
+         r"got 2.0 as eviction_budgets\[1\]; accepted: a number above 0 and up to 1"),
+        ({"prompt_share": 0.5, "eviction_budgets": (0.2,), "eviction_temperature": 0.0},
+         "got 0.0 as eviction_temperature; accepted: a number above 0"),
+        ({"facts": (3, 2)}, r"got \(3, 2\) as facts; accepted: a range"),
+        ({"questions": (1, 2, 3)}, "got a list of 3 as questions; accepted: a list of 2"),
     ],
 )
 def test_wrong_settings_of_synthetic_documents_are_named(tmp_path: Path, values: dict, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The generated tasks as lm-eval's YAML; `tasks_folder()` of the package above is what `--include_path` wants."""
+"""The generated tasks as lm-eval's YAML; `tasks_folder()` of the package above is the value for `--include_path`."""
 
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.eval', not {__name__!r}: a second name would give duplicate classes")

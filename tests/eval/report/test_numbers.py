@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from tenure.eval import wilson
-from tenure.eval.report import Run, compare_runs, report_markdown, settings_of
+from tenure.eval.report import RecordedRun, compare_runs, report_markdown, settings_of
 
 from ..made import made
 
 
-def run_of(records, name: str = "a") -> Run:
-    return Run(Path(name), records, [], {"model": {"id": "tiny"}}, [], [])
+def run_of(records, name: str = "a") -> RecordedRun:
+    return RecordedRun(Path(name), records, [], {"model": {"id": "tiny"}}, [], [])
 
 
 def scored(scores, **values):

@@ -1,0 +1,95 @@
+"""The policies and cases that a sweep compares, as its YAML file lists them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ...retention.checked import Distinct, Range, Size, load_yaml, read, verify
+from ..cells import Cell, parse_cells
+
+QUESTIONS = {"agnostic": (False,), "aware": (True,), "both": (False, True)}
+_NOT_SETTINGS = ("output", "threads", "together")  # they decide where and how fast, not the numbers
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A sweep: every policy at every budget, on `cases` cases of every task, length and seed.
+
+    Attributes:
+        policies: names as `parse_cells` takes them: "snapkv", "snapkv(window=16):layer", "retention@256".
+        budgets: shares of the context that stay, or whole numbers: entries per head.
+        tasks: names of `tasks.builder.TASKS`.
+        scopes: a policy without a scope of its own is taken with each of these; none: with its default.
+        question: "agnostic": compressed before the question; "aware": after it; "both".
+        lengths: tokens of the contexts.
+        seeds: each gives cases of its own.
+        cases: cases of each task, length and seed.
+        model, revision: Hub id, local folder, or "demo"; a Hub model's revision.
+        gates: folder or Hub id; None for those shipped for the demo model.
+        data: texts: "demo" (held-out essays), a file or a folder.
+        dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+        sinks, recent: first and last tokens that always stay.
+        together: cells that are asked in one batch, see `evaluate`.
+        threads: CPU threads of a process; None shares the cores among the processes.
+        output: folder of the results.
+
+    Raises:
+        ValueError: a value of another kind, out of range, or unknown.
+    """
+
+    policies: Annotated[tuple[str, ...], Size(1), Distinct()]
+    budgets: Annotated[tuple[float | int, ...], Size(1), Distinct()]
+    tasks: Annotated[tuple[str, ...], Size(1), Distinct()]
+    scopes: tuple[str, ...] = ()
+    question: Literal["agnostic", "aware", "both"] = "agnostic"
+    lengths: Annotated[tuple[Annotated[int, Range(1)], ...], Size(1), Distinct()] = (1024,)
+    seeds: Annotated[tuple[int, ...], Size(1), Distinct()] = (0,)
+    cases: Annotated[int, Range(1)] = 25
+    model: str = "demo"
+    revision: str | None = None
+    gates: str | None = None
+    data: str = "demo"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    sinks: Annotated[int, Range(0)] = 4
+    recent: Annotated[int, Range(0)] = 32
+    together: Annotated[int, Range(1)] = 8
+    threads: Annotated[int, Range(1)] | None = None
+    output: str = "runs/sweep"
+
+    def __post_init__(self) -> None:
+        verify(self)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **changes: Any) -> SweepConfig:
+        """Reads a YAML mapping of the attributes; `changes` replace values of the file.
+
+        Raises:
+            ImportError: PyYAML is missing.
+            ValueError: the file is absent or no mapping, has unknown fields or lacks some (all are named), or a value
+                is of another type or out of its range.
+        """
+        try:
+            document = load_yaml(path, extra="eval")
+        except FileNotFoundError:
+            raise ValueError(f"no sweep at {str(path)!r}; examples/sweep_smollm2.yaml is one") from None
+        return read(cls, document | changes if isinstance(document, dict) else document, str(path))
+
+    def cells(self) -> list[Cell]:
+        """Every way to compress, the full cache once.
+
+        Raises:
+            ValueError: an unknown policy or scope, or a budget out of range.
+        """
+        names = []
+        for name in self.policies:
+            policy, at, chunk = name.partition("@")
+            own = ":" in policy or not self.scopes
+            names += [name] if own else [f"{policy}:{scope}{at}{chunk}" for scope in self.scopes]
+        return parse_cells(names, self.budgets, QUESTIONS[self.question])
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that the numbers depend on, as plain values for JSON."""
+        values = {name: value for name, value in asdict(self).items() if name not in _NOT_SETTINGS}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

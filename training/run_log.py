@@ -1,0 +1,85 @@
+"""The log of a training run: metrics.jsonl next to the checkpoints, accelerate's trackers, a picture of occupancy."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+PICTURE_FILE = "occupancy.png"
+
+
+class MetricsLog:
+    """Appends one JSON object per logged step to `output_dir/metrics.jsonl` and hands the same to the trackers.
+
+    Resuming at a step first drops later lines, so the file reads like an uninterrupted run's.
+    """
+
+    def __init__(self, output_dir: Path, accelerator: Accelerator, resumed_at: int) -> None:
+        self.path = output_dir / METRICS_FILE
+        self.accelerator = accelerator
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in self._lines() if line.get("step", 0) <= resumed_at] if resumed_at else []
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, self.path)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        lines = []
+        for text in self.path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:  # the line a killed process was writing
+                logger.warning("dropped a broken line of %s", self.path)
+        return lines
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+
+    def picture(self, step: int, occupancy: torch.Tensor) -> None:
+        """Draws `(layers, num_kv_heads)` mean occupancy to occupancy.png and the trackers; needs matplotlib."""
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            logger.warning("no picture of occupancy: matplotlib is missing (pip install 'tenure[train]')")
+            return
+        figure = Figure(figsize=(2 + 0.3 * occupancy.shape[1], 1 + 0.2 * occupancy.shape[0]), layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        image = axes.imshow(occupancy.cpu().numpy(), aspect="auto", cmap="viridis", vmin=0)
+        axes.set(xlabel="KV head", ylabel="layer", title=f"mean occupancy, step {step}")
+        figure.colorbar(image, label="entries")
+        figure.savefig(self.path.with_name(PICTURE_FILE), dpi=110)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[None, ..., :3]
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({"occupancy": pixels}, step=step)
+
+
+def occupancy_metrics(occupancy: torch.Tensor) -> dict[str, float]:
+    """Mean and max occupancy and every layer's share of it, from `(layers, batch, num_kv_heads, positions)`."""
+    per_layer = occupancy.mean(dim=(1, 2, 3))
+    share = per_layer / per_layer.sum().clamp_min(1e-9)
+    values = {"occupancy/mean": float(occupancy.mean()), "occupancy/max": float(occupancy.max())}
+    return values | {f"kept_share/layer_{row:02d}": float(x) for row, x in enumerate(share)}
