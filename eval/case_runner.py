@@ -13,7 +13,7 @@ from ..eviction import RaggedCache, Session
 from ..retention.seams import end_tokens
 from .cases import Case
 from .cells import Cell
-from .decode import agreed, greedy_rows, read_rows
+from .decode import agreed, greedy_rows
 from .fidelity import kl_to_full, top1_agreement
 from .record import Record
 
@@ -136,12 +136,13 @@ class CaseRunner:
             cache = asked.cache.fork()
             if len(left) < len(begun):
                 cache.select_rows(torch.tensor(left))
-            for row, tokens in zip(left, greedy_rows(self.model, cache, [answers[r] for r in left], ends), strict=True):
+            begun_rows = [answers[row] for row in left]
+            for row, tokens in zip(left, greedy_rows(self.session, cache, begun_rows, ends), strict=True):
                 answers[row] = tokens
         return [self._text(tokens) for tokens in answers]
 
     def _read(self, cache: RaggedCache, ids: Sequence[int], logits_to_keep: int = 0) -> torch.Tensor:
-        return read_rows(self.model, cache, ids, logits_to_keep)
+        return self.session.extend(cache, ids, logits_to_keep=logits_to_keep)
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,6 +1,6 @@
-"""Every kernel of this package as its launcher launches it at the shapes of two models, for the compiler's report.
+"""Every kernel of this package at the shapes of two models, as its launcher launches it, for the compiler's report.
 
-A layer of a row of `TOKENS` tokens, of which `KEPT` stay. Tests hold the cases against what launchers launch there.
+A layer of a row of `TOKENS` tokens, of which `KEPT` are kept. Tests compare the cases with the actual launches.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from . import (
     window_risk,
 )
 
-# Query heads, key/value heads and numbers of a head are the same in both; the width of the hidden states differs.
+# Query heads, key/value heads and head dimension are the same in both; the width of the hidden states differs.
 MODELS = {"Qwen3-4B": 2560, "Llama-3.1-8B": 4096}
 LAYERS = {"Qwen3-4B": 36, "Llama-3.1-8B": 32}
 HEADS, KV_HEADS, DIM = 32, 8, 128
 GROUP = HEADS // KV_HEADS
 WINDOW = 32
 TOKENS, KEPT = 32768, 6553
-ROWS = 32  # of the batch that decodes together
+ROWS = 32  # of a decoding batch
 PAGE = 16  # of the runtime
 MULTIPROCESSORS = {80: 108, 90: 132}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TF32 = Constant("tf32")
-HEAD_STRIDES = {"row": HEADS * DIM, "head": DIM, "token": HEADS * DIM}  # of one token: what counts are multiples of 16
+HEAD_STRIDES = {"row": HEADS * DIM, "head": DIM, "token": HEADS * DIM}  # of one token: only divisibility by 16 matters
 
 
 def compile_cases(capability: int) -> list[KernelCase]:
-    """All kernels, once for each way in which a launch at these models' shapes differs from another."""
+    """All kernels, once for each distinct launch at these models' shapes."""
     return [case for model in MODELS for case in model_cases(model, capability)]
 
 
 def model_cases(model: str, capability: int, dtype: torch.dtype = torch.bfloat16) -> list[KernelCase]:
-    """Those of one model on a card of this capability."""
+    """The cases of one model on a GPU of this capability."""
     cases = [*_decode_cases(model, MULTIPROCESSORS[capability], dtype), *_page_cases(model, dtype)]
     return [*cases, *_copy_cases(model, dtype), *_select_cases(model), *_defensive_cases(model, dtype)]
 
@@ -53,7 +53,7 @@ def _precision(dtype: torch.dtype) -> Constant:
 def _case(
     name: str, model: str, kernel: Any, arguments: Mapping[str, Any], sizes: Mapping[str, int], **options: int
 ) -> KernelCase:
-    """`sizes`: the integers of the launch; of both mappings what the kernel takes."""
+    """A case from the arguments and integers (`sizes`) that the kernel takes, out of these."""
     integers, divisible = specialised({size: sizes[size] for size in kernel.arg_names if size in sizes})
     taken = {argument: arguments[argument] for argument in kernel.arg_names if argument in arguments}
     return KernelCase(name, kernel, {**taken, **integers}, divisible=divisible, shape=model, **options)
@@ -113,7 +113,7 @@ def _page_cases(model: str, dtype: torch.dtype) -> list[KernelCase]:
         ("compaction, positions", page_table.move_kept, {"pages": "*i32", **single}, {}),
         ("compaction, states", page_table.move_kept, {"pages": "*fp32", **single}, {}),
         ("release, plan", page_table.plan_release, lanes, {}),
-        ("release", page_table.give_back, {"BLOCK": page_table.OWNED}, {}),
+        ("release", page_table.push_free, {"BLOCK": page_table.OWNED}, {}),
     ]
     warps = {page_table.move_kept: page_table.MOVING_WARPS}
     return [

@@ -1,4 +1,4 @@
-"""Eviction policies: one dataclass, one file each."""
+"""Eviction policies, one dataclass and one file each."""
 
 if not __name__.startswith("tenure."):
     raise ImportError(f"import tenure.eviction.policies, not {__name__!r}: a second name would give duplicate classes")
