@@ -203,6 +203,8 @@ class Session(Interceptor):
             )
         if position_ids is None and (rows.padded or attention_mask is not None):
             position_ids = self._positions_after(rows, tokens, attention_mask)
+        if attention_mask is None and rows.padded and len(cache.ragged) < len(cache.layers):
+            attention_mask = torch.ones_like(tokens)  # transformers' own layers store padding and must mask it
         if attention_mask is not None:
             valid = attention_mask.to(device).bool()
             attention_mask = torch.cat([rows.mask().to(device), valid], dim=1) if rows.tokens else valid
