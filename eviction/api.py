@@ -80,9 +80,9 @@ def evict(
         prefill_chunk=prefill_chunk,
         protect=None if protect is None else ProtectedTokens.of(protect),
     )
-    watched = tuple(get_policy(one) for one in ([observe] if isinstance(observe, str | Policy) else observe))
+    observed = tuple(get_policy(one) for one in ([observe] if isinstance(observe, str | Policy) else observe))
     if gates is not None and not isinstance(gates, RetentionGates):
         gates = RetentionGates.from_pretrained(gates, model)
-    session = Session(model, with_budget(plan, budget, gates), gates, watched)
+    session = Session(model, with_budget(plan, budget, gates), gates, observed)
     with intercept(model, session), chunked_prefill(model, session):
         yield session

@@ -29,7 +29,7 @@ from .storage.segments import SegmentStore
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What the caches of one session have in common: their model, what they record, and calls of the session.
+    """Shared by the caches of one session: the model, the data they record, and calls of the session.
 
     Attributes:
         model: the block's model.
@@ -37,7 +37,7 @@ class Recording:
         policies: the session's policies, whose needs are recorded.
         window_size: number of the last queries that every cache records.
         observers: states and statistics that every cache records.
-        entry_states: names of the fp32 numbers stored with every entry beside key, value and position.
+        entry_states: names of the fp32 numbers stored with every entry in addition to key, value and position.
         layout: the heads that share a row's budget; its `entry_bytes` includes only key and position.
         new_cache: makes an empty cache.
         require: raises ValueError if a policy needs data that is not recorded.
@@ -234,8 +234,8 @@ class RaggedCache(Cache):
             self.crop(given.columns - self.columns_seen)
         except (ValueError, RuntimeError):  # transformers' sliding layers raise the latter
             self._unusable = (
-                "an earlier input to this cache raised after some of its chunks had been evicted and cannot be taken "
-                "back; go on with a fork made before it, or with a new cache"
+                "an earlier input to this cache raised after some of its chunks had been evicted and cannot be undone; "
+                "continue with a fork made before it, or with a new cache"
             )
 
     # A forward: begin_step, open_layer for each layer, end_step.
@@ -298,7 +298,7 @@ class RaggedCache(Cache):
         if not completed:
             if not snapshot.restore(self.layers, self.rows.columns):
                 self._unusable = (
-                    "an earlier forward with this cache raised and its state-space layers cannot be taken back; start "
+                    "an earlier forward with this cache raised and its state-space layers cannot be restored; start "
                     "with a new cache"
                 )
             self.rows.abandon(step)

@@ -21,8 +21,8 @@ class LayerObserver:
     """Observes the queries of every forward of a layer; this base class observes nothing (see `recorders.Observers`).
 
     Attributes:
-        state_keys: names of the per-entry states that the layer stores beside key, value and position; 0 for a new
-            entry.
+        state_keys: names of the per-entry states that the layer stores in addition to key, value and position; 0 for a
+            new entry.
         observed_keys: those of `state_keys` that `observe` updates.
         rotary: the model's RoPE, if `observe` updates `RaggedLayer.statistics`.
     """

@@ -1,4 +1,4 @@
-"""A policy's view of one layer: its entries as dense tensors, and what was recorded of its queries and inputs."""
+"""A policy's view of one layer: its entries as dense tensors, its recorded queries and inputs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class LayerView:
 
     @cached_property
     def valid(self) -> torch.Tensor:
-        """bool `(batch, num_kv_heads, n)`: False for padding behind a segment's last entry."""
+        """bool `(batch, num_kv_heads, n)`: False for padding after a segment's last entry."""
         return self._index[1]
 
     @cached_property

@@ -151,7 +151,7 @@ class ProtectedTokens:
         return cls((_merged(given),))
 
     def for_rows(self, rows: Sequence[int]) -> ProtectedTokens:
-        """For a batch whose row `i` was row `rows[i]`."""
+        """A copy for a batch whose row `i` was row `rows[i]`."""
         return self if self.shared else ProtectedTokens(tuple(self.rows[row] for row in rows), shared=False)
 
     def check_rows(self, batch: int) -> None:

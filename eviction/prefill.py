@@ -115,10 +115,10 @@ class _ChunkedForwards:
     def _keep(self, hidden: torch.Tensor) -> None:
         """Appends the hidden states `(batch, chunk, hidden_size)`; discards those whose logits are not requested."""
         self._hidden.append(hidden)
-        wanted = self.session.logits_to_keep
-        if not isinstance(wanted, int) or wanted == 0:
+        count = self.session.logits_to_keep
+        if not isinstance(count, int) or count == 0:
             return
-        while sum(one.shape[1] for one in self._hidden[1:]) >= wanted:
+        while sum(one.shape[1] for one in self._hidden[1:]) >= count:
             del self._hidden[0]
 
     def _finish(self, completed: bool) -> None:
@@ -135,8 +135,8 @@ def _start_before_drafts(total: int, size: int, drafts: int) -> int:
     """
     if drafts >= size:
         raise ValueError(
-            f"generate drafts {drafts} tokens at once, a chunk has room for {size - 1}: raise prefill_chunk, or draft "
-            "fewer"
+            f"got {drafts} drafted tokens at once; accepted: at most {size - 1}, one less than prefill_chunk; raise "
+            "prefill_chunk, or draft fewer"
         )
     return total - drafts - 1
 

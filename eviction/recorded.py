@@ -39,7 +39,7 @@ class RecordedForward:
 class RecordedInputs:
     """The inputs of one layer's attention from its first token on; nothing is written in place, so forks may share it.
 
-    Held from a cache's first forward until every row has had its first eviction: hidden_size numbers per layer and
+    Stored from a cache's first forward until every row has had its first eviction: hidden_size numbers per layer and
     token. Afterwards only `evicted_by` is left.
 
     Attributes:
@@ -101,7 +101,7 @@ class RecordedInputs:
 
 @dataclass(frozen=True)
 class StatisticsConfig:
-    """How the statistics of queries are accumulated.
+    """Parameters of the query statistics.
 
     Attributes:
         skipped_tokens: first tokens of each row whose queries are outliers and not counted, as in kvpress.

@@ -23,7 +23,7 @@ from .storage.segments import EntryLocations
 
 @dataclass(frozen=True)
 class LayerRollbackPoint:
-    """What a layer's observers had accumulated at a rollback point, and the locations of its entries then."""
+    """The data that a layer had recorded at a rollback point, and the locations of its entries then."""
 
     locations: EntryLocations
     lengths: list[int]
@@ -210,7 +210,7 @@ def crop_layers(
     """
     before = rows.columns - count
     if before < 0:
-        raise ValueError(f"cannot take back {count} columns of {rows.columns}")
+        raise ValueError(f"cannot remove {count} of {rows.columns} columns")
     if count and before < points.floor:
         raise ValueError(
             f"entries were evicted in the meantime, at {points.floor} columns: cannot go back to {before}; fork() the "

@@ -37,7 +37,7 @@ from .storage.segments import SegmentStore
 
 SCHEMA_VERSION = 1
 HEADER = "tenure_cache"  # key of the header in the file's metadata
-FOREIGN_NUMBERS = {"cumulative_length": int, "record_past": bool}  # of transformers' layers, beside keys and values
+FOREIGN_NUMBERS = {"cumulative_length": int, "record_past": bool}  # of transformers' layers
 KVSlice = dict[str, torch.Tensor]
 
 

@@ -226,7 +226,7 @@ class Session(Interceptor):
 
     @property
     def entry_states(self) -> tuple[str, ...]:
-        """Names of the fp32 numbers stored with every entry beside key, value and position."""
+        """Names of the fp32 numbers stored with every entry in addition to key, value and position."""
         return self.recording.entry_states
 
     def track(self, cache: RaggedCache) -> None:
@@ -267,8 +267,8 @@ class Session(Interceptor):
     def uses_cache(self, kwargs: dict[str, Any]) -> bool:
         """Whether a forward of the decoder with these arguments writes to a cache."""
         use_cache = kwargs.get("use_cache")
-        wanted = self._config.use_cache if use_cache is None else use_cache
-        return bool(wanted) or isinstance(kwargs.get("past_key_values"), RaggedCache)
+        writes = self._config.use_cache if use_cache is None else use_cache
+        return bool(writes) or isinstance(kwargs.get("past_key_values"), RaggedCache)
 
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._running = None

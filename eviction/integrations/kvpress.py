@@ -48,7 +48,7 @@ LOADED = {
 
 
 def kind_of(press: Any) -> str:
-    """How the kept entries of a press are obtained.
+    """Classifies a press by the way its kept entries are obtained.
 
     Returns:
         "scores": its scores; a head keeps its best.
@@ -423,8 +423,8 @@ class PressPolicy(Policy):
         if inputs is None or before is not None:
             why = "the cache was loaded from a file" if before is None else f"entries were evicted by {before!r}"
             raise ValueError(
-                f"{self.options} scores a prompt as a whole and its hidden states are gone: {why}; fork() the cache "
-                "before its first eviction"
+                f"{self.options} scores a prompt as a whole and its hidden states were discarded: {why}; fork() the "
+                "cache before its first eviction"
             )
         hidden, positions = inputs.row(row)
         if hidden.shape[1] == 0:

@@ -385,7 +385,7 @@ def check_pages(
 
 
 def _check(operation: str, **tensors: tuple[torch.Tensor, torch.dtype, tuple[int, ...]]) -> None:
-    """Raises ValueError for a tensor that has not the dtype and the shape beside it."""
+    """Raises ValueError for a tensor whose dtype or shape is not the given one."""
     wrong = {name: one for name, one in tensors.items() if (one[0].dtype, tuple(one[0].shape)) != (one[1], one[2])}
     if wrong:
         given = ", ".join(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, (tensor, *_) in wrong.items())

@@ -35,7 +35,7 @@ def own_entries(view: LayerView, window: int) -> torch.Tensor:
 
 
 def best_of_each_head(score: torch.Tensor, valid: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Marks the `count` highest scores of each head; among equal ones the newer stays.
+    """Marks the `count` highest scores of each head; ties favour the newer entry.
 
     Args:
         score: fp32 `(batch, num_kv_heads, n)`.

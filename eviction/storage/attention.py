@@ -16,13 +16,13 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "output_at
 
 
 def refuse_unsupported(kwargs: dict[str, Any]) -> None:
-    """Raises ValueError if an attention call asks for what attention over segments cannot honour."""
+    """Raises ValueError if an attention call requests an option that attention over segments does not support."""
     given = [name for name in UNSUPPORTED if kwargs.get(name) is not None and kwargs[name] is not False]
     if given:
         raise ValueError(f"attention over an evicted cache does not support {', '.join(given)}")
     if kwargs.get("dropout"):
         raise ValueError(
-            f"attention over an evicted cache has no dropout (asked for {kwargs['dropout']}); call model.eval()"
+            f"attention over an evicted cache has no dropout, got {kwargs['dropout']}; call model.eval()"
         )
 
 

@@ -242,10 +242,10 @@ class SegmentStore:
             assert values.shape == index.shape and values.dtype == self.buffers[name].dtype, "one number an entry"
             self.buffers[name] = self.buffers[name].index_copy(0, slots, values[valid])
 
-    def _reallocate(self, wanted: list[int]) -> None:
-        """Copies the entries into new buffers with slots for `wanted[s]` entries in segment `s`, and some slack."""
-        slack = self._slack(wanted)
-        self._gather_ranges(self.starts, self.lengths, [length + slack for length in wanted])
+    def _reallocate(self, lengths: list[int]) -> None:
+        """Copies the entries into new buffers with slots for `lengths[s]` entries in segment `s`, and some slack."""
+        slack = self._slack(lengths)
+        self._gather_ranges(self.starts, self.lengths, [length + slack for length in lengths])
 
     def _gather_ranges(self, starts: Sequence[int], lengths: Sequence[int], reserved: Sequence[int]) -> None:
         """Makes new segments: `s` gets the entries of the flat range `starts[s] + [0, lengths[s])`.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tenure.eviction import SnapKV, evict
 
-OPTIONS = {"budget": 12, "recent": 4, "sinks": 1, "buffer": 3}
+OPTIONS: Any = {"budget": 12, "recent": 4, "sinks": 1, "buffer": 3}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

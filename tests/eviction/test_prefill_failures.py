@@ -114,7 +114,7 @@ def test_a_question_that_raises_is_taken_back_or_the_cache_refuses_to_go_on(tiny
         Trap(tiny_llama.model.layers[2].mlp, 3)
         with pytest.raises(RuntimeError, match="on purpose"):
             tiny_llama(question, past_key_values=cache)
-        with pytest.raises(ValueError, match="some of its chunks had been evicted and cannot be taken back; go on"):
+        with pytest.raises(ValueError, match="some of its chunks had been evicted and cannot be undone; continue"):
             tiny_llama(question, past_key_values=cache)
         cache.reset()
         tiny_llama(question, past_key_values=cache)
