@@ -20,7 +20,7 @@ from .registry import get_policy, policy_names, policy_text
 from .retention import Retention
 from .retention_defensive import RetentionDefensive
 from .snapkv import SnapKV
-from .streaming import StreamingLLM
+from .streaming_llm import StreamingLLM
 from .tova import TOVA
 
 __all__ = [

@@ -23,7 +23,7 @@ from .random import Random
 from .retention import Retention
 from .retention_defensive import RetentionDefensive
 from .snapkv import SnapKV
-from .streaming import StreamingLLM
+from .streaming_llm import StreamingLLM
 from .tova import TOVA
 
 _CLASSES: tuple[type[Policy], ...] = (
