@@ -403,12 +403,12 @@ def slice_of(cache: RaggedCache, start: int, stop: int, row: int | None = None) 
         heads = store.num_kv_heads
         if any(length != tokens for length in store.lengths[row * heads : (row + 1) * heads]):
             raise ValueError("the cache has evicted entries: export it as a whole")
-        for name, entries in _cut(store, row, start, stop).items():
+        for name, entries in _copy_entries(store, row, start, stop).items():
             kv[f"layers.{layer.layer_idx}.{name}"] = entries.view(1, heads, stop - start, -1)
     return kv
 
 
-def _cut(store: SegmentStore, row: int, start: int, stop: int) -> dict[str, torch.Tensor]:
+def _copy_entries(store: SegmentStore, row: int, start: int, stop: int) -> dict[str, torch.Tensor]:
     """Copies entries of all heads of a row, except positions: `(num_kv_heads * (stop - start), …)`, in one block."""
     buffers = {name: buffer for name, buffer in store.buffers.items() if name != "position"}
     return entries_at(buffers, store.dense_index()[0][row, :, start:stop].flatten())

@@ -45,7 +45,7 @@ class Session(Interceptor):
         policies: the plan's policy and those that are only observed.
         window_size: number of the last queries that every cache records.
         observers: states and statistics that every cache records while the model runs.
-        recording: these in the form in which caches hold them.
+        recording: the part of these that caches hold.
         logits_to_keep: this argument of the running call of the model: the number of last logits that its caller reads;
             0 or a tensor of indices for all.
     """
