@@ -23,7 +23,6 @@ from .cells import Cell
 from .intervals import paired_bootstrap
 from .perplexity import mean_interval
 from .pictures import kept_mask
-from .predictions import read
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,11 @@ def examine(
     with evict(model, "full", 1.0, gates=gates, sinks=sinks, recent=recent, observe=observe) as session:
         for case in cases:
             context = session.new_cache()
-            read(model, context, case.context_ids, logits_to_keep=1)
+            session.extend(context, case.context_ids, logits_to_keep=1)
             asked = (case.question_ids + case.answer_ids)[:-1]
             queries = min(len(case.answer_ids), len(asked), most_queries)
             full = context.fork()
-            read(model, full, asked, logits_to_keep=1)
+            session.extend(full, asked, logits_to_keep=1)
             caches = [context.fork() for _ in evicting]
             for cell, cache in zip(evicting, caches, strict=True):
                 cache.compress(cell.policy, cell.budget, cell.scope, buffer=len(asked))
@@ -110,7 +109,7 @@ def examine(
             coverage, worst = _coverage(full, queries, case.length, masks)
             before = _on_evidence(full, queries, case)
             for number, (cell, cache) in enumerate(zip(evicting, caches, strict=True)):
-                read(model, cache, asked, logits_to_keep=1)
+                session.extend(cache, asked, logits_to_keep=1)
                 results.append(
                     Examined(
                         case.task, case.length, case.index, cell, coverage[number], worst[number],
@@ -125,7 +124,7 @@ def examine(
 def _views(cache: RaggedCache, queries: int) -> Iterable[LayerView]:
     """The layers of a cache with its last queries, one after the other."""
     for layer in cache.ragged:
-        yield LayerView(layer, cache.tokens_seen, cache.query_positions, Watch(queries))
+        yield Watch(queries).view(layer, cache.tokens_seen, cache.query_positions)
 
 
 def _coverage(

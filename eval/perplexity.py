@@ -22,7 +22,7 @@ from ..eviction import RaggedCache, evict
 from ..retention import RetentionGates
 from .cells import Cell
 from .intervals import Interval, bootstrap_mean
-from .predictions import kl_to_full, read, top1_agreement
+from .predictions import kl_to_full, top1_agreement
 from .prompts import encode
 from .tasks.documents import SourceTexts
 
@@ -118,11 +118,11 @@ def stream(
             reference = _StreamedCell(Cell.of("full"), full)
             for start in range(0, len(ids), chunk):
                 part, following = ids[start : start + chunk], ids[start + 1 : start + chunk + 1]
-                logits = read(model, full, part)[: len(following)]
+                logits = session.extend(full, part)[0, : len(following)]
                 targets = torch.tensor(following, device=logits.device)
                 reference.predicted(logits, logits, targets)
                 for run in runs:
-                    own = read(model, run.cache, part)[: len(following)] if run.cell.evicts else logits
+                    own = session.extend(run.cache, part)[0, : len(following)] if run.cell.evicts else logits
                     run.predicted(own, logits, targets)
             for run in runs:
                 results.append(run.result(number, len(ids), reference))

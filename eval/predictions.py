@@ -6,32 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache, PreTrainedModel
 
-from ..eviction import RaggedCache
-
-
-def read(model: PreTrainedModel, cache: Cache, ids: Sequence[int], logits_to_keep: int = 0) -> torch.Tensor:
-    """Feeds one row of tokens after what `cache` holds, and extends the cache by them.
-
-    Args:
-        ids: at least one token id.
-        logits_to_keep: logits of that many last positions; 0 for all.
-
-    Returns:
-        Logits `(positions, vocab)` in the model's dtype.
-    """
-    tokens = torch.tensor([list(ids)], device=model.device)
-    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep)
-    return output.logits[0]
-
-
-def read_rows(model: PreTrainedModel, cache: RaggedCache, ids: Sequence[int], logits_to_keep: int = 0) -> torch.Tensor:
-    """`read` for every row of `cache`, at least one: logits `(rows, positions, vocab)`."""
-    rows = max(1, len(cache.tokens_seen))
-    tokens = torch.tensor([list(ids)], device=model.device).expand(rows, -1)
-    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep)
-    return output.logits
+from ..eviction import RaggedCache, Session
 
 
 def agreed(
@@ -60,7 +36,7 @@ def agreed(
 
 
 def greedy_rows(
-    model: PreTrainedModel,
+    session: Session,
     cache: RaggedCache,
     before: Sequence[Sequence[int]],
     ends: Callable[[list[int]], bool],
@@ -80,10 +56,10 @@ def greedy_rows(
     while live:
         width = min(len(generated[row]) for row in live) - fed
         ids = torch.tensor([(generated[row] + [0] * width)[fed : fed + width] if row in live else [0] * width
-                            for row in rows], device=model.device)  # fmt: skip
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                            for row in rows])  # fmt: skip
+        logits = session.extend(cache, ids, logits_to_keep=1)
         fed += width
-        for row, choice in zip(rows, output.logits[:, -1].argmax(-1).tolist(), strict=True):
+        for row, choice in zip(rows, logits[:, -1].argmax(-1).tolist(), strict=True):
             if row in live and len(generated[row]) == fed:
                 generated[row].append(choice)
                 if ends(generated[row]):

@@ -21,7 +21,7 @@ from ..retention import RetentionGates
 from ..retention.seams import end_tokens
 from .cases import Case, Record
 from .cells import Cell
-from .predictions import agreed, greedy_rows, kl_to_full, read_rows, top1_agreement
+from .predictions import agreed, greedy_rows, kl_to_full, top1_agreement
 
 # Called with the case, the cell and its compressed cache before the question is read.
 Inspect = Callable[[Case, Cell, RaggedCache], None]
@@ -224,12 +224,13 @@ class CaseRunner:
             cache = asked.cache.fork()
             if len(left) < len(begun):
                 cache.select_rows(torch.tensor(left))
-            for row, tokens in zip(left, greedy_rows(self.model, cache, [answers[r] for r in left], ends), strict=True):
+            begun_rows = [answers[row] for row in left]
+            for row, tokens in zip(left, greedy_rows(self.session, cache, begun_rows, ends), strict=True):
                 answers[row] = tokens
         return [self._text(tokens) for tokens in answers]
 
     def _read(self, cache: RaggedCache, ids: Sequence[int], logits_to_keep: int = 0) -> torch.Tensor:
-        return read_rows(self.model, cache, ids, logits_to_keep)
+        return self.session.extend(cache, ids, logits_to_keep=logits_to_keep)
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

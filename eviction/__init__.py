@@ -1,4 +1,4 @@
-"""Policies, budgets, the ragged cache and the runtime for generation."""
+"""KV-cache eviction at inference: policies, budgets, the ragged cache and the session of an `evict` block."""
 
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.eviction', not {__name__!r}: a second name would give duplicate classes")

@@ -1,53 +1,102 @@
-"""The reading side of a cache: what it holds, where, and whether it is sound.
-
-A cache while the model runs: inputs and forwards are opened and closed, and evictions happen at their ends.
-
-A transformers cache whose full-attention layers are ragged and evict under one plan.
-"""
+"""The KV cache of an `evict` block: a transformers cache whose full-attention layers are ragged and evict by a plan."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
+from ..retention.gates import RetentionGates
 from ..retention.seams import AttentionCall
 from .cache_layer import RaggedLayer
-from .forward_state import Input, Rows, Step, ring_size
+from .forward_state import ForwardStep, ModelInput, RollbackConfig, SequenceState
 from .layer_view import LayerView
-from .plan import Layout, Plan, Protected, with_budget
+from .plan import BudgetLayout, EvictionPlan, ProtectedTokens, with_budget
 from .policies.base import Policy
 from .policies.registry import get_policy
-from .report import Meter, Report
-from .rollback import Marks, Snapshot, fork_layer, take_back
+from .recorders import Observers
+from .report import CacheCounters, Report
+from .rollback import ForwardSnapshot, RollbackPoints, crop_layers, fork_layer
 from .selection import choose, layout_of
-from .serialization import save_cache
 from .storage.segments import SegmentStore
 
-if TYPE_CHECKING:
-    from .session import Session
 
-
-
-class Contents(Cache):
-    """Rows and layers of a cache, with everything that can be asked of them; nothing here changes any of it.
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Shared by the caches of one session: the model, the data they record, and calls of the session.
 
     Attributes:
-        layers: one a decoder layer.
-        ragged: those of them that evict, in the same order.
+        model: the block's model.
+        gates: source of log β, if any.
+        policies: the session's policies, whose needs are recorded.
+        window_size: number of the last queries that every cache records.
+        observers: states and statistics that every cache records.
+        entry_states: names of the fp32 numbers stored with every entry in addition to key, value and position.
+        layout: the heads that share a row's budget; its `entry_bytes` includes only key and position.
+        new_cache: makes an empty cache.
+        require: raises ValueError if a policy needs data that is not recorded.
+        track: called with every new fork.
+        save: writes a cache to a file; see `serialization.save_cache`.
+        rollback: limits of `RaggedCache.crop`.
     """
 
-    def __init__(self, layers: list[Any]) -> None:
+    model: PreTrainedModel
+    gates: RetentionGates | None
+    policies: tuple[Policy, ...]
+    window_size: int
+    observers: Observers
+    entry_states: tuple[str, ...]
+    layout: BudgetLayout
+    new_cache: Callable[[], RaggedCache]
+    require: Callable[[Policy], None]
+    track: Callable[[RaggedCache], None]
+    save: Callable[[RaggedCache, Path], None]
+    rollback: RollbackConfig = field(default_factory=RollbackConfig)
+
+
+class RaggedCache(Cache):
+    """Made by `session.new_cache()`; pass it as `past_key_values` to the block's model or its `generate`.
+
+    Rows are independent. Layers without full attention have the cache layer that transformers gives them.
+
+    Attributes:
+        recording: shared by all caches of the session.
+        plan: which entries are evicted and when.
+        layers: one per decoder layer.
+        ragged: those of them that evict, in the same order.
+        rows: the tokens that each row has seen and stored.
+        counters: evictions and peaks so far.
+        rollback_points: columns to which `crop` can return.
+        observed: policies observe its queries; False for a stacked cache (see `stacking.stack`).
+        made_by_generate: it replaces the cache that `generate` created.
+        drafting: transformers drafts tokens: see `activate_past_recording`.
+    """
+
+    def __init__(self, recording: Recording, plan: EvictionPlan, layers: list[Any]) -> None:
         super().__init__(layers=layers)
+        self.recording = recording
+        self.plan = plan
         self.ragged = [layer for layer in layers if isinstance(layer, RaggedLayer)]
-        self._rows = Rows()
-        self._meter = Meter()
-        self._marks = Marks()
+        self.rows = SequenceState()
+        self.counters = CacheCounters()
+        self.rollback_points = RollbackPoints(limit=recording.rollback.max_points)
+        self.observed = True
+        self.made_by_generate = self.drafting = False
+        self._step: ForwardStep | None = None
+        self._snapshot: ForwardSnapshot | None = None
+        self._input: ModelInput | None = None
+        self._layout: BudgetLayout | None = None
+        self._unusable = ""  # the reason, after an input that could not be undone
+        # A step whose observation and eviction are deferred, and the rows' tokens before its input.
+        self._deferred: tuple[ForwardStep, list[int]] | None = None
+
+    # Contents.
 
     @property
     def stores(self) -> list[SegmentStore]:
@@ -56,24 +105,24 @@ class Contents(Cache):
 
     @property
     def columns_seen(self) -> int:
-        """Columns the model has run over, padding included."""
-        return self._rows.columns
+        """Columns that the model has run over, padding included."""
+        return self.rows.columns
 
     @property
     def tokens_seen(self) -> torch.Tensor:
         """int64 `(batch,)`: real tokens of each row, evicted ones included."""
-        return torch.tensor(self._rows.tokens, dtype=torch.long)
+        return torch.tensor(self.rows.tokens, dtype=torch.long)
 
     @property
     def query_positions(self) -> torch.Tensor:
-        """int64 `(batch, size)`: positions of the remembered queries in any order, -1 for none."""
-        recorded = self._rows.window_positions
-        return torch.empty(len(self._rows.tokens), 0, dtype=torch.long) if recorded is None else recorded
+        """int64 `(batch, size)`: positions of the recorded queries in any order, -1 for none."""
+        recorded = self.rows.window_positions
+        return torch.empty(len(self.rows.tokens), 0, dtype=torch.long) if recorded is None else recorded
 
     @property
     def entries(self) -> int:
         """Entries stored in all rows, layers and heads."""
-        return sum(self._rows.stored)
+        return sum(self.rows.stored)
 
     @property
     def nbytes(self) -> int:
@@ -85,10 +134,14 @@ class Contents(Cache):
         rows = [store.lengths for store in self.stores]
         if not rows:
             return torch.zeros(0, len(self.ragged), 0, dtype=torch.long)
-        return torch.tensor(rows).view(len(rows), len(self._rows.tokens), -1).transpose(0, 1).contiguous()
+        return torch.tensor(rows).view(len(rows), len(self.rows.tokens), -1).transpose(0, 1).contiguous()
 
     def positions(self, layer_idx: int) -> torch.Tensor:
-        """int64 `(batch, heads, n)`: positions of a layer's entries among the row's real tokens, padded with -1."""
+        """int64 `(batch, heads, n)`: positions of a layer's entries among the row's real tokens, padded with -1.
+
+        Raises:
+            ValueError: not a layer that evicts, or an empty cache.
+        """
         layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
         if not isinstance(layer, RaggedLayer):
             known = ", ".join(str(one.layer_idx) for one in self.ragged)
@@ -102,93 +155,76 @@ class Contents(Cache):
         return [[head[head >= 0] for head in row] for row in self.positions(layer_idx)]
 
     def report(self) -> Report:
-        """Counts what is stored and what was evicted."""
+        """Counts the stored and the evicted entries."""
         layer_indices = tuple(layer.layer_idx for layer in self.ragged)
-        return self._meter.report(self.stores, sum(self._rows.tokens), self.lengths(), layer_indices)
+        return self.counters.report(self.stores, sum(self.rows.tokens), self.lengths(), layer_indices)
 
     def check(self) -> None:
-        """Proves the cache's integrity, under `python -O` too.
+        """Checks the cache's invariants, under `python -O` too.
 
         Raises:
-            AssertionError: storage that does not add up, positions out of order or range, or wrong counts.
+            AssertionError: inconsistent storage, positions out of order or range, or wrong counts.
         """
         for fault in self.faults():
             raise AssertionError(fault)
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with the cache; read no further than the first."""
-        yield from self._rows.faults()
-        if not 0 <= self._marks.floor <= self.columns_seen:
-            yield "the last eviction was at a column that was not seen"
+        """Descriptions of violated invariants; read no further than the first."""
+        yield from self.rows.faults()
+        if not 0 <= self.rollback_points.floor <= self.columns_seen:
+            yield "the last eviction is after the last column seen"
         tokens = self.tokens_seen
-        new = torch.tensor(self._rows.since(self._marks.floor), dtype=torch.long)
+        new = torch.tensor(self.rows.tokens_since(self.rollback_points.floor), dtype=torch.long)
         for layer in self.ragged:
             store = layer.store
             if store is None:
                 continue
-            if store.batch != len(self._rows.tokens):
-                yield "there is not one row a sequence"
+            if store.batch != len(self.rows.tokens):
+                yield "a layer has another number of rows than the cache"
             yield from store.faults()
             positions = self.positions(layer.layer_idx).cpu()
             if not bool((positions < tokens.view(-1, 1, 1)).all()):
-                yield "positions are not of tokens seen"
+                yield "a position exceeds the tokens seen"
             # They ascend, so the tokens since the last eviction are all there if there are as many.
             if not bool(((positions >= (tokens - new).view(-1, 1, 1)).sum(2) == new.unsqueeze(1)).all()):
                 yield "entries of tokens since the last eviction are missing"
-        if self._count() != self._rows.stored:
-            yield "stored entries are not counted right"
+        if self._stored_entries() != self.rows.stored:
+            yield "stored entries are counted wrong"
 
-    def _count(self) -> list[int]:
+    def _stored_entries(self) -> list[int]:
         """Entries of each row, counted in the storage."""
         stores = self.stores
-        return [sum(store.row_entries(row) for store in stores) for row in range(len(self._rows.tokens))]
+        return [sum(store.row_entries(row) for store in stores) for row in range(len(self.rows.tokens))]
 
+    def adopt(self, rows: SequenceState, floor: int) -> None:
+        """Completes a new cache whose layers were filled with the entries of `rows`.
 
-WAITING = 256  # columns of a long forward that `crop` can take back one by one while transformers drafts tokens
+        Args:
+            rows: `stored` is counted here.
+            floor: columns at the last eviction.
+        """
+        self.rows, self.rollback_points = rows, RollbackPoints(floor, self.recording.rollback.max_points)
+        rows.stored = self._stored_entries()
+        self._layout = layout_of([layer for layer in self.ragged if layer.store is not None])
 
-
-class Running(Contents):
-    """The forwards of a cache, how they are taken back, and the evictions in between.
-
-    Attributes:
-        session: the block it belongs to.
-        plan: what is evicted and when.
-        observed: its queries are shown to the session's policies; not those of a stack (see `stacking.stack`).
-        of_generate: made in place of the cache that `generate` brought.
-        drafting: transformers drafts tokens: see `activate_past_recording`.
-    """
-
-    def __init__(self, session: Session, plan: Plan, layers: list[Any]) -> None:
-        super().__init__(layers)
-        self.session = session
-        self.plan = plan
-        self._step: Step | None = None
-        self._snapshot: Snapshot | None = None
-        self._input: Input | None = None
-        self._layout: Layout | None = None
-        self._broken = ""
-        self.observed = True
-        self.of_generate = self.drafting = False
-        self._held: tuple[Step, list[int]] | None = None  # a step that waits, and the rows' tokens before its input
-
-    # One call of the model: begin_input, its forwards, end_input. A call that is one forward needs neither.
+    # One call of the model: begin_input, its forwards, end_input. A call of a single forward needs neither.
 
     def begin_input(self, counts: list[int]) -> None:
-        """Opens an input of `counts[row]` real tokens, without drafts, that comes in several forwards.
+        """Opens an input of `counts[row]` real tokens, drafts excluded, that is read in several forwards.
 
-        From now on the budget is counted from the tokens seen at the end of the input, and if it is the prompt every
-        forward ends with an eviction down to it.
+        Until `end_input` the budget is counted from the tokens seen at the end of the input, and if it is the prompt
+        every forward ends with an eviction down to it.
 
         Raises:
             ValueError: as `begin_step`.
         """
-        self._refuse_unless_ready(len(counts))
-        given = self._rows.input(counts)
-        self.plan.require_room(given.tokens, self.session.layout)
+        self._require_ready(len(counts))
+        given = self.rows.new_input(counts)
+        self.plan.require_room(given.tokens, self.recording.layout)
         self._input = given
 
     def end_input(self, completed: bool) -> None:
-        """Closes the input; one that raised is taken back as a whole, or the cache refuses to go on."""
+        """Closes the input; one that raised is undone as a whole, or else the cache becomes unusable."""
         given, self._input = self._input, None
         if given is None or completed:
             return
@@ -197,14 +233,14 @@ class Running(Contents):
                 return self.reset()
             self.crop(given.columns - self.columns_seen)
         except (ValueError, RuntimeError):  # transformers' sliding layers raise the latter
-            self._broken = (
-                "an earlier input to this cache raised after some of its chunks had been evicted and cannot be taken "
-                "back; go on with a fork made before it, or with a new cache"
+            self._unusable = (
+                "an earlier input to this cache raised after some of its chunks had been evicted and cannot be undone; "
+                "continue with a fork made before it, or with a new cache"
             )
 
     # A forward: begin_step, open_layer for each layer, end_step.
 
-    def begin_step(self, batch: int, q_len: int, valid: torch.Tensor | None, device: torch.device) -> Step:
+    def begin_step(self, batch: int, q_len: int, valid: torch.Tensor | None, device: torch.device) -> ForwardStep:
         """Opens a forward of `q_len` new columns and returns it.
 
         Args:
@@ -214,37 +250,38 @@ class Running(Contents):
             ValueError: another number of rows than before, an earlier forward left the cache unusable, or the tokens to
                 protect exceed the budget of the prompt.
         """
-        self._refuse_unless_ready(batch)
-        if self._held is not None:
-            self.drafting = self._input is not None  # no crop() came: these were no drafts
-            self._settle(0)
-        if not self._rows.tokens and self._input is None and self.plan.protect is not None:
+        self._require_ready(batch)
+        if self._deferred is not None:
+            self.drafting = self._input is not None  # there was no crop(): the deferred tokens were not drafts
+            self.apply_deferred()
+        if not self.rows.tokens and self._input is None and self.plan.protect is not None:
             counts = [q_len] * batch if valid is None else valid.sum(1).tolist()
-            self.plan.require_room(counts, self.session.layout)
+            self.plan.require_room(counts, self.recording.layout)
         masked = q_len > 1 or valid is not None
         longest = max((max(store.lengths) for store in self.stores), default=0) if masked else 0
-        if self._marks.due or (q_len > 1 and not self.drafting):
-            self._mark()
-        self._snapshot = Snapshot(self.layers)
-        self._step = self._rows.open(batch, q_len, valid, device, longest, ring_size(self._window_size))
-        self._step.waits = min(q_len, WAITING) if self.drafting and q_len > 1 else 0
+        if self.rollback_points.due or (q_len > 1 and not self.drafting):
+            self._add_rollback_point()
+        self._snapshot = ForwardSnapshot(self.layers)
+        limits = self.recording.rollback
+        self._step = self.rows.new_step(batch, q_len, valid, device, longest, limits.ring_size(self._window_size))
+        self._step.deferred = min(q_len, limits.deferred_columns) if self.drafting and q_len > 1 else 0
         return self._step
 
     @property
     def _window_size(self) -> int:
-        return self.session.window_size if self.observed else 0
+        return self.recording.window_size if self.observed else 0
 
-    def _mark(self) -> None:
-        """Notes where `crop` may come back to, if there is something that it could not undo without."""
-        wanted = self._window_size or (self.observed and self.session.observers.accumulated)
-        if wanted and (self._input is None or self._input.columns == self.columns_seen):
-            self._marks.set(self.ragged, self._rows)
+    def _add_rollback_point(self) -> None:
+        """Sets a rollback point if something is recorded that `crop` could not undo without one."""
+        needed = self._window_size or (self.observed and self.recording.observers.accumulated)
+        if needed and (self._input is None or self._input.columns == self.columns_seen):
+            self.rollback_points.add(self.ragged, self.rows)
 
-    def _refuse_unless_ready(self, batch: int) -> None:
-        if self._broken:
-            raise ValueError(self._broken)
-        if self._rows.tokens and len(self._rows.tokens) != batch:
-            raise ValueError(f"the cache holds {len(self._rows.tokens)} rows, the model got {batch}")
+    def _require_ready(self, batch: int) -> None:
+        if self._unusable:
+            raise ValueError(self._unusable)
+        if self.rows.tokens and len(self.rows.tokens) != batch:
+            raise ValueError(f"the cache holds {len(self.rows.tokens)} rows, the model got {batch}")
 
     def open_layer(self, layer_idx: int, state: dict[str, torch.Tensor]) -> AttentionCall:
         """The call that computes a layer's attention in the running forward; see `RaggedLayer.open`."""
@@ -259,110 +296,64 @@ class Running(Contents):
         for layer in self.ragged:
             layer.close(completed)
         if not completed:
-            if not snapshot.restore(self.layers, self._rows.columns):
-                self._broken = (
-                    "an earlier forward with this cache raised and its state-space layers cannot be taken back; start "
+            if not snapshot.restore(self.layers, self.rows.columns):
+                self._unusable = (
+                    "an earlier forward with this cache raised and its state-space layers cannot be restored; start "
                     "with a new cache"
                 )
-            self._rows.abandon(step)
+            self.rows.abandon(step)
             return
         if self._layout is None:
             self._layout = layout_of([layer for layer in self.ragged if layer.store is not None])
-        rows = self._rows
+        rows = self.rows
         rows.advance(step, self._layout.segments)
-        self._marks.due |= step.q_len > 1 and not step.waits
-        self._meter.note(self.entries, self.nbytes)
-        given = self._input or Input(rows.tokens, step.counts, rows.columns - step.q_len)
-        if step.waits:
-            self._held = step, [n - new for n, new in zip(given.tokens, given.new, strict=True)]
+        self.rollback_points.due |= step.q_len > 1 and not step.deferred
+        self.counters.record_size(self.entries, self.nbytes)
+        given = self._input or ModelInput(rows.tokens, step.counts, rows.columns - step.q_len)
+        if step.deferred:
+            self._deferred = step, [n - new for n, new in zip(given.tokens, given.new, strict=True)]
         else:
             self._evict_if_due(given)
 
-    def _evict_if_due(self, given: Input) -> None:
+    # Evictions.
+
+    def _evict_if_due(self, given: ModelInput) -> None:
         assert self._layout is not None, "a forward was completed"
         due = [
             self.plan.due(stored, tokens, new, self._layout)
-            for stored, tokens, new in zip(self._rows.stored, given.tokens, given.new, strict=True)
+            for stored, tokens, new in zip(self.rows.stored, given.tokens, given.new, strict=True)
         ]
         if any(due):
             self._evict(self.plan, due, given.tokens)
 
-    def _settle(self, rejected: int) -> None:
-        """Does what waited: observes the step's columns but the last `rejected`, which are gone, and evicts if due."""
-        if self._held is None:
+    def apply_deferred(self, rejected: int = 0) -> None:
+        """Observes the deferred columns except the last `rejected`, which were removed, and evicts if due."""
+        if self._deferred is None:
             return
-        (step, before), self._held = self._held, None
-        stays = step.waits - rejected
-        watched = step.waiting.part(0, stays) if stays > 0 else None
+        (step, before), self._deferred = self._deferred, None
+        accepted = step.deferred - rejected
+        part = step.deferred_part.part(0, accepted) if accepted > 0 else None
         for layer in self.ragged:
-            layer.watch_waiting(watched)
-        self._rows.remember(watched)
-        tokens = self._rows.tokens
-        self._evict_if_due(self._input or Input(tokens, [n - m for n, m in zip(tokens, before, strict=True)], 0))
+            layer.observe_deferred(part)
+        self.rows.record_queries(part)
+        tokens = self.rows.tokens
+        self._evict_if_due(self._input or ModelInput(tokens, [n - m for n, m in zip(tokens, before, strict=True)], 0))
 
-    def _evict(self, plan: Plan, due: list[bool], horizon: list[int]) -> None:
+    def _evict(self, plan: EvictionPlan, due: list[bool], horizon: list[int]) -> None:
         layers = [layer for layer in self.ragged if layer.store is not None]
-        keeps = choose(layers, plan, self._rows.tokens, due, self._rows.window_positions, horizon)
-        entries, held = self.entries, self.nbytes
+        keeps = choose(layers, plan, self.rows.tokens, due, self.rows.window_positions, horizon)
+        entries, nbytes = self.entries, self.nbytes
         for store, keep in zip(self.stores, keeps, strict=True):
             old = store.nbytes
             store.compact(keep)
-            # The layer's old buffers went only after the new ones were filled.
-            self._meter.note(entries, held + store.nbytes)
-            held += store.nbytes - old
+            # The layer's old buffers were freed only after the new ones had been filled.
+            self.counters.record_size(entries, nbytes + store.nbytes)
+            nbytes += store.nbytes - old
         for layer in layers:
             layer.inputs = layer.inputs and layer.inputs.evicted(due, plan.policy)
-        self._rows.stored = self._count()
-        self._marks.evicted(self.columns_seen)
-        self._meter.evicted(entries - self.entries)
-
-    # Taking back.
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes the newest columns back: the cache is as if they had never come.
-
-        Args:
-            tokens_to_remove: negative: that many columns go; positive (older transformers): that many stay.
-
-        Raises:
-            ValueError: something was evicted meanwhile, there are not so many, or a policy has accumulated something
-                over them that cannot be told apart (see docs/eviction.md). Nothing is changed then.
-        """
-        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns_seen - tokens_to_remove)
-        if 0 < count == self.columns_seen and self._marks.floor == 0:
-            return self.reset()
-        waiting = self._held[0].waits if self._held is not None else 0
-        self._rows = take_back(self.layers, self._rows, count, self._marks, self._window_size, waiting)
-        if count:
-            self._rows.stored = self._count()
-            self._marks.taken_back(self.columns_seen)
-            self._marks.due |= not self.drafting
-        self._settle(count)
-
-    def activate_past_recording(self) -> None:
-        """Called by transformers when it drafts tokens: until `crop` has said which stay, they count for nothing.
-
-        What policies observe and evictions wait for it then, or for the next forward.
-        """
-        super().activate_past_recording()
-        self._settle(0)
-        self.drafting = self._marks.due = True
-
-    def reset(self) -> None:
-        super().reset()
-        self._rows, self._layout, self._broken = Rows(), None, ""
-        self._marks, self._held = Marks(), None
-
-
-class RaggedCache(Running):
-    """Made by `session.new_cache()`; pass it as `past_key_values` to the block's model or its `generate`.
-
-    Rows are independent. Layers that are not full attention have the cache layer transformers gives them.
-
-    Attributes:
-        session: the block it belongs to.
-        plan: what is evicted and when.
-    """
+        self.rows.stored = self._stored_entries()
+        self.rollback_points.evicted(self.columns_seen)
+        self.counters.record_eviction(entries - self.entries)
 
     def compress(
         self,
@@ -376,33 +367,33 @@ class RaggedCache(Running):
         floor: float | None = None,
         protect: Any = None,
     ) -> RaggedCache:
-        """Evicts down to the budget now, and goes on under the changed plan.
+        """Evicts down to the budget now, and continues under the changed plan.
 
         Args:
             policy: another policy; the session must have recorded what it needs (see `observe` of `evict`).
-            scope, floor: None for the new policy's default, or the plan's if the policy stays.
+            scope, floor: None for the new policy's default, or the plan's if the policy is unchanged.
             gates: only the session's own gates are accepted: log β is recorded as tokens are written.
-            budget, sinks, recent, buffer, protect: as in `evict`; None leaves the plan's, `protect=[]` frees all.
+            budget, sinks, recent, buffer, protect: as in `evict`; None leaves the plan's, `protect=[]` protects none.
                 The budget "calibrated" is that of the session's gates.
 
         Returns:
             The cache itself.
         Raises:
-            ValueError: a wrong option, something the policy needs was not recorded, or the tokens to protect exceed the
-                budget. Nothing is changed then.
+            ValueError: an invalid option, something the policy needs was not recorded, or the tokens to protect exceed
+                the budget. The cache is unchanged then.
         """
-        if gates is not None and gates is not self.session.gates:
+        if gates is not None and gates is not self.recording.gates:
             raise ValueError("log β is recorded as tokens are written: give the gates to evict(..., gates=...) instead")
-        self._refuse_unobserved("compressed")
+        self._require_observed("compressed")
         chosen = None if policy is None else get_policy(policy)
-        guard = None if protect is None else Protected.of(protect)
+        guard = None if protect is None else ProtectedTokens.of(protect)
         plan = self.plan.changed(
             chosen, None, scope=scope, floor=floor, sinks=sinks, recent=recent, buffer=buffer, protect=guard
         )
-        plan = with_budget(plan, budget, self.session.gates)
-        self.session.require_recorded(plan.policy)
-        self._settle(0)
-        tokens = self._rows.tokens
+        plan = with_budget(plan, budget, self.recording.gates)
+        self.recording.require(plan.policy)
+        self.apply_deferred()
+        tokens = self.rows.tokens
         if self._layout is not None:
             plan.require_room(tokens, self._layout)
             if plan.evicts:
@@ -410,55 +401,100 @@ class RaggedCache(Running):
         self.plan = plan
         return self
 
-    # Copies, rows and rollback.
+    # Rollback.
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the newest columns: the cache is as if they had never been read.
+
+        Args:
+            tokens_to_remove: negative: the number of columns to remove; positive (older transformers): the number of
+                columns to keep.
+
+        Raises:
+            ValueError: entries were evicted since, there are fewer columns, or a policy has accumulated a sum over them
+                that cannot be undone. The cache is unchanged then.
+        """
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns_seen - tokens_to_remove)
+        if 0 < count == self.columns_seen and self.rollback_points.floor == 0:
+            return self.reset()
+        deferred = self._deferred[0].deferred if self._deferred is not None else 0
+        self.rows = crop_layers(self.layers, self.rows, count, self.rollback_points, self._window_size, deferred)
+        if count:
+            self.rows.stored = self._stored_entries()
+            self.rollback_points.cropped(self.columns_seen)
+            self.rollback_points.due |= not self.drafting
+        self.apply_deferred(count)
+
+    def activate_past_recording(self) -> None:
+        """Called by transformers when it drafts tokens.
+
+        Observations and evictions are then deferred until `crop` has removed the rejected tokens, or to the next
+        forward.
+        """
+        super().activate_past_recording()
+        self.apply_deferred()
+        self.drafting = self.rollback_points.due = True
+
+    def reset(self) -> None:
+        super().reset()
+        self.rows, self._layout, self._unusable = SequenceState(), None, ""
+        self.rollback_points, self._deferred = RollbackPoints(limit=self.recording.rollback.max_points), None
+
+    # Copies and rows.
 
     def fork(self) -> RaggedCache:
-        """A cache that continues from here on its own.
+        """A cache that continues from here independently.
 
         Storage is shared until one side writes to it, layer by layer.
         """
-        self._settle(0)
-        self._marks.due = True
+        self.apply_deferred()
+        self.rollback_points.due = True
         other = copy.copy(self)
         other.layers = [fork_layer(layer) for layer in self.layers]
         other.ragged = [layer for layer in other.layers if isinstance(layer, RaggedLayer)]
-        other._rows, other._meter, other._marks = self._rows.copy(), copy.copy(self._meter), self._marks.copy()
-        self.session.track(other)
+        other.rows, other.counters = self.rows.copy(), copy.copy(self.counters)
+        other.rollback_points = self.rollback_points.copy()
+        self.recording.track(other)
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
         return self.fork()
 
+    def clear_memo(self) -> None:
+        """Discards the results that forks share (see `SegmentStore.memoised`); for measurements."""
+        for store in self.stores:
+            store.clear_memo()
+
     def select_rows(self, rows: torch.Tensor) -> None:
         """Row `i` becomes a copy of the former row `rows[i]`, int64; rows may repeat or be left out."""
-        batch = len(self._rows.tokens)
+        batch = len(self.rows.tokens)
         if batch == 0 or rows.tolist() == list(range(batch)):
             return
-        self._settle(0)
+        self.apply_deferred()
         for layer in self.layers:
             layer.reorder_cache(rows)  # type: ignore[arg-type]
-        self._rows.select(rows)
-        self._marks.select(rows.tolist())
+        self.rows.select(rows)
+        self.rollback_points.select(rows.tolist())
         self.plan = self.plan.for_rows(rows.tolist())
-        self._meter.note(self.entries, self.nbytes)
+        self.counters.record_size(self.entries, self.nbytes)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows(torch.arange(len(self._rows.tokens)).repeat_interleave(repeats))
+        self.select_rows(torch.arange(len(self.rows.tokens)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.select_rows(torch.arange(len(self._rows.tokens), device=indices.device)[indices])
+        self.select_rows(torch.arange(len(self.rows.tokens), device=indices.device)[indices])
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a file that `session.load_cache` reads; ValueError if the cache is empty or has state-space layers."""
-        self._refuse_unobserved("saved")
-        self._settle(0)
-        save_cache(self, Path(path))
+        self._require_observed("saved")
+        self.apply_deferred()
+        self.recording.save(self, Path(path))
 
-    def _refuse_unobserved(self, done: str) -> None:
+    def _require_observed(self, done: str) -> None:
         if not self.observed:
             raise ValueError(
-                f"a stacked cache remembers nothing for policies and cannot be {done}: stack caches that have been"
+                f"a stacked cache records nothing for policies and cannot be {done}: stack caches that have been"
             )

@@ -9,62 +9,90 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..retention.seams import AttentionCall, AttentionLayer
-from .forward_state import Step, ring_size
-from .recorded import Inputs, QueryStatistics
-from .recorders import Observers
+from .forward_state import ForwardStep
+from .model_adapters import Rotary
+from .recorded import QueryStatistics, RecordedInputs
 from .storage.attention import ragged_attention, refuse_unsupported
 from .storage.paged import store_class
 from .storage.segments import SegmentStore
 
 
-class RaggedLayer(CacheLayerMixin):
-    """Entries of one layer, every (row, head) with its own number of them.
+class LayerObserver:
+    """Observes the queries of every forward of a layer; this base class observes nothing (see `recorders.Observers`).
 
-    A forward is `open(step, state)`, then transformers calls `update`, then the attention function `attend`.
+    Attributes:
+        state_keys: names of the per-entry states that the layer stores in addition to key, value and position; 0 for a
+            new entry.
+        observed_keys: those of `state_keys` that `observe` updates.
+        rotary: the model's RoPE, if `observe` updates `RaggedLayer.statistics`.
+    """
+
+    state_keys: tuple[str, ...] = ()
+    observed_keys: tuple[str, ...] = ()
+    rotary: Rotary | None = None
+
+    @property
+    def accumulated(self) -> str:
+        """Names the sums over all tokens, which can be undone only by returning to a rollback point; may be empty."""
+        return ""
+
+    def observe(self, layer: RaggedLayer, queries: torch.Tensor, step: ForwardStep) -> None:
+        """Called with the post-RoPE queries `(batch, num_heads, step.q_len, head_dim)` of a layer.
+
+        May replace `layer.statistics` and the buffers of `observed_keys`, never write to them in place: a forward that
+        raises is undone from the old tensors.
+        """
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Entries of one layer, a different number for every (row, head).
+
+    A forward calls `open(step, state)`; then transformers calls `update`, and the attention function `attend`.
 
     Attributes:
         attention: the attention module and its sizes.
         layer_idx: index in the decoder.
         num_kv_groups: query heads that share a key/value head.
         store: the entries; None before the first forward.
-        window: the last queries, a ring `(batch, num_heads, size, head_dim)` with a few more than the policies want,
-            see `rows.SPARE`; None if no policy wants them.
-        observers: what is kept for policies while the model runs.
-        statistics: of the queries seen; None if no policy wants them, or before the first forward.
+        ring_size: slots of `window`; 0 if no queries are recorded.
+        window: the last queries, a ring buffer `(batch, num_heads, ring_size, head_dim)`, see
+            `RollbackConfig.spare_queries`; None if none are recorded.
+        observers: observes the queries of every forward.
+        statistics: of the queries seen; None if no policy needs them, or before the first forward.
         scaling: factor of the attention logits, known after the first forward.
-        inputs: what the attention was given while nothing was evicted; None if no policy wants it, or it is not known.
+        inputs: the attention's inputs while nothing was evicted; None if no policy needs them, or unknown.
     """
 
     is_compileable = False
     is_sliding = False
-    is_croppable = False  # an entry that was evicted does not come back
+    is_croppable = False  # evicted entries cannot be restored
 
-    def __init__(self, layer: AttentionLayer, window_size: int = 0, observers: Observers | None = None) -> None:
+    def __init__(self, layer: AttentionLayer, ring_size: int = 0, observers: LayerObserver | None = None) -> None:
         super().__init__()
         self.attention = layer
         self.layer_idx = layer.layer_idx
         self.num_kv_groups = layer.num_heads // layer.num_kv_heads
         self.scaling = 1.0
-        self.ring_size = ring_size(window_size)
-        self.observers = observers or Observers()
+        self.ring_size = ring_size
+        self.observers = observers or LayerObserver()
         self.statistics: QueryStatistics | None = None
         self.store: SegmentStore | None = None
-        self.inputs: Inputs | None = None
+        self.inputs: RecordedInputs | None = None
         self.window: torch.Tensor | None = None
         self._window_shared = False
         self._seen = 0
-        self._step: Step | None = None
+        self._step: ForwardStep | None = None
         self._state: dict[str, torch.Tensor] = {}
-        self._waiting: torch.Tensor | None = None  # queries of the step's columns that wait
-        # What was remembered before this forward: it replaces tensors, so the old ones are enough to undo it.
+        self._deferred_queries: torch.Tensor | None = None  # of the step's deferred columns
+        # What was recorded before this forward: it replaces tensors, so the old ones are enough to undo it.
         self._before: tuple[torch.Tensor | None, QueryStatistics | None, dict[str, torch.Tensor]] = None, None, {}
 
-    def open(self, step: Step, state: dict[str, torch.Tensor]) -> AttentionCall:
+    def open(self, step: ForwardStep, state: dict[str, torch.Tensor]) -> AttentionCall:
         """Prepares the layer for a forward.
 
         Args:
             step: the running forward.
-            state: per-entry state of the new tokens, fp32 `(batch, num_kv_heads, q_len)` by name; what is missing is
+            state: per-entry state of the new tokens, fp32 `(batch, num_kv_heads, q_len)` by name; missing states are
                 filled in at the end of the forward.
 
         Returns:
@@ -77,10 +105,10 @@ class RaggedLayer(CacheLayerMixin):
     def close(self, completed: bool = True) -> None:
         """Ends the forward for this layer, whether it took part in it or not.
 
-        Of one that is not `completed` the observations are undone; the new entries are left to `rewind`.
+        If the forward is not `completed`, its observations are undone; removing the new entries is left to `rewind`.
         """
         if not completed and self._step is not None:
-            self._waiting = None
+            self._deferred_queries = None
             self.window, self.statistics, states = self._before
             for name, buffer in states.items():
                 assert self.store is not None, "states are of stored entries"
@@ -97,7 +125,7 @@ class RaggedLayer(CacheLayerMixin):
                 "this cache belongs to an evict() block and works only inside it, with the block's own model"
             )
         state = self._state
-        if self.observers.policies:
+        if self.observers.state_keys:
             shape, device = key_states.shape[:3], key_states.device
             state = state | {name: torch.zeros(shape, device=device) for name in self.observers.state_keys}
         if self.store is None:
@@ -119,48 +147,49 @@ class RaggedLayer(CacheLayerMixin):
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The attention call of this layer. A first forward is the model's own attention, bit for bit."""
+        """The attention call of this layer. The first forward is the model's own attention, bit for bit."""
         step, store = self._step, self.store
         assert step is not None and store is not None, "update() came before attend()"
         scaling = kwargs.get("scaling")
         self.scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        if self.observers.observing:
+        if self.observers.observed_keys:
             self._before[2].update((name, store.buffers[name]) for name in self.observers.observed_keys)
-        if not step.waits:
-            self._watch(query, step)
+        if not step.deferred:
+            self._observe(query, step)
         else:
-            if step.watched is not None:
-                self._watch(query[:, :, : -step.waits], step.watched)
-            self._waiting = query[:, :, -step.waits :].detach()
+            if step.observed_part is not None:
+                self._observe(query[:, :, : -step.deferred], step.observed_part)
+            self._deferred_queries = query[:, :, -step.deferred :].detach()
         if step.first:
             return base(module, query, key, value, attention_mask, **kwargs)
         refuse_unsupported(kwargs)
         return ragged_attention(store, query, scaling, step), None
 
-    def _watch(self, query: torch.Tensor, step: Step) -> None:
-        """Remembers and observes the queries `(batch, num_heads, step.q_len, head_dim)`."""
+    def _observe(self, query: torch.Tensor, step: ForwardStep) -> None:
+        """Records and observes the queries `(batch, num_heads, step.q_len, head_dim)`."""
         if step.slots is not None:
-            self._remember(query, *step.slots, in_place=step.q_len == 1)
+            self._record_queries(query, *step.slots, in_place=step.q_len == 1)
         self.observers.observe(self, query, step)
 
-    def watch_waiting(self, step: Step | None) -> None:
-        """Remembers and observes the first `step.q_len` columns of those that waited; their entries are stored."""
-        queries, self._waiting = self._waiting, None
+    def observe_deferred(self, step: ForwardStep | None) -> None:
+        """Records and observes the first `step.q_len` deferred columns; their entries are stored already."""
+        queries, self._deferred_queries = self._deferred_queries, None
         if step is not None and queries is not None:
-            self._watch(queries[:, :, : step.q_len], step)
+            self._observe(queries[:, :, : step.q_len], step)
 
-    def _remember(
+    def _record_queries(
         self, query: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, slots: torch.Tensor, in_place: bool
     ) -> None:
         if self.window is None:
             self.window = query.new_zeros(query.shape[0], query.shape[1], self.ring_size, query.shape[3])
         elif self._window_shared or not in_place:
-            self.window = self.window.clone()  # a fork or a mark reads the old one, or the forward may raise
+            # A fork or a rollback point reads the old one, or the forward may raise.
+            self.window = self.window.clone()
         self._window_shared = False
         self.window[rows, :, slots] = query.detach()[rows, :, columns]
 
     def share_window(self) -> torch.Tensor | None:
-        """The ring, which is not written to from now on: the next forward makes a new one."""
+        """The ring buffer, which is not written to from now on: the next forward makes a new one."""
         self._window_shared = True
         return self.window
 
@@ -188,7 +217,7 @@ class RaggedLayer(CacheLayerMixin):
             self.inputs = self.inputs.select(rows)
 
     def rewind(self, lengths: list[int] | None, columns: int) -> None:
-        """Shortens the segments to `lengths` (None: to nothing) after `columns` columns are taken back."""
+        """Shortens the segments to `lengths` entries (None: removes all), when `columns` columns are left."""
         if lengths is None:
             self.reset()
         elif self.store is not None:
@@ -197,7 +226,7 @@ class RaggedLayer(CacheLayerMixin):
             self.inputs = self.inputs.first(columns)
         self._seen = columns
 
-    # What transformers asks of a cache layer.
+    # The interface of a transformers cache layer.
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -205,7 +234,7 @@ class RaggedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
-        """Columns seen, padding and evicted ones included: transformers derives masks and positions from it."""
+        """Columns seen, padding and evicted tokens included: transformers derives masks and positions from it."""
         return self._seen
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
@@ -219,7 +248,7 @@ class RaggedLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.store, self.window, self.statistics, self._waiting, self._seen = None, None, None, None, 0
+        self.store, self.window, self.statistics, self._deferred_queries, self._seen = None, None, None, None, 0
         self.inputs, self.is_initialized = None, False
         self.close()
 

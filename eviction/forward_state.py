@@ -1,6 +1,7 @@
-"""One forward of the decoder as the cache sees it, and the call of the model that it belongs to.
+"""State of a forward (`ForwardStep`), of a call of the model (`ModelInput`) and of a cache's rows (`SequenceState`).
 
-What a cache knows of its rows.
+A *column* is an index along the token dimension of the model's input, padding included; a *position* counts a row's
+real tokens only.
 """
 
 from __future__ import annotations
@@ -14,20 +15,42 @@ import torch
 from torch.nn.functional import pad
 
 
+@dataclass(frozen=True)
+class RollbackConfig:
+    """Limits on how far back `RaggedCache.crop` can go; larger values cost memory.
+
+    Attributes:
+        spare_queries: queries per row recorded in addition to the policies' window, so that up to this many tokens can
+            be removed and the window still be complete.
+        deferred_columns: columns of a multi-token forward whose observation is deferred while transformers drafts
+            tokens, so that `crop` can remove them one by one.
+        max_points: rollback points per cache: the oldest since the last eviction, and the newest ones.
+    """
+
+    spare_queries: int = 32
+    deferred_columns: int = 256
+    max_points: int = 4
+
+    def ring_size(self, window: int) -> int:
+        """Slots of the ring buffer that records the last `window` queries of a row; 0 for none."""
+        return window + self.spare_queries if window else 0
+
+
 @dataclass
-class Step:
-    """The new tokens of one forward, the same for all layers.
+class ForwardStep:
+    """The new tokens of one forward of the decoder, the same for all layers.
 
     Attributes:
         q_len: new columns.
-        first: the cache was empty before.
+        first: the cache was empty before this forward.
         counts: real new tokens of each row.
         valid: bool `(batch, q_len)`, False for padding; None if all new tokens are real.
         positions: int32 `(batch, q_len)`: index among the row's real tokens (arbitrary for padding).
-        longest: no segment of any layer is longer after this forward; 0 where no mask is needed.
-        ring: slots for remembered queries, 0 if none are.
-        waits: what is observed of the newest columns waits until `crop` has told how many of them stay.
-        rope_positions: int64 `(batch, q_len)`, the positions that RoPE has given the new tokens; None if nobody asks.
+        longest: upper bound of every layer's segment lengths after this forward; 0 where no mask is needed.
+        ring: slots for recorded queries, 0 if none are recorded.
+        deferred: number of the newest columns whose observation is deferred until `crop` or the next forward.
+        rope_positions: int64 `(batch, q_len)`, the positions at which RoPE is applied to the new tokens; None unless an
+            observer reads them.
         angles: cosines and sines of these, each fp32 `(batch, q_len, rotary_dim)`.
     """
 
@@ -38,7 +61,7 @@ class Step:
     positions: torch.Tensor
     longest: int
     ring: int = 0
-    waits: int = 0
+    deferred: int = 0
     rope_positions: torch.Tensor | None = field(default=None, repr=False)
     angles: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     _mask: torch.Tensor | None = field(default=None, repr=False)
@@ -74,15 +97,15 @@ class Step:
 
     @cached_property
     def ranks(self) -> torch.Tensor:
-        """int32 `(batch, q_len)`: a token's place among the real new ones of its row; -1 for padding."""
+        """int32 `(batch, q_len)`: a token's index among the real new ones of its row; -1 for padding."""
         if self.valid is None:
             ranks = torch.arange(self.q_len, dtype=torch.int32, device=self.positions.device)
             return ranks.expand(self.positions.shape).contiguous()
         return torch.where(self.valid, self.valid.cumsum(1, dtype=torch.int32) - 1, -1)
 
     @cached_property
-    def hidden(self) -> torch.Tensor:
-        """int32 `(batch, q_len)`: how many real new tokens come behind each; -1 for padding."""
+    def newer_tokens(self) -> torch.Tensor:
+        """int32 `(batch, q_len)`: the number of real new tokens after each one; -1 for padding."""
         behind = self.ranks.amax(1, keepdim=True) - self.ranks
         return torch.where(self.ranks < 0, -1, behind)
 
@@ -92,7 +115,7 @@ class Step:
 
     @cached_property
     def slots(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """`(row, column, slot)` index tensors of the queries to remember; None if none are."""
+        """`(row, column, slot)` index tensors of the queries to record; None if none are."""
         if not self.ring:
             return None
         if self.valid is None:
@@ -106,25 +129,26 @@ class Step:
         return rows, columns, self.positions[rows, columns].long() % self.ring
 
     @property
-    def watched(self) -> Step | None:
-        """The columns that are observed in this forward, as a step of their own; None if all of them wait."""
-        # A step that kept itself would live, and its mask with it, until Python's collector comes.
-        return self._watched if self.waits else self
+    def observed_part(self) -> ForwardStep | None:
+        """The columns that are observed during this forward, as a step of their own; None if all are deferred."""
+        # Not cached for a step without deferred columns: a step that references itself would live, and its mask with
+        # it, until Python's garbage collector runs.
+        return self._observed_part if self.deferred else self
 
     @cached_property
-    def _watched(self) -> Step | None:
-        count = self.q_len - self.waits
+    def _observed_part(self) -> ForwardStep | None:
+        count = self.q_len - self.deferred
         return self.part(0, count) if count else None
 
     @cached_property
-    def waiting(self) -> Step:
-        """The columns that wait, as a step of their own."""
-        return self.part(self.q_len - self.waits, self.q_len)
+    def deferred_part(self) -> ForwardStep:
+        """The columns whose observation is deferred, as a step of their own."""
+        return self.part(self.q_len - self.deferred, self.q_len)
 
-    def part(self, start: int, stop: int) -> Step:
-        """Columns `start` to `stop` as what is observed of them in one go; not for attention, which is over."""
+    def part(self, start: int, stop: int) -> ForwardStep:
+        """Columns `start` to `stop` as a step for observers; it has no attention mask."""
         if (start, stop) == (0, self.q_len):
-            return replace(self, waits=0) if self.waits else self
+            return replace(self, deferred=0) if self.deferred else self
         columns = slice(start, stop)
         valid = None if self.valid is None else self.valid[:, columns]
         return replace(
@@ -133,7 +157,7 @@ class Step:
             counts=[stop - start] * len(self.counts) if valid is None else valid.sum(1).tolist(),
             valid=valid,
             positions=self.positions[:, columns],
-            waits=0,
+            deferred=0,
             rope_positions=None if self.rope_positions is None else self.rope_positions[:, columns],
             angles=None if self.angles is None else (self.angles[0][:, columns], self.angles[1][:, columns]),
             _mask=None,
@@ -143,12 +167,12 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Input:
-    """What the user gave in one call of the model, which may run in several forwards.
+class ModelInput:
+    """The input of one call of the model, which may run in several forwards.
 
     Attributes:
         tokens: real tokens each row will have seen after it.
-        new: how many of them it brings.
+        new: real tokens of each row in it.
         columns: columns the cache had seen before it.
     """
 
@@ -158,7 +182,13 @@ class Input:
 
 
 def new_tokens(mask: Any, batch: int, q_len: int, seen: int) -> torch.Tensor | None:
-    """Which of the new tokens are real: bool `(batch, q_len)`, or None if all are."""
+    """Validity of the new tokens by the model's attention mask `(batch, seen + q_len)`.
+
+    Returns:
+        bool `(batch, q_len)`, False for padding; None if all are real.
+    Raises:
+        ValueError: not a 2-D tensor, or of another shape.
+    """
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -173,56 +203,49 @@ def new_tokens(mask: Any, batch: int, q_len: int, seen: int) -> torch.Tensor | N
     return None if bool(valid.all()) else valid
 
 
-SPARE = 32  # queries that are remembered beyond the window, so that as many tokens can be taken back
-
-
-def ring_size(window: int) -> int:
-    """Slots of the ring that holds the last `window` queries of a row; 0 for none."""
-    return window + SPARE if window else 0
-
-
-class Rows:
-    """The rows of a cache: how much each has seen and stored.
+class SequenceState:
+    """The tokens that each row of a cache has seen and stored.
 
     Attributes:
         tokens: real tokens each row has seen, evicted ones included; empty before the first forward.
         stored: entries of each row in all layers and heads.
-        window_positions: int64 `(batch, size)`: positions of the remembered queries, -1 for none. Never written in
+        window_positions: int64 `(batch, size)`: positions of the recorded queries, -1 for none. Never written in
             place, so forks may share it.
+        columns: columns seen, padding included.
     """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.stored: list[int] = []
         self.window_positions: torch.Tensor | None = None
-        # Columns seen, padding included, run-length coded: (how many, which of them are real; None for all).
+        # Columns seen, padding included, run-length coded: (number, validity; None if all are real).
         self._runs: list[tuple[int, torch.Tensor | None]] = []
         self.columns = 0
 
-    def input(self, counts: list[int]) -> Input:
-        """The input that brings `counts[row]` real tokens to each row."""
+    def new_input(self, counts: list[int]) -> ModelInput:
+        """The input that adds `counts[row]` real tokens to each row."""
         before = self.tokens or [0] * len(counts)
-        return Input([n + more for n, more in zip(before, counts, strict=True)], counts, self.columns)
+        return ModelInput([n + more for n, more in zip(before, counts, strict=True)], counts, self.columns)
 
-    def copy(self) -> Rows:
-        other = Rows()
+    def copy(self) -> SequenceState:
+        other = SequenceState()
         other.__dict__.update(self.__dict__)
         other._runs = list(self._runs)
         return other
 
-    def exported(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors by name, and plain values, that `restored` makes the same rows of; without `stored`."""
+    def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors by name, and plain values, from which `restore` makes an equal state, except for `stored`."""
         tensors = {f"mask.{index}": valid for index, (_, valid) in enumerate(self._runs) if valid is not None}
         if self.window_positions is not None:
             tensors["window_positions"] = self.window_positions
         return tensors, {"tokens": self.tokens, "runs": [count for count, _ in self._runs]}
 
     @classmethod
-    def restored(cls, document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Rows:
-        """The rows that `exported` described; `stored` is left to the caller.
+    def restore(cls, document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> SequenceState:
+        """The state that `export` described; `stored` is left to the caller.
 
         Raises:
-            KeyError, TypeError, ValueError: a value is missing or no number.
+            KeyError, TypeError, ValueError: a value is missing or not a number.
         """
         rows = cls()
         rows.tokens = [int(count) for count in document["tokens"]]
@@ -232,8 +255,8 @@ class Rows:
         return rows
 
     @classmethod
-    def stacked(cls, several: Sequence[Rows], columns: int) -> Rows:
-        """The rows of all, one after the other, padded on the left to `columns` columns; no queries are remembered."""
+    def stacked(cls, several: Sequence[SequenceState], columns: int) -> SequenceState:
+        """The rows of all states in order, padded on the left to `columns` columns; without recorded queries."""
         rows = cls()
         rows.tokens = [count for one in several for count in one.tokens]
         rows.stored = [count for one in several for count in one.stored]
@@ -242,20 +265,27 @@ class Rows:
         return rows
 
     def mask(self) -> torch.Tensor:
-        """bool `(batch, columns)`: which columns are real tokens."""
+        """bool `(batch, columns)` on the CPU: True for columns that are real tokens."""
         batch = len(self.tokens)
         runs = [torch.ones(batch, n, dtype=torch.bool) if valid is None else valid.cpu() for n, valid in self._runs]
         return torch.cat([torch.zeros(batch, 0, dtype=torch.bool), *runs], dim=1)
 
-    def open(
+    @property
+    def padded(self) -> bool:
+        """Some row has seen padding."""
+        return any(count != self.columns for count in self.tokens)
+
+    # A forward: new_step, then advance, or abandon if it raised.
+
+    def new_step(
         self, batch: int, q_len: int, valid: torch.Tensor | None, device: torch.device, longest: int, ring: int
-    ) -> Step:
-        """The step that brings `q_len` new columns; nothing changes before `advance`.
+    ) -> ForwardStep:
+        """The step that adds `q_len` columns; this state is unchanged until `advance`.
 
         Args:
             valid: bool `(batch, q_len)`, False for padding; None if all new tokens are real.
             longest: entries of the longest segment.
-            ring: size of the ring of remembered queries, 0 for none.
+            ring: size of the ring of recorded queries, 0 for none.
         """
         before = self.tokens or [0] * batch
         counts = [q_len] * batch if valid is None else valid.sum(1).tolist()
@@ -264,36 +294,40 @@ class Rows:
             offsets = torch.arange(q_len, dtype=torch.int32, device=device)
         else:
             offsets = valid.cumsum(1, dtype=torch.int32) - 1
-        return Step(q_len, not self.tokens, counts, valid, start + offsets, longest + q_len, ring)
+        return ForwardStep(q_len, not self.tokens, counts, valid, start + offsets, longest + q_len, ring)
 
-    def advance(self, step: Step, segments: int) -> None:
-        """Counts a completed step; `segments` entries were stored for each token."""
+    def advance(self, step: ForwardStep, segments: int) -> None:
+        """Counts a completed step, which stored `segments` entries for each real token."""
         batch = len(step.counts)
-        self.remember(step.watched)
+        self.record_queries(step.observed_part)
         self.tokens = [n + more for n, more in zip(self.tokens or [0] * batch, step.counts, strict=True)]
         self.stored = [n + more * segments for n, more in zip(self.stored or [0] * batch, step.counts, strict=True)]
         self._add_run(step.q_len, step.valid)
 
-    def remember(self, step: Step | None) -> None:
-        """Notes whose queries the layers have written to their rings."""
+    def record_queries(self, step: ForwardStep | None) -> None:
+        """Records the positions of the queries that the layers have written to their rings in this step."""
         if step is not None and step.slots is not None:
             rows, columns, slots = step.slots
-            self._place(rows, slots, step.positions[rows, columns].long(), (len(step.counts), step.ring))
+            self._set_positions(
+                rows, slots, step.positions[rows, columns].long(), (len(step.counts), step.ring)
+            )
 
-    def abandon(self, step: Step) -> None:
-        """Notes that a step of one token, which is not counted, has overwritten the oldest remembered query."""
+    def abandon(self, step: ForwardStep) -> None:
+        """Accounts for a one-token step that raised: it may have overwritten the oldest recorded query."""
         if step.q_len == 1 and step.slots is not None and self.window_positions is not None:
             rows, _, slots = step.slots
-            self._place(rows, slots, slots.new_tensor(-1), tuple(self.window_positions.shape))
+            self._set_positions(rows, slots, slots.new_tensor(-1), tuple(self.window_positions.shape))
 
-    def _place(self, rows: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, shape: tuple[int, ...]) -> None:
+    def _set_positions(
+        self, rows: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, shape: tuple[int, ...]
+    ) -> None:
         old = self.window_positions
-        placed = slots.new_full(shape, -1) if old is None else old.clone()
-        placed[rows, slots] = positions
-        self.window_positions = placed
+        new = slots.new_full(shape, -1) if old is None else old.clone()
+        new[rows, slots] = positions
+        self.window_positions = new
 
-    def remembers(self, window: int) -> bool:
-        """Whether the last `window` queries of every row, or all if it has fewer, are remembered."""
+    def has_window(self, window: int) -> bool:
+        """Whether the last `window` queries of every row, or all if it has fewer, are recorded."""
         if not window or not self.tokens:
             return True
         if self.window_positions is None:
@@ -303,19 +337,19 @@ class Rows:
         return bool((newest == ends.clamp(max=window)).all())
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with the counts; read no further than the first."""
+        """Descriptions of inconsistent counts; read no further than the first."""
         if any(count < 0 for count in self.tokens) or self.columns < 0 or any(count < 0 for count, _ in self._runs):
-            yield "tokens are counted below zero"
+            yield "token counts are negative"
         batch = (len(self.tokens),)
         for count, valid in self._runs:
             if valid is not None and (valid.dtype != torch.bool or valid.shape != (*batch, count)):
-                yield "masks of padding do not have one bool a row and column"
-        if self.columns != sum(count for count, _ in self._runs) or self.since(0) != self.tokens:
-            yield "tokens are not counted as padding says"
+                yield "padding masks are not bool (batch, columns)"
+        if self.columns != sum(count for count, _ in self._runs) or self.tokens_since(0) != self.tokens:
+            yield "token counts and padding masks disagree"
 
-    def since(self, columns: int) -> list[int]:
-        """How many real tokens each row has in the columns from `columns` on."""
-        return self.copy().drop(self.columns - columns)
+    def tokens_since(self, columns: int) -> list[int]:
+        """Real tokens of each row in the columns from `columns` on."""
+        return self.copy().remove_columns(self.columns - columns)
 
     def select(self, rows: torch.Tensor) -> None:
         """Row `i` becomes a copy of the former row `rows[i]`."""
@@ -326,26 +360,26 @@ class Rows:
         if self.window_positions is not None:
             self.window_positions = self.window_positions[rows.to(self.window_positions.device)]
 
-    def drop(self, count: int) -> list[int]:
-        """Forgets the newest `count` columns; returns how many real tokens each row had in them.
+    def remove_columns(self, count: int) -> list[int]:
+        """Removes the newest `count` columns; returns the number of real tokens of each row in them.
 
-        `stored` is left to the caller, who knows what was evicted.
+        `stored` is left to the caller, which knows what was evicted.
         """
-        gone = [0] * len(self.tokens)
+        removed = [0] * len(self.tokens)
         self.columns -= count
         while count:
             size, valid = self._runs.pop()
             taken = min(size, count)
-            real = [taken] * len(gone) if valid is None else valid[:, size - taken :].sum(1).tolist()
-            gone = [n + more for n, more in zip(gone, real, strict=True)]
+            real = [taken] * len(removed) if valid is None else valid[:, size - taken :].sum(1).tolist()
+            removed = [n + more for n, more in zip(removed, real, strict=True)]
             if taken < size:
                 self._runs.append((size - taken, None if valid is None else valid[:, : size - taken]))
             count -= taken
-        self.tokens = [n - less for n, less in zip(self.tokens, gone, strict=True)]
+        self.tokens = [n - less for n, less in zip(self.tokens, removed, strict=True)]
         if self.window_positions is not None:
             limit = torch.tensor(self.tokens, device=self.window_positions.device).unsqueeze(1)
             self.window_positions = torch.where(self.window_positions < limit, self.window_positions, -1)
-        return gone
+        return removed
 
     def _add_run(self, count: int, valid: torch.Tensor | None) -> None:
         self.columns += count

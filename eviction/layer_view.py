@@ -1,74 +1,38 @@
-"""What is computed of keys and values that nobody writes any more: once for all forks that share them.
-
-What a policy sees of one layer.
-"""
+"""A policy's view of one layer: its entries as dense tensors, its recorded queries and inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..retention.ops.kernel_choice import chosen_kernels
+from ..retention.seams import AttentionLayer
+from .cache_layer import RaggedLayer
 from .model_adapters import Rotary, output_weight
+from .ops.naive import attention_over
 from .ops.value_norms import value_norms
-from .ops.window_risk import window_risk_by_heads
-from .policies.common import window_attention
-from .storage.segments import SegmentStore
-
-if TYPE_CHECKING:
-    from ..retention.seams import AttentionLayer
-    from .cache_layer import RaggedLayer
-    from .policies.base import Policy
-    from .recorded import Inputs, QueryStatistics
-
-
-
-_known: Any = WeakTensorKeyDictionary()  # by the buffer of the values; goes with it
-Made = TypeVar("Made")
-
-
-def once(store: SegmentStore, name: Hashable, make: Callable[[], Made]) -> Made:
-    """What `make` gives, of the entries of `store`; of a fork with the same entries perhaps what it gave before.
-
-    Nobody may write to it. `name` says what it is, and whatever else than the entries it depends on.
-    """
-    # A buffer that was shared once is never written again: whoever writes takes a copy. Pages move between heads by
-    # tables on the device, which are not compared here.
-    if not store.shared or type(store) is not SegmentStore:
-        return make()
-    if store.value not in _known:
-        _known[store.value] = {}
-    known = _known[store.value]
-    key = name, tuple(store.starts), tuple(store.lengths)
-    if key not in known:
-        known[key] = make()
-    return known[key]
-
-
-def forget() -> None:
-    """All is computed anew from now on; for measurements."""
-    _known.clear()
+from .ops.window_risk import DTYPES, MAX_DIM, MAX_KERNEL, window_risk, window_risk_by_heads
+from .recorded import QueryStatistics, RecordedInputs
 
 
 class LayerView:
-    """One layer's entries as dense tensors, made when first read.
+    """One layer's entries as dense tensors, computed when first read.
 
-    Segments shorter than the longest are padded at their end; what stands there is arbitrary, see `valid`. If all
-    segments are equal the tensors are views of the storage: policies must not write to them.
+    Segments shorter than the longest are padded at their end with arbitrary values, see `valid`. If all segments are
+    equally long the tensors are views of the storage: policies must not write to them.
 
     Attributes:
         layer_idx: the layer's index in the decoder.
         time: int64 `(batch,)`: real tokens each row has seen, T.
-        horizon: int64 `(batch,)`: those it will have seen at the end of the running input; more than `time` between the
-            chunks of a long prompt.
+        horizon: int64 `(batch,)`: real tokens each row will have seen at the end of the running input; more than `time`
+            between the chunks of a long prompt.
         num_kv_groups: query heads that share a key/value head.
         scaling: factor of the attention logits.
-        budget: int64 `(batch,)`: entries that a head of this layer may keep, on average over those it competes with; 0
+        budget: int64 `(batch,)`: entries that a head of this layer may keep, on average over the heads that compete; 0
             where nothing is about to be evicted.
+        window_size: number of the last queries that the policy reads.
     """
 
     def __init__(
@@ -76,17 +40,29 @@ class LayerView:
         layer: RaggedLayer,
         time: torch.Tensor,
         recorded: torch.Tensor | None = None,
-        policy: Policy | None = None,
+        states: Mapping[str, str] | None = None,
+        window_size: int = 0,
         budget: torch.Tensor | None = None,
         horizon: torch.Tensor | None = None,
     ) -> None:
-        """Shows `layer` to `policy`; `recorded` are the positions of the remembered queries."""
+        """Views `layer`.
+
+        Args:
+            layer: a layer that has entries.
+            time: see the attributes.
+            recorded: int64 `(batch, slots)`: positions of the recorded queries, -1 for none; for `queries`.
+            states: the policy's states and the names under which the layer stores them (`Policy.state_keys()`).
+            window_size: number of the last queries that the policy reads (`Policy.window_size`).
+            budget: see the attributes; None for 0.
+            horizon: see the attributes; None for `time`.
+        """
         assert layer.store is not None, "the layer has entries"
         self._layer, self._store = layer, layer.store
         self._recorded = recorded
-        self._policy = policy
+        self._states = states or {}
         # By width of the pooling; None without the worst case.
         self._risks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor]] = {}
+        self.window_size = window_size
         self.time = time
         self.horizon = time if horizon is None else horizon
         self.budget = torch.zeros_like(time) if budget is None else budget
@@ -108,7 +84,7 @@ class LayerView:
 
     @cached_property
     def valid(self) -> torch.Tensor:
-        """bool `(batch, num_kv_heads, n)`: there is an entry."""
+        """bool `(batch, num_kv_heads, n)`: False for padding after a segment's last entry."""
         return self._index[1]
 
     @cached_property
@@ -133,9 +109,7 @@ class LayerView:
 
     def state(self, name: str) -> torch.Tensor:
         """A per-entry state by name, fp32 `(batch, num_kv_heads, n)`: one of the policy's `states`, or `log_beta`."""
-        if self._policy is not None and name in self._policy.states:
-            name = self._policy.state_key(name)
-        return self._dense(name)
+        return self._dense(self._states.get(name, name))
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -147,11 +121,11 @@ class LayerView:
 
     @cached_property
     def value_norms(self) -> torch.Tensor:
-        """fp32 `(batch, num_kv_heads, n)`: see `policies.value_norms`; for policies that need `output_weight`.
+        """fp32 `(batch, num_kv_heads, n)`: see `ops.value_norms`; for policies that need `output_weight`.
 
         Computed once for forks of a cache that are compressed in several ways.
         """
-        return once(self._store, "value_norms", lambda: value_norms(self.values, self.output_weight))
+        return self._store.memoised("value_norms", lambda: value_norms(self.values, self.output_weight))
 
     @property
     def attention(self) -> AttentionLayer:
@@ -159,8 +133,8 @@ class LayerView:
         return self._layer.attention
 
     @property
-    def inputs(self) -> Inputs | None:
-        """What the attention was given, for policies that need `hidden_states`; None in a cache that was loaded."""
+    def inputs(self) -> RecordedInputs | None:
+        """The attention's inputs, for policies that need `hidden_states`; None in a cache that was loaded."""
         return self._layer.inputs
 
     @property
@@ -178,8 +152,8 @@ class LayerView:
 
     @cached_property
     def _newest(self) -> torch.Tensor:
-        assert self._recorded is not None and self._policy is not None, "the policy needs queries, the cache has them"
-        newest = self._recorded.topk(self._policy.window_size, dim=1).indices
+        assert self._recorded is not None and self.window_size, "the policy needs queries, the cache has them"
+        newest = self._recorded.topk(self.window_size, dim=1).indices
         return newest.flip(1)
 
     @property
@@ -190,7 +164,7 @@ class LayerView:
 
     @cached_property
     def queries(self) -> torch.Tensor:
-        """`(batch, num_heads, window, head_dim)` post-RoPE: the last `window` real tokens' queries of each row."""
+        """`(batch, num_heads, window, head_dim)` post-RoPE: the queries of each row's last `window` real tokens."""
         data = self._layer.window
         assert data is not None
         index = self._newest[:, None, :, None].expand(-1, data.shape[1], -1, data.shape[3])
@@ -198,19 +172,19 @@ class LayerView:
 
     @cached_property
     def window_attention(self) -> torch.Tensor:
-        """fp32 `(batch, num_kv_heads, num_kv_groups, window, n)`: what `queries` attend to, see `window_attention`."""
-        return window_attention(self, self.queries, self.query_positions)
+        """fp32 `(batch, num_kv_heads, num_kv_groups, window, n)`: causal attention of `queries` over the entries."""
+        return attention_over(self.keys, self.positions, self.queries, self.query_positions, self.scaling)
 
     def worst_attention(self, kernel: int) -> torch.Tensor:
-        """fp32 `(batch, num_kv_heads, n)`: the worst case of `window_attention`, pooled and renormalised.
+        """fp32 `(batch, num_kv_heads, n)`: the maximum of `window_attention` over queries, pooled and renormalised.
 
-        See `policies.aggregation`; 0 for the window's own entries. `window_attention` is not made for it.
+        See `ops.window_risk`; 0 for the window's own entries. `window_attention` itself is not materialised.
 
         Args:
             kernel: width of the pooling, odd.
         """
         worst, _ = self._risk(kernel)
-        assert worst is not None, "it was asked for"
+        assert worst is not None, "a kernel was given"
         return worst
 
     @property
@@ -218,30 +192,22 @@ class LayerView:
         """fp32 `(batch, num_kv_heads, n)`: `window_attention`, mean over queries and heads of a group."""
         return self._risk(next(iter(self._risks), None))[1]
 
-    @property
-    def _window(self) -> int:
-        assert self._policy is not None, "the policy has a window"
-        return self._policy.window_size
-
-    def _by_kernel(self, width: int) -> bool:
+    def _fits_kernel(self, width: int) -> bool:
         if chosen_kernels(self.time.device) == "reference":
             return False
-        from .ops.window_risk import DTYPES, MAX_DIM, MAX_KERNEL
-
         return width <= MAX_KERNEL and self.keys.dtype in DTYPES and self.keys.shape[3] <= MAX_DIM
 
     def _risk(self, kernel: int | None) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The worst case with a pooling of that width, None if it is not wanted, and the mean."""
+        """The worst case with a pooling of that width, None for `kernel=None`, and the mean."""
         if kernel not in self._risks:
-            limit = self.time - self._window
-            what = self.queries, self.keys, self.positions, self.query_positions, limit, self.scaling
-            if self._by_kernel(kernel or 1):
-                from .ops.window_risk import window_risk
-
-                worst, mean = window_risk(*what, kernel or 1, mean=True)
-                assert mean is not None, "it was asked for"
+            assert self.window_size, "the policy has a window"
+            limit = self.time - self.window_size
+            given = self.queries, self.keys, self.positions, self.query_positions, limit, self.scaling
+            if self._fits_kernel(kernel or 1):
+                worst, mean = window_risk(*given, kernel or 1, mean=True)
+                assert mean is not None, "the mean was requested"
                 self._risks[kernel] = worst, mean
             else:
-                name = "window_risk", self._window, kernel, *self.time.tolist()
-                self._risks[kernel] = once(self._store, name, lambda: window_risk_by_heads(*what, kernel))
+                name = "window_risk", self.window_size, kernel, *self.time.tolist()
+                self._risks[kernel] = self._store.memoised(name, lambda: window_risk_by_heads(*given, kernel))
         return self._risks[kernel]

@@ -1,7 +1,4 @@
-"""A model's rotary embedding of queries: taken back, and averaged over the positions to come.
-
-The output projection W_O of an attention module, head by head.
-"""
+"""Parts of a model that policies read: its rotary embedding (`Rotary`) and a layer's output projection W_O."""
 
 from __future__ import annotations
 
@@ -17,26 +14,26 @@ from transformers import PreTrainedModel
 
 from ..retention.seams import AttentionLayer, full_attention_layers, text_config, text_decoder
 
-# Model types whose attention was read: every full-attention layer rotates the whole query by
+# Model types whose attention code was reviewed: every full-attention layer rotates the whole query by
 # `apply_rotary_pos_emb(q, k, cos, sin)` with the decoder's `rotary_emb` and one position a token.
 ROTARY_TYPES = ("gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
 
 
 def rotates_queries(model: PreTrainedModel) -> bool:
-    """Whether `Rotary` knows how `model` rotates its queries."""
+    """Whether `Rotary` supports the way `model` rotates its queries."""
     return text_config(model).model_type in ROTARY_TYPES
 
 
 class Rotary:
     """The rotation R(p) that a model gives the query at position p, through the model's own functions.
 
-    R is linear in its cosines and sines, so that the inverse and the average over positions are rotations with other
-    cosines and sines: whichever pairs of channels a model rotates, and however many.
+    R is linear in its cosines and sines, so the inverse and the average over positions are rotations with other cosines
+    and sines, for whichever pairs of channels a model rotates.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         assert rotates_queries(model), "the session has checked the model"
-        # A copy: the module may widen its frequencies when it is asked for positions further on than the model is.
+        # A copy: the module may rescale its frequencies for positions beyond those that the model has seen.
         self._embedding: Any = copy.deepcopy(text_decoder(model).rotary_emb)
         module = full_attention_layers(model)[0].module
         self._apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = sys.modules[
@@ -81,7 +78,7 @@ class Rotary:
 
 
 def has_output_weight(layer: AttentionLayer) -> bool:
-    """Whether `output_weight` can be had: the module's `o_proj` is a linear layer with a floating-point weight."""
+    """Whether `output_weight` is available: the module's `o_proj` is a linear layer with a floating-point weight."""
     projection = getattr(layer.module, "o_proj", None)
     if not isinstance(projection, nn.Linear) or not projection.weight.is_floating_point():
         return False
@@ -89,7 +86,7 @@ def has_output_weight(layer: AttentionLayer) -> bool:
 
 
 def output_weight(layer: AttentionLayer) -> torch.Tensor:
-    """W_O of a layer for which `has_output_weight`, `(num_heads, value_dim, hidden_size)`, a view of the weight."""
+    """W_O of a layer with `has_output_weight`: `(num_heads, value_dim, hidden_size)`, a view of the weight."""
     projection = layer.module.o_proj
     assert isinstance(projection, nn.Linear), "the session has checked the module"
     return projection.weight.detach().t().unflatten(0, (layer.num_heads, -1))

@@ -1,13 +1,4 @@
-"""How a row's budget is shared out to those who compete for it.
-
-Tokens that the user wants kept whatever the policy says: a system prompt, a tool's description.
-
-How many entries may stay, who competes for them, and when eviction runs.
-
-A plan as plain JSON values, and back.
-
-`budget="calibrated"`: the budget that `tenure calibrate` stored with the gates.
-"""
+"""The eviction plan: budget, its allocation to layers and heads, protected tokens, and when eviction runs."""
 
 from __future__ import annotations
 
@@ -25,39 +16,42 @@ from ..retention.calibration import Calibration, weights_digest
 from ..retention.gates import RetentionGates
 from .policies.base import Policy
 from .policies.registry import get_policy, policy_text
-from .storage.segments import SLACK
+from .storage.segments import StorageConfig
 
 SCOPES = ("global", "layer", "head", "pyramid")
-PYRAMID_BETA = 20
+PYRAMID_BETA = 20  # β of PyramidKV, section 4
+CALIBRATED = "calibrated"  # the budget that `tenure calibrate` stored with the gates
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a row's budget is shared among.
+class BudgetLayout:
+    """The heads that a row's budget is shared among, and the bytes of their entries.
 
     Attributes:
         heads: key/value heads of each layer that evicts.
-        entry_bytes: bytes of one entry: key, value, position and per-entry state; of the layer where it is largest.
-        spare: entries a segment that the storage may have room for beyond the slack.
+        entry_bytes: bytes of one entry: key, value, position and per-entry state; the maximum over layers.
+        spare: entries per segment that the storage may allocate in addition to the slack.
+        slack: free slots that the storage may allocate, as a share of the entries.
     """
 
     heads: tuple[int, ...]
     entry_bytes: int
     spare: int = 1
+    slack: float = StorageConfig.slack
 
     @property
     def segments(self) -> int:
-        """Heads of all layers."""
+        """Heads in all layers."""
         return sum(self.heads)
 
 
 @dataclass(frozen=True)
-class Allocation:
-    """The entries of one row that each group of competitors keeps.
+class BudgetAllocation:
+    """The number of entries of one row that each group of competitors keeps.
 
     Attributes:
-        groups: one number a group: the row (scope "global"), its layers ("layer"), or its heads layer by layer.
-        shares: for each layer, how many entries every one of its heads can be promised; tokens that must stay in all
+        groups: one number per group: the row (scope "global"), its layers ("layer"), or its heads layer by layer.
+        shares: for each layer, the entries that each of its heads is certain to have; tokens that must be kept in all
             heads have to fit in it.
         average: entries per head, rounded down.
     """
@@ -67,8 +61,8 @@ class Allocation:
     average: int
 
 
-def allocate(scope: str, total: int, tokens: int, layout: Layout, window: int = 0) -> Allocation:
-    """Shares `total` entries out; the groups' numbers add up to it exactly.
+def allocate(scope: str, total: int, tokens: int, layout: BudgetLayout, window: int = 0) -> BudgetAllocation:
+    """Allocates `total` entries to groups; the groups' numbers add up to it exactly.
 
     Args:
         scope: one of `SCOPES`.
@@ -77,24 +71,24 @@ def allocate(scope: str, total: int, tokens: int, layout: Layout, window: int = 
     """
     average = total // layout.segments
     if scope == "global":
-        return Allocation([total], [average] * len(layout.heads), average)
+        return BudgetAllocation([total], [average] * len(layout.heads), average)
     if scope == "layer":
         groups = apportion(total, layout.heads)
-        return Allocation(groups, [k // h for k, h in zip(groups, layout.heads, strict=True)], average)
+        return BudgetAllocation(groups, [k // h for k, h in zip(groups, layout.heads, strict=True)], average)
     weights = [1.0] * len(layout.heads)
     if scope == "pyramid":
         weights = pyramid(total / layout.segments, tokens, len(layout.heads), window)
     per_layer = apportion(total, [w * h for w, h in zip(weights, layout.heads, strict=True)])
     per_head = [apportion(k, [1] * heads) for k, heads in zip(per_layer, layout.heads, strict=True)]
-    return Allocation([k for layer in per_head for k in layer], [min(layer) for layer in per_head], average)
+    return BudgetAllocation([k for layer in per_head for k in layer], [min(layer) for layer in per_head], average)
 
 
 def pyramid(average: float, tokens: int, layers: int, window: int = 0) -> list[float]:
     """Entries per head of each layer, falling linearly from the bottom layer to the top one; `average` on average.
 
     Source: PyramidKV (Cai et al., 2024), with β = 20, as computed by kvpress's `PyramidKVPress.get_layer_budget`: the
-    top layer gets average/β, unless the bottom one would exceed `tokens - window`, which then is its share and the top
-    one's grows. Where the top layer would not hold the window, or nothing, all layers get the same.
+    top layer gets average/β; where the bottom one would then exceed `tokens - window` it gets that, and the top one the
+    rest. Where the top layer could not hold the window, or any entry, all layers get the same.
 
     Args:
         average: entries per head on average over the layers.
@@ -112,53 +106,53 @@ def pyramid(average: float, tokens: int, layers: int, window: int = 0) -> list[f
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` in whole shares proportional to `weights`, each rounded so that they add up to it exactly.
+    """`total` in integer shares proportional to `weights`, rounded so that they add up to it exactly.
 
-    The running sum of the shares is the running sum of the exact ones, rounded: no share is off by a whole entry.
+    The cumulative sums of the shares are the rounded cumulative sums of the exact ones, so each error is below 1.
     """
     whole = sum(weights)
     ends = [int(total * part / whole + 0.5) for part in accumulate(weights)]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-Ranges = tuple[tuple[int, int], ...]
-_ACCEPTED = "give token ranges [(start, stop), …] or a bool mask (tokens,) or (batch, tokens)"
+TokenRanges = tuple[tuple[int, int], ...]
+PROTECT_FORMS = "give token ranges [(start, stop), …] or a bool mask (tokens,) or (batch, tokens)"
 
 
 @dataclass(frozen=True)
-class Protected:
-    """Ranges of positions among each row's real tokens; padding has no position.
+class ProtectedTokens:
+    """Tokens that are never evicted (a system prompt, a tool's description): ranges of positions in each row.
 
-    Positions beyond what a row has seen protect nothing yet: ranges may be given before the prompt is known, and cover
-    generated tokens once they reach them.
+    Padding has no position. Ranges may exceed the tokens that a row has seen: they apply to later tokens, including
+    generated ones.
 
     Attributes:
-        rows: sorted, disjoint `(start, stop)` ranges for each row; a single element is meant for all rows.
+        rows: sorted, disjoint `(start, stop)` ranges for each row; a single element if `shared`.
         shared: the single element is for all rows.
     """
 
-    rows: tuple[Ranges, ...]
+    rows: tuple[TokenRanges, ...]
     shared: bool = True
 
     @classmethod
-    def of(cls, given: Any) -> Protected:
+    def of(cls, given: Any) -> ProtectedTokens:
         """From token ranges `[(start, stop), …]`, the same for all rows, or a bool mask `(tokens,)`, `(batch, tokens)`.
 
         Raises:
             ValueError: something else, a negative start, or a stop before its start.
         """
-        if isinstance(given, Protected):
+        if isinstance(given, ProtectedTokens):
             return given
         if isinstance(given, torch.Tensor):
             if given.dtype != torch.bool or given.ndim not in (1, 2):
-                raise ValueError(f"protect is a {given.dtype} tensor of shape {tuple(given.shape)}; {_ACCEPTED}")
+                raise ValueError(f"protect is a {given.dtype} tensor of shape {tuple(given.shape)}; {PROTECT_FORMS}")
             rows = given.reshape(-1, given.shape[-1])
             return cls(tuple(_runs(row) for row in rows), shared=given.ndim == 1)
         return cls((_merged(given),))
 
-    def for_rows(self, rows: Sequence[int]) -> Protected:
-        """For a batch whose row `i` was row `rows[i]`."""
-        return self if self.shared else Protected(tuple(self.rows[row] for row in rows), shared=False)
+    def for_rows(self, rows: Sequence[int]) -> ProtectedTokens:
+        """A copy for a batch whose row `i` was row `rows[i]`."""
+        return self if self.shared else ProtectedTokens(tuple(self.rows[row] for row in rows), shared=False)
 
     def check_rows(self, batch: int) -> None:
         """Raises ValueError if a mask was given for another number of rows."""
@@ -168,15 +162,15 @@ class Protected:
                 "rows of their own"
             )
 
-    def _ranges(self, row: int) -> Ranges:
+    def _ranges(self, row: int) -> TokenRanges:
         return self.rows[0 if self.shared else row]
 
     def count(self, row: int, tokens: int) -> int:
-        """How many of the row's `tokens` tokens are protected."""
+        """Number of protected tokens among the row's `tokens` tokens."""
         return sum(max(0, min(stop, tokens) - start) for start, stop in self._ranges(row))
 
     def table(self, tokens: Sequence[int], device: torch.device) -> torch.Tensor:
-        """bool `(batch, max(tokens))`: which tokens of each row are protected."""
+        """bool `(batch, max(tokens))`: True for the protected tokens of each row."""
         table = torch.zeros(len(tokens), max(tokens, default=0), dtype=torch.bool, device=device)
         for row in range(len(tokens)):
             for start, stop in self._ranges(row):
@@ -184,12 +178,12 @@ class Protected:
         return table
 
     def limits(self, row: int, tokens: int, share: int, sinks: int, recent: int) -> tuple[int, int]:
-        """(sinks, recent) that fit beside the protected tokens of a row.
+        """(sinks, recent) that fit into a row's share together with its protected tokens.
 
         Args:
             tokens: tokens the row has seen.
-            share: how many entries each of its heads may keep.
-            sinks, recent: how many first and last tokens are wanted. Sinks come first, recent ones take what is left.
+            share: entries that each of its heads may keep.
+            sinks, recent: requested numbers of first and last tokens. Sinks take precedence over recent tokens.
 
         Raises:
             ValueError: the protected tokens alone are more than `share`.
@@ -200,30 +194,30 @@ class Protected:
                 f"{share - left} of the {tokens} tokens of row {row} are protected, the budget leaves each head "
                 f"{share}: raise the budget or protect fewer tokens"
             )
-        inside = {place for start, stop in self._ranges(row) for place in range(start, min(stop, sinks))}
-        first = _reach(range(min(sinks, tokens)), inside, left)
-        left -= sum(place not in inside for place in range(first))
+        inside = {position for start, stop in self._ranges(row) for position in range(start, min(stop, sinks))}
+        first = _fitting(range(min(sinks, tokens)), inside, left)
+        left -= sum(position not in inside for position in range(first))
         newest = range(max(first, tokens - recent), tokens)
         inside = {p for a, b in self._ranges(row) for p in range(max(a, newest.start), min(b, newest.stop))}
-        return first, _reach(reversed(newest), inside, left)
+        return first, _fitting(reversed(newest), inside, left)
 
 
-def _reach(places: Iterable[int], inside: set[int], left: int) -> int:
-    """How many of `places`, in order, fit in `left` where those `inside` are counted already."""
-    reached = 0
-    for place in places:
-        left -= place not in inside
+def _fitting(positions: Iterable[int], inside: set[int], left: int) -> int:
+    """Number of `positions`, in order, that fit into `left` entries; those `inside` are counted already."""
+    count = 0
+    for position in positions:
+        left -= position not in inside
         if left < 0:
             break
-        reached += 1
-    return reached
+        count += 1
+    return count
 
 
-def _merged(given: Any) -> Ranges:
+def _merged(given: Any) -> TokenRanges:
     try:
         pairs = sorted((int(start), int(stop)) for start, stop in given)
     except (TypeError, ValueError):
-        raise ValueError(f"protect is {given!r}; {_ACCEPTED}") from None
+        raise ValueError(f"protect is {given!r}; {PROTECT_FORMS}") from None
     for start, stop in pairs:
         if start < 0 or stop < start:
             raise ValueError(f"protect has the range {(start, stop)}: 0 <= start <= stop is needed")
@@ -236,21 +230,20 @@ def _merged(given: Any) -> Ranges:
     return tuple(merged)
 
 
-def _runs(mask: torch.Tensor) -> Ranges:
+def _runs(mask: torch.Tensor) -> TokenRanges:
     """The runs of True in a bool `(tokens,)`."""
     edge = mask.new_zeros(1)
     change = torch.cat([edge, mask, edge]).diff().nonzero().squeeze(1).tolist()
     return tuple(zip(change[::2], change[1::2], strict=True))
 
 
-CALIBRATED = "calibrated"
 _UNITS = {"B": 1} | {
     f"{prefix}{suffix}": base ** (power + 1)
     for power, prefix in enumerate("KMGT")
     for suffix, base in (("B", 1000), ("IB", 1024))
 }
 _TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
-_ACCEPTED_BUDGET = (
+BUDGET_FORMS = (
     "give a float in (0, 1], the share of the tokens seen; an int >= 1, entries per head on average; or text: "
     "'65536 entries', all entries of a row, or '512MiB' or '2GB' (B, KB, MB, GB, TB, KiB, MiB, GiB, TiB), its bytes"
 )
@@ -258,11 +251,11 @@ _ACCEPTED_BUDGET = (
 
 @dataclass(frozen=True)
 class Budget:
-    """The entries that may stay in each row of a batch.
+    """The number of entries that each row of a batch may keep.
 
     Attributes:
-        amount: a float in (0, 1] is a share of the tokens a row has seen; an int >= 1 is entries per head, on average
-            over layers and heads; text is a row's total over layers and heads: "65536 entries", or the bytes allocated
+        amount: a float in (0, 1]: a share of the tokens that a row has seen; an int >= 1: entries per head, on average
+            over layers and heads; text: a row's total over layers and heads, "65536 entries", or the bytes allocated
             for them, "512MiB" (1024²) or "512MB" (1000²), in upper or lower case.
 
     Raises:
@@ -275,13 +268,13 @@ class Budget:
         amount = self.amount
         if isinstance(amount, str):
             if self._parsed()[0] < 1:
-                raise ValueError(f"budget {amount!r} is out of range: {_ACCEPTED_BUDGET}")
+                raise ValueError(f"budget {amount!r} is out of range: {BUDGET_FORMS}")
             return
         whole = isinstance(amount, Integral) and not isinstance(amount, bool) and amount >= 1
         share = isinstance(amount, Real) and not isinstance(amount, Integral) and 0 < amount <= 1
         if not whole and not share:
-            raise ValueError(f"budget {amount!r} is out of range: {_ACCEPTED_BUDGET}")
-        object.__setattr__(self, "amount", int(amount) if whole else float(amount))  # NumPy's numbers are accepted
+            raise ValueError(f"budget {amount!r} is out of range: {BUDGET_FORMS}")
+        object.__setattr__(self, "amount", int(amount) if whole else float(amount))  # NumPy's numbers too
 
     def _parsed(self) -> tuple[int, str]:
         """(number, "entries" or "bytes") of a text."""
@@ -296,7 +289,7 @@ class Budget:
                 "budget 'calibrated' is looked up in the gates by evict() and cache.compress(); here its number is "
                 "needed: gates.calibration.budget"
             )
-        raise ValueError(f"budget {self.amount!r} is not understood: {_ACCEPTED_BUDGET}")
+        raise ValueError(f"budget {self.amount!r} is not understood: {BUDGET_FORMS}")
 
     @property
     def unlimited(self) -> bool:
@@ -307,12 +300,12 @@ class Budget:
     def in_bytes(self) -> bool:
         return isinstance(self.amount, str) and self._parsed()[1] == "bytes"
 
-    def total(self, tokens: int, layout: Layout) -> int:
+    def total(self, tokens: int, layout: BudgetLayout) -> int:
         """Entries that a row which has seen `tokens` tokens may store in all its layers and heads.
 
-        A float counts whole entries per head, at least 1. Bytes are divided by the bytes of an entry (key, value,
-        position and per-entry state) after the free room that the storage adds is set aside: at most `SLACK` of the
-        entries, and one entry a segment (where they are in pages, two pages).
+        A float gives whole entries per head, at least 1. Bytes are divided by the bytes of an entry (key, value,
+        position and per-entry state) after subtracting the free slots that the storage may allocate: `layout.slack` of
+        the entries, and `layout.spare` entries per segment (one; two pages where entries are in pages).
 
         Raises:
             ValueError: less than one entry per head.
@@ -324,11 +317,11 @@ class Budget:
         number, unit = self._parsed()
         entries = number
         if unit == "bytes":
-            entries = int((number / layout.entry_bytes - layout.segments * layout.spare) / (1 + SLACK))
+            entries = int((number / layout.entry_bytes - layout.segments * layout.spare) / (1 + layout.slack))
         if entries < layout.segments:
             least = f"{layout.segments} entries"
             if unit == "bytes":
-                least = f"{int((1 + layout.spare + SLACK) * layout.segments * layout.entry_bytes) + 1}B"
+                least = f"{int((1 + layout.spare + layout.slack) * layout.segments * layout.entry_bytes) + 1}B"
             raise ValueError(
                 f"budget {self.amount!r} is less than one entry for each of a row's {layout.segments} heads in "
                 f"{len(layout.heads)} layers; the least is '{least}'"
@@ -337,21 +330,21 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that decides what a cache evicts and when.
+class EvictionPlan:
+    """The options of `evict` that determine which entries a cache evicts and when.
 
     Attributes:
         policy: scores the entries.
-        budget: how many stay.
-        scope: who competes: "head" gives every (layer, head) the same number, "pyramid" the heads of lower layers more
-            than those of higher ones (see `allocate.pyramid`), "layer" lets the heads of a layer compete, "global" all
-            heads of all layers of a row. Rows never compete.
+        budget: number of entries to keep.
+        scope: which entries compete: "head" gives every (layer, head) the same number, "pyramid" the heads of lower
+            layers more than those of higher ones (see `pyramid`), "layer" lets the heads of a layer compete, "global"
+            all heads of all layers of a row. Rows never compete.
         sinks, recent: the first and last tokens of a row, always kept and counted in the budget. If they alone, with
             the tokens of `protect`, would exceed it, fewer recent tokens are protected, then fewer sinks.
         buffer: tokens that may be written above the budget before eviction runs again.
         floor: the share of the per-head budget, in [0, 1], that every head is guaranteed where heads compete: its best
-            entries, at least one, stay before the rest is competed for. 0 guarantees nothing.
-        prefill_chunk: longer inputs run in chunks of so many tokens with eviction after each; None runs all at once.
+            entries, at least one, are kept before heads compete for the rest. 0 guarantees nothing.
+        prefill_chunk: longer inputs run in chunks of so many tokens with an eviction after each; None runs all at once.
         protect: tokens given by the user that are never evicted.
 
     Raises:
@@ -366,7 +359,7 @@ class Plan:
     buffer: int = 128
     floor: float = 0.0
     prefill_chunk: int | None = None
-    protect: Protected | None = None
+    protect: ProtectedTokens | None = None
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
@@ -379,10 +372,10 @@ class Plan:
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1 token, or None, got {self.prefill_chunk}")
 
-    def changed(self, policy: Policy | None, budget: float | int | str | None, **options: Any) -> Plan:
-        """The plan with what is not None replaced.
+    def changed(self, policy: Policy | None, budget: float | int | str | None, **options: Any) -> EvictionPlan:
+        """A copy with the given options; None leaves an option as it is.
 
-        A new policy brings its default scope and floor unless they are given.
+        A new policy implies its default scope and floor unless they are given.
         """
         if policy is not None:
             defaults = {"scope": policy.default_scope, "floor": policy.default_floor}
@@ -390,7 +383,7 @@ class Plan:
         new = {"policy": policy, "budget": None if budget is None else Budget(budget), **options}
         return replace(self, **{name: value for name, value in new.items() if value is not None})
 
-    def for_rows(self, rows: Sequence[int]) -> Plan:
+    def for_rows(self, rows: Sequence[int]) -> EvictionPlan:
         """The plan of a cache whose row `i` was row `rows[i]`."""
         return self if self.protect is None else replace(self, protect=self.protect.for_rows(rows))
 
@@ -398,13 +391,13 @@ class Plan:
     def evicts(self) -> bool:
         return self.policy.evicts and not self.budget.unlimited
 
-    def allocate(self, tokens: int, layout: Layout) -> Allocation:
-        """Shares the budget of a row that has seen `tokens` tokens out to its groups of competitors."""
+    def allocate(self, tokens: int, layout: BudgetLayout) -> BudgetAllocation:
+        """Allocates the budget of a row that has seen `tokens` tokens to its groups of competitors."""
         total = self.budget.total(tokens, layout)
         return allocate(self.scope, total, tokens, layout, self.policy.window_size)
 
-    def require_room(self, tokens: Sequence[int], layout: Layout) -> None:
-        """Raises ValueError if `protect` has more than the budget of a row that has seen `tokens[row]` tokens."""
+    def require_room(self, tokens: Sequence[int], layout: BudgetLayout) -> None:
+        """Raises ValueError if `protect` exceeds the budget of a row that has seen `tokens[row]` tokens."""
         if self.protect is None:
             return
         self.protect.check_rows(len(tokens))
@@ -413,7 +406,7 @@ class Plan:
                 self.protected(row, count, min(self.allocate(count, layout).shares))
 
     def protected(self, row: int, tokens: int, share: int) -> tuple[int, int]:
-        """(sinks, recent) that are really protected where a head may keep `share` of the row's `tokens` tokens.
+        """(sinks, recent) that are protected where a head may keep `share` of the row's `tokens` tokens.
 
         Raises:
             ValueError: the tokens of `protect` alone are more.
@@ -423,13 +416,13 @@ class Plan:
         sinks = min(self.sinks, share)
         return sinks, min(self.recent, share - sinks)
 
-    def due(self, stored: int, tokens: int, new: int, layout: Layout) -> bool:
-        """Whether a row must evict now.
+    def due(self, stored: int, tokens: int, new: int, layout: BudgetLayout) -> bool:
+        """Whether a row must evict now: above budget after a prompt, above budget and buffer later.
 
         Args:
             stored: entries of the row in all segments.
             tokens: real tokens it has seen; at a chunk of a longer input, those it will have seen after the last chunk.
-            new: how many of them the input brings.
+            new: number of them that are in the input.
         """
         if not self.evicts or new == 0:
             return False
@@ -438,24 +431,25 @@ class Plan:
 
 
 _PLAIN = (bool, int, float, str, dict, list, tuple, type(None))
-NUMBERS = ("scope", "sinks", "recent", "buffer", "floor", "prefill_chunk")
+_NUMBERS = ("scope", "sinks", "recent", "buffer", "floor", "prefill_chunk")
 
 
-def plan_to_json(plan: Plan) -> dict[str, Any]:
+def plan_to_json(plan: EvictionPlan) -> dict[str, Any]:
+    """The plan as JSON values; ValueError if its policy has an option that is not a plain value."""
     guard = plan.protect
     return {
         "policy": _policy_to_json(plan.policy),
         "budget": plan.budget.amount,
         "protect": None if guard is None else {"rows": guard.rows, "shared": guard.shared},
-        **{name: getattr(plan, name) for name in NUMBERS},
+        **{name: getattr(plan, name) for name in _NUMBERS},
     }
 
 
-def plan_from_json(document: dict[str, Any], known: Iterable[Policy]) -> Plan:
+def plan_from_json(document: dict[str, Any], known: Iterable[Policy]) -> EvictionPlan:
     """The plan of a document made by `plan_to_json`.
 
     Args:
-        known: policies whose classes are used for their names, besides those of the registry.
+        known: policies whose classes are looked up by name in addition to those of the registry.
 
     Raises:
         ValueError, KeyError, TypeError: unknown policy or option, or a value that is missing or out of range.
@@ -463,10 +457,10 @@ def plan_from_json(document: dict[str, Any], known: Iterable[Policy]) -> Plan:
     guard = document["protect"]
     if guard is not None:
         rows = tuple(tuple((int(start), int(stop)) for start, stop in ranges) for ranges in guard["rows"])
-        guard = Protected(rows, bool(guard["shared"]))
+        guard = ProtectedTokens(rows, bool(guard["shared"]))
     policy = _policy_from_json(document["policy"], {type(one).name: type(one) for one in known})
-    numbers = {name: document[name] for name in NUMBERS}
-    return Plan(policy, Budget(document["budget"]), protect=guard, **numbers)
+    numbers = {name: document[name] for name in _NUMBERS}
+    return EvictionPlan(policy, Budget(document["budget"]), protect=guard, **numbers)
 
 
 def _policy_to_json(policy: Policy) -> dict[str, Any]:
@@ -475,8 +469,8 @@ def _policy_to_json(policy: Policy) -> dict[str, Any]:
     other = [name for name, value in plain.items() if not isinstance(value, _PLAIN)]
     if other:
         raise ValueError(
-            f"a cache under policy {policy.name!r} cannot be saved, its {', '.join(other)} is no plain value; "
-            'cache.compress("full", 1.0) first goes on without it'
+            f"a cache under policy {policy.name!r} cannot be saved, its {', '.join(other)} is not a plain value; "
+            'cache.compress("full", 1.0) first continues without it'
         )
     return {"name": policy.name, "options": plain}
 
@@ -493,23 +487,23 @@ def _option(value: Any, known: dict[str, type[Policy]]) -> Any:
     return tuple(value) if isinstance(value, list) else value  # JSON has no tuples, a frozen policy has no lists
 
 
-def with_budget(plan: Plan, budget: float | int | str | None, gates: RetentionGates | None) -> Plan:
-    """The plan with that budget, looked up in the gates if it is "calibrated"; None leaves the plan's.
+def with_budget(plan: EvictionPlan, budget: float | int | str | None, gates: RetentionGates | None) -> EvictionPlan:
+    """A copy with that budget, looked up in the gates if it is "calibrated"; None leaves the plan's.
 
     Raises:
-        ValueError: the budget is none of the accepted, or for "calibrated": no gates, gates without a calibration or
-            changed since, or one made for another way of evicting.
+        ValueError: an invalid budget; for "calibrated": no gates, gates without a calibration or changed since, or a
+            calibration for other options.
     """
     if budget is None:
         return plan
     return calibrated(plan, gates) if budget == CALIBRATED else replace(plan, budget=Budget(budget))
 
 
-def calibrated(plan: Plan, gates: RetentionGates | None) -> Plan:
-    """The plan with the budget that `tenure calibrate` stored with the gates.
+def calibrated(plan: EvictionPlan, gates: RetentionGates | None) -> EvictionPlan:
+    """A copy with the budget that `tenure calibrate` stored with the gates.
 
     Raises:
-        ValueError: no gates, gates without a calibration or changed since, or one made for another way of evicting.
+        ValueError: no gates, gates without a calibration or changed since, or a calibration for other options.
     """
     if gates is None:
         raise ValueError("budget 'calibrated' is stored with gates: give the gates, or a number as the budget")
@@ -530,8 +524,8 @@ def calibrated(plan: Plan, gates: RetentionGates | None) -> Plan:
     return replace(plan, budget=Budget(found.budget))
 
 
-def _differences(plan: Plan, found: Calibration) -> list[str]:
-    """What the plan does otherwise than the calibration's measurements did."""
+def _differences(plan: EvictionPlan, found: Calibration) -> list[str]:
+    """Options in which the plan differs from the calibration's measurements."""
     name = plan.policy.name
     same_kind = name == found.policy.partition("(")[0]
     pairs = {
@@ -541,5 +535,5 @@ def _differences(plan: Plan, found: Calibration) -> list[str]:
         "sinks": (plan.sinks, found.sinks),
         "recent": (plan.recent, found.recent),
     }
-    differing = [f"{what} {now!r} (calibrated: {then!r})" for what, (now, then) in pairs.items() if now != then]
-    return differing + [what for what in ("prefill_chunk", "protect") if getattr(plan, what) is not None]
+    differing = [f"{option} {now!r} (calibrated: {then!r})" for option, (now, then) in pairs.items() if now != then]
+    return differing + [option for option in ("prefill_chunk", "protect") if getattr(plan, option) is not None]

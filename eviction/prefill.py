@@ -1,8 +1,8 @@
-"""Long inputs in chunks: the decoder runs once for each, and eviction after each bounds what is stored at any time.
+"""Chunked prefill: a long input is read in several forwards with an eviction after each, to bound the stored entries.
 
-Hooks on the decoder do it, so it happens wherever the model is called, in `model.generate` too: before a long forward
-the pre-hook runs all chunks but the last as forwards of their own, then lets the forward go on with the last one, and
-the forward hook puts the hidden states together again. No more of them than the caller asked logits for are kept.
+Implemented by hooks on the decoder, so that it applies wherever the model is called, in `model.generate` too: before a
+long forward the pre-hook runs all chunks but the last as separate forwards, then the forward itself reads the last one,
+and the forward hook joins the hidden states. Only as many are kept as the caller requested logits for.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .cache import RaggedCache
 from .forward_state import new_tokens
 from .session import Session
 
-# Arguments of a decoder with one column a new token: the dimension of the columns.
+# Arguments of a decoder that have one column per new token, and the dimension of the columns.
 SPLIT = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1,
          "mm_token_type_ids": 1}  # fmt: skip
-# Tensors that are the same for all tokens, or that are cut in another way.
+# Tensors that are shared by all chunks, or sliced differently.
 WHOLE = ("attention_mask", "past_key_values")
 
 
@@ -32,7 +32,7 @@ WHOLE = ("attention_mask", "past_key_values")
 def chunked_prefill(model: PreTrainedModel, session: Session) -> Iterator[None]:
     """Within the block, inputs longer than `plan.prefill_chunk` run in chunks; entered after `intercept`."""
     decoder = text_decoder(model)
-    chunks = _Chunks(session, list(inspect.signature(decoder.forward).parameters))
+    chunks = _ChunkedForwards(session, list(inspect.signature(decoder.forward).parameters))
     with ExitStack() as stack:
         if decoder is not model:
             names = list(inspect.signature(model.forward).parameters)
@@ -51,7 +51,7 @@ def chunked_prefill(model: PreTrainedModel, session: Session) -> Iterator[None]:
         yield
 
 
-class _Chunks:
+class _ChunkedForwards:
     """The hooks of one decoder."""
 
     def __init__(self, session: Session, names: list[str]) -> None:
@@ -77,12 +77,12 @@ class _Chunks:
         cache = self.session.cache_for(given)
         seen, (batch, total) = cache.columns_seen, source.shape[:2]
         valid = new_tokens(bound.get("attention_mask"), batch, total, seen)
-        drafts = self.session.drafts if cache.of_generate or cache.drafting else 0
+        drafts = self.session.drafts if cache.made_by_generate or cache.drafting else 0
         last = (total - 1) // size * size
         if drafts:
-            last = min(last, _before_drafts(total, size, drafts))
-        sure = total - drafts
-        cache.begin_input([sure] * batch if valid is None else valid[:, :sure].sum(1).tolist())
+            last = min(last, _start_before_drafts(total, size, drafts))
+        known = total - drafts
+        cache.begin_input([known] * batch if valid is None else valid[:, :known].sum(1).tolist())
         self._cache = cache
         bound |= {"past_key_values": cache, "use_cache": True}
         try:
@@ -98,7 +98,7 @@ class _Chunks:
         return (), _part(bound, seen, last, total)
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Gives the output of the last chunk the hidden states of the earlier ones."""
+        """Adds the hidden states of the earlier chunks to the output of the last one."""
         if self._inside or self._cache is None:
             return None
         if output is None:  # it raised
@@ -113,12 +113,12 @@ class _Chunks:
         return output
 
     def _keep(self, hidden: torch.Tensor) -> None:
-        """Appends the hidden states `(batch, chunk, hidden_size)`, and lets go of those that nobody will read."""
+        """Appends the hidden states `(batch, chunk, hidden_size)`; discards those whose logits are not requested."""
         self._hidden.append(hidden)
-        wanted = self.session.logits_to_keep
-        if not isinstance(wanted, int) or wanted == 0:
+        count = self.session.logits_to_keep
+        if not isinstance(count, int) or count == 0:
             return
-        while sum(one.shape[1] for one in self._hidden[1:]) >= wanted:
+        while sum(one.shape[1] for one in self._hidden[1:]) >= count:
             del self._hidden[0]
 
     def _finish(self, completed: bool) -> None:
@@ -127,28 +127,28 @@ class _Chunks:
             cache.end_input(completed)
 
 
-def _before_drafts(total: int, size: int, drafts: int) -> int:
-    """Where the last of `total` columns' chunks must begin so that no draft is evicted before it is taken back.
+def _start_before_drafts(total: int, size: int, drafts: int) -> int:
+    """The first column of the last chunk of `total` columns, so that no draft is evicted before it can be removed.
 
     Raises:
-        ValueError: the drafts, with a token before them, are more than a chunk.
+        ValueError: the drafts and the token before them exceed a chunk.
     """
     if drafts >= size:
         raise ValueError(
-            f"generate drafts {drafts} tokens at once, a chunk has room for {size - 1}: raise prefill_chunk, or draft "
-            "fewer"
+            f"got {drafts} drafted tokens at once; accepted: at most {size - 1}, one less than prefill_chunk; raise "
+            "prefill_chunk, or draft fewer"
         )
     return total - drafts - 1
 
 
 def _check_arguments(bound: dict[str, Any]) -> None:
-    """Raises ValueError for arguments that cannot be cut into chunks."""
-    asked = [name for name in ("output_hidden_states", "output_attentions") if bound.get(name)]
+    """Raises ValueError for arguments that cannot be split into chunks."""
+    requested = [name for name in ("output_hidden_states", "output_attentions") if bound.get(name)]
     known = (*SPLIT, *WHOLE)
     tensors = [name for name, value in bound.items() if name not in known and _holds_tensor(value)]
-    if asked or tensors:
+    if requested or tensors:
         raise ValueError(
-            f"a prompt longer than prefill_chunk runs in chunks, which {', '.join(asked + tensors)} cannot follow; "
+            f"a prompt longer than prefill_chunk runs in chunks, which {', '.join(requested + tensors)} cannot follow; "
             "leave it out, or leave prefill_chunk unset"
         )
 
@@ -158,7 +158,7 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def _part(bound: dict[str, Any], seen: int, start: int, stop: int) -> dict[str, Any]:
-    """The decoder's arguments for columns `start` to `stop` of the new ones, of which `seen` were there before."""
+    """The decoder's arguments for the new columns `start` to `stop`, after `seen` columns in the cache."""
     part = dict(bound)
     for name, dim in SPLIT.items():
         if part.get(name) is not None:

@@ -1,30 +1,22 @@
-"""What went into the attention layers as long as nothing was evicted: for policies that score a prompt from it.
-
-Mean and covariance of a layer's queries before RoPE, kept while the model runs.
-"""
+"""Data recorded per layer while the model runs: the attention's inputs, and statistics of its queries before RoPE."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from .model_adapters import Rotary
 
-if TYPE_CHECKING:
-    from .policies.base import Policy
-
-
 
 @dataclass(frozen=True)
-class Part:
-    """One forward's new columns.
+class RecordedForward:
+    """The new columns of one forward.
 
     Attributes:
-        hidden_states: `(batch, q_len, hidden_size)`, what the layer's attention was given.
-        positions: int64 `(batch, q_len)`, the positions that RoPE gave them; the same tensor for all layers.
+        hidden_states: `(batch, q_len, hidden_size)`, the input of the layer's attention.
+        positions: int64 `(batch, q_len)`, the positions at which RoPE was applied; the same tensor for all layers.
         valid: bool `(batch, q_len)`, False for padding; None if all are real tokens.
     """
 
@@ -32,33 +24,33 @@ class Part:
     positions: torch.Tensor
     valid: torch.Tensor | None
 
-    def first(self, count: int) -> Part:
+    def first(self, count: int) -> RecordedForward:
         """The first `count` columns."""
         valid = None if self.valid is None else self.valid[:, :count]
-        return Part(self.hidden_states[:, :count], self.positions[:, :count], valid)
+        return RecordedForward(self.hidden_states[:, :count], self.positions[:, :count], valid)
 
-    def select(self, rows: torch.Tensor) -> Part:
+    def select(self, rows: torch.Tensor) -> RecordedForward:
         own = rows.to(self.positions.device)
         valid = None if self.valid is None else self.valid[own]
-        return Part(self.hidden_states[own], self.positions[own], valid)
+        return RecordedForward(self.hidden_states[own], self.positions[own], valid)
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RecordedInputs:
     """The inputs of one layer's attention from its first token on; nothing is written in place, so forks may share it.
 
-    They are held from a cache's first forward until every row has had its first eviction: hidden_size numbers for each
-    layer and token. Afterwards only `evicted_by` is left.
+    Stored from a cache's first forward until every row has had its first eviction: hidden_size numbers per layer and
+    token. Afterwards only `evicted_by` is left.
 
     Attributes:
         rotary: the model's RoPE.
-        evicted_by: for each row the policy of its first eviction; None while all its entries are there.
-        parts: what each forward brought; empty once no row needs it.
+        evicted_by: for each row the policy of its first eviction; None while all its entries are stored.
+        forwards: the recorded forwards in order; empty once no row needs them.
     """
 
     rotary: Rotary
-    evicted_by: tuple[Policy | None, ...]
-    parts: tuple[Part, ...] = ()
+    evicted_by: tuple[Hashable | None, ...]
+    forwards: tuple[RecordedForward, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -66,48 +58,58 @@ class Inputs:
         return None in self.evicted_by
 
     def row(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a row that has all its entries: those of its real tokens, in the order of its entries.
+        """The real tokens of a row that has all its entries, in the order of its entries.
 
         Returns:
             hidden states `(1, n, hidden_size)`, and positions int64 `(1, n)`.
         """
         assert self.evicted_by[row] is None, "the row has all its entries"
-        hidden = torch.cat([part.hidden_states[row] for part in self.parts])
-        positions = torch.cat([part.positions[row] for part in self.parts])
-        if any(part.valid is not None for part in self.parts):
-            real = [torch.ones_like(p.positions[row]).bool() if p.valid is None else p.valid[row] for p in self.parts]
+        hidden = torch.cat([one.hidden_states[row] for one in self.forwards])
+        positions = torch.cat([one.positions[row] for one in self.forwards])
+        if any(one.valid is not None for one in self.forwards):
+            real = [torch.ones_like(one.positions[row]).bool() if one.valid is None else one.valid[row]
+                    for one in self.forwards]  # fmt: skip
             hidden, positions = hidden[torch.cat(real)], positions[torch.cat(real)]
         return hidden.unsqueeze(0), positions.unsqueeze(0)
 
-    def added(self, part: Part) -> Inputs:
-        """With one more forward."""
-        return replace(self, parts=(*self.parts, part)) if self.complete else self
+    def append(self, forward: RecordedForward) -> RecordedInputs:
+        """A copy with one more forward."""
+        return replace(self, forwards=(*self.forwards, forward)) if self.complete else self
 
-    def first(self, columns: int) -> Inputs:
-        """Without what came after the first `columns` columns."""
-        parts, left = [], columns
-        for part in self.parts:
+    def first(self, columns: int) -> RecordedInputs:
+        """A copy limited to the first `columns` columns."""
+        forwards, left = [], columns
+        for one in self.forwards:
             if left <= 0:
                 break
-            parts.append(part if part.positions.shape[1] <= left else part.first(left))
-            left -= part.positions.shape[1]
-        return replace(self, parts=tuple(parts))
+            forwards.append(one if one.positions.shape[1] <= left else one.first(left))
+            left -= one.positions.shape[1]
+        return replace(self, forwards=tuple(forwards))
 
-    def select(self, rows: torch.Tensor) -> Inputs:
+    def select(self, rows: torch.Tensor) -> RecordedInputs:
         """Row `i` becomes a copy of the former row `rows[i]`."""
         evicted_by = tuple(self.evicted_by[row] for row in rows.tolist())
-        chosen = replace(self, evicted_by=evicted_by, parts=tuple(part.select(rows) for part in self.parts))
-        return chosen if chosen.complete else replace(chosen, parts=())
+        chosen = replace(self, evicted_by=evicted_by, forwards=tuple(one.select(rows) for one in self.forwards))
+        return chosen if chosen.complete else replace(chosen, forwards=())
 
-    def evicted(self, due: Sequence[bool], policy: Policy) -> Inputs:
-        """After an eviction of the rows that were `due` under `policy`."""
+    def evicted(self, due: Sequence[bool], policy: Hashable) -> RecordedInputs:
+        """A copy after an eviction of the rows that were `due` under `policy`."""
         rows = zip(self.evicted_by, due, strict=True)
         left = replace(self, evicted_by=tuple(policy if now and before is None else before for before, now in rows))
-        return left if left.complete else replace(left, parts=())
+        return left if left.complete else replace(left, forwards=())
 
 
-SINKS = 4  # the first tokens' queries are outliers and left out, as in kvpress
-CHUNK = 1024  # queries that are held in fp32 at a time
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """Parameters of the query statistics.
+
+    Attributes:
+        skipped_tokens: first tokens of each row whose queries are outliers and not counted, as in kvpress.
+        chunk: queries per row converted to fp32 at a time; bounds the memory of a long prefill.
+    """
+
+    skipped_tokens: int = 4
+    chunk: int = 1024
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,10 @@ class QueryStatistics:
     """Statistics of the queries that each row has seen so far; nothing is written in place, so forks may share it.
 
     Attributes:
-        count: fp32 `(batch,)`: queries counted, all but the first `SINKS` of each row.
+        count: fp32 `(batch,)`: queries counted, all but the first `StatisticsConfig.skipped_tokens` of each row.
         mean: fp32 `(batch, num_heads, head_dim)`.
         scatter: fp32 `(batch, num_heads, head_dim, head_dim)`: sum of the outer products of deviations from the mean.
-        next_position: int64 `(batch,)`: the position that RoPE will give each row's next token.
+        next_position: int64 `(batch,)`: the position at which RoPE will be applied to each row's next token.
     """
 
     count: torch.Tensor
@@ -128,7 +130,7 @@ class QueryStatistics:
 
     @classmethod
     def empty(cls, batch: int, num_heads: int, head_dim: int, device: torch.device) -> QueryStatistics:
-        """Of rows that have seen nothing."""
+        """Statistics of rows that have seen nothing."""
         mean = torch.zeros(batch, num_heads, head_dim, device=device)
         scatter = torch.zeros(batch, num_heads, head_dim, head_dim, device=device)
         start = torch.zeros(batch, dtype=torch.long, device=device)
@@ -139,15 +141,15 @@ class QueryStatistics:
         """fp32 `(batch, num_heads, head_dim, head_dim)`, divided by the count; zeros before the first query counts."""
         return self.scatter / self.count.clamp(min=1).view(-1, 1, 1, 1)
 
-    def seen(self, queries: torch.Tensor, counts: torch.Tensor, next_position: torch.Tensor) -> QueryStatistics:
-        """With more queries.
+    def updated(self, queries: torch.Tensor, counts: torch.Tensor, next_position: torch.Tensor) -> QueryStatistics:
+        """A copy that includes more queries.
 
         Means and scatter are merged without subtracting large numbers (Chan et al., "Updating Formulae and a Pairwise
         Algorithm for Computing Sample Variances", 1979).
 
         Args:
             queries: `(batch, num_heads, n, head_dim)` before RoPE.
-            counts: bool `(batch, n)`: which of them count.
+            counts: bool `(batch, n)`: True for queries to be counted.
             next_position: int64 `(batch,)`.
         """
         weight = counts.to(torch.float32)

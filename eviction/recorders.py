@@ -1,55 +1,52 @@
-"""What is kept for policies while the model runs: their per-entry states, and statistics of the queries."""
+"""Recorders of a session: policies' per-entry states and query statistics (`Observers`), attention inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
-from .forward_state import Step
+from .cache_layer import RaggedLayer
+from .forward_state import ForwardStep
 from .layer_view import LayerView
 from .model_adapters import Rotary
 from .policies.base import Policy
-from .recorded import CHUNK, SINKS, Inputs, Part, QueryStatistics
-
-if TYPE_CHECKING:
-    from .cache_layer import RaggedLayer
-
+from .recorded import QueryStatistics, RecordedForward, RecordedInputs, StatisticsConfig
 
 
 class Observers:
-    """Follows the forwards of a session's model for all policies of the session; costs nothing if none wants it.
+    """Updates the policies' states and the query statistics in every forward; no cost if no policy needs either.
+
+    Implements `cache_layer.LayerObserver`.
 
     Attributes:
         policies: those that have states.
-        observing: those of them that want to see every forward.
-        rotary: the model's RoPE, if statistics of the queries are kept.
+        observing: those of them that observe every forward.
+        rotary: the model's RoPE, if statistics of the queries are recorded.
+        state_keys: the names under which storages keep the policies' states.
+        observed_keys: those of `state_keys` that change in every forward.
+        statistics: how query statistics are accumulated.
     """
 
-    def __init__(self, policies: Iterable[Policy] = (), rotary: Rotary | None = None) -> None:
+    def __init__(
+        self, policies: Iterable[Policy] = (), rotary: Rotary | None = None, statistics: StatisticsConfig | None = None
+    ) -> None:
         self.policies = tuple(dict.fromkeys(policy for policy in policies if policy.states))
         self.observing = tuple(policy for policy in self.policies if policy.observes)
         self.rotary = rotary
-
-    @property
-    def state_keys(self) -> tuple[str, ...]:
-        """The names under which storages keep the policies' states."""
-        return tuple(policy.state_key(state) for policy in self.policies for state in policy.states)
-
-    @property
-    def observed_keys(self) -> tuple[str, ...]:
-        """Those of `state_keys` that change in every forward."""
-        return tuple(policy.state_key(state) for policy in self.observing for state in policy.states)
+        self.statistics = statistics or StatisticsConfig()
+        self.state_keys = tuple(key for policy in self.policies for key in policy.state_keys().values())
+        self.observed_keys = tuple(key for policy in self.observing for key in policy.state_keys().values())
+        self._keys = [policy.state_keys() for policy in self.observing]
 
     @property
     def accumulated(self) -> str:
-        """What is a sum over all tokens so far and can be undone only by going back to an older one; may be empty."""
+        """Names the sums over all tokens, which can be undone only by returning to a rollback point; may be empty."""
         names = [f"the states of {policy.name!r}" for policy in self.observing]
         return " and ".join(names + ["the statistics of the queries"] * (self.rotary is not None))
 
-    def begin(self, step: Step, position_ids: torch.Tensor | None, columns: int) -> None:
-        """Opens a forward: the layers' queries will be those of these positions.
+    def begin(self, step: ForwardStep, position_ids: torch.Tensor | None, columns: int) -> None:
+        """Opens a forward whose queries are at these positions.
 
         Args:
             position_ids: `(batch or 1, q_len)` as given to the model; None for the model's default, which counts
@@ -57,7 +54,7 @@ class Observers:
             columns: columns seen before this forward.
 
         Raises:
-            ValueError: position ids of another form.
+            ValueError: position ids of another shape.
         """
         if self.rotary is None:
             return
@@ -73,11 +70,14 @@ class Observers:
         step.rope_positions, step.angles = positions, self.rotary.angles(positions)
 
     @torch.no_grad()
-    def observe(self, layer: RaggedLayer, queries: torch.Tensor, step: Step) -> None:
-        """Shows a layer's post-RoPE queries `(batch, num_heads, step.q_len, head_dim)`; its new entries are stored."""
+    def observe(self, layer: RaggedLayer, queries: torch.Tensor, step: ForwardStep) -> None:
+        """Updates a layer from its post-RoPE queries `(batch, num_heads, step.q_len, head_dim)`.
+
+        The layer's new entries are stored already.
+        """
         queries = queries.detach()
         if self.rotary is not None:
-            layer.statistics = self._counted(layer, queries, step)
+            layer.statistics = self._updated_statistics(layer, queries, step)
         if not self.observing:
             return
         store = layer.store
@@ -86,12 +86,12 @@ class Observers:
         time = positions[:, -1] + 1  # padding repeats the position of the real token before it
         if step.valid is not None:
             positions = positions.masked_fill(~step.valid, -1)
-        for policy in self.observing:
-            view = LayerView(layer, time, None, policy)
+        for policy, keys in zip(self.observing, self._keys, strict=True):
+            view = LayerView(layer, time, states=keys, window_size=policy.window_size)
             new = policy.observe(view, queries, positions)
-            store.set_states({policy.state_key(state): values for state, values in new.items()})
+            store.set_states({keys[state]: values for state, values in new.items()})
 
-    def _counted(self, layer: RaggedLayer, queries: torch.Tensor, step: Step) -> QueryStatistics:
+    def _updated_statistics(self, layer: RaggedLayer, queries: torch.Tensor, step: ForwardStep) -> QueryStatistics:
         positions, angles = step.rope_positions, step.angles
         assert self.rotary is not None and positions is not None and angles is not None, "begin came first"
         batch, num_heads, q_len, head_dim = queries.shape
@@ -101,18 +101,19 @@ class Observers:
         real = positions if step.valid is None else positions.masked_fill(~step.valid, -1)
         following = real.amax(1) + 1  # 0 for a row that has only padding here
         after = torch.where(following > 0, following, statistics.next_position)
-        counts = step.positions >= SINKS
+        counts = step.positions >= self.statistics.skipped_tokens
         if step.valid is not None:
             counts &= step.valid
-        for start in range(0, q_len, CHUNK):
-            part = slice(start, start + CHUNK)
-            turned = self.rotary.undo(queries[:, :, part], (angles[0][:, part], angles[1][:, part]))
-            statistics = statistics.seen(turned, counts[:, part], after)
+        chunk = self.statistics.chunk
+        for start in range(0, q_len, chunk):
+            part = slice(start, start + chunk)
+            unrotated = self.rotary.undo(queries[:, :, part], (angles[0][:, part], angles[1][:, part]))
+            statistics = statistics.updated(unrotated, counts[:, part], after)
         return statistics
 
 
 class InputRecorder:
-    """Follows the forwards of a session's model; costs nothing if no policy needs hidden states.
+    """Records the inputs of the attention layers; no cost if no policy needs hidden states.
 
     Attributes:
         rotary: the model's RoPE; None if nothing is recorded.
@@ -121,9 +122,9 @@ class InputRecorder:
     def __init__(self, rotary: Rotary | None = None) -> None:
         self.rotary = rotary
         self._positions: torch.Tensor | None = None
-        self._step: Step | None = None
+        self._step: ForwardStep | None = None
 
-    def begin(self, step: Step, position_ids: torch.Tensor | None, columns: int) -> None:
+    def begin(self, step: ForwardStep, position_ids: torch.Tensor | None, columns: int) -> None:
         """Opens a forward.
 
         Args:
@@ -132,7 +133,7 @@ class InputRecorder:
             columns: columns seen before this forward.
 
         Raises:
-            ValueError: position ids of another form.
+            ValueError: position ids of another shape.
         """
         if self.rotary is None:
             return
@@ -140,16 +141,17 @@ class InputRecorder:
         if position_ids is None:
             position_ids = torch.arange(columns, columns + q_len).unsqueeze(0)
         elif position_ids.ndim != 2 or position_ids.shape[1] != q_len:
-            raise ValueError(f"hidden states are recorded with position_ids (batch, {q_len}), got "
-                             f"{tuple(position_ids.shape)}")  # fmt: skip
+            raise ValueError(
+                f"hidden states are recorded with position_ids (batch, {q_len}), got {tuple(position_ids.shape)}"
+            )
         self._step, self._positions = step, position_ids.to(step.positions.device).long().expand(batch, q_len)
 
     def record(self, layer: RaggedLayer, hidden_states: torch.Tensor) -> None:
-        """Notes what the attention of `layer` is about to be given, `(batch, q_len, hidden_size)`."""
+        """Records the input of `layer`'s attention, `(batch, q_len, hidden_size)`, before it runs."""
         step, positions = self._step, self._positions
         if self.rotary is None or step is None or positions is None:
             return
         if step.first:
-            layer.inputs = Inputs(self.rotary, (None,) * len(step.counts))
+            layer.inputs = RecordedInputs(self.rotary, (None,) * len(step.counts))
         if layer.inputs is not None:
-            layer.inputs = layer.inputs.added(Part(hidden_states.detach(), positions, step.valid))
+            layer.inputs = layer.inputs.append(RecordedForward(hidden_states.detach(), positions, step.valid))

@@ -1,4 +1,4 @@
-"""What a cache holds and what it has evicted, in numbers."""
+"""Statistics of a cache: entries and bytes stored, and evictions so far (`Report`)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Report:
 
     Attributes:
         entries: entries stored now, in all rows, layers and heads.
-        bytes: bytes allocated for them: keys, values, positions, per-entry state and free room. Storage shared with a
+        bytes: bytes allocated for them: keys, values, positions, per-entry state and free slots. Storage shared with a
             fork is counted in full on both sides.
-        kept_bytes: the part of `bytes` that entries fill.
-        peak_entries, peak_bytes: the most there were at any time; compaction holds one layer twice and is counted.
-        full_entries: what a cache that evicts nothing would hold: real tokens times layers times heads.
+        kept_bytes: the part of `bytes` that entries occupy.
+        peak_entries, peak_bytes: maxima so far; during compaction one layer is stored twice, which is counted.
+        full_entries: entries of a cache that evicts nothing: real tokens times layers times heads.
         kept_share: `entries / full_entries`.
         lengths: int64 `(batch, layers, heads)`: entries of every segment.
-        layer_indices: the decoder layers that `lengths` is about.
+        layer_indices: the decoder layers of `lengths`.
         evictions: forwards and explicit compressions that evicted something.
         evicted_entries: entries evicted so far.
     """
@@ -40,19 +40,19 @@ class Report:
     evicted_entries: int
 
 
-class Meter:
-    """The counters of a cache that its present contents do not show."""
+class CacheCounters:
+    """Counters of a cache's past; their names are part of the file format (`serialization`)."""
 
     def __init__(self) -> None:
         self.peak_entries = self.peak_bytes = self.evictions = self.evicted_entries = 0
 
-    def note(self, entries: int, nbytes: int) -> None:
-        """Notes what is held at this moment."""
+    def record_size(self, entries: int, nbytes: int) -> None:
+        """Records the current size, for the peaks."""
         self.peak_entries = max(self.peak_entries, entries)
         self.peak_bytes = max(self.peak_bytes, nbytes)
 
-    def evicted(self, entries: int) -> None:
-        """Notes an eviction of `entries` entries."""
+    def record_eviction(self, entries: int) -> None:
+        """Records an eviction of `entries` entries; 0 is not counted."""
         self.evictions += entries > 0
         self.evicted_entries += entries
 

@@ -1,9 +1,4 @@
-"""What happens inside an `evict` block: caches are made, forwards followed, what policies need recorded.
-
-Whether a model has what a policy reads of it.
-
-log β of one token for all layers at once: in decoding, a call a layer would cost more than the attention.
-"""
+"""The session of an `evict` block: makes caches, follows the model's forwards, and records data for policies."""
 
 from __future__ import annotations
 
@@ -26,35 +21,37 @@ from ..retention.seams import (
     full_attention_layers,
     text_config,
 )
-from .cache import RaggedCache
+from .cache import RaggedCache, Recording
 from .cache_layer import RaggedLayer
-from .forward_state import new_tokens
+from .forward_state import RollbackConfig, SequenceState, new_tokens
 from .model_adapters import ROTARY_TYPES, Rotary, has_output_weight, rotates_queries
-from .plan import Layout, Plan
+from .plan import BudgetLayout, EvictionPlan
 from .policies.base import Policy
 from .recorders import InputRecorder, Observers
 from .report import Report
 from .rollback import replaces_tensors
-from .serialization import load_cache, stack
+from .serialization import load_cache, save_cache
+from .stacking import stack
 from .storage.paged import store_class
 
 
 class Session(Interceptor):
-    """What `evict` yields. Makes caches, follows the model's forwards, reports.
+    """Yielded by `evict`: makes caches, reads tokens into them, loads and stacks them, and reports.
 
     Attributes:
         model: the block's model.
-        plan: what new caches evict and when.
+        plan: which entries new caches evict, and when.
         gates: the retention gates, if any.
-        policies: the plan's and those that are only observed.
-        window_size: how many of the last queries every cache remembers.
-        observers: what every cache keeps for the policies while the model runs.
-        logits_to_keep: the running call's argument: its caller reads so many of the last logits; 0 or a tensor of
-            indices for all.
+        policies: the plan's policy and those that are only observed.
+        window_size: number of the last queries that every cache records.
+        observers: states and statistics that every cache records while the model runs.
+        recording: the part of these that caches hold.
+        logits_to_keep: this argument of the running call of the model: the number of last logits that its caller reads;
+            0 or a tensor of indices for all.
     """
 
     def __init__(
-        self, model: PreTrainedModel, plan: Plan, gates: RetentionGates | None, observe: tuple[Policy, ...]
+        self, model: PreTrainedModel, plan: EvictionPlan, gates: RetentionGates | None, observe: tuple[Policy, ...]
     ) -> None:
         self.model = model
         self.plan = plan
@@ -62,15 +59,29 @@ class Session(Interceptor):
         self._config = text_config(model)
         self._depth = self._config.num_hidden_layers
         self._layers = {layer.layer_idx: layer for layer in full_attention_layers(model)}
-        self.policies = watched = (plan.policy, *observe)
-        self._needs = frozenset().union(*(policy.needs for policy in watched))
-        self.window_size = max(policy.window_size for policy in watched)
+        self.policies = policies = (plan.policy, *observe)
+        self._needs = frozenset().union(*(policy.needs for policy in policies))
+        self.window_size = max(policy.window_size for policy in policies)
         self._running: RaggedCache | None = None
         self._last: RaggedCache | None = None
         self._check(model)
         self._stacked = StackedGates(gates) if gates is not None and "log_beta" in self._needs else None
-        self.observers = Observers(watched, Rotary(model) if "query_statistics" in self._needs else None)
+        self.observers = Observers(policies, Rotary(model) if "query_statistics" in self._needs else None)
         self._recorder = InputRecorder(Rotary(model) if "hidden_states" in self._needs else None)
+        self.recording = Recording(
+            model=model,
+            gates=gates,
+            policies=policies,
+            window_size=self.window_size,
+            observers=self.observers,
+            entry_states=("log_beta",) * (self._stacked is not None) + self.observers.state_keys,
+            layout=self.layout,
+            new_cache=self.new_cache,
+            require=self.require_recorded,
+            track=self.track,
+            save=save_cache,
+            rollback=RollbackConfig(),
+        )
         self.logits_to_keep: Any = 0
         self._inputs: list[torch.Tensor] | None = None  # of a one-token forward, until its end
 
@@ -111,48 +122,112 @@ class Session(Interceptor):
             )
 
     @property
-    def layout(self) -> Layout:
-        """What a row's budget is shared among; of an entry's bytes only the key's and the position's are known yet."""
+    def layout(self) -> BudgetLayout:
+        """The heads that share a row's budget; `entry_bytes` counts key and position, the least that is stored."""
         layers = list(self._layers.values())
         dim = max(layer.head_dim for layer in layers)
         width = dim * self.model.dtype.itemsize + torch.int32.itemsize
         kind = store_class(self.model.device, self.model.dtype, dim)
-        return Layout(tuple(layer.num_kv_heads for layer in layers), width, kind.spare)
+        return BudgetLayout(tuple(layer.num_kv_heads for layer in layers), width, kind.spare)
 
     def new_cache(self) -> RaggedCache:
         """An empty cache for the block's model; ValueError while `generate` runs only some of its layers."""
         if self._config.num_hidden_layers != self._depth:
-            self._config.num_hidden_layers = self._depth  # transformers does not put it back if its draft raises
+            self._config.num_hidden_layers = self._depth  # transformers does not restore it if its draft raises
             raise ValueError(
                 "assistant_early_exit, which drafts with some of the model's layers, is not supported inside evict(); "
                 "use assistant_model or prompt_lookup_num_tokens"
             )
         layers = DynamicCache(config=self._config).layers
+        ring_size = self.recording.rollback.ring_size(self.window_size)
         while len(layers) <= max(self._layers):
             layers.append(None)  # type: ignore[arg-type]  # replaced below
         for index, layer in self._layers.items():
-            layers[index] = RaggedLayer(layer, self.window_size, self.observers)  # type: ignore[call-overload]
-        cache = RaggedCache(self, self.plan, layers)
+            layers[index] = RaggedLayer(layer, ring_size, self.observers)  # type: ignore[call-overload]
+        cache = RaggedCache(self.recording, self.plan, layers)
         self.track(cache)
         return cache
 
     def stack(self, caches: Sequence[RaggedCache]) -> RaggedCache:
-        """One cache whose rows continue those of `caches`, for answering all at once; see `stacking.stack`."""
+        """One cache with the rows of `caches`, for decoding all of them together; see `stacking.stack`."""
         return stack(caches)
 
     def load_cache(self, path: str | os.PathLike) -> RaggedCache:
-        """The cache that `cache.save(path)` wrote, ready to go on with under the plan it was saved with.
+        """The cache that `cache.save(path)` wrote, under the plan that it was saved with.
 
         Raises:
             CacheFileError: a file that is absent, truncated, of another model, of other gates or of a newer schema; or
-                this session does not record what the cache holds. The message names which.
+                this session does not record the data that the cache contains. The message names the reason.
         """
-        return load_cache(self, path)
+        return load_cache(self.recording, path)
+
+    @torch.no_grad()
+    def extend(
+        self,
+        cache: RaggedCache,
+        ids: torch.Tensor | Sequence[int],
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> torch.Tensor:
+        """Reads more tokens into `cache` by one call of the model, evicting as its plan says, and returns the logits.
+
+        Inputs longer than the plan's `prefill_chunk` are read in chunks. Call it within the block.
+
+        Args:
+            cache: a cache of this session.
+            ids: token ids `(batch, n)`, one row per row of the cache; or a sequence of n ids for every row of the cache
+                (one row if it is empty). On any device; n >= 1.
+            attention_mask: `(batch, n)`, 0 for padding among the new tokens, which is neither stored nor counted; None
+                if all are real. The padding that the cache has seen already is known to it.
+            position_ids: int64 `(batch or 1, n)` for RoPE. None: positions continue each row's real tokens, so that
+                padding has no effect on them.
+            logits_to_keep: return the logits of so many last columns; 0 for all.
+
+        Returns:
+            Logits `(batch, n or logits_to_keep, vocab_size)`, the model's dtype.
+        Raises:
+            ValueError: another shape of `ids` or `attention_mask`, another number of rows than the cache has, a cache
+                of another block, or as the forward under `evict`.
+        """
+        device, rows = self.model.device, cache.rows
+        tokens = torch.as_tensor(ids, dtype=torch.long, device=device)
+        if tokens.ndim == 1:
+            tokens = tokens.expand(max(1, len(rows.tokens)), -1)
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"got ids {tuple(tokens.shape)}; accepted: (batch, n) or (n,), of at least one token")
+        if attention_mask is not None and attention_mask.shape != tokens.shape:
+            raise ValueError(
+                f"got attention_mask {tuple(attention_mask.shape)} for ids {tuple(tokens.shape)}; accepted: one number "
+                "for each of the new tokens"
+            )
+        if position_ids is None and (rows.padded or attention_mask is not None):
+            position_ids = self._positions_after(rows, tokens, attention_mask)
+        if attention_mask is None and rows.padded and len(cache.ragged) < len(cache.layers):
+            attention_mask = torch.ones_like(tokens)  # transformers' own layers store padding and must mask it
+        if attention_mask is not None:
+            valid = attention_mask.to(device).bool()
+            attention_mask = torch.cat([rows.mask().to(device), valid], dim=1) if rows.tokens else valid
+        given: dict[str, Any] = {}
+        if attention_mask is not None:
+            given["attention_mask"] = attention_mask
+        if position_ids is not None:
+            given["position_ids"] = position_ids.to(device)
+        call = {"past_key_values": cache, "use_cache": True, "logits_to_keep": logits_to_keep}
+        return self.model(input_ids=tokens, **given, **call).logits
+
+    @staticmethod
+    def _positions_after(rows: SequenceState, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """int64 `(batch, n)`: positions that continue each row's real tokens; those of padding are arbitrary."""
+        seen = torch.tensor(rows.tokens or [0] * len(tokens), device=tokens.device).unsqueeze(1)
+        if mask is None:
+            return seen + torch.arange(tokens.shape[1], device=tokens.device)
+        return (seen + mask.to(tokens.device).long().cumsum(1) - 1).clamp(min=0)
 
     @property
     def entry_states(self) -> tuple[str, ...]:
-        """Names of what every entry carries beside key, value and position."""
-        return ("log_beta", *self.observers.state_keys) if self._stacked else self.observers.state_keys
+        """Names of the fp32 numbers stored with every entry in addition to key, value and position."""
+        return self.recording.entry_states
 
     def track(self, cache: RaggedCache) -> None:
         """Makes `cache` the last one."""
@@ -187,13 +262,13 @@ class Session(Interceptor):
                 "policy in evict(..., observe=[...])"
             )
 
-    # What the hooks ask.
+    # Called by the hooks.
 
     def uses_cache(self, kwargs: dict[str, Any]) -> bool:
         """Whether a forward of the decoder with these arguments writes to a cache."""
         use_cache = kwargs.get("use_cache")
-        wanted = self._config.use_cache if use_cache is None else use_cache
-        return bool(wanted) or isinstance(kwargs.get("past_key_values"), RaggedCache)
+        writes = self._config.use_cache if use_cache is None else use_cache
+        return bool(writes) or isinstance(kwargs.get("past_key_values"), RaggedCache)
 
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._running = None
@@ -203,7 +278,7 @@ class Session(Interceptor):
         source = kwargs.get("inputs_embeds")
         source = kwargs["input_ids"] if source is None else source
         batch, q_len = source.shape[:2]
-        if self.drafts and cache.of_generate and not cache.drafting:
+        if self.drafts and cache.made_by_generate and not cache.drafting:
             cache.activate_past_recording()
         valid = new_tokens(kwargs.get("attention_mask"), batch, q_len, cache.columns_seen)
         step = cache.begin_step(batch, q_len, valid, source.device)
@@ -216,15 +291,15 @@ class Session(Interceptor):
 
     @property
     def drafts(self) -> int:
-        """How many of the running call's last tokens are drafts, which may be taken back, if `generate` called."""
+        """Number of the running call's last tokens that are drafts, and may be removed, if `generate` made the call."""
         return max(0, self.logits_to_keep - 1) if isinstance(self.logits_to_keep, int) else 0
 
     def cache_for(self, given: Any) -> RaggedCache:
-        """The session's cache that stands for the one given to the model."""
+        """The session's cache to be used in place of the one given to the model."""
         if given is None:
             return self.new_cache()
         if isinstance(given, RaggedCache):
-            if given.session is not self:
+            if given.recording is not self.recording:
                 raise ValueError("this cache belongs to another evict() block; make one with session.new_cache()")
             return given
         if type(given) is not DynamicCache or given.offloading:
@@ -240,7 +315,7 @@ class Session(Interceptor):
                 "the cache given to the model was filled outside this evict() block; start with session.new_cache()"
             )
         cache = self.new_cache()
-        cache.of_generate = True
+        cache.made_by_generate = True
         if any(getattr(layer, "record_past", False) for layer in given.layers):
             cache.activate_past_recording()  # assisted decoding will take tokens back from the sliding layers
         return cache
@@ -248,7 +323,7 @@ class Session(Interceptor):
     def call(self, layer: AttentionLayer, hidden_states: torch.Tensor) -> AttentionCall | None:
         if self._running is None:
             return None
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         if self._inputs is not None:
             self._inputs.append(hidden_states)
         elif self._stacked is not None:
@@ -292,10 +367,12 @@ def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[Att
 
 
 class StackedGates:
-    """The gates' parameters stacked over layers: a second copy for as long as the session lasts.
+    """The gates' parameters stacked over layers, for log β of one token in all layers by one call.
+
+    In decoding, one call per layer would take longer than the attention. The copy lasts as long as the session.
 
     Attributes:
-        gates: the gates they were made from; later changes to them are not seen.
+        gates: the gates that the copy was made from; later changes to them have no effect.
     """
 
     @torch.no_grad()

@@ -153,8 +153,7 @@ def _stream(
 
     cache = session.new_cache()
     if context:
-        with torch.no_grad():
-            model(_row(context, model), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        session.extend(cache, context, logits_to_keep=1)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if config.temperature > 0:
         sampling = {"do_sample": True, "temperature": config.temperature}

@@ -62,18 +62,10 @@ class DecodeBatch:
             self.cache = caches[0] if len(caches) == 1 else self.session.stack(caches)
         return self.rows
 
-    @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Extends every row by a token; logits `(rows, vocab)`."""
         assert self.cache is not None and len(tokens) == len(self.rows), "a token for each row"
-        model, seen = self.session.model, self.cache.tokens_seen
-        output = model(
-            input_ids=torch.tensor(tokens, device=model.device).unsqueeze(1),
-            position_ids=seen.to(model.device).unsqueeze(1),  # rows may be padded on the left
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.logits[:, -1]
+        return self.session.extend(self.cache, torch.tensor(tokens).unsqueeze(1))[:, -1]
 
     def clear(self) -> None:
         """Drops all rows, as after a step that has failed."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..eviction import Budget, Policy, get_policy
-from ..eviction.serialization import cache_of, check_parts, export_cache, import_cache, part_of
+from ..eviction.serialization import cache_of_slices, check_sliceable, export_cache, import_cache, slice_of
 from .kvcache.base import KVPayload, TensorPayload
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ class PromptKV:
     Args:
         session: inside its `evict` block; its caches hold one row here.
     Raises:
-        ValueError: a model or a policy whose KV is not a matter of single tokens, see `check_parts`.
+        ValueError: a model or a policy whose KV is not a matter of single tokens, see `check_sliceable`.
     """
 
     def __init__(self, session: Session) -> None:
-        check_parts(session)
+        check_sliceable(session.recording)
         self.session = session
 
     def bytes_per_token(self) -> int:
@@ -65,8 +65,8 @@ class PromptKV:
         )
 
     def plain(self, cache: RaggedCache, start: int, stop: int, row: int | None = None) -> TensorPayload:
-        """The KV of the tokens [start, stop) of a row, see `part_of`; ValueError if it has evicted something."""
-        return TensorPayload(part_of(cache, start, stop, row), stop - start, token_dim=-2)
+        """The KV of the tokens [start, stop) of a row, see `slice_of`; ValueError if it has evicted something."""
+        return TensorPayload(slice_of(cache, start, stop, row), stop - start, token_dim=-2)
 
     def compressed(self, cache: RaggedCache) -> TensorPayload:
         """Everything that `cache` holds of the tokens it has seen."""
@@ -76,12 +76,10 @@ class PromptKV:
         owned[HEADER] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.session.model.device)
         return TensorPayload(owned, cache.columns_seen, token_dim=None)
 
-    @torch.no_grad()
     def forward(self, cache: RaggedCache, ids: Sequence[int] | Any) -> torch.Tensor:
         """Extends `cache` by one row of tokens; logits `(vocab,)` of the last one."""
-        model = self.session.model
-        tokens = torch.as_tensor(ids, dtype=torch.long, device=model.device).view(1, -1)
-        return model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        tokens = torch.as_tensor(ids, dtype=torch.long).view(1, -1)
+        return self.session.extend(cache, tokens, logits_to_keep=1)[0, -1]
 
     @staticmethod
     def compress(cache: RaggedCache, how: Compression) -> None:
@@ -108,13 +106,13 @@ class PromptKV:
         if not contents:
             return self.session.new_cache()
         if all(payload.divisible for payload in payloads):
-            return cache_of(self.session, contents)
+            return cache_of_slices(self.session.recording, contents)
         if len(contents) > 1 or HEADER not in contents[0]:
             raise ValueError(f"got {len(contents)} payloads; accepted: parts of one prompt, or one compressed prompt")
         (content,) = contents
         header = json.loads(bytes(content[HEADER].cpu().numpy().tobytes()))
         owned = {name: tensor.clone() for name, tensor in content.items() if name != HEADER}
-        return import_cache(self.session, header, owned)
+        return import_cache(self.session.recording, header, owned)
 
     @staticmethod
     def _read(payload: KVPayload) -> dict[str, torch.Tensor]:

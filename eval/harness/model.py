@@ -15,7 +15,7 @@ import torch
 from ...eviction import Session, evict
 from ..prompts import shared_start
 from .options import Options, check_config, find_config, load_gates
-from .scoring import CacheMeter, Scored, Scorer, left_padded, read_contexts
+from .scoring import CacheMeter, Scored, Scorer, left_padded
 
 if TYPE_CHECKING:
     TenureLM: type[Evicting]
@@ -131,7 +131,7 @@ class Evicting(_Hf):
         ids, mask = left_padded(contexts, pad, context.device)
         cache = session.new_cache()
         with torch.no_grad(), self._autocast():
-            read_contexts(self.model, cache, ids, mask)
+            session.extend(cache, ids, mask, logits_to_keep=1)
         self.meter.compressed(cache, [len(one) for one in contexts])
         asked, asked_mask = left_padded(questions, pad, context.device)
         ids, mask = torch.cat([ids, asked], 1), torch.cat([mask, asked_mask], 1)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ...eviction import Budget, Policy, get_policy, policy_text
-from ...eviction.plan import CALIBRATED, Plan, calibrated
+from ...eviction.plan import CALIBRATED, EvictionPlan, calibrated
 from ...retention import RetentionGates
 from ...retention.checked import verify
 from .boundary import Boundaries
@@ -86,10 +86,10 @@ class Options:
         return get_policy(self.policy)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> EvictionPlan:
         """The plan that `evict` makes of the options, a calibrated budget not yet looked up."""
         policy = self.chosen
-        return Plan(
+        return EvictionPlan(
             policy,
             Budget(1.0 if self.budget == CALIBRATED else self.budget),
             self.scope or policy.default_scope,

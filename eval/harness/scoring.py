@@ -58,38 +58,37 @@ class Scorer:
             groups: a row of the batch each: requests with the same context, which is read once.
         """
         contexts = [group[0].context for group in groups]
-        cache, mask, first = self._compress(contexts)
+        cache, first = self._compress(contexts)
         answers: list[list[tuple[float, bool]]] = [[] for _ in groups]
         for member in range(max(map(len, groups))):
             rows = [row for row, group in enumerate(groups) if len(group) > member]
             fork = cache.fork()
-            fork.select_rows(torch.tensor(rows, device=mask.device))
+            fork.select_rows(torch.tensor(rows, device=first.device))
             asked = [groups[row][member] for row in rows]
-            for row, answer in zip(rows, self._continue(fork, mask[rows], first[rows], asked), strict=True):
+            for row, answer in zip(rows, self._continue(fork, first[rows], asked), strict=True):
                 answers[row].append(answer)
             self.meter.seen(fork)
         return answers
 
-    def _compress(self, contexts: Sequence[Sequence[int]]) -> tuple[RaggedCache, torch.Tensor, torch.Tensor]:
-        """(compressed cache, mask `(batch, columns)`, logits `(batch, vocab)` after the last token) of the contexts."""
+    def _compress(self, contexts: Sequence[Sequence[int]]) -> tuple[RaggedCache, torch.Tensor]:
+        """(compressed cache, logits `(batch, vocab)` after the last token) of the contexts."""
         ids, mask = left_padded(contexts, self.pad, self.model.device)
         cache = self.session.new_cache()
-        logits = read_contexts(self.model, cache, ids, mask)
+        logits = self.session.extend(cache, ids, mask, logits_to_keep=1)[:, -1]
         self.meter.compressed(cache, [len(context) for context in contexts])
-        return cache, mask, logits
+        return cache, logits
 
     def _continue(
-        self, cache: RaggedCache, mask: torch.Tensor, first: torch.Tensor, asked: Sequence[Scored]
+        self, cache: RaggedCache, first: torch.Tensor, asked: Sequence[Scored]
     ) -> list[tuple[float, bool]]:
         """Reads the tokens after the contexts and scores the continuations.
 
         A piece ends where the next eviction is due, so that every token sees what it would see if the tokens before it
         had been generated one by one.
         """
-        device = mask.device
+        device = first.device
         totals = torch.zeros(len(asked), dtype=torch.float64, device=device)
         greedy = torch.ones(len(asked), dtype=torch.bool, device=device)
-        seen = mask.sum(1, keepdim=True)
         longest = max(len(one.read) for one in asked)
         # The token that the logits at each column of the read tokens predict; -1 for none.
         targets = torch.full((len(asked), longest + 1), -1, device=device)
@@ -105,13 +104,7 @@ class Scorer:
         while start < longest:
             part = slice(start, start + tokens_until_due(cache, longest - start))
             start = part.stop
-            mask = torch.cat([mask, valid[:, part]], dim=1)
-            positions = seen + torch.arange(part.start, part.stop, device=device)
-            output = self.model(
-                input_ids=ids[:, part], attention_mask=mask, position_ids=positions, past_key_values=cache,
-                use_cache=True,
-            )  # fmt: skip
-            logits = output.logits
+            logits = self.session.extend(cache, ids[:, part], valid[:, part])
             self._count(logits, targets[:, part.start + 1 : part.stop + 1], totals, greedy)
         return list(zip(totals.tolist(), greedy.tolist(), strict=True))
 
@@ -140,16 +133,6 @@ def tokens_until_due(cache: RaggedCache, most: int) -> int:
         # A budget that is a share grows with the tokens, but never as fast as they come: due stays due.
         left = min(left, 1 + bisect_left(range(1, left), True, key=lambda count: due(stored, tokens, count)))
     return left
-
-
-def read_contexts(model: Any, cache: RaggedCache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Reads left-padded rows into an empty cache; logits `(batch, vocab)` of their last tokens."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-        logits_to_keep=1,
-    )  # fmt: skip
-    return output.logits[:, -1]
 
 
 def left_padded(

@@ -1,11 +1,8 @@
-"""Which presses of kvpress can run, and what each of them is asked.
+"""Presses of kvpress as policies: `evict(model, from_press(SnapKVPress()), budget=0.2)`.
 
-A press of kvpress asked about one layer of one row: what it is given, its scores, and what it keeps.
-
-Presses of kvpress as policies: `evict(model, from_press(SnapKVPress()), budget=0.2)`.
-
-kvpress cuts the tensors of a layer to one length, and where heads keep different numbers it only masks what it evicts.
-Here a press says what stays, and the memory of the rest is given back.
+kvpress slices the tensors of a layer to one length, and where heads keep different numbers it only masks the evicted
+entries. Here a press is given one layer of one row, its kept entries are read off, and the memory of the others is
+freed.
 """
 
 from __future__ import annotations
@@ -14,22 +11,17 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..layer_view import LayerView
 from ..model_adapters import Rotary
 from ..policies.base import Policy
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..layer_view import LayerView
-
-
-
-# Why a press cannot run, by the class that makes it so; subclasses are refused with it.
+# Reasons why presses cannot run, by class name; subclasses are refused too.
 _OWN_EVICTIONS = "evicts while tokens are generated, which evict() does itself after every `buffer` tokens"
 REFUSED = {
     "ThinKPress": "zeroes channels of the keys and evicts no entry",
@@ -44,7 +36,7 @@ REFUSED = {
     "ComposedPress": "chains presses that have a ratio each, which one budget cannot set: give one of them",
 }
 
-# What a press loads for a model in `post_init_from_model`.
+# Attributes that presses load for a model in `post_init_from_model`.
 LOADED = {
     "DuoAttentionPress": "streaming_mask",
     "ExpectedAttentionStatsPress": "mu",
@@ -56,16 +48,16 @@ LOADED = {
 
 
 def kind_of(press: Any) -> str:
-    """What a press is asked.
+    """Classifies a press by the way its kept entries are obtained.
 
     Returns:
         "scores": its scores; a head keeps its best.
         "heads": the scores of the press inside it; the heads of a layer compete (AdaKV).
         "gates": scores that are comparable between layers (Fast KVzip).
         "threshold": the scores of the press inside it, of which low ones are never kept (DMS).
-        "choice": which entries it keeps.
-        "layers": which entries the press inside it keeps at the layer's own ratio.
-        "": nothing, it does something else.
+        "choice": the entries it keeps.
+        "layers": the entries that the press inside it keeps at the layer's own ratio.
+        "": unsupported, it does something else.
     """
     hook, call, compress = (_definer(press, name) for name in ("forward_hook", "__call__", "compress"))
     special = {"DMSPress": "threshold", "PerLayerCompressionPress": "layers", "FastKVzipPress": "gates"}
@@ -92,7 +84,7 @@ def refuse(press: Any) -> None:
 
 
 def require_loaded(press: Any) -> None:
-    """Raises ValueError if the press, or one inside it, has not loaded what it needs for a model."""
+    """Raises ValueError if the press, or one inside it, has not loaded the data it needs for a model."""
     for part in parts_of(press):
         for name in class_names(part):
             if name in LOADED and getattr(part, LOADED[name], None) is None:
@@ -117,7 +109,7 @@ def parts_of(press: Any) -> Iterator[Any]:
 
 
 def copied(press: Any) -> Any:
-    """A copy whose options, and those of the presses inside it, may be set; tensors and modules are shared."""
+    """A copy whose options, and those of the presses inside it, can be set; tensors and modules are shared."""
     twin = copy.copy(press)
     for name, value in vars(press).items():
         if _is_press(value):
@@ -128,7 +120,7 @@ def copied(press: Any) -> Any:
 
 
 def described(value: Any) -> str:
-    """A press's class and options as text, without its ratio; what is no plain value by its identity."""
+    """A press's class and options as text, without its ratio; values that are not plain by their identity."""
     if _is_press(value):
         options = {name: one for name, one in vars(value).items() if name != "compression_ratio"}
         return f"{type(value).__name__}({', '.join(f'{name}={described(one)}' for name, one in options.items())})"
@@ -152,13 +144,13 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class PressInput:
-    """What kvpress hands a press after a layer's attention, for a single row.
+    """The arguments that kvpress gives a press after a layer's attention, for a single row.
 
     Attributes:
         module: the attention module.
         hidden_states: `(1, n, hidden_size)`, its input.
-        keys, values: `(1, num_kv_heads, n, dim)`, post-RoPE; copies, for a press may write to them.
-        positions: int64 `(1, n)`, the positions that RoPE gave them.
+        keys, values: `(1, num_kv_heads, n, dim)`, post-RoPE; copies, because a press may write to them.
+        positions: int64 `(1, n)`, the positions at which RoPE was applied.
         rotary: the model's RoPE.
         attentions: `(1, num_heads, n, n)`, or None.
     """
@@ -173,7 +165,7 @@ class PressInput:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Of `press.score` and `press.compress`."""
+        """Arguments of `press.score` and `press.compress`."""
         kwargs = {
             "hidden_states": self.hidden_states,
             "position_ids": self.positions,
@@ -195,21 +187,21 @@ class _Embedding:
 
 
 @contextmanager
-def lent(given: PressInput) -> Iterator[None]:
-    """Within the block the module has `rotary_emb`, which kvpress gives it for good, and masks nothing.
+def press_attributes(given: PressInput) -> Iterator[None]:
+    """Within the block the module has `rotary_emb`, which kvpress sets permanently, and no masked keys.
 
-    Where kvpress would leave the norm of queries and keys out, presses that project hidden states raise ValueError.
+    Where kvpress would omit the norm of queries and keys, presses that project hidden states raise ValueError.
     """
     attributes = vars(given.module)  # not setattr: a module among them would become a part of the model
-    loan: dict[str, Any] = {"rotary_emb": _Embedding(given.rotary), "masked_key_indices": None}
+    temporary: dict[str, Any] = {"rotary_emb": _Embedding(given.rotary), "masked_key_indices": None}
     if _has_unknown_norm(given.module):
-        loan |= dict.fromkeys(("q_proj", "k_proj"), _Refusal(type(given.module).__name__))
-    before = {name: attributes[name] for name in loan if name in attributes}
-    attributes.update(loan)
+        temporary |= dict.fromkeys(("q_proj", "k_proj"), _Refusal(type(given.module).__name__))
+    before = {name: attributes[name] for name in temporary if name in attributes}
+    attributes.update(temporary)
     try:
         yield
     finally:
-        for name in loan:
+        for name in temporary:
             attributes.pop(name, None)
         attributes.update(before)
 
@@ -223,22 +215,22 @@ def _has_unknown_norm(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Refusal:
-    """Stands for a projection whose norm kvpress does not know."""
+    """Replaces a projection followed by a norm that kvpress omits."""
 
     module: str
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         raise ValueError(
-            f"kvpress computes queries and keys without the norm that {self.module} has; on this model presses can run "
-            "that read the cached keys and values only"
+            f"kvpress computes queries and keys without the norm that {self.module} has; accepted on this model: "
+            "presses that read the cached keys and values only"
         )
 
 
 def attention_weights(given: PressInput, scaling: float) -> torch.Tensor:
     """The layer's causal attention, `(1, num_heads, n, n)`, the model's dtype; for presses that read it.
 
-    kvpress takes it from the model, which must be run with eager attention for that. Here it is computed again, one
-    layer at a time.
+    kvpress reads it from the model, which must run with eager attention for that. Here it is recomputed, one layer at
+    a time.
     """
     from kvpress.utils import get_prerope_query_states  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -247,23 +239,23 @@ def attention_weights(given: PressInput, scaling: float) -> torch.Tensor:
     cos, sin = _Embedding(given.rotary)(given.hidden_states, given.positions)
     queries = apply_rotary_pos_emb(queries, given.keys, cos, sin)[0]
     _, heads, n, dim = queries.shape
-    grouped = queries.reshape(1, given.keys.shape[1], -1, dim)  # the heads of a group stand one behind the other
+    grouped = queries.reshape(1, given.keys.shape[1], -1, dim)  # the heads of a group are adjacent
     logits = (grouped @ given.keys.transpose(2, 3)).view(1, heads, n, n) * scaling
     future = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
     return logits.masked_fill_(future, -torch.inf).softmax(-1, dtype=torch.float32).to(given.keys.dtype)
 
 
 def scores_of(press: Any, given: PressInput, budget: int) -> torch.Tensor:
-    """What a press makes of the entries, `(1, num_kv_heads, n)`: its scores, or 1 for what it keeps; -inf for never.
+    """A press's scores `(1, num_kv_heads, n)`, or 1 for entries that it keeps; -inf for "never keep".
 
-    Runs within `lent`.
+    Call it within `press_attributes`.
 
     Args:
         press: of a known `kind_of`; its ratio is set here.
         budget: entries that a head of this layer may keep, on average.
     """
     n = given.keys.shape[2]
-    # kvpress keeps int(n * (1 - ratio)): the budget, whatever the last digit of the product.
+    # kvpress keeps int(n * (1 - ratio)): exactly the budget, despite rounding of the product.
     ratio = max(0.0, 1 - (budget + 1e-3) / n)
     kind = kind_of(press)
     if kind == "scores":
@@ -282,22 +274,22 @@ def scores_of(press: Any, given: PressInput, budget: int) -> torch.Tensor:
         return press.score_val[given.module.layer_idx]
     if kind == "layers":
         ratio, press = press.compression_ratios[given.module.layer_idx], press.press
-    with suppress(AttributeError):  # of presses that decide by themselves how much they keep
+    with suppress(AttributeError):  # raised by presses that determine their own ratio
         press.compression_ratio = ratio
     kept = kept_by(press, given)
     return torch.ones_like(kept, dtype=torch.float32).masked_fill(~kept, -torch.inf)
 
 
 def kept_by(press: Any, given: PressInput) -> torch.Tensor:
-    """Runs `press.compress`, and tells which entries it keeps: bool `(1, num_kv_heads, n)`.
+    """Runs `press.compress` and returns a mask of the entries that it keeps: bool `(1, num_kv_heads, n)`.
 
-    A press shows that either in what it returns or, where heads keep different numbers, in the module's
-    `masked_key_indices`. Runs within `lent`.
+    A press returns the kept keys and values or, where heads keep different numbers, sets the module's
+    `masked_key_indices`. Call it within `press_attributes`.
 
     Raises:
-        ValueError: what it returns is not a selection of the entries.
+        ValueError: the returned tensors are not a selection of the entries.
     """
-    before = _fingerprints(given.keys, given.values)  # first: the press may write to them
+    before = _fingerprints(given.keys, given.values)  # before the call: the press may write to them
     keys, values = press.compress(*given.arguments)
     same_width = keys.shape[-1] == given.keys.shape[-1] and values.shape[-1] == given.values.shape[-1]
     kept = _found(before, _fingerprints(keys, values)) if same_width else None
@@ -313,7 +305,7 @@ def kept_by(press: Any, given: PressInput) -> torch.Tensor:
 
 
 def _fingerprints(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """A number for the bits of each entry, int64 `(1, num_kv_heads, n)`: entries that differ share none but by chance.
+    """A hash of the bits of each entry, int64 `(1, num_kv_heads, n)`; entries that differ collide only by chance.
 
     Bits times random odd factors, modulo 2⁶⁴.
     """
@@ -328,9 +320,9 @@ def _fingerprints(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _found(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
-    """Marks those of `before` `(1, heads, n)` that are in `after` `(1, heads, k)`; None if one of these is not there.
+    """Marks the elements of `before` `(1, heads, n)` that are in `after` `(1, heads, k)`; None if one is missing.
 
-    Of equal ones as many are marked as there are in `after`.
+    Among equal elements as many are marked as there are in `after`.
     """
     n, count = before.shape[-1], after.shape[-1]
     ordered, order = before.sort(-1)
@@ -344,21 +336,21 @@ def _found(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
     return torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order.gather(-1, place), True)
 
 
-LOWEST = torch.finfo(torch.float32).min  # the score of entries that the press has not scored
+LOWEST = torch.finfo(torch.float32).min  # score of entries that the press has not scored
 
 
 def from_press(press: Any, model: PreTrainedModel | None = None) -> Policy:
-    """A policy that keeps what a press of kvpress keeps; see "Presses of kvpress" in docs/eviction.md.
+    """A policy that keeps the entries that a press of kvpress keeps.
 
     Args:
-        press: an instance of a press, which is copied. The budget of `evict` counts, not its compression ratio.
-        model: for presses that load something for a model, such as `QFilterPress`; it is loaded now.
+        press: an instance of a press, which is copied. Its compression ratio is ignored; the budget of `evict` applies.
+        model: for presses that load data for a model, such as `QFilterPress`; it is loaded now.
 
     Returns:
         The policy, for `evict(policy=…)`, `observe=[…]` and `cache.compress(…)`.
     Raises:
         ImportError: kvpress is not installed.
-        ValueError: no press, or one that does more than select entries; the message says what.
+        ValueError: not a press, or one that does more than select entries; the message names the reason.
     """
     try:
         from kvpress import BasePress  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
@@ -376,10 +368,10 @@ def from_press(press: Any, model: PreTrainedModel | None = None) -> Policy:
 
 @dataclass(frozen=True)
 class PressPolicy(Policy):
-    """Keeps of a prompt what a press keeps, and of later tokens the newest; made by `from_press`.
+    """Keeps the entries of a prompt that a press keeps, and the newest of later tokens; made by `from_press`.
 
-    A press scores each row alone and once: at its first eviction, when all its entries are there. The scores stay with
-    the entries. Tokens that come later are not scored: they rank below those that were, the newest first.
+    A press scores each row alone and once: at its first eviction, when all its entries are stored. The scores are kept
+    with the entries. Later tokens are not scored: they rank below scored ones, the newest first.
 
     Attributes:
         press: a private copy of the press.
@@ -395,7 +387,7 @@ class PressPolicy(Policy):
 
     @property
     def default_scope(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Who competes, as in kvpress; "global" takes the choice of a press that chooses by itself as a whole."""
+        """Scope of the competition, as in kvpress; "global" for presses that select entries themselves."""
         kind = kind_of(self.press)
         if kind == "gates" and self.press.layerwise:
             return "layer"
@@ -408,21 +400,21 @@ class PressPolicy(Policy):
     def conclude(self, view: LayerView) -> dict[str, torch.Tensor]:
         scores = view.state("score").clone()
         for row, budget in enumerate(view.budget.tolist()):
-            given = self._given(view, row) if budget else None
+            given = self._press_input(view, row) if budget else None
             if given is not None:
-                own = self._asked(given, budget, view.layer_idx)
+                own = self._press_scores(given, budget, view.layer_idx)
                 scores[row, :, : own.shape[2]] = own[0]
         return {"score": scores}
 
     def score(self, view: LayerView) -> torch.Tensor:
         scores = view.state("score")
-        return scores.masked_fill(scores == 0, LOWEST)  # of equal ones the newer entries stay
+        return scores.masked_fill(scores == 0, LOWEST)  # on ties the newer entries are kept
 
-    def _given(self, view: LayerView, row: int) -> PressInput | None:
-        """What the press is asked about; None if it has scored the row, or the row is empty.
+    def _press_input(self, view: LayerView, row: int) -> PressInput | None:
+        """The input of the press; None if it has scored the row already, or the row is empty.
 
         Raises:
-            ValueError: entries of the row are gone that the press has not scored.
+            ValueError: entries of the row were evicted before the press scored them.
         """
         inputs = view.inputs
         before = None if inputs is None else inputs.evicted_by[row]
@@ -431,8 +423,8 @@ class PressPolicy(Policy):
         if inputs is None or before is not None:
             why = "the cache was loaded from a file" if before is None else f"entries were evicted by {before!r}"
             raise ValueError(
-                f"{self.options} scores a prompt as a whole and its hidden states are gone: {why}; fork() the cache "
-                "before its first eviction"
+                f"{self.options} scores a prompt as a whole and its hidden states were discarded: {why}; fork() the "
+                "cache before its first eviction"
             )
         hidden, positions = inputs.row(row)
         if hidden.shape[1] == 0:
@@ -444,17 +436,17 @@ class PressPolicy(Policy):
             given = replace(given, attentions=attention_weights(given, view.scaling))
         return given
 
-    def _asked(self, given: PressInput, budget: int, layer_idx: int) -> torch.Tensor:
-        """The press's scores, fp32 `(1, num_kv_heads, n)`, none of them 0, which is left to entries without a score.
+    def _press_scores(self, given: PressInput, budget: int, layer_idx: int) -> torch.Tensor:
+        """The press's scores, fp32 `(1, num_kv_heads, n)`, none of them 0, which marks entries without a score.
 
         Raises:
-            ValueError: the press refuses the prompt, or gives no scores.
+            ValueError: the press refuses the prompt, or does not return valid scores.
         """
         shape = given.keys.shape[:3]
         try:
-            with lent(given):
+            with press_attributes(given):
                 scores = scores_of(copied(self.press), given, budget)
-        except AssertionError as error:  # how presses refuse: a prompt shorter than their window, for example
+        except AssertionError as error:  # raised by presses, e.g. for a prompt shorter than their window
             raise ValueError(f"{self.options} refuses the prompt: {error}") from None
         if scores.shape != shape or bool(scores.isnan().any()):
             found = "NaN" if scores.shape == shape else f"scores {tuple(scores.shape)}"

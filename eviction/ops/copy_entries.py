@@ -1,23 +1,22 @@
-"""Entries of a layer from some slots to others, all its buffers in one launch.
+"""Copies entries of a layer between slots, all its buffers in one launch.
 
-A prompt that leaves its pages for a tier, or comes back into pages, is keys, values, positions and states of hundreds
-of pages: copied one by one, launches would take longer than the link to the host. Here a program moves some entries of
-every buffer. What is gathered is one block, so that a transfer between tiers is one copy a layer.
+A prompt that moves between the pages and a tier consists of keys, values, positions and states of hundreds of pages:
+copied one by one, the launches would take longer than the link to the host. Here a program copies some entries of every
+buffer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, launching_on
 from ...retention.ops.triton_language import jit, tl
-from ..storage.packing import beside, pack
 from . import naive
 
-WORDS_OF_TILE = 2048  # that a program moves at a time
-MAX_COLUMNS = 128
+WORDS_OF_TILE = 2048  # words copied by a program at a time
+MAX_COLUMNS = 128  # words of an entry per tile
 WORDS = {4: torch.int32, 2: torch.int16}
 
 
@@ -27,7 +26,7 @@ def move_words(
 ):  # fmt: skip
     """Grid (blocks of entries,): entry `source_slots[n]` of each source becomes entry `target_slots[n]` of its target.
 
-    `WIDTHS` are the words of an entry in each of them. Slots that are None are those from 0 on.
+    `WIDTHS`: words of an entry in each of them. Slots that are None are 0, 1, 2, …
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     present = row < count
@@ -46,7 +45,7 @@ def move_words(
 
 
 def tile_sizes(widths: Sequence[int]) -> dict[str, int]:
-    """Entries and words of a tile for entries of so many words."""
+    """Entries and words per tile for entries of these widths, in words."""
     columns = min(MAX_COLUMNS, 1 << (max(widths) - 1).bit_length())
     return {"ROWS": WORDS_OF_TILE // columns, "COLUMNS": columns}
 
@@ -89,13 +88,13 @@ def copy_entries(
     source_slots: torch.Tensor | None,
     target_slots: torch.Tensor | None,
 ) -> None:
-    """Copies the entries at `source_slots` of every source to `target_slots` of the target that goes with it.
+    """Copies the entries at `source_slots` of every source to `target_slots` of the corresponding target.
 
-    No host sync; runs on the current stream. No source shares memory with a target.
+    No host sync; runs on the current stream. Sources must not share memory with targets.
 
     Args:
         sources, targets: each `(slots, ...)`, contiguous, on one device; pairwise of one dtype, of 2 bytes or more, and
-            of one shape behind the slots.
+            of one shape after the slots.
         source_slots, target_slots: integers `(count,)`, the latter all different; None for the slots `[0, count)`. Not
             both None.
 
@@ -113,11 +112,3 @@ def copy_entries(
                 "contiguous ones of one dtype, of 2 bytes or more, and of one shape"
             )
     _copy_entries(list(sources), list(targets), source_slots, target_slots, len(slots[0]))
-
-
-def entries_at(buffers: Mapping[str, torch.Tensor], slots: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The entries of a layer at `slots`, int64 `(count,)`: by name `(count, ...)`, the caller's own, in one block."""
-    kinds = {name: (buffer.dtype, (len(slots), *buffer.shape[1:])) for name, buffer in buffers.items()}
-    gathered = pack(kinds, beside(slots))
-    copy_entries(list(buffers.values()), list(gathered.values()), slots, None)
-    return gathered

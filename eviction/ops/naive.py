@@ -1,18 +1,10 @@
-"""Which entries stay: exactly k of each group of competitors, in linear time.
-
-Plain-torch twins of the kernels: the reference in tests, and what runs without CUDA.
-"""
+"""Plain-torch twins of the kernels: the reference in tests, and the implementation without CUDA."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    pass
-
 
 
 def top_of_rows(scores: torch.Tensor, k: list[int], order: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -24,8 +16,8 @@ def top_of_rows(scores: torch.Tensor, k: list[int], order: Callable[[], torch.Te
     Args:
         scores: fp32 `(rows, n)`; -inf where there is no candidate; no NaN.
         k: how many to keep in each row.
-        order: gives int64 `(rows, n)`, distinct and not negative within a row; among equal scores the higher one
-            stays. Asked for only when there are ties to break.
+        order: returns int64 `(rows, n)`, distinct and not negative within a row; among equal scores the higher one
+            is kept. Called only when there are ties to break.
 
     Returns:
         bool `(rows, n)`.
@@ -42,13 +34,13 @@ def top_of_rows(scores: torch.Tensor, k: list[int], order: Callable[[], torch.Te
 
 
 def top_by_mass(values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """Marks the fewest highest values of each row whose sum reaches `mass`; of equal ones the last.
+    """Marks the fewest highest values of each row whose sum reaches `mass`; on ties the last.
 
     Cost is linear in the number of values: the lowest one that is needed is found eight bits at a time, no sort.
 
     Args:
         values: fp32 `(..., n)`, not negative, no NaN.
-        mass: fp32 `(...)`; nothing is marked for 0 or less, everything for more than there is.
+        mass: fp32 `(...)`; nothing is marked for 0 or less, everything if it exceeds the row's sum.
 
     Returns:
         bool `(..., n)`.
@@ -56,13 +48,13 @@ def top_by_mass(values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     bits = values.contiguous().view(torch.int32)  # not negative: ordered as the numbers are
     needed = mass.unsqueeze(-1)
     least = torch.zeros_like(needed, dtype=torch.int32)
-    above = torch.zeros_like(needed)  # the sum of the values whose leading bits are higher than those of the least one
+    above = torch.zeros_like(needed)  # the sum of the values whose leading bits exceed those of `least`
     for shift in (24, 16, 8, 0):
         digit = ((bits >> shift) & 255).long()
         inside = values if shift == 24 else values.masked_fill((bits >> (shift + 8)) != (least >> (shift + 8)), 0.0)
         sums = values.new_zeros(*mass.shape, 256).scatter_add_(-1, digit, inside)
         reached = above + sums.flip(-1).cumsum(-1).flip(-1) >= needed
-        highest = reached.sum(-1, keepdim=True).sub_(1).clamp_(min=0)  # it falls with the digit
+        highest = reached.sum(-1, keepdim=True).sub_(1).clamp_(min=0)  # it decreases with the digit
         above += sums.masked_fill(torch.arange(256, device=values.device) <= highest, 0.0).sum(-1, keepdim=True)
         least |= highest.int() << shift
     above, ties = bits > least, bits == least
@@ -96,7 +88,7 @@ def segment_of_column(bounds: torch.Tensor, n: int) -> torch.Tensor:
 def select_top(
     scores: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, bounds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Same contract as `eviction.ops.select.select_top`."""
+    """Same contract as `ops.radix_select.select_top`."""
     segments = bounds.numel() - 1
     owner = segment_of_column(bounds, scores.shape[1])
     keep = top_of_rows(scores, k.tolist(), lambda: positions.long() * segments + (segments - 1 - owner))
@@ -113,7 +105,7 @@ def append_entries(
     key_pages: torch.Tensor, value_pages: torch.Tensor, position_pages: torch.Tensor, table: torch.Tensor,
     lengths: torch.Tensor, free: torch.Tensor, counters: torch.Tensor, plan: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Same contract as `eviction.ops.pages.append_entries`, whose plan is written into `plan`."""
+    """Same contract as `ops.page_table.append_entries`, whose plan is written into `plan`."""
     size, heads = key_pages.shape[1], key.shape[1]
     old, more = lengths.tolist(), added.tolist()
     fresh = [owned_pages(n + k, size) - owned_pages(n, size) for n, k in zip(old, more, strict=True)]
@@ -147,7 +139,7 @@ def entry_slots(pages: torch.Tensor, start: int, stop: int, size: int) -> torch.
 def write_state(
     state: torch.Tensor, rank: torch.Tensor, plan: torch.Tensor, table: torch.Tensor, pages: torch.Tensor
 ) -> None:
-    """Same contract as `eviction.ops.pages.write_state`."""
+    """Same contract as `ops.page_table.write_state`."""
     heads, size = state.shape[1], pages.shape[1]
     for segment, start in enumerate(plan[0].tolist()):
         row = segment // heads
@@ -159,7 +151,7 @@ def write_state(
 
 
 def move_entries(keep: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, pages: torch.Tensor) -> None:
-    """Same contract as `eviction.ops.pages.move_entries`."""
+    """Same contract as `ops.page_table.move_entries`."""
     size, flat = pages.shape[1], pages.flatten(0, 1)
     for segment, n in enumerate(lengths.tolist()):
         slots = entry_slots(table[segment], 0, n, size)
@@ -171,7 +163,7 @@ def release_pages(
     lengths: torch.Tensor, shorter: torch.Tensor, table: torch.Tensor, free: torch.Tensor, counters: torch.Tensor,
     page_size: int,
 ) -> None:  # fmt: skip
-    """Same contract as `eviction.ops.pages.release_pages`."""
+    """Same contract as `ops.page_table.release_pages`."""
     top = int(counters[0])
     for segment, (old, new) in enumerate(zip(lengths.tolist(), shorter.tolist(), strict=True)):
         new = min(old, new)
@@ -185,7 +177,7 @@ def copy_entries(
     sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], source_slots: torch.Tensor | None,
     target_slots: torch.Tensor | None, count: int,
 ) -> None:  # fmt: skip
-    """Same contract as `eviction.ops.copies.copy_entries`."""
+    """Same contract as `ops.copy_entries.copy_entries`."""
     for source, target in zip(sources, targets, strict=True):
         chosen = source[:count] if source_slots is None else source.index_select(0, source_slots)
         if target_slots is None:
@@ -198,7 +190,7 @@ def ragged_decode(
     query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, table: torch.Tensor,
     lengths: torch.Tensor, hidden: torch.Tensor | None, scaling: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Same contract as `eviction.ops.decode.ragged_decode`, in fp32 (fp64 for fp64 inputs)."""
+    """Same contract as `ops.paged_attention.ragged_decode`, in fp32 (fp64 for fp64 inputs)."""
     batch, num_heads, q_len, _ = query.shape
     heads, size = len(lengths) // batch, key_pages.shape[1]
     group = num_heads // heads
@@ -224,7 +216,7 @@ def window_risk(
     queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, query_positions: torch.Tensor,
     limit: torch.Tensor, scaling: float, kernel: int, mean: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Same contract as `eviction.ops.defensive.window_risk`, by the functions of the policies."""
+    """Same contract as `ops.window_risk.window_risk`, by the formulas below."""
     attention = attention_over(keys, positions, queries, query_positions, scaling)
     counted = (positions >= 0) & (positions < limit.view(-1, 1, 1))
     worst = worst_case(pool_and_renormalise(attention, counted, kernel))
@@ -232,7 +224,7 @@ def window_risk(
 
 
 def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
-    """Same contract as `eviction.ops.value_norms.value_norms`."""
+    """Same contract as `ops.value_norms.value_norms`."""
     return norms_by_parts(values, output_weight).contiguous()
 
 
@@ -241,8 +233,8 @@ def pool_and_renormalise(attention: torch.Tensor, counted: torch.Tensor, kernel:
 
     Args:
         attention: fp32 `(batch, num_kv_heads, num_kv_groups, w, n)`.
-        counted: bool `(batch, num_kv_heads, n)`: entries outside the window; the others are taken for 0.
-        kernel: width of the pooling, odd; beyond the ends there are zeros.
+        counted: bool `(batch, num_kv_heads, n)`: entries outside the window; the others count as 0.
+        kernel: width of the pooling, odd; zero-padded at the ends.
 
     Returns:
         fp32, shaped as `attention`.
@@ -262,14 +254,13 @@ def worst_case(pooled: torch.Tensor) -> torch.Tensor:
     return pooled.amax(dim=(2, 3))
 
 
-PROJECTED = 2**18  # projected numbers that are held at a time: few enough for a cache of the processor
+PROJECTED = 2**18  # numbers of a projection that are held at a time, to fit into a CPU's cache
 
 
 def norms_by_parts(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
     """`value_norms` in plain torch, in fp32; a few entries are projected at a time.
 
-    Products of 16-bit numbers are made in fp32 too: processors without 16-bit arithmetic take four times as long for
-    them otherwise.
+    16-bit numbers are multiplied in fp32 too: CPUs without 16-bit arithmetic take four times as long otherwise.
     """
     batch, heads, n, _ = values.shape
     group = output_weight.shape[0] // heads
@@ -292,7 +283,18 @@ def attention_over(
     query_positions: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """`window_attention` over keys `(batch, num_kv_heads, n, head_dim)` at `positions`, -1 for no entry."""
+    """Causal softmax of each query over all entries of its key/value head.
+
+    Args:
+        keys: `(batch, num_kv_heads, n, head_dim)`, post-RoPE.
+        positions: int64 `(batch, num_kv_heads, n)`, -1 for no entry.
+        queries: `(batch, num_heads, w, head_dim)`, post-RoPE.
+        query_positions: int64 `(batch, w)`, -1 for no query.
+        scaling: factor of the logits.
+
+    Returns:
+        fp32 `(batch, num_kv_heads, num_kv_groups, w, n)`; zeros for a query that is missing or sees no entry.
+    """
     batch, heads, n, _ = keys.shape
     groups = queries.shape[1] // heads
     queries = queries.float().reshape(batch, heads, -1, queries.shape[-1])  # the group's heads as queries

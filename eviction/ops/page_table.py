@@ -1,13 +1,11 @@
-"""The kernels of pages: append, compaction and release; see `pages`.
+"""Kernels on page tables: append entries to segments, compact segments and release pages, all on the device.
 
-Entries in pages: append behind a segment, move survivors to its front, give pages back; all on the device.
-
-A *segment* is the stream of entries of one head of one row. Its entry i stands in slot `i % page_size` of page
+A *segment* is the entries of one head of one row. Its entry i is in slot `i % page_size` of page
 `table[segment, i // page_size]`. Pages that no segment owns are in `free[:counters[0]]`, a stack. Segments take pages
 in the order of their numbers, by a prefix sum, so the same calls give the same pages.
 
-Who owns what: table entries below `ceil(length / page_size)` are owned pages; those behind are stale and may name pages
-that others own by now. `owned + counters[0] == num_pages` after every call.
+Ownership: table entries below `ceil(length / page_size)` are owned pages; those after them are stale and may name pages
+that other segments own now. `owned + counters[0] == num_pages` after every call.
 """
 
 from __future__ import annotations
@@ -18,13 +16,25 @@ from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, inter
 from ...retention.ops.triton_language import jit, tl
 from . import naive
 
+PAGE_SIZES = (16, 32, 64, 128)  # supported numbers of entries per page
+
+# Tile sizes of the kernels.
+SEGMENTS = 1024  # segments planned at a time
+COLUMNS = 16  # new tokens written by a program
+# Entries moved by a program at a time: many, as each step is a chain of dependent loads. Few in the interpreter, so
+# that short segments take several steps.
+ENTRIES, FEW_ENTRIES = 512, 64
+WIDTH = 16  # numbers of an entry moved by a program
+MOVING_WARPS = 8
+OWNED = 256  # pages released at a time
+
 
 @jit
 def plan_append(lengths, added, counters, plan, segments, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: where new entries begin, and which free pages they take; `lengths` then count them.
+    """One program: computes where new entries begin and which free pages they take, and updates `lengths`.
 
-    `plan[0, s]` is the old length, or -1 for all if there are too few pages; `plan[1, s]` where in `free` the first new
-    page of the segment stands, the following ones below it.
+    `plan[0, s]` is the old length, or -1 for all if there are too few pages; `plan[1, s]` the index in `free` of the
+    segment's first new page, the following ones below it.
     """
     lane = tl.arange(0, BLOCK)
     wanted = tl.zeros([BLOCK], dtype=tl.int32)
@@ -53,7 +63,7 @@ def plan_append(lengths, added, counters, plan, segments, PAGE: tl.constexpr, BL
 
 @jit
 def _place(rank, plan, table, segment, row, column, n, width, PAGE: tl.constexpr):
-    """Entry number, page and whether it is written, of some new tokens of a segment."""
+    """Entry number, page and write mask of some new tokens of a segment."""
     mask = column < n
     place = tl.load(rank + row * n + column, mask=mask, other=-1)
     start = tl.load(plan + segment)
@@ -71,7 +81,7 @@ def write_new(
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (segments, blocks of new tokens): takes the pages that `plan_append` chose, and writes the entries."""
+    """Grid (segments, blocks of new tokens): takes the pages that `plan_append` assigned, and writes the entries."""
     segment = tl.program_id(0)
     row, head = segment // heads, segment % heads
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -81,7 +91,7 @@ def write_new(
     fresh = mask & (slot >= owned)
     taken = tl.load(free + tl.load(plan + segments + segment) - (slot - owned), mask=fresh, other=0)
     page = tl.where(fresh, taken, page)
-    # A fresh page is filled from its first slot on: the program that writes there enters it.
+    # A fresh page is filled from its first slot on: the program that writes this slot adds it to the table.
     tl.store(table + segment.to(tl.int64) * width + slot, page, mask=fresh & (entry % PAGE == 0))
     target = page.to(tl.int64) * PAGE + entry % PAGE
     tl.store(position_pages + target, tl.load(position + row * n + column, mask=mask, other=0), mask=mask)
@@ -112,10 +122,10 @@ def move_kept(
     keep, lengths, table, pages, n, width, DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (segments, parts of an entry): moves the survivors to the front, in their order.
+    """Grid (segments, parts of an entry): moves kept entries to the front, in their order.
 
-    An entry never moves back, and a block is read as a whole before any of it is written: nothing is overwritten that
-    is still to be read. Other programs move other numbers of the entries.
+    Entries only move forward, and a block is read as a whole before any of it is written, so that nothing is
+    overwritten before it is read. Other programs move other numbers of the entries.
     """
     segment = tl.program_id(0).to(tl.int64)
     dim = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -137,9 +147,9 @@ def move_kept(
 
 @jit
 def plan_release(lengths, shorter, counters, plan, segments, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: where in `free` each segment puts its pages; `lengths` become the shorter ones.
+    """One program: computes where in `free` each segment returns its pages, and updates `lengths`.
 
-    `plan` gets three numbers a segment: that place, the first page to give back, and their count.
+    `plan` gets three numbers per segment: that index, the first page to release, and their count.
     """
     lane = tl.arange(0, BLOCK)
     top = tl.load(counters)
@@ -158,8 +168,8 @@ def plan_release(lengths, shorter, counters, plan, segments, PAGE: tl.constexpr,
 
 
 @jit
-def give_back(plan, table, free, segments, width, BLOCK: tl.constexpr):
-    """Grid (segments,): puts the pages that `plan_release` counted onto the stack."""
+def push_free(plan, table, free, segments, width, BLOCK: tl.constexpr):
+    """Grid (segments,): pushes the pages that `plan_release` counted onto the stack of free pages."""
     segment = tl.program_id(0)
     into, first = tl.load(plan + segment), tl.load(plan + segments + segment)
     count = tl.load(plan + 2 * segments + segment)
@@ -167,18 +177,6 @@ def give_back(plan, table, free, segments, width, BLOCK: tl.constexpr):
         lane = start + tl.arange(0, BLOCK)
         page = tl.load(table + segment.to(tl.int64) * width + first + lane, mask=lane < count, other=0)
         tl.store(free + into + lane, page, mask=lane < count)
-
-
-PAGE_SIZES = (16, 32, 64, 128)
-SEGMENTS = 1024  # segments that are planned at a time
-COLUMNS = 16  # new tokens that a program writes
-
-# Entries that a program moves at a time: each time is a chain of loads, so they are many. In the interpreter they are
-# few, so that short segments have several.
-ENTRIES, FEW_ENTRIES = 512, 64
-WIDTH = 16  # numbers of an entry that a program moves
-MOVING_WARPS = 8
-OWNED = 256  # pages that are given back at a time
 
 
 def _power(n: int) -> int:
@@ -198,7 +196,7 @@ def append_entries(
     key_pages: torch.Tensor, value_pages: torch.Tensor, position_pages: torch.Tensor, table: torch.Tensor,
     lengths: torch.Tensor, free: torch.Tensor, counters: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Appends new entries to all segments, and takes the pages that they need. No host sync.
+    """Appends new entries to all segments, and allocates the pages that they need. No host sync.
 
     If there are not enough pages for all, nothing is written and `counters[1]` becomes 1. The width of `table` must be
     enough for the new lengths.
@@ -206,16 +204,16 @@ def append_entries(
     Args:
         key, value: `(batch, num_kv_heads, n, dim)`; segment `row * num_kv_heads + head`.
         position: int32 `(batch, n)`.
-        rank: int32 `(batch, n)`: the token's place among the row's new entries; -1 for padding, which is left out.
-        added: int32 `(segments,)`: how many tokens of its row are not padding.
+        rank: int32 `(batch, n)`: the token's index among the row's new entries; -1 for padding, which is skipped.
+        added: int32 `(segments,)`: number of real tokens of its row.
         key_pages, value_pages, position_pages: `(num_pages, page_size, dim)`, the last int32 `(num_pages, page_size)`.
         table: int32 `(segments, width)`; lengths: int32 `(segments,)`.
-        free: int32 `(num_pages,)`; counters: int32 `(2,)`: free pages; whether an append has found too few.
+        free: int32 `(num_pages,)`; counters: int32 `(2,)`: free pages, and 1 if an append has found too few.
 
     Returns:
         The plan, int32 `(2, segments)`, for `write_state`.
     Raises:
-        ValueError: shapes or dtypes that the operation does not take.
+        ValueError: unsupported shapes or dtypes.
     """
     check_pages(key_pages, value_pages, position_pages, table, lengths, free, counters)
     if (key.dtype, value.dtype) != (key_pages.dtype, value_pages.dtype) or key.shape[:3] != value.shape[:3]:
@@ -276,7 +274,7 @@ def write_state(
         pages: `(num_pages, page_size)`, contiguous.
 
     Raises:
-        ValueError: shapes or dtypes that the operation does not take.
+        ValueError: unsupported shapes or dtypes.
     """
     segments, (batch, heads, n) = table.shape[0], state.shape
     _check(
@@ -299,14 +297,14 @@ def write_state(
 
 @torch.library.custom_op("tenure::move_entries", mutates_args=("pages",))
 def move_entries(keep: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, pages: torch.Tensor) -> None:
-    """Moves the entries to keep to the front of their segments, in their order; lengths stay as they are.
+    """Moves the entries to keep to the front of their segments, in their order; lengths are unchanged.
 
     Args:
-        keep: bool `(segments, n)`, n at least the longest segment; what stands behind a segment's length is not read.
+        keep: bool `(segments, n)`, n at least the longest segment; values beyond a segment's length are not read.
         pages: `(num_pages, page_size, ...)`, of any dtype, contiguous.
 
     Raises:
-        ValueError: shapes or dtypes that the operation does not take.
+        ValueError: unsupported shapes or dtypes.
     """
     segments = table.shape[0]
     _check(
@@ -333,14 +331,14 @@ def release_pages(
     lengths: torch.Tensor, shorter: torch.Tensor, table: torch.Tensor, free: torch.Tensor, counters: torch.Tensor,
     page_size: int,
 ) -> None:  # fmt: skip
-    """Shortens segments to their first `shorter` entries; pages without entries go back to the stack. No host sync.
+    """Shortens segments to their first `shorter` entries; pages without entries become free. No host sync.
 
     Args:
         lengths, table, free, counters: as in `append_entries`.
-        shorter: int32 `(segments,)`; more than a segment has changes nothing.
+        shorter: int32 `(segments,)`; a number above the segment's length changes nothing.
 
     Raises:
-        ValueError: shapes or dtypes that the operation does not take.
+        ValueError: unsupported shapes or dtypes.
     """
     segments = table.shape[0]
     _check(
@@ -358,7 +356,7 @@ def release_pages(
         plan_release[(1,)](
             lengths, shorter.contiguous(), counters, plan, segments, PAGE=page_size, BLOCK=block, **LAUNCH_OPTIONS
         )
-        give_back[(segments,)](plan, table, free, segments, table.shape[1], BLOCK=OWNED, **LAUNCH_OPTIONS)
+        push_free[(segments,)](plan, table, free, segments, table.shape[1], BLOCK=OWNED, **LAUNCH_OPTIONS)
 
 
 for _op in (write_state, move_entries, release_pages):
@@ -369,7 +367,7 @@ def check_pages(
     key_pages: torch.Tensor, value_pages: torch.Tensor, position_pages: torch.Tensor, table: torch.Tensor,
     lengths: torch.Tensor, free: torch.Tensor, counters: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Raises ValueError for pages that the kernels cannot use."""
+    """Raises ValueError for pages that the kernels do not support."""
     count, size = key_pages.shape[:2]
     if value_pages.shape[:2] != (count, size) or position_pages.shape != (count, size) or free.shape != (count,):
         raise ValueError(
@@ -387,7 +385,7 @@ def check_pages(
 
 
 def _check(operation: str, **tensors: tuple[torch.Tensor, torch.dtype, tuple[int, ...]]) -> None:
-    """Raises ValueError for a tensor that has not the dtype and the shape beside it."""
+    """Raises ValueError for a tensor whose dtype or shape is not the given one."""
     wrong = {name: one for name, one in tensors.items() if (one[0].dtype, tuple(one[0].shape)) != (one[1], one[2])}
     if wrong:
         given = ", ".join(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, (tensor, *_) in wrong.items())
@@ -403,5 +401,5 @@ def _check_layout(page_size: int, *tensors: torch.Tensor) -> None:
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """With its last dimension dense, as the kernel reads it; keys and values are views of a projection as a rule."""
+    """With its last dimension contiguous, as the kernel reads it; keys and values are usually views of a projection."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

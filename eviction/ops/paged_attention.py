@@ -1,10 +1,8 @@
-"""The kernels of ragged decode: a piece of a segment, and the merge of its pieces; see `decode`.
+"""Attention of a few new queries over paged segments of different lengths: split-K, without reading from the device.
 
-Attention of a few new queries over segments in pages, each of its own length: split-K, without a host sync.
-
-A segment's entries are shared out to programs in pieces of equal length, and the number of pieces follows from the
-lengths, on the device: `piece = ceil(entries of all segments / programs)`, in whole blocks. So a head that has kept ten
-times as much gets ten times as many programs, and no program has more to read than another. The grid depends only on
+A segment's entries are divided among programs in pieces of equal length, and the number of pieces is computed from the
+lengths on the device: `piece = ceil(entries of all segments / programs)`, in whole blocks. So a head that keeps ten
+times as many entries gets ten times as many programs, and no program reads more than another. The grid depends only on
 shapes; every program finds its piece by a prefix sum over the segments. Partial results carry the logarithm of their
 softmax denominator and are merged in the order of the pieces.
 
@@ -23,6 +21,17 @@ from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_p
 from ...retention.ops.triton_language import dot, jit, tl
 from . import naive
 from .page_table import PAGE_SIZES
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_DIM = 256
+MAX_SEGMENTS = 4096
+LOG2E = math.log2(math.e)
+
+# Tile sizes of the kernels.
+ROWS = 64  # rows of a tile, at most
+MERGED = 16  # partial results merged at a time
+WAVES = 2  # programs per multiprocessor
+PROGRAMS = 4  # programs without a GPU, in the interpreter
 
 
 @jit
@@ -78,13 +87,13 @@ def attend_piece(
         stored = entry < stop
         page = tl.load(pages + entry // PAGE, mask=stored, other=0).to(tl.int64)
         slot = page * PAGE + entry % PAGE
-        # Free slots may hold anything, NaN too: nothing of them is read.
+        # Free slots may contain anything, NaN included: they are never read.
         whole = stored[:, None] & (key_dim < KEY_DIM)[None, :]
         k = tl.load(key_pages + slot[:, None] * KEY_DIM + key_dim[None, :], mask=whole, other=0.0)
         logits = dot(q, tl.trans(k), None, PRECISION) * scale
         logits = tl.where(entry[None, :] < tl.minimum(limit, stop)[:, None], logits, float("-inf"))
         new = tl.maximum(highest, tl.max(logits, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
+        base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no entry yet
         weight = tl.exp2(logits - base[:, None])
         shrink = tl.exp2(highest - base)
         whole = stored[:, None] & (value_dim < VALUE_DIM)[None, :]
@@ -106,7 +115,7 @@ def merge_pieces(
     GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr, SEGMENTS: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (segments, rows): merges the pieces of a segment for one row; zeros if it has seen nothing."""
+    """Grid (segments, rows): merges the pieces of a segment for one row; zeros if it has seen no entry."""
     segment, row = tl.program_id(0), tl.program_id(1)
     lane, _, pieces, _ = _pieces(lengths, segments, PROGRAMS, SEGMENTS, BLOCK)
     before = tl.sum(tl.where(lane < segment, pieces, 0), 0)
@@ -134,16 +143,6 @@ def merge_pieces(
     batch, head = segment // heads, segment % heads
     at = (batch.to(tl.int64) * q_len + row // GROUP) * heads * GROUP + head * GROUP + row % GROUP
     tl.store(out + at * VALUE_DIM + dim, result.to(out.dtype.element_ty), mask=dim < VALUE_DIM)
-
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_DIM = 256
-MAX_SEGMENTS = 4096
-ROWS = 64  # at most so many rows of a tile
-MERGED = 16  # partial results that are merged at a time
-WAVES = 2  # programs a multiprocessor
-PROGRAMS = 4  # programs without a GPU, in the interpreter
-LOG2E = math.log2(math.e)
 
 
 @cache
@@ -221,8 +220,8 @@ def ragged_decode(
 ) -> torch.Tensor:
     """Attention of the newest tokens, whose entries have been appended, over everything in their segments.
 
-    Made for up to 16 tokens a call; more are split into tiles that read the entries again. fp32 inputs are multiplied
-    in fp32; the softmax is in fp32 always.
+    Designed for up to 16 tokens per call; more are split into tiles that read the entries again. fp32 inputs are
+    multiplied in fp32; the softmax is always in fp32.
 
     Args:
         query: `(batch, num_heads, q_len, head_dim)`, post-RoPE, fp16, bf16 or fp32.
@@ -230,13 +229,13 @@ def ragged_decode(
         table: int32 `(batch * num_kv_heads, width)`: pages of each segment, in order; read up to its length.
         lengths: int32 `(batch * num_kv_heads,)`: entries of each segment, 0 included.
         scaling: factor of the logits.
-        hidden: int32 `(batch, q_len)`: how many of the newest entries a token must not see, those of the tokens behind
-            it; -1 for padding. None: no padding, `q_len - 1 - i` for token i.
+        hidden: int32 `(batch, q_len)`: number of the newest entries that a token must not see, those of later tokens;
+            -1 for padding. None: no padding, `q_len - 1 - i` for token i.
 
     Returns:
         `(batch, q_len, num_heads, value_dim)`; zeros for padding and where a segment has no entries to see.
     Raises:
-        ValueError: shapes or dtypes that the operation does not take.
+        ValueError: unsupported shapes or dtypes.
     """
     _check(query, key_pages, value_pages, table, lengths, hidden)
     return _ragged_decode(query, key_pages, value_pages, table, lengths, hidden, float(scaling))

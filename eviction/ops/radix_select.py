@@ -1,11 +1,10 @@
-"""The k best of each row without asking the host: a radix selection over scores, then positions, then segments.
+"""Radix selection of the k best entries of each row, by score, position and segment, without reading from the device.
 
-The twin of `eviction.select.select_top` as `eviction.compress` calls it, entry for entry. A key has three words,
-compared one after the other: the score's bits in an order-preserving form, the position, and the rank of the segment.
-Each pass looks at eight bits of one word: it counts the values of those bits among the entries that agree with the k-th
-best one so far, and picks the value that the k-th best one has. A row is settled as soon as all entries that still
-agree are wanted, after four passes unless scores are equal; the passes that follow then return at once. Counts are
-integers, so the result does not depend on the order in which programs run.
+Twin: `naive.select_top`. A key has three words, compared one after the other: the score's bits in an order-preserving
+form, the position, and the rank of the segment. Each pass looks at eight bits of one word: it counts the values of
+those bits among the entries that agree with the k-th best one so far, and picks the value that the k-th best one has. A
+row is final as soon as all entries that still agree are selected, after four passes unless scores are equal; later
+passes then return at once. Counts are integers, so the result does not depend on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from ...retention.ops.triton_language import jit, tl
 from . import naive
 from .naive import top_of_rows
 
-DIGIT = 8  # bits a pass
+DIGIT = 8  # bits per pass
 BINS = 1 << DIGIT
-BLOCK = 2048  # entries that a program reads at a time
-PARTS = 4  # at most so many programs share a segment
+BLOCK = 2048  # entries read by a program at a time
+PARTS = 4  # programs per segment, at most
 
-# A row's state: the three words of its threshold, whether it is settled, how many are still wanted.
+# A row's state: the three words of its threshold, whether it is final, and the number of entries still to select.
 STATE, WANTED = 5, 4
 
 
@@ -97,7 +96,7 @@ def pick_digit(state, histogram, shift, WORD: tl.constexpr):
     digit = tl.max(tl.where(at_least >= wanted, bins, 0), 0)
     own = tl.sum(tl.where(bins == digit, counted, 0), 0)
     better = tl.sum(tl.where(bins > digit, counted, 0), 0)
-    few = wanted >= total  # only in the first pass can there be fewer candidates than are wanted
+    few = wanted >= total  # only in the first pass can there be fewer candidates than requested
     none = wanted <= 0
     digit = tl.where(few, 0, digit)
     left = wanted - better
@@ -173,21 +172,21 @@ def _(
 def select_top(
     scores: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, bounds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Marks the `k[i]` highest scores of each row; among equal scores the newer stays, then the lower segment.
+    """Marks the `k[i]` highest scores of each row; ties favour the newer entry, then the lower segment.
 
     No host sync with the Triton kernels; linear in the number of scores.
 
     Args:
-        scores: fp32 `(rows, n)`, the segments that compete behind each other; -inf where there is no candidate, +inf
-            for protected entries, which stay first; no NaN.
+        scores: fp32 `(rows, n)`, the competing segments one after the other; -inf where there is no candidate, +inf
+            for protected entries, which rank first; no NaN.
         positions: int32 `(rows, n)`, not negative where there is a candidate and different within a segment.
-        k: int32 `(rows,)`: how many to keep; a row with fewer candidates keeps them all.
+        k: int32 `(rows,)`: number of entries to keep; a row with fewer candidates keeps them all.
         bounds: int32 `(segments + 1,)`, from 0 to n: segment s has the columns `[bounds[s], bounds[s + 1])`.
 
     Returns:
-        bool `(rows, n)`, and int32 `(rows, segments)`: how many each segment keeps.
+        bool `(rows, n)`, and int32 `(rows, segments)`: number of entries kept per segment.
     Raises:
-        ValueError: other dtypes, or shapes that do not belong together.
+        ValueError: other dtypes, or inconsistent shapes.
     """
     if scores.dtype != torch.float32 or {positions.dtype, k.dtype, bounds.dtype} != {torch.int32}:
         raise ValueError(
@@ -208,12 +207,12 @@ def select_top(
 
 
 def top_of_each_head(scores: torch.Tensor, positions: torch.Tensor, k: list[int]) -> torch.Tensor:
-    """Marks the highest scores of each head on its own; among equal scores the newer entries stay.
+    """Marks the highest scores of each head separately; ties favour newer entries.
 
     Args:
         scores: fp32 `(batch, heads, n)`; -inf where there is no candidate; no NaN.
         positions: int64 `(batch, heads, n)`, -1 for none.
-        k: how many to keep, row by row and head by head.
+        k: number of entries to keep, row by row and head by head.
 
     Returns:
         bool `(batch, heads, n)`.
@@ -227,8 +226,7 @@ def top_of_each_head(scores: torch.Tensor, positions: torch.Tensor, k: list[int]
 def select_with_kernels(
     scores: torch.Tensor, positions: torch.Tensor, k: list[int], widths: Sequence[int]
 ) -> torch.Tensor:
-    """`top_of_rows` by radix, ties in the order of `select_top`; rows are segments of these widths."""
-
+    """`top_of_rows` by `select_top` with its order of ties; `widths`: those of the segments that make up each row."""
     sizes = torch.tensor([0, *widths], device=scores.device)
     wanted = torch.tensor(k, dtype=torch.int32, device=scores.device)
     return select_top(scores, positions.int(), wanted, sizes.cumsum(0, dtype=torch.int32))[0]

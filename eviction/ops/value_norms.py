@@ -1,8 +1,6 @@
-"""What values do to a layer's output when they are attended to: `‖v W_O‖₁`, and no product is stored.
+"""Value norms `‖v W_O‖₁`: the effect of an entry's value on the layer's output, without storing the product.
 
-Twin: `eviction.policies.value_norms.norms_by_parts`, which holds the products of some entries.
-
-How much an entry moves the layer's output when it is attended to: the norm of its value behind W_O.
+Twin: `naive.norms_by_parts`, which stores the products of a few entries at a time.
 """
 
 from __future__ import annotations
@@ -119,6 +117,5 @@ def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tens
         fp32 `(batch, num_kv_heads, n)`.
     """
     if chosen_kernels(values.device) == "triton":
-
         return value_norms_by_kernel(values, output_weight)
     return norms_by_parts(values, output_weight)

@@ -1,15 +1,13 @@
-"""The kernels of defensive scoring: two passes over the keys, and a merge between them; see `defensive`.
+"""Attention of a window of queries, reduced to its worst case and its mean (DefensiveKV, section 4).
 
-What a window of queries attends to at worst, in two passes over the keys and no tensor of `(group, window, n)`.
+On a GPU: two passes over the keys and no tensor of `(group, window, n)`. Twins: `naive.attention_over`,
+`naive.pool_and_renormalise` and `naive.worst_case`. On a CPU: one key/value head at a time, so that the attention stays
+in the cache (`window_risk_by_heads`, `received_by_heads`).
 
-Twins: the functions of `eviction.policies.window` and `aggregation`.
-
-Pooling and renormalising need no pass of their own. A query's attention sums over what is counted to `a`, and pooled
-to `p = Σ_j a_j c_j` with c_j the counted entries within reach of j, which no query changes. So the first pass over the
-keys has all that the second one scales by: the maximum, the denominator, and `a / p`. The second pass reads tiles of
-entries that overlap by the reach, and pools by a product with a band of ones.
-
-What queries attend to, one key/value head at a time, so that the attention stays in the processor's cache.
+Pooling and renormalising need no pass of their own. A query's attention sums to `a` over the counted entries, and to
+`p = Σ_j a_j c_j` after pooling, with c_j the number of counted entries within reach of j, which is the same for all
+queries. So the first pass over the keys yields all that the second one scales by: the maximum, the denominator, and
+`a / p`. The second pass reads tiles of entries that overlap by the reach, and pools by a product with a band of ones.
 """
 
 from __future__ import annotations
@@ -22,6 +20,15 @@ from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_p
 from ...retention.ops.triton_language import dot, jit, tl
 from . import naive
 from .paged_attention import DTYPES, LOG2E, MAX_DIM
+
+MAX_KERNEL = 33  # widest pooling: half of a tile is overlap then
+
+# Tile sizes of the kernels.
+BLOCK = 64  # entries of a tile
+SPLITS = 16  # programs per segment in the first pass, at most
+
+# Attention weights materialised at a time by `received_by_heads`: few enough for a CPU's cache, many enough for a GPU.
+HELD_ON_CPU, HELD_ON_GPU = 2**18, 2**24
 
 
 @jit
@@ -162,18 +169,13 @@ def take_worst(
         tl.store(mean + into, summed / queries_seen, mask=own)
 
 
-BLOCK = 64  # entries of a tile
-MAX_KERNEL = 33  # widest pooling: half of a tile is overlap then
-SPLITS = 16  # at most so many programs share the entries of a segment in the first pass
-
-
 def power(n: int) -> int:
-    """The next power of two, as Triton wants a tile's side; at least 16, as its products do."""
+    """The next power of two, as Triton requires of a tile's side; at least 16, as its products require."""
     return max(16, 1 << max(0, n - 1).bit_length())
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """With its last dimension dense, as the kernels read it."""
+    """With its last dimension contiguous, as the kernels read it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -215,7 +217,7 @@ def _launch(
 
 @dataclass(frozen=True)
 class TileSizes:
-    """Queries of a tile in the first pass and in the second, which holds more numbers for each; warps and stages."""
+    """Queries of a tile in the first pass and in the second, which needs more registers for each; warps and stages."""
 
     rows: int
     pooled_rows: int
@@ -223,7 +225,7 @@ class TileSizes:
 
 
 def tile_sizes(dim: int, itemsize: int) -> TileSizes:
-    """By the numbers of a key and their bytes; those that compile without spills."""
+    """Tile sizes by head dimension and bytes per number; those that compile without spills."""
     if itemsize == 4:  # multiplied without tensor cores, in registers
         return TileSizes(16, 16, {"num_warps": 8, "num_stages": 1})
     return TileSizes(64, 32, {"num_warps": 4, "num_stages": 2 if dim <= 128 else 1})
@@ -259,20 +261,20 @@ def window_risk(
     Args:
         queries: `(batch, num_heads, window, head_dim)`, post-RoPE; keys: `(batch, num_kv_heads, n, head_dim)`; both
             fp16, bf16 or fp32.
-        positions: integers `(batch, num_kv_heads, n)`, ascending; -1 behind a head's last entry.
+        positions: integers `(batch, num_kv_heads, n)`, ascending; -1 after a head's last entry.
         query_positions: integers `(batch, window)`, -1 for no query.
         limit: integers `(batch,)`: entries at positions from here on are the window's own. They are attended to, but
-            not counted: no worst case, and nothing in the pooling.
+            not counted: they have no worst case and are 0 in the pooling.
         scaling: factor of the logits.
         kernel: width of the pooling, odd, at most 33.
-        mean: whether the mean is wanted too.
+        mean: compute the mean too.
 
     Returns:
         The worst case, fp32 `(batch, num_kv_heads, n)`, 0 where nothing is counted: the maximum over the heads of the
         group and the queries of their pooled and renormalised attention. And the mean of their attention, over the
-        queries that exist and the heads of the group, of all entries; None if it is not wanted.
+        queries that exist and the heads of the group, of all entries; None unless requested.
     Raises:
-        ValueError: shapes or dtypes that the operation does not take.
+        ValueError: unsupported shapes or dtypes.
     """
     _check(queries, keys)
     if kernel < 1 or kernel % 2 == 0 or kernel > MAX_KERNEL:
@@ -318,19 +320,19 @@ def window_risk_by_heads(
     Args:
         queries: `(batch, num_heads, window, head_dim)`, post-RoPE.
         keys: `(batch, num_kv_heads, n, head_dim)`.
-        positions: int64 `(batch, num_kv_heads, n)`, ascending; -1 behind a head's last entry.
+        positions: int64 `(batch, num_kv_heads, n)`, ascending; -1 after a head's last entry.
         query_positions: int64 `(batch, window)`, -1 for no query.
         limit: int64 `(batch,)`: entries at positions from here on are the window's own and not counted.
-        kernel: width of the pooling, odd; None if the worst case is not wanted.
+        kernel: width of the pooling, odd; None to skip the worst case.
 
     Returns:
-        The worst case (None if not wanted) and the mean, both fp32 `(batch, num_kv_heads, n)`.
+        The worst case (None if skipped) and the mean, both fp32 `(batch, num_kv_heads, n)`.
     """
     batch, heads, n, _ = keys.shape
     group, window = queries.shape[1] // heads, queries.shape[2]
     worst = None if kernel is None else keys.new_zeros(batch, heads, n, dtype=torch.float32)
     mean = keys.new_zeros(batch, heads, n, dtype=torch.float32)
-    # How many entries each head has, has outside the window, and has that every query sees: they are in order.
+    # Numbers of entries of each head: all, those outside the window, and those that every query sees; in this order.
     seen = torch.where(query_positions < 0, -1, query_positions)
     bounds = torch.stack([torch.full_like(limit, torch.iinfo(torch.int64).max), limit, seen.amin(1) + 1])
     order = torch.where(positions < 0, torch.iinfo(torch.int64).max, positions)
@@ -338,7 +340,7 @@ def window_risk_by_heads(
     present = query_positions >= 0
     weights = (present / (present.sum(1, keepdim=True) * group).clamp(min=1)).float().repeat(1, group)
     scaled = (queries.float() * scaling).reshape(batch, heads, group * window, -1)
-    scratch = mean.new_empty(2, group * window * n)  # memory that every head uses again: fresh memory takes longer
+    scratch = mean.new_empty(2, group * window * n)  # reused for every head: fresh memory takes longer
     for row in range(batch):
         for head in range(heads):
             length, counted, common = (counts[kind][row][head] for kind in range(3))
@@ -360,11 +362,11 @@ def received_by_heads(
     scaling: float,
     held: int,
 ) -> torch.Tensor:
-    """What each entry receives from all queries together: `attention_over`, summed over them, mean over a group.
+    """Attention that each entry receives: `attention_over`, summed over all queries, mean over the heads of a group.
 
     Args:
         queries, keys, positions, query_positions, scaling: as in `window_risk_by_heads`.
-        held: attention weights that are held at a time; entries that none of these queries sees are left out.
+        held: attention weights materialised at a time; entries that none of these queries sees are skipped.
 
     Returns:
         fp32 `(batch, num_kv_heads, n)`.
@@ -374,7 +376,7 @@ def received_by_heads(
     total = keys.new_zeros(batch, heads, n, dtype=torch.float32)
     size = max(1, held // (group * max(1, n)))
     starts = range(0, q_len, size)
-    # How many entries some query of a piece sees, and all of them: they are in order.
+    # Numbers of entries that some query of a piece sees, and that all of them see; entries are in order.
     pieces = [query_positions[:, start : start + size] for start in starts]
     last = torch.stack([piece.amax(1) for piece in pieces])
     first = torch.stack([torch.where(piece < 0, -1, piece).amin(1) for piece in pieces])
@@ -411,8 +413,8 @@ def _attention(
         query_positions: int64 `(window,)`, -1 for no query.
         keys: `(n, head_dim)`.
         positions: int64 `(n,)`.
-        common: so many entries, the first ones, every query sees.
-        scratch: fp32 `(2, group * window * n)` or more: the logits are made in the first half, the result in the other.
+        common: number of first entries that every query sees.
+        scratch: fp32 `(2, group * window * n)` or more: for the logits and the result.
     """
     shape = len(queries), len(positions)
     logits, attention = scratch[:, : shape[0] * shape[1]].unflatten(1, shape)
@@ -421,11 +423,11 @@ def _attention(
     late = logits[:, common:].view(len(queries) // window, window, len(positions) - common)
     late.masked_fill_(positions[common:] > query_positions.unsqueeze(1), -torch.inf)
     torch.softmax(logits, 1, out=attention)
-    return attention if common else attention.nan_to_num_(0.0)  # a query that is missing or sees nothing
+    return attention if common else attention.nan_to_num_(0.0)  # a query that is missing or sees no entry
 
 
 def _worst(attention: torch.Tensor, kernel: int, scratch: torch.Tensor) -> torch.Tensor:
-    """The worst case `(n,)` of `(queries, n)`, pooled and renormalised; the pooled attention is made in `scratch`."""
+    """The worst case `(n,)` of `(queries, n)`, pooled and renormalised, with `scratch` for the pooled attention."""
     pooled = scratch[: attention.numel()].view(attention.shape).copy_(attention)
     for shift in range(1, min(kernel // 2, attention.shape[1] - 1) + 1):
         pooled[:, shift:] += attention[:, :-shift]

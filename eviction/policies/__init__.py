@@ -1,4 +1,4 @@
-"""Eviction policies: one dataclass, one file each."""
+"""Eviction policies, one dataclass and one file each."""
 
 if not __name__.startswith("tenure."):
     raise ImportError(f"import tenure.eviction.policies, not {__name__!r}: a second name would give duplicate classes")
@@ -20,7 +20,7 @@ from .registry import get_policy, policy_names, policy_text
 from .retention import Retention
 from .retention_defensive import RetentionDefensive
 from .snapkv import SnapKV
-from .streaming import StreamingLLM
+from .streaming_llm import StreamingLLM
 from .tova import TOVA
 
 __all__ = [

@@ -1,18 +1,16 @@
-"""AdaKV's budgets for the heads, CriticalKV's choice within each."""
+"""AdaKV's budgets per head with CriticalKV's selection within each head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..layer_view import LayerView
 from .common import best_of_each_head, own_entries, ranks
 from .criticalkv import CriticalKV
 from .snapkv import SnapKV
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)
@@ -20,8 +18,8 @@ class AdaCriticalKV(CriticalKV):
     """The heads of a layer compete by SnapKV's score for budgets; each fills its own in CriticalKV's two stages.
 
     Source: "Identify Critical KV Cache in LLM Inference from an Output Perturbation Perspective" (Feng et al., 2025);
-    as `CriticalAdaKVPress` of kvpress. A head's budget is settled here, with the default floor; for the scopes "head"
-    and "pyramid", where every head's is settled already, use `CriticalKV`.
+    as `CriticalAdaKVPress` of kvpress. Budgets per head are computed here, with the default floor; for the scopes
+    "head" and "pyramid", which fix every head's budget, use `CriticalKV`.
     """
 
     name: ClassVar[str] = "ada_criticalkv"
@@ -34,14 +32,14 @@ class AdaCriticalKV(CriticalKV):
         critical = (attention + self.epsilon) * view.value_norms
         first = best_of_each_head(attention, view.valid, (budgets * self.first_stage).long())
         first |= own_entries(view, self.window)
-        # Tiers: what the stages choose comes before what they leave, so that a layer's top k is this choice.
+        # Entries that the stages choose score above all others, so that a layer's top k is this choice.
         chosen = best_of_each_head(critical.masked_fill(first, torch.inf), view.valid, budgets)
         score = critical / (1 + critical) + chosen  # in [0, 1), in the same order
         return score.masked_fill(first & chosen, torch.inf)
 
 
 def head_budgets(score: torch.Tensor, valid: torch.Tensor, average: torch.Tensor, floor: float) -> torch.Tensor:
-    """How many entries each head keeps when the heads of a layer compete; int64 `(batch, num_kv_heads)`.
+    """Number of entries each head keeps when the heads of a layer compete; int64 `(batch, num_kv_heads)`.
 
     Args:
         score: fp32 `(batch, num_kv_heads, n)`.

@@ -10,7 +10,7 @@ from .snapkv import SnapKV
 
 @dataclass(frozen=True)
 class AdaKV(SnapKV):
-    """SnapKV's scores; heads compete within a layer, a fifth of the budget is guaranteed to each.
+    """SnapKV's scores; heads compete within a layer, with a fifth of the budget guaranteed to each.
 
     Source: "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference" (Feng et
     al., 2024), algorithm 1; the guarantee (`alpha_safeguard`) as in kvpress.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
+from ..cache_layer import RaggedLayer
+from ..layer_view import LayerView
 
 NEEDS = ("keys", "values", "log_beta", "queries", "output_weight", "query_statistics", "hidden_states")
 
@@ -16,17 +16,17 @@ NEEDS = ("keys", "values", "log_beta", "queries", "output_weight", "query_statis
 class Policy(ABC):
     """Scores a layer's entries; a subclass is a frozen dataclass of its options, which are plain numbers and strings.
 
-    A policy keeps nothing between calls and writes to nothing it is shown: what it wants remembered of an entry it
-    names in `states` and gives back from `observe` or `conclude`. Rows must be scored independently: a row's scores may
-    depend only on that row's entries.
+    A policy holds no state between calls and writes to no tensor of a view: per-entry state is named in `states` and
+    returned from `observe` or `conclude`. Rows must be scored independently: a row's scores may depend only on that
+    row's entries.
 
     Attributes:
         name: the name in the registry.
-        needs: what the runtime must record or show, out of `NEEDS`.
-        states: what is kept of every entry between calls, fp32 by name; 0 when the entry is written.
-        default_scope: the scope used when the user names none.
+        needs: data that the runtime must record or provide, out of `NEEDS`.
+        states: names of fp32 numbers stored with every entry between calls; 0 for a new entry.
+        default_scope: the scope if the user gives none.
         default_floor: the share of the per-head budget that every head is guaranteed in the scopes "layer" and "global"
-            when the user names none (`Plan.floor`).
+            if the user gives none (`EvictionPlan.floor`).
         evicts: False for a policy that keeps everything.
     """
 
@@ -39,7 +39,7 @@ class Policy(ABC):
 
     @property
     def window_size(self) -> int:
-        """How many of the last queries it reads; 0 unless it needs `queries`."""
+        """Number of the last queries that it reads; 0 unless it needs `queries`."""
         return 0
 
     @abstractmethod
@@ -47,21 +47,21 @@ class Policy(ABC):
         """Scores the entries of one layer.
 
         Returns:
-            fp32 `(batch, num_kv_heads, n)`, higher = keep, no NaN where `view.valid`; arbitrary elsewhere. +inf stays
-            before everything but the sinks and recent tokens of the plan. -inf means "never keep": such an entry goes
-            at the next eviction of its row even if the budget has room, unless the plan protects it.
+            fp32 `(batch, num_kv_heads, n)`, higher = keep, no NaN where `view.valid`; arbitrary elsewhere. Entries with
+            +inf rank above all but those that the plan protects. -inf means "never keep": such an entry is evicted at
+            the next eviction of its row even if the budget is not used up, unless the plan protects it.
         """
 
     def observe(self, view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> dict[str, torch.Tensor]:
         """Called in every forward, once the layer's new entries are stored, if the policy overrides it.
 
-        Queries of drafted tokens come when it is known which of them stay, and then perhaps in two pieces.
+        Queries of drafted tokens are observed once it is known which of them were accepted, perhaps in two calls.
 
-        It costs time at every decoded token; what an eviction can find out by itself belongs into `conclude`.
+        This costs time at every decoded token; whatever can be computed at an eviction belongs into `conclude`.
 
         Args:
-            view: the layer with its new entries; `view.state(name)` is what was kept so far. The log β of a single
-                new token may still be missing.
+            view: the layer with its new entries; `view.state(name)` is the state so far. The log β of a single new
+                token may not be available yet.
             queries: `(batch, num_heads, q_len, head_dim)`, post-RoPE, of this forward.
             query_positions: int64 `(batch, q_len)`: their positions among the row's real tokens, -1 for padding.
 
@@ -73,17 +73,32 @@ class Policy(ABC):
 
     @property
     def observes(self) -> bool:
-        """Whether it wants to see every forward."""
+        """Whether it overrides `observe`."""
         return type(self).observe is not Policy.observe
 
     def conclude(self, view: LayerView) -> dict[str, torch.Tensor]:
-        """Called before `score` at each eviction: what the policy wants kept of the entries for the evictions to come.
+        """Called before `score` at each eviction: updates the states for this eviction and later ones.
 
         Returns:
-            The new values of those states that change, as `observe`; `view.state` then gives them to `score`.
+            The new values of those states that change, as in `observe`; `score` reads them by `view.state`.
         """
         return {}
 
     def state_key(self, state: str) -> str:
-        """Under which name the storage keeps one of `states`: policies that differ in an option do not share it."""
+        """The name under which a layer stores one of `states`; policies that differ in an option do not share it."""
         return f"{self!r}.{state}"
+
+    def state_keys(self) -> dict[str, str]:
+        """`state_key` of each of `states`."""
+        return {state: self.state_key(state) for state in self.states}
+
+    def view(
+        self,
+        layer: RaggedLayer,
+        time: torch.Tensor,
+        recorded: torch.Tensor | None = None,
+        budget: torch.Tensor | None = None,
+        horizon: torch.Tensor | None = None,
+    ) -> LayerView:
+        """The view of `layer` that `observe`, `conclude` and `score` take; see `LayerView`."""
+        return LayerView(layer, time, recorded, self.state_keys(), self.window_size, budget, horizon)

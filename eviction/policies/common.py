@@ -1,19 +1,11 @@
-"""What a window of queries attends to, for the policies that are built on it.
-
-Choosing within a head, for policies whose score depends on what else is chosen.
-"""
+"""Functions shared by policies: attention of a window of queries, and ranks within a head."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from ..layer_view import LayerView
 from ..ops.naive import attention_over
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
-
 
 
 def check_window(policy: str, window: int, kernel: int) -> None:
@@ -43,7 +35,7 @@ def own_entries(view: LayerView, window: int) -> torch.Tensor:
 
 
 def best_of_each_head(score: torch.Tensor, valid: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Marks the `count` highest scores of each head; among equal ones the newer stays.
+    """Marks the `count` highest scores of each head; ties favour the newer entry.
 
     Args:
         score: fp32 `(batch, num_kv_heads, n)`.
@@ -58,12 +50,12 @@ def best_of_each_head(score: torch.Tensor, valid: torch.Tensor, count: torch.Ten
 
 
 def ranks(score: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Each entry's place in its head, int64 `(batch, num_kv_heads, n)`: 0 for the highest score, the newer of equals.
+    """Each entry's rank in its head, int64 `(batch, num_kv_heads, n)`: 0 is the highest score, ties favour newer.
 
     Args:
         score, valid: as in `best_of_each_head`.
     """
-    # Stable, from the end: of equal scores the entry further behind comes first.
+    # Stable, from the end: among equal scores the newer entry comes first.
     order = score.masked_fill(~valid, -torch.inf).flip(2).sort(dim=2, descending=True, stable=True).indices
     places = torch.arange(score.shape[2], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(2, order, places).flip(2)

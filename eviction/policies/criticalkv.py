@@ -1,17 +1,15 @@
-"""CriticalKV: attention first, then attention times what the value does to the output."""
+"""CriticalKV: selection by attention, then by attention times the norm of the projected value."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..layer_view import LayerView
 from .common import best_of_each_head, own_entries
 from .snapkv import SnapKV
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class CriticalKV(SnapKV):
 
     Attributes:
         first_stage: the share of the budget chosen by attention alone.
-        epsilon: added to the score, so that entries without attention are told apart by their values.
+        epsilon: added to the score, so that entries without attention are ranked by their values.
     """
 
     first_stage: float = 0.5

@@ -1,29 +1,20 @@
-"""The steps of defensive aggregation, one function each.
-
-Source: "Taming the Fragility of KV Cache Eviction" (Feng et al., ICLR 2026), section 4 and the released code.
-
-DefensiveKV and Layer-DefensiveKV: keep what was needed at the worst moment.
-"""
+"""DefensiveKV and Layer-DefensiveKV: entries are kept by the worst case of their attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..layer_view import LayerView
 from ..ops.naive import top_by_mass
 from ..ops.radix_select import top_of_each_head
 from ..ops.value_norms import value_norms
 from .base import Policy
 from .common import check_window, own_entries
 
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
-
-
-
-MASS = 0.9  # attention that the protected entries and the window cover together, in the paper
+VALUE_NORMS = ("heads", "tokens", "raw", "none")
 
 
 def flat_prior(worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -33,7 +24,7 @@ def flat_prior(worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
 
 
 def defensive_aggregate(worst: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """The risk of losing an entry: what was seen at its worst, but no less than the prior."""
+    """The risk of evicting an entry: the worst case of its attention, but no less than the prior."""
     return torch.maximum(worst, prior)
 
 
@@ -46,10 +37,10 @@ def mass_protection(
 
     Args:
         mean: fp32 `(batch, num_kv_heads, n)`: attention, mean over queries and heads of the group.
-        needed: fp32 `(batch, num_kv_heads)`: the mass to cover: `MASS` less the part that falls into the window. The
-            released code measures that part after it has cut the window off; here it is that of the window.
+        needed: fp32 `(batch, num_kv_heads)`: the mass to cover: `Defensive.mass` minus the mass within the window. The
+            released code measures the latter after it has cut the window off; here it is that of the window.
         counted: bool `(batch, num_kv_heads, n)`: entries outside the window.
-        most: int64 `(batch,)`: no more than that many in a head.
+        most: int64 `(batch,)`: maximal number of entries per head.
 
     Returns:
         bool `(batch, num_kv_heads, n)`.
@@ -63,33 +54,32 @@ def mass_protection(
     return top_of_each_head(mean.masked_fill(~covering, -torch.inf), place, each)
 
 
-VALUE_NORMS = ("heads", "tokens", "raw", "none")
-
-
 @dataclass(frozen=True)
 class Defensive(Policy):
     """Worst case of the attention of a window's queries, no less than its mean, times `‖v_i W_O‖₁`.
 
-    Source: "Taming the Fragility of KV Cache Eviction" (Feng et al., ICLR 2026); options as in the released code. The
-    steps are in `aggregation`. Beside the window, the entries that cover `mass` of its attention are kept.
+    Source: "Taming the Fragility of KV Cache Eviction" (Feng et al., ICLR 2026), section 4; options as in the released
+    code. In addition to the window, the entries that cover `mass` of its attention are kept.
 
     The paper compresses a prompt once. Here the worst case is a running maximum over the windows of all evictions: at
-    each the last `window` queries observe the entries outside the window, so that a prompt may come in chunks, and
-    decoding costs nothing between evictions. For a prompt that is evicted once it is the paper's.
+    each, the last `window` queries observe the entries outside the window, so that a prompt may be read in chunks, and
+    decoding costs nothing between evictions. For a prompt that is evicted once both are equal.
 
     Attributes:
-        window: how many of the last queries observe; their own entries are kept.
+        window: number of the last queries that observe; their own entries are kept.
         kernel: width of the pooling along the entries, odd.
-        value_norm: what the norm is divided by: "heads", its sum over the heads of the token (the released code);
-            "tokens", its sum over the entries of the head (the paper); "raw", nothing. "none": no value term.
+        value_norm: normalisation of the value term: "heads", by its sum over the heads of the token (the released
+            code); "tokens", by its sum over the entries of the head (the paper); "raw", not at all. "none": no value
+            term.
         mass: the share of the window's mean attention, in [0, 1], that the window and the best entries of each head
-            cover together: these stay whatever their risk, up to a head's average budget. 0 protects none.
+            cover together (0.9 in the paper): these are kept regardless of their risk, up to a head's average budget.
+            0 protects none.
     """
 
     window: int = 32
     kernel: int = 5
     value_norm: str = "heads"
-    mass: float = MASS
+    mass: float = 0.9
 
     name: ClassVar[str] = "defensive"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "queries", "output_weight"})
@@ -114,7 +104,7 @@ class Defensive(Policy):
         return new
 
     def _values(self, view: LayerView) -> torch.Tensor:
-        """The state `value` with that of the entries since the last eviction, which all heads still have."""
+        """The state `value`, completed for the entries since the last eviction, which all heads still store."""
         value, n = view.state("value"), view.shape[2]
         index = torch.arange(n, device=value.device)
         known = ((index + 1) * (view.valid & (value > 0))).amax(2)
@@ -133,7 +123,7 @@ class Defensive(Policy):
         return torch.where(slot >= 0, new.gather(2, slot.clamp(0, most - 1)), value)
 
     def _normalised(self, norms: torch.Tensor) -> torch.Tensor:
-        """Of values that stand at the same token in all heads, fp32 `(batch, num_kv_heads, n)`."""
+        """Normalised norms of values that belong to the same token in all heads, fp32 `(batch, num_kv_heads, n)`."""
         return (norms / norms.sum(1, keepdim=True)).nan_to_num(0.0) if self.value_norm == "heads" else norms
 
     def score(self, view: LayerView) -> torch.Tensor:
@@ -154,7 +144,7 @@ class Defensive(Policy):
         return score.masked_fill(needed | own, torch.inf)
 
     def aggregate(self, view: LayerView, worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-        """The risk of losing each entry, fp32 `(batch, num_kv_heads, n)`.
+        """The risk of evicting each entry, fp32 `(batch, num_kv_heads, n)`.
 
         Args:
             worst: the worst case, of that shape.

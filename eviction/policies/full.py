@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..layer_view import LayerView
 from .base import Policy
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """Keeps everything, whatever the budget: the reference, and a prefill that other policies compress later."""
+    """Keeps everything, whatever the budget: as the reference, or for a prefill that other policies compress later."""
 
     name: ClassVar[str] = "full"
     evicts: ClassVar[bool] = False

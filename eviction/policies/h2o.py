@@ -1,21 +1,16 @@
-"""H2O: heavy hitters of all attention so far, and the newest tokens."""
+"""H2O: the entries with the most attention so far (heavy hitters), and the newest tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
-from ..ops.window_risk import received_by_heads
+from ..layer_view import LayerView
+from ..ops.window_risk import HELD_ON_CPU, HELD_ON_GPU, received_by_heads
 from .base import Policy
 from .common import window_attention
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
-
-# Attention weights that are held at a time: few enough for a processor's cache, many enough for a GPU.
-HELD_ON_CPU, HELD_ON_GPU = 2**18, 2**24
 
 
 @dataclass(frozen=True)
@@ -24,12 +19,12 @@ class H2O(Policy):
 
     Source: "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models" (Zhang et al., 2023),
     algorithm 1: half of the budget for heavy hitters, half for the newest tokens. Attention is computed a second time
-    for it, in pieces.
+    for this, in pieces.
 
     Attributes:
-        recent: the share of a head's budget that the newest tokens have.
-        average: divide by the number of queries that could attend to the entry, which the sum favours old ones by; as
-            `ObservedAttentionPress` of kvpress.
+        recent: the share of a head's budget reserved for the newest tokens.
+        average: divide by the number of queries that could attend to the entry, without which the sum favours old
+            entries; as `ObservedAttentionPress` of kvpress.
     """
 
     recent: float = 0.5
@@ -49,8 +44,8 @@ class H2O(Policy):
         if batch * heads * view.num_kv_groups * n * queries.shape[2] <= held:
             new = window_attention(view, queries, query_positions).sum(3).mean(2)
         else:
-            what = queries, view.keys, view.positions, query_positions, view.scaling
-            new = received_by_heads(*what, held)
+            given = queries, view.keys, view.positions, query_positions, view.scaling
+            new = received_by_heads(*given, held)
         return {"attention": view.state("attention") + new}
 
     def score(self, view: LayerView) -> torch.Tensor:

@@ -1,17 +1,15 @@
-"""KeyDiff: keep the keys that differ from the others."""
+"""KeyDiff: keep the keys that differ most from the mean key."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
+from ..layer_view import LayerView
 from .base import Policy
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)

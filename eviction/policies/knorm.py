@@ -1,16 +1,14 @@
-"""Knorm: keys of small norm matter."""
+"""Knorm: keep the keys of the smallest norm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..layer_view import LayerView
 from .base import Policy
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,29 @@
-"""LagKV: entries that stand out against the partition behind theirs."""
+"""LagKV: keep the entries that stand out against the next partition of the sequence."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..layer_view import LayerView
 from .base import Policy
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)
 class LagKV(Policy):
     """Spread of an entry's key and value over the channels, each scaled by its range in the next partition.
 
-    A head's entries behind the first ones form partitions; within each, an entry's score is its rank. The last whole
-    partition, which has none behind it, and what follows are kept; a head too short for two keeps its newest entries.
+    A head's entries after the first ones form partitions; within each, an entry's score is its rank. The last whole
+    partition, which has no next one, and the entries after it are kept; a head with fewer than two partitions keeps
+    its newest entries.
 
     Source: "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important" (Liang et al., 2025),
     equations 2 to 9; as in kvpress.
 
     Attributes:
-        first: how many of a head's first entries are kept and left out.
+        first: number of a head's first entries, which are kept and not part of a partition.
         lag: entries of a partition.
         across: let partitions compete by the score itself instead of the rank.
     """
@@ -55,7 +54,7 @@ class LagKV(Policy):
             if not self.across:
                 spread = spread.argsort(-1).argsort(-1) / self.lag
             score[:, :, inner] = spread.flatten(2)
-        # Partition p has a whole one behind it if the head reaches the end of that one.
+        # Partition p has a whole next one if the head reaches the end of that one.
         followed = self.first + (index // self.lag + 2) * self.lag <= lengths
         score = score.masked_fill((index < 0) | ~followed, 1.0)
         newest = index / (lengths - self.first).clamp(min=1)
@@ -75,6 +74,6 @@ def _spread(states: torch.Tensor, lag: int) -> torch.Tensor:
     whole = states.shape[2] // lag * lag
     parts = states[:, :, :whole].float().unflatten(2, (-1, lag))
     low, high = parts[:, :, 1:].aminmax(dim=3, keepdim=True)
-    # A channel that is constant there has no range: 0/0 would not be a number.
+    # A channel that is constant there has no range: avoid 0/0.
     scaled = (parts[:, :, :-1] - low) / (high - low).clamp(min=1e-6)
     return scaled.std(dim=-1).softmax(-1)

@@ -1,4 +1,4 @@
-"""PyramidKV: lower layers keep more."""
+"""PyramidKV: lower layers keep more entries."""
 
 from __future__ import annotations
 

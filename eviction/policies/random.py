@@ -1,24 +1,22 @@
-"""Random eviction: the baseline every policy must beat."""
+"""Random eviction: the baseline that every policy must beat."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..layer_view import LayerView
 from .base import Policy
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """A hash of (seed, layer, head, position) in [0, 1): the same whatever else is in the batch, and at every step.
+    """A hash of (seed, layer, head, position) in [0, 1): independent of the batch and of the step.
 
     Attributes:
-        seed: another seed, another choice.
+        seed: of the hash.
     """
 
     seed: int = 0

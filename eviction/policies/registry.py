@@ -1,4 +1,4 @@
-"""Policies by name."""
+"""Registry of policies by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .random import Random
 from .retention import Retention
 from .retention_defensive import RetentionDefensive
 from .snapkv import SnapKV
-from .streaming import StreamingLLM
+from .streaming_llm import StreamingLLM
 from .tova import TOVA
 
 _CLASSES: tuple[type[Policy], ...] = (
@@ -49,15 +49,15 @@ _CLASSES: tuple[type[Policy], ...] = (
 
 
 def policy_names() -> tuple[str, ...]:
-    """The names `get_policy` knows."""
+    """The names that `get_policy` accepts."""
     return tuple(sorted(policy.name for policy in _CLASSES))
 
 
 def get_policy(policy: str | Policy, **options: Any) -> Policy:
-    """The policy of that name, or an instance, with these options and for the rest its own.
+    """The policy of that name, or an instance, with these options; others keep their values.
 
     Args:
-        policy: a name, with options behind it or not: "snapkv", "snapkv(window=16)", "defensive(value_norm=raw)".
+        policy: a name, with or without options: "snapkv", "snapkv(window=16)", "defensive(value_norm=raw)".
 
     Raises:
         ValueError: no such policy, or no such option of it; the message lists those known.
@@ -77,7 +77,7 @@ def get_policy(policy: str | Policy, **options: Any) -> Policy:
 
 
 def policy_text(policy: Policy) -> str:
-    """What `get_policy` makes the policy from: its name, and in brackets the options that are not its defaults."""
+    """Text from which `get_policy` makes the policy: its name, with non-default options in brackets."""
     plain = type(policy)()
     changed = {one.name: getattr(policy, one.name) for one in fields(policy)}  # type: ignore[arg-type]
     changed = {name: value for name, value in changed.items() if value != getattr(plain, name)}

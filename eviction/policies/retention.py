@@ -1,24 +1,22 @@
-"""Learned retention: how much of an entry's usefulness is left."""
+"""Learned retention: keep the entries whose gates predict the most remaining usefulness."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..layer_view import LayerView
 from .base import Policy
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 
 def log_retention(view: LayerView) -> torch.Tensor:
     """`(T + 1 - i) · log β_i`, fp32 `(batch, num_kv_heads, n)`: the log of the retention at the next token.
 
-    Between the chunks of a prompt T is the end of the prompt: an entry is judged by what will be left of it when the
-    prompt has been read, so that every chunk's eviction works towards the same choice.
+    Between the chunks of a prompt T is the end of the prompt: an entry is scored by its retention after the whole
+    prompt has been read, so that the evictions after all chunks work towards the same choice.
     """
     age = view.horizon.view(-1, 1, 1) + 1 - view.positions
     return age.float() * view.log_beta
@@ -32,11 +30,11 @@ class Retention(Policy):
     scores of different layers and heads are comparable, hence the global scope.
 
     Attributes:
-        lookahead: n, how many of the next tokens to judge by: `log Σ_{s=1..n} β^(T+s-i)`, the use expected over them;
-            the larger, the more β counts against age.
-        threshold: an entry whose retention at the next token is below it, in (0, 1), never stays: at an eviction it
-            goes even if the budget has room. Evictions run when the budget is exceeded; sinks and recent tokens of the
-            plan stay.
+        lookahead: n, the number of next tokens summed over: `log Σ_{s=1..n} β^(T+s-i)`, the retention expected over
+            them; the larger, the more β counts relative to age.
+        threshold: an entry whose retention at the next token is below it, in (0, 1), is evicted at the next eviction
+            even if the budget is not used up. Evictions run when the budget is exceeded; protected tokens of the plan
+            are kept.
     """
 
     lookahead: int = 1
@@ -62,5 +60,5 @@ class Retention(Policy):
 
 def log_geometric_sum(log_beta: torch.Tensor, n: int) -> torch.Tensor:
     """`log (1 + β + … + β^(n-1))`, shaped as `log_beta`; log n at β = 1."""
-    rate = log_beta.double().clamp(max=-1e-12)  # below, the quotient is n to double precision
+    rate = log_beta.double().clamp(max=-1e-12)  # below this the quotient is n to double precision
     return (torch.expm1(n * rate) / torch.expm1(rate)).log().to(log_beta.dtype)

@@ -1,42 +1,41 @@
-"""Learned retention in the place of defensive aggregation's flat prior."""
+"""Defensive aggregation with learned retention in place of the flat prior."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..layer_view import LayerView
 from .common import ranks
 from .defensive import Defensive, defensive_aggregate, flat_prior
 from .retention import log_retention
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 COMBINATIONS = ("prior", "max", "product", "rank")
 
 
 @dataclass(frozen=True)
 class RetentionDefensive(Defensive):
-    """Layer-DefensiveKV that asks the gates about entries which no window has needed yet.
+    """Layer-DefensiveKV with gates for entries that no window has attended to yet.
 
     Defensive aggregation gives an entry that was never attended to the mean m of the head's worst cases w: all such
-    entries are alike. Here the retention `r_i = β_i^(T+1-i)` tells them apart. The value term and the protected entries
-    are those of `Defensive`. With means and maxima over the head's entries outside the window, the risk of entry i is
+    entries are equal. Here the retention `r_i = β_i^(T+1-i)` distinguishes them. The value term and the protected
+    entries are those of `Defensive`. With means and maxima over the head's entries outside the window, the risk of
+    entry i is
 
     * "prior": `max(w_i, m · r_i / mean(r))`: the prior keeps its mean and follows the retention;
     * "max": `max(w_i, max(w) · r_i / max(r))`: the entry retained most counts as much as the one attended to most;
     * "product": `max(w_i, m) · r_i`: the defensive risk, discounted by the retention;
     * "rank": `max(u_i, v_i)`, the shares of the head's entries whose w, and whose r, are no greater than the entry's:
-      only the orders count, and heads are alike.
+      only the ranks count, and all heads are equal.
 
-    docs/eviction.md has the study that the defaults come from.
+    The defaults come from the study in the documentation.
 
     Attributes:
-        mass: as in `Defensive`, but 0: what the window attends to fills a small budget and crowds out what the gates
-            know.
-        combine: one of these.
+        mass: as in `Defensive`, but 0 by default: the entries that the window attends to would fill a small budget and
+            displace those that the gates favour.
+        combine: how retention and worst case are combined, one of these.
     """
 
     mass: float = 0.0
@@ -56,7 +55,7 @@ class RetentionDefensive(Defensive):
 
 
 def combine(how: str, worst: torch.Tensor, log_retention: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """The risk of losing each entry by one of `COMBINATIONS`; see `RetentionDefensive`.
+    """The risk of evicting each entry by one of `COMBINATIONS`; see `RetentionDefensive`.
 
     Args:
         worst, log_retention: fp32 `(batch, num_kv_heads, n)`.
@@ -67,7 +66,7 @@ def combine(how: str, worst: torch.Tensor, log_retention: torch.Tensor, counted:
     flat = flat_prior(worst, counted)
     if how == "product":
         return defensive_aggregate(worst, flat) * log_retention.exp()
-    # Relative to the highest, so that a head whose entries have all faded still tells them apart.
+    # Relative to the highest, so that the entries of a head whose retentions are all tiny are still ranked.
     highest = log_retention.masked_fill(~counted, -torch.inf).amax(2, keepdim=True)
     relative = (log_retention - highest.clamp(min=torch.finfo(torch.float32).min)).exp().masked_fill(~counted, 0.0)
     if how == "max":
@@ -79,7 +78,7 @@ def combine(how: str, worst: torch.Tensor, log_retention: torch.Tensor, counted:
 def _percentile(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """The share of the head's counted entries whose value is no greater, in (0, 1]."""
     ahead = ranks(values, counted)
-    # Equal values have the place of the first of them.
+    # Equal values have the rank of the first of them.
     order = ahead.argsort(2)
     ranked = values.gather(2, order)
     changes = torch.ones_like(ranked, dtype=torch.bool)

@@ -1,18 +1,16 @@
-"""SnapKV: what the last queries attend to."""
+"""SnapKV: keep the entries that the last queries attend to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
+from ..layer_view import LayerView
 from .base import Policy
 from .common import check_window, own_entries
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 POOLS = ("avg", "max")
 
@@ -25,7 +23,7 @@ class SnapKV(Policy):
     pooling as in kvpress.
 
     Attributes:
-        window: how many of the last queries observe; their own entries are kept.
+        window: number of the last queries that observe; their own entries are kept.
         kernel: width of the pooling, odd.
         pool: "avg" or "max".
     """

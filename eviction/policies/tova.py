@@ -1,24 +1,22 @@
-"""TOVA: what the last query attends to, over all heads."""
+"""TOVA: keep the entries that the last query attends to, over all heads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..layer_view import LayerView
 from .base import Policy
 from .common import own_entries
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)
 class TOVA(Policy):
-    """Attention of the last query, averaged over all heads of the layer: they keep the same tokens.
+    """Attention of the last query, averaged over all heads of the layer, which keep the same tokens.
 
-    Source: "Transformers are Multi-State RNNs" (Oren et al., 2024), section 3.2. A head that no longer has a token
+    Source: "Transformers are Multi-State RNNs" (Oren et al., 2024), section 3.2. A head that no longer stores a token
     counts as paying no attention to it.
     """
 

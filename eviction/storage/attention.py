@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..forward_state import Step
+from ..forward_state import ForwardStep
 from .paged import PagedStore
 from .segments import SegmentStore
 
@@ -16,21 +16,23 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "output_at
 
 
 def refuse_unsupported(kwargs: dict[str, Any]) -> None:
-    """Raises ValueError if an attention call asks for what attention over segments cannot honour."""
+    """Raises ValueError if an attention call requests an option that attention over segments does not support."""
     given = [name for name in UNSUPPORTED if kwargs.get(name) is not None and kwargs[name] is not False]
     if given:
         raise ValueError(f"attention over an evicted cache does not support {', '.join(given)}")
     if kwargs.get("dropout"):
         raise ValueError(
-            f"attention over an evicted cache has no dropout (asked for {kwargs['dropout']}); call model.eval()"
+            f"attention over an evicted cache has no dropout, got {kwargs['dropout']}; call model.eval()"
         )
 
 
-def ragged_attention(store: SegmentStore, query: torch.Tensor, scaling: float | None, step: Step) -> torch.Tensor:
+def ragged_attention(
+    store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep
+) -> torch.Tensor:
     """Attention of the newest tokens, already appended to `store`, over everything stored.
 
     Args:
-        store: the layer's segments; the last `step.counts[row]` entries of each are the queries' own.
+        store: the layer's segments; the last `step.counts[row]` entries of each are those of the queries' tokens.
         query: `(batch, num_heads, q_len, head_dim)`, post-RoPE.
         scaling: factor of the logits; None for `head_dim ** -0.5`.
         step: the running forward.
@@ -48,7 +50,7 @@ def ragged_attention(store: SegmentStore, query: torch.Tensor, scaling: float | 
 
 
 def _one_query(store: SegmentStore, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    """The heads of a group become the queries of one unmasked call, so a segment is read once for all of them."""
+    """The heads of a group become the queries of one unmasked call, so that a segment is read once for all of them."""
     batch, num_heads, _, head_dim = query.shape
     heads = store.num_kv_heads
     group = num_heads // heads
@@ -64,7 +66,7 @@ def _one_query(store: SegmentStore, query: torch.Tensor, scaling: float | None) 
     return torch.cat(parts, dim=2).view(batch, 1, num_heads, -1)
 
 
-def _many_queries(store: SegmentStore, query: torch.Tensor, scaling: float | None, step: Step) -> torch.Tensor:
+def _many_queries(store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep) -> torch.Tensor:
     batch, num_heads, q_len, _ = query.shape
     heads = store.num_kv_heads
     group = num_heads // heads
@@ -88,8 +90,8 @@ def _many_queries(store: SegmentStore, query: torch.Tensor, scaling: float | Non
     return torch.cat(rows).transpose(1, 2)
 
 
-def _padded(store: SegmentStore, query: torch.Tensor, scaling: float | None, step: Step) -> torch.Tensor:
-    """Some new tokens are padding: they are no entries, and a row's real ones are picked out."""
+def _padded(store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep) -> torch.Tensor:
+    """Some new tokens are padding, which has no entries: the real queries of each row are gathered."""
     batch, num_heads, q_len, _ = query.shape
     heads = store.num_kv_heads
     group = num_heads // heads

@@ -1,36 +1,32 @@
-"""Which pages the segments of a layer have, and where that puts their entries.
-
-The entries of one layer in pages: what `SegmentStore` does with contiguous ranges, on a GPU, in place.
-"""
+"""Paged storage of one layer on a GPU: pages move between the segments of a layer in place (`PagedStore`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 
 from ...retention.ops.kernel_choice import chosen_kernels
-from .segments import SLACK, Places, SegmentStore
+from ..forward_state import ForwardStep
+from ..ops.copy_entries import copy_entries
+from ..ops.page_table import append_entries, move_entries, release_pages, write_state
+from ..ops.paged_attention import DTYPES, MAX_DIM, ragged_decode
+from .segments import EntryLocations, SegmentStore, StorageConfig
 
-if TYPE_CHECKING:
-    from ..forward_state import Step
-
-
-
-PAGE = 16  # entries of a page
-WIDTH_SLACK = 1.25  # how much wider a page table is made than it must be
+T = TypeVar("T")
+PAGE = StorageConfig.page_size
 
 
 def fresh_layout(
     lengths: Sequence[int], spare: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Table, lengths, stack of free pages and counters, see `PagedStore`: each segment's pages behind the last one's.
+    """Table, lengths, stack of free pages and counters (see `PagedStore`) with pages in the order of the segments.
 
     Args:
-        spare: how many pages are free; they come last.
+        spare: number of free pages; they come last.
     """
     owned = [pages_of(length) for length in lengths]
     count, width = sum(owned) + spare, max([1, *owned])
@@ -45,19 +41,21 @@ def fresh_layout(
 def widened(table: torch.Tensor, width: int) -> torch.Tensor:
     """A table for segments of up to `width` pages; the same one if it is wide enough."""
     have = table.shape[1]
-    return table if width <= have else torch.nn.functional.pad(table, (0, int(width * WIDTH_SLACK) - have))
+    if width <= have:
+        return table
+    return torch.nn.functional.pad(table, (0, int(width * StorageConfig.table_growth) - have))
 
 
 def grown_stack(free: torch.Tensor, left: int, total: int) -> torch.Tensor:
-    """The stack of free pages, `left` until now, when there are `total` pages: the old free ones are taken first."""
-    held = free.shape[0]
-    new = torch.arange(total - 1, held - 1, -1, dtype=torch.int32, device=free.device)
-    return torch.cat([new, free[:left], free.new_zeros(held - left)])
+    """The stack of `left` free pages after growing to `total` pages; the old free pages are taken first."""
+    before = free.shape[0]
+    new = torch.arange(total - 1, before - 1, -1, dtype=torch.int32, device=free.device)
+    return torch.cat([new, free[:left], free.new_zeros(before - left)])
 
 
 @dataclass(frozen=True)
-class PagedPlaces:
-    """Which pages segments had; see `store.Places`."""
+class PagedLocations:
+    """The page table at one time; see `segments.EntryLocations`."""
 
     table: torch.Tensor
 
@@ -76,36 +74,36 @@ def pages_of(length: int) -> int:
 
 
 def spare_pages(lengths: Sequence[int]) -> int:
-    """Free pages that a layout has: one a segment, or `SLACK` of the owned ones, so that appends rarely lay it out."""
-    return max(len(lengths), int(SLACK * sum(map(pages_of, lengths))))
+    """Free pages to allocate: one per segment, or `StorageConfig.slack` of the owned ones if that is more."""
+    return max(len(lengths), int(StorageConfig.slack * sum(map(pages_of, lengths))))
 
 
 class PagedStore(SegmentStore):
-    """Like `SegmentStore`, with pages that move between the heads of a layer, and kernels that write them.
+    """A `SegmentStore` whose segments are lists of pages, written by kernels.
 
-    Entry i of segment s stands at the flat index `table[s, i // PAGE] * PAGE + i % PAGE` of the buffers. Page tables,
-    the lengths as kernels read them, and the stack of free pages are tensors of this store alone; after a `fork` only
-    the buffers are shared, and whoever writes first copies them. The lists on the host say the same, and how many pages
-    are free follows from them: nothing is asked of the device but, at an eviction, how much each head has kept.
+    Entry i of segment s is at the flat index `table[s, i // PAGE] * PAGE + i % PAGE` of the buffers. Page tables, the
+    lengths as kernels read them, and the stack of free pages belong to this store alone; after a `fork` only the
+    buffers are shared, and whichever side writes first copies them. The host keeps the same lengths in lists, and the
+    number of free pages follows from them: the device is read only at an eviction, for the entries each head has kept.
 
     Attributes:
         table: int32 `(segments, width)`; device_lengths: int32 `(segments,)`.
         free: int32 `(num_pages,)`, the free pages below `counters[0]`.
-        counters: int32 `(2,)`: free pages, and whether an append found too few, which never happens.
+        counters: int32 `(2,)`: free pages, and whether an append found too few, which would be a bug.
     """
 
-    # Each segment's last page and one free page of it may be empty but for an entry.
+    # Of each segment, the last page may have a single entry, and one page may be free.
     spare = 2 * PAGE
 
     def __init__(self, batch: int, num_kv_heads: int, buffers: dict[str, torch.Tensor]) -> None:
-        """A store without entries whose buffers, `(0, ...)`, say what an entry is."""
+        """A store without entries; `buffers`, `(0, ...)`, give the dtypes and shapes of an entry."""
         self.batch, self.num_kv_heads = batch, num_kv_heads
         self.shared = self.uniform = False
         self._reset(buffers, [0] * (batch * num_kv_heads), 0)
 
     @classmethod
     def from_dense(
-        cls, key: torch.Tensor, value: torch.Tensor, state: dict[str, torch.Tensor], step: Step
+        cls, key: torch.Tensor, value: torch.Tensor, state: dict[str, torch.Tensor], step: ForwardStep
     ) -> PagedStore:
         batch, heads = key.shape[:2]
         buffers = {name: tensor.new_empty(0, tensor.shape[3]) for name, tensor in (("key", key), ("value", value))}
@@ -118,7 +116,7 @@ class PagedStore(SegmentStore):
     def of_segments(
         cls, batch: int, num_kv_heads: int, buffers: dict[str, torch.Tensor], lengths: Sequence[int]
     ) -> PagedStore:
-        """Entries that stand behind each other, segment by segment, copied into pages."""
+        """Copies entries that are stored contiguously, segment by segment, into pages."""
         store = cls(batch, num_kv_heads, {name: buffer[:0] for name, buffer in buffers.items()})
         store.buffers = buffers
         store._lay_out(torch.arange(sum(lengths), device=store.table.device), list(lengths))
@@ -139,60 +137,56 @@ class PagedStore(SegmentStore):
         return self.buffers[name].unflatten(0, (self.num_pages, PAGE))
 
     def _reset(self, buffers: dict[str, torch.Tensor], lengths: list[int], spare: int) -> None:
-        """Takes over `buffers`, whose pages belong to the segments one after the other; the last `spare` are free."""
+        """Adopts `buffers`, whose pages belong to the segments in order; the last `spare` are free."""
         fresh = fresh_layout(lengths, spare, buffers["key"].device)
         self.table, self.device_lengths, self.free, self.counters = fresh
-        self._take(buffers)
-        self._note(lengths)
+        self._set_pages(buffers)
+        self._set_counts(lengths)
 
-    def _take(self, buffers: dict[str, torch.Tensor]) -> None:
+    def _set_pages(self, buffers: dict[str, torch.Tensor]) -> None:
         self.buffers = buffers
         self.key, self.value, self.position = buffers["key"], buffers["value"], buffers["position"]
         self.nbytes = self.capacity * self.entry_bytes
 
-    def _note(self, lengths: list[int]) -> None:
+    def _set_counts(self, lengths: list[int]) -> None:
         self.lengths, self._last = lengths, None
-        self.rooms = [pages_of(length) * PAGE for length in lengths]
+        self.reserved = [pages_of(length) * PAGE for length in lengths]
 
     def _lay_out(self, source: torch.Tensor, lengths: list[int]) -> None:
-        """New pages for the entries at `source`, flat indices in the order of the segments; the old ones go."""
-        from ..ops.copy_entries import copy_entries
-
+        """Copies the entries at `source`, flat indices segment by segment, into new pages; frees the old ones."""
         spare = spare_pages(lengths)
         count = sum(map(pages_of, lengths)) + spare
         old = self.buffers
         self._reset({name: b.new_zeros(count * PAGE, *b.shape[1:]) for name, b in old.items()}, lengths, spare)
-        target = self.places().index(range(len(lengths)), lengths)
+        target = self.locations().index(range(len(lengths)), lengths)
         copy_entries(list(old.values()), list(self.buffers.values()), source, target)
         self.shared = False
 
-    def _own(self) -> None:
-        """Makes the buffers this store's alone before they are written to."""
+    def _unshare(self) -> None:
+        """Copies shared buffers before they are written to."""
         if self.shared:
-            self._take({name: buffer.clone() for name, buffer in self.buffers.items()})
+            self._set_pages({name: buffer.clone() for name, buffer in self.buffers.items()})
             self.shared = False
 
     def _grow(self, lengths: list[int]) -> None:
-        """Sees to it that there are pages and room in the table for segments of `lengths` entries."""
+        """Allocates pages and columns of the table for segments of `lengths` entries."""
         self.table = widened(self.table, max([1, *map(pages_of, lengths)]))
-        count, held = sum(map(pages_of, lengths)), self.num_pages
-        if count <= held:
-            return self._own()
+        count, before = sum(map(pages_of, lengths)), self.num_pages
+        if count <= before:
+            return self._unshare()
         total = count + spare_pages(lengths)
         self.free = grown_stack(self.free, self.free_pages, total)
-        self.counters = self.counters + self.counters.new_tensor([total - held, 0])
+        self.counters = self.counters + self.counters.new_tensor([total - before, 0])
         grown = {}
         for name, buffer in self.buffers.items():
             grown[name] = buffer.new_zeros(total * PAGE, *buffer.shape[1:])
             grown[name][: len(buffer)] = buffer
-        self._take(grown)
+        self._set_pages(grown)
         self.shared = False
 
-    # What changes the entries.
+    # Operations that change entries.
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, state: dict[str, torch.Tensor], step: Step) -> None:
-        from ..ops.page_table import append_entries, write_state
-
+    def append(self, key: torch.Tensor, value: torch.Tensor, state: dict[str, torch.Tensor], step: ForwardStep) -> None:
         added = [count for count in step.counts for _ in range(self.num_kv_heads)]
         lengths = [length + more for length, more in zip(self.lengths, added, strict=True)]
         self._grow(lengths)
@@ -203,13 +197,11 @@ class PagedStore(SegmentStore):
         )  # fmt: skip
         for name, new in state.items():
             write_state(new.detach(), ranks, plan, self.table, self.paged(name))
-        self._note(lengths)
+        self._set_counts(lengths)
         if step.valid is None and step.q_len == 1:
             self._last = plan
 
     def fill(self, name: str, values: torch.Tensor) -> None:
-        from ..ops.page_table import write_state
-
         assert self._last is not None, "one token was appended last"
         new = values.view(self.batch, self.num_kv_heads, 1)
         write_state(new, values.new_zeros(self.batch, 1, dtype=torch.int32), self._last, self.table, self.paged(name))
@@ -217,49 +209,45 @@ class PagedStore(SegmentStore):
     def set_lengths(self, lengths: list[int]) -> None:
         if lengths != self.lengths:
             self._release(torch.tensor(lengths, dtype=torch.int32, device=self.table.device))
-        self._note(lengths)
+        self._set_counts(lengths)
 
     def _release(self, shorter: torch.Tensor) -> None:
-        from ..ops.page_table import release_pages
-
         release_pages(self.device_lengths, shorter, self.table, self.free, self.counters, PAGE)
 
     def compact(self, keep: torch.Tensor) -> None:
-        from ..ops.page_table import move_entries
-
         keep = keep.reshape(len(self.lengths), -1)
         if not keep.shape[1]:
             return
-        self._own()
+        self._unshare()
         for name in self.buffers:
             move_entries(keep, self.device_lengths, self.table, self.paged(name))
         kept = keep.sum(1, dtype=torch.int32)
         self._release(kept)
-        self._note(kept.tolist())
+        self._set_counts(kept.tolist())
         if self.free_pages > spare_pages(self.lengths):
-            self._lay_out(self.places().index(range(len(self.lengths)), self.lengths), self.lengths)
+            self._lay_out(self.locations().index(range(len(self.lengths)), self.lengths), self.lengths)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         heads = self.num_kv_heads
         order = [row * heads + head for row in rows for head in range(heads)]
         lengths = [self.lengths[segment] for segment in order]
-        source = self.places().index(order, lengths)
+        source = self.locations().index(order, lengths)
         self.batch = len(rows)
         self._lay_out(source, lengths)
 
     def fork(self) -> PagedStore:
         other = PagedStore(self.batch, self.num_kv_heads, {name: b[:0] for name, b in self.buffers.items()})
-        other._take(dict(self.buffers))
-        other._note(self.lengths)
+        other._set_pages(dict(self.buffers))
+        other._set_counts(self.lengths)
         for name in ("table", "device_lengths", "free", "counters"):
             setattr(other, name, getattr(self, name).clone())
         self.shared = other.shared = True
         return other
 
-    # What reads them.
+    # Operations that read entries.
 
-    def places(self) -> Places:
-        return PagedPlaces(self.table.clone())
+    def locations(self) -> EntryLocations:
+        return PagedLocations(self.table.clone())
 
     def dense_index(self) -> tuple[torch.Tensor, torch.Tensor]:
         within = torch.arange(max(self.lengths, default=0), device=self.table.device)
@@ -269,47 +257,64 @@ class PagedStore(SegmentStore):
         shape = (self.batch, self.num_kv_heads, -1)
         return index.view(shape), valid.view(shape)
 
+    def memoised(self, name: Hashable, compute: Callable[[], T]) -> T:
+        return compute()  # whether forks have the same entries is known to the page tables on the device only
+
+    def clear_memo(self) -> None:
+        pass
+
     def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Copies of the keys and values of each segment, `(1, 1, lengths[s], dim)`."""
-        places = self.places()
+        locations = self.locations()
         for segment, length in enumerate(self.lengths):
-            slots = places.index([segment], [length])
+            slots = locations.index([segment], [length])
             yield self.key[slots][None, None], self.value[slots][None, None]
 
-    def attend(self, query: torch.Tensor, scaling: float | None, step: Step) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, scaling: float | None, step: ForwardStep) -> torch.Tensor:
         """Attention of the step's queries over the pages; see `ragged_attention`."""
-        from ..ops.paged_attention import ragged_decode
-
-        hidden = None if step.valid is None else step.hidden
+        newer = None if step.valid is None else step.newer_tokens
         factor = float(query.shape[-1] ** -0.5) if scaling is None else scaling
         key, value = self.paged("key"), self.paged("value")
-        return ragged_decode(query, key, value, self.table, self.device_lengths, factor, hidden)
+        return ragged_decode(query, key, value, self.table, self.device_lengths, factor, newer)
 
     def faults(self) -> Iterator[str]:
-        """What is wrong: every page is owned once or free, host and device agree, positions ascend."""
+        """Violated invariants: every page is owned once or free, host and device agree, positions ascend."""
         count = self.batch * self.num_kv_heads
         if not len(self.lengths) == len(self.table) == len(self.device_lengths) == count:
-            yield "one segment a row and head is needed"
+            yield "the number of segments is not batch * num_kv_heads"
         if self.device_lengths.tolist() != self.lengths:
-            yield "the device counts other entries than the host"
+            yield "lengths on device and host differ"
         if self.counters.tolist() != [self.free_pages, 0]:
             yield "free pages are counted wrong"
         owned = [page for n, row in zip(self.lengths, self.table.tolist(), strict=True) for page in row[: pages_of(n)]]
         if sorted(owned + self.free[: self.free_pages].tolist()) != list(range(self.num_pages)):
-            yield "owned and free pages are not all that there are"
+            yield "a page is owned twice, or neither owned nor free"
         if any(len(buffer) != self.num_pages * PAGE for buffer in self.buffers.values()):
-            yield "buffers do not have one slot for each entry of a page"
+            yield "a buffer does not have page_size slots for each page"
         yield from self._position_faults()
 
 
 def store_class(device: torch.device, dtype: torch.dtype, *dims: int) -> type[SegmentStore]:
-    """`PagedStore` where its kernels run (see `kernel_choice`) and take such keys and values, else `SegmentStore`.
+    """`PagedStore` where its kernels run (see `kernel_choice`) and support keys and values of that kind.
+
+    Else `SegmentStore`.
 
     Args:
         dtype, dims: of keys and values.
     """
     if chosen_kernels(device) == "reference":
         return SegmentStore
-    from ..ops.paged_attention import DTYPES, MAX_DIM
-
     return PagedStore if dtype in DTYPES and max(dims) <= MAX_DIM else SegmentStore
+
+
+def store_of(batch: int, num_kv_heads: int, buffers: dict[str, torch.Tensor], lengths: list[int]) -> SegmentStore:
+    """A store of entries given contiguously, segment by segment; it may adopt the buffers.
+
+    Args:
+        buffers: `key`, `value`, `position` and states, each `(sum(lengths), ...)`.
+        lengths: entries of each segment, `batch * num_kv_heads` numbers.
+    """
+    key, value = buffers["key"], buffers["value"]
+    if store_class(key.device, key.dtype, key.shape[1], value.shape[1]) is PagedStore:
+        return PagedStore.of_segments(batch, num_kv_heads, buffers, lengths)
+    return SegmentStore(batch, num_kv_heads, buffers, lengths, lengths)

@@ -1,25 +1,38 @@
-"""Where the entries of a store stood at one time, for whoever wants to find them in the buffers of then.
-
-Where the entries of new segments are copied from, as flat indices into the old buffers; see `SegmentStore`.
-
-Flat storage of one layer's entries: a contiguous segment for every (row, head), each with its own length.
-"""
+"""Contiguous storage of one layer: every (row, head) is a segment with its own number of entries (`SegmentStore`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
-from ..forward_state import Step
+from ..forward_state import ForwardStep
+
+T = TypeVar("T")
 
 
-class Places(Protocol):
-    """Where the entries of a store stood at one time."""
+@dataclass(frozen=True)
+class StorageConfig:
+    """Free memory that stores allocate so that appending is amortised; tested bounds depend on it.
+
+    Attributes:
+        slack: free slots added when segments are re-allocated, as a share of the layer's mean segment; for pages, free
+            pages as a share of the allocated ones.
+        page_size: entries per page of a `PagedStore`, one of `ops.page_table.PAGE_SIZES`.
+        table_growth: factor by which a page table becomes wider than needed when it grows.
+    """
+
+    slack: float = 0.06
+    page_size: int = 16
+    table_growth: float = 1.25
+
+
+class EntryLocations(Protocol):
+    """Locations of a store's entries at one time, valid in the buffers of that time."""
 
     def index(self, segments: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """Flat indices of the first `lengths[i]` entries of each of `segments`, int64, one segment after the other."""
@@ -27,8 +40,8 @@ class Places(Protocol):
 
 
 @dataclass(frozen=True)
-class SegmentPlaces:
-    """Where segments began."""
+class SegmentLocations:
+    """The start of every segment."""
 
     starts: list[int]
     device: torch.device
@@ -39,51 +52,48 @@ class SegmentPlaces:
 
 
 def sources_of_ranges(
-    starts: Sequence[int], lengths: Sequence[int], rooms: Sequence[int], device: torch.device
+    starts: Sequence[int], lengths: Sequence[int], reserved: Sequence[int], device: torch.device
 ) -> torch.Tensor:
-    """New segment `s`, with `rooms[s]` slots, gets the entries of the flat range `starts[s] + [0, lengths[s])`.
+    """Source indices of new segments: `s`, with `reserved[s]` slots, gets the flat range `starts[s] + [0, lengths[s])`.
 
     Returns:
-        int64 `(sum(rooms),)`. Free slots get a copy of some entry: cheaper than leaving them out, and never read.
+        int64 `(sum(reserved),)`. Free slots get a copy of some entry: cheaper than leaving them out, and never read.
     """
-    shape = torch.tensor([list(starts), list(lengths), list(rooms)], device=device)
-    old_start, length, room = shape.unbind(0)
-    new_start = room.cumsum(0) - room
-    within = torch.arange(sum(rooms), device=device) - new_start.repeat_interleave(room)
-    last = (length - 1).clamp(min=0).repeat_interleave(room)
-    return old_start.repeat_interleave(room) + torch.minimum(within, last)
+    shape = torch.tensor([list(starts), list(lengths), list(reserved)], device=device)
+    old_start, length, slots = shape.unbind(0)
+    new_start = slots.cumsum(0) - slots
+    within = torch.arange(sum(reserved), device=device) - new_start.repeat_interleave(slots)
+    last = (length - 1).clamp(min=0).repeat_interleave(slots)
+    return old_start.repeat_interleave(slots) + torch.minimum(within, last)
 
 
 def sources_of_kept(
-    keep: torch.Tensor, counts: torch.Tensor, starts: Sequence[int], rooms: Sequence[int]
+    keep: torch.Tensor, counts: torch.Tensor, starts: Sequence[int], reserved: Sequence[int]
 ) -> torch.Tensor:
-    """New segment `s`, with `rooms[s]` slots, gets the entries of the old segment `s` that are kept.
+    """Source indices of new segments: `s`, with `reserved[s]` slots, gets the kept entries of the old segment `s`.
 
     Args:
         keep: bool `(segments, n)`: index i is the i-th entry of the segment that begins at `starts[s]`.
-        counts: int64 `(segments,)`, `keep.sum(1)`; none exceeds its room.
+        counts: int64 `(segments,)`, `keep.sum(1)`; none exceeds the reserved slots.
 
     Returns:
-        int64 `(sum(rooms),)`; free slots get entry 0 of the buffers.
+        int64 `(sum(reserved),)`; free slots get entry 0 of the buffers.
     """
     device = keep.device
     segment, index = keep.nonzero(as_tuple=True)  # segment by segment, positions ascending
     old_start = torch.tensor(list(starts), device=device)
-    new_start = torch.tensor([0, *accumulate(rooms)][:-1], device=device)
+    new_start = torch.tensor([0, *accumulate(reserved)][:-1], device=device)
     rank = torch.arange(len(segment), device=device) - (counts.cumsum(0) - counts)[segment]
-    source = torch.zeros(sum(rooms), dtype=torch.long, device=device)
+    source = torch.zeros(sum(reserved), dtype=torch.long, device=device)
     source[new_start[segment] + rank] = old_start[segment] + index
     return source
-
-
-SLACK = 0.06  # free room added when a segment is laid out anew, as a share of the layer's mean segment
 
 
 class SegmentStore:
     """Keys, values, positions and per-entry state of one layer, stored without holes between entries of a head.
 
-    Segment `s = row * num_kv_heads + head` owns the flat range `[starts[s], starts[s] + rooms[s])`. Its entries, in the
-    order of their positions, are the first `lengths[s]` of that range; the rest of its room is free. The rooms
+    Segment `s = row * num_kv_heads + head` owns the flat range `[starts[s], starts[s] + reserved[s])`. Its entries, in
+    the order of their positions, are the first `lengths[s]` slots of that range; the other slots are free. The ranges
     partition `[0, capacity)`, so `free + entries == capacity`.
 
     Attributes:
@@ -91,13 +101,14 @@ class SegmentStore:
         key, value: `(capacity, head_dim)` and `(capacity, value_dim)`, the model's dtype.
         position: `(capacity,)` int32: index of the entry's token among the real tokens of its row.
         buffers: these three and the per-entry state by name, fp32 `(capacity,)`, e.g. `log_beta`.
-        starts, lengths, rooms: one int a segment; the lists are replaced, never written to.
-        nbytes: allocated bytes, free room included.
-        uniform: all lengths and all rooms are equal.
+        starts, lengths, reserved: one int per segment; the lists are replaced, never written to.
+        nbytes: allocated bytes, free slots included.
+        uniform: all lengths are equal, and all reserved sizes.
         shared: another `SegmentStore` may hold the same buffers (after `fork`): they must not be written to.
     """
 
-    spare = 1  # entries a segment that the storage may have room for beyond `SLACK`
+    config: ClassVar[StorageConfig] = StorageConfig()
+    spare = 1  # entries per segment that may be allocated in addition to `config.slack`
 
     def __init__(
         self,
@@ -105,15 +116,15 @@ class SegmentStore:
         num_kv_heads: int,
         buffers: dict[str, torch.Tensor],
         lengths: list[int],
-        rooms: list[int],
+        reserved: list[int],
     ) -> None:
         self.batch, self.num_kv_heads = batch, num_kv_heads
         self.shared = False
-        self._adopt(buffers, lengths, rooms)
+        self._set_buffers(buffers, lengths, reserved)
 
     @classmethod
     def from_dense(
-        cls, key: torch.Tensor, value: torch.Tensor, state: dict[str, torch.Tensor], step: Step
+        cls, key: torch.Tensor, value: torch.Tensor, state: dict[str, torch.Tensor], step: ForwardStep
     ) -> SegmentStore:
         """Stores a first forward's entries; padding is left out.
 
@@ -126,25 +137,26 @@ class SegmentStore:
         batch, heads, n = key.shape[:3]
         position = step.positions.unsqueeze(1).expand(batch, heads, n)
         dense = {"key": key, "value": value, "position": position, **state}
-        flat = {name: _own(tensor.detach()) for name, tensor in dense.items()}
+        flat = {name: _flattened(tensor.detach()) for name, tensor in dense.items()}
         store = cls(batch, heads, flat, [n] * (batch * heads), [n] * (batch * heads))
         if step.valid is not None:
             store.compact(step.valid.unsqueeze(1).expand(batch, heads, n))
         return store
 
-    def _adopt(self, buffers: dict[str, torch.Tensor], lengths: list[int], rooms: list[int]) -> None:
-        """Makes `buffers` the storage; whatever was held before is released unless a fork still holds it."""
+    def _set_buffers(self, buffers: dict[str, torch.Tensor], lengths: list[int], reserved: list[int]) -> None:
+        """Makes `buffers` the storage; the former ones are released unless a fork still holds them."""
         self.buffers = buffers
         self.key, self.value, self.position = buffers["key"], buffers["value"], buffers["position"]
-        self.rooms, self.starts = rooms, [0, *accumulate(rooms)][: len(rooms)]
+        self.reserved, self.starts = reserved, [0, *accumulate(reserved)][: len(reserved)]
+        self._memo: dict[Hashable, Any] = {}
         self.nbytes = self.capacity * self.entry_bytes
         self.set_lengths(lengths)
 
     def set_lengths(self, lengths: list[int]) -> None:
-        """Shortens segments to their first `lengths[s]` entries; the rest becomes free room."""
+        """Shortens segments to their first `lengths[s]` entries; the other slots become free."""
         self.lengths = lengths
-        self.uniform = len(set(lengths)) <= 1 and len(set(self.rooms)) <= 1
-        self._free = min((room - n for room, n in zip(self.rooms, lengths, strict=True)), default=0)
+        self.uniform = len(set(lengths)) <= 1 and len(set(self.reserved)) <= 1
+        self._free = min((slots - n for slots, n in zip(self.reserved, lengths, strict=True)), default=0)
         self._next = self._last = None
 
     def _next_slots(self) -> torch.Tensor:
@@ -170,7 +182,7 @@ class SegmentStore:
     def row_entries(self, row: int) -> int:
         return sum(self.lengths[row * self.num_kv_heads : (row + 1) * self.num_kv_heads])
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, state: dict[str, torch.Tensor], step: Step) -> None:
+    def append(self, key: torch.Tensor, value: torch.Tensor, state: dict[str, torch.Tensor], step: ForwardStep) -> None:
         """Appends a forward's new entries to every segment; padding is left out.
 
         Args:
@@ -184,8 +196,8 @@ class SegmentStore:
             added = [count for count in step.counts for _ in range(heads)]
             lengths = [length + more for length, more in zip(self.lengths, added, strict=True)]
         if self.shared or n > self._free:
-            # The free room is used up, or it belongs to a fork as well: lay the segments out anew.
-            self._relay(lengths)
+            # The free slots are used up, or a fork may use them as well.
+            self._reallocate(lengths)
         slots = self._next_slots()
         new = {"key": key, "value": value, **state}
         if step.valid is not None:
@@ -196,7 +208,7 @@ class SegmentStore:
             chosen, slots = None, (slots.unsqueeze(1) + torch.arange(n, device=slots.device)).flatten()
         else:
             chosen = None
-        # Slots past a segment's length are its own free room: no entry of any segment is overwritten.
+        # Slots past a segment's length are free and its own: no entry of any segment is overwritten.
         self.position.index_copy_(0, slots, step.flat_positions(heads))
         for name, tensor in new.items():
             tensor = tensor.detach() if tensor.requires_grad else tensor
@@ -230,21 +242,21 @@ class SegmentStore:
             assert values.shape == index.shape and values.dtype == self.buffers[name].dtype, "one number an entry"
             self.buffers[name] = self.buffers[name].index_copy(0, slots, values[valid])
 
-    def _relay(self, wanted: list[int]) -> None:
-        """Copies the entries into new buffers where segment `s` has room for `wanted[s]` entries and some slack."""
-        slack = _slack(wanted)
-        self.take(self.starts, self.lengths, [length + slack for length in wanted])
+    def _reallocate(self, lengths: list[int]) -> None:
+        """Copies the entries into new buffers with slots for `lengths[s]` entries in segment `s`, and some slack."""
+        slack = self._slack(lengths)
+        self._gather_ranges(self.starts, self.lengths, [length + slack for length in lengths])
 
-    def take(self, starts: Sequence[int], lengths: Sequence[int], rooms: Sequence[int]) -> None:
-        """Lays the storage out anew: new segment `s` gets the entries of the flat range `starts[s] + [0, lengths[s])`.
+    def _gather_ranges(self, starts: Sequence[int], lengths: Sequence[int], reserved: Sequence[int]) -> None:
+        """Makes new segments: `s` gets the entries of the flat range `starts[s] + [0, lengths[s])`.
 
-        The old buffers stay whole until all are copied, so ranges may overlap or repeat (beams).
+        The old buffers are unchanged until all is copied, so ranges may overlap or repeat (beams).
         """
-        source = sources_of_ranges(starts, lengths, rooms, self.key.device)
-        self._gather(source, list(lengths), list(rooms))
+        source = sources_of_ranges(starts, lengths, reserved, self.key.device)
+        self._gather(source, list(lengths), list(reserved))
 
     def compact(self, keep: torch.Tensor) -> None:
-        """Keeps the entries where `keep` is True and returns the others' memory.
+        """Keeps the entries where `keep` is True and frees the memory of the others.
 
         Args:
             keep: bool `(batch, num_kv_heads, n)`, n >= the longest segment; index i is the segment's i-th entry. Must
@@ -253,36 +265,63 @@ class SegmentStore:
         keep = keep.reshape(len(self.lengths), -1)
         counts = keep.sum(1)
         lengths = counts.tolist()
-        slack = _slack(lengths)
-        rooms = [length + slack for length in lengths]
-        self._gather(sources_of_kept(keep, counts, self.starts, rooms), lengths, rooms)
+        slack = self._slack(lengths)
+        reserved = [length + slack for length in lengths]
+        self._gather(sources_of_kept(keep, counts, self.starts, reserved), lengths, reserved)
 
-    def _gather(self, source: torch.Tensor, lengths: list[int], rooms: list[int]) -> None:
+    def _gather(self, source: torch.Tensor, lengths: list[int], reserved: list[int]) -> None:
         if self.capacity == 0:
             buffers = {name: b.new_zeros(len(source), *b.shape[1:]) for name, b in self.buffers.items()}
         else:
             buffers = {name: buffer.index_select(0, source) for name, buffer in self.buffers.items()}
-        self._adopt(buffers, lengths, rooms)
-        self.shared = False  # the new buffers are ours alone
+        self._set_buffers(buffers, lengths, reserved)
+        self.shared = False  # the new buffers belong to this store alone
+
+    def _slack(self, lengths: Sequence[int]) -> int:
+        """Free slots per segment: so many appends can follow before the next re-allocation."""
+        return max(1, int(self.config.slack * sum(lengths) / max(1, len(lengths))))
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row `i` becomes a copy of the former row `rows[i]`; rows may repeat or be left out."""
         heads = self.num_kv_heads
         order = [row * heads + head for row in rows for head in range(heads)]
         lengths = [self.lengths[s] for s in order]
-        slack = _slack(lengths)
+        slack = self._slack(lengths)
         self.batch = len(rows)
-        self.take([self.starts[s] for s in order], lengths, [length + slack for length in lengths])
+        self._gather_ranges([self.starts[s] for s in order], lengths, [length + slack for length in lengths])
 
     def fork(self) -> SegmentStore:
-        """A copy that shares the buffers; whichever side writes first takes its own."""
-        other = SegmentStore(self.batch, self.num_kv_heads, dict(self.buffers), self.lengths, self.rooms)
+        """A copy that shares the buffers; whichever side writes first copies them."""
+        other = SegmentStore(self.batch, self.num_kv_heads, dict(self.buffers), self.lengths, self.reserved)
+        other._memo = self._memo
         self.shared = other.shared = True
         return other
 
-    def places(self) -> Places:
-        """Where the entries stand now, for whoever wants to find them later in the buffers of now."""
-        return SegmentPlaces(self.starts, self.key.device)
+    def memoised(self, name: Hashable, compute: Callable[[], T]) -> T:
+        """`compute()`, a function of the entries: once for forks that share the same entries; else on every call.
+
+        Args:
+            name: identifies the function, and whatever it depends on other than keys, values and positions.
+
+        Returns:
+            The result, which must not be written to.
+        """
+        # Buffers that were shared once are never written again (a writer copies them first), so a result holds as long
+        # as they do.
+        if not self.shared:
+            return compute()
+        key = name, tuple(self.starts), tuple(self.lengths)
+        if key not in self._memo:
+            self._memo[key] = compute()
+        return self._memo[key]
+
+    def clear_memo(self) -> None:
+        """Discards what `memoised` holds, for all forks that share these buffers; for measurements."""
+        self._memo.clear()
+
+    def locations(self) -> EntryLocations:
+        """Locations of the entries now, valid in the buffers as they are now."""
+        return SegmentLocations(self.starts, self.key.device)
 
     def dense_index(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Flat index and validity of every entry, both `(batch, num_kv_heads, n)` with n the longest segment."""
@@ -298,43 +337,43 @@ class SegmentStore:
         """`buffer` as `(batch, num_kv_heads, n, ...)`: a view if all segments are equal, else a padded copy.
 
         Args:
-            index: that of `dense_index`, for a caller who has it already.
+            index: that of `dense_index`, for a caller that has it already.
         """
         if self.uniform and self.lengths:
-            boxed = buffer.unflatten(0, (self.batch, self.num_kv_heads, self.rooms[0]))
+            boxed = buffer.unflatten(0, (self.batch, self.num_kv_heads, self.reserved[0]))
             return boxed.narrow(2, 0, self.lengths[0])
         return buffer[self.dense_index()[0] if index is None else index]
 
     def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each segment, `(1, 1, lengths[s], dim)` views of the storage."""
-        sizes = [size for n, room in zip(self.lengths, self.rooms, strict=True) for size in (n, room - n)]
+        sizes = [size for n, slots in zip(self.lengths, self.reserved, strict=True) for size in (n, slots - n)]
         keys = self.key.view(1, 1, *self.key.shape).split_with_sizes(sizes, 2)
         values = self.value.view(1, 1, *self.value.shape).split_with_sizes(sizes, 2)
         return zip(keys[::2], values[::2], strict=True)
 
     def check(self) -> None:
-        """Raises AssertionError unless there is nothing to say about `faults`."""
+        """Raises AssertionError with the first of `faults`, if there is one."""
         for fault in self.faults():
             raise AssertionError(fault)
 
     def faults(self) -> Iterator[str]:
-        """What is wrong: ranges must partition the buffers, positions must ascend. Read no further than the first."""
+        """Violated invariants: ranges partition the buffers, positions ascend. Read no further than the first."""
         count = self.batch * self.num_kv_heads
-        if not len(self.starts) == len(self.lengths) == len(self.rooms) == count:
-            yield "one range a segment is needed"
-        if self.starts != [0, *accumulate(self.rooms)][:count]:
-            yield "rooms do not follow each other without a gap"
-        if sum(self.rooms) != self.capacity:
-            yield "free and used entries are not all that there are"
-        if not all(0 <= n <= room for n, room in zip(self.lengths, self.rooms, strict=True)):
-            yield "entries do not fit their room"
-        if self._free != min((r - n for r, n in zip(self.rooms, self.lengths, strict=True)), default=0):
-            yield "free room is counted wrong"
-        if self.uniform != (len(set(self.lengths)) <= 1 and len(set(self.rooms)) <= 1):
-            yield "segments are uniform, or not, and it is not known"
+        if not len(self.starts) == len(self.lengths) == len(self.reserved) == count:
+            yield "the number of segments is not batch * num_kv_heads"
+        if self.starts != [0, *accumulate(self.reserved)][:count]:
+            yield "segments overlap or leave a gap"
+        if sum(self.reserved) != self.capacity:
+            yield "free and used slots do not add up to the capacity"
+        if not all(0 <= n <= slots for n, slots in zip(self.lengths, self.reserved, strict=True)):
+            yield "a segment has more entries than slots"
+        if self._free != min((slots - n for slots, n in zip(self.reserved, self.lengths, strict=True)), default=0):
+            yield "free slots are counted wrong"
+        if self.uniform != (len(set(self.lengths)) <= 1 and len(set(self.reserved)) <= 1):
+            yield "the flag for uniform segments is wrong"
         ends = [start + n for start, n in zip(self.starts, self.lengths, strict=True)]
         if self._next is not None and self._next.tolist() != ends:
-            yield "the next entry does not go behind the last"
+            yield "the next free slot does not follow the last entry"
         for name, buffer in self.buffers.items():
             if buffer.shape[0] != self.capacity:
                 yield f"{name} does not have the capacity of the others"
@@ -350,12 +389,7 @@ class SegmentStore:
                 yield "positions are negative"
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def _flattened(tensor: torch.Tensor) -> torch.Tensor:
     """`(batch, heads, n, ...)` as flat `(batch * heads * n, ...)` in a storage of exactly that size."""
     flat = tensor.contiguous().flatten(0, 2)
     return flat if flat.untyped_storage().nbytes() == flat.nbytes else flat.clone()
-
-
-def _slack(lengths: Sequence[int]) -> int:
-    """Free slots for each segment: so many appends pass before the layer is laid out anew."""
-    return max(1, int(SLACK * sum(lengths) / max(1, len(lengths))))

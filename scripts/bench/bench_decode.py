@@ -124,7 +124,7 @@ class PromptStates:
 
         with evict(model, "full", gates=gates, observe=["retention"]) as session:
             cache = session.new_cache()
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            session.extend(cache, ids, logits_to_keep=1)
         keys, values, log_beta = (
             [store.dense(store.buffers[name]) for store in cache.stores] for name in ("key", "value", "log_beta")
         )

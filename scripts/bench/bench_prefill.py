@@ -117,20 +117,18 @@ def one_turn(model: PreTrainedModel, gates: RetentionGates, ids: torch.Tensor, s
 
     with torch.no_grad(), evict(model, "full", gates=gates, observe=POLICIES) as session:
         cache = session.new_cache()
-        taken = {"prefill": timed(model, ids, past_key_values=cache, logits_to_keep=1)}
+        taken = {"prefill": timed(cache, session.extend, cache, ids, logits_to_keep=1)}
         for name in POLICIES:
-            taken[f"score/{name}"] = timed(score, cache.fork(), name, share)
-            taken[f"evict/{name}"] = timed(cache.fork().compress, name, share)
+            taken[f"score/{name}"] = timed(cache, score, cache.fork(), name, share)
+            taken[f"evict/{name}"] = timed(cache, cache.fork().compress, name, share)
     return taken
 
 
-def timed(call: Callable[..., object], *args: object, **kwargs: object) -> float:
-    from ...eviction.layer_view import forget
-
+def timed(cache: RaggedCache, call: Callable[..., object], *args: object, **kwargs: object) -> float:
     start = time.perf_counter()
     call(*args, **kwargs)
     taken = time.perf_counter() - start
-    forget()  # what forks share would be computed for the first of them only
+    cache.clear_memo()  # results that forks share would be computed for the first of them only
     return taken
 
 
@@ -138,14 +136,14 @@ def score(cache: RaggedCache, policy: str, share: float) -> None:
     """Scores every layer, as an eviction does."""
     import torch
 
-    from ...eviction import LayerView, get_policy
+    from ...eviction import get_policy
     from ...eviction.selection import conclude
 
     one = get_policy(policy)
     evicting = torch.ones(len(cache.tokens_seen), 1, 1, dtype=torch.bool)
     for layer in cache.ragged:
         budget = (cache.tokens_seen * share).long()
-        view = LayerView(layer, cache.tokens_seen, cache.query_positions, one, budget)
+        view = one.view(layer, cache.tokens_seen, cache.query_positions, budget)
         conclude(layer, one, view, evicting)
         one.score(view)
 
@@ -181,7 +179,7 @@ def bytes_row(
     from ...eviction import evict
 
     with torch.no_grad(), evict(model, "retention", share, gates=gates) as session:
-        model(ids, past_key_values=session.new_cache(), logits_to_keep=1)
+        session.extend(session.new_cache(), ids, logits_to_keep=1)
         stores = session.last_cache.stores
         needed = sum(store.entries * store.entry_bytes for store in stores)
         held = sum(buffer.untyped_storage().nbytes() for store in stores for buffer in store.buffers.values())
@@ -202,10 +200,10 @@ ids = essay_prompts(tokenizer, 1, int(length))
 budget = 1.0 if chunk == "0" else int(float(share) * 2048)
 policy = "full" if chunk == "0" else "retention"
 with torch.no_grad(), evict(model, policy, budget, gates=gates, prefill_chunk=int(chunk) or None) as session:
-    model(ids[:, :64], past_key_values=session.new_cache(), logits_to_keep=1)
+    session.extend(session.new_cache(), ids[:, :64], logits_to_keep=1)
     open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the loading
     before = status_kib("VmRSS")
-    model(ids, past_key_values=session.new_cache(), logits_to_keep=1)
+    session.extend(session.new_cache(), ids, logits_to_keep=1)
     print((status_kib("VmHWM") - before) / 1024)
 """
 

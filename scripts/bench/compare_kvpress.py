@@ -123,7 +123,7 @@ def kept_by_us(
         kept: dict[str, Any] = {}
         with torch.no_grad(), evict(model, "full", observe=policies().values()) as session:
             cache = session.new_cache()
-            model(torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1)
+            session.extend(cache, prompt, logits_to_keep=1)
             for name, policy in policies().items():
                 kept[name] = []
                 for share in shares:

@@ -156,9 +156,9 @@ class TensorPayload:
         return made
 
     def _memory(self) -> Memory:
-        from ...eviction.storage.packing import beside
+        from ...eviction.storage.packing import memory_like
 
-        return self.memory or beside(next(iter(self.tensors.values())))
+        return self.memory or memory_like(next(iter(self.tensors.values())))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tenure.eval import CaseBuilder, Cell, RetrievalProbe, check_inputs, evaluate, kl_to_full, parse_cells, summarise
-from tenure.eval.predictions import agreed, greedy_rows, read
+from tenure.eval.predictions import agreed, greedy_rows
 from tenure.eval.summary import markdown_tables
 from tenure.eviction import SnapKV, evict
 from tenure.retention import RetentionGates
@@ -111,9 +111,9 @@ def test_rows_are_decoded_as_generate_does(model):
         caches = []
         for prompt in prompts:
             caches.append(session.new_cache())
-            read(model, caches[-1], prompt.tolist())
+            session.extend(caches[-1], prompt.tolist())
         before = [tokens[: 1 + row] for row, tokens in enumerate(expected)]
-        answers = greedy_rows(model, session.stack(caches), before, lambda tokens: len(tokens) == lengths[tokens[0]])
+        answers = greedy_rows(session, session.stack(caches), before, lambda tokens: len(tokens) == lengths[tokens[0]])
     assert answers == [tokens[: 5 + 4 * row] for row, tokens in enumerate(expected)]
 
 
@@ -125,14 +125,15 @@ def test_decoding_from_the_teacher_is_greedy(model, agreeing):
     expected = continued(model, row([*context, *question]), 12)
     with torch.no_grad(), evict(model, "full") as session:
         cache = session.new_cache()
-        read(model, cache, context)
+        session.extend(cache, context)
         gold = expected[:agreeing] + [(token + 1) % 500 for token in expected[agreeing:9]]
-        logits = torch.cat([read(model, cache, question)[-1:], read(model, cache.fork(), gold)])
+        answered = session.extend(cache, question)[0, -1:]
+        logits = torch.cat([answered, session.extend(cache.fork(), gold)[0]])
         for length in (12, 6):
             begun, ended = agreed(gold, logits, lambda tokens, full=length: len(tokens) >= full)
             assert begun == expected[: min(length, agreeing + 1)] and ended == (length <= agreeing + 1)
             if not ended:
-                whole = greedy_rows(model, cache.fork(), [begun], lambda tokens, full=length: len(tokens) >= full)
+                whole = greedy_rows(session, cache.fork(), [begun], lambda tokens, full=length: len(tokens) >= full)
                 assert whole == [expected[:length]]
 
 

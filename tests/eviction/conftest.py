@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tenure.eviction import LayerView, Policy, SnapKV, evict
 from tenure.eviction.cache_layer import RaggedLayer
-from tenure.eviction.forward_state import Rows
+from tenure.eviction.forward_state import SequenceState
 from tenure.eviction.storage.segments import SegmentStore
 from tenure.retention import RetentionGates
 from tenure.retention.seams import AttentionLayer
@@ -68,7 +68,7 @@ def hand_view() -> Callable[..., LayerView]:
         stored = {policy.state_key(name): tensor for name, tensor in states.items()}
         if log_beta is not None:
             stored["log_beta"] = log_beta
-        step = Rows().open(batch, n, None, keys.device, 0, 0)
+        step = SequenceState().new_step(batch, n, None, keys.device, 0, 0)
         layer.store = SegmentStore.from_dense(keys, keys.clone() if values is None else values, stored, step)
         if lengths is not None:
             layer.store.compact(torch.arange(n) < torch.tensor(lengths).view(batch, heads, 1))
@@ -76,7 +76,7 @@ def hand_view() -> Callable[..., LayerView]:
         if queries is not None:
             layer.window = queries
             recorded = torch.arange(n - queries.shape[2], n).expand(batch, -1)
-        return LayerView(layer, torch.full((batch,), n), recorded, policy, torch.full((batch,), budget))
+        return policy.view(layer, torch.full((batch,), n), recorded, torch.full((batch,), budget))
 
     return make
 
@@ -106,6 +106,6 @@ def views(tiny_model, gates_for, prompt):
             model(prompt(2, 3, seed=1), attention_mask=grown, past_key_values=cache)
             budget = torch.full((2,), 9)
             for layer in cache.ragged:
-                use(LayerView(layer, cache.tokens_seen, cache.query_positions, policy, budget))
+                use(policy.view(layer, cache.tokens_seen, cache.query_positions, budget))
 
     return make

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction import Random, Retention, SnapKV, evict
-from tenure.eviction.storage.segments import SLACK
+from tenure.eviction.storage.segments import StorageConfig
 
 POLICIES = (Retention(), SnapKV(window=8), "keydiff", "knorm", "streaming_llm", "random")
 
@@ -151,7 +151,7 @@ def test_check_finds_what_is_wrong(tiny_llama, prompt):
         store.position[[0, 1]] = store.position[[1, 0]]
 
     def overrun(cache, store):
-        store.lengths = [store.rooms[0] + 1, *store.lengths[1:]]
+        store.lengths = [store.reserved[0] + 1, *store.lengths[1:]]
 
     def lose(cache, store):
         store.lengths = [store.lengths[0] - 1, *store.lengths[1:]]
@@ -176,7 +176,7 @@ def test_a_cache_can_be_reset_and_slack_is_small(tiny_llama, prompt):
         first = tiny_llama(prompt(1, 90), past_key_values=cache).logits
         for i in range(40):
             tiny_llama(prompt(1, 1, seed=i), past_key_values=cache)
-            assert cache.nbytes <= cache.report().kept_bytes * (1 + SLACK + 0.02)
+            assert cache.nbytes <= cache.report().kept_bytes * (1 + StorageConfig.slack + 0.02)
         cache.reset()
         assert cache.entries == cache.nbytes == cache.get_seq_length() == 0
         assert torch.equal(tiny_llama(prompt(1, 90), past_key_values=cache).logits, first)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction import SnapKV, evict
-from tenure.eviction.storage.segments import SLACK
+from tenure.eviction.storage.segments import StorageConfig
 
 BUDGET, BUFFER, TOKENS = 512, 128, 4096
 
@@ -37,6 +37,6 @@ def test_4096_generated_tokens_stay_within_512_entries_a_head(tiny_model, gates_
     assert report.evictions == 1 + TOKENS // (BUFFER + 1), "as often as the buffer is full, and no more"
     assert most <= (BUDGET + BUFFER) * segments
     assert report.peak_entries == 700 * segments, "the prompt itself; counted before the eviction that ends a forward"
-    assert max(held) <= (BUDGET + BUFFER) * (1 + SLACK) * segments * entry
+    assert max(held) <= (BUDGET + BUFFER) * (1 + StorageConfig.slack) * segments * entry
     late, early = max(held[-1000:]), max(held[:1000])
     assert late <= early * 1.01, "what is held is the same at the end as at the start"

@@ -100,7 +100,7 @@ def test_chunks_end_before_the_drafts_do(tiny_model, prompt):
     with evict(model, "knorm", 12, recent=2, buffer=4, prefill_chunk=3) as session:
         cache = session.new_cache()
         cache.activate_past_recording()
-        with pytest.raises(ValueError, match="drafts 3 tokens at once, a chunk has room for 2: raise prefill_ch"):
+        with pytest.raises(ValueError, match="got 3 drafted tokens at once; accepted: at most 2, one less than pref"):
             model(ids, past_key_values=cache, logits_to_keep=4)
         assert cache.columns_seen == 0
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenure.eviction import RaggedCache, SnapKV, evict
-from tenure.eviction.forward_state import Step
+from tenure.eviction.forward_state import ForwardStep
 
 POLICIES = ("retention", SnapKV(window=8), "knorm", "random")
 
@@ -51,7 +51,7 @@ def test_no_chunk_waits_for_pythons_collector(tiny_llama, prompt, policy):
     try:
         with evict(tiny_llama, policy, 0.5, prefill_chunk=8, sinks=1, recent=2):
             tiny_llama(prompt(2, 64))
-        alive = [each for each in gc.get_objects() if type(each) is Step]
+        alive = [each for each in gc.get_objects() if type(each) is ForwardStep]
     finally:
         gc.enable()
     assert len(alive) <= 1

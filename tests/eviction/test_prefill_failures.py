@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tenure.eviction import Random, SnapKV, evict
-from tenure.eviction.plan import Protected
+from tenure.eviction.plan import ProtectedTokens
 
 
 def test_what_cannot_be_cut_is_refused_before_anything_runs(tiny_llama, prompt):
@@ -38,7 +38,7 @@ def test_an_input_refused_at_its_start_leaves_the_cache_as_it_was(tiny_llama, pr
         fork = cache.fork()
         with pytest.raises(ValueError, match="the cache holds 1 rows, the model got 2"):
             tiny_llama(prompt(2, 40), past_key_values=cache)
-        cache.plan = cache.plan.changed(None, None, protect=Protected.of([(0, 60)]))
+        cache.plan = cache.plan.changed(None, None, protect=ProtectedTokens.of([(0, 60)]))
         with pytest.raises(ValueError, match="60 of the 80 tokens of row 0 are protected"):
             tiny_llama(prompt(1, 40), past_key_values=cache)
         cache.plan = fork.plan
@@ -114,7 +114,7 @@ def test_a_question_that_raises_is_taken_back_or_the_cache_refuses_to_go_on(tiny
         Trap(tiny_llama.model.layers[2].mlp, 3)
         with pytest.raises(RuntimeError, match="on purpose"):
             tiny_llama(question, past_key_values=cache)
-        with pytest.raises(ValueError, match="some of its chunks had been evicted and cannot be taken back; go on"):
+        with pytest.raises(ValueError, match="some of its chunks had been evicted and cannot be undone; continue"):
             tiny_llama(question, past_key_values=cache)
         cache.reset()
         tiny_llama(question, past_key_values=cache)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from tenure.eviction import H2O, RaggedCache, SnapKV, evict, policy_names
-from tenure.eviction.forward_state import SPARE
-from tenure.eviction.rollback import KEPT
+from tenure.eviction.forward_state import RollbackConfig
 
 from .remembered import assert_same
 
@@ -143,9 +142,9 @@ def test_some_generated_tokens_can_be_taken_back_anywhere(tiny_llama, gates_for,
         for i in range(7):
             tiny_llama(more[:, i : i + 1], past_key_values=cache)
         shorter = cache.fork()
-        for i in range(SPARE):
+        for i in range(RollbackConfig.spare_queries):
             tiny_llama(more[:, 7 + i : 8 + i], past_key_values=cache)
-        cache.crop(-SPARE)
+        cache.crop(-RollbackConfig.spare_queries)
         assert_same(cache, shorter, window=session.window_size)
         cache.crop(-7)
         assert cache.columns_seen == 90
@@ -170,11 +169,11 @@ def test_where_a_sum_cannot_be_told_apart_the_places_are_named(tiny_llama, promp
     with evict(tiny_llama, SnapKV(window=60), 0.9, buffer=200) as session:
         cache = session.new_cache()
         tiny_llama(prompt(1, 100), past_key_values=cache)
-        for i in range(SPARE + 2):
+        for i in range(RollbackConfig.spare_queries + 2):
             tiny_llama(ids[:, :1] + i, past_key_values=cache)
         with pytest.raises(ValueError, match="cannot go back to 101 columns: the window of the last 60 queries can be"):
-            cache.crop(-SPARE - 1)
-        cache.crop(-SPARE - 2)
+            cache.crop(-RollbackConfig.spare_queries - 1)
+        cache.crop(-RollbackConfig.spare_queries - 2)
         assert cache.columns_seen == 100
 
 
@@ -198,16 +197,16 @@ def test_marks_are_few_and_cost_no_copies_while_decoding(tiny_llama, prompt):
         tiny_llama(prompt(1, 40), past_key_values=cache)
         for seed in range(9):
             tiny_llama(prompt(1, 3, seed=seed), past_key_values=cache)
-            assert len(cache._marks.places) <= KEPT
-        assert cache._marks.places == [40, 58, 61, 64], "the oldest, which is the context's end, and the newest"
+            assert len(cache.rollback_points.columns) <= RollbackConfig.max_points
+        assert cache.rollback_points.columns == [40, 58, 61, 64], "the context's end, and the newest"
         tiny_llama(prompt(1, 1), past_key_values=cache)
-        ring, places = cache.ragged[0].window, cache._marks.places
+        ring, places = cache.ragged[0].window, cache.rollback_points.columns
         for seed in range(5):
             tiny_llama(prompt(1, 1, seed=seed), past_key_values=cache)
         assert cache.ragged[0].window is ring, "the ring is written in place"
-        assert cache._marks.places == places
+        assert cache.rollback_points.columns == places
         cache.crop(40 - cache.columns_seen)
-        assert cache._marks.places == [40]
+        assert cache.rollback_points.columns == [40]
 
 
 @pytest.mark.parametrize("policy", EVICTING)

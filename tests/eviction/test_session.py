@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from tenure.eviction import Random, SnapKV, evict
-from tenure.eviction.forward_state import SPARE
+from tenure.eviction.forward_state import RollbackConfig
 from tenure.retention import RetentionGates
 
 
@@ -118,7 +118,8 @@ def test_a_forward_that_raises_leaves_no_trace(tiny_model, prompt, family, at, f
                 hook.remove()
                 cache.check()
                 if filled:
-                    assert cache.query_positions.sort().values.tolist() == [list(range(36 - SPARE, 40))]
+                    first = 36 - RollbackConfig.spare_queries
+                    assert cache.query_positions.sort().values.tolist() == [list(range(first, 40))]
             return model(more, past_key_values=cache).logits
 
     torch.testing.assert_close(run(broken=True), run(broken=False))

@@ -85,9 +85,9 @@ def test_what_a_stack_cannot_do_is_refused(tiny_model, tiny_llama, gates_for, pr
             session.stack([cache])
         tiny_llama(prompt(1, 20), past_key_values=cache)
         stacked = session.stack([cache, cache])
-        with pytest.raises(ValueError, match="remembers nothing for policies and cannot be compressed"):
+        with pytest.raises(ValueError, match="records nothing for policies and cannot be compressed"):
             stacked.compress(budget=4)
-        with pytest.raises(ValueError, match="remembers nothing for policies and cannot be saved"):
+        with pytest.raises(ValueError, match="records nothing for policies and cannot be saved"):
             stacked.save(tmp_path / "stack.safetensors")
         assert not list(tmp_path.iterdir())
     with evict(tiny_llama, "snapkv", 0.5) as other:

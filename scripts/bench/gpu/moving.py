@@ -9,7 +9,7 @@ import torch
 
 from ....eviction.ops import naive
 from ....eviction.ops.copy_entries import copy_entries
-from ....eviction.storage.packing import beside, copy_all, pack
+from ....eviction.storage.packing import copy_all, memory_like, pack
 from .case import CARD, FULL, TINY, Call, Case, Heads, Sides, Work, generator, normal
 
 PAGE = 16
@@ -46,7 +46,7 @@ class TierCopies(Case):
         chosen = torch.randperm(2 * pages, generator=generator(device), device=device)[:pages]
         slots = (chosen.unsqueeze(1) * PAGE + torch.arange(PAGE, device=device)).flatten()
         kinds = {str(number): (one.dtype, (count, *one.shape[1:])) for number, one in enumerate(buffers)}
-        return buffers, list(pack(kinds, beside(slots)).values()), slots
+        return buffers, list(pack(kinds, memory_like(slots)).values()), slots
 
     def sides(self, device: str) -> Sides:
         buffers, together, slots = self.inputs(device)

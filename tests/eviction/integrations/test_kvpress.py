@@ -256,7 +256,7 @@ def held(cache: RaggedCache) -> int:
     """Columns whose hidden states the first layer holds."""
     inputs = cache.ragged[0].inputs
     assert inputs is not None
-    return sum(part.hidden_states.shape[1] for part in inputs.parts)
+    return sum(part.hidden_states.shape[1] for part in inputs.forwards)
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenure.eviction.cache_layer import RaggedLayer
-from tenure.eviction.forward_state import Rows
+from tenure.eviction.forward_state import SequenceState
 from tenure.eviction.ops.naive import top_by_mass, top_of_rows
-from tenure.eviction.plan import Budget, Plan, Protected
+from tenure.eviction.plan import Budget, EvictionPlan, ProtectedTokens
 from tenure.eviction.policies import Policy
 from tenure.eviction.selection import choose
 from tenure.eviction.storage.segments import SegmentStore
@@ -88,7 +88,7 @@ def ragged_layers(keeps: list[torch.Tensor], tokens: int) -> tuple[list[RaggedLa
         batch, heads = keep.shape[:2]
         layer = RaggedLayer(AttentionLayer(index, "", torch.nn.Identity(), heads, heads, 4))
         key = torch.zeros(batch, heads, tokens, 4)
-        step = Rows().open(batch, tokens, None, torch.device("cpu"), 0, 0)
+        step = SequenceState().new_step(batch, tokens, None, torch.device("cpu"), 0, 0)
         layer.lazy_initialization(key)
         layer.store = SegmentStore.from_dense(key, key, {}, step)
         layer.store.compact(keep)
@@ -111,13 +111,13 @@ def test_choice_equals_plain_loops_over_rows_layers_and_heads(scope, floor, seed
     layers, stores = ragged_layers([torch.rand(batch, heads, tokens) < 0.8 for heads in head_counts], tokens)
     views = [store.dense_index()[1] for store in stores]
     scores = {i: torch.randn(view.shape).mul(2).round() for i, view in enumerate(views)}
-    plan = Plan(Given(scores), Budget(budget), scope, sinks=1, recent=2, floor=floor)
+    plan = EvictionPlan(Given(scores), Budget(budget), scope, sinks=1, recent=2, floor=floor)
     due = [True, False, True]
     guard = {0: {5, 9}, 1: {3}, 2: {5, 9}}  # what `protect` names, row by row
     mask = torch.zeros(batch, tokens, dtype=torch.bool)
     for row, places in guard.items():
         mask[row, list(places)] = True
-    plan = plan.changed(None, None, protect=Protected.of(mask))
+    plan = plan.changed(None, None, protect=ProtectedTokens.of(mask))
     got = choose(layers, plan, [tokens] * batch, due, None)
 
     segments = sum(head_counts)

@@ -7,18 +7,18 @@ import torch
 from hypothesis import settings
 
 from tenure.eviction import Defensive, RetentionDefensive, evict
-from tenure.eviction.forward_state import Rows
+from tenure.eviction.forward_state import SequenceState
 from tenure.eviction.storage.paged import PAGE, PagedStore, pages_of, store_class
-from tenure.eviction.storage.segments import SLACK, SegmentStore
+from tenure.eviction.storage.segments import SegmentStore, StorageConfig
 
-from ..launches import running
-from .remembered import assert_same
-from .test_store import HEADS, StoreMachine
+from ...launches import running
+from ..remembered import assert_same
+from .test_segments import HEADS, StoreMachine
 
 __all__ = ["running"]
 SCORING = {"sum_rows", "finish_rows", "take_worst", "project_norms"}
 DECODING = {"attend_piece", "merge_pieces", "plan_append", "write_new", "write_numbers"}
-EVICTING = {"move_kept", "plan_release", "give_back", "count_digits", "pick_digit", "mark"}
+EVICTING = {"move_kept", "plan_release", "push_free", "count_digits", "pick_digit", "mark"}
 
 
 class PagedMachine(StoreMachine):
@@ -31,9 +31,9 @@ PagedMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=2
 TestPaged = PagedMachine.TestCase
 
 
-def filled(n: int) -> tuple[PagedStore, Rows]:
-    rows = Rows()
-    step = rows.open(1, n, None, torch.device("cpu"), 0, 0)
+def filled(n: int) -> tuple[PagedStore, SequenceState]:
+    rows = SequenceState()
+    step = rows.new_step(1, n, None, torch.device("cpu"), 0, 0)
     key = torch.arange(float(HEADS * n)).view(1, HEADS, n, 1).expand(-1, -1, -1, 4)
     rows.advance(step, HEADS)
     return PagedStore.from_dense(key, -key, {}, step), rows
@@ -47,9 +47,9 @@ def test_an_eviction_frees_pages_for_other_heads_and_gives_the_rest_back():
     store.check()
     owned = sum(map(pages_of, (200, 1)))
     assert store.lengths == [200, 1] and store.num_pages - store.free_pages == owned
-    assert store.nbytes <= (owned + max(HEADS, SLACK * owned)) * PAGE * store.entry_bytes
-    assert store.nbytes <= (store.entries * (1 + SLACK) + store.spare * HEADS) * store.entry_bytes
-    step = rows.open(1, 15, None, torch.device("cpu"), 0, 0)
+    assert store.nbytes <= (owned + max(HEADS, StorageConfig.slack * owned)) * PAGE * store.entry_bytes
+    assert store.nbytes <= (store.entries * (1 + StorageConfig.slack) + store.spare * HEADS) * store.entry_bytes
+    step = rows.new_step(1, 15, None, torch.device("cpu"), 0, 0)
     before = store.key.data_ptr()
     store.append(torch.ones(1, HEADS, 15, 4), torch.ones(1, HEADS, 15, 4), {}, step)
     store.check()
@@ -60,7 +60,7 @@ def test_appending_is_amortised():
     store, rows = filled(1000)
     layouts = set()
     for _ in range(300):
-        step = rows.open(1, 1, None, torch.device("cpu"), 0, 0)
+        step = rows.new_step(1, 1, None, torch.device("cpu"), 0, 0)
         store.append(torch.ones(1, HEADS, 1, 4), torch.ones(1, HEADS, 1, 4), {}, step)
         rows.advance(step, HEADS)
         layouts.add(store.num_pages)

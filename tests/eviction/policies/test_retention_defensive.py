@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tenure.eviction import Defensive, LayerView, RetentionDefensive, evict, get_policy
+from tenure.eviction import Defensive, RetentionDefensive, evict, get_policy
 from tenure.eviction.policies.retention_defensive import COMBINATIONS, combine
 from tenure.eviction.selection import conclude
 
@@ -54,7 +54,7 @@ def test_everything_else_is_defensives(tiny_llama, gates_for, prompt):
         tiny_llama(prompt(1, 30), past_key_values=cache)
 
         def scores(policy: Defensive) -> torch.Tensor:
-            view = LayerView(cache.ragged[1], cache.tokens_seen, cache.query_positions, policy, torch.tensor([9]))
+            view = policy.view(cache.ragged[1], cache.tokens_seen, cache.query_positions, torch.tensor([9]))
             conclude(cache.ragged[1], policy, view, torch.ones(1, 1, 1, dtype=torch.bool))
             return policy.score(view)
 

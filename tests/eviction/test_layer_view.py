@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tenure.eviction import evict, layer_view
-from tenure.eviction.layer_view import forget
 
 
 @pytest.fixture
@@ -16,7 +15,6 @@ def computed(monkeypatch) -> list[int]:
     real = layer_view.value_norms
     counting = lambda values, weight: counts.append(values.shape[2]) or real(values, weight)  # noqa: E731
     monkeypatch.setattr(layer_view, "value_norms", counting)
-    forget()
     return counts
 
 
@@ -53,7 +51,6 @@ def test_forks_look_through_a_window_once(tiny_llama, prompt, monkeypatch):
     looked: list[int | None] = []
     real = layer_view.window_risk_by_heads
     monkeypatch.setattr(layer_view, "window_risk_by_heads", lambda *what: looked.append(what[-1]) or real(*what))
-    forget()
     layers = tiny_llama.config.num_hidden_layers
     with evict(tiny_llama, "full", observe=["snapkv(window=4)", "defensive(window=4)"]) as session:
         cache = session.new_cache()

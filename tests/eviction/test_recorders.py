@@ -14,7 +14,6 @@ from tenure.eviction import (
     CriticalKV,
     Defensive,
     ExpectedAttention,
-    LayerView,
     Policy,
     RaggedCache,
     SnapKV,
@@ -42,7 +41,7 @@ class Witness(Policy):
 
 def states(cache: RaggedCache, policy: Policy, layer: int = 0) -> dict[str, list]:
     """By name `[row][head]` the values of the entries."""
-    view = LayerView(cache.ragged[layer], cache.tokens_seen, None, policy)
+    view = policy.view(cache.ragged[layer], cache.tokens_seen)
     return {
         name: [[view.state(name)[row, head][view.valid[row, head]].tolist() for head in range(view.shape[1])]
                for row in range(view.shape[0])]

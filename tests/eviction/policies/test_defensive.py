@@ -145,7 +145,7 @@ def test_a_prompt_in_one_forward_equals_loops(tiny_model, prompt, family, option
         cache = session.new_cache()
         model(ids, attention_mask=mask, past_key_values=cache)
         for layer in cache.ragged:
-            view = LayerView(layer, cache.tokens_seen, cache.query_positions, policy, torch.tensor([9, 8]))
+            view = policy.view(layer, cache.tokens_seen, cache.query_positions, torch.tensor([9, 8]))
             conclude(layer, policy, view, torch.ones(2, 1, 1, dtype=torch.bool))
             expected, got = naive_scores(view, policy), policy.score(view)
             torch.testing.assert_close(got[view.valid], expected[view.valid], atol=1e-5, rtol=1e-4)
@@ -164,7 +164,7 @@ def test_the_worst_case_is_the_maximum_over_the_windows_of_all_evictions(tiny_ll
             if not evicts:
                 continue
             for layer, worst in zip(cache.ragged, expected, strict=True):
-                view = LayerView(layer, cache.tokens_seen, cache.query_positions, policy)
+                view = policy.view(layer, cache.tokens_seen, cache.query_positions)
                 for head in range(2):
                     outside = view.positions[0, head] < stop - 6
                     for g in range(2):
@@ -176,7 +176,7 @@ def test_the_worst_case_is_the_maximum_over_the_windows_of_all_evictions(tiny_ll
                             part = worst[0, head, :stop]
                             part.copy_(torch.maximum(part, near * weights.sum() / near.sum()))
             cache.compress(policy, budget=stop)
-        views = [LayerView(layer, cache.tokens_seen, None, policy) for layer in cache.ragged]
+        views = [policy.view(layer, cache.tokens_seen) for layer in cache.ragged]
         for view, worst in zip(views, expected, strict=True):
             torch.testing.assert_close(view.state("worst"), worst, atol=1e-6, rtol=1e-4)
         before = [view.state("worst").clone() for view in views]
@@ -184,7 +184,7 @@ def test_the_worst_case_is_the_maximum_over_the_windows_of_all_evictions(tiny_ll
         tiny_llama(prompt(1, 8), past_key_values=fork)
         fork.compress(policy, budget=35)
         for layer, old in zip(cache.ragged, before, strict=True):
-            kept = LayerView(layer, cache.tokens_seen, None, policy).state("worst")
+            kept = policy.view(layer, cache.tokens_seen).state("worst")
             assert torch.equal(kept, old), "what the fork concludes is its own"
 
 
@@ -197,7 +197,7 @@ def test_a_row_does_not_conclude_when_another_evicts(tiny_llama, prompt):
     with evict(tiny_llama, policy, 20, sinks=0, recent=4, buffer=4) as session:
         cache = session.new_cache()
         tiny_llama(ids, attention_mask=mask, past_key_values=cache)
-        view = LayerView(cache.ragged[0], cache.tokens_seen, None, policy)
+        view = policy.view(cache.ragged[0], cache.tokens_seen)
         for name in policy.states:
             state = view.state(name).masked_fill(~view.valid, 0.0)
             assert bool(state[0].any()) and not state[1].any()
@@ -220,8 +220,8 @@ def test_the_value_term_is_that_of_all_heads_when_written(tiny_llama, prompt):
         one, other = cache.kept(0)[0]
         assert one.tolist() != other.tolist(), "heads keep different tokens"
         layer = cache.ragged[0]  # its values do not depend on what was evicted
-        view = LayerView(layer, cache.tokens_seen, None, policy)
-        whole = LayerView(full.ragged[0], full.tokens_seen, None, policy)
+        view = policy.view(layer, cache.tokens_seen)
+        whole = policy.view(full.ragged[0], full.tokens_seen)
         expected = whole.state("value").gather(2, view.positions.clamp(min=0))
         torch.testing.assert_close(view.state("value")[view.valid], expected[view.valid], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(whole.state("value").sum(1), torch.ones(1, 60))
@@ -251,7 +251,7 @@ def test_without_mass_only_the_window_is_protected(tiny_llama, prompt):
         tiny_llama(prompt(1, 40), past_key_values=cache)
         counts = []
         for policy in (Defensive(window=4, mass=0.0), Defensive(window=4)):
-            view = LayerView(cache.ragged[0], cache.tokens_seen, cache.query_positions, policy, torch.tensor([12]))
+            view = policy.view(cache.ragged[0], cache.tokens_seen, cache.query_positions, torch.tensor([12]))
             conclude(cache.ragged[0], policy, view, torch.ones(1, 1, 1, dtype=torch.bool))
             counts.append(policy.score(view).isinf().sum(2).flatten().tolist())
     assert counts[0] == [4, 4] and all(count > 4 for count in counts[1])

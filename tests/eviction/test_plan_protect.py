@@ -10,12 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tenure.eviction import evict
-from tenure.eviction.plan import Protected
+from tenure.eviction.plan import ProtectedTokens
 
 POLICIES = ("retention", "snapkv", "knorm", "streaming_llm", "random")
 
 
-def places(guard: Protected, row: int, tokens: int) -> set[int]:
+def places(guard: ProtectedTokens, row: int, tokens: int) -> set[int]:
     table = guard.table([tokens] * (row + 1), torch.device("cpu"))
     return set(table[row].nonzero().squeeze(1).tolist())
 
@@ -23,13 +23,13 @@ def places(guard: Protected, row: int, tokens: int) -> set[int]:
 def test_forms_that_mean_the_same_are_the_same():
     mask = torch.zeros(12, dtype=torch.bool)
     mask[[2, 3, 4, 8, 9]] = True
-    ranges = Protected.of([(8, 10), (2, 4), (3, 5), (6, 6)])
-    assert ranges == Protected.of(mask) == Protected.of([[2, 5], [8, 10]]) == Protected.of(ranges)
+    ranges = ProtectedTokens.of([(8, 10), (2, 4), (3, 5), (6, 6)])
+    assert ranges == ProtectedTokens.of(mask) == ProtectedTokens.of([[2, 5], [8, 10]]) == ProtectedTokens.of(ranges)
     assert ranges.rows == (((2, 5), (8, 10)),)
-    rows = Protected.of(torch.stack([mask, ~mask]))
+    rows = ProtectedTokens.of(torch.stack([mask, ~mask]))
     assert rows.rows == (((2, 5), (8, 10)), ((0, 2), (5, 8), (10, 12))) and not rows.shared
     assert rows.for_rows([1, 1, 0]).rows == (rows.rows[1], rows.rows[1], rows.rows[0])
-    assert Protected.of([]).rows == ((),)
+    assert ProtectedTokens.of([]).rows == ((),)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_forms_that_mean_the_same_are_the_same():
 )
 def test_other_forms_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        Protected.of(given)
+        ProtectedTokens.of(given)
 
 
 spans = st.tuples(st.integers(0, 40), st.integers(0, 8)).map(lambda one: (one[0], one[0] + one[1]))
@@ -56,7 +56,7 @@ ranges = st.lists(spans, max_size=5)
 @example([(0, 2)], 20, 6, 3, 9)  # two of three sinks are named anyway: three recent ones fit
 @given(ranges, st.integers(1, 45), st.integers(0, 45), st.integers(0, 12), st.integers(0, 50))
 def test_sinks_then_recents_fill_what_the_protected_leave(given, tokens, share, sinks, recent):
-    guard = Protected.of(given)
+    guard = ProtectedTokens.of(given)
     inside = places(guard, 0, tokens)
     assert inside == {p for start, stop in given for p in range(start, min(stop, tokens))}
     assert guard.count(0, tokens) == len(inside)

@@ -1,16 +1,14 @@
-"""StreamingLLM: the first tokens and the last ones."""
+"""StreamingLLM: keep the first tokens and the last ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..layer_view import LayerView
 from .base import Policy
-
-if TYPE_CHECKING:
-    from ..layer_view import LayerView
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class StreamingLLM(Policy):
     renumbered.
 
     Attributes:
-        first: how many of the first tokens stay.
+        first: number of first tokens that are kept.
     """
 
     first: int = 4

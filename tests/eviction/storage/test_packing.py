@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tenure.eviction.storage.packing import as_one, beside, copy_all, pack
+from tenure.eviction.storage.packing import as_one, copy_all, memory_like, pack
 
 KINDS = {
     "key": (torch.bfloat16, (2, 3, 4)),
@@ -16,7 +16,7 @@ KINDS = {
 
 
 def packed(kinds=KINDS) -> list[torch.Tensor]:
-    tensors = pack(kinds, beside(torch.empty(0)))
+    tensors = pack(kinds, memory_like(torch.empty(0)))
     assert {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()} == kinds
     return list(tensors.values())
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tenure.eviction.forward_state import Rows
+from tenure.eviction.forward_state import SequenceState
 from tenure.eviction.storage.segments import SegmentStore
 
 HEADS, DIM = 2, 3
@@ -17,7 +17,7 @@ Entry = tuple[int, float, float, float]  # position, first number of the key, of
 class Mirror:
     """What a store must hold: a list of entries for each [row][head]."""
 
-    def __init__(self, segments: list[list[list[Entry]]], rows: Rows) -> None:
+    def __init__(self, segments: list[list[list[Entry]]], rows: SequenceState) -> None:
         self.segments, self.rows = segments, rows
 
     def copy(self) -> Mirror:
@@ -34,14 +34,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.pairs: list[tuple[SegmentStore, Mirror]] = []
         self.clock = 0.0
 
-    def new(self, batch: int, n: int, pads: list[int], rows: Rows):
+    def new(self, batch: int, n: int, pads: list[int], rows: SequenceState):
         """A step's tensors, each number different from all before."""
         valid = None
         if any(pads):
             valid = torch.ones(batch, n, dtype=torch.bool)
             for row, pad in enumerate(pads):
                 valid[row, :pad] = False
-        step = rows.open(batch, n, valid, torch.device("cpu"), 0, 0)
+        step = rows.new_step(batch, n, valid, torch.device("cpu"), 0, 0)
         numbers = torch.arange(batch * HEADS * n, dtype=torch.float32).view(batch, HEADS, n) + self.clock
         self.clock += numbers.numel()
         key = numbers.unsqueeze(-1).expand(-1, -1, -1, DIM)
@@ -59,7 +59,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(batch=st.integers(1, 3), n=st.integers(1, 6), data=st.data())
     def prompt(self, batch, n, data):
         pads = data.draw(st.lists(st.integers(0, n - 1), min_size=batch, max_size=batch))
-        rows = Rows()
+        rows = SequenceState()
         step, key, value, state, fresh = self.new(batch, n, pads, rows)
         rows.advance(step, HEADS)
         self.pairs.append((self.store.from_dense(key, value, state, step), Mirror(fresh, rows)))
@@ -152,7 +152,7 @@ TestStore = StoreMachine.TestCase
 
 def test_a_contiguous_prompt_is_adopted_and_a_slice_is_not():
     key = torch.randn(2, 3, 5, 4)
-    step = Rows().open(2, 5, None, torch.device("cpu"), 0, 0)
+    step = SequenceState().new_step(2, 5, None, torch.device("cpu"), 0, 0)
     adopted = SegmentStore.from_dense(key, key, {}, step)
     assert adopted.key.data_ptr() == key.data_ptr()
     wide = torch.randn(2, 3, 5, 8)
@@ -161,15 +161,15 @@ def test_a_contiguous_prompt_is_adopted_and_a_slice_is_not():
 
 
 def test_room_that_a_fork_may_use_is_not_written_to():
-    rows = Rows()
-    step = rows.open(1, 8, None, torch.device("cpu"), 0, 0)
+    rows = SequenceState()
+    step = rows.new_step(1, 8, None, torch.device("cpu"), 0, 0)
     store = SegmentStore.from_dense(torch.zeros(1, HEADS, 8, DIM), torch.zeros(1, HEADS, 8, DIM), {}, step)
     rows.advance(step, HEADS)
 
     def replace_from_the_sixth(one: SegmentStore, number: float) -> None:
         one.set_lengths([5, 5])  # taken back: the room behind may hold entries of the other
         new = torch.full((1, HEADS, 1, DIM), number)
-        one.append(new, new, {}, rows.open(1, 1, None, torch.device("cpu"), 0, 0))
+        one.append(new, new, {}, rows.new_step(1, 1, None, torch.device("cpu"), 0, 0))
 
     def sixth(one: SegmentStore) -> list[float]:
         return [key[0, 0, 5, 0].item() for key, _ in one.pairs()]
@@ -185,13 +185,13 @@ def test_room_that_a_fork_may_use_is_not_written_to():
 
 
 def test_appending_is_amortised():
-    step = Rows().open(1, 1000, None, torch.device("cpu"), 0, 0)
+    step = SequenceState().new_step(1, 1000, None, torch.device("cpu"), 0, 0)
     store = SegmentStore.from_dense(torch.zeros(1, HEADS, 1000, DIM), torch.zeros(1, HEADS, 1000, DIM), {}, step)
-    rows = Rows()
+    rows = SequenceState()
     rows.advance(step, HEADS)
     layouts = set()
     for _ in range(300):
-        step = rows.open(1, 1, None, torch.device("cpu"), 0, 0)
+        step = rows.new_step(1, 1, None, torch.device("cpu"), 0, 0)
         store.append(torch.ones(1, HEADS, 1, DIM), torch.ones(1, HEADS, 1, DIM), {}, step)
         rows.advance(step, HEADS)
         layouts.add(store.capacity)

@@ -62,7 +62,7 @@ def test_below_the_threshold_nothing_stays_even_if_there_is_room(tiny_llama, gat
         tiny_llama(ids, past_key_values=cache)
         fading = {}
         for layer in cache.ragged:
-            view = LayerView(layer, cache.tokens_seen, None, Retention())
+            view = Retention().view(layer, cache.tokens_seen)
             fading[layer.layer_idx] = Retention().score(view).exp()[0] < 0.3
         counts = [int(one.sum()) for one in fading.values()]
         assert 60 < sum(counts) < 340, "some of the 360 entries have faded"
@@ -137,7 +137,7 @@ def test_remembered_queries_are_the_last_ones_in_order(tiny_llama, prompt):
         for start, end in ((0, 9), (9, 17), (17, 18), (18, 19), (19, 20)):
             tiny_llama(ids[:, start:end], past_key_values=pieces)
         for one, other in zip(whole.ragged, pieces.ragged, strict=True):
-            views = [LayerView(layer, cache.tokens_seen, cache.query_positions, SnapKV(window=4))
+            views = [SnapKV(window=4).view(layer, cache.tokens_seen, cache.query_positions)
                      for layer, cache in ((one, whole), (other, pieces))]
             assert views[0].query_positions.tolist() == views[1].query_positions.tolist() == [[16, 17, 18, 19]]
             torch.testing.assert_close(views[0].queries, views[1].queries, atol=1e-5, rtol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction import evict
-from tenure.eviction.serialization import cache_of, check_parts, part_of
+from tenure.eviction.serialization import cache_of_slices, check_sliceable, slice_of
 
 from .remembered import assert_same
 
@@ -18,18 +18,18 @@ def test_parts_of_two_prompts_make_a_third(any_tiny_model, family, gates_for, pr
     gates = gates_for(model) if observe else None
     with evict(model, "full", gates=gates, observe=observe) as session:
         if family == "gemma3":
-            with pytest.raises(ValueError, match=r"cache layers of the kind Dynamic.*; prompts are cached in parts"):
-                check_parts(session)
+            with pytest.raises(ValueError, match=r"cache layers of the kind Dynamic.*; prompts are cached in slices"):
+                check_sliceable(session.recording)
             return
-        check_parts(session)
+        check_sliceable(session.recording)
         ids = prompt(1, 30)
         other = torch.cat([ids[:, :12], prompt(1, 8, seed=1)], dim=1)
         long, short = session.new_cache(), session.new_cache()
         model(ids, past_key_values=long)
         model(other, past_key_values=short)
-        parts = [part_of(short, 0, 5), part_of(long, 5, 12), part_of(long, 12, 30)]
+        parts = [slice_of(short, 0, 5), slice_of(long, 5, 12), slice_of(long, 12, 30)]
         kept = {name: tensor.clone() for name, tensor in parts[0].items()}
-        joined = cache_of(session, parts)
+        joined = cache_of_slices(session.recording, parts)
         assert_same(joined, long, atol=1e-5, rtol=1e-5)
         question = prompt(1, 6, seed=2)
         logits = [model(question, past_key_values=cache).logits for cache in (joined, long)]
@@ -49,16 +49,16 @@ def test_a_row_of_a_padded_stack_is_cut_as_if_it_were_alone(tiny_llama, gates_fo
             tiny_llama(prompt(1, length), past_key_values=cache)
         stacked = session.stack(caches)
         for row, cache in enumerate(caches):
-            part, alone = part_of(stacked, 5, 17, row), part_of(cache, 5, 17)
+            part, alone = slice_of(stacked, 5, 17, row), slice_of(cache, 5, 17)
             assert part.keys() == alone.keys()
             assert all(torch.equal(tensor, alone[name]) for name, tensor in part.items())
-        whole = part_of(caches[0], 0, 30)
+        whole = slice_of(caches[0], 0, 30)
         caches[1].compress("retention", 0.5)
         stacked = session.stack(caches)
-        part = part_of(stacked, 0, 30, 0)
+        part = slice_of(stacked, 0, 30, 0)
         assert all(torch.equal(part[name], tensor) for name, tensor in whole.items()), "the other row's do not matter"
         with pytest.raises(ValueError, match="has evicted entries"):
-            part_of(stacked, 0, 4, 1)
+            slice_of(stacked, 0, 4, 1)
 
 
 @torch.no_grad()
@@ -67,21 +67,21 @@ def test_what_cannot_be_cut_is_refused(tiny_llama, gates_for, prompt):
         cache, padded = session.new_cache(), session.new_cache()
         tiny_llama(prompt(1, 60), past_key_values=cache)
         with pytest.raises(ValueError, match=r"got the tokens \[4, 61\); accepted: some of the 60"):
-            part_of(cache, 4, 61)
-        part = part_of(cache, 0, 4)
+            slice_of(cache, 4, 61)
+        part = slice_of(cache, 0, 4)
         cache.compress("retention", 0.7)
         with pytest.raises(ValueError, match="has evicted entries: export it as a whole"):
-            part_of(cache, 0, 4)
+            slice_of(cache, 0, 4)
         tiny_llama(prompt(2, 9), past_key_values=padded)
         with pytest.raises(ValueError, match="got a cache of 2 rows; accepted: one, or the number of the row"):
-            part_of(padded, 0, 4)
+            slice_of(padded, 0, 4)
         with pytest.raises(ValueError, match="got row 2; accepted: 0 to 1"):
-            part_of(padded, 0, 4, row=2)
+            slice_of(padded, 0, 4, row=2)
         del part["layers.1.log_beta"]
-        with pytest.raises(ValueError, match=r"got 1 parts that differ .* in layers\.1\.log_beta"):
-            cache_of(session, [part])
+        with pytest.raises(ValueError, match=r"got 1 slices that differ .* in layers\.1\.log_beta"):
+            cache_of_slices(session.recording, [part])
     with (
         evict(tiny_llama, "full", observe=["snapkv", "h2o"]) as session,
         pytest.raises(ValueError, match=r"full, snapkv, h2o need a window of .* queries, the states of 'h2o', which"),
     ):
-        check_parts(session)
+        check_sliceable(session.recording)

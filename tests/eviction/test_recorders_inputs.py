@@ -108,12 +108,12 @@ def test_each_row_has_its_inputs_until_its_first_eviction(tiny_llama, prompt):
         cache = session.new_cache()
         tiny_llama(ids, attention_mask=mask, past_key_values=cache)
         inputs = cache.ragged[0].inputs
-        assert inputs is not None and inputs.evicted_by == (Loudest(), None) and inputs.parts
+        assert inputs is not None and inputs.evicted_by == (Loudest(), None) and inputs.forwards
         for _ in range(6):
             mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
             tiny_llama(ids[:, :1], attention_mask=mask, past_key_values=cache)
         inputs = cache.ragged[0].inputs
-        assert inputs is not None and inputs.evicted_by == (Loudest(), Loudest()) and not inputs.parts
+        assert inputs is not None and inputs.evicted_by == (Loudest(), Loudest()) and not inputs.forwards
         cache.check()
 
 

@@ -7,13 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from tenure.eviction import (
-    LayerView,
-    evict,
-)
-from tenure.eviction.forward_state import Rows
+from tenure.eviction import LayerView, evict
+from tenure.eviction.forward_state import SequenceState
 from tenure.eviction.model_adapters import Rotary
-from tenure.eviction.recorded import SINKS, QueryStatistics
+from tenure.eviction.recorded import QueryStatistics, StatisticsConfig
 from tenure.eviction.recorders import Observers
 
 
@@ -27,9 +24,8 @@ def queries_before_rope(module: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("pieces", [[30], [3, 20, 1, 1, 5]])
 @torch.no_grad()
-def test_statistics_are_those_of_the_queries_before_rope(any_tiny_model, prompt, pieces, monkeypatch):
+def test_statistics_are_those_of_the_queries_before_rope(any_tiny_model, prompt, pieces):
     """Of real tokens behind the first four, in every family, at once or piece by piece."""
-    monkeypatch.setattr("tenure.eviction.recorders.CHUNK", 8)
     model, ids, inputs = any_tiny_model, prompt(2, 30), {}
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
@@ -42,6 +38,7 @@ def test_statistics_are_those_of_the_queries_before_rope(any_tiny_model, prompt,
         if name.endswith("self_attn")
     ]
     with evict(model, "full", observe=["expected_attention"]) as session:
+        session.observers.statistics = StatisticsConfig(chunk=8)
         cache, start = session.new_cache(), 0
         for size in pieces:
             part = slice(start, start + size)
@@ -52,7 +49,7 @@ def test_statistics_are_those_of_the_queries_before_rope(any_tiny_model, prompt,
             statistics = LayerView(layer, cache.tokens_seen).expected_queries
             assert statistics.next_position.tolist() == [30, 30], "without position_ids padding has positions too"
             for row, pad in enumerate((0, 2)):
-                chosen = queries[row, :, pad + SINKS :]
+                chosen = queries[row, :, pad + StatisticsConfig.skipped_tokens :]
                 assert statistics.count[row] == chosen.shape[1]
                 torch.testing.assert_close(statistics.mean[row], chosen.mean(1), atol=1e-5, rtol=1e-4)
                 for head in range(chosen.shape[0]):
@@ -69,7 +66,7 @@ def test_statistics_of_rows_are_merged_and_selected():
     statistics = QueryStatistics.empty(2, 1, 3, queries.device)
     assert statistics.covariance.eq(0).all()
     for part in (slice(0, 1), slice(1, 5), slice(5, 7)):
-        statistics = statistics.seen(queries[:, :, part], counts[:, part], torch.tensor([7, 5]))
+        statistics = statistics.updated(queries[:, :, part], counts[:, part], torch.tensor([7, 5]))
     for row in range(2):
         expected = queries[row, 0, counts[row]].t().cov(correction=0)
         torch.testing.assert_close(statistics.covariance[row, 0], expected, atol=1e-4, rtol=1e-4)
@@ -100,6 +97,6 @@ def test_the_average_rotation_is_the_mean_of_the_rotations(tiny_model, family):
 
 def test_position_ids_of_another_form_are_refused(tiny_llama):
     observers = Observers([], Rotary(tiny_llama))
-    step = Rows().open(2, 5, None, torch.device("cpu"), 0, 0)
+    step = SequenceState().new_step(2, 5, None, torch.device("cpu"), 0, 0)
     with pytest.raises(ValueError, match=r"need position_ids \(batch, 5\), got \(3, 2, 5\)"):
         observers.begin(step, torch.zeros(3, 2, 5), 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tenure.eviction.ops.copy_entries import copy_entries, entries_at
+from tenure.eviction.ops.copy_entries import copy_entries
+from tenure.eviction.storage.packing import entries_at
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tenure.eviction import ExpectedAttention, LayerView, evict
+from tenure.eviction import ExpectedAttention, evict
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3"])
@@ -19,7 +19,7 @@ def test_the_score_equals_loops(tiny_model, prompt, family, options):
         cache = session.new_cache()
         model(ids, attention_mask=mask, past_key_values=cache)
         for layer in cache.ragged:
-            view = LayerView(layer, cache.tokens_seen, None, policy)
+            view = policy.view(layer, cache.tokens_seen)
             score, statistics, rotary = policy.score(view), view.expected_queries, view.rotary
             scale = view.scaling
             for row in range(2):
@@ -54,7 +54,7 @@ def test_the_expectation_is_that_of_gaussian_queries(tiny_llama, prompt):
         tiny_llama(prompt(1, 40), past_key_values=cache)
         layer = cache.ragged[0]
         layer.scaling /= 8  # small logits: fewer samples do
-        view = LayerView(layer, cache.tokens_seen, None, policy)
+        view = policy.view(layer, cache.tokens_seen)
         statistics = view.expected_queries
         torch.manual_seed(0)
         expected = torch.zeros(2, 36)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tenure.eviction import H2O, TOVA, LayerView, evict
+from tenure.eviction import H2O, TOVA, evict
 
 
 @pytest.mark.parametrize("pieces", [[40], [25, 1, 1, 13]])
@@ -25,13 +25,13 @@ def test_h2o_sums_what_every_query_attended_to(tiny_llama, prompt, pieces):
             start += size
             tiny_llama(ids[:, start - size : start], attention_mask=mask[:, :start], past_key_values=cache)
         for layer, expected in zip(cache.ragged, weights, strict=True):
-            view = LayerView(layer, cache.tokens_seen, None, policy, torch.tensor([10, 10]))
+            view = policy.view(layer, cache.tokens_seen, None, torch.tensor([10, 10]))
             for row, pad in enumerate((0, 7)):
                 sums = expected[row, :, pad:, pad:].sum(1).unflatten(0, (2, 2)).mean(1)
                 torch.testing.assert_close(view.state("attention")[row, :, : 40 - pad], sums, atol=1e-5, rtol=1e-4)
                 score = policy.score(view)[row, :, : 40 - pad]
                 assert torch.equal(score.isinf(), (torch.arange(40 - pad) >= 35 - pad).expand_as(score)), "half recent"
-                shown = mean.score(LayerView(layer, cache.tokens_seen, None, mean))[row, :, : 40 - pad]
+                shown = mean.score(mean.view(layer, cache.tokens_seen))[row, :, : 40 - pad]
                 torch.testing.assert_close(shown, sums / torch.arange(40 - pad, 0, -1), atol=1e-5, rtol=1e-4)
 
 
@@ -77,6 +77,6 @@ def test_tova_equals_eager_attention(tiny_llama, prompt):
         cache = session.new_cache()
         tiny_llama(ids, past_key_values=cache)
         for layer, expected in zip(cache.ragged, weights, strict=True):
-            view = LayerView(layer, cache.tokens_seen, cache.query_positions, TOVA())
+            view = TOVA().view(layer, cache.tokens_seen, cache.query_positions)
             mean = F.pad(expected[0, :, -1, :-1].mean(0), (0, 1), value=torch.inf)
             torch.testing.assert_close(TOVA().score(view)[0], mean.expand(2, -1), atol=1e-6, rtol=1e-4)

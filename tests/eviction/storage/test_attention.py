@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from tenure.eviction import evict
-from tenure.eviction.forward_state import Rows
+from tenure.eviction.forward_state import SequenceState
 from tenure.eviction.storage.attention import ragged_attention, refuse_unsupported
 from tenure.eviction.storage.segments import SegmentStore
 from tenure.retention.seams import Interceptor, intercept
@@ -98,8 +98,8 @@ def test_any_keep_set_attends_like_a_masked_full_cache(any_tiny_model, prompt, p
             for row in range(2):
                 entries[row, :, : int(real[row].sum())] = keep[row][:, real[row, 0]]
             cache.stores[len(visible) - 1].compact(entries)
-        cache._rows.stored = cache._count()
-        cache._marks.evicted(40)
+        cache.rows.stored = cache._stored_entries()
+        cache.rollback_points.evicted(40)
         cache.check()
         got, start = [], 40
         for size in sizes:
@@ -123,7 +123,7 @@ def test_any_keep_set_attends_like_a_masked_full_cache(any_tiny_model, prompt, p
 @pytest.mark.parametrize("q_len", [1, 3])
 def test_value_dim_may_differ_and_nothing_is_read_outside_segments(lengths, q_len):
     torch.manual_seed(0)
-    batch, heads, group, rows = 2, 2, 3, Rows()
+    batch, heads, group, rows = 2, 2, 3, SequenceState()
     rows.tokens, rows.stored = [20, 20], [10, 10]
     rooms = [n + q_len + 2 for n in lengths]
     flat = {name: torch.full((sum(rooms), dim), torch.nan) for name, dim in (("key", 8), ("value", 4))}
@@ -131,7 +131,7 @@ def test_value_dim_may_differ_and_nothing_is_read_outside_segments(lengths, q_le
     store = SegmentStore(batch, heads, flat, lengths, rooms)
     for start, n in zip(store.starts, lengths, strict=True):
         store.key[start : start + n], store.value[start : start + n] = torch.randn(n, 8), torch.randn(n, 4)
-    step = rows.open(batch, q_len, None, torch.device("cpu"), max(lengths), 0)
+    step = rows.new_step(batch, q_len, None, torch.device("cpu"), max(lengths), 0)
     key, value = torch.randn(batch, heads, q_len, 8), torch.randn(batch, heads, q_len, 4)
     store.append(key, value, {}, step)
     query = torch.randn(batch, heads * group, q_len, 8)
