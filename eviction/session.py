@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..retention.gates import RetentionGates
+from ..retention.gates import RetentionGates, gate_log_beta, stacked_steps
 from ..retention.seams import (
     SUPPORTED_FAMILIES,
     AttentionCall,
@@ -65,7 +63,7 @@ class Session(Interceptor):
         self._running: RaggedCache | None = None
         self._last: RaggedCache | None = None
         self._check(model)
-        self._stacked = StackedGates(gates) if gates is not None and "log_beta" in self._needs else None
+        self._gate_steps = stacked_steps(gates) if gates is not None and "log_beta" in self._needs else None
         self.observers = Observers(policies, Rotary(model) if "query_statistics" in self._needs else None)
         self._recorder = InputRecorder(Rotary(model) if "hidden_states" in self._needs else None)
         self.recording = Recording(
@@ -74,7 +72,7 @@ class Session(Interceptor):
             policies=policies,
             window_size=self.window_size,
             observers=self.observers,
-            entry_states=("log_beta",) * (self._stacked is not None) + self.observers.state_keys,
+            entry_states=("log_beta",) * (self._gate_steps is not None) + self.observers.state_keys,
             layout=self.layout,
             new_cache=self.new_cache,
             require=self.require_recorded,
@@ -285,7 +283,7 @@ class Session(Interceptor):
         self.observers.begin(step, kwargs.get("position_ids"), cache.columns_seen)
         self._recorder.begin(step, kwargs.get("position_ids"), cache.columns_seen)
         self._running = cache
-        self._inputs = [] if self._stacked and not step.first and q_len == 1 and valid is None else None
+        self._inputs = [] if self._gate_steps and not step.first and q_len == 1 and valid is None else None
         self.track(cache)
         return kwargs | {"past_key_values": cache, "use_cache": True}
 
@@ -326,9 +324,10 @@ class Session(Interceptor):
         state: dict[str, torch.Tensor] = {}
         if self._inputs is not None:
             self._inputs.append(hidden_states)
-        elif self._stacked is not None:
+        elif self._gate_steps is not None:
+            assert self.gates is not None
             with torch.no_grad():
-                state["log_beta"] = self._stacked.gates.log_beta(layer.layer_idx, hidden_states)
+                state["log_beta"] = self.gates.log_beta(layer.layer_idx, hidden_states)
         call = self._running.open_layer(layer.layer_idx, state)
         self._recorder.record(self._running.layers[layer.layer_idx], hidden_states)  # type: ignore[arg-type]
         return call
@@ -339,11 +338,22 @@ class Session(Interceptor):
         if cache is None:
             return
         if completed and inputs:
-            assert self._stacked is not None
-            for layer, values in zip(cache.ragged, self._stacked.log_beta(inputs), strict=True):
+            for layer, values in zip(cache.ragged, self._log_beta_of_all_layers(inputs), strict=True):
                 assert layer.store is not None
                 layer.store.fill("log_beta", values)
         cache.end_step(completed)
+
+    @torch.no_grad()
+    def _log_beta_of_all_layers(self, hidden_states: list[torch.Tensor]) -> torch.Tensor:
+        """log β of one token per row, fp32 `(layers, batch * num_kv_heads)`: a call per layer would take longer than
+        the attention.
+
+        Args:
+            hidden_states: `(batch, 1, hidden_size)` of each layer, in the order of the gates' layers.
+        """
+        assert self.gates is not None and self._gate_steps is not None
+        tokens = torch.cat(hidden_states, dim=1).transpose(0, 1)  # (layers, batch, hidden_size)
+        return gate_log_beta(self.gates.config, tokens, self._gate_steps, self.gates.weight, self.gates.bias).flatten(1)
 
 
 def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[AttentionLayer]) -> None:
@@ -364,50 +374,3 @@ def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[Att
     if reason:
         kind = type(model).__name__
         raise UnsupportedModelError(f"policy {policy.name!r} does not support {kind}: it needs {reason}")
-
-
-class StackedGates:
-    """The gates' parameters stacked over layers, for log β of one token in all layers by one call.
-
-    In decoding, one call per layer would take longer than the attention. The copy lasts as long as the session.
-
-    Attributes:
-        gates: the gates that the copy was made from; later changes to them have no effect.
-    """
-
-    @torch.no_grad()
-    def __init__(self, gates: RetentionGates) -> None:
-        self.gates = gates
-        bodies = [gates.bodies[str(index)] for index in gates.layer_indices]
-        # Each step of the MLP: an activation, or the weights (layers, in, out) and biases (layers, 1, out) of a Linear.
-        self._steps: list[nn.Module | tuple[torch.Tensor, torch.Tensor]] = []
-        for parts in zip(*bodies, strict=True):
-            if isinstance(parts[0], nn.Linear):
-                weight = torch.stack([part.weight.detach().t() for part in parts])
-                self._steps.append((weight, torch.stack([part.bias.detach() for part in parts]).unsqueeze(1)))
-            else:
-                self._steps.append(parts[0])
-
-    @torch.no_grad()
-    def log_beta(self, hidden_states: list[torch.Tensor]) -> torch.Tensor:
-        """log β of one token a row in every layer.
-
-        Args:
-            hidden_states: `(batch, 1, hidden_size)` of each layer, in the order of the gates' layers.
-
-        Returns:
-            fp32 `(layers, batch * num_kv_heads)`.
-        """
-        config = self.gates.config
-        with torch.autocast(hidden_states[0].device.type, enabled=False):
-            features = torch.cat(hidden_states, dim=1).transpose(0, 1).float()  # (layers, batch, hidden)
-            for step in self._steps:
-                features = torch.baddbmm(step[1], features, step[0]) if isinstance(step, tuple) else step(features)
-            weight, bias = self.gates.weight, self.gates.bias
-            if config.projection == "shared_heads":
-                logits = features.unflatten(-1, (config.num_kv_heads, config.gate_width)) @ weight[0] + bias
-            elif config.projection == "per_layer":
-                logits = torch.baddbmm(bias.unsqueeze(1), features, weight.transpose(1, 2))
-            else:
-                logits = F.linear(features, weight, bias)
-            return F.logsigmoid(logits).flatten(1)
