@@ -96,7 +96,7 @@ def test_a_task_without_the_field_it_needs(model, tokenizer, folder, tmp_path):
         (["--tasks", "tenure_vt", "--metadata", "{length: 500}"],
          "got '{length: 500}' as --metadata; accepted: a=1,b=2 or"),
         (["--tasks", "ruler", "--metadata", '{"max_seq_lengths": [512, 4096]}'],
-         "max_seq_lengths has 4096; prompts of so many tokens exceed the model's 1024 positions"),
+         "max_seq_lengths has 4096; prompts of that many tokens exceed the model's 1024 positions"),
         (["--tasks", "tenure_vt", "--device", "gpu"], "--device has 'gpu'; cpu, cuda, cuda:1 and so on are accepted"),
         (["--tasks", "tenure_vt", "--device", "cuda:99"], "--device has 'cuda:99'; this machine has "),
         (["--tasks", "tenure_vt", "--model_args", "max_length=300"], "exceed max_length=300: give --metadata length="),
