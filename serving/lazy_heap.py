@@ -13,8 +13,8 @@ STALE_RATIO, STALE_SLACK = 4, 64  # a heap is rebuilt beyond STALE_RATIO * live 
 class LazyHeap(Generic[Item]):
     """Items by priority, smallest first; equal priorities in the order of their last `push`.
 
-    `push` and `pop` cost O(log n) amortised, `discard` O(1). A replaced or discarded item leaves a stale entry, which is
-    skipped when it surfaces; when stale entries dominate, the heap is rebuilt, so memory stays O(live items).
+    `push` and `pop` cost O(log n) amortised, `discard` O(1). A replaced or discarded item leaves a stale entry, which
+    is skipped when it surfaces; when stale entries dominate, the heap is rebuilt, so memory stays O(live items).
 
     Items are compared by hash and equality only, never ordered. Not synchronised.
 
