@@ -92,7 +92,7 @@ def filled(config: Config, prompts: Sequence[list[int]], order: EvictionPolicy, 
         with tiers.open(prompt) as handle:
             new = len(prompt) - handle.length
             payload = PhantomPayload(new, 1000 * new) if new else None
-            tiers.insert(handle, prompt, payload, number if agents else None, len(prompt))
+            tiers.store(handle, prompt, payload, number if agents else None, len(prompt))
     return tiers
 
 
@@ -102,7 +102,7 @@ class TokenTrie:
     def __init__(self) -> None:
         self.steps: dict[tuple[int, int], int] = {}
 
-    def match(self, prompt: Sequence[int]) -> int:
+    def lookup(self, prompt: Sequence[int]) -> int:
         node = 0
         for depth, token in enumerate(prompt):
             following = self.steps.get((node, token))
@@ -126,7 +126,7 @@ def prompt_rows(config: Config, prompts: list[list[int]]) -> list[Row]:
         trie.insert(prompt)
     rng = random.Random(1)
     asked = rng.sample(prompts, config.calls)
-    sides = {name: lambda known=known: [known.match(prompt) for prompt in asked]
+    sides = {name: lambda known=known: [known.lookup(prompt) for prompt in asked]
              for name, known in (("ours", tiers), ("peer", trie))}  # fmt: skip
     seconds = alternate(sides, config.runs, clock=time.process_time)
     rows = _against_aim("match", seconds, asked, config)
@@ -140,7 +140,7 @@ def prompt_rows(config: Config, prompts: list[list[int]]) -> list[Row]:
         from ..serving import PhantomPayload
 
         for handle, prompt in zip(handles, opened, strict=True):
-            tiers.insert(handle, prompt, PhantomPayload(config.span, 1000 * config.span))
+            tiers.store(handle, prompt, PhantomPayload(config.span, 1000 * config.span))
 
     def insert_peer() -> None:
         for prompt in opened:
@@ -194,18 +194,18 @@ def victim_rows(config: Config, prompts: list[list[int]], name: str) -> list[Row
     many, few = (max(1, min(config.calls, size // (2 * config.runs + 4))) for size in (config.nodes, tenth))
 
     def evict(tiers: TieredCache, count: int) -> Callable[[], None]:
-        candidates = tiers.storage.candidates[Tier.DEVICE]
+        candidates = tiers.storage.queues[Tier.DEVICE]
 
         def run() -> None:
             for _ in range(count):
                 node = candidates.first()
                 assert node is not None
-                tiers.eviction.evict(node, Tier.DEVICE)
+                tiers.evictor.evict(node, Tier.DEVICE)
 
         return run
 
     def scan() -> None:
-        candidates = large.storage.candidates[Tier.DEVICE]
+        candidates = large.storage.queues[Tier.DEVICE]
         nodes: list[Node] = [node for node in large.tree if node.evictable(Tier.DEVICE)]
         min(nodes, key=candidates.rank)
 
@@ -235,7 +235,7 @@ def value_row(config: Config, prompts: list[list[int]]) -> Row:
 
     values = dict.fromkeys(range(config.nodes), 1.0)
     tiers = filled(config, prompts, StepsToExecution(values), agents=True)
-    candidates = tiers.storage.candidates[Tier.DEVICE]
+    candidates = tiers.storage.queues[Tier.DEVICE]
     rng = random.Random(2)
 
     def change() -> None:

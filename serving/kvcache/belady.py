@@ -1,4 +1,4 @@
-"""Belady's order: the oracle that has read the whole trace."""
+"""Belady's policy: the oracle that has read the whole trace."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .radix_tree import TOKEN_BYTES, Node, encode, hash_pages
 
 
 class Belady(EvictionPolicy):
-    """What is used again last goes first (Belady 1966); optimal for nodes of one size.
+    """Evicts the node whose next use is furthest in the future (Belady 1966); optimal for nodes of one size.
 
-    A node is used by every request of the trace whose prompt begins with everything up to the node's end.
+    A request of the trace uses every node that lies on its prompt.
 
     Args:
         prompts: token ids of the requests in the order in which they will be served.
-        page_size: that of the tree.
+        page_size: of the tree.
     Attributes:
-        served: how many of them have been; the user adds one (`advance`) just before a request's prompt is opened, so
-            that its nodes count their next use behind it.
+        served: requests served so far. `advance` must be called just before a request's prompt is opened, so that its
+            nodes are ranked by their next use after it.
     """
 
     name = "belady"
@@ -54,5 +54,5 @@ class Belady(EvictionPolicy):
 
     @property
     def requests(self) -> int:
-        """How many requests the trace has."""
+        """The number of requests in the trace."""
         return 1 + max(chain.from_iterable(uses[-1:] for uses in self._uses.values()), default=-1)

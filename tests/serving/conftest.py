@@ -33,7 +33,7 @@ def ids_of(node: Node) -> list[int]:
 
 def node_of(tiers: TieredCache, prompt: Sequence[int]) -> Node:
     """The node that `prompt` ends with."""
-    return tiers.match(prompt).nodes[-1]
+    return tiers.lookup(prompt).nodes[-1]
 
 
 def later(tiers: TieredCache, seconds: float = 100.0) -> None:
@@ -99,6 +99,6 @@ def cached():
         with tiers.open(prompt) as handle:
             end = tiers.whole_pages(len(prompt))
             payload = kv_of(prompt, handle.length, end, compressed) if end > handle.length else None
-            return tiers.insert(handle, prompt, payload, agent, fixed) is AllocStatus.READY
+            return tiers.store(handle, prompt, payload, agent, fixed) is AllocStatus.READY
 
     return store

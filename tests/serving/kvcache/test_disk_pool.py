@@ -18,7 +18,7 @@ POLICY = TierPolicy(LRU(), WriteBack.ALL)
 
 
 def written(pool: DiskPool, payload: TensorPayload):
-    builder = pool.begin(payload)
+    builder = pool.new_builder(payload)
     for layer in range(len(payload.layers)):
         builder.write(layer, payload.read(layer))
     return builder.commit()
@@ -67,7 +67,10 @@ def test_what_is_read_is_what_was_written(tmp_path: Path):
         (lambda path: path.unlink(), "cannot be read"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated: layer 1 has"),
         (lambda path: path.write_bytes(b""), "truncated: layer 0 has 0 of"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"), "damaged: layer 1 is not what was written"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"),
+            "damaged: layer 1 differs from what was written",
+        ),
     ],
 )
 def test_damage_is_told(damage, message, tmp_path: Path):
@@ -96,10 +99,10 @@ def test_every_flipped_byte_is_found_or_does_not_matter(tmp_path: Path):
 
 def test_an_aborted_file_leaves_nothing(tmp_path: Path):
     pool, payload = DiskPool(10**6, tmp_path), mixed()
-    builder = pool.begin(payload)
+    builder = pool.new_builder(payload)
     builder.write(0, payload.read(0))
     builder.abort()
-    pool.begin(payload).abort()
+    pool.new_builder(payload).abort()
     assert [path.name for path in pool.folder.iterdir()] == ["in-use.lock"]
     pool.close()
 
@@ -111,7 +114,7 @@ def test_a_type_that_files_do_not_know_is_refused_before_it_is_stored(make_tiers
         tiers.open([1, 2]) as handle,
         pytest.raises(ValueError, match="got a tensor of complex64; the disk accepts float64"),
     ):
-        tiers.insert(handle, [1, 2], payload)
+        tiers.store(handle, [1, 2], payload)
 
 
 def test_two_pools_share_a_folder_and_leftovers_of_a_dead_one_are_removed(tmp_path: Path):
@@ -172,14 +175,14 @@ def test_a_damaged_file_is_a_miss(how, make_tiers, cached, kv):
         assert handle.wait(100) is LoadState.LOST
         tiers.check()
     assert tiers.statistics.copies_lost == 1
-    assert tiers.match([1, 1, 2, 2]).length == 0 and tiers.tree.size == 0
+    assert tiers.lookup([1, 1, 2, 2]).length == 0 and tiers.tree.size == 0
     assert all(pool.used == 0 for pool in tiers.pools.values())
     assert cached(tiers, [1, 1, 2, 2]), "it is computed again"
 
 
 def test_a_prompt_cut_while_on_disk_stays_whole_until_it_is_loaded(make_tiers, cached, kv):
     tiers, node = fill_disk(make_tiers, cached, device=8)
-    assert tiers.match([1, 1, 9, 9]).length == 0, "files are not cut"
+    assert tiers.lookup([1, 1, 9, 9]).length == 0, "files are not cut"
     assert cached(tiers, [1, 1, 9, 9])
     assert (node.length, node.covers, node.status) == (2, 4, Status.DISK)
     tiers.check()

@@ -27,13 +27,13 @@ def test_a_busy_link_sends_a_request_to_a_free_device_only() -> None:
     prompts = [[first, *range(99)] for first in (1000, 2000)]
     for prompt in prompts:
         with tiers.open(prompt) as handle:
-            tiers.insert(handle, prompt, PhantomPayload(100, 1000))
-        node = tiers.match(prompt).nodes[-1]
-        tiers.eviction.evict(node, Tier.DEVICE)
+            tiers.store(handle, prompt, PhantomPayload(100, 1000))
+        node = tiers.lookup(prompt).nodes[-1]
+        tiers.evictor.evict(node, Tier.DEVICE)
         clock.advance_to(clock.now + 2.0)
         tiers.poll()
         assert node.copies[Tier.DEVICE] is None and node.copies[Tier.HOST] is not None
-    estimates = Estimates(LinearCosts(100 / 1.5, (1000.0, 0.0)), tiers.transfers)
+    estimates = Estimates(LinearCosts(100 / 1.5, (1000.0, 0.0)), tiers)
     first, second = (tiers.open(prompt) for prompt in prompts)
     chain = second.nodes()
     assert chain is not None

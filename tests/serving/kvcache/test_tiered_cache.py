@@ -49,10 +49,10 @@ def test_down_on_eviction_and_up_on_demand(make_tiers, cached, kv):
         kv.assert_holds(handle.payloads(), A)
         assert node_of(tiers, B).status is Status.CPU
     assert node_of(tiers, A).copies[Tier.HOST] is not None, "what came up keeps its copy below"
-    assert tiers.eviction.make_room(Tier.DEVICE, 8 * kv.token_bytes) is AllocStatus.PENDING
+    assert tiers.evictor.make_room(Tier.DEVICE, 8 * kv.token_bytes) is AllocStatus.PENDING
     assert [node_of(tiers, prompt).status for prompt in (A, C)] == [Status.CPU, Status.OFFLOADING]
     later(tiers)
-    assert [tiers.match(prompt).length for prompt in (A, B, C)] == [4, 0, 4], "B, the oldest, made room for C below"
+    assert [tiers.lookup(prompt).length for prompt in (A, B, C)] == [4, 0, 4], "B, the oldest, made room for C below"
     assert tiers.statistics.bytes_moved[Tier.DEVICE, Tier.HOST] == 3 * 4 * kv.token_bytes
 
 
@@ -62,19 +62,19 @@ def test_the_host_evicts_by_the_same_order(make_tiers, cached):
     for prompt, agent in ((C, "c"), (A, "a"), (B, "b"), (D, "d")):
         spill(tiers, cached, prompt, agent)
     # B came down when C and A filled the host: C goes, though A was used earlier.
-    assert [tiers.match(prompt).length for prompt in (A, B, C, D)] == [4, 4, 0, 4]
+    assert [tiers.lookup(prompt).length for prompt in (A, B, C, D)] == [4, 4, 0, 4]
     steps.update(a=9.0, d=1.0)
     tiers.values_changed()
     spill(tiers, cached, [5] * 4, "unknown")
-    assert [tiers.match(prompt).length for prompt in (A, B, D)] == [0, 4, 4]
+    assert [tiers.lookup(prompt).length for prompt in (A, B, D)] == [0, 4, 4]
 
 
 def test_suffixes_are_dropped_and_fixed_prompts_saved(make_tiers, cached):
     tiers = make_tiers(device=8, host=8, policy=TierPolicy(StepsToExecution({"a": 1.0}), WriteBack.FIXED))
     assert cached(tiers, [*A, *B], "a", 4)
-    assert [node.length for node in tiers.match([*A, *B]).nodes] == [4, 4]
-    assert tiers.eviction.make_room(Tier.DEVICE, tiers.pools[Tier.DEVICE].capacity) is AllocStatus.PENDING
-    assert tiers.match([*A, *B]).length == 4
+    assert [node.length for node in tiers.lookup([*A, *B]).nodes] == [4, 4]
+    assert tiers.evictor.make_room(Tier.DEVICE, tiers.pools[Tier.DEVICE].capacity) is AllocStatus.PENDING
+    assert tiers.lookup([*A, *B]).length == 4
     later(tiers)
     assert node_of(tiers, A).status is Status.CPU
     assert tiers.statistics.dropped == 1 and tiers.statistics.evicted_copies == 2
@@ -87,7 +87,7 @@ def test_without_room_below_the_next_tier_is_tried_then_the_copy_is_dropped(make
     assert node_of(tiers, A).status is Status.DISK
     small = make_tiers(device=4, host=2, policy=ALL)
     assert cached(small, A) and cached(small, B), "nothing to wait for"
-    assert small.match(A).length == 0 and small.statistics.dropped == 1
+    assert small.lookup(A).length == 0 and small.statistics.dropped == 1
 
 
 def test_a_leased_prompt_stays_and_too_large_a_load_is_refused(make_tiers, cached, kv):
@@ -112,18 +112,18 @@ def test_a_prefetch_spares_what_ranks_higher(make_tiers, cached):
     spill(tiers, cached, B, "b")
     handle = tiers.open_agent("a")
     assert handle is not None and handle.length == 4
-    assert handle.load(Urgency.PREFETCH, only_below=True) is LoadState.NO_ROOM
+    assert handle.load(Urgency.PREFETCH, only_lower_ranked=True) is LoadState.NO_ROOM
     steps.update(a=1.0, b=5.0)
     tiers.values_changed(["a", "b"])
-    assert handle.load(Urgency.PREFETCH, only_below=True) is LoadState.WAITING
+    assert handle.load(Urgency.PREFETCH, only_lower_ranked=True) is LoadState.WAITING
     later(tiers)
-    assert handle.load(Urgency.PREFETCH, only_below=True) is LoadState.LOADING
+    assert handle.load(Urgency.PREFETCH, only_lower_ranked=True) is LoadState.LOADING
     later(tiers)
     assert handle.load() is LoadState.READY
     handle.release()
     assert tiers.open_agent("nobody") is None
     tiers.forget_agent("a")
-    assert tiers.open_agent("a") is None and tiers.match(A).length == 4
+    assert tiers.open_agent("a") is None and tiers.lookup(A).length == 4
 
 
 def test_a_load_is_shared_promoted_and_cancelled_by_the_last_who_waits(make_tiers, cached):
@@ -135,11 +135,11 @@ def test_a_load_is_shared_promoted_and_cancelled_by_the_last_who_waits(make_tier
     later(tiers)
     assert first.load(Urgency.PREFETCH) is LoadState.LOADING
     assert second.load() is LoadState.LOADING
-    (job,) = tiers.transfers.under_way
+    (job,) = tiers.transfers.jobs.values()
     assert job.urgency is Urgency.DEMAND, "one copy, as urgent as the more urgent of the two"
     first.release()
     assert not job.cancelled
-    second.cancel()
+    second.cancel_loads()
     assert job.cancelled
     tiers.check()
     later(tiers)
@@ -155,7 +155,7 @@ def test_a_demand_takes_the_room_of_a_prefetch(make_tiers, cached, kv):
     tiers = make_tiers(device=4, host=12, policy=ALL)
     for prompt in (A, B, C):
         spill(tiers, cached, prompt)
-    tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes)
+    tiers.evictor.make_room(Tier.DEVICE, 4 * kv.token_bytes)
     later(tiers)
     ahead, request, other = tiers.open(A), tiers.open(B), tiers.open(C)
     assert ahead.load(Urgency.PREFETCH) is LoadState.LOADING
@@ -170,7 +170,7 @@ def test_a_demand_takes_the_room_of_a_prefetch(make_tiers, cached, kv):
 def test_a_cut_during_a_copy_is_made_when_it_has_ended(make_tiers, cached, kv):
     tiers = make_tiers(device=8, host=8, policy=ALL)
     assert cached(tiers, [*A, *B])
-    tiers.eviction.make_room(Tier.DEVICE, 1)
+    tiers.evictor.make_room(Tier.DEVICE, 1)
     node = node_of(tiers, [*A, *B])
     assert node.status is Status.OFFLOADING
     with tiers.open([*A, *C]) as handle:
@@ -179,7 +179,7 @@ def test_a_cut_during_a_copy_is_made_when_it_has_ended(make_tiers, cached, kv):
     with tiers.open([*A, *C]) as handle:
         assert handle.length == 4 and handle.wait(100) is LoadState.READY
         kv.assert_holds(handle.payloads(), A)
-        assert tiers.insert(handle, [*A, *C], kv.of([*A, *C], 4, 8)) is AllocStatus.READY
+        assert tiers.store(handle, [*A, *C], kv.of([*A, *C], 4, 8)) is AllocStatus.READY
     with tiers.open([*A, *B]) as handle:
         assert handle.length == 8
 
@@ -188,7 +188,7 @@ def test_a_used_copy_outlives_its_eviction(make_tiers, cached, kv):
     """A lease taken while the write-back runs keeps the device's copy."""
     tiers = make_tiers(device=4, host=8, policy=ALL)
     assert cached(tiers, A)
-    assert tiers.eviction.make_room(Tier.DEVICE, 1) is AllocStatus.PENDING
+    assert tiers.evictor.make_room(Tier.DEVICE, 1) is AllocStatus.PENDING
     with tiers.open(A) as handle:
         assert handle.load() is LoadState.READY
         later(tiers)
@@ -199,7 +199,7 @@ def test_a_used_copy_outlives_its_eviction(make_tiers, cached, kv):
 
 def test_failed_loads_and_write_backs(make_tiers, cached, kv):
     tiers = make_tiers(device=4, host=8, policy=ALL, copies=kv.FaultyTransfer)
-    mover = tiers.transfers.mover
+    mover = tiers.transfers.backend
     spill(tiers, cached, A)
     spill(tiers, cached, B)
     with tiers.open(A) as handle:
@@ -210,12 +210,12 @@ def test_failed_loads_and_write_backs(make_tiers, cached, kv):
         later(tiers)
         assert tiers.statistics.copies_failed == 1 and tiers.pools[Tier.DEVICE].used == 0
         assert handle.wait(100) is LoadState.READY, "the host still has it"
-    tiers.eviction.make_room(Tier.HOST, 8 * kv.token_bytes)
-    assert node_of(tiers, A).status is Status.GPU and tiers.match(B).length == 0
+    tiers.evictor.make_room(Tier.HOST, 8 * kv.token_bytes)
+    assert node_of(tiers, A).status is Status.GPU and tiers.lookup(B).length == 0
     mover.fault = RuntimeError("bus error")
-    assert tiers.eviction.make_room(Tier.DEVICE, 1) is AllocStatus.PENDING
+    assert tiers.evictor.make_room(Tier.DEVICE, 1) is AllocStatus.PENDING
     later(tiers)
-    assert tiers.match(A).length == 0, "an eviction whose write-back fails goes on without"
+    assert tiers.lookup(A).length == 0, "an eviction whose write-back fails goes on without"
     assert all(pool.used == 0 for pool in tiers.pools.values())
 
 
@@ -224,10 +224,10 @@ def test_recomputed_kv_takes_the_place_on_the_device(make_tiers, cached, kv):
     spill(tiers, cached, A)
     spill(tiers, cached, B)
     handle = tiers.open([])
-    assert tiers.eviction.make_room(Tier.DEVICE, 1) is AllocStatus.PENDING
+    assert tiers.evictor.make_room(Tier.DEVICE, 1) is AllocStatus.PENDING
     later(tiers)
     assert node_of(tiers, A).status is Status.CPU
-    assert tiers.insert(handle, A, kv.of(A, 0, 4)) is AllocStatus.READY, "computed by somebody who did not wait"
+    assert tiers.store(handle, A, kv.of(A, 0, 4)) is AllocStatus.READY, "computed by somebody who did not wait"
     kv.assert_holds(handle.payloads(), A)
     assert tiers.pools[Tier.DEVICE].used == 4 * kv.token_bytes
     handle.release()
@@ -235,15 +235,15 @@ def test_recomputed_kv_takes_the_place_on_the_device(make_tiers, cached, kv):
 
 def test_memory_that_is_not_there(make_tiers, cached):
     class Lying(MemoryPool):
-        def begin(self, payload):
+        def new_builder(self, payload):
             raise RuntimeError("out of memory")
 
     clock = VirtualClock()
     pools = {Tier.DEVICE: MemoryPool(4 * 32), Tier.HOST: Lying(10**6)}
-    links = make_tiers(device=1).transfers.mover.speeds
+    links = make_tiers(device=1).transfers.backend.speeds
     tiers = TieredCache(pools, VirtualTransfer(clock, links), ALL, 2, clock)
     assert cached(tiers, A) and cached(tiers, B), "dropped instead of saved"
-    assert pools[Tier.HOST].used == 0 and tiers.match(A).length == 0
+    assert pools[Tier.HOST].used == 0 and tiers.lookup(A).length == 0
     tiers.check()
 
 
@@ -251,7 +251,7 @@ def test_reserved_bytes_are_not_the_trees(make_tiers, cached, kv):
     tiers = make_tiers(device=8, host=8, policy=ALL)
     assert cached(tiers, A) and cached(tiers, B)
     size = 4 * kv.token_bytes
-    assert tiers.reserve(size, beside=2 * size) is AllocStatus.REFUSED
+    assert tiers.reserve(size, extra=2 * size) is AllocStatus.REFUSED
     assert tiers.reserve(size) is AllocStatus.PENDING, "A is on its way down"
     later(tiers)
     assert tiers.reserve(size) is AllocStatus.READY and tiers.pools[Tier.DEVICE].reserved == size
@@ -259,7 +259,7 @@ def test_reserved_bytes_are_not_the_trees(make_tiers, cached, kv):
     with tiers.open(B) as handle:
         assert handle.load() is LoadState.READY
         assert tiers.reserve(1) is AllocStatus.REFUSED and not cached(tiers, C), "one is leased, the other reserved"
-    tiers.release(size)
+    tiers.unreserve(size)
     assert tiers.pools[Tier.DEVICE].reserved == 0
     tiers.check()
 
@@ -272,10 +272,10 @@ def test_a_lease_is_shortened(make_tiers, cached):
         assert nodes is not None
         first, second = nodes
         assert (first.ref_count, second.ref_count) == (1, 1)
-        handle.shorten(first)
+        handle.truncate(first)
         assert (first.ref_count, second.ref_count, handle.length) == (1, 0, 4)
         tiers.check()
-        handle.shorten(first.root)
+        handle.truncate(first.root)
         assert (first.ref_count, handle.length, handle.payloads()) == (0, 0, [])
         tiers.check()
 
@@ -284,10 +284,10 @@ def test_what_is_encoded_once_is_not_encoded_again(make_tiers, cached):
     tiers = make_tiers(device=20)
     assert cached(tiers, A)
     pages = Pages(encode(A, 2))
-    assert encode(pages, 2) is pages and tiers.match(pages).length == 4
+    assert encode(pages, 2) is pages and tiers.lookup(pages).length == 4
     statistics = tiers.statistics
     before = statistics.tokens_asked
-    tiers.open(pages, again=True).release()
+    tiers.open(pages, retry=True).release()
     assert statistics.tokens_asked == before
     tiers.open(pages).release()
     assert statistics.tokens_asked == before + 4
@@ -297,14 +297,14 @@ def test_who_listens_hears_of_every_copy_that_has_ended(make_tiers, cached, kv):
     tiers, heard = make_tiers(device=4, host=8, policy=ALL, copies=kv.FaultyTransfer), []
     tiers.transfers.listeners.append(lambda job: heard.append((job.target, job.outcome)))
     assert cached(tiers, A)
-    tiers.eviction.make_room(Tier.DEVICE, 1)
+    tiers.evictor.make_room(Tier.DEVICE, 1)
     later(tiers)
     with tiers.open(A) as handle:
         handle.load()
-        assert tiers.transfers.demanded[Tier.HOST, Tier.DEVICE] == 4 * kv.token_bytes
-        tiers.transfers.mover.fault = RuntimeError("bus error")
+        assert tiers.transfers.demand_bytes[Tier.HOST, Tier.DEVICE] == 4 * kv.token_bytes
+        tiers.transfers.backend.fault = RuntimeError("bus error")
         later(tiers)
-        assert tiers.transfers.demanded[Tier.HOST, Tier.DEVICE] == 0
+        assert tiers.transfers.demand_bytes[Tier.HOST, Tier.DEVICE] == 0
     assert heard == [(Tier.HOST, Outcome.DONE), (Tier.DEVICE, Outcome.FAILED)]
 
 

@@ -39,7 +39,7 @@ def test_many_threads_share_tiers(tmp_path, kv):
                 prompt = [random.randrange(3) for _ in range(random.randrange(1, 13))]
                 with tiers.open(prompt) as handle:
                     if random.random() < 0.2:
-                        handle.load(Urgency.PREFETCH, only_below=True)
+                        handle.load(Urgency.PREFETCH, only_lower_ranked=True)
                         continue
                     state = handle.wait(0.5)
                     counts[state] += 1
@@ -48,7 +48,7 @@ def test_many_threads_share_tiers(tmp_path, kv):
                     kv.assert_holds(handle.payloads(), prompt[: handle.length])
                     end = tiers.whole_pages(len(prompt))
                     new = kv.of(prompt, handle.length, end) if end > handle.length else None
-                    if tiers.insert(handle, prompt, new) is AllocStatus.READY and handle.load() is LoadState.READY:
+                    if tiers.store(handle, prompt, new) is AllocStatus.READY and handle.load() is LoadState.READY:
                         kv.assert_holds(handle.payloads(), prompt[:end])
         except BaseException as error:
             failures.append(error)
@@ -71,4 +71,4 @@ def test_many_threads_share_tiers(tmp_path, kv):
     assert tiers.statistics.bytes_moved, "tiers were used"
     tiers.close()
     tiers.check()
-    assert not tiers.transfers.under_way
+    assert not tiers.has_transfers
