@@ -25,7 +25,7 @@ def before_closing(code: str) -> str:
 
 def test_the_example_runs():
     scope: dict = {}
-    exec(before_closing(next(block for block in blocks() if "TieredTree(" in block)), scope)  # our own documentation
+    exec(before_closing(next(block for block in blocks() if "TieredCache(" in block)), scope)  # our own documentation
     tiers = scope["tiers"]
     assert isinstance(tiers, TieredCache)
     found = tiers.lookup(scope["prompt"])
@@ -37,7 +37,7 @@ def test_the_example_runs():
 
 def test_the_order_evicts_what_it_says(make_tiers, cached):
     scope: dict = {}
-    exec(next(block for block in blocks() if "(Order)" in block), scope)
+    exec(next(block for block in blocks() if "(EvictionPolicy)" in block), scope)
     order = scope["LargestFirst"]()
     assert isinstance(order, EvictionPolicy)
     tiers = make_tiers(device=20, policy=TierPolicy(order))
