@@ -28,8 +28,9 @@ from .kvcache.eviction_policy import (
 from .kvcache.memory_pool import ArenaConfig, MemoryPool, PhantomPool
 from .kvcache.radix_tree import Match
 from .kvcache.tiered_cache import CacheHandle, LoadState, TieredCache
+from .kvcache.transfer import TierMetrics
 from .kvcache.transfer_threads import ThreadedTransfer
-from .metrics import SchedulerMetrics, TierMetrics
+from .metrics import SchedulerMetrics
 from .prediction import Measure, NextCallPredictor
 from .prefetch import PrefetchConfig, Prefetcher, PrefetchMetrics
 from .prompt_cache import Compression, PromptKV

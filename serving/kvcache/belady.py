@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
 
 from .base import Tier
 from .eviction_policy import EvictionPolicy, Rank
@@ -35,11 +34,6 @@ class Belady(EvictionPolicy):
             for key in hash_pages(encode(prompt, page_size), self.page_bytes):
                 self._uses.setdefault(key, []).append(number)
 
-    @classmethod
-    def of_agents(cls, calls: Iterable[Hashable], prompts: dict[Hashable, Sequence[int]], page_size: int) -> Belady:
-        """The oracle for a trace that says only which agent's fixed prompt is used."""
-        return cls((prompts[agent] for agent in calls), page_size)
-
     def advance(self) -> None:
         self.served += 1
 
@@ -51,8 +45,3 @@ class Belady(EvictionPolicy):
 
     def local(self, node: Node, tier: Tier) -> Rank:
         return (-self.next_use(node), node.last_used)
-
-    @property
-    def requests(self) -> int:
-        """The number of requests in the trace."""
-        return 1 + max(chain.from_iterable(uses[-1:] for uses in self._uses.values()), default=-1)

@@ -9,7 +9,6 @@ from enum import Enum
 from itertools import count
 from typing import Any
 
-from ..metrics import TierMetrics
 from .agent_index import Agent, AgentIndex
 from .base import KVPayload, Tier, Urgency
 from .eviction_policy import AllocStatus, TierPolicy
@@ -17,7 +16,7 @@ from .evictor import EagerWriteBack, Evictor
 from .memory_pool import Pool
 from .radix_tree import TOKEN_BYTES, Match, Node, PrefixTree, encode
 from .tier_storage import TierStorage
-from .transfer import TransferManager
+from .transfer import TierMetrics, TransferManager
 from .transfer_queue import TransferBackend, TransferJob
 
 

@@ -4,15 +4,47 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import count
 
-from ..metrics import TierMetrics
 from .base import Link, LostPayloadError, Tier, Urgency
 from .radix_tree import Node
 from .tier_storage import TierStorage
 from .transfer_queue import Outcome, TransferBackend, TransferJob
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TierMetrics:
+    """Counters of a cache since it was created.
+
+    Attributes:
+        tokens_asked, tokens_found: of the prompts opened, and of their cached prefixes.
+        inserted, refused: prompts stored, and prompts that there was no memory for.
+        bytes_moved, bytes_wasted: for each link, of transfers that were done, and of those that failed or were
+            cancelled.
+        evicted_copies: copies evicted from a tier; another tier may have the data.
+        dropped: of these, the last copies.
+        copies_failed, copies_lost, copies_cancelled: transfers that ended so. The source of a lost one is missing or
+            damaged; it is counted as failed as well.
+    """
+
+    tokens_asked: int = 0
+    tokens_found: int = 0
+    inserted: int = 0
+    refused: int = 0
+    bytes_moved: dict[Link, int] = field(default_factory=dict)
+    bytes_wasted: dict[Link, int] = field(default_factory=dict)
+    evicted_copies: int = 0
+    dropped: int = 0
+    copies_failed: int = 0
+    copies_lost: int = 0
+    copies_cancelled: int = 0
+
+    def record_moved(self, link: Link, nbytes: int, done: bool) -> None:
+        counts = self.bytes_moved if done else self.bytes_wasted
+        counts[link] = counts.get(link, 0) + nbytes
 
 
 class TransferManager:
@@ -169,7 +201,7 @@ class TransferManager:
 
     def _count(self, job: TransferJob) -> None:
         moved = sum(job.payload.layers[: job.layers_done])
-        self.statistics.moved(job.link, moved, job.outcome is Outcome.DONE)
+        self.statistics.record_moved(job.link, moved, job.outcome is Outcome.DONE)
         self.statistics.copies_failed += job.outcome is Outcome.FAILED
         self.statistics.copies_lost += isinstance(job.error, LostPayloadError)
         self.statistics.copies_cancelled += job.outcome is Outcome.CANCELLED

@@ -28,8 +28,8 @@ def memory(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def test_blocks_do_not_overlap_and_come_back(slabs):
-    """Random sizes and lifetimes: what a block holds stays as it was written, and all memory is free at the end."""
+def test_blocks_do_not_overlap_and_are_freed(slabs):
+    """Random sizes and lifetimes: the contents of a block never change, and all memory is free at the end."""
     source, place = random.Random(0), PinnedArena(300 * UNIT, memory_pool.page_locked, CONFIG)
     blocks: list[tuple[torch.Tensor, int]] = []
     refused = 0
@@ -66,7 +66,7 @@ def test_a_block_is_free_when_its_last_view_is_gone(slabs):
     assert place.block(4 * UNIT).shape == (4 * UNIT,)
 
 
-def test_fragments_are_made_up_for_up_to_a_quarter_more(slabs):
+def test_fragmentation_is_compensated_by_a_quarter_more(slabs):
     place = PinnedArena(64 * UNIT, memory_pool.page_locked, CONFIG)
     blocks = [place.block(UNIT) for _ in range(64)]
     del blocks[:16:2]
@@ -74,7 +74,7 @@ def test_fragments_are_made_up_for_up_to_a_quarter_more(slabs):
     assert place.used == 64 * UNIT < place.locked <= 80 * UNIT and len(kept) + len(blocks) == 60
 
 
-def test_more_than_a_slab(slabs):
+def test_a_block_larger_than_a_slab(slabs):
     place = PinnedArena(1000 * UNIT, memory_pool.page_locked, CONFIG)
     assert place.block(200 * UNIT).shape == (200 * UNIT,) and slabs == [256 * UNIT]
 
@@ -106,7 +106,7 @@ def blocks(payload: TensorPayload) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("pinned", [True, False])
-def test_a_layer_of_a_copy_is_one_block_also_when_it_is_cut_and_joined(slabs, pinned):
+def test_a_layer_is_one_block_also_when_it_is_split_and_joined(slabs, pinned):
     pool, source = MemoryPool(10**5, pinned=pinned), filled(11)
     copy = through(pool, source)
     head, tail = copy.split(4)
@@ -132,7 +132,7 @@ def test_a_copy_is_one_copy_a_layer(slabs, monkeypatch):
     assert all(torch.equal(first.tensors[name], tensor) for name, tensor in second.tensors.items())
 
 
-def test_a_full_pool_cuts_a_copy_all_the_same(slabs):
+def test_a_full_pool_can_still_split_a_copy(slabs):
     source = filled(16)
     pool = MemoryPool(sum(map(CONFIG.rounded, source.layers)), pinned=True, arena=CONFIG)
     copy = through(pool, source)

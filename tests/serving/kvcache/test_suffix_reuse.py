@@ -1,4 +1,4 @@
-"""What follows fixed prompts is saved below only while it pays."""
+"""Suffixes of fixed prompts are saved only while that is worthwhile."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def save(reuse: SuffixReuse, agent: str, used: bool, times: int) -> None:
         node.hits += used
 
 
-def test_what_is_never_used_again_stops_being_saved_and_what_is_used_goes_on():
+def test_only_suffixes_that_are_used_again_continue_to_be_saved():
     reuse = SuffixReuse(COSTS)
     assert reuse.reuse_probability(suffix("ring")) == 0.125 and not reuse.is_worthwhile(suffix("ring"), Tier.DEVICE)
     save(reuse, "ring", used=False, times=12)
@@ -56,12 +56,12 @@ def test_what_is_never_used_again_stops_being_saved_and_what_is_used_goes_on():
     assert reuse.reuse_probability(suffix("ring")) == pytest.approx(26 / 22 / 16)
     assert reuse.reuse_probability(suffix("chat")) == pytest.approx((6 + 26 / 22) / 10)
     assert reuse.reuse_probability(suffix("new")) == pytest.approx(6.5 / 22)
-    # It pays from a chance of 20 / (100 - 20) on.
+    # Saving is worthwhile from a probability of 20 / (100 - 20) on.
     assert not reuse.is_worthwhile(suffix("ring"), Tier.DEVICE)
     assert reuse.is_worthwhile(suffix("chat"), Tier.DEVICE) and reuse.is_worthwhile(suffix("new"), Tier.DEVICE)
 
 
-def test_how_many_are_used_again_is_learned_when_they_leave_the_device():
+def test_the_reuse_rate_is_learned_from_suffixes_evicted_from_the_device():
     order = ExpectedTime({}, COSTS, prior=0.05, half_life_s=10)
     policy = TierPolicy(order, WriteBack.WORTH, SuffixReuse(COSTS))
     assert policy.suffix_reuse is not None and policy.suffix_reuse.reuse_rate(0.05) == 0.05
@@ -79,7 +79,7 @@ def test_how_many_are_used_again_is_learned_when_they_leave_the_device():
     assert by_name.suffix_reuse.reuse_rate(0.05) > 0.9
 
 
-def test_what_takes_longer_to_reload_than_to_compute_is_not_saved():
+def test_suffixes_that_reload_slower_than_they_compute_are_not_saved():
     reuse = SuffixReuse(COSTS)
     save(reuse, "chat", used=True, times=9)
     assert not reuse.is_worthwhile(suffix("chat", nbytes=100), Tier.DEVICE)
@@ -87,7 +87,7 @@ def test_what_takes_longer_to_reload_than_to_compute_is_not_saved():
     assert reuse.is_worthwhile(suffix("chat"), Tier.DEVICE)
 
 
-def test_an_agent_that_begins_to_continue_its_conversations_is_found_out():
+def test_an_agent_that_begins_to_continue_its_conversations_is_noticed():
     reuse = SuffixReuse(COSTS)
     save(reuse, "a", used=False, times=64)
     saved = 0
@@ -103,7 +103,7 @@ def test_an_agent_that_begins_to_continue_its_conversations_is_found_out():
     assert saved > 60 * EXPLORE, "after some trials everything is saved"
 
 
-def test_suffixes_and_their_policy_belong_together():
+def test_suffix_reuse_needs_its_write_back_rule():
     policy = get_tier_policy("expected_time", reuse={}, costs=COSTS)
     assert policy.write_back is WriteBack.WORTH and policy.suffix_reuse is not None
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Random steps on tree and tiers with faults; after each, everything is counted anew and what is read is right.
+"""Random steps on tree and tiers with faults; after each, all counts are verified and everything read is correct.
 
 `TENURE_TIER_STEPS` asks for a longer run than the one of continuous integration.
 """
@@ -91,7 +91,7 @@ class TierMachine(RuleBasedStateMachine):
 
     @rule(prompt=prompts, agent=st.none() | agents, fixed=st.integers(0, 14), compressed=st.booleans())
     def serve(self, prompt, agent, fixed, compressed):
-        """What an engine does with a request, as far as there is room."""
+        """Serves a request as an engine does, as far as there is room."""
         with self.tiers.open(prompt) as handle:
             if handle.wait(1e6) is not LoadState.READY:
                 return
@@ -113,7 +113,7 @@ class TierMachine(RuleBasedStateMachine):
         self.serve(self.pick_prompt(data), None, 0, False)
 
     def give_up(self, nodes, random):
-        """Loads are begun and, at some layer, given up."""
+        """Starts loads and cancels them at some layer."""
         for node in nodes:
             with self.tiers.open(self.kv.ids_of(node)) as handle:
                 handle.load(random.choice(tuple(Urgency)))
@@ -195,7 +195,7 @@ class TierMachine(RuleBasedStateMachine):
             self.tiers.evictor.make_room(tier, int(share * self.tiers.pools[tier].capacity))
 
     @rule()
-    def save_ahead(self):
+    def write_back_eagerly(self):
         self.tiers.write_back_eagerly()
 
     @rule()
@@ -212,7 +212,7 @@ class TierMachine(RuleBasedStateMachine):
         for handle, _ in self.handles:
             handle.release()
         self.time_passes(1e6)
-        while self.tiers.has_transfers:  # an end may have begun what is saved ahead
+        while self.tiers.has_transfers:  # one that ended may have started an eager write-back
             self.time_passes(1e6)
         while any(pool.used for pool in self.tiers.pools.values()):  # a write-back refills the tier below it
             for tier, pool in self.tiers.pools.items():

@@ -1,4 +1,4 @@
-"""Who goes next on a link, on a virtual clock and on threads; cancellation, faults, death of a worker."""
+"""The order of transfers on a link, on a virtual clock and on threads; cancellation, faults, death of a worker."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def test_a_demand_load_overtakes_a_prefetch_at_a_layer_boundary():
     assert copies.poll() == [] and prefetch.layers_done == 1
     copies.submit(demand)
     assert copies.wait(0, 100.0)
-    assert copies.poll() == [demand] and clock() == 4.5, "the layer under way ends at 3.0, then the demand's takes 1.5"
+    assert copies.poll() == [demand] and clock() == 4.5, (
+        "the layer in progress ends at 3.0, then the demand's takes 1.5"
+    )
     assert copies.wait(1, 100.0) and clock() == 7.5
     assert copies.poll() == [prefetch] and prefetch.outcome is Outcome.DONE
     assert copies.next_time() is None
@@ -71,7 +73,7 @@ def test_a_demand_load_overtakes_a_prefetch_at_a_layer_boundary():
 
 
 def test_the_next_time_is_the_end_of_a_copy_and_not_of_a_layer():
-    """A driver that goes there misses nothing: until then no copy ends, whatever link it is on."""
+    """A driver that advances to it misses nothing: no transfer on any link ends before."""
     clock = VirtualClock()
     copies = VirtualTransfer(clock, {UP: LinkSpeed(100.0, latency_s=0.5), DOWN: LinkSpeed(100.0)})
     prefetch, other = job(), job(nbytes=900, layers=3, link=DOWN)
@@ -81,7 +83,7 @@ def test_the_next_time_is_the_end_of_a_copy_and_not_of_a_layer():
     clock.advance_to(2.0)
     demand = job(Urgency.DEMAND, nbytes=100, layers=1)
     copies.submit(demand)
-    assert copies.next_time() == 3.0, "the prefetch makes way there"
+    assert copies.next_time() == 3.0, "the prefetch yields there"
     clock.advance_to(3.0)
     assert copies.poll() == [] and copies.next_time() == 4.5
     clock.advance_to(4.5)
@@ -103,7 +105,7 @@ def test_promoting_and_cancelling_on_a_virtual_clock():
     assert copies.poll() == []
     copies.cancel(second)
     assert copies.poll() == [second] and second.outcome is Outcome.CANCELLED and second.layers_done == 0
-    copies.cancel(first)  # it has made way to the third, half done
+    copies.cancel(first)  # it has yielded to the third, half done
     assert copies.poll() == [first] and (first.outcome, first.layers_done) == (Outcome.CANCELLED, 1)
     clock.advance_to(3.5)
     copies.cancel(third)  # it stops at the boundary
@@ -141,7 +143,7 @@ def threaded():
     copies.close()
     for thread in threading.enumerate():
         if thread.name.startswith("tenure-copy"):
-            thread.join(10)  # one that died may still be on its way out
+            thread.join(10)  # one that died may still be ending
             assert not thread.is_alive()
 
 
@@ -229,7 +231,7 @@ def test_a_failed_copy_and_a_dead_worker_end_their_job_and_no_other(threaded, ca
     threaded.submit(after)
     assert drain(threaded, 2) == [deadly, after]
     assert deadly.outcome is Outcome.FAILED and isinstance(deadly.error, WorkerDiedError)
-    assert after.outcome is Outcome.DONE, "another thread has taken its place"
+    assert after.outcome is Outcome.DONE, "another thread has replaced it"
     assert "a transfer worker died (HOST -> DEVICE); starting another" in caplog.text
 
 
@@ -246,7 +248,7 @@ def test_a_bandwidth_limit_is_kept():
         ThreadedTransfer({UP: 0.0})
 
 
-def test_closing_ends_what_is_under_way(threaded):
+def test_closing_ends_transfers_in_progress(threaded):
     payload = gated()
     running, waiting = real_job(payload=payload), real_job()
     threaded.submit(running)

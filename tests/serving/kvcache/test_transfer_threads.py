@@ -1,4 +1,4 @@
-"""Tiers shared by threads, with copies on threads."""
+"""A cache shared by threads, with transfers on threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tenure.serving.kvcache.memory_pool import Pool
 
 
 def test_many_threads_share_tiers(tmp_path, kv):
-    """Engines in four threads, three tiers, real copies; whatever they read is right, and at the end all adds up."""
+    """Four threads with engines, three tiers, real copies: all that is read is correct, and all counts agree."""
     pools: dict[Tier, Pool] = {
         Tier.DEVICE: MemoryPool(40 * kv.token_bytes),
         Tier.HOST: MemoryPool(30 * kv.token_bytes),
@@ -61,7 +61,7 @@ def test_many_threads_share_tiers(tmp_path, kv):
             thread.start()
         for thread in threads:
             thread.join(120)
-        assert not any(thread.is_alive() for thread in threads), "nobody waits for ever"
+        assert not any(thread.is_alive() for thread in threads), "no thread waits for ever"
     finally:
         sys.setswitchinterval(interval)
     if failures:

@@ -1,4 +1,4 @@
-"""Fixed prompts are saved before an eviction has to wait for that, and a request takes what need not be saved."""
+"""Fixed prompts are saved before an eviction needs their memory, and requests evict nodes that are saved already."""
 
 from __future__ import annotations
 
@@ -40,34 +40,34 @@ def jobs(tiers: TieredCache) -> list[tuple[list[int], Tier, Urgency]]:
     ]
 
 
-def test_a_full_device_is_saved_the_next_victim_first(make_tiers, cached, kv):
+def test_a_full_device_is_saved_in_the_order_of_eviction(make_tiers, cached, kv):
     tiers = make_tiers(device=14, host=16, policy=by_steps(a=1, b=2, c=3))
     for prompt, agent in ((A, "a"), (B, "b"), (C, "c")):
-        assert not jobs(tiers), "while there is room for one more nothing has to be saved"
+        assert not jobs(tiers), "nothing is saved while there is room for one more"
         assert cached(tiers, prompt, agent, 4)
     tiers.write_back_eagerly()
     for prompt in (C, B, A):
-        assert jobs(tiers) == [(prompt, Tier.HOST, Urgency.EAGER)], "one after the other, as they would be evicted"
+        assert jobs(tiers) == [(prompt, Tier.HOST, Urgency.EAGER)], "one at a time, as they would be evicted"
         assert node_of(tiers, prompt).status is Status.OFFLOADING
         later(tiers)
     assert not jobs(tiers)
     assert [node_of(tiers, p).copies[Tier.HOST] is not None for p in (A, B, C)] == [True] * 3
-    assert tiers.evictor.make_room(Tier.DEVICE, 14 * kv.token_bytes) is AllocStatus.READY, "nothing is waited for"
+    assert tiers.evictor.make_room(Tier.DEVICE, 14 * kv.token_bytes) is AllocStatus.READY, "no transfer is needed"
     assert tiers.statistics.bytes_moved[Tier.DEVICE, Tier.HOST] == 3 * 4 * kv.token_bytes, "each once"
 
 
-def test_suffixes_that_can_go_make_room_first(make_tiers, cached):
+def test_nothing_is_saved_while_evictable_suffixes_suffice(make_tiers, cached):
     tiers = make_tiers(device=10, host=16, policy=by_steps(a=1))
     assert cached(tiers, A, "a", 4) and cached(tiers, [9] * 4)
     tiers.write_back_eagerly()
-    assert not jobs(tiers), "four tokens of nobody's prompt go before"
-    assert cached(tiers, [*A, 7, 7]), "two more, of which nothing is fixed"
-    assert cached(tiers, B, "b", 4), "which takes the room of four tokens that no agent needs"
+    assert not jobs(tiers), "four tokens in nobody's prompt are evicted before"
+    assert cached(tiers, [*A, 7, 7]), "two more in no fixed prompt"
+    assert cached(tiers, B, "b", 4), "in place of four tokens in no fixed prompt"
     tiers.write_back_eagerly()
     assert [prompt for prompt, _, _ in jobs(tiers)] == [B], "two are left; A is built on"
 
 
-def test_an_eviction_takes_over_the_copy_that_was_begun(make_tiers, cached, kv):
+def test_an_eviction_takes_over_an_eager_write_back(make_tiers, cached, kv):
     tiers = make_tiers(device=8, host=16, policy=by_steps(a=1, b=2))
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
     tiers.write_back_eagerly()
@@ -82,7 +82,7 @@ def test_an_eviction_takes_over_the_copy_that_was_begun(make_tiers, cached, kv):
     assert tiers.evictor.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.READY
 
 
-def test_what_ranks_lower_goes_before_what_is_being_saved(make_tiers, cached, kv):
+def test_a_lower_ranked_node_is_evicted_before_one_that_is_being_saved(make_tiers, cached, kv):
     steps = {"a": 1.0, "b": 2.0}
     tiers = make_tiers(device=8, host=16, policy=TierPolicy(StepsToExecution(steps), WriteBack.FIXED, eager=EAGER))
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
@@ -91,11 +91,11 @@ def test_what_ranks_lower_goes_before_what_is_being_saved(make_tiers, cached, kv
     tiers.values_changed(["a"])
     assert tiers.evictor.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.PENDING
     assert jobs(tiers) == [(B, Tier.HOST, Urgency.EAGER), (A, Tier.HOST, Urgency.WRITE_BACK)]
-    assert tiers.evictor.make_room(Tier.DEVICE, 8 * kv.token_bytes) is AllocStatus.PENDING, "both can go"
+    assert tiers.evictor.make_room(Tier.DEVICE, 8 * kv.token_bytes) is AllocStatus.PENDING, "both can be evicted"
     assert [urgency for _, _, urgency in jobs(tiers)] == [Urgency.WRITE_BACK] * 2
 
 
-def test_a_lease_keeps_what_is_being_saved(make_tiers, cached, kv):
+def test_a_handle_keeps_a_node_that_is_being_saved(make_tiers, cached, kv):
     tiers = make_tiers(device=8, host=16, policy=by_steps(a=1, b=2))
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
     tiers.write_back_eagerly()
@@ -107,7 +107,7 @@ def test_a_lease_keeps_what_is_being_saved(make_tiers, cached, kv):
 
 
 @pytest.mark.parametrize("host", [4, 7])
-def test_only_room_that_is_free_below_is_taken(make_tiers, cached, host):
+def test_only_available_memory_below_is_used(make_tiers, cached, host):
     tiers = make_tiers(device=8, host=host, policy=by_steps(a=1, b=2))
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
     tiers.write_back_eagerly()
@@ -128,7 +128,7 @@ def test_a_full_host_is_saved_on_disk(make_tiers, cached):
     assert on_disk == [True, True] and all(node_of(tiers, p).copies[Tier.HOST] is not None for p in (A, B))
 
 
-def test_a_copy_that_fails_is_not_begun_again(make_tiers, cached, kv):
+def test_a_failed_write_back_is_not_repeated(make_tiers, cached, kv):
     tiers = make_tiers(device=4, host=8, policy=by_steps(a=1), copies=kv.FaultyTransfer)
     assert cached(tiers, A, "a", 4)
     tiers.transfers.backend.fault = RuntimeError("failed")
@@ -138,7 +138,7 @@ def test_a_copy_that_fails_is_not_begun_again(make_tiers, cached, kv):
     later(tiers)
     later(tiers)
     assert [job.outcome for job in ended] == [Outcome.FAILED] and not jobs(tiers)
-    assert node_of(tiers, A).status is Status.GPU, "it stays where it is, and is saved when it is evicted"
+    assert node_of(tiers, A).status is Status.GPU, "it stays, and is written back when it is evicted"
 
 
 def test_tracked_nodes_are_bounded(make_tiers, cached):
@@ -149,13 +149,13 @@ def test_tracked_nodes_are_bounded(make_tiers, cached):
     assert len(tiers._eager._unsaved[Tier.DEVICE]) == 3
 
 
-def test_an_order_that_knows_no_agents_can_save_ahead_too(make_tiers, cached):
+def test_a_policy_without_agents_can_write_back_eagerly(make_tiers, cached):
     tiers = make_tiers(device=8, host=8, policy=TierPolicy(LRU(), WriteBack.FIXED, eager=EAGER))
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
     assert [prompt for prompt, _, _ in jobs(tiers)] == [A]
 
 
-def test_only_a_policy_that_says_so_saves_ahead(make_tiers, cached):
+def test_only_a_policy_with_a_config_writes_back_eagerly(make_tiers, cached):
     tiers = make_tiers(device=4, host=8, policy=TierPolicy(StepsToExecution({"a": 1.0}), WriteBack.FIXED))
     assert cached(tiers, A, "a", 4)
     tiers.write_back_eagerly()
@@ -168,8 +168,8 @@ def test_only_a_policy_that_says_so_saves_ahead(make_tiers, cached):
 
 
 @pytest.mark.parametrize(("likely", "waits"), [(0.5, False), (1.0, True)])
-def test_a_request_that_waits_takes_what_need_not_be_saved(make_tiers, cached, kv, likely, waits):
-    """A has a copy below and ranks above B, which has none: it goes first, unless it is needed for certain."""
+def test_an_urgent_request_evicts_a_node_that_is_saved_already(make_tiers, cached, kv, likely, waits):
+    """A has a copy below and ranks above B, which has none: it is evicted first, unless it is certain to be needed."""
     reuse = {"a": 0.0, "b": 1.0}
     costs = LinearCosts(1.0, (1000.0, 0.0))
     tiers = make_tiers(device=8, host=16, policy=TierPolicy(ExpectedTime(reuse, costs), WriteBack.FIXED, eager=EAGER))
