@@ -195,7 +195,7 @@ def record(session: Session, workload: Workload, setting: Setting, warm: dict[st
 
         def watch(system: System) -> System:
             recorder = stack.enter_context(
-                TraceRecorder(path, PromptKV(session).bytes_per_token(), system.tiers.tree.page_size, about)
+                TraceRecorder(path, PromptKV(session).bytes_per_token(), system.tiers.page_size, about)
             )
             recorder.workflow(time.monotonic(), workload.spec)
             for agent, payload in warm.items():

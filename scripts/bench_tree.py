@@ -194,20 +194,20 @@ def victim_rows(config: Config, prompts: list[list[int]], name: str) -> list[Row
     many, few = (max(1, min(config.calls, size // (2 * config.runs + 4))) for size in (config.nodes, tenth))
 
     def evict(tiers: TieredCache, count: int) -> Callable[[], None]:
-        candidates = tiers.storage.queues[Tier.DEVICE]
+        queue = tiers.storage.queues[Tier.DEVICE]
 
         def run() -> None:
             for _ in range(count):
-                node = candidates.first()
+                node = queue.first()
                 assert node is not None
                 tiers.evictor.evict(node, Tier.DEVICE)
 
         return run
 
     def scan() -> None:
-        candidates = large.storage.queues[Tier.DEVICE]
+        queue = large.storage.queues[Tier.DEVICE]
         nodes: list[Node] = [node for node in large.tree if node.evictable(Tier.DEVICE)]
-        min(nodes, key=candidates.rank)
+        min(nodes, key=queue.rank)
 
     sides = {"ours": evict(large, many), "scan": scan, "small": evict(small, few)}
     seconds = alternate(sides, config.runs, clock=time.process_time)
@@ -230,12 +230,12 @@ def victim_rows(config: Config, prompts: list[list[int]], name: str) -> list[Row
 
 
 def value_row(config: Config, prompts: list[list[int]]) -> Row:
-    """A new value of one agent and the next victim, against ranking all candidates anew; an agent for every prompt."""
+    """A new value of one agent and the next victim, against ranking all evictable nodes anew; an agent for every prompt."""
     from ..serving import StepsToExecution, Tier
 
     values = dict.fromkeys(range(config.nodes), 1.0)
     tiers = filled(config, prompts, StepsToExecution(values), agents=True)
-    candidates = tiers.storage.queues[Tier.DEVICE]
+    queue = tiers.storage.queues[Tier.DEVICE]
     rng = random.Random(2)
 
     def change() -> None:
@@ -243,11 +243,11 @@ def value_row(config: Config, prompts: list[list[int]]) -> Row:
             agent = rng.randrange(config.nodes)
             values[agent] = float(rng.randrange(50))
             tiers.values_changed([agent])
-            candidates.first()
+            queue.first()
 
     def rank_all() -> None:
         evictable = [node for node in tiers.tree if node.evictable(Tier.DEVICE)]
-        heapq.heapify([(candidates.rank(node), number) for number, node in enumerate(evictable)])
+        heapq.heapify([(queue.rank(node), number) for number, node in enumerate(evictable)])
 
     seconds = alternate({"ours": change, "peer": rank_all}, config.runs, clock=time.process_time)
     ours, peer = [1e6 * each / config.calls for each in seconds["ours"]], [1e6 * each for each in seconds["peer"]]
