@@ -8,25 +8,29 @@ from .hints import Hint, HintReader, hint_formats, request_fields
 from .kvcache.base import KVPayload, PhantomPayload, Status, TensorPayload, Tier, Urgency
 from .kvcache.belady import Belady
 from .kvcache.disk_pool import DiskPool
+from .kvcache.estimates import Estimates
 from .kvcache.eviction_policy import (
     LFU,
     LRU,
     AllocStatus,
+    EagerWriteBackConfig,
     EvictionPolicy,
     ExpectedTime,
     LinearCosts,
     StepsToExecution,
     SuffixReuse,
+    SuffixReuseConfig,
     TierPolicy,
     WriteBack,
     get_tier_policy,
     tier_policy_names,
 )
-from .kvcache.memory_pool import MemoryPool, PhantomPool
+from .kvcache.memory_pool import ArenaConfig, MemoryPool, PhantomPool
 from .kvcache.radix_tree import Match
-from .kvcache.tiered_cache import CacheHandle, Estimates, LoadState, TieredCache
+from .kvcache.tiered_cache import CacheHandle, LoadState, TieredCache
+from .kvcache.transfer import TierMetrics
 from .kvcache.transfer_threads import ThreadedTransfer
-from .metrics import SchedulerMetrics, TierMetrics
+from .metrics import SchedulerMetrics
 from .prediction import Measure, NextCallPredictor
 from .prefetch import PrefetchConfig, Prefetcher, PrefetchMetrics
 from .prompt_cache import Compression, PromptKV
@@ -54,11 +58,13 @@ __all__ = [
     "LRU",
     "AgentSpec",
     "AllocStatus",
+    "ArenaConfig",
     "Belady",
     "CacheHandle",
     "Compression",
     "Decode",
     "DiskPool",
+    "EagerWriteBackConfig",
     "EdgeSpec",
     "Ended",
     "Engine",
@@ -93,6 +99,7 @@ __all__ = [
     "StepsToExecution",
     "StorePolicy",
     "SuffixReuse",
+    "SuffixReuseConfig",
     "System",
     "TensorPayload",
     "ThreadedTransfer",

@@ -143,7 +143,7 @@ class Engine:
         """The KV of a fixed prompt, whole pages of it, computed now and compressed as its requests would be."""
         tokens = self.system.tiers.whole_pages(len(prompt))
         if not tokens:
-            page = self.system.tiers.tree.page_size
+            page = self.system.tiers.page_size
             raise ValueError(f"got a fixed prompt of {len(prompt)} tokens; accepted: a page of {page} at the least")
         return self.kv.computed(prompt[:tokens], self.compression)
 
@@ -170,7 +170,7 @@ class Engine:
             if handle.length and not payload.divisible:
                 return AllocStatus.REFUSED
             rest = payload.split(handle.length)[1] if handle.length else payload
-            return tiers.insert(handle, fixed, rest, agent, len(fixed))
+            return tiers.store(handle, fixed, rest, agent, len(fixed))
 
     def step(self, patience_s: float = 0.1) -> list[Ended]:
         """Computes the next piece of work, or waits for one; returns the requests that have ended."""

@@ -14,7 +14,6 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from .hints.hint import Hint, HintStore, SessionAction
-from .kvcache.base import Tier
 from .kvcache.radix_tree import TOKEN_BYTES, Pages, common_pages
 from .kvcache.tiered_cache import TieredCache
 from .workflow.durations import Duration
@@ -122,13 +121,11 @@ class ClientQuotas:
 
     def update(self, agents: Collection[str]) -> set[str]:
         """The values of `agents` are new; returns those that a cap begins or ceases to apply to."""
-        moved = self.tiers.tree.moved
+        moved = self.tiers.take_moved_agents()
         counts, self._clients = self._clients, len(self._agents)
         if counts == self._clients and ((self._clients < 2 and not self.capped) or (not agents and not moved)):
-            moved.clear()
             return set()
         clients = {self._owner[agent] for agent in (*agents, *moved) if isinstance(agent, str) and agent in self._owner}
-        moved.clear()
         if counts != self._clients:  # everybody's share is another one
             clients = set(self._agents)
         changed: set[str] = set()
@@ -140,10 +137,10 @@ class ClientQuotas:
         return changed
 
     def _beyond(self, client: str) -> set[str]:
-        room = self.part(client) * self.tiers.pools[Tier.DEVICE].capacity
+        room = self.part(client) * self.tiers.capacity()
         beyond: set[str] = set()
         for agent in sorted(self._agents[client], key=lambda agent: (-self._worth(agent), agent)):
-            end = self.tiers.tree.ends.get(agent)
+            end = self.tiers.lookup_agent(agent)
             if end is not None:
                 room -= sum(node.nbytes for node in end.path())
                 if room < 0:
@@ -208,7 +205,7 @@ class NextCallPredictor:
     def attach(self, tiers: TieredCache) -> None:
         """The tree whose order asks here; called once."""
         self._shares = ClientQuotas(tiers, self._worth)
-        self._prefixes = LearnedPrefixes(tiers.tree.page_size)
+        self._prefixes = LearnedPrefixes(tiers.page_size)
 
     @property
     def by_time(self) -> bool:
@@ -292,7 +289,7 @@ class NextCallPredictor:
         news |= graph.changed_reuse() if self.by_time else graph.changed_steps()
         if graph.rate != self._rate:  # values that were read by the old one cannot be compared with new ones
             self._rate = graph.rate
-            news.update(map(str, self.shares.tiers.tree.groups.agents))
+            news.update(map(str, self.shares.tiers.agents()))
         news |= self.board.expired()
         return news | self.shares.update(news)
 

@@ -18,8 +18,9 @@ from itertools import count
 from typing import Any
 
 from .kvcache.base import Tier, Urgency
+from .kvcache.estimates import Estimates
 from .kvcache.radix_tree import TOKEN_BYTES, Node, Pages, encode
-from .kvcache.tiered_cache import CacheHandle, Estimates, LoadState, TieredCache
+from .kvcache.tiered_cache import CacheHandle, LoadState, TieredCache
 from .kvcache.transfer_queue import Outcome, TransferJob
 from .prediction import NextCallPredictor
 
@@ -230,7 +231,7 @@ class InFlightPrefetches:
         return sum(flight.nbytes for flight in self._by_agent.values() if flight.client == client)
 
     def add(self, flight: InFlightPrefetch) -> None:
-        self._by_agent[flight.wish.agent] = self._by_lease[flight.handle.number] = flight
+        self._by_agent[flight.wish.agent] = self._by_lease[flight.handle.id] = flight
         self.nbytes, self.seconds = self.nbytes + flight.nbytes, self.seconds + flight.seconds
 
     def park(self, wish: PrefetchRequest, client: str) -> None:
@@ -239,7 +240,7 @@ class InFlightPrefetches:
 
     def remove(self, flight: InFlightPrefetch) -> list[PrefetchRequest]:
         """It is over; returns the wishes that waited for it."""
-        del self._by_agent[flight.wish.agent], self._by_lease[flight.handle.number]
+        del self._by_agent[flight.wish.agent], self._by_lease[flight.handle.id]
         self.nbytes, self.seconds = self.nbytes - flight.nbytes, self.seconds - flight.seconds
         return list(self._parked.pop(flight.client, {}))
 
@@ -288,7 +289,7 @@ class Prefetcher:
         self._arrived: dict[str, None] = {}
         self._registered: dict[str, tuple[Pages, Hashable]] = {}
         self._news = False
-        tiers.transfers.listeners.append(self._on_copy)
+        tiers.add_transfer_listener(self._on_copy)
 
     def register(self, agent: str, prompt: Sequence[int] | Any, namespace: Hashable = None) -> None:
         """`prompt` is the fixed prompt of `agent`, of which no request has told yet.
@@ -299,7 +300,7 @@ class Prefetcher:
         with self.tiers.lock:
             if agent not in self._registered and len(self._registered) >= MAX_REGISTERED:
                 del self._registered[next(iter(self._registered))]
-            self._registered[agent] = Pages(encode(prompt, self.tiers.tree.page_size)), namespace
+            self._registered[agent] = Pages(encode(prompt, self.tiers.page_size)), namespace
             self.changed([agent])
 
     # Wishes -----------------------------------------------------------------------------------------------------
@@ -314,7 +315,7 @@ class Prefetcher:
         """A request of `agent` has come."""
         if agent in self._arrived:
             del self._arrived[agent]
-            end = self.tiers.tree.ends.get(agent)
+            end = self.tiers.lookup_agent(agent)
             self.statistics.used += end is not None and end.copies[Tier.DEVICE] is not None  # not evicted meanwhile
 
     def _consider(self, agent: str) -> None:
@@ -329,7 +330,7 @@ class Prefetcher:
             if wait < min(seconds, math.inf):
                 self._wishes.look_at(agent, now + wait)
             return
-        end = self.tiers.tree.ends.get(agent)
+        end = self.tiers.lookup_agent(agent)
         if end is None and agent not in self._registered:
             return  # nothing of it is cached
         if end is not None and agent not in self._flights and all(_comes(node) for node in end.path()):
@@ -394,7 +395,7 @@ class Prefetcher:
             if verdict is _Verdict.DROPPED:
                 self._drop(wish, None)
             return verdict
-        state = handle.load(Urgency.PREFETCH, wish.key, only_below=self.only_below)
+        state = handle.load(Urgency.PREFETCH, wish.key, only_lower_ranked=self.only_below)
         if state is LoadState.LOADING:
             wish.stamp = 0
             self._flights.add(InFlightPrefetch(wish, handle, nbytes, seconds, client))
@@ -410,18 +411,16 @@ class Prefetcher:
 
     def _is_hopeless(self, agent: str) -> bool:
         """Whether there is no room and nothing that ranks below: found without a lease, as it is asked often."""
-        end, pool = self.tiers.tree.ends.get(agent), self.tiers.pools[Tier.DEVICE]
-        if end is None or not self.only_below or _comes(end) or end.nbytes <= pool.free + pool.leaving:
+        end = self.tiers.lookup_agent(agent)
+        if end is None or not self.only_below or _comes(end):
             return False
-        eviction, rank = self.tiers.eviction, self.tiers.storage.candidates[Tier.DEVICE].rank(end)
-        first = eviction.first_rank(Tier.DEVICE)
-        return first is None or first >= eviction.policy.order.displaced(rank)
+        return not self.tiers.can_make_room(end)
 
     def _may_begin(
         self, wish: PrefetchRequest, client: str, handle: CacheHandle, missing: list[Node], nbytes: int, seconds: float
     ) -> _Verdict:
         """BEGUN: it may."""
-        budget = self.limits.share * self.tiers.pools[Tier.DEVICE].capacity
+        budget = self.limits.share * self.tiers.capacity()
         statistics, flights = self.statistics, self._flights
         if nbytes > budget:
             statistics.over_budget += 1
@@ -442,10 +441,10 @@ class Prefetcher:
         if handle is not None or agent not in self._registered:
             return handle
         prompt, namespace = self._registered[agent]
-        with self.tiers.open(prompt, namespace, again=True) as found:
+        with self.tiers.open(prompt, namespace, retry=True) as found:
             if found.length == 0:
                 return None
-            self.tiers.insert(found, Pages(prompt[: found.length * TOKEN_BYTES]), None, agent, found.length)
+            self.tiers.store(found, Pages(prompt[: found.length * TOKEN_BYTES]), None, agent, found.length)
         return self.tiers.open_agent(agent)
 
     def _drop(self, wish: PrefetchRequest, handle: CacheHandle | None) -> None:
@@ -464,12 +463,12 @@ class Prefetcher:
 
     def _land(self, flight: InFlightPrefetch, job: TransferJob) -> None:
         """One of its copies has ended."""
-        if self._flights.of_lease(flight.handle.number) is not flight:
+        if self._flights.of_lease(flight.handle.id) is not flight:
             return
         chain = flight.handle.nodes()
         missing = None if chain is None else [node for node in chain if node.copies[Tier.DEVICE] is None]
         wish, statistics = flight.wish, self.statistics
-        if missing and job.outcome is Outcome.DONE and all(node.flight is not None for node in missing):
+        if missing and job.outcome is Outcome.DONE and all(node.in_transfer for node in missing):
             return
         if missing == []:
             statistics.arrived += 1
@@ -477,7 +476,7 @@ class Prefetcher:
             if len(self._arrived) > MAX_REGISTERED:
                 del self._arrived[next(iter(self._arrived))]
             if self.counts_as_use:
-                self._touch(flight.handle)
+                flight.handle.touch()
             self._end(flight)
             self._drop(wish, None)
             return
@@ -489,12 +488,6 @@ class Prefetcher:
             self._wishes.enter(wish)
         else:
             self._drop(wish, None)
-
-    def _touch(self, handle: CacheHandle) -> None:
-        """The leased nodes have been used now; their places in the order are taken note of at the release."""
-        now = self.tiers.clock()
-        for node in handle.node.path():
-            node.last_used = now
 
     def _end(self, flight: InFlightPrefetch) -> None:
         for wish in self._flights.remove(flight):
@@ -522,4 +515,4 @@ class Prefetcher:
 
 def _comes(node: Node) -> bool:
     """Whether it is on the device, or on its way there."""
-    return node.copies[Tier.DEVICE] is not None or (node.flight is not None and node.flight.target is Tier.DEVICE)
+    return node.on_or_loading_into(Tier.DEVICE)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from .kvcache.base import Tier
 from .kvcache.belady import Belady
+from .kvcache.estimates import Estimates
 from .kvcache.eviction_policy import (
     LFU,
     LRU,
     Costs,
+    EagerWriteBackConfig,
     EvictionPolicy,
     ExpectedTime,
     StepsToExecution,
@@ -19,7 +21,7 @@ from .kvcache.eviction_policy import (
     WriteBack,
 )
 from .kvcache.memory_pool import Pool
-from .kvcache.tiered_cache import Estimates, TieredCache
+from .kvcache.tiered_cache import TieredCache
 from .kvcache.transfer_queue import TransferBackend
 from .prediction import Measure, NextCallPredictor
 from .prefetch import PrefetchConfig, Prefetcher
@@ -139,13 +141,14 @@ def build_system(
         "lfu": LFU,
         "ste": lambda: StepsToExecution(predictor.steps),
         "expected_time": lambda: ExpectedTime(
-            predictor.reuse, costs, rate=lambda: graph.rate, clock=clock, suffixes=suffixes
+            predictor.reuse, costs, rate=lambda: graph.rate, clock=clock, suffix_reuse=suffixes
         ),
         "belady": lambda: oracle,
     }[recipe.order]()
-    tiers = TieredCache(used, mover, TierPolicy(order, recipe.write_back, suffixes, recipe.ahead), page_size, clock)
+    eager = EagerWriteBackConfig() if recipe.ahead else None
+    tiers = TieredCache(used, mover, TierPolicy(order, recipe.write_back, suffixes, eager), page_size, clock)
     predictor.attach(tiers)
-    estimates = Estimates(costs, tiers.transfers)
+    estimates = Estimates(costs, tiers)
     prefetcher = None
     if recipe.prefetch:
         by_use = not order.uses_agents

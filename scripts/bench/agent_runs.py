@@ -192,7 +192,7 @@ def one_run(
         for agent, payload in warm.items():
             while engine.store(agent, workload.fixed[agent], copied(payload)) is AllocStatus.PENDING:
                 system.scheduler.wait(1.0)
-        while system.tiers.transfers.under_way:
+        while system.tiers.has_transfers:
             system.scheduler.wait(1.0)
             system.tiers.poll()
         before, asked = Before.read(system), system.tiers.statistics.tokens_asked

@@ -197,7 +197,7 @@ def record(
 
         def watch(system: System) -> System:
             recorder = stack.enter_context(
-                TraceRecorder(path, PromptKV(session).bytes_per_token(), system.tiers.tree.page_size, about)
+                TraceRecorder(path, PromptKV(session).bytes_per_token(), system.tiers.page_size, about)
             )
             recorder.workflow(time.monotonic(), workload.spec)
             for agent, payload in warm.items():

@@ -95,7 +95,7 @@ def filled(
         with tiers.open(prompt) as handle:
             new = len(prompt) - handle.length
             payload = PhantomPayload(new, 1000 * new) if new else None
-            tiers.insert(handle, prompt, payload, number if agents else None, len(prompt))
+            tiers.store(handle, prompt, payload, number if agents else None, len(prompt))
     return tiers
 
 
@@ -105,7 +105,7 @@ class TokenTrie:
     def __init__(self) -> None:
         self.steps: dict[tuple[int, int], int] = {}
 
-    def match(self, prompt: Sequence[int]) -> int:
+    def lookup(self, prompt: Sequence[int]) -> int:
         node = 0
         for depth, token in enumerate(prompt):
             following = self.steps.get((node, token))
@@ -129,7 +129,7 @@ def prompt_rows(config: TreeBenchConfig, prompts: list[list[int]]) -> list[Bench
         trie.insert(prompt)
     rng = random.Random(1)
     asked = rng.sample(prompts, config.calls)
-    sides = {name: lambda known=known: [known.match(prompt) for prompt in asked]
+    sides = {name: lambda known=known: [known.lookup(prompt) for prompt in asked]
              for name, known in (("ours", tiers), ("peer", trie))}  # fmt: skip
     seconds = alternate(sides, config.runs, clock=time.process_time)
     rows = _against_aim("match", seconds, asked, config)
@@ -143,7 +143,7 @@ def prompt_rows(config: TreeBenchConfig, prompts: list[list[int]]) -> list[Bench
         from ...serving import PhantomPayload
 
         for handle, prompt in zip(handles, opened, strict=True):
-            tiers.insert(handle, prompt, PhantomPayload(config.span, 1000 * config.span))
+            tiers.store(handle, prompt, PhantomPayload(config.span, 1000 * config.span))
 
     def insert_peer() -> None:
         for prompt in opened:
@@ -199,20 +199,20 @@ def victim_rows(config: TreeBenchConfig, prompts: list[list[int]], name: str) ->
     many, few = (max(1, min(config.calls, size // (2 * config.runs + 4))) for size in (config.nodes, tenth))
 
     def evict(tiers: TieredCache, count: int) -> Callable[[], None]:
-        candidates = tiers.storage.candidates[Tier.DEVICE]
+        queue = tiers.storage.queues[Tier.DEVICE]
 
         def run() -> None:
             for _ in range(count):
-                node = candidates.first()
+                node = queue.first()
                 assert node is not None
-                tiers.eviction.evict(node, Tier.DEVICE)
+                tiers.evictor.evict(node, Tier.DEVICE)
 
         return run
 
     def scan() -> None:
-        candidates = large.storage.candidates[Tier.DEVICE]
+        queue = large.storage.queues[Tier.DEVICE]
         nodes: list[Node] = [node for node in large.tree if node.evictable(Tier.DEVICE)]
-        min(nodes, key=candidates.rank)
+        min(nodes, key=queue.rank)
 
     sides = {"ours": evict(large, many), "scan": scan, "small": evict(small, few)}
     seconds = alternate(sides, config.runs, clock=time.process_time)
@@ -240,7 +240,7 @@ def value_row(config: TreeBenchConfig, prompts: list[list[int]]) -> BenchRow:
 
     values = dict.fromkeys(range(config.nodes), 1.0)
     tiers = filled(config, prompts, StepsToExecution(values), agents=True)
-    candidates = tiers.storage.candidates[Tier.DEVICE]
+    queue = tiers.storage.queues[Tier.DEVICE]
     rng = random.Random(2)
 
     def change() -> None:
@@ -248,11 +248,11 @@ def value_row(config: TreeBenchConfig, prompts: list[list[int]]) -> BenchRow:
             agent = rng.randrange(config.nodes)
             values[agent] = float(rng.randrange(50))
             tiers.values_changed([agent])
-            candidates.first()
+            queue.first()
 
     def rank_all() -> None:
         evictable = [node for node in tiers.tree if node.evictable(Tier.DEVICE)]
-        heapq.heapify([(candidates.rank(node), number) for number, node in enumerate(evictable)])
+        heapq.heapify([(queue.rank(node), number) for number, node in enumerate(evictable)])
 
     seconds = alternate({"ours": change, "peer": rank_all}, config.runs, clock=time.process_time)
     ours, peer = [1e6 * each / config.calls for each in seconds["ours"]], [1e6 * each for each in seconds["peer"]]

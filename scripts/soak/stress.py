@@ -31,7 +31,7 @@ from ...serving import (
     build_system,
 )
 from ...serving.kvcache.base import KVPayload
-from ...serving.kvcache.memory_pool import Builder, Pool
+from ...serving.kvcache.memory_pool import PayloadBuilder, Pool
 from .faulty_kv import TOKEN_BYTES, assert_holds, kv_of
 from .world import HINTS
 
@@ -47,8 +47,8 @@ class FlakyPool(MemoryPool):
         super().__init__(capacity)
         self.random = Random(seed)
 
-    def begin(self, payload: KVPayload) -> Builder:
-        builder, luck = super().begin(payload), self.random.random()
+    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+        builder, luck = super().new_builder(payload), self.random.random()
         if luck < 0.011:
             error: BaseException = RuntimeError("a bit flipped") if luck < 0.01 else SystemExit()
 
@@ -140,7 +140,7 @@ class Stress:
         scheduler.check()
         self.system.close()
         tiers.check()
-        assert not tiers.handles and not tiers.transfers.under_way
+        assert not tiers.handles and not tiers.has_transfers
 
     def _client(self, number: int) -> None:
         random, mine, client = Random(self.seed * 100 + number), 0, f"c{number % 2}"
@@ -178,7 +178,7 @@ class Stress:
             action = random.randrange(4)
             if action == 0:
                 with system.tiers.lock:
-                    system.tiers.eviction.make_room(Tier.DEVICE, 100 * TOKEN_BYTES)
+                    system.tiers.evictor.make_room(Tier.DEVICE, 100 * TOKEN_BYTES)
             elif action == 1:
                 system.tiers.merge_spans()
             elif action == 2 and system.prefetcher is not None:

@@ -217,7 +217,7 @@ class World:
 
     def make_room(self, share: float) -> None:
         pool = self.tiers.pools[Tier.DEVICE]
-        self.tiers.eviction.make_room(Tier.DEVICE, int(share * pool.capacity))
+        self.tiers.evictor.make_room(Tier.DEVICE, int(share * pool.capacity))
 
     def wait(self) -> None:
         """Advances the clock to the next event, like a driver without work."""
@@ -274,7 +274,7 @@ class World:
         self.clock.advance_to(self.clock() + 1e6)
         self.tiers.poll()
         self.check()
-        assert not self.tiers.handles and not self.tiers.transfers.under_way and not self.live
+        assert not self.tiers.handles and not self.tiers.has_transfers and not self.live
         assert self.tiers.pools[Tier.DEVICE].reserved == 0
         self.system.close()
 

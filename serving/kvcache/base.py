@@ -1,7 +1,8 @@
-"""The KV of a span as the memory of one tier holds it: named tensors, copied a layer at a time.
+"""Tiers, links, and the payloads that move between them.
 
-The tree and the tiers see nothing of it but its bytes, its layers, and whether it can be cut in two. `PhantomPayload`
-has the same face and no tensors: with it, the simulator runs the same code.
+A payload is the KV of a token span in the memory of one tier: named tensors, copied layer by layer. The tree and the
+tiers depend only on its size, its layers and whether it can be split. `PhantomPayload` implements the same protocol
+without tensors, so the simulator runs the same code.
 """
 
 from __future__ import annotations
@@ -15,20 +16,56 @@ if TYPE_CHECKING:
     import torch
 
 
-Kind = tuple["torch.dtype", tuple[int, ...]]  # type and shape of a tensor
-Memory = Callable[[int], "torch.Tensor"]  # gives so many bytes, uint8 `(nbytes,)`
+class Tier(IntEnum):
+    """The memories that hold KV; the smaller, the faster."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+
+
+TIERS = tuple(Tier)
+Link = tuple[Tier, Tier]  # source, target
+
+
+class Status(Enum):
+    """The state of a node as a scheduler sees it."""
+
+    GPU = "gpu"  # on the device, ready to be used
+    CPU = "cpu"
+    DISK = "disk"
+    LOADING = "loading"  # being copied into a faster tier
+    OFFLOADING = "offloading"  # being copied into a slower tier; the copy in the faster one is still usable
+    ABSENT = "absent"  # in no tier
+
+
+class Urgency(IntEnum):
+    """The kind of a transfer; on a link, the smaller runs first."""
+
+    DEMAND = 0  # a request waits for it
+    WRITE_BACK = 1  # an eviction waits for it
+    PREFETCH = 2
+    EAGER = 3  # an eager write-back: its source is likely to be evicted soon, and nothing waits for it yet
+
+
+Kind = tuple["torch.dtype", tuple[int, ...]]  # dtype and shape of a tensor
+Memory = Callable[[int], "torch.Tensor"]  # allocates that many bytes: uint8 `(nbytes,)`
+
+
+class LostPayloadError(Exception):
+    """A stored payload is missing or damaged; the cache treats that as a miss."""
 
 
 class KVPayload(Protocol):
-    """What a tier holds of a node.
+    """The KV that one tier holds for a node.
 
     Attributes:
-        tokens: tokens of the prompt it stands for. A compressed payload may have fewer entries than that.
+        tokens: prompt tokens that it stands for. A compressed payload may have fewer entries.
         nbytes: bytes of its data.
         layers: bytes of each part that is copied in one go; they add up to `nbytes`.
-        divisible: `split` works. What was compressed as a whole is not divisible: which entries were kept at its
-            beginning depends on its end.
-        token_dim: the dimension of its tensors that runs over the tokens, if it has any.
+        divisible: whether `split` is possible. A payload that was compressed as a whole is not divisible, because the
+            entries kept at its beginning depend on its end.
+        token_dim: the tensor dimension that runs over tokens, if there is one.
     """
 
     @property
@@ -47,28 +84,24 @@ class KVPayload(Protocol):
     def token_dim(self) -> int | None: ...
 
     def kinds(self) -> dict[str, Kind]:
-        """Type and shape of each tensor by name, layer by layer; none for a payload without data."""
+        """Dtype and shape of each tensor by name, layer by layer; empty for a payload without data."""
         ...
 
     def read(self, layer: int) -> dict[str, torch.Tensor]:
-        """The tensors of one layer by name, checked if they come from a file.
+        """The tensors of one layer by name; verified if they come from a file.
 
         Raises:
-            LostCopyError: they cannot be had any more, or are not what was written.
+            LostPayloadError: they are missing or differ from what was written.
         """
         ...
 
     def split(self, at: int) -> tuple[KVPayload, KVPayload]:
-        """The first `at` tokens and the rest, each with memory of its own; `self` is left as it is."""
+        """The first `at` tokens and the rest, each in newly allocated memory; `self` is unchanged."""
         ...
 
     def join(self, other: KVPayload) -> KVPayload | None:
-        """`self` followed by `other` with memory of its own; None if they cannot be joined."""
+        """`self` followed by `other` in newly allocated memory; None if they cannot be joined."""
         ...
-
-
-class LostPayloadError(Exception):
-    """A copy that is gone or damaged: to the tree a miss."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +109,16 @@ class TensorPayload:
     """Tensors in the memory of a device.
 
     Attributes:
-        tensors: by name. Names with the same beginning, up to the last dot, are one layer: `layers.3.key`,
-            `layers.3.value`. Layers are copied in the order in which they first appear.
+        tensors: by name. Names that agree up to their last dot form a layer, e.g. `layers.3.key` and `layers.3.value`.
+            Layers are copied in the order in which they first appear.
         tokens: as in `KVPayload`.
-        token_dim: the dimension of every tensor that runs over the tokens (-2 for keys and values of shape `(batch,
+        token_dim: the dimension of every tensor that runs over tokens (-2 for keys and values of shape `(batch,
             num_kv_heads, seq_len, head_dim)`); None if there is none, which makes the payload indivisible.
-        memory: where `split` and `join` get the memory of their results, so many bytes for each layer; None: beside
-            the tensors.
-        groups: the names of each layer.
+        memory: allocates the results of `split` and `join`, one block a layer; None: on the tensors' device.
+        groups: the tensor names of each layer.
+
+    Raises:
+        ValueError: no tensors, no tokens, or a tensor with another number of tokens.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -118,15 +153,19 @@ class TensorPayload:
         return {name: self.tensors[name] for name in self.groups[layer]}
 
     @classmethod
-    def empty_like(cls, payload: KVPayload, memory: Memory, of_parts: Memory) -> TensorPayload:
-        """Room for a copy of `payload`: each layer in one block of `memory`; `of_parts` becomes its `memory`."""
-        return cls(_packed(payload.kinds(), memory), payload.tokens, payload.token_dim, of_parts)
+    def empty_like(cls, payload: KVPayload, memory: Memory, memory_of_parts: Memory) -> TensorPayload:
+        """Uninitialised tensors for a copy of `payload`, each layer in one block of `memory`.
+
+        Args:
+            memory_of_parts: becomes the copy's own `memory`, for later splits and joins.
+        """
+        return cls(_pack_layers(payload.kinds(), memory), payload.tokens, payload.token_dim, memory_of_parts)
 
     def split(self, at: int) -> tuple[TensorPayload, TensorPayload]:
         dim = self.token_dim
         assert dim is not None and 0 < at < self.tokens, "only divisible payloads are split, within"
         # Copies: views would keep the memory of both halves alive until the last of them is evicted.
-        return self._made(at, [(0, self, 0)]), self._made(self.tokens - at, [(0, self, at)])
+        return self._assemble(at, [(0, self, 0)]), self._assemble(self.tokens - at, [(0, self, at)])
 
     def join(self, other: KVPayload) -> TensorPayload | None:
         dim = self.token_dim
@@ -137,10 +176,10 @@ class TensorPayload:
         pairs = [(tensor, other.tensors[name]) for name, tensor in self.tensors.items()]
         if any(a.dtype != b.dtype or a.ndim != b.ndim for a, b in pairs):
             return None
-        return self._made(self.tokens + other.tokens, [(0, self, 0), (self.tokens, other, 0)])
+        return self._assemble(self.tokens + other.tokens, [(0, self, 0), (self.tokens, other, 0)])
 
-    def _made(self, tokens: int, pieces: Sequence[tuple[int, TensorPayload, int]]) -> TensorPayload:
-        """A payload of `tokens` tokens: of each piece those from the last number on stand from the first number on."""
+    def _assemble(self, tokens: int, pieces: Sequence[tuple[int, TensorPayload, int]]) -> TensorPayload:
+        """A payload of `tokens` tokens from pieces (offset in the result, source, offset in the source)."""
         dim = self.token_dim
         assert dim is not None
         kinds = {}
@@ -148,12 +187,12 @@ class TensorPayload:
             shape = list(tensor.shape)
             shape[dim] = tokens
             kinds[name] = tensor.dtype, tuple(shape)
-        made = TensorPayload(_packed(kinds, self._memory()), tokens, dim, self.memory)
-        for name, target in made.tensors.items():
+        result = TensorPayload(_pack_layers(kinds, self._memory()), tokens, dim, self.memory)
+        for name, target in result.tensors.items():
             for into, piece, start in pieces:
                 length = min(piece.tokens - start, tokens - into)
                 target.narrow(dim, into, length).copy_(piece.tensors[name].narrow(dim, start, length))
-        return made
+        return result
 
     def _memory(self) -> Memory:
         from ...eviction.storage.packing import memory_like
@@ -163,7 +202,7 @@ class TensorPayload:
 
 @dataclass(frozen=True, eq=False)
 class PhantomPayload:
-    """A payload of so many bytes and no data, in any tier."""
+    """A payload with a size and no data, for any tier."""
 
     tokens: int
     nbytes: int
@@ -194,7 +233,15 @@ class PhantomPayload:
         return PhantomPayload(self.tokens + other.tokens, self.nbytes + other.nbytes, self.num_layers)
 
 
-def _packed(kinds: Mapping[str, Kind], memory: Memory) -> dict[str, torch.Tensor]:
+def group_layers(names: Mapping[str, object]) -> tuple[tuple[str, ...], ...]:
+    """The tensor names of each layer, layers in the order in which they first appear."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def _pack_layers(kinds: Mapping[str, Kind], memory: Memory) -> dict[str, torch.Tensor]:
     """Uninitialised tensors, those of each layer in one block of `memory`."""
     from ...eviction.storage.packing import pack
 
@@ -202,45 +249,3 @@ def _packed(kinds: Mapping[str, Kind], memory: Memory) -> dict[str, torch.Tensor
     for names in group_layers(kinds):
         tensors |= pack({name: kinds[name] for name in names}, memory)
     return {name: tensors[name] for name in kinds}
-
-
-def group_layers(names: Mapping[str, object]) -> tuple[tuple[str, ...], ...]:
-    """The names of each layer, layers in the order in which they first appear."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.rpartition(".")[0], []).append(name)
-    return tuple(tuple(group) for group in groups.values())
-
-
-class Tier(IntEnum):
-    """Where a copy lies; the smaller, the faster."""
-
-    DEVICE = 0
-    HOST = 1
-    DISK = 2
-
-
-TIERS = tuple(Tier)
-
-
-class Status(Enum):
-    """What a scheduler sees of a node."""
-
-    GPU = "gpu"  # ready to be used
-    CPU = "cpu"
-    DISK = "disk"
-    LOADING = "loading"  # a copy into a faster tier is under way
-    OFFLOADING = "offloading"  # a copy into a slower tier is under way; what the faster one holds can still be used
-    ABSENT = "absent"  # no tier holds it
-
-
-Link = tuple[Tier, Tier]  # from, to
-
-
-class Urgency(IntEnum):
-    """Smaller goes first."""
-
-    DEMAND = 0  # a request waits for it
-    WRITE_BACK = 1  # an eviction waits for it
-    PREFETCH = 2
-    AHEAD = 3  # the source is likely to be evicted next, and nothing waits for that yet

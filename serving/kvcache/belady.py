@@ -1,11 +1,10 @@
-"""Belady's order: the oracle that has read the whole trace."""
+"""Belady's policy: the oracle that has read the whole trace."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
 
 from .base import Tier
 from .eviction_policy import EvictionPolicy, Rank
@@ -13,16 +12,16 @@ from .radix_tree import TOKEN_BYTES, Node, encode, hash_pages
 
 
 class Belady(EvictionPolicy):
-    """What is used again last goes first (Belady 1966); optimal for nodes of one size.
+    """Evicts the node whose next use is furthest in the future (Belady 1966); optimal for nodes of one size.
 
-    A node is used by every request of the trace whose prompt begins with everything up to the node's end.
+    A request of the trace uses every node that lies on its prompt.
 
     Args:
         prompts: token ids of the requests in the order in which they will be served.
-        page_size: that of the tree.
+        page_size: of the tree.
     Attributes:
-        served: how many of them have been; the user adds one (`advance`) just before a request's prompt is opened, so
-            that its nodes count their next use behind it.
+        served: requests served so far. `advance` must be called just before a request's prompt is opened, so that its
+            nodes are ranked by their next use after it.
     """
 
     name = "belady"
@@ -35,11 +34,6 @@ class Belady(EvictionPolicy):
             for key in hash_pages(encode(prompt, page_size), self.page_bytes):
                 self._uses.setdefault(key, []).append(number)
 
-    @classmethod
-    def of_agents(cls, calls: Iterable[Hashable], prompts: dict[Hashable, Sequence[int]], page_size: int) -> Belady:
-        """The oracle for a trace that says only which agent's fixed prompt is used."""
-        return cls((prompts[agent] for agent in calls), page_size)
-
     def advance(self) -> None:
         self.served += 1
 
@@ -51,8 +45,3 @@ class Belady(EvictionPolicy):
 
     def local(self, node: Node, tier: Tier) -> Rank:
         return (-self.next_use(node), node.last_used)
-
-    @property
-    def requests(self) -> int:
-        """How many requests the trace has."""
-        return 1 + max(chain.from_iterable(uses[-1:] for uses in self._uses.values()), default=-1)

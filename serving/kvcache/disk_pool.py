@@ -1,7 +1,7 @@
-"""The disk tier: a safetensors file a node, with a digest of every layer; what cannot be read back is a miss.
+"""The disk tier: one safetensors file a node, with a digest of every layer; an unreadable file is a cache miss.
 
-A pool has a folder of its own inside the given one, under a lock: two processes may share the given folder, and what a
-crashed one left behind is removed by the next. Files are written layer by layer under a temporary name, then renamed.
+A pool owns a folder inside the given one and holds a lock on it: processes may share the given folder, and the next one
+removes the folders of those that crashed. Files are written layer by layer under a temporary name, then renamed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TYPE_CODES = {
 
 @dataclass(frozen=True, eq=False)
 class FilePayload:
-    """A copy in a file. What the file must hold is kept here, so a damaged header can mislead nobody.
+    """A copy in a file. Shapes, offsets and digests are kept in memory, so a damaged header does no harm.
 
     Attributes:
         path: the file.
@@ -54,7 +54,7 @@ class FilePayload:
     groups: tuple[tuple[str, ...], ...] = field(init=False)
     layers: tuple[int, ...] = field(init=False)
     nbytes: int = field(init=False)
-    divisible: bool = field(default=False, init=False)  # a file stays whole; once loaded, it may be cut
+    divisible: bool = field(default=False, init=False)  # a file stays whole; once loaded, it may be split
 
     def __post_init__(self) -> None:
         groups = group_layers(self.tensors)
@@ -81,7 +81,7 @@ class FilePayload:
         if got < size:
             raise LostPayloadError(f"{self.path} is truncated: layer {layer} has {got} of its {size} bytes")
         if hashlib.sha256(buffer).hexdigest() != self.digests[layer]:
-            raise LostPayloadError(f"{self.path} is damaged: layer {layer} is not what was written")
+            raise LostPayloadError(f"{self.path} is damaged: layer {layer} differs from what was written")
         block = torch.frombuffer(buffer, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
         return views(block, {name: self.tensors[name] for name in self.groups[layer]})
 
@@ -97,7 +97,7 @@ class DiskPool(Pool):
 
     Args:
         capacity: bytes of all files together, headers included.
-        folder: made if it does not exist.
+        folder: created if it does not exist; may be shared with other processes.
     """
 
     def __init__(self, capacity: int, folder: str | os.PathLike) -> None:
@@ -112,14 +112,14 @@ class DiskPool(Pool):
         self._lock.acquire()
         self._numbers = count()
 
-    def require(self, payload: KVPayload) -> None:
+    def validate(self, payload: KVPayload) -> None:
         for dtype, _ in payload.kinds().values():
             _code(dtype)
 
     def charge(self, payload: KVPayload) -> int:
         return len(_header(payload, None)) + payload.nbytes
 
-    def begin(self, payload: KVPayload) -> _FileBuilder:
+    def new_builder(self, payload: KVPayload) -> _FileBuilder:
         return _FileBuilder(payload, self.folder / f"{next(self._numbers)}.safetensors")
 
     def discard(self, payload: KVPayload) -> None:
@@ -132,7 +132,7 @@ class DiskPool(Pool):
 
 
 class _FileBuilder:
-    """Writes one file; nothing is opened before the first layer comes."""
+    """Writes one file, which is opened at its first layer."""
 
     def __init__(self, payload: KVPayload, path: Path) -> None:
         self._source, self._path = payload, path
@@ -156,7 +156,7 @@ class _FileBuilder:
         header = _header(self._source, self._digests)
         self._file.seek(0)
         self._file.write(header)
-        # Not synced to the device: nothing is read back after a crash, and a rename is enough against half a file.
+        # Not synced to the device: nothing is read back after a crash, and the rename excludes partial files.
         self._file.close()
         os.replace(self._temporary, self._path)
         source = self._source
@@ -166,15 +166,15 @@ class _FileBuilder:
         try:
             if self._file is not None:
                 self._file.close()
-        except OSError as error:  # what was still buffered did not fit
+        except OSError as error:  # the disk was too full for what was buffered
             logger.debug("closing %s: %s", self._temporary, error)
         self._temporary.unlink(missing_ok=True)
 
 
 def _header(payload: KVPayload, digests: list[str] | None) -> bytes:
-    """The beginning of the safetensors file: 8 bytes of length, JSON, spaces up to a multiple of 8.
+    """The header of a safetensors file: 8 bytes of length, JSON, spaces up to a multiple of 8.
 
-    It has the same length with and without digests.
+    Its length is the same with and without digests.
     """
     blank = ["0" * DIGEST_CHARACTERS] * len(payload.layers)
     document: dict[str, Any] = {"__metadata__": {"tokens": str(payload.tokens), "sha256": " ".join(digests or blank)}}
@@ -196,7 +196,7 @@ def _code(dtype: torch.dtype) -> str:
 
 
 def _content(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in the order of its indices."""
+    """The bytes of a tensor in row-major order."""
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -217,7 +217,7 @@ def _read_fully(file: Any, buffer: memoryview) -> int:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Removes the folders of pools whose processes are gone: their locks are free."""
+    """Removes the folders of pools whose processes have ended: their locks are free."""
     from filelock import FileLock, Timeout
 
     for folder in parent.glob(f"{PREFIX}*"):
@@ -225,5 +225,5 @@ def _remove_abandoned(parent: Path) -> None:
             with FileLock(folder / LOCK, timeout=0):
                 pass
         except (Timeout, OSError):
-            continue  # in use, or being removed by somebody else
+            continue  # in use, or being removed by another process
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,4 @@
-"""Saves fixed prompts in the tier below while nothing waits for that: an eviction then need not wait for it.
-
-Makes room in a tier: the victims of its order leave it, into the tier below where the policy saves them.
-"""
+"""Makes room in a tier by evicting, with write-back into the tier below, and saves fixed prompts there in advance."""
 
 from __future__ import annotations
 
@@ -9,82 +6,208 @@ from collections.abc import Iterator
 from itertools import islice
 
 from .base import TIERS, Tier, Urgency
-from .eviction_policy import AllocStatus, Rank, TierPolicy
+from .eviction_policy import AllocStatus, EagerWriteBackConfig, Rank, TierPolicy
 from .radix_tree import Node
 from .tier_storage import TierStorage
 from .transfer import TransferManager
 from .transfer_queue import Outcome, TransferJob
 
-MAX_UNSAVED = 4096  # nodes of a tier that are remembered, the oldest first to be forgotten
-LOOKS = 64  # of these, from which the next one is chosen
+
+class Evictor:
+    """Applies a `TierPolicy`. Called under the cache's lock."""
+
+    def __init__(self, storage: TierStorage, transfers: TransferManager, policy: TierPolicy) -> None:
+        self.storage, self.transfers, self.policy = storage, transfers, policy
+
+    def make_room(self, tier: Tier, nbytes: int, rank_bound: Rank | None = None, urgent: bool = False) -> AllocStatus:
+        """Evicts from `tier` until `nbytes` are available there, or will be when transfers have ended.
+
+        Args:
+            rank_bound: evict only nodes that rank below it.
+            urgent: a request waits: nodes that another tier has may be evicted before those that must be written back
+                first (`EvictionPolicy.prefers_discard`).
+        """
+        pool, queue = self.storage.pools[tier], self.storage.queues[tier]
+        if pool.can_allocate(nbytes):
+            return AllocStatus.READY
+        if nbytes > self.transfers.reclaimable(tier):
+            return AllocStatus.REFUSED
+        while pool.available + pool.pending_free < nbytes:
+            victim = queue.first()
+            if urgent and (other := self._discardable(tier, victim)) is not None:
+                self.evict(other, tier)
+                continue
+            if self._convert_eager_job(tier, victim, rank_bound):
+                continue
+            if victim is None or (rank_bound is not None and queue.rank(victim) >= rank_bound):
+                return AllocStatus.REFUSED
+            if self._will_outrank(victim, tier):
+                return AllocStatus.PENDING
+            if self.evict(victim, tier) is AllocStatus.PENDING:
+                return AllocStatus.PENDING
+        return AllocStatus.READY if pool.can_allocate(nbytes) else AllocStatus.PENDING
+
+    def _discardable(self, tier: Tier, victim: Node | None) -> Node | None:
+        """A replicated node to evict at once, if the next victim would have to be written back first."""
+        if self.policy.eager is None:
+            return None
+        queue, job = self.storage.queues[tier], self.transfers.eager_job(tier)
+        if job is not None and (victim is None or queue.rank(job.owner) <= queue.rank(victim)):
+            write_back_bytes = job.remaining_bytes
+        elif victim is not None and not victim.is_replicated and self.policy.should_write_back(victim, tier):
+            write_back_bytes = victim.allocated[tier]
+        else:
+            return None
+        other = queue.first_replicated()
+        if other is None or not self.policy.eviction.prefers_discard(
+            queue.rank(other), other.nbytes, write_back_bytes, tier
+        ):
+            return None
+        return other
+
+    def _convert_eager_job(self, tier: Tier, victim: Node | None, rank_bound: Rank | None) -> bool:
+        """Evicts the node of an eager write-back in progress if it ranks before `victim`; whether it does."""
+        if self.policy.eager is None or (job := self.transfers.eager_job(tier)) is None:
+            return False
+        queue = self.storage.queues[tier]
+        rank = queue.rank(job.owner)
+        if (victim is not None and queue.rank(victim) < rank) or (rank_bound is not None and rank >= rank_bound):
+            return False
+        self.transfers.convert_to_eviction(job)
+        return True
+
+    def first_rank(self, tier: Tier) -> Rank | None:
+        """The rank of the next victim, which may be in an eager write-back."""
+        queue, job = self.storage.queues[tier], self.transfers.eager_job(tier)
+        first = queue.first_rank()
+        if job is None:
+            return first
+        rank = queue.rank(job.owner)
+        return rank if first is None else min(first, rank)
+
+    def _will_outrank(self, victim: Node, tier: Tier) -> bool:
+        """Whether a node that ranks before `victim` becomes evictable when a write-back of its child has ended."""
+        rank = self.storage.queues[tier].rank
+        for job in self.transfers.jobs.values():
+            parent = job.owner.parent
+            if not job.frees_source or job.source != tier or parent is None or parent.copies[tier] is None:
+                continue
+            if parent.ref_count == 1 and parent.cached_children[tier] == 1 and rank(parent) < rank(victim):
+                return True
+        return False
+
+    def evict(self, node: Node, tier: Tier) -> AllocStatus:
+        """Evicts an evictable node from `tier`: at once, or when it has been written back into the tier below.
+
+        Returns:
+            READY, or PENDING, with nothing done yet, if the tier below will have room once transfers have ended.
+        """
+        status, suffix_reuse = self._evict(node, tier), self.policy.suffix_reuse
+        if suffix_reuse is not None and status is AllocStatus.READY and tier is Tier.DEVICE and not node.fixed:
+            suffix_reuse.record_evicted(node)
+        return status
+
+    def _evict(self, node: Node, tier: Tier) -> AllocStatus:
+        only_copy = not node.is_replicated
+        if only_copy and self.policy.should_write_back(node, tier):
+            status = self._write_back(node, tier)
+            if status is not AllocStatus.REFUSED:
+                return status
+        elif only_copy and self.policy.suffix_reuse is not None:
+            self.policy.suffix_reuse.record_dropped()
+        statistics = self.transfers.statistics
+        statistics.evicted_copies += 1
+        statistics.dropped += only_copy
+        self.storage.evict(node, tier)
+        return AllocStatus.READY
+
+    def _write_back(self, node: Node, tier: Tier) -> AllocStatus:
+        """Starts copying `node` out of `tier` into the next one below that has room for it; READY if it was started."""
+        for lower in TIERS[tier + 1 :]:
+            if lower not in self.storage.pools:
+                continue
+            payload = node.copies[tier]
+            assert payload is not None
+            needed = self.storage.pools[lower].charge(payload)
+            status = self.make_room(lower, needed, self.storage.queues[lower].rank(node))
+            if node.copies[tier] is None:
+                return AllocStatus.READY  # evicting from the tier below discarded what was built on the victim
+            if status is AllocStatus.PENDING:
+                return status
+            if status is AllocStatus.READY and self.transfers.start(node, lower, Urgency.WRITE_BACK, frees_source=True):
+                self.transfers.statistics.evicted_copies += 1
+                if self.policy.suffix_reuse is not None and not node.fixed:
+                    self.policy.suffix_reuse.record_saved(node)
+                return status
+        return AllocStatus.REFUSED
 
 
-class WriteBackAhead:
-    """Whatever a full tier will have to evict next, for a load or a request, it then has at once.
+class EagerWriteBack:
+    """Saves fixed prompts in the tier below while nothing waits for it, so that evicting them later frees at once.
 
-    It begins a copy only where the tier has no room for one more of that size, even without the suffixes in it, on a
-    link on which nothing else is copied, and into room that is free below; each node is tried once after it has come.
-    If an eviction wants the node meanwhile, the copy becomes a part of that (`TransferManager.adopt`).
+    It starts a transfer only where the tier has no room for one more node of that size, even without the suffixes in
+    it, on a link that is idle, and into memory that is available below; each node is tried once after it was stored. If
+    an eviction needs the node meanwhile, the transfer becomes part of that (`TransferManager.convert_to_eviction`).
 
-    Used under the lock of the tiers.
+    Called under the cache's lock.
     """
 
-    def __init__(self, storage: TierStorage, transfers: TransferManager) -> None:
-        self.storage, self.transfers = storage, transfers
+    def __init__(self, storage: TierStorage, transfers: TransferManager, config: EagerWriteBackConfig) -> None:
+        self.storage, self.transfers, self.config = storage, transfers, config
         self._unsaved: dict[Tier, dict[Node, None]] = {
             tier: {} for tier in storage.pools if _below(tier, storage) is not None
         }
-        self._largest = dict.fromkeys(self._unsaved, 0)  # bytes of any node that has come so far
-        transfers.listeners.append(self._on_copy)
+        self._largest = dict.fromkeys(self._unsaved, 0)  # bytes of the largest node tracked so far
+        transfers.listeners.append(self._on_transfer_end)
 
-    def inserted(self, node: Node) -> None:
+    def on_store(self, node: Node) -> None:
         """The prompt that ends at `node` has been stored on the device."""
         for each in node.path():
-            self._came(each, Tier.DEVICE)
+            self._track(each, Tier.DEVICE)
 
-    def _on_copy(self, job: TransferJob) -> None:
+    def _on_transfer_end(self, job: TransferJob) -> None:
         if job.outcome is Outcome.DONE and job.target != Tier.DEVICE:
-            self._came(job.node, job.target)
+            self._track(job.owner, job.target)
 
-    def _came(self, node: Node, tier: Tier) -> None:
-        if tier in self._unsaved and node.fixed and not _saved(node, tier):
+    def _track(self, node: Node, tier: Tier) -> None:
+        if tier in self._unsaved and node.fixed and not _is_saved(node, tier):
             unsaved = self._unsaved[tier]
             unsaved[node] = None
-            self._largest[tier] = max(self._largest[tier], node.held[tier])
-            if len(unsaved) > MAX_UNSAVED:
+            self._largest[tier] = max(self._largest[tier], node.allocated[tier])
+            if len(unsaved) > self.config.max_tracked:
                 del unsaved[next(iter(unsaved))]
 
-    def begin(self) -> None:
-        """Begins the copies that may be begun now."""
+    def start_transfers(self) -> None:
+        """Starts the transfers that are possible now."""
         for tier, unsaved in self._unsaved.items():
             if not unsaved:
                 continue
             lower = _below(tier, self.storage)
-            assert lower is not None, "only tiers above another one are looked at"
-            idle = all(job.link != (tier, lower) for job in self.transfers.under_way)
+            assert lower is not None, "only tiers above another one are tracked"
+            idle = all(job.link != (tier, lower) for job in self.transfers.jobs.values())
             if idle and not self._has_room(tier, self._largest[tier]):
-                self._begin(tier, lower)
+                self._start_transfer(tier, lower)
 
     def _has_room(self, tier: Tier, nbytes: int) -> bool:
-        """Whether `tier` has room for so much, or needs no prompt to go for it."""
+        """Whether `tier` can provide `nbytes` without evicting a fixed prompt."""
         pool = self.storage.pools[tier]
-        return self.storage.candidates[tier].has_loose(nbytes - pool.free - pool.leaving)
+        return self.storage.queues[tier].has_unowned(nbytes - pool.available - pool.pending_free)
 
-    def _begin(self, tier: Tier, lower: Tier) -> None:
-        node = min(self._evictable(tier), key=self.storage.candidates[tier].rank, default=None)
-        if node is None or self._has_room(tier, node.held[tier]):
+    def _start_transfer(self, tier: Tier, lower: Tier) -> None:
+        node = min(self._candidates(tier), key=self.storage.queues[tier].rank, default=None)
+        if node is None or self._has_room(tier, node.allocated[tier]):
             return
         below, payload = self.storage.pools[lower], node.copies[tier]
-        assert payload is not None, "who may be evicted has a copy"
-        if below.can_take(below.charge(payload)):
+        assert payload is not None, "evictable nodes have a copy"
+        if below.can_allocate(below.charge(payload)):
             del self._unsaved[tier][node]
-            self.transfers.start(node, lower, Urgency.AHEAD)
+            self.transfers.start(node, lower, Urgency.EAGER)
 
-    def _evictable(self, tier: Tier) -> Iterator[Node]:
-        """Some of the nodes that have to be saved and may be; those that need not be any more are forgotten."""
+    def _candidates(self, tier: Tier) -> Iterator[Node]:
+        """The evictable ones of the oldest tracked nodes; those that need not be saved any more are dropped."""
         unsaved = self._unsaved[tier]
-        for node in list(islice(unsaved, LOOKS)):
-            if not node.fixed or node.copies[tier] is None or _saved(node, tier):
+        for node in list(islice(unsaved, self.config.max_candidates)):
+            if not node.fixed or node.copies[tier] is None or _is_saved(node, tier):
                 del unsaved[node]
             elif node.evictable(tier):
                 yield node
@@ -95,133 +218,6 @@ def _below(tier: Tier, storage: TierStorage) -> Tier | None:
     return next((lower for lower in TIERS[tier + 1 :] if lower in storage.pools), None)
 
 
-def _saved(node: Node, tier: Tier) -> bool:
+def _is_saved(node: Node, tier: Tier) -> bool:
     """Whether a tier below has a copy."""
     return any(node.copies[lower] is not None for lower in TIERS[tier + 1 :])
-
-
-class Evictor:
-    """Applies a `TierPolicy`."""
-
-    def __init__(self, storage: TierStorage, transfers: TransferManager, policy: TierPolicy) -> None:
-        self.storage, self.transfers, self.policy = storage, transfers, policy
-
-    def make_room(self, tier: Tier, nbytes: int, below: Rank | None = None, hurry: bool = False) -> AllocStatus:
-        """Evicts from `tier` until `nbytes` are free there, or will be.
-
-        Args:
-            below: evict only what ranks below this.
-            hurry: a request waits for it; what need not be saved first may be evicted before what does
-                (`EvictionPolicy.rather`).
-        """
-        pool, candidates = self.storage.pools[tier], self.storage.candidates[tier]
-        if pool.can_take(nbytes):
-            return AllocStatus.READY
-        if nbytes > self.transfers.can_leave(tier):
-            return AllocStatus.REFUSED
-        while pool.free + pool.leaving < nbytes:
-            victim = candidates.first()
-            if hurry and (other := self._at_once(tier, victim)) is not None:
-                self.evict(other, tier)
-                continue
-            if self._adopts(tier, victim, below):
-                continue
-            if victim is None or (below is not None and candidates.rank(victim) >= below):
-                return AllocStatus.REFUSED
-            if self._follows(victim, tier):
-                return AllocStatus.PENDING
-            if self.evict(victim, tier) is AllocStatus.PENDING:
-                return AllocStatus.PENDING
-        return AllocStatus.READY if pool.can_take(nbytes) else AllocStatus.PENDING
-
-    def _at_once(self, tier: Tier, victim: Node | None) -> Node | None:
-        """Who may rather leave `tier` without a copy, where the one that goes next would have to be saved first."""
-        if not self.policy.ahead:
-            return None
-        candidates, job = self.storage.candidates[tier], self.transfers.ahead(tier)
-        if job is not None and (victim is None or candidates.rank(job.node) <= candidates.rank(victim)):
-            saved = sum(job.payload.layers[job.done :])
-        elif victim is not None and not victim.has_spare and self.policy.saves(victim, tier):
-            saved = victim.held[tier]
-        else:
-            return None
-        other = candidates.first_with_another_copy()
-        if other is None or not self.policy.order.rather(candidates.rank(other), other.nbytes, saved, tier):
-            return None
-        return other
-
-    def _adopts(self, tier: Tier, victim: Node | None, below: Rank | None) -> bool:
-        """Whether a node that is being saved already goes rather than `victim`; then its copy is an eviction now."""
-        if not self.policy.ahead or (job := self.transfers.ahead(tier)) is None:
-            return False
-        candidates = self.storage.candidates[tier]
-        rank = candidates.rank(job.node)
-        if (victim is not None and candidates.rank(victim) < rank) or (below is not None and rank >= below):
-            return False
-        self.transfers.adopt(job)
-        return True
-
-    def first_rank(self, tier: Tier) -> Rank | None:
-        """The rank of the next victim, be it that it is being saved already."""
-        candidates, job = self.storage.candidates[tier], self.transfers.ahead(tier)
-        first = candidates.first_rank()
-        if job is None:
-            return first
-        rank = candidates.rank(job.node)
-        return rank if first is None else min(first, rank)
-
-    def _follows(self, victim: Node, tier: Tier) -> bool:
-        """Whether a node that ranks below `victim` becomes a candidate as soon as what builds on it has been saved."""
-        rank = self.storage.candidates[tier].rank
-        for job in self.transfers.under_way:
-            parent = job.node.parent
-            if not job.frees_source or job.source != tier or parent is None or parent.copies[tier] is None:
-                continue
-            if parent.ref_count == 1 and parent.below[tier] == 1 and rank(parent) < rank(victim):
-                return True
-        return False
-
-    def evict(self, node: Node, tier: Tier) -> AllocStatus:
-        """Has a candidate leave `tier`: at once, or when it has been copied into the tier below.
-
-        Returns:
-            PENDING, and nothing is done yet, if the tier below will have room once copies have ended; else READY.
-        """
-        room, suffixes = self._evict(node, tier), self.policy.suffixes
-        if suffixes is not None and room is AllocStatus.READY and tier is Tier.DEVICE and not node.fixed:
-            suffixes.left(node)
-        return room
-
-    def _evict(self, node: Node, tier: Tier) -> AllocStatus:
-        only_copy = not node.has_spare
-        if only_copy and self.policy.saves(node, tier):
-            room = self._save(node, tier)
-            if room is not AllocStatus.REFUSED:
-                return room
-        elif only_copy and self.policy.suffixes is not None:
-            self.policy.suffixes.dropped()
-        statistics = self.transfers.statistics
-        statistics.evicted_copies += 1
-        statistics.dropped += only_copy
-        self.storage.lose(node, tier)
-        return AllocStatus.READY
-
-    def _save(self, node: Node, tier: Tier) -> AllocStatus:
-        """Begins to copy `node` out of `tier` into the next one below that has room for it; READY if that is so."""
-        for lower in TIERS[tier + 1 :]:
-            if lower not in self.storage.pools:
-                continue
-            payload = node.copies[tier]
-            assert payload is not None
-            needed = self.storage.pools[lower].charge(payload)
-            room = self.make_room(lower, needed, self.storage.candidates[lower].rank(node))
-            if node.copies[tier] is None:
-                return AllocStatus.READY  # what went from the tier below took with it what was built on it
-            if room is AllocStatus.PENDING:
-                return room
-            if room is AllocStatus.READY and self.transfers.start(node, lower, Urgency.WRITE_BACK, frees_source=True):
-                self.transfers.statistics.evicted_copies += 1
-                if self.policy.suffixes is not None and not node.fixed:
-                    self.policy.suffixes.saved(node)
-                return room
-        return AllocStatus.REFUSED

@@ -1,9 +1,7 @@
-"""Page-locked memory for the host tier: locked in large pieces once, handed out in blocks of any size.
+"""The memory of a tier: pools, which count its bytes before anything is allocated, and the pinned arena.
 
-Locking memory is slow and stops the GPU, and PyTorch's allocator of pinned memory rounds every block up to a power of
-two. Here a slab of a power of two is locked when it is first needed, and blocks are cut out of it.
-
-The memory of a tier: a capacity in bytes, counted before anything is allocated, and where copies are made.
+Locking pages is slow and stalls the GPU, and PyTorch's allocator of pinned memory rounds every block up to a power of
+two. The arena instead locks large slabs once, when they are first needed, and cuts blocks of any size out of them.
 """
 
 from __future__ import annotations
@@ -23,57 +21,168 @@ if TYPE_CHECKING:
     import torch
 
 
-UNIT = 512  # bytes: where blocks begin and what their sizes are multiples of
-SLAB = 2**28  # bytes of a slab, unless a block needs more
-APART = 2**48  # between the addresses of two slabs, so that their free ranges never meet
+class PayloadBuilder(Protocol):
+    """A copy of a payload in the making, written layer by layer by one thread at a time."""
+
+    def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies the contents of one layer, in order; on a GPU the work may still be queued on the stream."""
+        ...
+
+    def commit(self) -> KVPayload:
+        """The finished copy, after every layer has been written."""
+        ...
+
+    def abort(self) -> None:
+        """Frees what the unfinished copy has allocated. Does not raise."""
+        ...
 
 
-def rounded(nbytes: int) -> int:
-    """What a block of `nbytes` takes."""
-    return -(-nbytes // UNIT) * UNIT
+class Pool(ABC):
+    """Counts the bytes of one tier's copies, finished and in the making; `used + available == capacity`.
+
+    Who owns the bytes: `TierStorage` those of a node's copy, from `allocate` until it frees the copy; `TransferManager`
+    those of a copy in the making, which pass to the storage when the transfer is done and are freed when it fails; and
+    whoever called `reserve` the reserved ones, until `unreserve`. Changed under the cache's lock only.
+
+    Attributes:
+        capacity: bytes.
+        used: bytes allocated, for copies or reserved.
+        reserved: of these, the bytes of requests in progress, which do not belong to the tree.
+        evictable: of these, the bytes of copies of unreferenced nodes.
+        pending_free: bytes that transfers in progress into slower tiers will free here.
+
+    Raises:
+        ValueError: a negative capacity.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 0:
+            raise ValueError(f"got a capacity of {capacity} bytes; accepted: 0 (no such tier) or more")
+        self.capacity = capacity
+        self.used = self.evictable = self.pending_free = self.reserved = 0
+
+    @property
+    def available(self) -> int:
+        """Bytes that are not allocated."""
+        return self.capacity - self.used
+
+    def charge(self, payload: KVPayload) -> int:
+        """Bytes that a copy of `payload` takes here."""
+        return payload.nbytes
+
+    def validate(self, payload: KVPayload) -> None:  # noqa: B027  # memory holds everything
+        """Raises ValueError if the tier cannot hold such a payload, whatever its size."""
+
+    def can_allocate(self, nbytes: int) -> bool:
+        return nbytes <= self.available
+
+    def allocate(self, nbytes: int) -> None:
+        assert self.can_allocate(nbytes), "room is made before it is allocated"
+        self.used += nbytes
+
+    def free(self, nbytes: int) -> None:
+        self.used -= nbytes
+        assert self.used >= 0, "what is freed was allocated"
+
+    def reserve(self, nbytes: int) -> None:
+        """Allocates for KV that is computed outside the tree; `unreserve` frees it."""
+        self.allocate(nbytes)
+        self.reserved += nbytes
+
+    def unreserve(self, nbytes: int) -> None:
+        self.free(nbytes)
+        self.reserved -= nbytes
+        assert self.reserved >= 0, "what is unreserved was reserved"
+
+    @abstractmethod
+    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+        """Allocates memory for a copy of `payload`, whose bytes have been counted.
+
+        Raises:
+            OSError, RuntimeError, MemoryError: there is less memory than the capacity promises.
+        """
+
+    def discard(self, payload: KVPayload) -> None:  # noqa: B027  # reference counting frees memory
+        """Called when a copy leaves the tier, to free what reference counting does not."""
+
+    def close(self) -> None:  # noqa: B027
+        """Called once, when the cache is closed."""
+
+
+@dataclass(frozen=True)
+class ArenaConfig:
+    """Sizes of a `PinnedArena`.
+
+    Attributes:
+        block_bytes: alignment of blocks, and what their sizes are rounded up to.
+        slab_bytes: of a slab, unless a block needs more; slabs are rounded up to powers of two.
+        min_slab: smallest slab, as a share of the capacity.
+        overhead: slabs that are locked beyond the capacity, as a share of it, so that a block is found although what is
+            free is fragmented.
+
+    Raises:
+        ValueError: a size or share that is not above 0 (overhead: below 0).
+    """
+
+    block_bytes: int = 512
+    slab_bytes: int = 2**28
+    min_slab: float = 1 / 8
+    overhead: float = 1 / 4
+
+    def __post_init__(self) -> None:
+        if not (self.block_bytes > 0 and self.slab_bytes > 0 and self.min_slab > 0 and self.overhead >= 0):
+            raise ValueError(f"got {self}; accepted: sizes and shares above 0, an overhead of 0 or more")
+
+    def rounded(self, nbytes: int) -> int:
+        """Bytes that a block of `nbytes` takes."""
+        return -(-nbytes // self.block_bytes) * self.block_bytes
+
+
+_SLAB_STRIDE = 2**48  # distance between the addresses of two slabs, so that their free ranges never meet
 
 
 class PinnedArena:
-    """Blocks out of slabs: the smallest free range that is large enough, neighbours joined when they come back.
+    """Blocks of page-locked memory: best fit, and neighbouring free ranges are joined.
 
-    A block is free again when the last tensor that shares its storage is gone, whoever held it, so nobody frees a
-    block that somebody still reads. Blocks are asked for by one thread at a time and may come back on any.
+    Whoever holds a tensor that shares a block's storage owns the block; when the last one is gone, it is free again, so
+    nobody frees a block that is still being read. Blocks are allocated by one thread at a time and may be freed on any.
 
     Args:
-        capacity: bytes that may be handed out at a time, each block in multiples of `UNIT`. Slabs take up to a quarter
-            more and the rest of a slab, so that there is room if what is free lies in pieces.
-        lock_pages: gives a slab, uint8 `(nbytes,)`.
-
+        capacity: bytes allocated at a time, each block rounded up (`ArenaConfig.rounded`).
+        lock_pages: allocates a slab, uint8 `(nbytes,)`.
     Attributes:
-        used: bytes that are handed out.
+        used: bytes allocated.
         locked: bytes of all slabs.
     """
 
-    def __init__(self, capacity: int, lock_pages: Callable[[int], torch.Tensor]) -> None:
-        self.capacity = rounded(capacity)
+    def __init__(
+        self, capacity: int, lock_pages: Callable[[int], torch.Tensor], config: ArenaConfig | None = None
+    ) -> None:
+        self.config = config or ArenaConfig()
+        self.capacity = self.config.rounded(capacity)
         self.used = self.locked = 0
         self._lock_pages = lock_pages
         self._slabs: list[torch.Tensor] = []
         self._sizes: list[tuple[int, int]] = []  # free ranges: bytes, address; ascending
         self._end_of: dict[int, int] = {}  # the same ranges: end by beginning
         self._begin_of: dict[int, int] = {}  # beginning by end
-        # What has come back; the collector may bring it at any moment, also while this thread is in here.
+        # Blocks that were freed: the collector may do so at any moment, also while this thread is in here.
         self._returned: deque[tuple[int, int]] = deque()
         self._busy = threading.Lock()
 
     def block(self, nbytes: int) -> torch.Tensor:
-        """Uninitialised memory, uint8 `(nbytes,)`.
+        """Allocates uninitialised memory, uint8 `(nbytes,)`.
 
         Raises:
             MemoryError: less than that is free, or only in pieces.
         """
         import torch
 
-        size = max(UNIT, rounded(nbytes))
+        size = max(self.config.block_bytes, self.config.rounded(nbytes))
         with self._busy:
-            self._take_back()
+            self._collect_returned()
             address = self._cut(size)
-        piece = self._slabs[address // APART].numpy()[address % APART :][:nbytes]
+        piece = self._slabs[address // _SLAB_STRIDE].numpy()[address % _SLAB_STRIDE :][:nbytes]
         weakref.finalize(piece, self._returned.append, (address, size)).atexit = False
         return torch.from_numpy(piece)
 
@@ -92,16 +201,17 @@ class PinnedArena:
         return start
 
     def _add_slab(self, size: int) -> None:
-        if self.locked >= self.capacity * 5 // 4:
-            raise MemoryError(f"{size} bytes are asked for, and what is free lies in smaller pieces")
-        wanted = min(SLAB, max(self.capacity - self.locked, self.capacity // 8))
+        if self.locked >= self.capacity + int(self.capacity * self.config.overhead):
+            raise MemoryError(f"{size} bytes are asked for, and the free memory is fragmented into smaller pieces")
+        smallest = int(self.capacity * self.config.min_slab)
+        wanted = min(self.config.slab_bytes, max(self.capacity - self.locked, smallest))
         nbytes = 1 << (max(size, wanted) - 1).bit_length()
         self._slabs.append(self._lock_pages(nbytes))
         self.locked += nbytes
-        start = (len(self._slabs) - 1) * APART
+        start = (len(self._slabs) - 1) * _SLAB_STRIDE
         self._insert(start, start + nbytes)
 
-    def _take_back(self) -> None:
+    def _collect_returned(self) -> None:
         while self._returned:
             start, size = self._returned.popleft()
             self.used -= size
@@ -123,102 +233,34 @@ class PinnedArena:
         del self._end_of[start], self._begin_of[end]
 
 
-class Builder(Protocol):
-    """A copy in the making, written layer by layer by one thread at a time."""
+def page_locked(nbytes: int) -> torch.Tensor:
+    """Memory that a GPU can access by itself, uint8 `(nbytes,)`."""
+    import torch
 
-    def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes over the contents of one layer, in order; on a GPU the work may still be queued on the stream."""
-        ...
-
-    def commit(self) -> KVPayload:
-        """The finished copy; every layer has been written."""
-        ...
-
-    def abort(self) -> None:
-        """Gives back what the unfinished copy has taken. Does not raise."""
-        ...
-
-
-class Pool(ABC):
-    """Counts the bytes of one tier's copies, finished and in the making; `used + free == capacity`.
-
-    The tiers call `take` before they begin a copy or adopt one, and `give` once it is dropped or has failed.
-
-    Attributes:
-        capacity: bytes.
-        used: bytes taken.
-        reserved: of these, the bytes of requests that are being computed: nothing of the tree's.
-        idle: bytes of copies whose nodes have no user: what eviction could free.
-        leaving: bytes that copies under way into a slower tier will free here.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        if capacity < 0:
-            raise ValueError(f"got a capacity of {capacity} bytes; accepted: 0 (no such tier) or more")
-        self.capacity = capacity
-        self.used = self.idle = self.leaving = self.reserved = 0
-
-    @property
-    def free(self) -> int:
-        return self.capacity - self.used
-
-    def charge(self, payload: KVPayload) -> int:
-        """Bytes that a copy of `payload` takes here."""
-        return payload.nbytes
-
-    def require(self, payload: KVPayload) -> None:  # noqa: B027  # memory holds everything
-        """Raises ValueError if the tier cannot hold such a payload, of whatever size."""
-
-    def can_take(self, nbytes: int) -> bool:
-        return nbytes <= self.free
-
-    def take(self, nbytes: int) -> None:
-        assert self.can_take(nbytes), "room is made before it is taken"
-        self.used += nbytes
-
-    def give(self, nbytes: int) -> None:
-        self.used -= nbytes
-        assert self.used >= 0, "what is given back was taken"
-
-    def reserve(self, nbytes: int) -> None:
-        """Takes room for what is computed outside the tree; `unreserve` gives it back."""
-        self.take(nbytes)
-        self.reserved += nbytes
-
-    def unreserve(self, nbytes: int) -> None:
-        self.give(nbytes)
-        self.reserved -= nbytes
-        assert self.reserved >= 0, "what is given back was reserved"
-
-    @abstractmethod
-    def begin(self, payload: KVPayload) -> Builder:
-        """Allocates for a copy of `payload`.
-
-        Raises:
-            OSError, RuntimeError, MemoryError: there is less memory than the capacity promises.
-        """
-
-    def discard(self, payload: KVPayload) -> None:  # noqa: B027  # memory needs nothing
-        """Called when a copy leaves the tier, so that what reference counting does not free can be."""
-
-    def close(self) -> None:  # noqa: B027
-        """Called once, when the tiers are closed."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 class MemoryPool(Pool):
-    """Tensors on a device, or in the host's memory; those of a layer stand together, so that copying it is one copy.
+    """Tensors on a device or in host memory; those of a layer are contiguous, so that copying it is one copy.
 
     Args:
         capacity: bytes.
-        device: where the tensors are.
-        pinned: page-locked, so that a GPU copies at full speed and asynchronously; needs a GPU. Each layer is counted
-            as what it takes of an `PinnedArena`.
+        device: of the tensors.
+        pinned: page-locked, so that a GPU copies at full speed and asynchronously; needs a GPU. Each layer is then
+            charged what it takes of a `PinnedArena`.
+        arena: sizes of that arena.
 
     Raises:
         ValueError: a negative capacity, or pinned memory where there is no GPU.
     """
 
-    def __init__(self, capacity: int, device: str | torch.device = "cpu", pinned: bool = False) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        device: str | torch.device = "cpu",
+        pinned: bool = False,
+        arena: ArenaConfig | None = None,
+    ) -> None:
         super().__init__(capacity)
         self.device, self.pinned = device, pinned
         self._arena = None
@@ -227,12 +269,12 @@ class MemoryPool(Pool):
                 page_locked(1)
             except RuntimeError as error:
                 raise ValueError("pinned=True needs a GPU that torch sees; without one, pinned=False") from error
-            self._arena = PinnedArena(capacity, page_locked)
+            self._arena = PinnedArena(capacity, page_locked, arena)
 
     def charge(self, payload: KVPayload) -> int:
-        return payload.nbytes if self._arena is None else sum(map(rounded, payload.layers))
+        return payload.nbytes if self._arena is None else sum(map(self._arena.config.rounded, payload.layers))
 
-    def begin(self, payload: KVPayload) -> Builder:
+    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
         return _TensorBuilder(TensorPayload.empty_like(payload, self._memory, self._memory_of_parts))
 
     def _memory(self, nbytes: int) -> torch.Tensor:
@@ -243,43 +285,36 @@ class MemoryPool(Pool):
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def _memory_of_parts(self, nbytes: int) -> torch.Tensor:
-        """For a copy that is cut or joined: its bytes exist twice then, which a full arena has no room for."""
+        """For a copy that is split or joined: its bytes then exist twice, for which a full arena has no room."""
         import torch
 
         try:
             return self._memory(nbytes)
         except MemoryError:
-            return torch.empty(nbytes, dtype=torch.uint8)  # slower to move, and nothing else
-
-
-def page_locked(nbytes: int) -> torch.Tensor:
-    """Memory that a GPU copies from and to by itself, uint8 `(nbytes,)`."""
-    import torch
-
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(nbytes, dtype=torch.uint8)  # pageable: slower to copy, otherwise the same
 
 
 @dataclass
 class _TensorBuilder:
-    made: TensorPayload
+    result: TensorPayload
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         from ...eviction.storage.packing import copy_all
 
-        targets = self.made.read(layer)
+        targets = self.result.read(layer)
         copy_all(list(targets.values()), [tensors[name] for name in targets])
 
     def commit(self) -> KVPayload:
-        return self.made
+        return self.result
 
     def abort(self) -> None:
-        pass  # the memory goes with the tensors
+        pass  # the memory is freed with the tensors
 
 
 class PhantomPool(Pool):
-    """Counts and holds nothing: any tier of the simulator."""
+    """Counts bytes and holds no data: any tier of the simulator."""
 
-    def begin(self, payload: KVPayload) -> Builder:
+    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
         assert isinstance(payload, PhantomPayload), "a pool without memory holds payloads without data"
         return _PhantomBuilder(payload)
 

@@ -1,21 +1,19 @@
-"""Copies between tiers: one job a copy, one queue a link, and the rule who goes next at the boundary of a layer.
+"""Transfers between tiers: a job for each copy, a queue for each link, and the choice at every layer boundary.
 
-Whatever moves the bytes, threads or a virtual clock, asks the queue what to do at every boundary; so a demand load
+Whatever moves the bytes, threads or a virtual clock, asks the queue what to do at each boundary, so a demand load
 overtakes a prefetch by the same rule in the engine and in the simulator.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 
+from ..lazy_heap import LazyHeap
 from .base import KVPayload, Link, Tier, Urgency
-from .memory_pool import Builder
-from .radix_tree import Node
+from .memory_pool import PayloadBuilder
 
 
 class Outcome(Enum):
@@ -24,63 +22,70 @@ class Outcome(Enum):
     CANCELLED = "cancelled"
 
 
-class Move(Enum):
-    """What to do with a job at the boundary of a layer."""
+class LayerAction(Enum):
+    """The next action for a job at the boundary of a layer."""
 
     COPY = "copy the next layer"
     COMMIT = "finish the copy"
-    YIELD = "put it back: something more urgent waits"
-    CANCEL = "give it up"
+    YIELD = "requeue the job: a more urgent one is queued"
+    CANCEL = "abort the copy"
 
 
 @dataclass(eq=False)
 class TransferJob:
-    """One copy of a node's payload. Whoever moves the bytes owns the job from `submit` until it is polled.
+    """One copy of a payload. The backend owns the job from `submit` until it is polled.
 
     Attributes:
-        node: whose copy; the mover does not touch it.
+        id: of the transfer.
+        owner: the node whose payload it is; opaque here and to the backend.
         source, target: tiers.
         payload: what is read; the pool of `source` keeps it meanwhile.
         builder: what is written.
-        urgency, priority: smaller goes first; `priority` is for jobs of one urgency, e.g. a deadline in seconds.
-        held: bytes taken from the target's pool.
-        frees_source: the copy is part of an eviction: its source is to go once it is done.
-        waiters: numbers of the leases that want the result.
-        done: layers copied so far.
-        cancelled: it was asked to stop; it does at the next boundary.
+        urgency, priority: the smaller runs first; `priority` orders jobs of one urgency, e.g. a deadline in seconds.
+        allocated: bytes allocated in the target's pool.
+        frees_source: the transfer is part of an eviction, which frees the source when it is done.
+        waiters: ids of the handles that wait for the result.
+        layers_done: layers copied so far.
+        cancelled: it was asked to stop, and does so at the next boundary.
         outcome, result, error: how it ended.
-        ready: waits, on a GPU, for what computed the payload; called before the first layer by the mover.
+        ready: makes the copying stream of a GPU wait for what computed the payload; the backend calls it before the
+            first layer.
     """
 
-    node: Node
+    id: int
+    owner: Any
     source: Tier
     target: Tier
     payload: KVPayload
-    builder: Builder
+    builder: PayloadBuilder
     urgency: Urgency
     priority: float = 0.0
-    held: int = 0
+    allocated: int = 0
     frees_source: bool = False
     waiters: set[int] = field(default_factory=set)
-    done: int = 0
+    layers_done: int = 0
     cancelled: bool = False
     outcome: Outcome | None = None
     result: KVPayload | None = None
     error: BaseException | None = None
     ready: Callable[[], None] | None = None
-    entry: int = field(default=0, repr=False)  # its valid place in a queue, 0 = in none
 
     @property
     def link(self) -> Link:
         return self.source, self.target
 
+    @property
+    def remaining_bytes(self) -> int:
+        """Bytes of the layers that are not copied yet."""
+        return sum(self.payload.layers[self.layers_done :])
+
     def copy_layer(self) -> None:
         """Copies the next layer; raises what reading and writing raise."""
-        self.builder.write(self.done, self.payload.read(self.done))
-        self.done += 1
+        self.builder.write(self.layers_done, self.payload.read(self.layers_done))
+        self.layers_done += 1
 
-    def end(self, outcome: Outcome, error: BaseException | None = None) -> None:
-        """Called once, by the mover; commits or aborts the builder."""
+    def finish(self, outcome: Outcome, error: BaseException | None = None) -> None:
+        """Commits or aborts the builder; called once, by the backend."""
         if outcome is Outcome.DONE:
             try:
                 self.result = self.builder.commit()
@@ -92,86 +97,77 @@ class TransferJob:
 
 
 class TransferQueue:
-    """The jobs that wait for one link. Not locked: its mover does that."""
+    """The jobs that wait for one link, by urgency and priority. Not synchronised: its backend does that."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[Urgency, float, int, TransferJob]] = []
-        self._numbers = count(1)
+        self._jobs: LazyHeap[TransferJob] = LazyHeap()
 
-    def put(self, job: TransferJob) -> None:
-        """Enters `job`; also after its urgency or priority has changed, which makes the old entry stale."""
-        job.entry = next(self._numbers)
-        heapq.heappush(self._heap, (job.urgency, job.priority, job.entry, job))
+    def push(self, job: TransferJob) -> None:
+        """Queues `job`, or ranks it anew after its urgency or priority has changed."""
+        self._jobs.push(job, (job.urgency, job.priority))
 
     def remove(self, job: TransferJob) -> bool:
-        """Takes a waiting job out; False if it was not waiting."""
-        waiting, job.entry = job.entry != 0, 0
-        return waiting
+        """Removes a queued job; False if it was not queued."""
+        return self._jobs.discard(job)
 
-    def first(self) -> TransferJob | None:
-        """The job that goes next; it stays."""
-        while self._heap and self._heap[0][3].entry != self._heap[0][2]:
-            heapq.heappop(self._heap)
-        return self._heap[0][3] if self._heap else None
+    def peek(self) -> TransferJob | None:
+        """The job that runs next, which stays queued."""
+        return self._jobs.peek()
 
-    def take(self) -> TransferJob | None:
-        """The job that goes next, out of the queue."""
-        job = self.first()
-        if job is not None:
-            heapq.heappop(self._heap)
-            job.entry = 0
-        return job
+    def pop(self) -> TransferJob | None:
+        """The job that runs next, removed from the queue."""
+        return self._jobs.pop()
 
-    def next_move(self, job: TransferJob) -> Move:
-        """What to do with the running `job` at the boundary it has reached."""
+    def next_action(self, job: TransferJob) -> LayerAction:
+        """The next action for the running `job` at the boundary it has reached."""
         if job.cancelled:
-            return Move.CANCEL
-        if job.done == len(job.payload.layers):
-            return Move.COMMIT
-        first = self.first()
-        # Only a more urgent kind overtakes: among equals a job half done goes on, or two could starve each other.
+            return LayerAction.CANCEL
+        if job.layers_done == len(job.payload.layers):
+            return LayerAction.COMMIT
+        first = self.peek()
+        # Only a more urgent kind overtakes: two jobs of one kind could otherwise starve each other.
         if first is not None and first.urgency < job.urgency:
-            return Move.YIELD
-        return Move.COPY
+            return LayerAction.YIELD
+        return LayerAction.COPY
 
 
 class TransferBackend(Protocol):
-    """Moves the bytes of jobs and hands them back when they have ended, in the order in which they ended.
+    """Moves the bytes of jobs and returns the jobs in the order in which they end. Callable from any thread.
 
     Attributes:
-        ended: how many jobs have ended so far, polled or not, and how often waiting was interrupted.
+        num_events: jobs that have ended, polled or not, and interrupts; `wait` waits for it to grow.
     """
 
-    ended: int
+    num_events: int
 
     def submit(self, job: TransferJob) -> None:
         """Takes over `job`. Does not block."""
         ...
 
     def cancel(self, job: TransferJob) -> None:
-        """Asks that `job` stop; it may still end as DONE. Nothing happens if it has ended."""
+        """Asks `job` to stop; it may still end as DONE. No effect on a job that has ended."""
         ...
 
     def promote(self, job: TransferJob, urgency: Urgency, priority: float) -> None:
-        """Makes a waiting or running `job` that urgent."""
+        """Changes the urgency and priority of a queued or running `job`."""
         ...
 
     def poll(self) -> Sequence[TransferJob]:
-        """The jobs that have ended since the last call; does not block."""
+        """The jobs that have ended since the last call. Does not block."""
         ...
 
-    def wait(self, ended: int, timeout_s: float) -> bool:
-        """Waits until more than `ended` jobs have ended; False if the time runs out first."""
+    def wait(self, num_events: int, timeout_s: float) -> bool:
+        """Waits until `self.num_events` exceeds the given number; False on timeout."""
         ...
 
     def interrupt(self) -> None:
-        """Ends everybody's waiting: there is other news."""
+        """Ends the waiting of all threads, as an event of another kind has happened."""
         ...
 
     def next_time(self) -> float | None:
-        """When the next copy will have ended; None if nothing is under way, or only real time will tell."""
+        """When the next transfer will end, in seconds; None if there is none, or only real time will tell."""
         ...
 
     def close(self) -> None:
-        """Cancels everything, and returns when nothing is moved any more; `poll` then has the rest."""
+        """Cancels everything and returns when no bytes are moved any more; the rest is then polled."""
         ...

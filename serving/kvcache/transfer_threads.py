@@ -1,4 +1,4 @@
-"""Copies on worker threads: one a link, on a side stream where a GPU takes part."""
+"""Transfers on worker threads: one for each link, on a side stream if a GPU is involved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .base import Link, Urgency
-from .transfer_queue import Move, Outcome, TransferJob, TransferQueue
+from .transfer_queue import LayerAction, Outcome, TransferJob, TransferQueue
 
 if TYPE_CHECKING:
     import torch
@@ -21,18 +21,21 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerDiedError(RuntimeError):
-    """The thread that carried a copy ended without a word; another one has taken its place."""
+    """The worker thread of a transfer died during it; another thread has replaced it."""
 
 
 class ThreadedTransfer:
     """A `TransferBackend` with a daemon thread for each link, started at the link's first job.
 
-    Workers touch jobs, never nodes or pools. All methods may be called from any thread.
+    Workers access jobs, never nodes or pools. All methods may be called from any thread.
 
     Args:
-        bandwidth: bytes/s that a link is held to, for links that shall be slower than they are.
-        device: the GPU of the device tier; copies from and to it then run on a stream of their own, which waits for
+        bandwidth: bytes/s to which a link is throttled.
+        device: the GPU of the device tier; transfers from and to it then run on a stream of their own, which waits for
             what was queued on the submitter's stream.
+
+    Raises:
+        ValueError: a bandwidth that is not above 0.
     """
 
     def __init__(self, bandwidth: Mapping[Link, float] | None = None, device: torch.device | str | None = None) -> None:
@@ -47,7 +50,7 @@ class ThreadedTransfer:
         self._workers: dict[Link, threading.Thread] = {}
         self._finished: deque[TransferJob] = deque()
         self._closing = threading.Event()
-        self.ended = 0
+        self.num_events = 0
 
     def submit(self, job: TransferJob) -> None:
         with self._changed:
@@ -60,7 +63,7 @@ class ThreadedTransfer:
             if self._closing.is_set():
                 self._end(job, Outcome.CANCELLED)
                 return
-            self._queues[job.link].put(job)
+            self._queues[job.link].push(job)
             self._changed.notify_all()
 
     def cancel(self, job: TransferJob) -> None:
@@ -73,7 +76,7 @@ class ThreadedTransfer:
         with self._changed:
             job.urgency, job.priority = urgency, priority
             if self._queues[job.link].remove(job):
-                self._queues[job.link].put(job)
+                self._queues[job.link].push(job)
                 self._changed.notify_all()
 
     def poll(self) -> Sequence[TransferJob]:
@@ -82,13 +85,13 @@ class ThreadedTransfer:
             self._finished.clear()
             return finished
 
-    def wait(self, ended: int, timeout_s: float) -> bool:
+    def wait(self, num_events: int, timeout_s: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: self.ended > ended, timeout_s)
+            return self._changed.wait_for(lambda: self.num_events > num_events, timeout_s)
 
     def interrupt(self) -> None:
         with self._changed:
-            self.ended += 1
+            self.num_events += 1
             self._changed.notify_all()
 
     def next_time(self) -> None:
@@ -98,7 +101,7 @@ class ThreadedTransfer:
         with self._changed:
             self._closing.set()
             for queue in self._queues.values():
-                while (job := queue.take()) is not None:
+                while (job := queue.pop()) is not None:
                     self._end(job, Outcome.CANCELLED)
             for job in self._running.values():
                 job.cancelled = True
@@ -115,58 +118,58 @@ class ThreadedTransfer:
     def _work(self, link: Link) -> None:
         try:
             with self._stream():
-                while (job := self._take(link)) is not None:
-                    self._carry(job)
+                while (job := self._next_job(link)) is not None:
+                    self._run(job)
         finally:
-            # Reached without an order to close only if the thread is dying, whatever of.
+            # Reached while not closing only if the thread is dying, for whatever reason.
             with self._changed:
                 job = self._running.pop(link, None)
                 if job is not None:
                     self._end(job, Outcome.FAILED, WorkerDiedError(f"the worker of {link[0].name} -> {link[1].name}"))
                 if not self._closing.is_set():
-                    logger.error("a copy worker died (%s -> %s); starting another", link[0].name, link[1].name)
+                    logger.error("a transfer worker died (%s -> %s); starting another", link[0].name, link[1].name)
                     self._start(link)
 
-    def _take(self, link: Link) -> TransferJob | None:
-        """Waits for the next job of a link; None at the end."""
+    def _next_job(self, link: Link) -> TransferJob | None:
+        """Waits for the next job of a link; None when closing."""
         with self._changed:
             queue = self._queues[link]
-            self._changed.wait_for(lambda: self._closing.is_set() or queue.first() is not None)
-            job = None if self._closing.is_set() else queue.take()
+            self._changed.wait_for(lambda: self._closing.is_set() or queue.peek() is not None)
+            job = None if self._closing.is_set() else queue.pop()
             if job is not None:
                 self._running[link] = job
             return job
 
-    def _carry(self, job: TransferJob) -> None:
-        """Copies layers until the job has ended or has to make way."""
+    def _run(self, job: TransferJob) -> None:
+        """Copies layers until the job has ended or must yield."""
         queue = self._queues[job.link]
         while True:
             with self._changed:
-                move = queue.next_move(job)
-                if move is Move.YIELD:
+                action = queue.next_action(job)
+                if action is LayerAction.YIELD:
                     del self._running[job.link]
-                    queue.put(job)
+                    queue.push(job)
                     return
             outcome, error = None, None
-            if move is Move.COPY:
+            if action is LayerAction.COPY:
                 try:
                     self._copy_layer(job)
                 except Exception as failure:
                     outcome, error = Outcome.FAILED, failure
             else:
-                outcome = Outcome.DONE if move is Move.COMMIT else Outcome.CANCELLED
+                outcome = Outcome.DONE if action is LayerAction.COMMIT else Outcome.CANCELLED
             if outcome is not None:
-                job.end(outcome, error)  # may write to a disk: not under the lock
+                job.finish(outcome, error)  # may write to disk: not under the lock
                 with self._changed:
                     del self._running[job.link]
-                    self._hand_back(job)
+                    self._return(job)
                 return
 
     def _copy_layer(self, job: TransferJob) -> None:
         begun = time.monotonic()
-        if job.ready is not None and job.done == 0:
+        if job.ready is not None and job.layers_done == 0:
             job.ready()
-        size = job.payload.layers[job.done]
+        size = job.payload.layers[job.layers_done]
         job.copy_layer()
         if self._gpu is not None:
             _wait_for_stream(self._gpu)
@@ -175,12 +178,12 @@ class ThreadedTransfer:
             self._closing.wait(max(0.0, size / speed - (time.monotonic() - begun)))
 
     def _end(self, job: TransferJob, outcome: Outcome, error: BaseException | None = None) -> None:
-        job.end(outcome, error)
-        self._hand_back(job)
+        job.finish(outcome, error)
+        self._return(job)
 
-    def _hand_back(self, job: TransferJob) -> None:
+    def _return(self, job: TransferJob) -> None:
         self._finished.append(job)
-        self.ended += 1
+        self.num_events += 1
         self._changed.notify_all()
 
     def _stream(self) -> Any:
@@ -191,7 +194,7 @@ class ThreadedTransfer:
         return torch.cuda.stream(torch.cuda.Stream(self._gpu))
 
     def _after_current_stream(self, gpu: torch.device) -> Any:
-        """What makes a worker's stream wait until everything queued so far on the caller's has run."""
+        """A function that makes a worker's stream wait for everything queued so far on the caller's."""
         import torch
 
         event = torch.cuda.current_stream(gpu).record_event()
@@ -208,7 +211,7 @@ def _on_gpu(device: torch.device | str | None) -> torch.device | None:
 
 
 def _wait_for_stream(gpu: torch.device) -> None:
-    """Waits, without the interpreter's lock, until the worker's stream has copied the layer."""
+    """Waits, without the GIL, until the worker's stream has copied the layer."""
     import torch
 
     torch.cuda.current_stream(gpu).record_event().synchronize()

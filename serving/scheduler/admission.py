@@ -8,15 +8,15 @@ admitted can finish whatever the others do, and nobody holds one part while wait
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from enum import Enum
 from itertools import islice
 
 from ..kvcache.base import Tier, Urgency
+from ..kvcache.estimates import Estimates, LoadChoice
 from ..kvcache.eviction_policy import AllocStatus
-from ..kvcache.memory_pool import Pool
-from ..kvcache.radix_tree import Node, fastest
-from ..kvcache.tiered_cache import CacheHandle, Choice, Estimates, LoadState, TieredCache
+from ..kvcache.radix_tree import Node
+from ..kvcache.tiered_cache import CacheHandle, LoadState, TieredCache
 from ..kvcache.transfer_queue import Outcome, TransferJob
 from ..metrics import SchedulerMetrics
 from ..prediction import NextCallPredictor
@@ -50,13 +50,13 @@ class PendingLoads:
         assert entry.handle is not None, "what is loaded is leased"
         entry.state = State.LOADING
         self._entries[entry] = None
-        self._by_lease[entry.handle.number] = entry
+        self._by_lease[entry.handle.id] = entry
 
     def remove(self, entry: Entry) -> None:
         """It loads nothing any more; its lease is still there."""
         if entry in self._entries:
             assert entry.handle is not None, "what is loaded is leased"
-            del self._entries[entry], self._by_lease[entry.handle.number]
+            del self._entries[entry], self._by_lease[entry.handle.id]
             self._landed.pop(entry, None)
         self.ready.pop(entry, None)
 
@@ -96,24 +96,12 @@ class PendingLoads:
         """Raises AssertionError unless entries and leases agree."""
         for entry in self._entries:
             assert entry.state is State.LOADING and entry.handle is not None and entry.handle.live
-            assert self._by_lease[entry.handle.number] is entry
+            assert self._by_lease[entry.handle.id] is entry
         assert len(self._by_lease) == len(self._entries), "only what loads is found by its lease"
         assert self._landed.keys() <= self._entries.keys()
         for entry in self.ready:
             assert entry.state is State.LOADED and entry.handle is not None
             assert len(entry.handle.payloads()) == len(entry.handle.nodes() or ()), "what has come stays on the device"
-
-
-def bytes_of_loads(missing: Sequence[Node], pool: Pool) -> int:
-    """That the device's pool must have for copies that are not under way yet."""
-    total = 0
-    for node in missing:
-        if node.flight is None or node.flight.target is not Tier.DEVICE:
-            source = fastest(node)
-            payload = None if source is None else node.copies[source]
-            assert payload is not None, "a chain has data"
-            total += pool.charge(payload)
-    return total
 
 
 FAILURES = 2  # of a request's loads, after which its prompt is computed
@@ -154,7 +142,7 @@ class Admission:
         self.overdue: dict[Entry, None] = {}
         self.loading = PendingLoads()
         self.changed = self.starved = False
-        tiers.transfers.listeners.append(self.loading.on_copy)
+        tiers.add_transfer_listener(self.loading.on_copy)
 
     def __len__(self) -> int:
         """Requests that wait to be admitted."""
@@ -186,7 +174,7 @@ class Admission:
             entry.handle.release()
             entry.handle = None
         if entry.reserved:
-            self.tiers.release(entry.reserved)
+            self.tiers.unreserve(entry.reserved)
             entry.reserved = 0
         self.changed = True
 
@@ -279,18 +267,18 @@ class Admission:
         tiers = self.tiers
         if not entry.opened:
             self.predictor.opened(entry.request)
-        handle = entry.handle = tiers.open(entry.lookup, entry.request.namespace, again=entry.opened)
+        handle = entry.handle = tiers.open(entry.lookup, entry.request.namespace, retry=entry.opened)
         entry.opened = True
         found, choice, missing = self._choose(entry, handle)
         if missing and len(self.loading) >= self.limits.loading:
             self._let_go(entry)
             return Attempt.ASIDE
-        beside = bytes_of_loads(missing, tiers.pools[Tier.DEVICE])
+        beside = tiers.bytes_to_load(missing)
         room = tiers.reserve(entry.needed, beside)
         wanted = entry.needed + beside
-        cancelled = room is AllocStatus.REFUSED and tiers.transfers.cancel_prefetches(Tier.DEVICE, wanted)
+        cancelled = room is AllocStatus.REFUSED and tiers.cancel_prefetches(wanted)
         if room is AllocStatus.REFUSED and not cancelled and alone and handle.length:
-            handle.shorten(handle.node.root)  # what is cached of it is itself in the way
+            handle.truncate(handle.node.root)  # what is cached of it is itself in the way
             missing = []
             room = tiers.reserve(entry.needed)
         if room is not AllocStatus.READY:
@@ -306,7 +294,7 @@ class Admission:
         self.withdraw(entry)
         self.changed = changed
 
-    def _choose(self, entry: Entry, handle: CacheHandle) -> tuple[int, Choice, list[Node]]:
+    def _choose(self, entry: Entry, handle: CacheHandle) -> tuple[int, LoadChoice, list[Node]]:
         """Shortens the lease to what is used.
 
         Returns:
@@ -317,10 +305,10 @@ class Admission:
         choice = self.estimates.choose(chain, entry.size, entry.compute, self._computing + len(self))
         found = handle.length
         if choice.nodes < len(chain):
-            handle.shorten(chain[choice.nodes - 1] if choice.nodes else handle.node.root)
+            handle.truncate(chain[choice.nodes - 1] if choice.nodes else handle.node.root)
         return found, choice, [node for node in chain[: choice.nodes] if node.copies[Tier.DEVICE] is None]
 
-    def _begin(self, entry: Entry, handle: CacheHandle, missing: list[Node], found: int, choice: Choice) -> Attempt:
+    def _begin(self, entry: Entry, handle: CacheHandle, missing: list[Node], found: int, choice: LoadChoice) -> Attempt:
         """The memory is there; loads what is missing."""
         now = self.tiers.clock()
         if missing:

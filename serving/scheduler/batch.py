@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..kvcache.base import KVPayload, Tier
+from ..kvcache.base import KVPayload
 from ..kvcache.eviction_policy import AllocStatus
 from ..kvcache.radix_tree import TOKEN_BYTES, Pages, encode
 from ..kvcache.tiered_cache import CacheHandle, TieredCache
@@ -32,11 +32,11 @@ class Batch:
         self.prefilling[entry] = None
         if entry.agent is not None and 0 < entry.fixed <= handle.length and not self._is_tagged(entry, handle):
             leased = Pages(entry.key[: handle.length * TOKEN_BYTES])
-            self.tiers.insert(handle, leased, None, entry.agent, entry.fixed)
+            self.tiers.store(handle, leased, None, entry.agent, entry.fixed)
 
     def _is_tagged(self, entry: Entry, handle: CacheHandle) -> bool:
         """Whether the tree knows already where the agent's fixed prompt ends."""
-        end = self.tiers.tree.ends.get(entry.agent)
+        end = self.tiers.lookup_agent(entry.agent)
         return end is not None and end.end == entry.fixed and any(node is end for node in handle.node.path())
 
     def remove(self, entry: Entry) -> None:
@@ -130,19 +130,18 @@ class Batch:
         Raises:
             ValueError: the payload is not of these tokens, or of a type that a pool cannot hold.
         """
-        handle, (_, end), pool = entry.handle, span, self.tiers.pools[Tier.DEVICE]
+        handle, (_, end) = entry.handle, span
         assert handle is not None, "what is computed has a lease"
         with self.tiers.lock:
             taken = min(entry.reserved, (end - handle.length) * entry.byte_rate)
-            pool.unreserve(taken)
+            self.tiers.unreserve(taken)
             entry.reserved -= taken
             room = None
             try:
                 agent = entry.agent
-                room = self.tiers.insert(handle, self._key(entry, end), payload, agent, min(entry.fixed, end))
+                room = self.tiers.store(handle, self._key(entry, end), payload, agent, min(entry.fixed, end))
             finally:
-                if room is not AllocStatus.READY and pool.can_take(taken):  # it stays with the request
-                    pool.reserve(taken)
+                if room is not AllocStatus.READY and self.tiers.try_reserve(taken):  # it stays with the request
                     entry.reserved += taken
         self.statistics.stores += room is AllocStatus.READY
         self.statistics.stores_refused += room is not AllocStatus.READY
@@ -155,4 +154,4 @@ class Batch:
             return key
         if missing < 0:
             return Pages(key[: end * TOKEN_BYTES])
-        return Pages(key + encode([*entry.tail, *entry.tokens][:missing], self.tiers.tree.page_size))
+        return Pages(key + encode([*entry.tail, *entry.tokens][:missing], self.tiers.page_size))

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import deque
 
 from ..hints.hint import Hint
-from ..kvcache.base import Tier
-from ..kvcache.tiered_cache import Estimates, TieredCache
+from ..kvcache.estimates import Estimates
+from ..kvcache.tiered_cache import TieredCache
 from ..metrics import SchedulerMetrics
 from ..prediction import NextCallPredictor
 from ..prefetch import Prefetcher
@@ -91,8 +91,8 @@ class LiveRequests:
         places = [*waiting, *batch.prefilling, *batch.decoding]
         assert len(places) == len(set(places)) and set(places) == set(entries), "a request is in one place"
         reserved = sum(entry.reserved for entry in entries)
-        assert admission.tiers.pools[Tier.DEVICE].reserved == reserved, "reserved bytes belong to requests"
-        handles = {entry.handle.number for entry in entries if entry.handle is not None}
+        assert admission.tiers.reserved_bytes == reserved, "reserved bytes belong to requests"
+        handles = {entry.handle.id for entry in entries if entry.handle is not None}
         assert handles <= admission.tiers.handles.keys(), "leases of requests are live"
         assert len(batch) <= admission.limits.running, "no more are computed than may be"
         for entry in batch.prefilling:
@@ -154,7 +154,7 @@ class Scheduler:
         Raises:
             ValueError: it can never be computed, its id is in use, the queue is full, or the scheduler is closed.
         """
-        page_size, clock = self.tiers.tree.page_size, self.tiers.clock
+        page_size, clock = self.tiers.page_size, self.tiers.clock
         entry = new_entry(request, page_size, self.bytes_per_token, clock())
         with self.tiers.lock:
             self._refuse_what_cannot_be(request, entry)
@@ -164,7 +164,7 @@ class Scheduler:
                 self.prefetcher.called(entry.agent)
             self._requests.add(entry)
             self._news = True
-        self.tiers.transfers.mover.interrupt()
+        self.tiers.interrupt()
 
     def _refuse_what_cannot_be(self, request: Request, entry: Entry) -> None:
         if self._closed is not None:
@@ -173,7 +173,7 @@ class Scheduler:
             raise ValueError(f"there is a request {request.id!r} already that is not over")
         if len(self._admission) >= self.limits.waiting:
             raise ValueError(f"the queue is full: {self.limits.waiting} waiting requests are accepted")
-        capacity = self.tiers.pools[Tier.DEVICE].capacity
+        capacity = self.tiers.capacity()
         if entry.needed > capacity:
             raise ValueError(
                 f"the request {request.id!r} needs {entry.needed} bytes for {entry.size} + {request.max_new_tokens} "
@@ -187,14 +187,14 @@ class Scheduler:
             if entry is not None:
                 self._requests.end(entry, RequestOutput.CANCELLED, "the request was cancelled")
             self._news = True
-        self.tiers.transfers.mover.interrupt()
+        self.tiers.interrupt()
 
     def hint(self, hint: Hint) -> None:
         """Takes a client's hint; it moves memory, never answers."""
         with self.tiers.lock:
             self.predictor.hinted(hint)
             self._news = True
-        self.tiers.transfers.mover.interrupt()
+        self.tiers.interrupt()
 
     def take_ended(self) -> list[Ended]:
         """The requests that have ended since the last call, in that order."""
@@ -220,7 +220,7 @@ class Scheduler:
             if self._out is not None:
                 raise ValueError(f"the work {self._out.number} is still out: complete it before asking for more")
             self._news = False
-            self._seen = self.tiers.transfers.mover.ended
+            self._seen = self.tiers.num_events
             self.tiers.poll()
             self._refresh()
             self._requests.expire()
@@ -229,7 +229,7 @@ class Scheduler:
                 self._batch.add(entry, now)
             if self.prefetcher is not None:
                 self.prefetcher.pump(hold=self._admission.starved, room=room)
-            self.tiers.save_ahead()
+            self.tiers.write_back_eagerly()
             if self.batch_waits and self._admission.loading:
                 return None
             self._works += 1
@@ -268,9 +268,7 @@ class Scheduler:
             else:
                 over = self._batch.take_decode(item, steps)
         except Exception as failure:
-            self._requests.end(
-                entry, RequestOutput.FAILED, f"computing it failed: {type(failure).__name__}: {failure}"
-            )
+            self._requests.end(entry, RequestOutput.FAILED, f"computing it failed: {type(failure).__name__}: {failure}")
             return
         if over:
             self._requests.end(entry, RequestOutput.ANSWERED, None)
@@ -288,7 +286,7 @@ class Scheduler:
             if self.prefetcher is not None:
                 self.prefetcher.close()
             self._news = True
-        self.tiers.transfers.mover.interrupt()
+        self.tiers.interrupt()
 
     # Time -------------------------------------------------------------------------------------------------------
 
@@ -309,13 +307,12 @@ class Scheduler:
             seen = self._seen
         if due is not None:
             timeout_s = min(timeout_s, max(0.0, due - self.tiers.clock()))
-        self.tiers.transfers.mover.wait(seen, timeout_s)
+        self.tiers.wait(seen, timeout_s)
 
     def next_time(self) -> float | None:
         """When something happens next without the driver: a copy (in virtual time), a timeout, a prefetch."""
         with self.tiers.lock:
-            mover = self.tiers.transfers.mover
-            copies, timers = mover.next_time(), self._timers.next_time()
+            copies, timers = self.tiers.next_time(), self._timers.next_time()
             wishes = None if self.prefetcher is None else self.prefetcher.next_time()
             return min((time for time in (copies, timers, wishes) if time is not None), default=None)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from ..kvcache.base import Link, Urgency
-from ..kvcache.transfer_queue import Move, Outcome, TransferJob, TransferQueue
+from ..kvcache.transfer_queue import LayerAction, Outcome, TransferJob, TransferQueue
 
 
 class VirtualClock:
@@ -54,11 +54,11 @@ class VirtualTransfer:
         self._due: list[tuple[float, int, Link]] = []
         self._numbers = count()
         self._finished: deque[TransferJob] = deque()
-        self.ended = 0
+        self.num_events = 0
 
     def submit(self, job: TransferJob) -> None:
         self._run(self.clock.now)  # what happens now must not change what is past
-        self._queues[job.link].put(job)
+        self._queues[job.link].push(job)
         if job.link not in self._running:
             self._next_job(job.link, self.clock.now)
 
@@ -72,7 +72,7 @@ class VirtualTransfer:
         self._run(self.clock.now)
         job.urgency, job.priority = urgency, priority
         if self._queues[job.link].remove(job):
-            self._queues[job.link].put(job)
+            self._queues[job.link].push(job)
 
     def poll(self) -> Sequence[TransferJob]:
         self._run(self.clock.now)
@@ -88,28 +88,28 @@ class VirtualTransfer:
 
     def _end_time(self, time: float, job: TransferJob) -> float:
         """When the running `job`, whose next layer is there at `time`, ends; `time` if it may stop there."""
-        first = self._queues[job.link].first()
+        first = self._queues[job.link].peek()
         if not job.cancelled and (first is None or first.urgency >= job.urgency):
             speed = self.speeds[job.link]
-            for nbytes in job.payload.layers[job.done + 1 :]:
+            for nbytes in job.payload.layers[job.layers_done + 1 :]:
                 time += speed.seconds(nbytes)
         return time
 
-    def wait(self, ended: int, timeout_s: float) -> bool:
+    def wait(self, num_events: int, timeout_s: float) -> bool:
         deadline = self.clock.now + timeout_s
-        while self.ended <= ended and self._due and self._due[0][0] <= deadline:
+        while self.num_events <= num_events and self._due and self._due[0][0] <= deadline:
             self.clock.advance_to(self._due[0][0])
             self._run(self.clock.now)
-        if self.ended <= ended:
+        if self.num_events <= num_events:
             self.clock.advance_to(deadline)
-        return self.ended > ended
+        return self.num_events > num_events
 
     def interrupt(self) -> None:
-        self.ended += 1
+        self.num_events += 1
 
     def close(self) -> None:
         for queue in self._queues.values():
-            while (job := queue.take()) is not None:
+            while (job := queue.pop()) is not None:
                 self._end(job, Outcome.CANCELLED)
         for job in self._running.values():
             self._end(job, Outcome.CANCELLED)
@@ -134,7 +134,7 @@ class VirtualTransfer:
         job.copy_layer()
 
     def _next_job(self, link: Link, time: float) -> None:
-        job = self._queues[link].take()
+        job = self._queues[link].pop()
         if job is not None:
             self._running[link] = job
             self._continue(job, time)
@@ -142,19 +142,19 @@ class VirtualTransfer:
     def _continue(self, job: TransferJob, time: float) -> None:
         """Does what the queue says at the boundary that `job` reaches at `time`."""
         link, queue = job.link, self._queues[job.link]
-        move = queue.next_move(job)
-        if move is Move.COPY:
-            seconds = self.speeds[link].seconds(job.payload.layers[job.done])
+        action = queue.next_action(job)
+        if action is LayerAction.COPY:
+            seconds = self.speeds[link].seconds(job.payload.layers[job.layers_done])
             heapq.heappush(self._due, (time + seconds, next(self._numbers), link))
             return
         del self._running[link]
-        if move is Move.YIELD:
-            queue.put(job)
+        if action is LayerAction.YIELD:
+            queue.push(job)
         else:
-            self._end(job, Outcome.DONE if move is Move.COMMIT else Outcome.CANCELLED)
+            self._end(job, Outcome.DONE if action is LayerAction.COMMIT else Outcome.CANCELLED)
         self._next_job(link, time)
 
     def _end(self, job: TransferJob, outcome: Outcome, error: BaseException | None = None) -> None:
-        job.end(outcome, error)
+        job.finish(outcome, error)
         self._finished.append(job)
-        self.ended += 1
+        self.num_events += 1

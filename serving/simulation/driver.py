@@ -119,7 +119,7 @@ class Timeline:
     def _place(self, agent: str) -> str:
         """The slowest place of a part of the prompt: it is on the device when all of it is."""
         assert self._system is not None, "begun"
-        end = self._system.tiers.tree.ends.get(agent)
+        end = self._system.tiers.lookup_agent(agent)
         if end is None:
             return Status.ABSENT.value
         places = [node.status.value for node in end.path()]
@@ -325,7 +325,7 @@ class Driver:
         return run
 
     def _events(self) -> int:
-        mover = self.system.tiers.transfers.mover
+        mover = self.system.tiers.transfers.backend
         assert isinstance(mover, CountedTransfer), "the system was built by a Machine"
         return self.system.scheduler.statistics.events + mover.parts
 

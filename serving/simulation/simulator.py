@@ -111,7 +111,7 @@ def outcome_of(run: Run, before: Before, honest: bool = True) -> Outcome:
     """
     calls = [ended for ended in run.ended if not (honest and ended.request.client.startswith("hostile"))]
     moved, wasted = before.until(run.system)
-    page = run.system.tiers.tree.page_size
+    page = run.system.tiers.page_size
     fixed = [ended.request.fixed_tokens // page * page for ended in calls]
     hits = [min(size, ended.cached_tokens - ended.loaded_tokens) for size, ended in zip(fixed, calls, strict=True)]
     waits = [ended.times.first_token - ended.times.arrived for ended in calls if ended.times.first_token is not None]
@@ -213,11 +213,11 @@ def _store(trace: Trace, system: System, clock: VirtualClock, parts: int) -> Non
             with tiers.open(prompt) as handle:
                 new = tiers.whole_pages(len(prompt)) - handle.length
                 payload = PhantomPayload(new, nbytes * new // len(prompt), parts) if new else None
-                room = tiers.insert(handle, prompt, payload, agent, len(prompt))
-            due = tiers.transfers.mover.next_time()
+                room = tiers.store(handle, prompt, payload, agent, len(prompt))
+            due = tiers.next_time()
             if room is AllocStatus.PENDING and due is not None:
                 clock.advance_to(due)
-    while (due := tiers.transfers.mover.next_time()) is not None:
+    while (due := tiers.next_time()) is not None:
         clock.advance_to(due)
         tiers.poll()
 

@@ -1,4 +1,4 @@
-"""KV that can be told by its prompt, and tiers on a virtual clock."""
+"""KV that is recognisable by its prompt, and caches on a virtual clock."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def ids_of(node: Node) -> list[int]:
 
 def node_of(tiers: TieredCache, prompt: Sequence[int]) -> Node:
     """The node that `prompt` ends with."""
-    return tiers.match(prompt).nodes[-1]
+    return tiers.lookup(prompt).nodes[-1]
 
 
 def later(tiers: TieredCache, seconds: float = 100.0) -> None:
-    """Lets so much time pass on the clock of `make_tiers`."""
+    """Advances the clock of `make_tiers`."""
     assert isinstance(tiers.clock, VirtualClock)
     tiers.clock.advance_to(tiers.clock() + seconds)
     tiers.poll()
 
 
 class Kv:
-    """What tests need of this file."""
+    """The helpers of this file, as a fixture."""
 
     FaultyTransfer = FaultyTransfer
     ids_of = staticmethod(ids_of)
@@ -63,7 +63,7 @@ def kv() -> type[Kv]:
 
 @pytest.fixture
 def make_tiers(tmp_path: Path):
-    """Tiers of so many tokens each (the disk: bytes) on a virtual clock; all is checked and closed at the end."""
+    """A cache with tiers of so many tokens (the disk: bytes) on a virtual clock; checked and closed at the end."""
     made: list[TieredCache] = []
 
     def make(
@@ -99,6 +99,6 @@ def cached():
         with tiers.open(prompt) as handle:
             end = tiers.whole_pages(len(prompt))
             payload = kv_of(prompt, handle.length, end, compressed) if end > handle.length else None
-            return tiers.insert(handle, prompt, payload, agent, fixed) is AllocStatus.READY
+            return tiers.store(handle, prompt, payload, agent, fixed) is AllocStatus.READY
 
     return store

@@ -27,7 +27,7 @@ def test_the_example_runs(tiny_llama):
     assert 1 <= len(answer) <= 20
     system = scope["system"]
     (node,) = system.tiers.tree
-    held = node.held[Tier.DEVICE]
-    assert node.length == 192 and 0 < held < 0.35 * 192 * scope["PromptKV"](scope["session"]).bytes_per_token()
+    allocated = node.allocated[Tier.DEVICE]
+    assert node.length == 192 and 0 < allocated < 0.35 * 192 * scope["PromptKV"](scope["session"]).bytes_per_token()
     system.close()
     assert not list(system.tiers.tree)

@@ -30,9 +30,9 @@ def test_the_example_runs():
     exec(before_closing(code), scope)  # our own documentation
     tiers = scope["tiers"]
     assert isinstance(tiers, TieredCache)
-    found = tiers.match(scope["prompt"])
+    found = tiers.lookup(scope["prompt"])
     assert found.length == 96 and [node.length for node in found.nodes] == [64, 32]
-    assert tiers.tree.ends == {"planner": found.nodes[0]}
+    assert tiers.tree.prompt_ends == {"planner": found.nodes[0]}
     tiers.check()
     tiers.close()
 
@@ -45,7 +45,7 @@ def test_the_order_evicts_what_it_says(make_tiers, cached):
     tiers = make_tiers(device=20, policy=TierPolicy(order))
     for prompt in ([1] * 4, [2] * 8, [3] * 6):
         assert cached(tiers, prompt)
-    first = tiers.storage.candidates[Tier.DEVICE].first()
+    first = tiers.storage.queues[Tier.DEVICE].first()
     assert first is not None and first.length == 8
 
 
@@ -54,7 +54,7 @@ def test_the_request_is_answered_and_the_hint_taken():
     exec(next(block for block in blocks(AGENTS) if "VirtualClock(" in block), scope)
     ended, system = scope["ended"], scope["system"]
     assert ended.outcome is RequestOutput.ANSWERED and ended.produced == 4
-    assert system.tiers.tree.ends["planner"].end == 960
+    assert system.tiers.tree.prompt_ends["planner"].end == 960
     exec(next(block for block in blocks(AGENTS) if "HintReader" in block), scope)
     assert scope["request"].agent == "planner" and scope["request"].client == "team-a"
     assert system.predictor.steps("planner") < 2

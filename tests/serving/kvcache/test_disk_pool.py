@@ -1,4 +1,4 @@
-"""The disk tier: files that are safetensors, checked when read, and nobody else's business afterwards."""
+"""The disk tier: safetensors files that are verified when read and removed when the pool is closed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POLICY = TierPolicy(LRU(), WriteBack.ALL)
 
 
 def written(pool: DiskPool, payload: TensorPayload):
-    builder = pool.begin(payload)
+    builder = pool.new_builder(payload)
     for layer in range(len(payload.layers)):
         builder.write(layer, payload.read(layer))
     return builder.commit()
@@ -42,7 +42,7 @@ def mixed() -> TensorPayload:
     return TensorPayload(tensors, 5, None)
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path):
+def test_a_payload_is_read_back_unchanged(tmp_path: Path):
     pool, payload = DiskPool(10**6, tmp_path), mixed()
     file = written(pool, payload)
     got = read(file)
@@ -67,10 +67,13 @@ def test_what_is_read_is_what_was_written(tmp_path: Path):
         (lambda path: path.unlink(), "cannot be read"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated: layer 1 has"),
         (lambda path: path.write_bytes(b""), "truncated: layer 0 has 0 of"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"), "damaged: layer 1 is not what was written"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"),
+            "damaged: layer 1 differs from what was written",
+        ),
     ],
 )
-def test_damage_is_told(damage, message, tmp_path: Path):
+def test_damage_is_reported(damage, message, tmp_path: Path):
     pool = DiskPool(10**6, tmp_path)
     file = written(pool, mixed())
     damage(file.path)
@@ -79,8 +82,8 @@ def test_damage_is_told(damage, message, tmp_path: Path):
     pool.close()
 
 
-def test_every_flipped_byte_is_found_or_does_not_matter(tmp_path: Path):
-    """The header is not read, so damage there changes nothing; damage to the data is always found."""
+def test_every_flipped_byte_is_detected_or_irrelevant(tmp_path: Path):
+    """The header is not read, so damage there changes nothing; damage to the data is always detected."""
     pool, payload = DiskPool(10**6, tmp_path), mixed()
     file = written(pool, payload)
     content = file.path.read_bytes()
@@ -96,25 +99,25 @@ def test_every_flipped_byte_is_found_or_does_not_matter(tmp_path: Path):
 
 def test_an_aborted_file_leaves_nothing(tmp_path: Path):
     pool, payload = DiskPool(10**6, tmp_path), mixed()
-    builder = pool.begin(payload)
+    builder = pool.new_builder(payload)
     builder.write(0, payload.read(0))
     builder.abort()
-    pool.begin(payload).abort()
+    pool.new_builder(payload).abort()
     assert [path.name for path in pool.folder.iterdir()] == ["in-use.lock"]
     pool.close()
 
 
-def test_a_type_that_files_do_not_know_is_refused_before_it_is_stored(make_tiers):
+def test_an_unsupported_dtype_is_refused_before_it_is_stored(make_tiers):
     tiers = make_tiers(device=40, disk=4000)
     payload = TensorPayload({"x": torch.zeros(2, dtype=torch.complex64)}, 2, 0)
     with (
         tiers.open([1, 2]) as handle,
         pytest.raises(ValueError, match="got a tensor of complex64; the disk accepts float64"),
     ):
-        tiers.insert(handle, [1, 2], payload)
+        tiers.store(handle, [1, 2], payload)
 
 
-def test_two_pools_share_a_folder_and_leftovers_of_a_dead_one_are_removed(tmp_path: Path):
+def test_pools_share_a_folder_and_files_of_a_dead_process_are_removed(tmp_path: Path):
     dead = tmp_path / "tenure-kv-dead"
     dead.mkdir()
     (dead / "0.safetensors").write_bytes(b"x")
@@ -172,14 +175,14 @@ def test_a_damaged_file_is_a_miss(how, make_tiers, cached, kv):
         assert handle.wait(100) is LoadState.LOST
         tiers.check()
     assert tiers.statistics.copies_lost == 1
-    assert tiers.match([1, 1, 2, 2]).length == 0 and tiers.tree.size == 0
+    assert tiers.lookup([1, 1, 2, 2]).length == 0 and tiers.tree.size == 0
     assert all(pool.used == 0 for pool in tiers.pools.values())
     assert cached(tiers, [1, 1, 2, 2]), "it is computed again"
 
 
-def test_a_prompt_cut_while_on_disk_stays_whole_until_it_is_loaded(make_tiers, cached, kv):
+def test_a_prompt_split_while_on_disk_stays_whole_until_it_is_loaded(make_tiers, cached, kv):
     tiers, node = fill_disk(make_tiers, cached, device=8)
-    assert tiers.match([1, 1, 9, 9]).length == 0, "files are not cut"
+    assert tiers.lookup([1, 1, 9, 9]).length == 0, "files are not split"
     assert cached(tiers, [1, 1, 9, 9])
     assert (node.length, node.covers, node.status) == (2, 4, Status.DISK)
     tiers.check()
@@ -187,11 +190,11 @@ def test_a_prompt_cut_while_on_disk_stays_whole_until_it_is_loaded(make_tiers, c
         assert handle.wait(100) is LoadState.READY
         kv.assert_holds(handle.payloads(), [1, 1, 2, 2])
         assert [payload.tokens for payload in handle.payloads()] == [2, 2]
-    assert tiers.pools[Tier.DEVICE].used == 6 * kv.token_bytes, "what they have in common is there once"
+    assert tiers.pools[Tier.DEVICE].used == 6 * kv.token_bytes, "the common prefix is stored once"
     tiers.check()
 
 
-def test_a_full_disk_costs_the_copy_and_nothing_else(make_tiers, cached, kv):
+def test_a_full_disk_loses_the_copy_only(make_tiers, cached, kv):
     """A limit on the size of files makes the real write fail."""
     tiers = make_tiers(device=4, disk=4000, policy=POLICY)
     assert cached(tiers, [1, 1, 2, 2])
@@ -209,4 +212,4 @@ def test_a_full_disk_costs_the_copy_and_nothing_else(make_tiers, cached, kv):
     assert [path.name for path in tiers.pools[Tier.DISK].folder.iterdir()] == ["in-use.lock"]
     tiers.check()
     assert tiers.pools[Tier.DISK].used == 0
-    assert cached(tiers, [5, 5, 5, 5]), "the eviction went on without the disk"
+    assert cached(tiers, [5, 5, 5, 5]), "the eviction proceeded without the disk"

@@ -1,4 +1,4 @@
-"""Loading or computing: for one request alone, and where others wait for the device."""
+"""Estimates of loading and computing, for one request alone and with others waiting for the device."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tenure.serving import (
 )
 
 
-def test_a_busy_link_sends_a_request_to_a_free_device_only() -> None:
-    """A load takes 1 s, behind another one 2, and computing 1.5: alone one computes, beside others one waits."""
+def test_behind_a_busy_link_a_request_computes_only_on_an_idle_device() -> None:
+    """A load takes 1 s, behind another one 2, and computing 1.5: a request alone computes, one among others waits."""
     clock = VirtualClock()
     pools = {tier: PhantomPool(10_000) for tier in (Tier.DEVICE, Tier.HOST)}
     speeds = {(a, b): LinkSpeed(1000.0) for a in pools for b in pools if a != b}
@@ -27,18 +27,18 @@ def test_a_busy_link_sends_a_request_to_a_free_device_only() -> None:
     prompts = [[first, *range(99)] for first in (1000, 2000)]
     for prompt in prompts:
         with tiers.open(prompt) as handle:
-            tiers.insert(handle, prompt, PhantomPayload(100, 1000))
-        node = tiers.match(prompt).nodes[-1]
-        tiers.eviction.evict(node, Tier.DEVICE)
+            tiers.store(handle, prompt, PhantomPayload(100, 1000))
+        node = tiers.lookup(prompt).nodes[-1]
+        tiers.evictor.evict(node, Tier.DEVICE)
         clock.advance_to(clock.now + 2.0)
         tiers.poll()
         assert node.copies[Tier.DEVICE] is None and node.copies[Tier.HOST] is not None
-    estimates = Estimates(LinearCosts(100 / 1.5, (1000.0, 0.0)), tiers.transfers)
+    estimates = Estimates(LinearCosts(100 / 1.5, (1000.0, 0.0)), tiers)
     first, second = (tiers.open(prompt) for prompt in prompts)
     chain = second.nodes()
     assert chain is not None
-    assert estimates.choose(chain, 101).nodes == 1, "a free link is sooner"
+    assert estimates.choose(chain, 101).nodes == 1, "an idle link is faster"
     first.load(Urgency.DEMAND)
-    alone, beside = estimates.choose(chain, 101), estimates.choose(chain, 101, others=3)
-    assert (alone.nodes, beside.nodes) == (0, 1)
-    assert beside.load_s == 2.0 and abs(alone.compute_s - 1.515) < 1e-9
+    alone, shared = estimates.choose(chain, 101), estimates.choose(chain, 101, others=3)
+    assert (alone.nodes, shared.nodes) == (0, 1)
+    assert shared.load_s == 2.0 and abs(alone.compute_s - 1.515) < 1e-9

@@ -1,4 +1,4 @@
-"""Orders of eviction: each against a linear scan, and on the rings of the papers."""
+"""Eviction policies: each against a linear scan, and on the papers' rings of agents."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from tenure.serving import (
 COSTS = LinearCosts(tokens_per_s=1000.0, bytes_per_s=(1e6, 1e5), latency_s=1e-3)
 
 
-def on_device(order, capacity, page_size=2):
+def on_device(eviction, capacity, page_size=2):
     clock = VirtualClock()
-    policy = TierPolicy(order, WriteBack.NOTHING)
+    policy = TierPolicy(eviction, WriteBack.NOTHING)
     return TieredCache({Tier.DEVICE: PhantomPool(capacity)}, VirtualTransfer(clock, {}), policy, page_size, clock)
 
 
@@ -48,7 +48,7 @@ def serve(tiers, prompt, agent=None, bytes_per_token=1):
     with tiers.open(prompt) as handle:
         hit = handle.length == len(prompt)
         new = len(prompt) - handle.length
-        tiers.insert(handle, prompt, PhantomPayload(new, new * bytes_per_token) if new else None, agent, len(prompt))
+        tiers.store(handle, prompt, PhantomPayload(new, new * bytes_per_token) if new else None, agent, len(prompt))
     return hit
 
 
@@ -77,7 +77,6 @@ def test_a_ring_of_ten(room):
     assert ring(LRU(), 10, room, 11, lambda tiers, call: None) == 0
     assert ring(StepsToExecution(steps), 10, room, 91, count_steps) == pytest.approx((room - 1) / 9, abs=0.012)
     oracle = Belady([[call % 10 + 10] * 8 for call in range(910)], page_size=2)
-    assert oracle.requests == 910
     rate = ring(oracle, 10, room, 91, lambda tiers, call: oracle.advance())
     assert rate == pytest.approx((room - 1) / 9, abs=0.012)
 
@@ -90,25 +89,25 @@ def test_a_ring_of_ten(room):
     assert ring(ExpectedTime(reuse, COSTS), 10, room, 91, discount) == pytest.approx((room - 1) / 9, abs=0.012)
 
 
-def test_a_prompt_ahead_of_its_call_displaces_what_is_worth_half_of_it_at_the_most():
+def test_a_prefetched_prompt_displaces_only_nodes_worth_at_most_half_of_it():
     order = ExpectedTime({"now": 0.8, "close": 0.45, "half": 0.39}, COSTS)
     now, close, half = ((order.value(agent), 0.0) for agent in ("now", "close", "half"))
-    assert half < order.displaced(now) < close < now
-    assert LRU().displaced((3.0,)) == (3.0,)
+    assert half < order.prefetch_bound(now) < close < now
+    assert LRU().prefetch_bound((3.0,)) == (3.0,)
 
 
-def test_the_chance_of_a_suffix_is_discounted_like_that_of_an_agent():
-    """Half of the suffixes are used again, after an exponential time of a half-life of 10 s."""
+def test_the_reuse_probability_of_a_suffix_is_discounted_like_an_agents():
+    """Half of the suffixes are used again, after an exponentially distributed time with a half-life of 10 s."""
     rate = 0.2
     order = ExpectedTime({}, COSTS, prior=0.5, half_life_s=10, rate=lambda: rate)
     random = Random(0)
     times = [random.expovariate(math.log(2) / 10) for _ in range(20_000)]
-    assert math.exp(order.nobody(0.0)) == pytest.approx(
+    assert math.exp(order.unowned_value(0.0)) == pytest.approx(
         0.5 * sum(math.exp(-rate * t) for t in times) / 20_000, rel=0.03
     )
 
 
-def test_no_order_hits_more_than_the_oracle():
+def test_no_policy_hits_more_than_the_oracle():
     random = Random(3)
     calls = [min(int(random.expovariate(0.25)), 19) for _ in range(600)]
     prompts = [[call + 1] * 4 for call in calls]
@@ -124,21 +123,21 @@ def test_no_order_hits_more_than_the_oracle():
     assert rates["belady"] > rates["lfu"] > 0 and rates["belady"] > rates["lru"] > 0
 
 
-def test_suffixes_go_before_fixed_prompts_and_shared_nodes_count_for_the_first_who_returns():
+def test_suffixes_are_evicted_before_fixed_prompts_and_shared_nodes_have_their_largest_value():
     steps = {"near": 1.0, "far": 9.0}
     tiers = on_device(StepsToExecution(steps), 100)
     serve(tiers, [1, 1, 2, 2], "near")
     serve(tiers, [1, 1, 3, 3], "far")
     serve(tiers, [1, 1, 2, 2, 7, 7])  # a request of "near" with its suffix
     serve(tiers, [1, 1, 4, 4], "unheard of")
-    candidates, gone = tiers.storage.candidates[Tier.DEVICE], []
-    shared = tiers.match([1, 1]).nodes[0]
-    assert candidates.rank(shared)[0] == -1.0
-    while (node := candidates.first()) is not None:
-        gone.append(tuple(memoryview(node.span).cast("i")))
-        tiers.eviction.evict(node, Tier.DEVICE)
-    assert gone[:2] == [(7, 7), (4, 4)]
-    assert gone[2:] == [(3, 3), (2, 2), (1, 1)]
+    queue, evicted = tiers.storage.queues[Tier.DEVICE], []
+    shared = tiers.lookup([1, 1]).nodes[0]
+    assert queue.rank(shared)[0] == -1.0
+    while (node := queue.first()) is not None:
+        evicted.append(tuple(memoryview(node.span).cast("i")))
+        tiers.evictor.evict(node, Tier.DEVICE)
+    assert evicted[:2] == [(7, 7), (4, 4)]
+    assert evicted[2:] == [(3, 3), (2, 2), (1, 1)]
     tiers.check()
 
 
@@ -150,7 +149,7 @@ def test_expected_time_weighs_probability_costs_and_bytes():
     serve(tiers, [3] * 8, "large", bytes_per_token=1000)  # reloading a byte costs less there: the latency is shared
     serve(tiers, [4] * 8)
     serve(tiers, [5] * 8)
-    ranks = {node.span[0]: tiers.storage.candidates[Tier.DEVICE].rank(node) for node in tiers.tree}
+    ranks = {node.span[0]: tiers.storage.queues[Tier.DEVICE].rank(node) for node in tiers.tree}
     assert sorted(ranks, key=ranks.__getitem__) == [3, 4, 5, 2, 1]
     seconds = min(COSTS.recompute_s(0, 8), COSTS.reload_s(8, Tier.DEVICE))
     assert ranks[1][0] == pytest.approx(math.log(0.9 * seconds / 8))
@@ -160,36 +159,36 @@ def test_expected_time_weighs_probability_costs_and_bytes():
         ExpectedTime(reuse, COSTS, prior=0)
 
 
-def test_a_copy_is_ranked_by_its_own_bytes_whatever_other_tiers_hold():
-    """The order of a tier must not change with a copy that comes or goes in another one."""
+def test_a_copy_is_ranked_by_its_own_bytes_whatever_other_tiers_have():
+    """The ranks in a tier are independent of copies in other tiers."""
     clock = VirtualClock()
     pools = {Tier.DEVICE: PhantomPool(10**6), Tier.HOST: PhantomPool(10**6)}
     policy = TierPolicy(ExpectedTime({}, COSTS), WriteBack.ALL)
     tiers = TieredCache(pools, VirtualTransfer(clock, {}), policy, 2, clock)
     serve(tiers, [1] * 8)
     (node,) = tiers.tree
-    pools[Tier.HOST].take(16)
-    tiers.storage.put(node, Tier.HOST, PhantomPayload(8, 16), 16)
-    before = tiers.order.local(node, Tier.HOST)
+    pools[Tier.HOST].allocate(16)
+    tiers.storage.attach(node, Tier.HOST, PhantomPayload(8, 16), 16)
+    before = tiers.policy.eviction.local(node, Tier.HOST)
     assert before[0] == pytest.approx(math.log(min(0.008, COSTS.reload_s(16, Tier.HOST)) / 16) + math.log(2) / 30)
-    tiers.storage.drop(node, Tier.DEVICE)
-    assert tiers.order.local(node, Tier.HOST) == before
+    tiers.storage.free(node, Tier.DEVICE)
+    assert tiers.policy.eviction.local(node, Tier.HOST) == before
     tiers.check()
 
 
-def test_agents_of_no_worth_are_still_ranked():
+def test_agents_without_value_are_still_ranked():
     tiers = on_device(ExpectedTime({}, COSTS), 10**6)
     serve(tiers, [1] * 8, "unknown", bytes_per_token=1)
     serve(tiers, [2] * 8, "unheard of", bytes_per_token=1000)  # later, and less is saved per byte
     tiers.check()
-    first = tiers.storage.candidates[Tier.DEVICE].first()
+    first = tiers.storage.queues[Tier.DEVICE].first()
     assert first is not None and first.span[0] == 2
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_the_first_candidate_is_that_of_a_linear_scan(data):
-    """`check` scans all nodes; values rise and fall, nodes are used, cut, tagged and evicted in between."""
+def test_the_first_victim_is_that_of_a_linear_scan(data):
+    """`check` scans all nodes; values rise and fall while nodes are used, split, assigned to agents and evicted."""
     values: dict[int, float] = {}
     kind = data.draw(st.sampled_from(["lru", "lfu", "ste", "expected"]))
     order = {
@@ -210,9 +209,9 @@ def test_the_first_candidate_is_that_of_a_linear_scan(data):
             values.update(changed)
             tiers.values_changed(changed)
         elif action == "evict":
-            node = tiers.storage.candidates[Tier.DEVICE].first()
+            node = tiers.storage.queues[Tier.DEVICE].first()
             if node is not None:
-                tiers.eviction.evict(node, Tier.DEVICE)
+                tiers.evictor.evict(node, Tier.DEVICE)
         elif action == "forget":
             tiers.forget_agent(agent)
         else:
@@ -220,23 +219,23 @@ def test_the_first_candidate_is_that_of_a_linear_scan(data):
         tiers.check()
 
 
-def test_stale_entries_do_not_pile_up():
+def test_stale_entries_are_bounded():
     values = dict.fromkeys(range(5), 1.0)
     tiers = on_device(StepsToExecution(values), 10**6)
     for agent in range(5):
         serve(tiers, [1, 1, agent + 2, agent + 2], agent)
-    candidates = tiers.storage.candidates[Tier.DEVICE]
+    queue = tiers.storage.queues[Tier.DEVICE]
     for turn in range(3000):
         values.update({agent: float((agent + turn) % 7) for agent in range(5)})
         tiers.values_changed()
         serve(tiers, [1, 1, turn % 5 + 2, turn % 5 + 2])
-    assert sum(map(len, candidates._nodes.values())) < 400
-    assert len(candidates._groups) < 400
-    assert max(len(group._values) for group in {node.group for node in tiers.tree}) < 200
+    assert sum(map(len, queue._nodes.values())) < 400
+    assert len(queue._groups._heap) < 400
+    assert max(len(group._values._heap) for group in {node.group for node in tiers.tree}) < 200
     tiers.check()
 
 
-def test_numbers_that_are_none_count_as_unknown():
+def test_nan_counts_as_unknown():
     order = StepsToExecution({"a": math.nan, "b": 3.0})
     assert order.value("a") == order.value("nobody knows") == -1e300
     assert order.value("b") == -3.0

@@ -1,4 +1,4 @@
-"""What pools count, and payloads without data."""
+"""Bytes counted by pools, and payloads without data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tenure.serving import (
 from tenure.serving.kvcache import memory_pool
 
 
-def test_pinned_memory_is_counted_as_it_is_taken(monkeypatch):
+def test_pinned_memory_is_charged_in_blocks(monkeypatch):
     monkeypatch.setattr(memory_pool, "page_locked", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
     tensors = {"0.k": torch.zeros(3, dtype=torch.int8), "0.v": torch.zeros(5), "1.v": torch.zeros(256)}
     payload = TensorPayload(tensors, 1, None)
@@ -27,7 +27,7 @@ def test_pinned_memory_is_counted_as_it_is_taken(monkeypatch):
     assert MemoryPool(100).charge(payload) == payload.nbytes == 23 + 1024
 
 
-def test_what_can_be_got_wrong_is_told():
+def test_wrong_arguments_are_reported():
     clock = VirtualClock()
     with pytest.raises(ValueError, match=r"a pool for Tier\.DEVICE is needed"):
         TieredCache({Tier.HOST: MemoryPool(1)}, VirtualTransfer(clock, {}), TierPolicy(LRU()), 2, clock)

@@ -20,9 +20,9 @@ DEVICE = "cpu" if interpreting() else "cuda"
 
 
 def through_host(payload: KVPayload) -> KVPayload:
-    """A copy in the host's pool and from there in the device's, layer by layer as a mover makes them."""
+    """A copy in the host's pool and from there in the device's, layer by layer as a transfer backend makes them."""
     for pool in (MemoryPool(10**6, pinned=DEVICE == "cuda"), MemoryPool(10**6, DEVICE)):
-        builder = pool.begin(payload)
+        builder = pool.new_builder(payload)
         for layer in range(len(payload.layers)):
             builder.write(layer, payload.read(layer))
         payload = builder.commit()

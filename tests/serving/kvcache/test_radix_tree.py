@@ -1,4 +1,4 @@
-"""Pages, spans, splits and joins of the prefix tree, and what a match says."""
+"""Pages, spans, splits, merges and look-ups of the prefix tree."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_a_match_is_the_longest_known_prefix(known, asked, page):
     for prompt in known:
         with tiers.open(prompt) as handle:
             new = tiers.whole_pages(len(prompt)) - handle.length
-            assert tiers.insert(handle, prompt, PhantomPayload(new, new * 3) if new > 0 else None) is AllocStatus.READY
+            assert tiers.store(handle, prompt, PhantomPayload(new, new * 3) if new > 0 else None) is AllocStatus.READY
     expected = max([_common(asked, prompt, page) for prompt in known], default=0)
-    found = tiers.match(asked)
+    found = tiers.lookup(asked)
     assert found.length == expected
     with tiers.open(asked) as handle:
         assert handle.length == expected
@@ -75,7 +75,7 @@ def _common(a, b, page):
     return min(n, len(b) // page * page, len(a) // page * page) // page * page
 
 
-def test_a_split_cuts_the_data_and_keeps_leases(make_tiers, cached, kv):
+def test_a_split_splits_the_data_and_keeps_handles(make_tiers, cached, kv):
     tiers = make_tiers(device=40)
     long, other = [1, 1, 1, 1, 1, 1], [1, 1, 2, 2]
     assert cached(tiers, long)
@@ -94,15 +94,15 @@ def test_a_split_cuts_the_data_and_keeps_leases(make_tiers, cached, kv):
 def test_a_match_within_a_span_uses_its_part(make_tiers, cached, kv):
     tiers = make_tiers(device=40)
     assert cached(tiers, [1, 2, 3, 4, 5, 6])
-    found = tiers.match([1, 2, 3, 4, 9, 9])
+    found = tiers.lookup([1, 2, 3, 4, 9, 9])
     assert (found.length, found.part) == (4, 2)
-    assert tiers.tree.size == 1, "asking changes nothing"
+    assert tiers.tree.size == 1, "a look-up changes nothing"
     with tiers.open([1, 2, 3, 4, 9, 9]) as handle:
         assert handle.length == 4
         kv.assert_holds(handle.payloads(), [1, 2, 3, 4])
 
 
-def test_what_a_branch_had_cut_is_joined_when_it_is_asked_for(make_tiers, cached, kv):
+def test_spans_are_merged_on_request_when_a_branch_is_evicted(make_tiers, cached, kv):
     tiers = make_tiers(device=8)
     assert cached(tiers, [1, 1, 2, 2])
     tiers.clock.advance_to(1)
@@ -112,7 +112,7 @@ def test_what_a_branch_had_cut_is_joined_when_it_is_asked_for(make_tiers, cached
     assert cached(tiers, [9, 9, 9, 9]), "evicts [2, 2], the oldest leaf"
     assert sorted(node.length for node in tiers.tree) == [2, 2, 4]
     with tiers.open([1, 1, 3, 3]):
-        assert tiers.merge_spans() == 0, "not while somebody reads it"
+        assert tiers.merge_spans() == 0, "not while it is referenced"
     assert tiers.merge_spans() == 1
     assert sorted(node.length for node in tiers.tree) == [4, 4]
     assert tiers.merge_spans() == 0
@@ -127,12 +127,12 @@ def test_a_compressed_prompt_is_used_whole_or_not_at_all(make_tiers, cached, kv)
     a, b = [1, 1, 2, 2, 2, 2], [1, 1, 3, 3]
     assert cached(tiers, a, compressed=True)
     assert tiers.pools[Tier.DEVICE].used == 3 * kv.token_bytes, "half the bytes a token"
-    assert tiers.match(a[:4]).length == 0
-    assert tiers.match([*a, 7, 7]).length == 6
+    assert tiers.lookup(a[:4]).length == 0
+    assert tiers.lookup([*a, 7, 7]).length == 6
     with tiers.open(b) as handle:
         assert handle.length == 0
-        assert tiers.insert(handle, b, kv.of(b, 0, 4)) is AllocStatus.READY
-    assert tiers.match([1, 1, 9, 9]).length == 2, "the second prompt filled what they have in common"
+        assert tiers.store(handle, b, kv.of(b, 0, 4)) is AllocStatus.READY
+    assert tiers.lookup([1, 1, 9, 9]).length == 2, "the second prompt stored the common prefix"
     for prompt, compressed in ((a, True), (b, False)):
         with tiers.open(prompt) as handle:
             assert handle.length == len(prompt)
@@ -141,19 +141,19 @@ def test_a_compressed_prompt_is_used_whole_or_not_at_all(make_tiers, cached, kv)
     tiers.check()
 
 
-def test_a_cut_that_moved_no_data_is_undone_when_the_branch_goes(make_tiers, cached, kv):
+def test_a_split_that_copied_nothing_is_undone_when_the_branch_is_evicted(make_tiers, cached, kv):
     tiers = make_tiers(device=40)
     a, b = [1, 1, 2, 2], [1, 1, 3, 3]
     assert cached(tiers, a, compressed=True) and cached(tiers, b, compressed=True)
     assert tiers.tree.size == 3, "one of them has no data"
-    (node,) = tiers.match(b).nodes
-    tiers.eviction.evict(node, Tier.DEVICE)
+    (node,) = tiers.lookup(b).nodes
+    tiers.evictor.evict(node, Tier.DEVICE)
     assert [(each.length, each.covers) for each in tiers.tree] == [(4, 4)]
     with tiers.open(a) as handle:
         kv.assert_holds(handle.payloads(), a)
 
 
-def test_spans_stay_apart_where_a_copy_below_begins(make_tiers, cached, kv):
+def test_spans_are_not_merged_where_a_copy_below_begins(make_tiers, cached, kv):
     """[3, 3] holds what was compressed together with [2, 2], before that was computed on its own."""
     tiers = make_tiers(device=40)
     long = [1, 1, 2, 2, 3, 3]
@@ -167,19 +167,19 @@ def test_spans_stay_apart_where_a_copy_below_begins(make_tiers, cached, kv):
         kv.assert_holds(handle.payloads(), long)
 
 
-def test_namespaces_are_apart(make_tiers, kv):
+def test_namespaces_are_separate(make_tiers, kv):
     tiers = make_tiers(device=40)
     prompt = [1, 2, 3, 4]
     with tiers.open(prompt[:2], namespace="adapter") as handle:
-        assert tiers.insert(handle, prompt[:2], kv.of(prompt, 0, 2), "a", 2) is AllocStatus.READY
-    assert tiers.match(prompt).length == 0
-    assert tiers.match(prompt, namespace="adapter").length == 2
+        assert tiers.store(handle, prompt[:2], kv.of(prompt, 0, 2), "a", 2) is AllocStatus.READY
+    assert tiers.lookup(prompt).length == 0
+    assert tiers.lookup(prompt, namespace="adapter").length == 2
     handle = tiers.open_agent("a")
     assert handle is not None
-    assert tiers.insert(handle, prompt, kv.of(prompt, 2, 4), "a", 4) is AllocStatus.READY
+    assert tiers.store(handle, prompt, kv.of(prompt, 2, 4), "a", 4) is AllocStatus.READY
     handle.release()
-    assert tiers.match(prompt, namespace="adapter").length == 4 and tiers.match(prompt).length == 0
-    assert tiers.tree.ends["a"].end == 4
+    assert tiers.lookup(prompt, namespace="adapter").length == 4 and tiers.lookup(prompt).length == 0
+    assert tiers.tree.prompt_ends["a"].end == 4
 
 
 def test_status_of_a_node(make_tiers, cached):
@@ -189,7 +189,7 @@ def test_status_of_a_node(make_tiers, cached):
     assert cached(tiers, [1, 1, 2, 2])
     (node,) = tiers.tree
     seen = [node.status]
-    assert not cached(tiers, [5, 5, 5, 5]), "room comes when the write-back has ended"
+    assert not cached(tiers, [5, 5, 5, 5]), "there is room when the write-back has ended"
     seen.append(node.status)
     tiers.clock.advance_to(100)
     tiers.poll()
@@ -207,11 +207,11 @@ def test_wrong_payloads_and_prompts_are_refused(make_tiers, cached, kv):
     assert cached(tiers, [1, 2, 3, 4])
     with tiers.open([1, 2, 3, 4, 5, 6]) as handle:
         with pytest.raises(ValueError, match=r"a payload of 4 tokens; accepted: one of the 2 tokens in \[4, 6\)"):
-            tiers.insert(handle, [1, 2, 3, 4, 5, 6], kv.of([1] * 4, 0, 4))
+            tiers.store(handle, [1, 2, 3, 4, 5, 6], kv.of([1] * 4, 0, 4))
         with pytest.raises(ValueError, match="got no payload; accepted: one of the 2 tokens"):
-            tiers.insert(handle, [1, 2, 3, 4, 5, 6], None)
-        with pytest.raises(ValueError, match="does not begin with what the lease covers"):
-            tiers.insert(handle, [9, 9, 3, 4, 5, 6], kv.of([9, 9, 3, 4, 5, 6], 4, 6))
+            tiers.store(handle, [1, 2, 3, 4, 5, 6], None)
+        with pytest.raises(ValueError, match="does not begin with what the handle covers"):
+            tiers.store(handle, [9, 9, 3, 4, 5, 6], kv.of([9, 9, 3, 4, 5, 6], 4, 6))
     with pytest.raises(ValueError, match="has been released"):
         handle.load()
     handle.release()

@@ -1,4 +1,4 @@
-"""Random steps on tree and tiers with faults; after each, everything is counted anew and what is read is right.
+"""Random steps on tree and tiers with faults; after each, all counts are verified and everything read is correct.
 
 `TENURE_TIER_STEPS` asks for a longer run than the one of continuous integration.
 """
@@ -23,6 +23,7 @@ from tenure.serving import (
     AllocStatus,
     CacheHandle,
     DiskPool,
+    EagerWriteBackConfig,
     ExpectedTime,
     LinearCosts,
     LoadState,
@@ -61,9 +62,9 @@ class TierMachine(RuleBasedStateMachine):
         order=st.sampled_from(ORDERS),
         write_back=st.sampled_from([WriteBack.ALL, WriteBack.ALL, WriteBack.FIXED, WriteBack.NOTHING]),
         below=st.sampled_from(BELOW),
-        ahead=st.booleans(),
+        eager=st.booleans(),
     )
-    def begin(self, order, write_back, below, ahead):
+    def begin(self, order, write_back, below, eager):
         costs = LinearCosts(100.0, (1000.0, 500.0))
         by_agent = {"ste": StepsToExecution(self.values), "expected": ExpectedTime(self.values, costs)}
         made = {"lru": LRU(), "lfu": LFU(), **by_agent}[order]
@@ -74,7 +75,8 @@ class TierMachine(RuleBasedStateMachine):
             pools[Tier.DISK] = DiskPool(4500, self.folder.name)
         self.clock = VirtualClock()
         self.copies = self.kv.FaultyTransfer(self.clock, self.kv.links)
-        policy = TierPolicy(made, write_back, ahead=ahead and write_back is not WriteBack.NOTHING)
+        eager = EagerWriteBackConfig() if eager and write_back is not WriteBack.NOTHING else None
+        policy = TierPolicy(made, write_back, eager=eager)
         self.tiers = TieredCache(pools, self.copies, policy, PAGE, self.clock)
 
     def pick(self, data) -> tuple[CacheHandle, list[int]]:
@@ -83,22 +85,22 @@ class TierMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.handles) < 4)
     @rule(prompt=prompts)
     def open(self, prompt):
-        known, handle = self.tiers.match(prompt), self.tiers.open(prompt)
+        known, handle = self.tiers.lookup(prompt), self.tiers.open(prompt)
         assert handle.length == known.length and handle.length % PAGE == 0 and handle.length <= len(prompt)
         self.handles.append((handle, prompt))
 
     @rule(prompt=prompts, agent=st.none() | agents, fixed=st.integers(0, 14), compressed=st.booleans())
     def serve(self, prompt, agent, fixed, compressed):
-        """What an engine does with a request, as far as there is room."""
+        """Serves a request as an engine does, as far as there is room."""
         with self.tiers.open(prompt) as handle:
             if handle.wait(1e6) is not LoadState.READY:
                 return
             self.kv.assert_holds(handle.payloads(), prompt[: handle.length])
             end = self.tiers.whole_pages(len(prompt))
             payload = self.kv.of(prompt, handle.length, end, compressed) if end > handle.length else None
-            if self.tiers.insert(handle, prompt, payload, agent, fixed) is AllocStatus.PENDING:
+            if self.tiers.store(handle, prompt, payload, agent, fixed) is AllocStatus.PENDING:
                 self.time_passes(1e6)
-                self.tiers.insert(handle, prompt, payload, agent, fixed)
+                self.tiers.store(handle, prompt, payload, agent, fixed)
             assert handle.wait(1e6) in (LoadState.READY, LoadState.LOST, LoadState.NO_ROOM)
 
     def pick_prompt(self, data) -> list[int]:
@@ -111,7 +113,7 @@ class TierMachine(RuleBasedStateMachine):
         self.serve(self.pick_prompt(data), None, 0, False)
 
     def give_up(self, nodes, random):
-        """Loads are begun and, at some layer, given up."""
+        """Starts loads and cancels them at some layer."""
         for node in nodes:
             with self.tiers.open(self.kv.ids_of(node)) as handle:
                 handle.load(random.choice(tuple(Urgency)))
@@ -135,7 +137,7 @@ class TierMachine(RuleBasedStateMachine):
                 self.kv.damage(node, random.choice(["flip", "cut", "remove"]))
                 self.serve(self.kv.ids_of(node), None, 0, False)
 
-    @precondition(lambda self: len(self.handles) < 4 and self.tiers.tree.ends)
+    @precondition(lambda self: len(self.handles) < 4 and self.tiers.tree.prompt_ends)
     @rule(agent=agents)
     def open_agent(self, agent):
         handle = self.tiers.open_agent(agent)
@@ -148,20 +150,20 @@ class TierMachine(RuleBasedStateMachine):
         handle, prompt = self.pick(data)
         end, before = self.tiers.whole_pages(len(prompt)), handle.length
         payload = self.kv.of(prompt, before, end, compressed) if end > before else None
-        stored = self.tiers.insert(handle, prompt, payload, agent, fixed) is AllocStatus.READY
+        stored = self.tiers.store(handle, prompt, payload, agent, fixed) is AllocStatus.READY
         assert handle.length == (end if stored else before)
 
     @precondition(lambda self: self.handles)
-    @rule(urgency=st.sampled_from(Urgency), only_below=st.booleans(), data=st.data())
-    def load(self, urgency, only_below, data):
+    @rule(urgency=st.sampled_from(Urgency), only_lower_ranked=st.booleans(), data=st.data())
+    def load(self, urgency, only_lower_ranked, data):
         handle, prompt = self.pick(data)
-        if handle.load(urgency, only_below=only_below) is LoadState.READY:
+        if handle.load(urgency, only_lower_ranked=only_lower_ranked) is LoadState.READY:
             self.kv.assert_holds(handle.payloads(), prompt[: handle.length])
 
     @precondition(lambda self: self.handles)
     @rule(data=st.data())
     def cancel(self, data):
-        self.pick(data)[0].cancel()
+        self.pick(data)[0].cancel_loads()
 
     @precondition(lambda self: self.handles)
     @rule(data=st.data())
@@ -190,11 +192,11 @@ class TierMachine(RuleBasedStateMachine):
     @rule(tier=st.sampled_from(Tier), share=st.sampled_from([0.3, 1.0]))
     def make_room(self, tier, share):
         if tier in self.tiers.pools:
-            self.tiers.eviction.make_room(tier, int(share * self.tiers.pools[tier].capacity))
+            self.tiers.evictor.make_room(tier, int(share * self.tiers.pools[tier].capacity))
 
     @rule()
-    def save_ahead(self):
-        self.tiers.save_ahead()
+    def write_back_eagerly(self):
+        self.tiers.write_back_eagerly()
 
     @rule()
     def merge_spans(self):
@@ -210,14 +212,14 @@ class TierMachine(RuleBasedStateMachine):
         for handle, _ in self.handles:
             handle.release()
         self.time_passes(1e6)
-        while self.tiers.transfers.under_way:  # an end may have begun what is saved ahead
+        while self.tiers.has_transfers:  # one that ended may have started an eager write-back
             self.time_passes(1e6)
         while any(pool.used for pool in self.tiers.pools.values()):  # a write-back refills the tier below it
             for tier, pool in self.tiers.pools.items():
-                self.tiers.eviction.make_room(tier, pool.capacity)
+                self.tiers.evictor.make_room(tier, pool.capacity)
                 self.time_passes(1e6)
                 self.tiers.check()
-        assert self.tiers.tree.size == 0 and not self.tiers.tree.ends, "nothing is left"
+        assert self.tiers.tree.size == 0 and not self.tiers.tree.prompt_ends, "nothing is left"
         self.tiers.close()
         self.folder.cleanup()
 

@@ -1,4 +1,4 @@
-"""Who goes next on a link, on a virtual clock and on threads; cancellation, faults, death of a worker."""
+"""The order of transfers on a link, on a virtual clock and on threads; cancellation, faults, death of a worker."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from tenure.serving import (
     VirtualClock,
     VirtualTransfer,
 )
-from tenure.serving.kvcache.radix_tree import AgentGroup, Node
-from tenure.serving.kvcache.transfer_queue import Move, Outcome, TransferJob, TransferQueue
+from tenure.serving.kvcache.transfer_queue import LayerAction, Outcome, TransferJob, TransferQueue
 from tenure.serving.kvcache.transfer_threads import WorkerDiedError
 
 UP, DOWN = (Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST)
@@ -30,29 +29,29 @@ UP, DOWN = (Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST)
 
 def job(urgency=Urgency.PREFETCH, nbytes=400, layers=4, priority=0.0, link=UP) -> TransferJob:
     payload = PhantomPayload(1, nbytes, layers)
-    builder = PhantomPool(nbytes).begin(payload)
-    return TransferJob(Node(None, b"", 0, 0, AgentGroup()), link[0], link[1], payload, builder, urgency, priority)
+    builder = PhantomPool(nbytes).new_builder(payload)
+    return TransferJob(1, object(), link[0], link[1], payload, builder, urgency, priority)
 
 
 def test_the_order_of_a_queue():
     queue = TransferQueue()
     late, soon, demand = job(priority=9.0), job(priority=1.0), job(Urgency.DEMAND, priority=5.0)
     for each in (late, soon, demand):
-        queue.put(each)
-    assert queue.first() is demand
+        queue.push(each)
+    assert queue.peek() is demand
     assert queue.remove(demand) and not queue.remove(demand)
-    assert queue.take() is soon
-    assert queue.next_move(soon) is Move.COPY
+    assert queue.pop() is soon
+    assert queue.next_action(soon) is LayerAction.COPY
     late.priority = -1.0
-    queue.put(late)
-    assert queue.next_move(soon) is Move.COPY, "equals do not overtake"
-    queue.put(demand)
-    assert queue.next_move(soon) is Move.YIELD
-    soon.done = 4
-    assert queue.next_move(soon) is Move.COMMIT, "a finished copy does not wait"
+    queue.push(late)
+    assert queue.next_action(soon) is LayerAction.COPY, "equals do not overtake"
+    queue.push(demand)
+    assert queue.next_action(soon) is LayerAction.YIELD
+    soon.layers_done = 4
+    assert queue.next_action(soon) is LayerAction.COMMIT, "a finished copy does not wait"
     soon.cancelled = True
-    assert queue.next_move(soon) is Move.CANCEL
-    assert [queue.take(), queue.take(), queue.take()] == [demand, late, None]
+    assert queue.next_action(soon) is LayerAction.CANCEL
+    assert [queue.pop(), queue.pop(), queue.pop()] == [demand, late, None]
 
 
 def test_a_demand_load_overtakes_a_prefetch_at_a_layer_boundary():
@@ -61,10 +60,12 @@ def test_a_demand_load_overtakes_a_prefetch_at_a_layer_boundary():
     prefetch, demand = job(), job(Urgency.DEMAND, nbytes=100, layers=1)
     copies.submit(prefetch)  # 4 layers of 1.5 s
     clock.advance_to(2.0)
-    assert copies.poll() == [] and prefetch.done == 1
+    assert copies.poll() == [] and prefetch.layers_done == 1
     copies.submit(demand)
     assert copies.wait(0, 100.0)
-    assert copies.poll() == [demand] and clock() == 4.5, "the layer under way ends at 3.0, then the demand's takes 1.5"
+    assert copies.poll() == [demand] and clock() == 4.5, (
+        "the layer in progress ends at 3.0, then the demand's takes 1.5"
+    )
     assert copies.wait(1, 100.0) and clock() == 7.5
     assert copies.poll() == [prefetch] and prefetch.outcome is Outcome.DONE
     assert copies.next_time() is None
@@ -72,7 +73,7 @@ def test_a_demand_load_overtakes_a_prefetch_at_a_layer_boundary():
 
 
 def test_the_next_time_is_the_end_of_a_copy_and_not_of_a_layer():
-    """A driver that goes there misses nothing: until then no copy ends, whatever link it is on."""
+    """A driver that advances to it misses nothing: no transfer on any link ends before."""
     clock = VirtualClock()
     copies = VirtualTransfer(clock, {UP: LinkSpeed(100.0, latency_s=0.5), DOWN: LinkSpeed(100.0)})
     prefetch, other = job(), job(nbytes=900, layers=3, link=DOWN)
@@ -82,7 +83,7 @@ def test_the_next_time_is_the_end_of_a_copy_and_not_of_a_layer():
     clock.advance_to(2.0)
     demand = job(Urgency.DEMAND, nbytes=100, layers=1)
     copies.submit(demand)
-    assert copies.next_time() == 3.0, "the prefetch makes way there"
+    assert copies.next_time() == 3.0, "the prefetch yields there"
     clock.advance_to(3.0)
     assert copies.poll() == [] and copies.next_time() == 4.5
     clock.advance_to(4.5)
@@ -103,14 +104,14 @@ def test_promoting_and_cancelling_on_a_virtual_clock():
     clock.advance_to(1.0)
     assert copies.poll() == []
     copies.cancel(second)
-    assert copies.poll() == [second] and second.outcome is Outcome.CANCELLED and second.done == 0
-    copies.cancel(first)  # it has made way to the third, half done
-    assert copies.poll() == [first] and (first.outcome, first.done) == (Outcome.CANCELLED, 1)
+    assert copies.poll() == [second] and second.outcome is Outcome.CANCELLED and second.layers_done == 0
+    copies.cancel(first)  # it has yielded to the third, half done
+    assert copies.poll() == [first] and (first.outcome, first.layers_done) == (Outcome.CANCELLED, 1)
     clock.advance_to(3.5)
     copies.cancel(third)  # it stops at the boundary
     assert copies.poll() == []
     clock.advance_to(4.0)
-    assert copies.poll() == [third] and (third.outcome, third.done) == (Outcome.CANCELLED, 3)
+    assert copies.poll() == [third] and (third.outcome, third.layers_done) == (Outcome.CANCELLED, 3)
     copies.submit(last := job())
     copies.submit(waiting := job())
     copies.close()
@@ -121,14 +122,14 @@ def real_job(size=64, layers=3, urgency=Urgency.DEMAND, payload=None) -> Transfe
     tensors = {f"{layer}.k": torch.full((size,), float(layer)) for layer in range(layers)}
     payload = payload or TensorPayload(tensors, 1, None)
     pool = MemoryPool(10**9)
-    return TransferJob(Node(None, b"", 0, 0, AgentGroup()), UP[0], UP[1], payload, pool.begin(payload), urgency)
+    return TransferJob(1, object(), UP[0], UP[1], payload, pool.new_builder(payload), urgency)
 
 
 def drain(copies: ThreadedTransfer, count: int, timeout_s: float = 30.0) -> list[TransferJob]:
     jobs: list[TransferJob] = []
     deadline = time.monotonic() + timeout_s
     while len(jobs) < count and time.monotonic() < deadline:
-        ended = copies.ended
+        ended = copies.num_events
         jobs += copies.poll()
         if len(jobs) < count:
             copies.wait(ended, 0.05)
@@ -142,7 +143,7 @@ def threaded():
     copies.close()
     for thread in threading.enumerate():
         if thread.name.startswith("tenure-copy"):
-            thread.join(10)  # one that died may still be on its way out
+            thread.join(10)  # one that died may still be ending
             assert not thread.is_alive()
 
 
@@ -186,7 +187,7 @@ def test_threads_let_a_demand_overtake_at_a_layer_boundary(threaded):
     threaded.submit(demand)
     payload.open[0].set()
     assert drain(threaded, 1) == [demand]
-    assert prefetch.outcome is None and prefetch.done == 1
+    assert prefetch.outcome is None and prefetch.layers_done == 1
     for event in payload.open:
         event.set()
     assert drain(threaded, 1) == [prefetch] and prefetch.outcome is Outcome.DONE
@@ -199,11 +200,11 @@ def test_threads_stop_a_cancelled_copy_at_the_next_boundary(threaded):
     assert payload.reached[0].wait(30)
     threaded.submit(waiting)
     threaded.cancel(waiting)
-    assert drain(threaded, 1) == [waiting] and waiting.done == 0
+    assert drain(threaded, 1) == [waiting] and waiting.layers_done == 0
     threaded.cancel(running)
     payload.open[0].set()
     assert drain(threaded, 1) == [running]
-    assert (running.outcome, running.done, running.result) == (Outcome.CANCELLED, 1, None)
+    assert (running.outcome, running.layers_done, running.result) == (Outcome.CANCELLED, 1, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,8 +231,8 @@ def test_a_failed_copy_and_a_dead_worker_end_their_job_and_no_other(threaded, ca
     threaded.submit(after)
     assert drain(threaded, 2) == [deadly, after]
     assert deadly.outcome is Outcome.FAILED and isinstance(deadly.error, WorkerDiedError)
-    assert after.outcome is Outcome.DONE, "another thread has taken its place"
-    assert "a copy worker died (HOST -> DEVICE); starting another" in caplog.text
+    assert after.outcome is Outcome.DONE, "another thread has replaced it"
+    assert "a transfer worker died (HOST -> DEVICE); starting another" in caplog.text
 
 
 def test_a_bandwidth_limit_is_kept():
@@ -247,7 +248,7 @@ def test_a_bandwidth_limit_is_kept():
         ThreadedTransfer({UP: 0.0})
 
 
-def test_closing_ends_what_is_under_way(threaded):
+def test_closing_ends_transfers_in_progress(threaded):
     payload = gated()
     running, waiting = real_job(payload=payload), real_job()
     threaded.submit(running)

@@ -1,4 +1,4 @@
-"""Tiers shared by threads, with copies on threads."""
+"""A cache shared by threads, with transfers on threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tenure.serving.kvcache.memory_pool import Pool
 
 
 def test_many_threads_share_tiers(tmp_path, kv):
-    """Engines in four threads, three tiers, real copies; whatever they read is right, and at the end all adds up."""
+    """Four threads with engines, three tiers, real copies: all that is read is correct, and all counts agree."""
     pools: dict[Tier, Pool] = {
         Tier.DEVICE: MemoryPool(40 * kv.token_bytes),
         Tier.HOST: MemoryPool(30 * kv.token_bytes),
@@ -39,7 +39,7 @@ def test_many_threads_share_tiers(tmp_path, kv):
                 prompt = [random.randrange(3) for _ in range(random.randrange(1, 13))]
                 with tiers.open(prompt) as handle:
                     if random.random() < 0.2:
-                        handle.load(Urgency.PREFETCH, only_below=True)
+                        handle.load(Urgency.PREFETCH, only_lower_ranked=True)
                         continue
                     state = handle.wait(0.5)
                     counts[state] += 1
@@ -48,7 +48,7 @@ def test_many_threads_share_tiers(tmp_path, kv):
                     kv.assert_holds(handle.payloads(), prompt[: handle.length])
                     end = tiers.whole_pages(len(prompt))
                     new = kv.of(prompt, handle.length, end) if end > handle.length else None
-                    if tiers.insert(handle, prompt, new) is AllocStatus.READY and handle.load() is LoadState.READY:
+                    if tiers.store(handle, prompt, new) is AllocStatus.READY and handle.load() is LoadState.READY:
                         kv.assert_holds(handle.payloads(), prompt[:end])
         except BaseException as error:
             failures.append(error)
@@ -61,7 +61,7 @@ def test_many_threads_share_tiers(tmp_path, kv):
             thread.start()
         for thread in threads:
             thread.join(120)
-        assert not any(thread.is_alive() for thread in threads), "nobody waits for ever"
+        assert not any(thread.is_alive() for thread in threads), "no thread waits for ever"
     finally:
         sys.setswitchinterval(interval)
     if failures:
@@ -71,4 +71,4 @@ def test_many_threads_share_tiers(tmp_path, kv):
     assert tiers.statistics.bytes_moved, "tiers were used"
     tiers.close()
     tiers.check()
-    assert not tiers.transfers.under_way
+    assert not tiers.has_transfers

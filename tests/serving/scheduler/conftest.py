@@ -96,8 +96,8 @@ class Driver:
     def send_down(self) -> None:
         """Everything idle leaves the device, to the host if there is one."""
         tiers, pool = self.system.tiers, self.system.tiers.pools[Tier.DEVICE]
-        while pool.idle:
-            tiers.eviction.make_room(Tier.DEVICE, pool.capacity)
+        while pool.evictable:
+            tiers.evictor.make_room(Tier.DEVICE, pool.capacity)
             self.clock.advance_to(self.clock() + 100)
             tiers.poll()
 
@@ -112,7 +112,7 @@ class Driver:
 
     def cached(self, prompt: list[int], tier: Tier = Tier.DEVICE) -> int:
         """Tokens of `prompt` that lie in `tier`."""
-        return sum(node.length for node in self.system.tiers.match(prompt).nodes if node.copies[tier] is not None)
+        return sum(node.length for node in self.system.tiers.lookup(prompt).nodes if node.copies[tier] is not None)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def make_driver():
         driver.clock.advance_to(driver.clock() + 1e6)
         driver.system.tiers.poll()
         driver.scheduler.check()
-        assert not driver.system.tiers.handles and not driver.system.tiers.transfers.under_way
+        assert not driver.system.tiers.handles and not driver.system.tiers.has_transfers
         driver.system.close()
 
 

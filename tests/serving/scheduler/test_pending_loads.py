@@ -120,7 +120,7 @@ def test_failed_loads_are_computed_after_another_try(make_driver):
 def test_a_load_that_does_not_end_is_given_up(make_driver):
     driver = make_driver(copies=Stuck, link=400.0)
     spill(driver, A)
-    driver.system.tiers.transfers.mover.stuck = 1e-3
+    driver.system.tiers.transfers.backend.stuck = 1e-3
     before = driver.clock()
     ended = driver.serve("r", [*A, 1])
     assert ended.outcome is RequestOutput.ANSWERED and ended.recomputed_tokens == 40
@@ -132,7 +132,7 @@ def test_a_load_is_given_up_though_its_time_ended_while_the_driver_was_busy(make
     driver = make_driver(copies=Stuck, costs=LinearCosts(10.0, (1000.0, 0.0)))
     driver.serve("fill", A, agent="a", fixed_tokens=4)
     driver.send_down()
-    driver.system.tiers.transfers.mover.stuck = 0.1
+    driver.system.tiers.transfers.backend.stuck = 0.1
     before = driver.clock()
     driver.submit("r", [*A, 1])
     assert driver.begin() is None and driver.scheduler.next_time() == pytest.approx(before + 8.2)
@@ -179,8 +179,8 @@ def test_a_request_whose_kv_has_come_otherwise_need_not_wait_for_a_load_to_end(m
     work, tiers = driver.begin(), driver.system.tiers
     assert work is not None and [item.request.id for item in work.prefills] == ["c"]
     with tiers.open(B) as handle:
-        handle.shorten(handle.node.root)
-        tiers.insert(handle, B, PhantomPayload(40, 40))
+        handle.truncate(handle.node.root)
+        tiers.store(handle, B, PhantomPayload(40, 40))
     driver.finish(work)
     work = driver.begin()
     assert work is not None and [item.request.id for item in work.prefills] == ["b"], "though a has not come"
@@ -203,7 +203,7 @@ def test_who_is_overdue_and_needs_a_load_lets_others_pass(make_driver):
     driver.step()
     assert not any(item.request.id == "small" for _, work in driver.works for item in work.prefills)
     tiers = driver.system.tiers
-    tiers.eviction.make_room(Tier.DEVICE, 28)
+    tiers.evictor.make_room(Tier.DEVICE, 28)
     driver.run(lambda: any(ended.request.id == "small" for ended in driver.ended))
     assert driver.cached(C[:20]) == 0 and len(driver.scheduler) == 3, "large would load, and a load is under way"
     driver.run()

@@ -27,10 +27,10 @@ def store(driver, prompt_of, agents, client="", length=20):
 def first_victims(driver):
     """The agents in the order in which their prompts would leave the device."""
     tiers, found = driver.system.tiers, []
-    candidates = tiers.storage.candidates[Tier.DEVICE]
+    candidates = tiers.storage.queues[Tier.DEVICE]
     while (node := candidates.first()) is not None:
         found += list(node.group.agents)
-        tiers.eviction.evict(node, Tier.DEVICE)
+        tiers.evictor.evict(node, Tier.DEVICE)
     return found
 
 
@@ -97,12 +97,12 @@ def test_a_request_under_the_name_of_anothers_agent_is_nobodys(make_driver, ring
     store(driver, prompt_of, "a", "honest")
     ring(driver, list("abc"))
     tiers, workflow = driver.system.tiers, driver.system.graph["ring"]
-    end, version = tiers.tree.ends["a"], workflow.version
+    end, version = tiers.tree.prompt_ends["a"], workflow.version
     other = [9] * 20
     answer = driver.serve("r", [*other, 1], agent="a", workflow="ring", fixed_tokens=20, client="mallory")
     assert answer.outcome is RequestOutput.ANSWERED and workflow.version == version and not workflow.running
-    assert tiers.tree.ends["a"] is end and tiers.match(other).length == 20, "its KV is kept as any other"
-    assert not tiers.match(other).nodes[-1].fixed
+    assert tiers.tree.prompt_ends["a"] is end and tiers.lookup(other).length == 20, "its KV is kept as any other"
+    assert not tiers.lookup(other).nodes[-1].fixed
 
 
 def test_nobody_hints_about_others_agents(make_driver, prompt_of):

@@ -93,7 +93,7 @@ def test_a_changed_plan_stops_what_is_on_its_way(make_driver, prompt_of):
     warm(driver, prompt_of)
     plan = Plan(driver)
     plan(a=1)
-    assert driver.system.prefetcher.statistics.begun == 1 and driver.system.tiers.transfers.under_way
+    assert driver.system.prefetcher.statistics.begun == 1 and driver.system.tiers.transfers.jobs
     plan(a=20)
     assert driver.system.prefetcher.statistics.cancelled == 1
     driver.clock.advance_to(driver.clock() + 100)

@@ -68,19 +68,19 @@ def test_a_chunk_ends_with_the_fixed_prompt_which_is_stored_by_itself(make_drive
     first, second = (work.prefills[0] for _, work in driver.works)
     assert (first.start, first.end, first.store, first.last) == (0, 30, (0, 30), False)
     assert (second.start, second.end, second.store, second.last) == (30, 40, (30, 40), True)
-    nodes = driver.system.tiers.match(A).nodes
-    assert [node.length for node in nodes] == [30, 10] and driver.system.tiers.tree.ends == {"a": nodes[0]}
+    nodes = driver.system.tiers.lookup(A).nodes
+    assert [node.length for node in nodes] == [30, 10] and driver.system.tiers.tree.prompt_ends == {"a": nodes[0]}
 
 
 def test_an_agents_fixed_prompt_is_learned_from_its_calls(make_driver):
     driver = make_driver("ste")
     driver.serve("r", [*A[:20], *B[:7]], agent="a")
-    assert not driver.system.tiers.tree.ends
+    assert not driver.system.tiers.tree.prompt_ends
     driver.serve("s", [*A[:20], *C[:8]], agent="a")
-    end = driver.system.tiers.tree.ends["a"]
+    end = driver.system.tiers.tree.prompt_ends["a"]
     assert end.end == 20
     driver.serve("t", [*A[:20], *D[:9]], agent="a")
-    assert driver.system.tiers.tree.ends["a"] is end
+    assert driver.system.tiers.tree.prompt_ends["a"] is end
 
 
 def test_discarded_suffixes_leave_the_fixed_prompt(make_driver):
@@ -241,7 +241,7 @@ def test_a_request_whose_own_cached_prompt_is_in_the_way_is_computed_without_it(
     driver = make_driver("lru", device=60)
     tiers = driver.system.tiers
     with tiers.open(A) as handle:
-        tiers.insert(handle, A, PhantomPayload(40, 55))
+        tiers.store(handle, A, PhantomPayload(40, 55))
     ended = driver.serve("r", A, 10)
     assert ended.outcome is RequestOutput.ANSWERED and ended.cached_tokens == 0
 

@@ -77,5 +77,5 @@ def test_waiting_ends_with_a_timeout_that_is_due():
         scheduler.wait(30.0)
     assert 0.1 < time.monotonic() - begun < 10
     assert scheduler.take_ended()[0].outcome is RequestOutput.TIMED_OUT
-    system.tiers.release(900)
+    system.tiers.unreserve(900)
     system.close()

@@ -70,7 +70,7 @@ def test_nothing_is_lost_or_left(small, policy: str) -> None:
     system.tiers.check()
     assert len(system.scheduler) == 0 and not system.tiers.handles
     pool = system.tiers.pools[Tier.DEVICE]
-    assert pool.reserved == 0 and pool.used == pool.idle
+    assert pool.reserved == 0 and pool.used == pool.evictable
     statistics = system.scheduler.statistics
     assert statistics.submitted == sum(statistics.ended.values())
     new = sum(len(ended.request.prompt) - ended.cached_tokens for ended in run.ended)

@@ -1,4 +1,4 @@
-"""Fixed prompts are saved before an eviction has to wait for that, and a request takes what need not be saved."""
+"""Fixed prompts are saved before an eviction needs their memory, and requests evict nodes that are saved already."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from tenure.scripts.soak.faulty_kv import TOKEN_BYTES
 from tenure.serving import (
     LRU,
     AllocStatus,
+    EagerWriteBackConfig,
     ExpectedTime,
     LinearCosts,
     LoadState,
@@ -20,94 +21,96 @@ from tenure.serving import (
     WriteBack,
     get_tier_policy,
 )
-from tenure.serving.kvcache.evictor import MAX_UNSAVED
 from tenure.serving.kvcache.transfer_queue import Outcome
 
 from ..conftest import later, node_of
 
 A, B, C = ([n] * 4 for n in (1, 2, 3))
 SECONDS = 4 * TOKEN_BYTES / 1000  # of a copy of four tokens, see `conftest`
+EAGER = EagerWriteBackConfig()
 
 
 def by_steps(**steps: float) -> TierPolicy:
-    return TierPolicy(StepsToExecution(steps), WriteBack.FIXED, ahead=True)
+    return TierPolicy(StepsToExecution(steps), WriteBack.FIXED, eager=EAGER)
 
 
 def jobs(tiers: TieredCache) -> list[tuple[list[int], Tier, Urgency]]:
-    return [(list(memoryview(job.node.span).cast("i")), job.target, job.urgency) for job in tiers.transfers.under_way]
+    return [
+        (list(memoryview(job.owner.span).cast("i")), job.target, job.urgency) for job in tiers.transfers.jobs.values()
+    ]
 
 
-def test_a_full_device_is_saved_the_next_victim_first(make_tiers, cached, kv):
+def test_a_full_device_is_saved_in_the_order_of_eviction(make_tiers, cached, kv):
     tiers = make_tiers(device=14, host=16, policy=by_steps(a=1, b=2, c=3))
     for prompt, agent in ((A, "a"), (B, "b"), (C, "c")):
-        assert not jobs(tiers), "while there is room for one more nothing has to be saved"
+        assert not jobs(tiers), "nothing is saved while there is room for one more"
         assert cached(tiers, prompt, agent, 4)
-    tiers.save_ahead()
+    tiers.write_back_eagerly()
     for prompt in (C, B, A):
-        assert jobs(tiers) == [(prompt, Tier.HOST, Urgency.AHEAD)], "one after the other, as they would be evicted"
+        assert jobs(tiers) == [(prompt, Tier.HOST, Urgency.EAGER)], "one at a time, as they would be evicted"
         assert node_of(tiers, prompt).status is Status.OFFLOADING
         later(tiers)
     assert not jobs(tiers)
     assert [node_of(tiers, p).copies[Tier.HOST] is not None for p in (A, B, C)] == [True] * 3
-    assert tiers.eviction.make_room(Tier.DEVICE, 14 * kv.token_bytes) is AllocStatus.READY, "nothing is waited for"
+    assert tiers.evictor.make_room(Tier.DEVICE, 14 * kv.token_bytes) is AllocStatus.READY, "no transfer is needed"
     assert tiers.statistics.bytes_moved[Tier.DEVICE, Tier.HOST] == 3 * 4 * kv.token_bytes, "each once"
 
 
-def test_suffixes_that_can_go_make_room_first(make_tiers, cached):
+def test_nothing_is_saved_while_evictable_suffixes_suffice(make_tiers, cached):
     tiers = make_tiers(device=10, host=16, policy=by_steps(a=1))
     assert cached(tiers, A, "a", 4) and cached(tiers, [9] * 4)
-    tiers.save_ahead()
-    assert not jobs(tiers), "four tokens of nobody's prompt go before"
-    assert cached(tiers, [*A, 7, 7]), "two more, of which nothing is fixed"
-    assert cached(tiers, B, "b", 4), "which takes the room of four tokens that no agent needs"
-    tiers.save_ahead()
+    tiers.write_back_eagerly()
+    assert not jobs(tiers), "four tokens in nobody's prompt are evicted before"
+    assert cached(tiers, [*A, 7, 7]), "two more in no fixed prompt"
+    assert cached(tiers, B, "b", 4), "in place of four tokens in no fixed prompt"
+    tiers.write_back_eagerly()
     assert [prompt for prompt, _, _ in jobs(tiers)] == [B], "two are left; A is built on"
 
 
-def test_an_eviction_takes_over_the_copy_that_was_begun(make_tiers, cached, kv):
+def test_an_eviction_takes_over_an_eager_write_back(make_tiers, cached, kv):
     tiers = make_tiers(device=8, host=16, policy=by_steps(a=1, b=2))
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
-    tiers.save_ahead()
+    tiers.write_back_eagerly()
     later(tiers, 0.5 * SECONDS)
-    assert tiers.eviction.first_rank(Tier.DEVICE) < tiers.storage.candidates[Tier.DEVICE].first_rank()
-    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.PENDING
+    assert tiers.evictor.first_rank(Tier.DEVICE) < tiers.storage.queues[Tier.DEVICE].first_rank()
+    assert tiers.evictor.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.PENDING
     assert jobs(tiers) == [(B, Tier.HOST, Urgency.WRITE_BACK)]
-    assert tiers.pools[Tier.DEVICE].leaving == 4 * kv.token_bytes
+    assert tiers.pools[Tier.DEVICE].pending_free == 4 * kv.token_bytes
     tiers.check()
     later(tiers, 0.6 * SECONDS)
     assert node_of(tiers, B).status is Status.CPU and node_of(tiers, A).copies[Tier.DEVICE] is not None
-    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.READY
+    assert tiers.evictor.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.READY
 
 
-def test_what_ranks_lower_goes_before_what_is_being_saved(make_tiers, cached, kv):
+def test_a_lower_ranked_node_is_evicted_before_one_that_is_being_saved(make_tiers, cached, kv):
     steps = {"a": 1.0, "b": 2.0}
-    tiers = make_tiers(device=8, host=16, policy=TierPolicy(StepsToExecution(steps), WriteBack.FIXED, ahead=True))
+    tiers = make_tiers(device=8, host=16, policy=TierPolicy(StepsToExecution(steps), WriteBack.FIXED, eager=EAGER))
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
-    tiers.save_ahead()
+    tiers.write_back_eagerly()
     steps["a"] = 3.0
     tiers.values_changed(["a"])
-    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.PENDING
-    assert jobs(tiers) == [(B, Tier.HOST, Urgency.AHEAD), (A, Tier.HOST, Urgency.WRITE_BACK)]
-    assert tiers.eviction.make_room(Tier.DEVICE, 8 * kv.token_bytes) is AllocStatus.PENDING, "both can go"
+    assert tiers.evictor.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.PENDING
+    assert jobs(tiers) == [(B, Tier.HOST, Urgency.EAGER), (A, Tier.HOST, Urgency.WRITE_BACK)]
+    assert tiers.evictor.make_room(Tier.DEVICE, 8 * kv.token_bytes) is AllocStatus.PENDING, "both can be evicted"
     assert [urgency for _, _, urgency in jobs(tiers)] == [Urgency.WRITE_BACK] * 2
 
 
-def test_a_lease_keeps_what_is_being_saved(make_tiers, cached, kv):
+def test_a_handle_keeps_a_node_that_is_being_saved(make_tiers, cached, kv):
     tiers = make_tiers(device=8, host=16, policy=by_steps(a=1, b=2))
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
-    tiers.save_ahead()
+    tiers.write_back_eagerly()
     with tiers.open(B) as handle:
         assert handle.load() is LoadState.READY
-        assert tiers.eviction.make_room(Tier.DEVICE, 8 * kv.token_bytes) is AllocStatus.REFUSED
+        assert tiers.evictor.make_room(Tier.DEVICE, 8 * kv.token_bytes) is AllocStatus.REFUSED
         later(tiers)
         kv.assert_holds(handle.payloads(), B)
 
 
 @pytest.mark.parametrize("host", [4, 7])
-def test_only_room_that_is_free_below_is_taken(make_tiers, cached, host):
+def test_only_available_memory_below_is_used(make_tiers, cached, host):
     tiers = make_tiers(device=8, host=host, policy=by_steps(a=1, b=2))
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
-    tiers.save_ahead()
+    tiers.write_back_eagerly()
     later(tiers)
     assert not jobs(tiers) and node_of(tiers, B).copies[Tier.HOST] is not None
     assert node_of(tiers, A).copies[Tier.HOST] is None, "the host is full"
@@ -125,51 +128,51 @@ def test_a_full_host_is_saved_on_disk(make_tiers, cached):
     assert on_disk == [True, True] and all(node_of(tiers, p).copies[Tier.HOST] is not None for p in (A, B))
 
 
-def test_a_copy_that_fails_is_not_begun_again(make_tiers, cached, kv):
+def test_a_failed_write_back_is_not_repeated(make_tiers, cached, kv):
     tiers = make_tiers(device=4, host=8, policy=by_steps(a=1), copies=kv.FaultyTransfer)
     assert cached(tiers, A, "a", 4)
-    tiers.transfers.mover.fault = RuntimeError("failed")
+    tiers.transfers.backend.fault = RuntimeError("failed")
     ended = []
     tiers.transfers.listeners.append(ended.append)
-    tiers.save_ahead()
+    tiers.write_back_eagerly()
     later(tiers)
     later(tiers)
     assert [job.outcome for job in ended] == [Outcome.FAILED] and not jobs(tiers)
-    assert node_of(tiers, A).status is Status.GPU, "it stays where it is, and is saved when it is evicted"
+    assert node_of(tiers, A).status is Status.GPU, "it stays, and is written back when it is evicted"
 
 
-def test_what_is_remembered_is_bounded(make_tiers, cached, monkeypatch):
-    monkeypatch.setattr("tenure.serving.kvcache.evictor.MAX_UNSAVED", 3)
-    tiers = make_tiers(device=1000, host=16, policy=by_steps())
+def test_tracked_nodes_are_bounded(make_tiers, cached):
+    policy = TierPolicy(StepsToExecution({}), WriteBack.FIXED, eager=EagerWriteBackConfig(max_tracked=3))
+    tiers = make_tiers(device=1000, host=16, policy=policy)
     for number in range(10):
         assert cached(tiers, [number] * 4, f"agent{number}", 4)
-    assert len(tiers._ahead._unsaved[Tier.DEVICE]) == 3 < MAX_UNSAVED
+    assert len(tiers._eager._unsaved[Tier.DEVICE]) == 3
 
 
-def test_an_order_that_knows_no_agents_can_save_ahead_too(make_tiers, cached):
-    tiers = make_tiers(device=8, host=8, policy=TierPolicy(LRU(), WriteBack.FIXED, ahead=True))
+def test_a_policy_without_agents_can_write_back_eagerly(make_tiers, cached):
+    tiers = make_tiers(device=8, host=8, policy=TierPolicy(LRU(), WriteBack.FIXED, eager=EAGER))
     assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
     assert [prompt for prompt, _, _ in jobs(tiers)] == [A]
 
 
-def test_only_a_policy_that_says_so_saves_ahead(make_tiers, cached):
+def test_only_a_policy_with_a_config_writes_back_eagerly(make_tiers, cached):
     tiers = make_tiers(device=4, host=8, policy=TierPolicy(StepsToExecution({"a": 1.0}), WriteBack.FIXED))
     assert cached(tiers, A, "a", 4)
-    tiers.save_ahead()
+    tiers.write_back_eagerly()
     assert not jobs(tiers)
     costs = LinearCosts(100.0, (1000.0, 0.0))
-    assert get_tier_policy("expected_time", reuse={}, costs=costs).ahead
-    assert not get_tier_policy("ste", steps={}).ahead
-    with pytest.raises(ValueError, match=r"got ahead with WriteBack\.NOTHING; accepted: with a WriteBack that saves"):
-        TierPolicy(LRU(), WriteBack.NOTHING, ahead=True)
+    assert get_tier_policy("expected_time", reuse={}, costs=costs).eager
+    assert not get_tier_policy("ste", steps={}).eager
+    with pytest.raises(ValueError, match=r"got eager with WriteBack\.NOTHING; accepted: with a WriteBack that saves"):
+        TierPolicy(LRU(), WriteBack.NOTHING, eager=EAGER)
 
 
 @pytest.mark.parametrize(("likely", "waits"), [(0.5, False), (1.0, True)])
-def test_a_request_that_waits_takes_what_need_not_be_saved(make_tiers, cached, kv, likely, waits):
-    """A has a copy below and ranks above B, which has none: it goes first, unless it is needed for certain."""
+def test_an_urgent_request_evicts_a_node_that_is_saved_already(make_tiers, cached, kv, likely, waits):
+    """A has a copy below and ranks above B, which has none: it is evicted first, unless it is certain to be needed."""
     reuse = {"a": 0.0, "b": 1.0}
     costs = LinearCosts(1.0, (1000.0, 0.0))
-    tiers = make_tiers(device=8, host=16, policy=TierPolicy(ExpectedTime(reuse, costs), WriteBack.FIXED, ahead=True))
+    tiers = make_tiers(device=8, host=16, policy=TierPolicy(ExpectedTime(reuse, costs), WriteBack.FIXED, eager=EAGER))
     assert cached(tiers, A, "a", 4)
     assert cached(tiers, B, "b", 4)
     later(tiers, SECONDS)
@@ -179,5 +182,5 @@ def test_a_request_that_waits_takes_what_need_not_be_saved(make_tiers, cached, k
     room = tiers.reserve(4 * kv.token_bytes)
     assert room is (AllocStatus.PENDING if waits else AllocStatus.READY)
     assert (node_of(tiers, A).copies[Tier.DEVICE] is None) is not waits
-    assert tiers.eviction.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.PENDING, "a prefetch waits for B"
+    assert tiers.evictor.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.PENDING, "a prefetch waits for B"
     assert jobs(tiers) == [(B, Tier.HOST, Urgency.WRITE_BACK)]
