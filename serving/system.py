@@ -21,7 +21,7 @@ from .kvcache.eviction_policy import (
 from .kvcache.memory_pool import Pool
 from .kvcache.tiered_cache import Estimates, TieredCache
 from .kvcache.transfer_queue import TransferBackend
-from .prediction import Measure, NextCallPredictor
+from .prediction import NextCallPredictor, PredictionConfig, PredictionMode
 from .prefetch import PrefetchConfig, Prefetcher
 from .scheduler.config import SchedulerConfig
 from .scheduler.scheduler import Scheduler
@@ -35,14 +35,14 @@ class _Recipe:
 
     Attributes:
         order: its name. below: pools below the device are used.
-        measure: what is known of agents' next calls. prefetch: fixed prompts are brought up ahead of them.
+        mode: how agents' next calls are predicted. prefetch: fixed prompts are brought up ahead of them.
         batch_waits: of the `Scheduler`. ahead: of the `TierPolicy`.
     """
 
     order: str
     write_back: WriteBack
     below: bool = True
-    measure: Measure = Measure.NOTHING
+    mode: PredictionMode = PredictionMode.NONE
     prefetch: bool = False
     batch_waits: bool = False
     ahead: bool = False
@@ -53,10 +53,12 @@ _RECIPES = {
     "lfu": _Recipe("lfu", WriteBack.ALL),
     "lru_reactive": _Recipe("lru", WriteBack.ALL),  # HiCache, were only those to wait who need a load
     "hicache": _Recipe("lru", WriteBack.ALL, batch_waits=True),  # SGLang's HiCache
-    "lru_prefetch": _Recipe("lru", WriteBack.ALL, measure=Measure.STEPS, prefetch=True),
-    "ste": _Recipe("ste", WriteBack.FIXED, measure=Measure.STEPS),  # KVFlow without its prefetch
-    "ste_prefetch": _Recipe("ste", WriteBack.FIXED, measure=Measure.STEPS, prefetch=True),  # KVFlow
-    "expected_time": _Recipe("expected_time", WriteBack.WORTH, measure=Measure.TIME, prefetch=True, ahead=True),  # ours
+    "lru_prefetch": _Recipe("lru", WriteBack.ALL, mode=PredictionMode.STEPS, prefetch=True),
+    "ste": _Recipe("ste", WriteBack.FIXED, mode=PredictionMode.STEPS),  # KVFlow without its prefetch
+    "ste_prefetch": _Recipe("ste", WriteBack.FIXED, mode=PredictionMode.STEPS, prefetch=True),  # KVFlow
+    "expected_time": _Recipe(
+        "expected_time", WriteBack.WORTH, mode=PredictionMode.TIME, prefetch=True, ahead=True
+    ),  # ours
     "belady": _Recipe("belady", WriteBack.ALL),  # the oracle, on demand
 }
 
@@ -127,11 +129,12 @@ def build_system(
     oracle = None if prompts is None else Belady(prompts, page_size)
     predictor = NextCallPredictor(
         graph,
-        recipe.measure,
+        recipe.mode,
         clock,
+        page_size,
         LearnedTransitions(graph) if learn else None,
         None if oracle is None else oracle.advance,
-        step_s,
+        PredictionConfig(step_s=step_s),
     )
     suffixes = SuffixReuse(costs) if recipe.write_back is WriteBack.WORTH else None
     order: EvictionPolicy = {
@@ -144,11 +147,10 @@ def build_system(
         "belady": lambda: oracle,
     }[recipe.order]()
     tiers = TieredCache(used, mover, TierPolicy(order, recipe.write_back, suffixes, recipe.ahead), page_size, clock)
-    predictor.attach(tiers)
     estimates = Estimates(costs, tiers.transfers)
     prefetcher = None
     if recipe.prefetch:
         by_use = not order.uses_agents
-        prefetcher = Prefetcher(tiers, estimates, predictor, prefetch, only_below=not by_use, counts_as_use=by_use)
+        prefetcher = Prefetcher(tiers, estimates, predictor, prefetch, only_below=not by_use, touch_on_arrival=by_use)
     scheduler = Scheduler(tiers, estimates, predictor, bytes_per_token, limits, prefetcher, recipe.batch_waits)
     return System(name, tiers, graph, predictor, scheduler, prefetcher, estimates)

@@ -57,7 +57,7 @@ class LiveRequests:
         self.timers.ended()
         self._count(entry, outcome)
         if entry.started:
-            self.predictor.answered(entry.request, now - entry.times.arrived, outcome is RequestOutput.ANSWERED)
+            self.predictor.on_finish(entry.request, now - entry.times.arrived, outcome is RequestOutput.ANSWERED)
         self.over.append(entry.ended(outcome, error))
 
     def _count(self, entry: Entry, outcome: RequestOutput) -> None:
@@ -110,7 +110,7 @@ class Scheduler:
     Args:
         tiers: the cache; its device pool is also where requests reserve their memory.
         estimates: seconds of loads and of computing.
-        outlook: what is known of the agents' next calls; told of every call.
+        predictor: of the agents' next calls; hears of every call.
         bytes_per_token: KV of a token that is computed.
         prefetcher: brings fixed prompts up ahead of their calls; None: nobody does.
         batch_waits: nothing is computed while a request's KV is on its way. To compare: a batch of SGLang's HiCache
@@ -158,10 +158,10 @@ class Scheduler:
         entry = new_entry(request, page_size, self.bytes_per_token, clock())
         with self.tiers.lock:
             self._refuse_what_cannot_be(request, entry)
-            entry.agent, entry.started = self.predictor.called(request)
+            entry.agent, entry.started = self.predictor.on_request(request)
             entry.fixed = entry.fixed or self.predictor.fixed_tokens(entry.agent, request.namespace, entry.key)
             if self.prefetcher is not None and entry.agent is not None:
-                self.prefetcher.called(entry.agent)
+                self.prefetcher.on_request(entry.agent)
             self._requests.add(entry)
             self._news = True
         self.tiers.transfers.mover.interrupt()
@@ -192,7 +192,7 @@ class Scheduler:
     def hint(self, hint: Hint) -> None:
         """Takes a client's hint; it moves memory, never answers."""
         with self.tiers.lock:
-            self.predictor.hinted(hint)
+            self.predictor.on_hint(hint)
             self._news = True
         self.tiers.transfers.mover.interrupt()
 
@@ -228,7 +228,7 @@ class Scheduler:
             for entry in self._admission.admit(slots, idle=not self._batch):
                 self._batch.add(entry, now)
             if self.prefetcher is not None:
-                self.prefetcher.pump(hold=self._admission.starved, room=room)
+                self.prefetcher.start_prefetches(paused=self._admission.starved, room_freed=room)
             self.tiers.save_ahead()
             if self.batch_waits and self._admission.loading:
                 return None
@@ -268,9 +268,7 @@ class Scheduler:
             else:
                 over = self._batch.take_decode(item, steps)
         except Exception as failure:
-            self._requests.end(
-                entry, RequestOutput.FAILED, f"computing it failed: {type(failure).__name__}: {failure}"
-            )
+            self._requests.end(entry, RequestOutput.FAILED, f"computing it failed: {type(failure).__name__}: {failure}")
             return
         if over:
             self._requests.end(entry, RequestOutput.ANSWERED, None)
@@ -293,12 +291,10 @@ class Scheduler:
     # Time -------------------------------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
-        """Tells the tree and the prefetcher what is new about the agents."""
-        changed = sorted(self.predictor.changed())  # in one order, whatever the seed of hashing
-        if changed:
-            self.tiers.values_changed(changed)
-            if self.prefetcher is not None:
-                self.prefetcher.changed(changed)
+        """Pushes changed predictions to the cache and the prefetcher."""
+        changed = self.predictor.push_values(self.tiers)
+        if changed and self.prefetcher is not None:
+            self.prefetcher.values_changed(changed)
 
     def wait(self, timeout_s: float) -> None:
         """Waits until there may be something new: a copy has ended, a request has come or gone, a timer is due."""
@@ -326,4 +322,4 @@ class Scheduler:
             self._admission.check()
             self._requests.check()
             if self.prefetcher is not None:
-                assert self.prefetcher.handles() <= self.tiers.handles.keys(), "leases of prefetches are live"
+                assert self.prefetcher.handle_numbers() <= self.tiers.handles.keys(), "leases of prefetches are live"

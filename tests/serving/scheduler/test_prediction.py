@@ -1,4 +1,4 @@
-"""What is known of agents: graphs, hints and queues together, and shares of clients."""
+"""Predictions from graphs, hints and queues together, and quotas of clients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tenure.serving import Hint, RequestOutput, Tier, build_system, system_names
-from tenure.serving.hints import Action, ActionKind, SessionAction
+from tenure.serving.hints import ActionKind, HintAction, SessionAction
 
 
 def hint(driver, client="", **steps):
@@ -15,7 +15,7 @@ def hint(driver, client="", **steps):
 
 
 def retain(driver, agent, client, priority=1.0, ttl_s=1000.0):
-    action = Action(ActionKind.RETAIN, agent, priority, ttl_s)
+    action = HintAction(ActionKind.RETAIN, agent, priority, ttl_s)
     driver.scheduler.hint(Hint("kv_hints", client=client, actions=(action,)))
 
 
@@ -44,7 +44,7 @@ def test_a_client_protects_its_share_and_no_more(make_driver, prompt_of, name):
         retain(driver, agent, "greedy", priority=1.0)
     retain(driver, "z", "modest", priority=0.6)
     driver.begin()
-    assert len(driver.system.predictor.shares.capped) == 3
+    assert len(driver.system.predictor.quotas.capped) == 3
     victims = first_victims(driver)
     assert victims.index("z") == 3
 
@@ -54,7 +54,7 @@ def test_a_client_that_is_alone_may_protect_everything(make_driver, prompt_of):
     store(driver, prompt_of, "abc", "one")
     hint(driver, "one", a=0, b=0, c=0)
     driver.begin()
-    assert not driver.system.predictor.shares.capped
+    assert not driver.system.predictor.quotas.capped
 
 
 def test_shares_are_counted_anew_when_clients_and_prompts_come(make_driver, prompt_of):
@@ -64,31 +64,35 @@ def test_shares_are_counted_anew_when_clients_and_prompts_come(make_driver, prom
     for agent in "abcdefgh":
         retain(driver, agent, "greedy", priority=1.0)
     driver.begin()
-    capped = driver.system.predictor.shares.capped
+    capped = driver.system.predictor.quotas.capped
     assert not capped
     store(driver, prompt_of, "z", "modest")
     driver.begin()
-    capped = driver.system.predictor.shares.capped
+    capped = driver.system.predictor.quotas.capped
     assert len(capped) == 2, "five prompts are its share; of the eighth nothing is stored"
     store(driver, prompt_of, "h", "greedy")
     driver.begin()
-    assert len(driver.system.predictor.shares.capped) == 3
+    assert len(driver.system.predictor.quotas.capped) == 3
 
 
 def test_who_only_speaks_of_an_agent_loses_it_to_who_calls_it(make_driver, prompt_of):
     driver = make_driver("ste")
-    driver.scheduler.hint(Hint("kv_hints", client="mallory", actions=(Action(ActionKind.EVICT, "a", ttl_s=3600.0),)))
+    driver.scheduler.hint(
+        Hint("kv_hints", client="mallory", actions=(HintAction(ActionKind.EVICT, "a", ttl_s=3600.0),))
+    )
     hint(driver, "honest", a=1)
     driver.begin()
     assert driver.system.predictor.steps("a") == math.inf, "nobody has called it"
     driver.serve("r", [*prompt_of("a"), 1], agent="a", fixed_tokens=20, client="honest")
     hint(driver, "honest", a=1)
-    driver.scheduler.hint(Hint("kv_hints", client="mallory", actions=(Action(ActionKind.EVICT, "a", ttl_s=3600.0),)))
+    driver.scheduler.hint(
+        Hint("kv_hints", client="mallory", actions=(HintAction(ActionKind.EVICT, "a", ttl_s=3600.0),))
+    )
     driver.begin()
     assert driver.system.predictor.steps("a") == 1
     driver.serve("s", [*prompt_of("a"), 2], agent="a", fixed_tokens=20, client="mallory")
     hint(driver, "mallory", a=9)
-    assert driver.system.predictor.shares.owner("a") == "honest", "who has called it keeps it"
+    assert driver.system.predictor.quotas.owner("a") == "honest", "who has called it keeps it"
 
 
 def test_a_request_under_the_name_of_anothers_agent_is_nobodys(make_driver, ring, prompt_of):
@@ -110,7 +114,7 @@ def test_nobody_hints_about_others_agents(make_driver, prompt_of):
     store(driver, prompt_of, "a", "owner")
     hint(driver, "owner", a=1)
     hint(driver, "stranger", a=9, b=2)
-    driver.scheduler.hint(Hint("vllm", client="stranger", actions=(Action(ActionKind.EVICT, "a"),)))
+    driver.scheduler.hint(Hint("vllm", client="stranger", actions=(HintAction(ActionKind.EVICT, "a"),)))
     assert driver.system.predictor.steps("a") == 1
     assert driver.system.predictor.steps("b") == 2
 
@@ -124,12 +128,12 @@ def test_the_prompt_of_a_request_that_waits_is_not_the_first_to_go(make_driver, 
     driver.submit("r", [*prompt_of("a"), *range(40)], 10, workflow="ring", agent="a", fixed_tokens=20)
     driver.begin()
     predictor = driver.system.predictor
-    assert predictor.steps("a") == predictor.next_steps("a") == predictor.due("a") == 0.0
+    assert predictor.steps("a") == predictor.next_steps("a") == predictor.seconds_to_call("a") == 0.0
     assert predictor.reuse("a") == 1.0
     driver.finish(driver.works[-1][1])
     driver.run(lambda: any(e.request.id == "blocker" for e in driver.ended))
     driver.begin()
-    assert predictor.steps("a") == 3.0, "admitted: its lease keeps the prompt, what counts is its next turn"
+    assert predictor.steps("a") == 3.0, "admitted: its handle protects the prompt, what counts is its next turn"
     driver.finish(driver.works[-1][1])
 
 
@@ -171,7 +175,7 @@ def test_a_hinted_pause_moves_the_expected_time(make_driver, ring, prompt_of):
 
 def test_duplicates_and_late_hints_change_nothing(make_driver):
     driver = make_driver("ste")
-    fetch = Hint("kv_hints", message="m", actions=(Action(ActionKind.FETCH, "a"),))
+    fetch = Hint("kv_hints", message="m", actions=(HintAction(ActionKind.FETCH, "a"),))
     driver.scheduler.hint(fetch)
     hint(driver, "", a=4)
     driver.scheduler.hint(fetch)

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenure.serving.workflow.graph import OLD, StepGraph
+from tenure.serving.workflow.config import GraphConfig
+from tenure.serving.workflow.graph import StepGraph
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
 HORIZON = 8
+MAX_AGE = GraphConfig.max_age
 AGENTS = [f"a{i}" for i in range(7)]
 
 
@@ -24,17 +26,17 @@ class Mirror:
         self.edges: dict[tuple[str, str], float] = {}
         self.running: list[str] = []
         self.expected: set[str] = set()
-        self.marks: dict[tuple[str, str], bool] = {}  # whether it is one of several branches, none of them chosen yet
+        self.pending: dict[tuple[str, str], bool] = {}  # whether it is one of several branches, none of them chosen yet
         self.valid: dict[tuple[str, str], float] = {}  # what calls that nothing foretold have left of a mark
 
     def start(self, agent: str) -> None:
-        if agent not in self.expected and all(t != agent for _, t in self.marks):
-            kept = 1 - 1 / max(1, len({s for s, _ in self.marks}))
-            self.valid = {mark: self.valid.get(mark, 1.0) * kept for mark in self.marks}
-            self.marks = {mark: open_ for mark, open_ in self.marks.items() if self.valid[mark] >= 0.1}
-        for source in [s for s, t in self.marks if t == agent]:
-            if self.marks.pop((source, agent)):
-                self.marks = {m: u for m, u in self.marks.items() if m[0] != source or self.edges[m] == 1}
+        if agent not in self.expected and all(t != agent for _, t in self.pending):
+            kept = 1 - 1 / max(1, len({s for s, _ in self.pending}))
+            self.valid = {mark: self.valid.get(mark, 1.0) * kept for mark in self.pending}
+            self.pending = {mark: open_ for mark, open_ in self.pending.items() if self.valid[mark] >= 0.1}
+        for source in [s for s, t in self.pending if t == agent]:
+            if self.pending.pop((source, agent)):
+                self.pending = {m: u for m, u in self.pending.items() if m[0] != source or self.edges[m] == 1}
         self.expected.discard(agent)
         self.running.append(agent)
 
@@ -42,24 +44,24 @@ class Mirror:
         self.running.remove(agent)
         for edge, probability in self.edges.items():
             if edge[0] == agent and (chose is None or edge[1] in chose):
-                self.marks[edge] = chose is None and probability < 1
+                self.pending[edge] = chose is None and probability < 1
                 self.valid[edge] = 1.0
 
     def retry(self, agent: str) -> None:
         if agent in self.running:
             self.running.remove(agent)
-        self.marks = {mark: open_ for mark, open_ in self.marks.items() if mark[0] != agent}
+        self.pending = {mark: open_ for mark, open_ in self.pending.items() if mark[0] != agent}
         self.expected.add(agent)
 
     def remove(self, agent: str) -> None:
         del self.joins[agent]
         self.edges = {edge: p for edge, p in self.edges.items() if agent not in edge}
-        self.marks = {mark: open_ for mark, open_ in self.marks.items() if agent not in mark}
+        self.pending = {mark: open_ for mark, open_ in self.pending.items() if agent not in mark}
         self.expected.discard(agent)
         self.running = [other for other in self.running if other != agent]
 
     def _join(self, steps: dict[str, float], agent: str) -> float:
-        ways = [0.0 if (s, t) in self.marks else steps[s] + 1 for s, t in self.edges if t == agent]
+        ways = [0.0 if (s, t) in self.pending else steps[s] + 1 for s, t in self.edges if t == agent]
         join = (max if self.joins[agent] == "and" else min)(ways, default=math.inf)
         return join if join <= HORIZON else math.inf
 
@@ -119,7 +121,7 @@ def _act(graph: StepGraph, mirrors: dict[str, Mirror], choose: random.Random) ->
         edge = choose.choice(edges)
         flow.remove_edge(*edge)
         del mirror.edges[edge]
-        mirror.marks.pop(edge, None)
+        mirror.pending.pop(edge, None)
     elif not agents:
         return
     elif kind == "edge":
@@ -160,7 +162,7 @@ def _calls(flow, agent: str) -> list:
 def test_steps_are_those_of_brute_force(seed, actions):
     """Agents, edges, joins, cycles, unreachable inputs, shared agents; adding, removing, finishing and retrying."""
     choose = random.Random(seed)
-    graph, mirrors = StepGraph(lambda: 0.0, horizon=HORIZON), {}
+    graph, mirrors = StepGraph(lambda: 0.0, GraphConfig(horizon=HORIZON)), {}
     told: dict[str, float] = {}  # what a reader knows that listens to `changed_steps`
     for _ in range(actions):
         _act(graph, mirrors, choose)
@@ -248,26 +250,26 @@ def test_a_call_that_nothing_foretold_comes_instead_of_the_one_that_was_foretold
 
 def test_workflows_of_which_nothing_is_heard_are_read_anew_while_they_have_something_under_way():
     seconds = [0.0]
-    graph = StepGraph(lambda: seconds[0], discount_s=2.0)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=2.0))
     flow = graph.add_workflow(ring(3))
     other = graph.add_workflow(WorkflowSpec("other", [AgentSpec("b")], [], ["b"]))
     graph.add_workflow(WorkflowSpec("idle", [AgentSpec("c")], []))
     assert graph.changed_reuse() == {"a0", "a1", "a2", "b", "c"}
     flow.start("a0")
     assert graph.changed_reuse() == {"a0", "a1", "a2"}
-    seconds[0] = 2.0 * OLD - 1
+    seconds[0] = 2.0 * MAX_AGE - 1
     assert graph.changed_reuse() == set()
     other.expect("b")
     assert graph.changed_reuse() == {"b"}
-    seconds[0] = 2.0 * OLD
+    seconds[0] = 2.0 * MAX_AGE
     assert graph.changed_reuse() == {"a0", "a1", "a2"} and graph.changed_reuse() == set()
     graph.remove_workflow("other")
     graph.changed_reuse()
-    seconds[0] += 2.0 * OLD
+    seconds[0] += 2.0 * MAX_AGE
     assert graph.changed_reuse() == {"a0", "a1", "a2"}
     flow.finish("a0", chose=())
     assert graph.changed_reuse() == {"a0", "a1", "a2"}
-    seconds[0] += 100.0 * OLD
+    seconds[0] += 100.0 * MAX_AGE
     assert graph.changed_reuse() == set(), "nothing is under way"
 
 
@@ -283,13 +285,15 @@ def test_of_several_calls_that_were_foretold_it_is_not_known_which_does_not_come
         flow.finish(agent)
     flow.start("other", 0)
     assert flow.next_steps("l") == flow.next_steps("r") == 0
-    assert {flow.marks.valid(mark) for mark in flow.marks.values()} == {0.5}
+    assert {flow.pending.validity(prediction) for prediction in flow.pending.values()} == {0.5}
     assert graph.reuse("l") == graph.reuse("r") < 0.5
     for call in (1, 2):
         flow.start("other", call)
-    assert {flow.marks.valid(mark) for mark in flow.marks.values()} == {0.125} and 0 < graph.reuse("l") < 0.125
+    assert {flow.pending.validity(prediction) for prediction in flow.pending.values()} == {0.125} and 0 < graph.reuse(
+        "l"
+    ) < 0.125
     flow.start("other", 3)
-    assert flow.next_steps("l") == flow.next_steps("r") == math.inf and not flow.marks
+    assert flow.next_steps("l") == flow.next_steps("r") == math.inf and not flow.pending
     flow.expect("l")
     flow.start("l")
     assert flow.accuracy == pytest.approx(7 / 11), "an expected call is no surprise"
@@ -305,7 +309,7 @@ def test_doubts_of_thousands_of_calls_do_not_add_up():
             flow.start(agent)
             flow.finish(agent)
         flow.start("other", call)
-        assert {flow.marks.valid(mark) for mark in flow.marks.values()} == {0.5}, call
+        assert {flow.pending.validity(prediction) for prediction in flow.pending.values()} == {0.5}, call
 
 
 def test_a_retry_withdraws_the_answer():
@@ -366,19 +370,19 @@ def test_silent_workflows_expire():
 
 def test_silent_workflows_make_room_for_new_ones():
     seconds = [0.0]
-    graph = StepGraph(lambda: seconds[0], max_workflows=2)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(max_workflows=2))
     graph.add_workflow(ring(3, "silent"))
-    graph.add_workflow("lasting").lasting = True
+    graph.add_workflow("persistent").persistent = True
     seconds[0] = 3599.0
     with pytest.raises(ValueError, match="2 workflows are accepted in all"):
         graph.add_workflow(ring(3, "new"))
     seconds[0] = 3601.0
     graph.add_workflow(ring(3, "new"))
-    assert {flow.name for flow in graph} == {"lasting", "new"}
+    assert {flow.name for flow in graph} == {"persistent", "new"}
 
 
 def test_what_clients_may_declare_is_bounded():
-    graph = StepGraph(max_workflows=1, max_agents=3, max_edges=3)
+    graph = StepGraph(config=GraphConfig(max_workflows=1, max_agents=3, max_edges=3))
     with pytest.raises(ValueError, match="the workflow 'ring' does not fit: 3 agents are accepted in all"):
         graph.add_workflow(ring(4))
     flow = graph.add_workflow(ring(3))
@@ -410,8 +414,8 @@ def test_what_clients_may_declare_is_bounded():
         (lambda g: g["ring"].add_edge("a0", "a1", 0), "got 0 as the probability of an edge; accepted"),
         (lambda g: g["ring"].add_edge("a0", "a1", math.nan), "got nan as the probability of an edge; accepted"),
         (lambda g: [g["ring"].start("a1", 7) for _ in "ab"], "the call 7 of 'a1' in the workflow 'ring' has started"),
-        (lambda g: StepGraph(horizon=0), "got horizon=0; accepted: a number above 0"),
-        (lambda g: StepGraph(discount_s=math.inf), "got discount_s=inf; accepted: a number above 0"),
+        (lambda g: GraphConfig(horizon=0), "got horizon=0; accepted: a number above 0"),
+        (lambda g: GraphConfig(discount_s=math.inf), "got discount_s=inf; accepted: a number above 0"),
     ],
 )
 def test_what_is_refused(call, message):
