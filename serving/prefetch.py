@@ -223,10 +223,10 @@ class InFlightPrefetches:
     def __getitem__(self, agent: str) -> InFlightPrefetch:
         return self._by_agent[agent]
 
-    def by_handle(self, number: int) -> InFlightPrefetch | None:
-        return self._by_handle.get(number)
+    def by_handle(self, handle_id: int) -> InFlightPrefetch | None:
+        return self._by_handle.get(handle_id)
 
-    def handle_numbers(self) -> set[int]:
+    def handle_ids(self) -> set[int]:
         return set(self._by_handle)
 
     def client_bytes(self, client: str) -> int:
@@ -385,7 +385,7 @@ class Prefetcher:
 
     def _start(self, request: PrefetchRequest, client: str) -> _StartResult:
         """Starts the loads of a request, or returns why not."""
-        if self._is_hopeless(request.agent):
+        if self._cannot_make_room(request.agent):
             self.statistics.no_room += 1
             return _StartResult.BLOCKED
         handle = self._open(request.agent)
@@ -414,7 +414,7 @@ class Prefetcher:
         self._drop(request, None)
         return _StartResult.DROPPED
 
-    def _is_hopeless(self, agent: str) -> bool:
+    def _cannot_make_room(self, agent: str) -> bool:
         """Whether no memory is free and nothing ranks below the prompt; without a handle, as it is called often."""
         end, pool = self.tiers.tree.ends.get(agent), self.tiers.pools[Tier.DEVICE]
         if end is None or not self.only_below or _comes(end) or end.nbytes <= pool.free + pool.leaving:
@@ -472,8 +472,8 @@ class Prefetcher:
 
     def _on_transfer_end(self, job: TransferJob) -> None:
         self._may_start = True  # there may be room
-        for number in job.waiters:
-            if (prefetch := self._in_flight.by_handle(number)) is not None:
+        for handle_id in job.waiters:
+            if (prefetch := self._in_flight.by_handle(handle_id)) is not None:
                 self._ended_jobs[prefetch] = job
 
     def _on_job_end(self, prefetch: InFlightPrefetch, job: TransferJob) -> None:
@@ -525,9 +525,9 @@ class Prefetcher:
         """When an agent next comes into sight, in seconds on the clock, without further events."""
         return self._queue.next_time()
 
-    def handle_numbers(self) -> set[int]:
-        """The numbers of the handles that it holds."""
-        return self._in_flight.handle_numbers()
+    def handle_ids(self) -> set[int]:
+        """Identifiers of the handles that it holds."""
+        return self._in_flight.handle_ids()
 
     def close(self) -> None:
         """Cancels all loads in flight and drops all requests."""

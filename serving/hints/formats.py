@@ -429,7 +429,7 @@ class HintReader:
         if fresh:
             self._warned.update(fresh)
             shown = ", ".join(fresh[:10])
-            warnings.warn(f"unknown fields of hints are left out: {shown}", stacklevel=2)
+            warnings.warn(f"unknown fields of hints are ignored: {shown}", stacklevel=2)
         return hint
 
 

@@ -322,4 +322,4 @@ class Scheduler:
             self._admission.check()
             self._requests.check()
             if self.prefetcher is not None:
-                assert self.prefetcher.handle_numbers() <= self.tiers.handles.keys(), "leases of prefetches are live"
+                assert self.prefetcher.handle_ids() <= self.tiers.handles.keys(), "leases of prefetches are live"

@@ -274,4 +274,4 @@ def _check_size(text: str, limit: int) -> None:
 def _warn(unknown: set[str]) -> None:
     if unknown:
         shown = ", ".join(sorted(unknown)[:10])
-        warnings.warn(f"unknown fields of a workflow were left out: {shown}", stacklevel=3)
+        warnings.warn(f"unknown fields of a workflow are ignored: {shown}", stacklevel=3)

@@ -159,6 +159,7 @@ class JoinSolver:
         self._drained: dict[int, tuple[float, float]] = {}  # values at the last `drain` of nodes updated since
 
     def add_node(self, is_and: bool = False) -> int:
+        """Adds a node without edges; returns its number."""
         if self._free:
             node = self._free.pop()
             self.is_and[node] = is_and
@@ -191,6 +192,7 @@ class JoinSolver:
         self._free.append(node)
 
     def set_join(self, node: int, is_and: bool) -> None:
+        """Sets whether the node is an AND or an OR."""
         self.is_and[node] = is_and
         self._arrays = None
         self._stale.add(node)
@@ -204,6 +206,7 @@ class JoinSolver:
         self._stale.add(target)
 
     def remove_edge(self, source: int, target: int) -> None:
+        """Removes the edge, which must exist."""
         del self.predecessors[target][source], self.successors[source][target]
         self.satisfied[target].discard(source)
         self._arrays = None
@@ -215,6 +218,7 @@ class JoinSolver:
         self._stale.add(target)
 
     def set_source(self, node: int, yes: bool = True) -> None:
+        """Sets whether the distance of `node` is 0 whatever leads to it."""
         self.is_source[node] = yes
         self._stale.add(node)
 
@@ -254,6 +258,7 @@ class JoinSolver:
         self._distance, self._joined, self._deciding = distance.tolist(), joined.tolist(), deciding.tolist()
 
     def _propagate(self) -> None:
+        # No `LazyHeap`: an entry is valid if its key is still that of the node's present distances, which is cheaper.
         if not self._stale:
             return
         heap: list[tuple[float, int]] = []
@@ -279,6 +284,7 @@ class JoinSolver:
             self._enqueue(node, heap)
 
     def _enqueue(self, node: int, heap: list[tuple[float, int]]) -> None:
+        """Queues `node` if its distance differs from what its join implies."""
         wanted, old = 0.0 if self.is_source[node] else self._joined[node], self._distance[node]
         if wanted != old:
             heappush(heap, (min(wanted, old), node))

@@ -239,6 +239,7 @@ class GraphState:
         self.pauses.observe(seconds)
 
     def record_event(self, workflow: Workflow) -> None:
+        """Something has happened in `workflow`."""
         self.steps_changes.workflows.add(workflow)
         self.reuse_changes.workflows.add(workflow)
 
@@ -366,11 +367,13 @@ class Workflow:
         self._record_structure()
 
     def edges(self) -> Iterator[EdgeSpec]:
+        """All edges with their current probabilities."""
         for source, row in self.branches.items():
             for target, probability in row.items():
                 yield EdgeSpec(self.names[source], self.names[target], probability)
 
     def join(self, agent: str) -> str:
+        """The join of an agent, `or` or `and`."""
         return JOINS[self.solver.is_and[self._node(agent)]]
 
     def is_choice(self, node: int) -> bool:
@@ -510,7 +513,7 @@ class Workflow:
             call = next(iter(calls))
         if call not in calls:
             which = "call" if call is None else f"call {call!r:.60}"
-            raise ValueError(f"{self.names[node]!r} has no {which} under way in the workflow {self.name!r}")
+            raise ValueError(f"{self.names[node]!r} has no {which} in progress in the workflow {self.name!r}")
         began = calls.pop(call)
         if not calls:
             del self.running[node]

@@ -172,7 +172,7 @@ def test_wrong_values_are_one_clear_error(source, document, message):
 
 def test_unknown_fields_are_warned_about_once():
     reader = HintReader()
-    with pytest.warns(UserWarning, match="unknown fields of hints are left out: agent_hints.mood, agent_hints.pin"):
+    with pytest.warns(UserWarning, match="unknown fields of hints are ignored: agent_hints.mood, agent_hints.pin"):
         reader.read("sglang", {"agent_id": "a", "mood": 1, "pin": True})
     with warnings.catch_warnings():
         warnings.simplefilter("error")

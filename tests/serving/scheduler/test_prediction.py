@@ -35,7 +35,7 @@ def first_victims(driver):
 
 
 @pytest.mark.parametrize("name", ["ste", "expected_time"])
-def test_a_client_protects_its_share_and_no_more(make_driver, prompt_of, name):
+def test_a_client_protects_its_quota_and_no_more(make_driver, prompt_of, name):
     """Room for ten prompts, two clients: of the eight that one calls urgent, three count less than the other's."""
     driver = make_driver(name, device=200)
     store(driver, prompt_of, "abcdefgh", "greedy")
@@ -57,8 +57,8 @@ def test_a_client_that_is_alone_may_protect_everything(make_driver, prompt_of):
     assert not driver.system.predictor.quotas.capped
 
 
-def test_shares_are_counted_anew_when_clients_and_prompts_come(make_driver, prompt_of):
-    """A client alone holds 140 of 200 bytes; with a second one its share is 100, however much it stores."""
+def test_quotas_are_recomputed_when_clients_and_prompts_come(make_driver, prompt_of):
+    """A client alone holds 140 of 200 bytes; with a second one its quota is 100, however much it stores."""
     driver = make_driver("ste", device=200)
     store(driver, prompt_of, "abcdefg", "greedy")
     for agent in "abcdefgh":
@@ -69,13 +69,13 @@ def test_shares_are_counted_anew_when_clients_and_prompts_come(make_driver, prom
     store(driver, prompt_of, "z", "modest")
     driver.begin()
     capped = driver.system.predictor.quotas.capped
-    assert len(capped) == 2, "five prompts are its share; of the eighth nothing is stored"
+    assert len(capped) == 2, "five prompts are its quota; of the eighth nothing is stored"
     store(driver, prompt_of, "h", "greedy")
     driver.begin()
     assert len(driver.system.predictor.quotas.capped) == 3
 
 
-def test_who_only_speaks_of_an_agent_loses_it_to_who_calls_it(make_driver, prompt_of):
+def test_a_client_that_only_hints_loses_the_agent_to_one_that_calls_it(make_driver, prompt_of):
     driver = make_driver("ste")
     driver.scheduler.hint(
         Hint("kv_hints", client="mallory", actions=(HintAction(ActionKind.EVICT, "a", ttl_s=3600.0),))
@@ -95,8 +95,8 @@ def test_who_only_speaks_of_an_agent_loses_it_to_who_calls_it(make_driver, promp
     assert driver.system.predictor.quotas.owner("a") == "honest", "who has called it keeps it"
 
 
-def test_a_request_under_the_name_of_anothers_agent_is_nobodys(make_driver, ring, prompt_of):
-    """It is answered, and changes nothing of what is known of the agent: its prompt, its calls, its workflow."""
+def test_a_request_for_another_clients_agent_changes_no_prediction(make_driver, ring, prompt_of):
+    """It is answered, and the agent's prompt, calls and workflow stay as they are."""
     driver = make_driver("ste", device=200)
     store(driver, prompt_of, "a", "honest")
     ring(driver, list("abc"))
@@ -109,7 +109,7 @@ def test_a_request_under_the_name_of_anothers_agent_is_nobodys(make_driver, ring
     assert not tiers.match(other).nodes[-1].fixed
 
 
-def test_nobody_hints_about_others_agents(make_driver, prompt_of):
+def test_hints_about_another_clients_agents_are_ignored(make_driver, prompt_of):
     driver = make_driver("ste", device=60)
     store(driver, prompt_of, "a", "owner")
     hint(driver, "owner", a=1)
@@ -119,7 +119,7 @@ def test_nobody_hints_about_others_agents(make_driver, prompt_of):
     assert driver.system.predictor.steps("b") == 2
 
 
-def test_the_prompt_of_a_request_that_waits_is_not_the_first_to_go(make_driver, ring, prompt_of):
+def test_the_prompt_of_a_waiting_request_is_not_the_first_victim(make_driver, ring, prompt_of):
     """A running agent is called again in N steps; one whose request is still in the queue is needed now."""
     driver = make_driver("ste", device=90)
     store(driver, prompt_of, "abc")
@@ -137,7 +137,7 @@ def test_the_prompt_of_a_request_that_waits_is_not_the_first_to_go(make_driver, 
     driver.finish(driver.works[-1][1])
 
 
-def test_the_workflow_hears_of_calls_and_their_ends(make_driver, ring, prompt_of):
+def test_the_workflow_follows_calls_and_their_ends(make_driver, ring, prompt_of):
     driver = make_driver("ste", device=90)
     ring(driver, list("abc"))
     graph = driver.system.graph
@@ -216,7 +216,7 @@ def test_lru_on_the_device_alone_and_the_oracle(make_driver, prompt_of):
     assert hits["lru"] == hits["lru_reactive"] == 0 and hits["belady"] >= 0.2
 
 
-def test_nothing_is_expected_of_a_workflow_whose_client_has_gone_for_an_hour(make_driver, ring, prompt_of):
+def test_predictions_of_a_workflow_without_events_are_cleared_after_an_hour(make_driver, ring, prompt_of):
     driver = make_driver("ste", device=200, learn=True)
     graph = driver.system.graph
     ring(driver, ["a", "b"], "gone")

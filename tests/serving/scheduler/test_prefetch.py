@@ -32,7 +32,7 @@ def call(driver, prompt_of, agent, number, new=4, length=20):
 
 
 @pytest.mark.parametrize("name", ["lru_prefetch", "ste_prefetch", "expected_time"])
-def test_the_next_agents_prompt_is_there_when_it_is_called(make_driver, ring, prompt_of, name):
+def test_the_next_agents_prompt_is_on_the_device_when_it_is_called(make_driver, ring, prompt_of, name):
     driver = make_driver(name, device=90)
     warm(driver, prompt_of)
     ring(driver, AGENTS)
@@ -88,7 +88,7 @@ class Plan:
         assert self.driver.begin() is None
 
 
-def test_a_changed_plan_stops_what_is_on_its_way(make_driver, prompt_of):
+def test_a_changed_plan_cancels_loads_in_flight(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=90, link=10.0, costs=LinearCosts(5.0, (10.0, 0.0)))
     warm(driver, prompt_of)
     plan = Plan(driver)
@@ -101,7 +101,7 @@ def test_a_changed_plan_stops_what_is_on_its_way(make_driver, prompt_of):
     assert driver.cached(prompt_of("a")) == 0 and driver.system.tiers.statistics.copies_cancelled == 1
 
 
-def test_what_cannot_come_in_time_is_computed(make_driver, prompt_of):
+def test_a_prompt_that_cannot_arrive_in_time_is_computed(make_driver, prompt_of):
     """Loading takes 20 s; the call is a second away and computing would take 4 s."""
     driver = make_driver("ste_prefetch", device=90, link=1.0, costs=LinearCosts(5.0, (1.0, 0.0)))
     warm(driver, prompt_of)
@@ -112,14 +112,14 @@ def test_what_cannot_come_in_time_is_computed(make_driver, prompt_of):
     assert ended.recomputed_tokens == 20 and driver.scheduler.statistics.recomputed_late == 1
 
 
-def test_what_comes_late_is_still_worth_it_where_computing_is_slower(make_driver, prompt_of):
+def test_a_late_load_is_started_if_computing_is_slower(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=90, link=1.0, costs=LinearCosts(0.1, (1.0, 0.0)))
     warm(driver, prompt_of)
     Plan(driver)(a=1)
     assert driver.system.prefetcher.statistics.started == 1
 
 
-def test_a_request_joins_the_copy_that_is_on_its_way(make_driver, prompt_of):
+def test_a_request_joins_the_load_in_flight(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=90, link=20.0, costs=LinearCosts(5.0, (20.0, 0.0)))
     warm(driver, prompt_of)
     Plan(driver)(a=1)
@@ -130,7 +130,7 @@ def test_a_request_joins_the_copy_that_is_on_its_way(make_driver, prompt_of):
     assert moved == 20, "it is not copied twice"
 
 
-def test_a_demand_displaces_a_prefetch_which_is_begun_again(make_driver, prompt_of):
+def test_a_demand_displaces_a_prefetch_which_is_restarted(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=50, link=10.0, costs=LinearCosts(2.0, (10.0, 0.0)))
     warm(driver, prompt_of)
     Plan(driver)(a=1)
@@ -165,7 +165,7 @@ def test_budgets(make_driver, prompt_of, limits, begun):
     assert driver.system.prefetcher.statistics.over_budget == (4 if begun == 0 else 0)
 
 
-def test_the_nearest_goes_first_and_who_has_waited_before_who_has_just_come(make_driver, prompt_of):
+def test_the_nearest_is_first_and_waiting_requests_age(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=500, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)),
                          prefetch=PrefetchConfig(max_in_flight=1))  # fmt: skip
     warm(driver, prompt_of)
@@ -181,7 +181,7 @@ def test_the_nearest_goes_first_and_who_has_waited_before_who_has_just_come(make
     assert driver.cached(prompt_of("b")) == 20, "nothing starves"
 
 
-def test_a_client_has_its_share_of_the_budget(make_driver, prompt_of):
+def test_a_client_has_its_quota_of_the_budget(make_driver, prompt_of):
     budgets = PrefetchConfig(max_in_flight=9, max_device_fraction=0.4, max_link_s=100.0)
     driver = make_driver("ste_prefetch", device=200, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)), prefetch=budgets)
     warm(driver, prompt_of)
@@ -195,7 +195,7 @@ def test_a_client_has_its_share_of_the_budget(make_driver, prompt_of):
         driver.clock.advance_to(due)
         driver.begin()
         assert sum(each.client == "greedy" for each in prefetches) <= 2
-    assert sum(driver.cached(prompt_of(agent)) for agent in "abcdef") == 120, "what waited for its share comes after"
+    assert sum(driver.cached(prompt_of(agent)) for agent in "abcdef") == 120, "deferred requests follow"
 
 
 def test_a_prompt_that_was_evicted_before_its_call_was_not_used(make_driver, prompt_of):
@@ -260,7 +260,7 @@ def test_an_agent_comes_into_sight_with_time_alone(make_driver, ring, prompt_of)
     assert begun + 50 < driver.clock() < begun + 60
 
 
-def test_what_is_out_of_sight_by_a_rounding_error_does_not_stop_the_clock(make_driver, prompt_of):
+def test_an_agent_out_of_sight_by_a_rounding_error_does_not_stop_the_clock(make_driver, prompt_of):
     """Expected seconds stand still between two readings of the graph, so a look at the same time would be the same."""
     from tenure.serving import AgentSpec, EdgeSpec, WorkflowSpec
 
@@ -287,7 +287,7 @@ class Failing(VirtualTransfer):
         super().copy_layer(job)
 
 
-def test_failed_prefetches_are_given_up_until_there_is_news(make_driver, prompt_of):
+def test_failed_prefetches_wait_for_a_new_prediction(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=90, copies=Failing)
     warm(driver, prompt_of)
     plan = Plan(driver)
@@ -300,7 +300,7 @@ def test_failed_prefetches_are_given_up_until_there_is_news(make_driver, prompt_
     assert driver.system.prefetcher.statistics.started == 3
 
 
-def test_what_is_too_unlikely_waits_until_it_is_likely_enough(make_driver, prompt_of):
+def test_an_unlikely_call_is_prefetched_only_when_it_is_near(make_driver, prompt_of):
     from tenure.serving import AgentSpec, EdgeSpec, WorkflowSpec
 
     driver = make_driver("expected_time", device=90, prefetch=PrefetchConfig(min_reuse=0.5))

@@ -1,4 +1,4 @@
-"""The step graph against a mirror that keeps plain sets and applies the facts' definition to them."""
+"""The step graph against a mirror that applies the definition of steps to plain sets."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Mirror:
         self.edges: dict[tuple[str, str], float] = {}
         self.running: list[str] = []
         self.expected: set[str] = set()
-        self.pending: dict[tuple[str, str], bool] = {}  # whether it is one of several branches, none of them chosen yet
-        self.valid: dict[tuple[str, str], float] = {}  # what calls that nothing foretold have left of a mark
+        self.pending: dict[tuple[str, str], bool] = {}  # whether it is one of several branches that are still open
+        self.valid: dict[tuple[str, str], float] = {}  # of pending predictions, after unpredicted calls
 
     def start(self, agent: str) -> None:
         if agent not in self.expected and all(t != agent for _, t in self.pending):
@@ -163,7 +163,7 @@ def test_steps_are_those_of_brute_force(seed, actions):
     """Agents, edges, joins, cycles, unreachable inputs, shared agents; adding, removing, finishing and retrying."""
     choose = random.Random(seed)
     graph, mirrors = StepGraph(lambda: 0.0, GraphConfig(horizon=HORIZON)), {}
-    told: dict[str, float] = {}  # what a reader knows that listens to `changed_steps`
+    known: dict[str, float] = {}  # to a reader of `changed_steps`
     for _ in range(actions):
         _act(graph, mirrors, choose)
         if choose.random() < 0.4:
@@ -172,8 +172,8 @@ def test_steps_are_those_of_brute_force(seed, actions):
         for agent in AGENTS:
             assert graph.steps(agent) == min((s[agent] for s, _ in solved if agent in s), default=math.inf)
             assert graph.next_steps(agent) == min((s[agent] for _, s in solved if agent in s), default=math.inf)
-        told |= {agent: graph.next_steps(agent) for agent in graph.changed_steps()}
-        assert {a: s for a, s in told.items() if s < math.inf} == {
+        known |= {agent: graph.next_steps(agent) for agent in graph.changed_steps()}
+        assert {a: s for a, s in known.items() if s < math.inf} == {
             agent: graph.next_steps(agent) for agent in AGENTS if graph.next_steps(agent) < math.inf
         }
     assert graph.agents == sum(len(mirror.joins) for mirror in mirrors.values())
@@ -231,7 +231,7 @@ def test_a_branch_that_is_not_taken_is_dropped():
     assert [graph.next_steps(name) for name in ("tool", "answer")] == [math.inf, 0]
 
 
-def test_a_call_that_nothing_foretold_comes_instead_of_the_one_that_was_foretold():
+def test_an_unpredicted_call_cancels_the_only_prediction():
     graph = StepGraph(lambda: 0.0)
     flow = graph.add_workflow(ring(4))
     for agent in ("a0", "a1"):
@@ -239,16 +239,16 @@ def test_a_call_that_nothing_foretold_comes_instead_of_the_one_that_was_foretold
         flow.finish(agent)
     graph.changed_steps()
     assert flow.accuracy == 1
-    flow.start("a0")  # not a2, which the edge foretold
+    flow.start("a0")  # not a2, which the edge predicted
     assert flow.next_steps("a2") == 2 and flow.next_steps("a1") == 1
     assert {"a1", "a2"} <= graph.changed_steps()
-    assert flow.accuracy == pytest.approx(1 - 1 / 7)  # a1 was foretold, and five calls before the first are believed
+    assert flow.accuracy == pytest.approx(1 - 1 / 7)  # a1 was predicted; the prior counts as five correct predictions
     flow.finish("a0")
     flow.start("a1")
     assert 1 - 1 / 7 < flow.accuracy < 1
 
 
-def test_workflows_of_which_nothing_is_heard_are_read_anew_while_they_have_something_under_way():
+def test_active_workflows_without_events_are_reported_again():
     seconds = [0.0]
     graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=2.0))
     flow = graph.add_workflow(ring(3))
@@ -270,10 +270,10 @@ def test_workflows_of_which_nothing_is_heard_are_read_anew_while_they_have_somet
     flow.finish("a0", chose=())
     assert graph.changed_reuse() == {"a0", "a1", "a2"}
     seconds[0] += 100.0 * MAX_AGE
-    assert graph.changed_reuse() == set(), "nothing is under way"
+    assert graph.changed_reuse() == set(), "nothing is in progress"
 
 
-def test_of_several_calls_that_were_foretold_it_is_not_known_which_does_not_come():
+def test_an_unpredicted_call_lowers_the_validity_of_all_predictions():
     graph, names = StepGraph(lambda: 0.0), ["fork", "left", "right", "l", "r", "other"]
     edges = [EdgeSpec("fork", "left"), EdgeSpec("fork", "right"), EdgeSpec("left", "l"), EdgeSpec("right", "r")]
     flow = graph.add_workflow(WorkflowSpec("w", [AgentSpec(name) for name in names], edges))
@@ -299,7 +299,7 @@ def test_of_several_calls_that_were_foretold_it_is_not_known_which_does_not_come
     assert flow.accuracy == pytest.approx(7 / 11), "an expected call is no surprise"
 
 
-def test_doubts_of_thousands_of_calls_do_not_add_up():
+def test_validity_does_not_degrade_over_thousands_of_calls():
     graph, names = StepGraph(lambda: 0.0), ["one", "two", "after one", "after two", "other"]
     edges = [EdgeSpec("one", "after one"), EdgeSpec("two", "after two")]
     flow = graph.add_workflow(WorkflowSpec("w", [AgentSpec(name) for name in names], edges))
@@ -321,7 +321,7 @@ def test_a_retry_withdraws_the_answer():
     flow.retry("a0")
     assert [graph.steps(f"a{i}") for i in range(3)] == [0, 1, 2]
     flow.start("a0")
-    flow.retry("a0")  # a call under way ends without an answer
+    flow.retry("a0")  # a call in progress ends without an answer
     assert not flow.running
     assert graph.next_steps("a0") == 0
 
@@ -342,7 +342,7 @@ def test_shared_agents_take_the_minimum_over_workflows():
     assert [graph.next_steps(f"a{i}") for i in range(5)] == [5, 1, 2, 3, 4]
 
 
-def test_only_workflows_with_an_event_are_news():
+def test_only_workflows_with_an_event_are_reported():
     graph = StepGraph()
     for name in ("one", "two"):
         spec = ring(3, name)
@@ -381,7 +381,7 @@ def test_silent_workflows_make_room_for_new_ones():
     assert {flow.name for flow in graph} == {"persistent", "new"}
 
 
-def test_what_clients_may_declare_is_bounded():
+def test_declarations_are_bounded():
     graph = StepGraph(config=GraphConfig(max_workflows=1, max_agents=3, max_edges=3))
     with pytest.raises(ValueError, match="the workflow 'ring' does not fit: 3 agents are accepted in all"):
         graph.add_workflow(ring(4))
@@ -406,8 +406,8 @@ def test_what_clients_may_declare_is_bounded():
         (lambda g: g["ring"].start("z"), "the workflow 'ring' has no agent 'z'"),
         (lambda g: g["ring"].start(["a0"]), r"the workflow 'ring' has no agent \['a0'\]"),
         (lambda g: g["ring"].add_agent("a0"), "the workflow 'ring' has an agent 'a0' already"),
-        (lambda g: g["ring"].finish("a0"), "'a0' has no call under way in the workflow 'ring'"),
-        (lambda g: g["ring"].finish("a0", "x"), "'a0' has no call 'x' under way in the workflow 'ring'"),
+        (lambda g: g["ring"].finish("a0"), "'a0' has no call in progress in the workflow 'ring'"),
+        (lambda g: g["ring"].finish("a0", "x"), "'a0' has no call 'x' in progress in the workflow 'ring'"),
         (lambda g: g["ring"].finish("a0", chose=["a2"]), "'a0' has no edge to 'a2' in the workflow 'ring'"),
         (lambda g: g["ring"].remove_edge("a0", "a2"), "the workflow 'ring' has no edge from 'a0' to 'a2'"),
         (lambda g: g["ring"].set_join("a0", "xor"), "got join='xor'; accepted: or or and"),
@@ -418,7 +418,7 @@ def test_what_clients_may_declare_is_bounded():
         (lambda g: GraphConfig(discount_s=math.inf), "got discount_s=inf; accepted: a number above 0"),
     ],
 )
-def test_what_is_refused(call, message):
+def test_invalid_calls_are_refused(call, message):
     graph = StepGraph()
     graph.add_workflow(ring(3))
     with pytest.raises(ValueError, match=message):
@@ -436,6 +436,6 @@ def test_what_is_refused(call, message):
         (["", "a"], [], [], "one of 0 characters as the name of an agent"),
     ],
 )
-def test_specs_that_are_none(agents, edges, start, message):
+def test_invalid_specs_are_refused(agents, edges, start, message):
     with pytest.raises(ValueError, match=message):
         WorkflowSpec("w", [AgentSpec(name) for name in agents], [EdgeSpec(*edge) for edge in edges], start)

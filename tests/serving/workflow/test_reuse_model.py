@@ -128,7 +128,7 @@ BRANCHES = WorkflowSpec(
 )
 
 
-def test_calls_that_the_edges_do_not_foretell_are_counted_with():
+def test_unpredicted_calls_are_modelled():
     """A ring and a branch whose edges are right in two of three calls; else any agent comes."""
     names = ["a", "b", "c", "d"]
     specs = agents(*names)
@@ -163,8 +163,8 @@ def test_calls_that_the_edges_do_not_foretell_are_counted_with():
     assert (passage.from_end(0).reuse == once.reuse).all(), "rows are copies"
 
 
-def test_calls_that_were_seen_count_beside_the_edges():
-    """Eight calls of `a` are what its edge is believed for: it names b, and c has followed eight times more."""
+def test_observed_transitions_are_blended_with_edges():
+    """The edge of `a` to b counts as eight calls, and c has followed in eight more."""
     branches = [{1: 1.0}, {0: 1.0}, {0: 1.0}]
     legs = np.full(3, 0.5)
     seen = FirstPassage(branches, [False] * 3, legs, 1.0, [{2: TransitionConfig.edge_weight}, {}, {}])
@@ -200,7 +200,7 @@ def test_a_workflow_learns_how_often_its_edges_are_right():
 
 
 @pytest.mark.parametrize("pause", [0.0, 2.0])
-def test_who_was_just_called_may_go_where_there_is_time_to_bring_up_another(pause: float):
+def test_the_agent_just_called_is_worth_less_if_there_is_time_to_load_another(pause: float):
     seconds, draws = [0.0], random.Random(3)
     names = [f"a{i}" for i in range(6)]
     graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=1.0))
@@ -220,7 +220,7 @@ def test_who_was_just_called_may_go_where_there_is_time_to_bring_up_another(paus
 
 
 @pytest.mark.parametrize("habit", [True, False])
-def test_what_always_comes_instead_becomes_a_habit(habit):
+def test_repeated_unpredicted_calls_become_a_habit(habit):
     """Half of the calls of a ring of eight go elsewhere: for each agent to the same one, or anywhere."""
     seconds, draws, names = [0.0], random.Random(2), [f"a{i}" for i in range(8)]
     graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=1.0))
@@ -250,7 +250,7 @@ def test_what_always_comes_instead_becomes_a_habit(habit):
     assert not flow.is_observed_successor("new"), "what was learned of an agent goes with it"
 
 
-def test_an_agent_that_was_not_called_yet_is_taken_for_the_others():
+def test_an_agent_without_observations_has_the_durations_of_all():
     """Where its durations were not declared."""
     seconds = [0.0]
     graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=DISCOUNT_S))
@@ -279,7 +279,7 @@ def test_the_discount_follows_what_steps_take():
         seconds[0] += 10
         flow.finish(agent)
         seconds[0] += 20
-    assert graph.rate == 1 / 2.0, "it changes where it is told of"
+    assert graph.rate == 1 / 2.0, "it changes where it is reported"
     assert graph.changed_reuse() == {"a", "b", "c"} and other
     assert graph.rate == pytest.approx(1 / 12)
     flow.start("a")
@@ -287,7 +287,7 @@ def test_the_discount_follows_what_steps_take():
     assert graph.seconds("b") == pytest.approx(30, rel=0.1)
 
 
-def test_what_is_far_is_worth_the_copy_that_brings_it_back():
+def test_a_far_call_is_worth_a_reload():
     names = [f"a{i}" for i in range(10)]
     graph = StepGraph(lambda: 0.0, GraphConfig(discount_s=0.4))
     edges = [EdgeSpec(s, t) for s, t in zip(names, names[1:] + names[:1], strict=True)]
@@ -556,7 +556,7 @@ def test_the_discount_of_a_duration():
 
 
 @pytest.mark.parametrize("sigma", [1.0, 2.0])
-def test_of_waits_that_vary_much_the_last_ones_are_the_law(sigma: float):
+def test_wide_waits_use_the_last_observations(sigma: float):
     draws = np.random.default_rng(0)
     truth = draws.lognormal(0.0, sigma, 200_000)
     for elapsed in (0.0, 1.0, 5.0):
@@ -573,7 +573,7 @@ def test_of_waits_that_vary_much_the_last_ones_are_the_law(sigma: float):
         assert sigma < 2 or elapsed or np.mean(errors) < np.mean(by_mean) / 2
 
 
-def test_one_wait_without_end_is_one_of_many_and_what_was_known_counts_for_few():
+def test_one_endless_wait_is_one_of_many_and_the_prior_has_little_weight():
     duration = Duration(1.0, 1.0)
     for seconds in (0.5, 1.5, 1.0, 0.2, 1e6):
         duration.observe(seconds)
@@ -587,7 +587,7 @@ def test_one_wait_without_end_is_one_of_many_and_what_was_known_counts_for_few()
     assert duration.discount(1.0) == pytest.approx((before + half) / (PRIOR_WEIGHT + MEMORY)), "it forgets"
 
 
-def test_what_was_known_of_an_agent_of_which_nothing_was_told_is_how_the_others_are():
+def test_the_prior_of_an_undeclared_agent_is_the_duration_of_all():
     others, own = Duration(0.0, 0.0), Duration(0.0, 0.0)
     own.prior = others
     assert own.discount(1.0) == 1.0

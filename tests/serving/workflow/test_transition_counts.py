@@ -11,7 +11,7 @@ DECAY, EDGE_WEIGHT, REPEAT_PRIOR = TransitionConfig.decay, TransitionConfig.edge
 MAX_SUCCESSORS = TransitionConfig.max_successors
 
 
-def test_what_no_edge_names_counts_from_the_second_time_on():
+def test_undeclared_successors_count_from_the_second_time_on():
     transitions = TransitionCounts()
     transitions.record(0, 1, predicted=0.9)
     transitions.record(0, 5, predicted=0.0)
@@ -21,7 +21,7 @@ def test_what_no_edge_names_counts_from_the_second_time_on():
     assert transitions.counts(3, declared=[1]) == {} and not transitions.is_habit(3, 5)
 
 
-def test_whether_the_same_agent_is_called_again_for_no_reason_is_learned():
+def test_unpredicted_repeats_are_learned():
     transitions = TransitionCounts()
     assert transitions.repeat_factor(10) == 1.0, "at first as any other"
     transitions.record_unpredicted(False)
@@ -34,7 +34,7 @@ def test_whether_the_same_agent_is_called_again_for_no_reason_is_learned():
     assert transitions.repeat_factor(10) == pytest.approx(10, rel=0.1), "it alone"
 
 
-def test_what_is_as_it_was_told_moves_nothing():
+def test_predicted_transitions_cause_no_drift():
     transitions = TransitionCounts()
     for _ in range(5):
         transitions.record(0, 1, predicted=1.0)
