@@ -268,8 +268,8 @@ class Prefetcher:
         estimates: seconds of loading and computing.
         predictor: gives the next calls.
         config: budgets.
-        only_below: False: evict as a demand load does, for eviction policies that know no agents, where a prompt that
-            is called next may rank last.
+        only_lower_ranked: False: evict as a demand load does, for eviction policies that know no agents, where a
+            prompt that is called next may rank last.
         touch_on_arrival: an arrival counts as a use, for eviction policies by recency.
     Attributes:
         statistics: counts.
@@ -281,12 +281,12 @@ class Prefetcher:
         estimates: Estimates,
         predictor: NextCallPredictor,
         config: PrefetchConfig | None = None,
-        only_below: bool = True,
+        only_lower_ranked: bool = True,
         touch_on_arrival: bool = False,
     ) -> None:
         self.tiers, self.estimates, self.predictor = tiers, estimates, predictor
         self.config = config or PrefetchConfig()
-        self.only_below, self.touch_on_arrival = only_below, touch_on_arrival
+        self.only_lower_ranked, self.touch_on_arrival = only_lower_ranked, touch_on_arrival
         self.statistics = PrefetchMetrics()
         self._queue = PrefetchQueue(self.config.ageing)
         self._in_flight = InFlightPrefetches()
@@ -339,7 +339,7 @@ class Prefetcher:
         end = self.tiers.tree.ends.get(agent)
         if end is None and agent not in self._registered:
             return  # nothing of its prompt is cached
-        if end is not None and agent not in self._in_flight and all(_comes(node) for node in end.path()):
+        if end is not None and agent not in self._in_flight and all(_is_available(node) for node in end.path()):
             self._queue.discard(agent)  # it is on the device
             return
         request = self._queue.request(agent, now, now + seconds)
@@ -389,7 +389,7 @@ class Prefetcher:
             self.statistics.no_room += 1
             return _StartResult.BLOCKED
         handle = self._open(request.agent)
-        missing = [] if handle is None else [node for node in handle.nodes() or () if not _comes(node)]
+        missing = [] if handle is None else [node for node in handle.nodes() or () if not _is_available(node)]
         if handle is None or not missing:
             self._drop(request, handle)
             return _StartResult.DROPPED
@@ -400,7 +400,7 @@ class Prefetcher:
             if refusal is _StartResult.DROPPED:
                 self._drop(request, None)
             return refusal
-        state = handle.load(Urgency.PREFETCH, request.priority, only_below=self.only_below)
+        state = handle.load(Urgency.PREFETCH, request.priority, only_below=self.only_lower_ranked)
         if state is LoadState.LOADING:
             self._queue.dequeue(request)
             self._in_flight.add(InFlightPrefetch(request, handle, nbytes, seconds, client))
@@ -417,7 +417,7 @@ class Prefetcher:
     def _cannot_make_room(self, agent: str) -> bool:
         """Whether no memory is free and nothing ranks below the prompt; without a handle, as it is called often."""
         end, pool = self.tiers.tree.ends.get(agent), self.tiers.pools[Tier.DEVICE]
-        if end is None or not self.only_below or _comes(end) or end.nbytes <= pool.free + pool.leaving:
+        if end is None or not self.only_lower_ranked or _is_available(end) or end.nbytes <= pool.free + pool.leaving:
             return False
         eviction, rank = self.tiers.eviction, self.tiers.storage.candidates[Tier.DEVICE].rank(end)
         first = eviction.first_rank(Tier.DEVICE)
@@ -536,6 +536,6 @@ class Prefetcher:
         self._queue.clear()
 
 
-def _comes(node: Node) -> bool:
+def _is_available(node: Node) -> bool:
     """Whether it is on the device or being loaded to it."""
     return node.copies[Tier.DEVICE] is not None or (node.flight is not None and node.flight.target is Tier.DEVICE)

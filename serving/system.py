@@ -151,6 +151,8 @@ def build_system(
     prefetcher = None
     if recipe.prefetch:
         by_use = not order.uses_agents
-        prefetcher = Prefetcher(tiers, estimates, predictor, prefetch, only_below=not by_use, touch_on_arrival=by_use)
+        prefetcher = Prefetcher(
+            tiers, estimates, predictor, prefetch, only_lower_ranked=not by_use, touch_on_arrival=by_use
+        )
     scheduler = Scheduler(tiers, estimates, predictor, bytes_per_token, limits, prefetcher, recipe.batch_waits)
     return System(name, tiers, graph, predictor, scheduler, prefetcher, estimates)
