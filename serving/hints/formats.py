@@ -195,7 +195,7 @@ def sglang(document: Any, context: HintContext) -> Hint:
         workflow=workflow,
         agent=agent,
         session=context.session,
-        keep=StorePolicy.DISCARD if reuse == "discard" else None,
+        store_policy=StorePolicy.DISCARD if reuse == "discard" else None,
         pause_s=None if pause is None else context.bounded_ttl(pause),
         steps=dict.fromkeys(children, 1.0),
         ttl_s=context.bounded_ttl(ttl),
@@ -350,7 +350,7 @@ def tensorrt(document: Any, context: HintContext) -> Hint:
         context.client,
         agent=context.agent,
         session=context.session,
-        keep=StorePolicy.DISCARD if decode == 0 else None,
+        store_policy=StorePolicy.DISCARD if decode == 0 else None,
         fixed_tokens=fixed or None,
         actions=_actions(_target(context.agent, context.session), *actions),
     )
@@ -444,7 +444,7 @@ def request_fields(hint: Hint) -> dict[str, Any]:
         "session": hint.session,
         "client": hint.client or None,
         "priority": hint.priority,
-        "keep": hint.keep,
+        "keep": hint.store_policy,
         "expected_tokens": hint.expected_tokens,
         "fixed_tokens": hint.fixed_tokens,
     }

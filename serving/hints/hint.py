@@ -92,7 +92,7 @@ class Hint:
         workflow, agent, session: the subject. Without an agent, the session stands for it (`session_agent`).
         session_action: change of the session's state.
         priority: of the request it came with, 0 to 1.
-        keep: whether the request's suffix and answer are stored.
+        store_policy: whether the request's suffix and answer are stored.
         expected_tokens: length of the answer in tokens.
         pause_s: seconds until the agent's next call, e.g. for a tool.
         fixed_tokens: tokens at the beginning of the request's prompt that are worth keeping.
@@ -110,7 +110,7 @@ class Hint:
     session: str | None = None
     session_action: SessionAction | None = None
     priority: float | None = None
-    keep: StorePolicy | None = None
+    store_policy: StorePolicy | None = None
     expected_tokens: int | None = None
     pause_s: float | None = None
     fixed_tokens: int | None = None

@@ -47,7 +47,11 @@ def test_sglang():
     )
     assert request_fields(hint) == {"workflow": "w", "agent": "coder", "client": "c"}
     discard = read("sglang", {"step_id": "s3", "reuse_hint": "discard"})
-    assert discard.keep is StorePolicy.DISCARD and discard.actions[0].kind is ActionKind.EVICT and discard.agent == "s3"
+    assert (
+        discard.store_policy is StorePolicy.DISCARD
+        and discard.actions[0].kind is ActionKind.EVICT
+        and discard.agent == "s3"
+    )
     assert read("sglang", {"agent_id": "a", "reuse_hint": "neutral"}).actions == ()
     assert read("sglang", {"agent_id": 7}).agent == "7"
 
@@ -118,7 +122,7 @@ def test_tensorrt():
         "directory": "",
     }
     hint = read("tensorrt", document, session="s")
-    assert (hint.fixed_tokens, hint.keep) == (100, StorePolicy.DISCARD)
+    assert (hint.fixed_tokens, hint.store_policy) == (100, StorePolicy.DISCARD)
     (action,) = hint.actions
     assert (action.agent, action.ttl_s) == ("session:s", 30.0) and action.priority == pytest.approx(0.5 + 0.5 * 45 / 65)
     whole = read("tensorrt", {"token_range_retention_configs": [{"token_start": 0, "priority": 36}]}, agent="a")
