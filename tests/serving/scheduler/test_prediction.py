@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 
-from tenure.serving import Hint, RequestOutput, Tier, build_system, system_names
+from tenure.serving import Hint, HintConfig, PredictionConfig, RequestOutput, Tier, build_system, system_names
 from tenure.serving.hints import ActionKind, HintAction, SessionAction
 
 
@@ -233,3 +234,12 @@ def test_predictions_of_a_workflow_without_events_are_cleared_after_an_hour(make
     driver.submit("again", [*prompt_of("a"), 1], 2, workflow="gone", agent="a", fixed_tokens=20)
     assert steps("b") == 1.0
     driver.run()
+
+
+@pytest.mark.parametrize("kind", [HintConfig, PredictionConfig])
+def test_tuned_numbers_are_checked(kind):
+    for each in dataclasses.fields(kind):
+        if isinstance(each.default, (int, float)):
+            for value in (0, math.inf):
+                with pytest.raises(ValueError, match=f"got {each.name}={value}; accepted: a finite number above 0"):
+                    kind(**{each.name: value})

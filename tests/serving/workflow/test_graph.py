@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenure.serving.workflow.config import GraphConfig
+from tenure.serving.workflow.config import DurationConfig, GraphConfig, MarkovConfig, ReuseConfig, TransitionConfig
 from tenure.serving.workflow.graph import StepGraph
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
@@ -439,3 +440,16 @@ def test_invalid_calls_are_refused(call, message):
 def test_invalid_specs_are_refused(agents, edges, start, message):
     with pytest.raises(ValueError, match=message):
         WorkflowSpec("w", [AgentSpec(name) for name in agents], [EdgeSpec(*edge) for edge in edges], start)
+
+
+@pytest.mark.parametrize("kind", [DurationConfig, GraphConfig, MarkovConfig, ReuseConfig, TransitionConfig])
+def test_tuned_numbers_are_checked(kind):
+    """Every field with a number refuses 0, and only the horizon may be infinite."""
+    for each in dataclasses.fields(kind):
+        if isinstance(each.default, (int, float)):
+            with pytest.raises(ValueError, match=f"got .*{each.name}=0.*accepted: "):
+                kind(**{each.name: 0})
+            if each.name != "horizon":
+                with pytest.raises(ValueError, match=f"got .*{each.name}=inf.*accepted: "):
+                    kind(**{each.name: math.inf})
+    assert GraphConfig(horizon=math.inf).horizon == math.inf
