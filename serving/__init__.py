@@ -4,7 +4,7 @@ if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.serving', not {__name__!r}: a second name would give duplicate classes")
 
 from .engine import Engine
-from .hints import Hint, HintReader, hint_formats, request_fields
+from .hints import Hint, HintConfig, HintReader, hint_formats, request_fields
 from .kvcache.base import KVPayload, PhantomPayload, Status, TensorPayload, Tier, Urgency
 from .kvcache.belady import Belady
 from .kvcache.disk_pool import DiskPool
@@ -31,7 +31,7 @@ from .kvcache.tiered_cache import CacheHandle, LoadState, TieredCache
 from .kvcache.transfer import TierMetrics
 from .kvcache.transfer_threads import ThreadedTransfer
 from .metrics import SchedulerMetrics
-from .prediction import Measure, NextCallPredictor
+from .prediction import NextCallPredictor, PredictionConfig, PredictionMode
 from .prefetch import PrefetchConfig, Prefetcher, PrefetchMetrics
 from .prompt_cache import Compression, PromptKV
 from .request import Ended, Request, RequestOutput, StorePolicy, Times
@@ -40,6 +40,7 @@ from .scheduler.request_state import Decode, Prefill, Work
 from .scheduler.scheduler import Scheduler
 from .simulation.clock import LinkSpeed, VirtualClock, VirtualTransfer
 from .system import System, build_system, system_names
+from .workflow.config import GraphConfig, MarkovConfig
 from .workflow.graph import StepGraph
 from .workflow.loaders import (
     workflow_from_dict,
@@ -71,19 +72,23 @@ __all__ = [
     "Estimates",
     "EvictionPolicy",
     "ExpectedTime",
+    "GraphConfig",
     "Hint",
+    "HintConfig",
     "HintReader",
     "KVPayload",
     "LearnedTransitions",
     "LinearCosts",
     "LinkSpeed",
     "LoadState",
+    "MarkovConfig",
     "Match",
-    "Measure",
     "MemoryPool",
     "NextCallPredictor",
     "PhantomPayload",
     "PhantomPool",
+    "PredictionConfig",
+    "PredictionMode",
     "PrefetchConfig",
     "PrefetchMetrics",
     "Prefetcher",

@@ -1,8 +1,8 @@
-"""Where an agent's fixed prompt ends, learned from its calls: the prefix that they have in common.
+"""Predicts each agent's next call from step graphs, hints and the queue: one answer for eviction and prefetch.
 
-Whose agents are whose, and how much one client may protect.
-
-What is known of the agents' next calls, from graphs, hints and queues: one answer for eviction and prefetch.
+`NextCallPredictor` combines the sources and pushes changed values to the cache. `LearnedPrefixes` finds the end of an
+agent's fixed prompt where requests do not give it. `ClientQuotas` bounds how much device memory one client's agents
+can protect.
 """
 
 from __future__ import annotations
@@ -10,308 +10,351 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .hints.hint import Hint, HintStore, SessionAction
+from .hints.hint import Hint, HintConfig, HintStore, SessionAction
 from .kvcache.radix_tree import TOKEN_BYTES, Pages, common_pages
 from .kvcache.tiered_cache import TieredCache
+from .request import Request
 from .workflow.durations import Duration
-from .workflow.graph import LEAST, SILENT_S, StepGraph
+from .workflow.graph import MIN_CHANCE, StepGraph
 from .workflow.markov import LearnedTransitions
 
-if TYPE_CHECKING:
-    from .request import Request
+logger = logging.getLogger(__name__)
 
 
-MAX_AGENTS = 10_000  # beyond, the one that was called first is forgotten
-MAX_BYTES = 1 << 28  # of prompts that are remembered
+@dataclass(frozen=True)
+class PredictionConfig:
+    """Tuned numbers of a `NextCallPredictor` and its parts.
+
+    Attributes:
+        step_s: seconds; guessed duration of one step, until calls have been observed.
+        capped_reuse: expected discounted reuse (0 to 1) of an agent over its client's quota, at most.
+        sight_margin: in 1/γ, and relative to the look-ahead; an agent that misses the thresholds of prefetching by no
+            more than this counts as within them. Expected times stand still between two reads of the graph: without a
+            margin an agent that misses by a rounding error would be checked again and again at the same time.
+        silence_check_s: seconds between two checks for workflows without events.
+        max_prefix_agents, max_prefix_bytes: agents and bytes of prompts stored by `LearnedPrefixes`.
+        max_owned_agents: agents whose owner is stored by `ClientQuotas`.
+        hints: bounds and weights of hints.
+    """
+
+    step_s: float = 5.0
+    capped_reuse: float = 0.01
+    sight_margin: float = 0.1
+    silence_check_s: float = 360.0
+    max_prefix_agents: int = 10_000
+    max_prefix_bytes: int = 1 << 28
+    max_owned_agents: int = 100_000
+    hints: HintConfig = field(default_factory=HintConfig)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, (int, float)) and not 0 < value < math.inf:
+                raise ValueError(f"got {each.name}={value}; accepted: a finite number above 0")
 
 
 class LearnedPrefixes:
-    """The longest prefix that an agent's last two prompts share, but no longer than any such prefix before.
+    """Learns each agent's fixed prompt: the longest prefix shared by its last two prompts, and by those before.
 
     Args:
-        page_size: tokens a page.
+        page_size: tokens per page.
+        config: bounds.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, config: PredictionConfig) -> None:
         self.page_bytes = page_size * TOKEN_BYTES
-        self._last: dict[Hashable, bytes] = {}
+        self.config = config
+        self._prefixes: dict[Hashable, bytes] = {}  # least recently called first
         self._bytes = 0
 
     def observe(self, agent: Hashable, key: Pages) -> int:
-        """`agent` is called with the prompt `key`; returns the tokens of its fixed prompt, 0 if they are not known.
+        """`agent` is called with the prompt `key`; returns the tokens of its fixed prompt, 0 if unknown.
 
-        What is remembered shrinks to what was shared, so a fixed prompt that is replaced is learned anew.
+        The stored prefix shrinks to the shared part, so a fixed prompt that is replaced is learned again.
         """
-        before = self._last.pop(agent, None)
+        before = self._prefixes.pop(agent, None)
         if before is None:
-            self._remember(agent, key)
+            self._store(agent, key)
             return 0
         self._bytes -= len(before)
         shared = common_pages(before, key, 0, self.page_bytes) * self.page_bytes if before and key else 0
-        self._remember(agent, key[:shared] if shared else key)
+        self._store(agent, key[:shared] if shared else key)
         return shared // TOKEN_BYTES
 
-    def _remember(self, agent: Hashable, key: bytes) -> None:
-        self._last[agent] = key
+    def _store(self, agent: Hashable, key: bytes) -> None:
+        self._prefixes[agent] = key
         self._bytes += len(key)
-        while len(self._last) > MAX_AGENTS or self._bytes > MAX_BYTES:
-            self._bytes -= len(self._last.pop(next(iter(self._last))))
-
-
-MAX_OWNED = 100_000  # agents whose owner is remembered
+        while len(self._prefixes) > self.config.max_prefix_agents or self._bytes > self.config.max_prefix_bytes:
+            self._bytes -= len(self._prefixes.pop(next(iter(self._prefixes))))
 
 
 class ClientQuotas:
-    """Of the agents of one client, the most valuable count until their prompts fill its share of the device.
+    """Caps the agents of a client at its fair fraction of device memory, most valuable agents first.
 
-    The share is one part in as many as there are clients with agents; what is beyond it is worth as much as an agent of
-    which nothing is known, so it stays while nobody else needs the room. Agents of no client ("") have no cap, and a
-    client that is alone has none. An agent belongs to the client that called it first, or else to the one that spoke of
-    it first, until that has forgotten it.
+    The fraction is 1 / (number of clients with agents). Agents over it count as much as agents without a prediction, so
+    they stay while there is no demand for the memory. Agents of no client ("") are not capped, nor is a single client.
+    An agent is owned by the client that called it first, or else by the one that first sent a hint about it, until the
+    owner is forgotten.
 
     Args:
-        worth: of an agent, larger = keep; what the cap is applied to.
+        value: of an agent, larger = keep.
+        config: bounds.
+    Attributes:
+        capped: agents over their client's quota.
     """
 
-    def __init__(self, tiers: TieredCache, worth: Callable[[str], float]) -> None:
-        self.tiers, self._worth = tiers, worth
+    def __init__(self, value: Callable[[str], float], config: PredictionConfig) -> None:
         self.capped: set[str] = set()
+        self._value = value
+        self._max_agents = config.max_owned_agents
         self._owner: dict[str, str] = {}
         self._agents: dict[str, set[str]] = {}
-        self._only_named: set[str] = set()  # agents that their owners have never called
-        self._clients = 0  # at the last update
+        self._hinted_only: set[str] = set()  # agents that their owners have never called
+        self._num_clients = 0  # at the last update
 
-    def call(self, agent: str, client: str) -> bool:
-        """A request of `client` calls `agent`; whether that takes it from a client that has only spoken of it."""
-        taken = agent in self._only_named and self._owner[agent] != client
+    def claim_by_call(self, agent: str, client: str) -> bool:
+        """`client` calls `agent`; returns whether it takes the agent from a client that only sent hints about it."""
+        taken = agent in self._hinted_only and self._owner[agent] != client
         if taken:
             self._forget(agent)
-        self.own(agent, client)
-        self._only_named.discard(agent)
+        self.claim(agent, client)
+        self._hinted_only.discard(agent)
         return taken
 
-    def name(self, agent: str, client: str) -> bool:
-        """`client` speaks of `agent`; whether it is its own (or nobody's)."""
+    def claim_by_hint(self, agent: str, client: str) -> bool:
+        """`client` sends a hint about `agent`; returns whether it owns the agent or nobody does."""
         known = agent in self._owner
-        own = self.own(agent, client)
+        owns = self.claim(agent, client)
         if not known and agent in self._owner:
-            self._only_named.add(agent)
-        return own
+            self._hinted_only.add(agent)
+        return owns
 
-    def own(self, agent: str, client: str) -> bool:
-        """Whether `agent` is of `client` (or nobody's); it is from now on if nobody has it."""
+    def claim(self, agent: str, client: str) -> bool:
+        """Whether `client` owns `agent` or nobody does; an agent without an owner becomes the client's."""
         owner = self._owner.get(agent)
         if owner is not None or not client:
             return owner is None or owner == client
-        if len(self._owner) >= MAX_OWNED:
+        if len(self._owner) >= self._max_agents:
             self._forget(next(iter(self._owner)))
         self._owner[agent] = client
         self._agents.setdefault(client, set()).add(agent)
         return True
 
     def owner(self, agent: str) -> str:
+        """The client that owns `agent`, "" if there is none."""
         return self._owner.get(agent, "")
 
-    def part(self, client: str) -> float:
-        """The share of `client`, of 1."""
+    def fraction(self, client: str) -> float:
+        """Fraction of device memory that `client` may protect, 0 to 1."""
         return 1 / max(1, len(self._agents)) if client else 1.0
 
-    def update(self, agents: Collection[str]) -> set[str]:
-        """The values of `agents` are new; returns those that a cap begins or ceases to apply to."""
-        moved = self.tiers.take_moved_agents()
-        counts, self._clients = self._clients, len(self._agents)
-        if counts == self._clients and ((self._clients < 2 and not self.capped) or (not agents and not moved)):
+    def update(self, agents: Collection[str], tiers: TieredCache) -> set[str]:
+        """Recomputes the caps after the values of `agents` changed; returns the agents capped or released by it.
+
+        Args:
+            tiers: gives the sizes of prompts; its record of moved prompts is consumed.
+        """
+        moved = tiers.take_moved_agents()
+        before, self._num_clients = self._num_clients, len(self._agents)
+        if before == self._num_clients and ((self._num_clients < 2 and not self.capped) or (not agents and not moved)):
             return set()
         clients = {self._owner[agent] for agent in (*agents, *moved) if isinstance(agent, str) and agent in self._owner}
-        if counts != self._clients:  # everybody's share is another one
+        if before != self._num_clients:  # all quotas have changed
             clients = set(self._agents)
         changed: set[str] = set()
         for client in clients:
-            mine = self._agents[client]
-            capped = self._beyond(client) if len(self._agents) > 1 else set()
-            changed |= (self.capped & mine) ^ capped
-            self.capped = (self.capped - mine) | capped
+            owned = self._agents[client]
+            capped = self._over_quota(client, tiers) if len(self._agents) > 1 else set()
+            changed |= (self.capped & owned) ^ capped
+            self.capped = (self.capped - owned) | capped
         return changed
 
-    def _beyond(self, client: str) -> set[str]:
-        room = self.part(client) * self.tiers.capacity()
-        beyond: set[str] = set()
-        for agent in sorted(self._agents[client], key=lambda agent: (-self._worth(agent), agent)):
-            end = self.tiers.lookup_agent(agent)
+    def _over_quota(self, client: str, tiers: TieredCache) -> set[str]:
+        """The client's agents whose prompts do not fit into its quota, after the more valuable ones."""
+        room = self.fraction(client) * tiers.capacity()
+        over: set[str] = set()
+        for agent in sorted(self._agents[client], key=lambda agent: (-self._value(agent), agent)):
+            end = tiers.lookup_agent(agent)
             if end is not None:
                 room -= sum(node.nbytes for node in end.path())
                 if room < 0:
-                    beyond.add(agent)
-        return beyond
+                    over.add(agent)
+        return over
 
     def _forget(self, agent: str) -> None:
         client = self._owner.pop(agent)
         self.capped.discard(agent)
-        self._only_named.discard(agent)
+        self._hinted_only.discard(agent)
         self._agents[client].discard(agent)
         if not self._agents[client]:
             del self._agents[client]
 
 
-logger = logging.getLogger(__name__)
-SOON = 0.1  # of 1/γ, and of the look-ahead: what lacks no more than that is in sight
-CAPPED_REUSE = 0.01  # of an agent beyond its client's share
+class PredictionMode(Enum):
+    """How the next call of an agent is measured."""
 
-
-class Measure(Enum):
-    """What an agent is measured by."""
-
-    NOTHING = "nothing"
+    NONE = "nothing is predicted"
     STEPS = "steps to execution"
     TIME = "expected time"
 
 
 class NextCallPredictor:
-    """Listens to calls and hints, and says how soon an agent is called again.
+    """Combines step graph, hints and waiting requests into predictions of each agent's next call.
 
-    Used under the lock of the tiers, as the graph is not for several threads.
+    The eviction policy reads `steps` or `reuse`; the prefetcher reads the rest. `push_values` tells the cache which of
+    them have changed. Not thread-safe, like the graph: used under the lock of the cache.
 
     Args:
-        graph: the workflows. The outlook is the one who drains its changes.
-        measure: by steps or by time.
-        learned: learns the transitions of sessions for which no workflow is declared.
-        opened: called for each request just before its prompt is looked up (Belady's order counts them).
-        step_s: guessed seconds of one step, until calls have been seen.
+        graph: the workflows. The predictor is the only reader of its changes.
+        mode: by steps or by time.
+        clock: seconds.
+        page_size: tokens per page of the cache.
+        learned: learns the transitions of sessions without a declared workflow.
+        on_lookup: called for each request just before the first lookup of its prompt (Belady's order counts them).
+        config: tuned numbers.
+    Attributes:
+        hints: in effect.
+        quotas: of clients.
+        step: duration of one step, a call and the pause after it.
     """
 
     def __init__(
         self,
         graph: StepGraph,
-        measure: Measure,
+        mode: PredictionMode,
         clock: Callable[[], float],
+        page_size: int,
         learned: LearnedTransitions | None = None,
-        opened: Callable[[], None] | None = None,
-        step_s: float = 5.0,
+        on_lookup: Callable[[], None] | None = None,
+        config: PredictionConfig | None = None,
     ) -> None:
-        self.graph, self.measure, self.learned = graph, measure, learned
-        self.board = HintStore(clock)
-        self.step = Duration(step_s, step_s)
-        self._opened = opened
-        self._waiting: dict[str, int] = {}
-        self._news: set[str] = set()
+        self.config = config = config or PredictionConfig()
+        self.graph, self.mode, self.learned = graph, mode, learned
+        self.hints = HintStore(clock, config.hints)
+        self.quotas = ClientQuotas(self._quota_value, config)
+        self.step = Duration(config.step_s, config.step_s)
+        self._prefixes = LearnedPrefixes(page_size, config)
+        self._on_lookup = on_lookup
+        self._waiting: dict[str, int] = {}  # waiting requests by agent
+        self._changed: set[str] = set()  # since the last push, other than by the graph
         self._rate = graph.rate
-        self._clock, self._swept = clock, clock()
-        self._shares: ClientQuotas | None = None
-        self._prefixes: LearnedPrefixes | None = None
-
-    def attach(self, tiers: TieredCache) -> None:
-        """The tree whose order asks here; called once."""
-        self._shares = ClientQuotas(tiers, self._worth)
-        self._prefixes = LearnedPrefixes(tiers.page_size)
+        self._clock, self._silence_checked_s = clock, clock()
 
     @property
     def by_time(self) -> bool:
-        return self.measure is Measure.TIME
+        return self.mode is PredictionMode.TIME
 
-    @property
-    def shares(self) -> ClientQuotas:
-        assert self._shares is not None, "attached to a tree"
-        return self._shares
-
-    # What is asked ----------------------------------------------------------------------------------------------
+    # Predictions ------------------------------------------------------------------------------------------------
 
     def steps(self, agent: Any) -> float:
-        """Steps to the next call of `agent`, for eviction; infinity: not in sight, or beyond its client's share."""
-        return math.inf if agent in self.shares.capped else self.next_steps(agent)
+        """Steps to the next call of `agent`, for eviction; infinity: none predicted, or over its client's quota."""
+        return math.inf if agent in self.quotas.capped else self.next_steps(agent)
 
     def reuse(self, agent: Any) -> float:
-        """What `agent` is worth by its expected discounted reuse, 0 to 1, for eviction."""
-        worth = 1.0 if agent in self._waiting else self.board.reuse(agent, self.graph.worth(agent))
-        return min(worth, CAPPED_REUSE) if agent in self.shares.capped else worth
-
-    def is_near(self, agent: str) -> bool:
-        """Whether `agent` follows by habit what runs: that is seen by time only."""
-        return self.by_time and self.graph.is_near(agent)
+        """Value of the cache of `agent` by expected discounted reuse, 0 to 1, for eviction."""
+        value = 1.0 if agent in self._waiting else self.hints.reuse(agent, self.graph.retention_value(agent))
+        return min(value, self.config.capped_reuse) if agent in self.quotas.capped else value
 
     def next_steps(self, agent: str) -> float:
-        """Steps to the next call of `agent`, as if everything went its way; infinity where nothing is known."""
+        """Steps to the next call of `agent` at the earliest, regardless of quotas; infinity if none is predicted."""
         if agent in self._waiting:
             return 0.0
-        return self.board.steps(agent, self.graph.next_steps(agent))
+        return self.hints.steps(agent, self.graph.next_steps(agent))
 
-    def due(self, agent: str) -> float:
-        """Expected seconds to the next call of `agent`, for prefetching; by steps, so many mean calls."""
-        return self._seconds(agent) if self.by_time else self.next_steps(agent) * self._step_s
+    def is_observed_successor(self, agent: str) -> bool:
+        """Whether `agent` repeatedly followed one that is running now; by time only."""
+        return self.by_time and self.graph.is_observed_successor(agent)
 
-    def wait(self, agent: str, seconds: float, look_ahead_s: float, least_reuse: float) -> float:
-        """Seconds until the next call of `agent` is in sight, if nothing happens meanwhile; by steps always 0.
+    def seconds_to_call(self, agent: str) -> float:
+        """Expected seconds to the next call of `agent`; by steps, the steps times the mean duration of one."""
+        return self._expected_seconds(agent) if self.by_time else self.next_steps(agent) * self._step_s
+
+    def seconds_to_sight(self, agent: str, seconds: float, look_ahead_s: float, min_reuse: float) -> float:
+        """Seconds until the next call of `agent` is near enough to prefetch, without further events; by steps 0.
 
         Args:
-            seconds: when it is due.
-            look_ahead_s, least_reuse: expected seconds to the call at the most, and discounted reuse at the least.
+            seconds: to the call, see `seconds_to_call`.
+            look_ahead_s: maximum of the expected seconds to the call.
+            min_reuse: minimum of the expected discounted reuse, 0 to 1.
         """
         if not self.by_time or seconds == math.inf:
             return seconds if self.by_time else 0.0
-        missing = math.log(least_reuse / max(self._reuse(agent), LEAST))
-        # What is expected stands still between two readings of the graph: without `SOON`, what is out of sight by a
-        # rounding error would be looked at again and again at (nearly) the same time.
-        far = seconds - look_ahead_s if seconds > (1 + SOON) * look_ahead_s else 0.0
-        return max(far, missing / self.graph.rate if missing > SOON else 0.0)
+        missing = math.log(min_reuse / max(self._expected_reuse(agent), MIN_CHANCE))
+        margin = self.config.sight_margin
+        far = seconds - look_ahead_s if seconds > (1 + margin) * look_ahead_s else 0.0
+        return max(far, missing / self.graph.rate if missing > margin else 0.0)
 
-    def _reuse(self, agent: str) -> float:
-        return 1.0 if agent in self._waiting else self.board.reuse(agent, self.graph.reuse(agent))
-
-    def _seconds(self, agent: str) -> float:
-        if agent in self._waiting:
-            return 0.0
-        return self.board.steps(agent, self.graph.seconds(agent) / self._step_s) * self._step_s
+    def fixed_tokens(self, agent: str | None, namespace: Hashable, key: Pages) -> int:
+        """Tokens of the agent's fixed prompt, learned from its calls, for a request that does not give them."""
+        return 0 if agent is None else self._prefixes.observe((namespace, agent), key)
 
     @property
     def _step_s(self) -> float:
         return max(1e-9, self.step.mean)
 
-    def _worth(self, agent: str) -> float:
-        return self._reuse(agent) if self.by_time else -self.next_steps(agent)
+    def _expected_reuse(self, agent: str) -> float:
+        return 1.0 if agent in self._waiting else self.hints.reuse(agent, self.graph.reuse(agent))
 
-    def fixed_tokens(self, agent: str | None, namespace: Hashable, key: Pages) -> int:
-        """How much of a prompt is the fixed prompt of `agent`, where the request does not say so: learned."""
-        assert self._prefixes is not None, "attached to a tree"
-        return 0 if agent is None else self._prefixes.observe((namespace, agent), key)
+    def _expected_seconds(self, agent: str) -> float:
+        if agent in self._waiting:
+            return 0.0
+        return self.hints.steps(agent, self.graph.seconds(agent) / self._step_s) * self._step_s
 
-    def changed(self) -> set[str]:
-        """The agents whose values may be other ones than at the last call."""
-        now = self._clock()
-        if now - self._swept > SILENT_S / 10:
-            self._swept = now
-            self.graph.stop()
-        if self.measure is Measure.NOTHING:
-            return set()
-        graph = self.graph
-        news, self._news = self._news, set()
-        news |= graph.changed_reuse() if self.by_time else graph.changed_steps()
-        if graph.rate != self._rate:  # values that were read by the old one cannot be compared with new ones
-            self._rate = graph.rate
-            news.update(map(str, self.shares.tiers.agents()))
-        news |= self.board.expired()
-        return news | self.shares.update(news)
+    def _quota_value(self, agent: str) -> float:
+        return self._expected_reuse(agent) if self.by_time else -self.next_steps(agent)
 
-    # What is heard ----------------------------------------------------------------------------------------------
+    # Changes ----------------------------------------------------------------------------------------------------
 
-    def called(self, request: Request) -> tuple[str | None, bool]:
-        """A request has come.
+    def push_values(self, tiers: TieredCache) -> list[str]:
+        """Tells `tiers` which agents' values may have changed since the last call.
 
         Returns:
-            Whose call it counts as, nobody's where the agent is another client's; whether a workflow counts it as a
-            call under way.
+            These agents, sorted, so that results do not depend on the seed of hashing.
+        """
+        changed = sorted(self._changed_agents(tiers))
+        if changed:
+            tiers.values_changed(changed)
+        return changed
+
+    def _changed_agents(self, tiers: TieredCache) -> set[str]:
+        now = self._clock()
+        if now - self._silence_checked_s > self.config.silence_check_s:
+            self._silence_checked_s = now
+            self.graph.clear_silent()
+        if self.mode is PredictionMode.NONE:
+            return set()
+        graph = self.graph
+        changed, self._changed = self._changed, set()
+        changed |= graph.changed_reuse() if self.by_time else graph.changed_steps()
+        if graph.rate != self._rate:  # values at different rates are not comparable
+            self._rate = graph.rate
+            changed.update(map(str, tiers.agents()))
+        changed |= self.hints.pop_expired()
+        return changed | self.quotas.update(changed, tiers)
+
+    # Events -----------------------------------------------------------------------------------------------------
+
+    def on_request(self, request: Request) -> tuple[str | None, bool]:
+        """A request has arrived.
+
+        Returns:
+            The agent whose call it is, None for an agent of another client; and whether a workflow counts it as a call
+            in progress, so that `on_finish` must follow.
         """
         agent = request.agent
         if agent is None:
             return None, False
-        if self.shares.call(agent, request.client):
-            self.board.forget(agent)
-            self._news.add(agent)
-        if not self.shares.own(agent, request.client):
+        if self.quotas.claim_by_call(agent, request.client):
+            self.hints.discard(agent)
+            self._changed.add(agent)
+        if not self.quotas.claim(agent, request.client):
             return None, False
-        self.board.served(agent)
-        self._news.add(agent)
+        self.hints.on_call(agent)
+        self._changed.add(agent)
         name = request.workflow
         try:
             if name is not None and name in self.graph and agent in self.graph[name].ids:
@@ -319,42 +362,43 @@ class NextCallPredictor:
                 return agent, True
             if self.learned is not None:
                 self.learned.observe((request.client, request.session or name or ""), agent)
-        except ValueError as error:  # the graph is full: a request is answered all the same
+        except ValueError as error:  # the graph is full: the request is answered all the same
             logger.debug("the call of the request %s: %s", request.id, error)
         return agent, False
 
-    def waits(self, agent: str | None) -> None:
-        """A request of `agent` waits to be admitted: what the agent has cached is needed next."""
+    def on_wait(self, agent: str | None) -> None:
+        """A request of `agent` waits for admission: the agent's cache is needed next."""
         if agent is not None:
             self._waiting[agent] = self._waiting.get(agent, 0) + 1
-            self._news.add(agent)
+            self._changed.add(agent)
 
-    def opened(self, request: Request) -> None:
-        if self._opened is not None:
-            self._opened()
+    def on_lookup(self) -> None:
+        """The prompt of a request is about to be looked up for the first time."""
+        if self._on_lookup is not None:
+            self._on_lookup()
 
-    def admitted(self, agent: str | None) -> None:
-        """It does not wait any more: its lease keeps what it needs."""
+    def on_admit(self, agent: str | None) -> None:
+        """A request of `agent` no longer waits: its handle protects what it needs."""
         if agent is not None:
             self._waiting[agent] -= 1
             if not self._waiting[agent]:
                 del self._waiting[agent]
-            self._news.add(agent)
+            self._changed.add(agent)
 
-    def answered(self, request: Request, seconds: float, well: bool) -> None:
-        """A call that a workflow counts is over; one that was not answered leads nowhere."""
-        assert request.workflow is not None and request.agent is not None, "what was started has both"
+    def on_finish(self, request: Request, seconds: float, succeeded: bool) -> None:
+        """A call that a workflow counts has ended after `seconds`; without success, no successor is predicted."""
+        assert request.workflow is not None and request.agent is not None, "a started call has both"
         self.step.observe(seconds)
         try:
-            self.graph[request.workflow].finish(request.agent, request.id, None if well else ())
+            self.graph[request.workflow].finish(request.agent, request.id, None if succeeded else ())
         except ValueError as error:  # the workflow has ended or changed meanwhile
             logger.debug("the end of the request %s: %s", request.id, error)
 
-    def hinted(self, hint: Hint) -> None:
-        """Takes in what a client says about its own agents."""
-        own = {agent for agent in hint.agents() if self.shares.name(agent, hint.client)}
-        self._news |= self.board.take(hint, own)
-        if hint.pause_s is not None and hint.agent in own:
+    def on_hint(self, hint: Hint) -> None:
+        """Applies a hint to the agents that its client owns."""
+        owned = {agent for agent in hint.agents() if self.quotas.claim_by_hint(agent, hint.client)}
+        self._changed |= self.hints.add(hint, owned)
+        if hint.pause_s is not None and hint.agent in owned:
             self.graph.observe_pause(hint.agent, hint.pause_s)
         if hint.session_action is SessionAction.CLOSE and hint.session is not None and self.learned is not None:
             self.learned.end((hint.client, hint.session))

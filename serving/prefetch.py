@@ -1,20 +1,15 @@
-"""Budgets of a prefetcher, and what it has done with them.
+"""Loads fixed prompts to the device ahead of their agents' calls: within budgets, in time, or not at all.
 
-Which agents' prompts are wanted on the device, and in which order they are brought there.
-
-The prompts that a prefetcher has on their way to the device, and what waits for a client's flights to end.
-
-Brings fixed prompts to the device ahead of their agents' calls: within budgets, in time, or not at all.
+`PrefetchQueue` orders the prompts that should be on the device, `InFlightPrefetches` holds those whose loads are in
+progress, and the `Prefetcher`, driven by the scheduler, moves them from one to the other.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
-from itertools import count
 from typing import Any
 
 from .kvcache.base import Tier, Urgency
@@ -22,36 +17,48 @@ from .kvcache.estimates import Estimates
 from .kvcache.radix_tree import TOKEN_BYTES, Node, Pages, encode
 from .kvcache.tiered_cache import CacheHandle, LoadState, TieredCache
 from .kvcache.transfer_queue import Outcome, TransferJob
+from .lazy_heap import LazyHeap
 from .prediction import NextCallPredictor
 
 
 @dataclass(frozen=True)
 class PrefetchConfig:
-    """Budgets of a `Prefetcher`.
+    """Budgets and tuned numbers of a `Prefetcher`.
 
     Attributes:
-        look_ahead_steps: agents that may be called within so many steps are wanted (KVFlow's code: 2). What is brought
-            earlier displaces what is called hardly later, and has to be brought back.
-        look_ahead_s, least_reuse: where calls are expected by time, only those within so many seconds, and with so much
-            expected discounted reuse, 0 to 1: by default that of a call which is certain to come in three mean steps.
-        copies: prompts that are on their way at once.
-        share: of the device's bytes, that those may take.
-        seconds: of a link's time, that those may take.
+        look_ahead_steps: steps; agents called within this many are prefetched (KVFlow's code: 2). A prompt loaded
+            earlier displaces one that is called hardly later and has to be reloaded.
+        look_ahead_s, min_reuse: for predictions by time, maximum of the expected seconds to the call and minimum of the
+            expected discounted reuse, 0 to 1; the default is that of a call certain to come in three mean steps.
+        max_in_flight: prompts loaded concurrently.
+        max_device_fraction: of the device's bytes, that loads in flight may take, 0 to 1.
+        max_link_s: seconds of a link's time, that loads in flight may take.
+        ageing: seconds of advance in the queue per second of waiting in it.
+        max_failures: failed loads of one prompt, after which it waits for a new prediction.
+        max_registered: registered prompts stored until a request of the agent stores them in the cache; also agents
+            whose arrived prompt has not been called yet.
+
+    Raises:
+        ValueError: a number that is not above 0 and finite, or `min_reuse` above 1.
     """
 
     look_ahead_steps: float = 2.0
     look_ahead_s: float = 30.0
-    least_reuse: float = math.exp(-7.5)
-    copies: int = 4
-    share: float = 0.5
-    seconds: float = 5.0
+    min_reuse: float = math.exp(-7.5)
+    max_in_flight: int = 4
+    max_device_fraction: float = 0.5
+    max_link_s: float = 5.0
+    ageing: float = 0.1
+    max_failures: int = 2
+    max_registered: int = 10_000
 
     def __post_init__(self) -> None:
-        for name in ("look_ahead_steps", "look_ahead_s", "least_reuse", "copies", "share", "seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"got {name}={getattr(self, name)}; accepted: a finite number above 0")
-        if self.least_reuse > 1:
-            raise ValueError(f"got least_reuse={self.least_reuse}; accepted: above 0 and up to 1")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"got {each.name}={value}; accepted: a finite number above 0")
+        if self.min_reuse > 1:
+            raise ValueError(f"got min_reuse={self.min_reuse}; accepted: above 0 and up to 1")
 
 
 @dataclass
@@ -59,15 +66,16 @@ class PrefetchMetrics:
     """Counts since the prefetcher was made.
 
     Attributes:
-        begun: prompts whose copies were begun; each then has `arrived`, is `cancelled` because the plan changed,
-            `displaced` by a demand for the room, or `failed`.
-        used: those that arrived and were there when their agent was called.
-        too_late: not begun, as computing would have been sooner. no_room: nothing that ranks below could go.
-            over_budget: not begun, as it alone is more than the budget.
-        bytes: of the prompts that were begun.
+        started: prompts whose loads were started; each then has `arrived`, is `cancelled` because its prediction
+            changed, `displaced` by a demand for memory, or `failed`.
+        used: prompts that arrived and were still on the device when their agent was called.
+        too_late: not started, because computing would have been faster.
+        no_room: not started, because nothing of lower rank could be evicted.
+        over_budget: not started, because the prompt alone exceeds the budget.
+        bytes: of the started prompts.
     """
 
-    begun: int = 0
+    started: int = 0
     arrived: int = 0
     cancelled: int = 0
     displaced: int = 0
@@ -80,11 +88,8 @@ class PrefetchMetrics:
 
     @property
     def unused_bytes(self) -> float:
-        """Of prompts that arrived and were not there when their agents were called, at the mean size of a prompt."""
-        return self.bytes * max(0, self.arrived - self.used) / self.begun if self.begun else 0.0
-
-
-AGEING = 0.1  # seconds that a second in sight is worth in the order of the wishes
+        """Bytes of prompts that arrived and were not used, at the mean size of a prompt."""
+        return self.bytes * max(0, self.arrived - self.used) / self.started if self.started else 0.0
 
 
 @dataclass(eq=False)
@@ -92,102 +97,102 @@ class PrefetchRequest:
     """An agent whose prompt should be on the device.
 
     Attributes:
-        since: when it came into sight. due: when it is expected to be called.
-        key: of its place among the wishes, smaller first: when it is due, and the sooner the longer it has been in
-            sight, so that nothing starves. (Were it kept from when it came into sight, a branch that was not taken
-            would go before the one that was.)
-        stamp: of its valid entry in the heap, 0 = in none.
+        in_sight_since: seconds on the clock.
+        due: seconds on the clock at which the call is expected.
+        priority: place in the queue, smaller first: `due`, minus `ageing` times the time in sight, so that nothing
+            starves. (If `due` of the first moment in sight were kept instead, a branch that was not taken would precede
+            the one that was.)
+        failures: failed loads.
     """
 
     agent: str
-    since: float
+    in_sight_since: float
     due: float
-    key: float
-    stamp: int = 0
+    priority: float
     failures: int = 0
 
 
 class PrefetchQueue:
-    """Wishes by key, and the agents that come into sight with time alone."""
+    """Prefetch requests by priority, and agents that come into sight by time alone.
 
-    def __init__(self) -> None:
-        self._wishes: dict[str, PrefetchRequest] = {}
-        self._heap: list[tuple[float, int, PrefetchRequest]] = []
-        self._looks: dict[str, float] = {}
-        self._later: list[tuple[float, str]] = []
-        self._numbers = count(1)
+    A request is current from `request` to `discard`; meanwhile it is queued, or its load is in flight or deferred.
 
-    def want(self, agent: str, now: float, due: float) -> PrefetchRequest:
-        """`agent` is in sight and expected to be called at `due`."""
-        self._looks.pop(agent, None)
-        wish = self._wishes.get(agent)
-        if wish is None:
-            wish = self._wishes[agent] = PrefetchRequest(agent, now, due, due)
-        wish.due, wish.key, wish.failures = due, due - AGEING * (now - wish.since), 0
-        return wish
+    Args:
+        ageing: see `PrefetchConfig`.
+    """
 
-    def enter(self, wish: PrefetchRequest) -> None:
-        """It is to be granted, in its turn."""
-        wish.stamp = next(self._numbers)
-        heapq.heappush(self._heap, (wish.key, wish.stamp, wish))
-        if len(self._heap) > 4 * len(self._wishes) + 64:  # most are stale
-            self._heap = [(w.key, w.stamp, w) for w in self._wishes.values() if w.stamp]
-            heapq.heapify(self._heap)
+    def __init__(self, ageing: float) -> None:
+        self.ageing = ageing
+        self._current: dict[str, PrefetchRequest] = {}
+        self._queue: LazyHeap[PrefetchRequest] = LazyHeap()
+        self._checks: LazyHeap[str] = LazyHeap()  # by (seconds on the clock, agent)
 
-    def first(self) -> PrefetchRequest | None:
-        """The one whose turn it is; it stays."""
-        while self._heap and self._heap[0][2].stamp != self._heap[0][1]:
-            heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+    def request(self, agent: str, now: float, due: float) -> PrefetchRequest:
+        """Returns the current request of `agent`, made if there is none, with the expected time `due`; not queued."""
+        self._checks.discard(agent)
+        request = self._current.get(agent)
+        if request is None:
+            request = self._current[agent] = PrefetchRequest(agent, now, due, due)
+        request.due, request.failures = due, 0
+        request.priority = due - self.ageing * (now - request.in_sight_since)
+        return request
 
-    def holds(self, wish: PrefetchRequest) -> bool:
-        """Whether it is still wished."""
-        return self._wishes.get(wish.agent) is wish
+    def push(self, request: PrefetchRequest) -> None:
+        """Queues a request, or moves it to its new priority."""
+        self._queue.push(request, request.priority)
 
-    def drop(self, agent: str) -> None:
-        """Nothing is to be done for `agent` until there is news of it."""
-        wish = self._wishes.pop(agent, None)
-        if wish is not None:
-            wish.stamp = 0
+    def peek(self) -> PrefetchRequest | None:
+        """The first request, which stays queued."""
+        return self._queue.peek()
 
-    def look_at(self, agent: str, time: float) -> None:
-        """`agent` is out of sight until then, if nothing changes."""
-        if self._looks.get(agent) != time:
-            self._looks[agent] = time
-            heapq.heappush(self._later, (time, agent))
-            if len(self._later) > 4 * len(self._looks) + 64:  # most are stale
-                self._later = [(time, agent) for agent, time in self._looks.items()]
-                heapq.heapify(self._later)
+    def is_current(self, request: PrefetchRequest) -> bool:
+        return self._current.get(request.agent) is request
 
-    def forget(self, agent: str) -> None:
-        """`agent` is out of sight."""
-        self.drop(agent)
-        self._looks.pop(agent, None)
+    def is_queued(self, request: PrefetchRequest) -> bool:
+        return request in self._queue
 
-    def due(self, now: float) -> Iterator[str]:
-        """The agents to be looked at now, out of the list of these."""
-        while self._later and self._later[0][0] <= now:
-            time, agent = heapq.heappop(self._later)
-            if self._looks.get(agent) == time:
-                del self._looks[agent]
-                yield agent
+    def dequeue(self, request: PrefetchRequest) -> None:
+        """Removes it from the queue; it stays current."""
+        self._queue.discard(request)
+
+    def schedule_check(self, agent: str, time: float) -> None:
+        """`agent` is out of sight until `time`, without further events."""
+        self._checks.push(agent, (time, agent))
+
+    def discard_request(self, agent: str) -> None:
+        """Drops the request of `agent`, if any."""
+        request = self._current.pop(agent, None)
+        if request is not None:
+            self._queue.discard(request)
+
+    def discard(self, agent: str) -> None:
+        """Drops the request and the scheduled check of `agent`, if any."""
+        self.discard_request(agent)
+        self._checks.discard(agent)
+
+    def pop_checks(self, now: float) -> Iterator[str]:
+        """Removes and yields the agents whose checks are due."""
+        while (time := self.next_time()) is not None and time <= now:
+            agent = self._checks.pop()
+            assert agent is not None
+            yield agent
 
     def next_time(self) -> float | None:
-        """When an agent is to be looked at next."""
-        while self._later and self._looks.get(self._later[0][1]) != self._later[0][0]:
-            heapq.heappop(self._later)
-        return self._later[0][0] if self._later else None
+        """Time of the next check in seconds on the clock."""
+        first = self._checks.peek_priority()
+        return None if first is None else first[0]
 
     def clear(self) -> None:
-        for each in (self._wishes, self._heap, self._looks, self._later):
-            each.clear()
+        self._current.clear()
+        self._queue.clear()
+        self._checks.clear()
 
 
 @dataclass(eq=False)
 class InFlightPrefetch:
-    """A prompt on its way; the lease keeps it until it has arrived."""
+    """A prompt that is being loaded. Its handle, which this object owns, protects the prompt until it has arrived."""
 
-    wish: PrefetchRequest
+    request: PrefetchRequest
     handle: CacheHandle
     nbytes: int
     seconds: float
@@ -195,7 +200,7 @@ class InFlightPrefetch:
 
 
 class InFlightPrefetches:
-    """By agent, by lease, and by client.
+    """The prefetches in flight by agent, by handle and by client, and the requests deferred until one of them ends.
 
     Attributes:
         nbytes, seconds: of all of them together.
@@ -204,8 +209,8 @@ class InFlightPrefetches:
     def __init__(self) -> None:
         self.nbytes, self.seconds = 0, 0.0
         self._by_agent: dict[str, InFlightPrefetch] = {}
-        self._by_lease: dict[int, InFlightPrefetch] = {}
-        self._parked: dict[str, dict[PrefetchRequest, None]] = {}
+        self._by_handle: dict[int, InFlightPrefetch] = {}
+        self._deferred: dict[str, dict[PrefetchRequest, None]] = {}
 
     def __len__(self) -> int:
         return len(self._by_agent)
@@ -219,55 +224,56 @@ class InFlightPrefetches:
     def __getitem__(self, agent: str) -> InFlightPrefetch:
         return self._by_agent[agent]
 
-    def of_lease(self, number: int) -> InFlightPrefetch | None:
-        return self._by_lease.get(number)
+    def by_handle(self, handle_id: int) -> InFlightPrefetch | None:
+        return self._by_handle.get(handle_id)
 
-    def handles(self) -> set[int]:
-        """The numbers of their leases."""
-        return set(self._by_lease)
+    def handle_ids(self) -> set[int]:
+        return set(self._by_handle)
 
-    def of_client(self, client: str) -> int:
-        """Bytes on their way for `client`."""
-        return sum(flight.nbytes for flight in self._by_agent.values() if flight.client == client)
+    def client_bytes(self, client: str) -> int:
+        """Bytes in flight for `client`."""
+        return sum(prefetch.nbytes for prefetch in self._by_agent.values() if prefetch.client == client)
 
-    def add(self, flight: InFlightPrefetch) -> None:
-        self._by_agent[flight.wish.agent] = self._by_lease[flight.handle.id] = flight
-        self.nbytes, self.seconds = self.nbytes + flight.nbytes, self.seconds + flight.seconds
+    def add(self, prefetch: InFlightPrefetch) -> None:
+        self._by_agent[prefetch.request.agent] = self._by_handle[prefetch.handle.id] = prefetch
+        self.nbytes, self.seconds = self.nbytes + prefetch.nbytes, self.seconds + prefetch.seconds
 
-    def park(self, wish: PrefetchRequest, client: str) -> None:
-        """It is beyond the share of `client`, which has flights: it waits for one of them to end."""
-        self._parked.setdefault(client, {})[wish] = None
+    def defer(self, request: PrefetchRequest, client: str) -> None:
+        """Holds a request over the quota of `client` until a prefetch of the client has ended."""
+        self._deferred.setdefault(client, {})[request] = None
 
-    def remove(self, flight: InFlightPrefetch) -> list[PrefetchRequest]:
-        """It is over; returns the wishes that waited for it."""
-        del self._by_agent[flight.wish.agent], self._by_lease[flight.handle.id]
-        self.nbytes, self.seconds = self.nbytes - flight.nbytes, self.seconds - flight.seconds
-        return list(self._parked.pop(flight.client, {}))
-
-
-MAX_REGISTERED = 10_000  # agents that are remembered until a request of theirs comes
-FAILURES = 2  # of one wish, after which it waits for news of its agent
+    def remove(self, prefetch: InFlightPrefetch) -> list[PrefetchRequest]:
+        """Removes a prefetch that has ended; returns the requests that were deferred for it."""
+        del self._by_agent[prefetch.request.agent], self._by_handle[prefetch.handle.id]
+        self.nbytes, self.seconds = self.nbytes - prefetch.nbytes, self.seconds - prefetch.seconds
+        return list(self._deferred.pop(prefetch.client, {}))
 
 
-class _Verdict(Enum):
-    """What has become of a wish whose turn it was."""
+class _StartResult(Enum):
+    """Result of trying to start the first request of the queue."""
 
-    BEGUN = "its copies are under way"
-    DROPPED = "there is nothing to do before there is news of its agent"
-    PARKED = "its client has its share under way already; others may pass"
-    WAIT = "it has to wait, and what is wanted less with it"
+    STARTED = "its loads are in flight"
+    DROPPED = "there is nothing to do until the prediction changes"
+    DEFERRED = "its client has reached its quota; others may pass"
+    BLOCKED = "it has to wait, and requests behind it as well"
 
 
 class Prefetcher:
-    """Driven by a scheduler: `changed` when values have, `pump` whenever copies may be begun.
+    """Driven by a scheduler: `values_changed` after predictions, `start_prefetches` whenever loads may be started.
 
-    It takes only memory that is free or that holds what ranks below the prompt in the order of eviction, and it holds
-    a lease only while the prompt is on its way; afterwards the order alone keeps it.
+    It only takes memory that is free or evictable below the rank of the prompt. It holds a handle on a prompt while the
+    load is in flight; afterwards only the eviction policy protects the prompt.
 
     Args:
-        only_below: False: as a demand, it evicts whatever the order puts first (for orders that know no agents, under
-            which a prompt that is called next may rank last).
-        counts_as_use: an arrival counts as a use, for orders that go by the last use.
+        tiers: the cache.
+        estimates: seconds of loading and computing.
+        predictor: gives the next calls.
+        config: budgets.
+        only_lower_ranked: False: evict as a demand load does, for eviction policies that know no agents, where a
+            prompt that is called next may rank last.
+        touch_on_arrival: an arrival counts as a use, for eviction policies by recency.
+    Attributes:
+        statistics: counts.
     """
 
     def __init__(
@@ -275,168 +281,176 @@ class Prefetcher:
         tiers: TieredCache,
         estimates: Estimates,
         predictor: NextCallPredictor,
-        limits: PrefetchConfig | None = None,
-        only_below: bool = True,
-        counts_as_use: bool = False,
+        config: PrefetchConfig | None = None,
+        only_lower_ranked: bool = True,
+        touch_on_arrival: bool = False,
     ) -> None:
         self.tiers, self.estimates, self.predictor = tiers, estimates, predictor
-        self.limits = limits or PrefetchConfig()
-        self.only_below, self.counts_as_use = only_below, counts_as_use
+        self.config = config or PrefetchConfig()
+        self.only_lower_ranked, self.touch_on_arrival = only_lower_ranked, touch_on_arrival
         self.statistics = PrefetchMetrics()
-        self._wishes = PrefetchQueue()
-        self._flights = InFlightPrefetches()
-        self._landed: dict[InFlightPrefetch, TransferJob] = {}
+        self._queue = PrefetchQueue(self.config.ageing)
+        self._in_flight = InFlightPrefetches()
+        self._ended_jobs: dict[InFlightPrefetch, TransferJob] = {}  # since the last `start_prefetches`
         self._arrived: dict[str, None] = {}
         self._registered: dict[str, tuple[Pages, Hashable]] = {}
-        self._news = False
-        tiers.add_transfer_listener(self._on_copy)
+        self._may_start = False  # something has changed that may let a load start
+        tiers.add_transfer_listener(self._on_transfer_end)
 
     def register(self, agent: str, prompt: Sequence[int] | Any, namespace: Hashable = None) -> None:
-        """`prompt` is the fixed prompt of `agent`, of which no request has told yet.
+        """Gives the fixed prompt of `agent` before any of its requests has.
 
         Raises:
-            ValueError: see `pages.encode`.
+            ValueError: see `radix_tree.encode`.
         """
         with self.tiers.lock:
-            if agent not in self._registered and len(self._registered) >= MAX_REGISTERED:
+            if agent not in self._registered and len(self._registered) >= self.config.max_registered:
                 del self._registered[next(iter(self._registered))]
             self._registered[agent] = Pages(encode(prompt, self.tiers.page_size)), namespace
-            self.changed([agent])
+            self.values_changed([agent])
 
-    # Wishes -----------------------------------------------------------------------------------------------------
+    # Requests ---------------------------------------------------------------------------------------------------
 
-    def changed(self, agents: Iterable[str]) -> None:
-        """The outlook of these agents is a new one: wishes come and go, and copies for what is not wanted stop."""
+    def values_changed(self, agents: Iterable[str]) -> None:
+        """The predictions of these agents have changed: updates their requests and cancels loads that are obsolete."""
         for agent in agents:
-            self._consider(agent)
-        self._news = True
+            self._update(agent)
+        self._may_start = True
 
-    def called(self, agent: str) -> None:
-        """A request of `agent` has come."""
+    def on_request(self, agent: str) -> None:
+        """A request of `agent` has arrived: counts whether its prefetched prompt is still on the device."""
         if agent in self._arrived:
             del self._arrived[agent]
             end = self.tiers.lookup_agent(agent)
-            self.statistics.used += end is not None and end.copies[Tier.DEVICE] is not None  # not evicted meanwhile
+            self.statistics.used += end is not None and end.copies[Tier.DEVICE] is not None
 
-    def _consider(self, agent: str) -> None:
-        now, limits = self.tiers.clock(), self.limits
-        if self.predictor.next_steps(agent) > limits.look_ahead_steps and not self.predictor.is_near(agent):
-            self._forget(agent)
+    def _update(self, agent: str) -> None:
+        """Makes, moves or drops the request of `agent` according to its prediction."""
+        now, config, predictor = self.tiers.clock(), self.config, self.predictor
+        if predictor.next_steps(agent) > config.look_ahead_steps and not predictor.is_observed_successor(agent):
+            self._cancel(agent)
             return
-        seconds = self.predictor.due(agent)
-        wait = self.predictor.wait(agent, seconds, limits.look_ahead_s, limits.least_reuse)
+        seconds = predictor.seconds_to_call(agent)
+        wait = predictor.seconds_to_sight(agent, seconds, config.look_ahead_s, config.min_reuse)
         if wait:
-            self._forget(agent)
+            self._cancel(agent)
             if wait < min(seconds, math.inf):
-                self._wishes.look_at(agent, now + wait)
+                self._queue.schedule_check(agent, now + wait)
             return
         end = self.tiers.lookup_agent(agent)
         if end is None and agent not in self._registered:
-            return  # nothing of it is cached
-        if end is not None and agent not in self._flights and all(_comes(node) for node in end.path()):
-            self._wishes.forget(agent)  # it is there
+            return  # nothing of its prompt is cached
+        if end is not None and agent not in self._in_flight and all(_is_available(node) for node in end.path()):
+            self._queue.discard(agent)  # it is on the device
             return
-        wish = self._wishes.want(agent, now, now + seconds)
-        if agent not in self._flights:
-            self._wishes.enter(wish)
+        request = self._queue.request(agent, now, now + seconds)
+        if agent not in self._in_flight:
+            self._queue.push(request)
 
-    def _forget(self, agent: str) -> None:
-        """It is not wanted any more; a copy that is under way for it alone stops."""
-        self._wishes.forget(agent)
-        if agent in self._flights:
-            flight = self._flights[agent]
-            self._end(flight)
+    def _cancel(self, agent: str) -> None:
+        """Drops the request of `agent` and stops its load, unless another handle needs it."""
+        self._queue.discard(agent)
+        if agent in self._in_flight:
+            self._end(self._in_flight[agent])
             self.statistics.cancelled += 1
 
-    # Copies -----------------------------------------------------------------------------------------------------
+    # Loads ------------------------------------------------------------------------------------------------------
 
-    def pump(self, hold: bool = False, room: bool = False) -> None:
-        """Takes in what has arrived, and begins the most urgent copies that the budgets allow.
+    def start_prefetches(self, paused: bool = False, room_freed: bool = False) -> None:
+        """Processes loads that have ended, and starts the most urgent ones that the budgets allow.
 
         Args:
-            hold: begin nothing: requests wait for memory.
-            room: there may be some that there was not at the last call.
+            paused: start nothing, because requests wait for memory.
+            room_freed: memory may have become available since the last call.
         """
-        self._news = self._news or room
-        for flight, job in list(self._landed.items()):
-            del self._landed[flight]
-            self._land(flight, job)
-        for agent in self._wishes.due(self.tiers.clock()):
-            self._consider(agent)
-            self._news = True
-        if hold or not self._news:
+        self._may_start = self._may_start or room_freed
+        for prefetch, job in list(self._ended_jobs.items()):
+            del self._ended_jobs[prefetch]
+            self._on_job_end(prefetch, job)
+        for agent in self._queue.pop_checks(self.tiers.clock()):
+            self._update(agent)
+            self._may_start = True
+        if paused or not self._may_start:
             return
-        self._news = False
-        beyond: set[str] = set()
-        while len(self._flights) < self.limits.copies and (wish := self._wishes.first()) is not None:
-            client = self.predictor.shares.owner(wish.agent)
-            verdict = _Verdict.PARKED if client in beyond else self._begin(wish, client)
-            if verdict is _Verdict.WAIT:
+        self._may_start = False
+        over_quota: set[str] = set()
+        while len(self._in_flight) < self.config.max_in_flight and (request := self._queue.peek()) is not None:
+            client = self.predictor.quotas.owner(request.agent)
+            result = _StartResult.DEFERRED if client in over_quota else self._start(request, client)
+            if result is _StartResult.BLOCKED:
                 return
-            if verdict is _Verdict.PARKED:
-                beyond.add(client)
-                wish.stamp = 0
-                self._flights.park(wish, client)
+            if result is _StartResult.DEFERRED:
+                over_quota.add(client)
+                self._queue.dequeue(request)
+                self._in_flight.defer(request, client)
 
-    def _begin(self, wish: PrefetchRequest, client: str) -> _Verdict:
-        """Begins the copies for a wish, or finds why not."""
-        if self._is_hopeless(wish.agent):
+    def _start(self, request: PrefetchRequest, client: str) -> _StartResult:
+        """Starts the loads of a request, or returns why not."""
+        if self._cannot_make_room(request.agent):
             self.statistics.no_room += 1
-            return _Verdict.WAIT
-        handle = self._open(wish.agent)
-        missing = [] if handle is None else [node for node in handle.nodes() or () if not _comes(node)]
+            return _StartResult.BLOCKED
+        handle = self._open(request.agent)
+        missing = [] if handle is None else [node for node in handle.nodes() or () if not _is_available(node)]
         if handle is None or not missing:
-            self._drop(wish, handle)
-            return _Verdict.DROPPED
+            self._drop(request, handle)
+            return _StartResult.DROPPED
         nbytes, seconds = sum(node.nbytes for node in missing), self.estimates.load_s(missing)
-        verdict = self._may_begin(wish, client, handle, missing, nbytes, seconds)
-        if verdict is not _Verdict.BEGUN:
+        refusal = self._check_budgets(request, client, handle, missing, nbytes, seconds)
+        if refusal is not None:
             handle.release()
-            if verdict is _Verdict.DROPPED:
-                self._drop(wish, None)
-            return verdict
-        state = handle.load(Urgency.PREFETCH, wish.key, only_lower_ranked=self.only_below)
+            if refusal is _StartResult.DROPPED:
+                self._drop(request, None)
+            return refusal
+        state = handle.load(Urgency.PREFETCH, request.priority, only_lower_ranked=self.only_lower_ranked)
         if state is LoadState.LOADING:
-            wish.stamp = 0
-            self._flights.add(InFlightPrefetch(wish, handle, nbytes, seconds, client))
-            self.statistics.begun += 1
+            self._queue.dequeue(request)
+            self._in_flight.add(InFlightPrefetch(request, handle, nbytes, seconds, client))
+            self.statistics.started += 1
             self.statistics.bytes += nbytes
-            return _Verdict.BEGUN
+            return _StartResult.STARTED
         handle.release()
         self.statistics.no_room += state is LoadState.NO_ROOM
         if state in (LoadState.WAITING, LoadState.NO_ROOM):
-            return _Verdict.WAIT
-        self._drop(wish, None)
-        return _Verdict.DROPPED
+            return _StartResult.BLOCKED
+        self._drop(request, None)
+        return _StartResult.DROPPED
 
-    def _is_hopeless(self, agent: str) -> bool:
-        """Whether there is no room and nothing that ranks below: found without a lease, as it is asked often."""
+    def _cannot_make_room(self, agent: str) -> bool:
+        """Whether no memory is free and nothing ranks below the prompt; without a handle, as it is called often."""
         end = self.tiers.lookup_agent(agent)
-        if end is None or not self.only_below or _comes(end):
+        if end is None or not self.only_lower_ranked or _is_available(end):
             return False
         return not self.tiers.can_make_room(end)
 
-    def _may_begin(
-        self, wish: PrefetchRequest, client: str, handle: CacheHandle, missing: list[Node], nbytes: int, seconds: float
-    ) -> _Verdict:
-        """BEGUN: it may."""
-        budget = self.limits.share * self.tiers.capacity()
-        statistics, flights = self.statistics, self._flights
+    def _check_budgets(
+        self,
+        request: PrefetchRequest,
+        client: str,
+        handle: CacheHandle,
+        missing: list[Node],
+        nbytes: int,
+        seconds: float,
+    ) -> _StartResult | None:
+        """Why the loads must not start now; None if they may."""
+        budget = self.config.max_device_fraction * self.tiers.capacity()
+        statistics, in_flight = self.statistics, self._in_flight
         if nbytes > budget:
             statistics.over_budget += 1
-            return _Verdict.DROPPED
+            return _StartResult.DROPPED
         begin = missing[0].end - missing[0].covers
         computed = self.estimates.costs.recompute_s(begin, handle.length)
-        if self.tiers.clock() + flights.seconds + seconds > max(wish.due, self.tiers.clock()) + computed:
+        now = self.tiers.clock()
+        if now + in_flight.seconds + seconds > max(request.due, now) + computed:
             statistics.too_late += 1
-            return _Verdict.DROPPED
-        mine = flights.of_client(client) if client else 0
-        if mine and mine + nbytes > budget * self.predictor.shares.part(client):
-            return _Verdict.PARKED
-        full = flights.nbytes + nbytes > budget or flights.seconds + seconds > self.limits.seconds
-        return _Verdict.WAIT if full and len(flights) else _Verdict.BEGUN
+            return _StartResult.DROPPED
+        own = in_flight.client_bytes(client) if client else 0
+        if own and own + nbytes > budget * self.predictor.quotas.fraction(client):
+            return _StartResult.DEFERRED
+        full = in_flight.nbytes + nbytes > budget or in_flight.seconds + seconds > self.config.max_link_s
+        return _StartResult.BLOCKED if full and len(in_flight) else None
 
     def _open(self, agent: str) -> CacheHandle | None:
+        """A handle on the fixed prompt of `agent`, tagged if it was only registered; None if nothing is cached."""
         handle = self.tiers.open_agent(agent)
         if handle is not None or agent not in self._registered:
             return handle
@@ -447,72 +461,74 @@ class Prefetcher:
             self.tiers.store(found, Pages(prompt[: found.length * TOKEN_BYTES]), None, agent, found.length)
         return self.tiers.open_agent(agent)
 
-    def _drop(self, wish: PrefetchRequest, handle: CacheHandle | None) -> None:
-        """Nothing is to be done for it until there is news of its agent."""
-        wish.stamp = 0
-        if self._wishes.holds(wish):
-            self._wishes.drop(wish.agent)
+    def _drop(self, request: PrefetchRequest, handle: CacheHandle | None) -> None:
+        """Drops a request until the prediction of its agent changes, and releases `handle`."""
+        self._queue.dequeue(request)
+        if self._queue.is_current(request):
+            self._queue.discard_request(request.agent)
         if handle is not None:
             handle.release()
 
-    def _on_copy(self, job: TransferJob) -> None:
-        self._news = True  # there may be room
-        for number in job.waiters:
-            if (flight := self._flights.of_lease(number)) is not None:
-                self._landed[flight] = job
+    def _on_transfer_end(self, job: TransferJob) -> None:
+        self._may_start = True  # there may be room
+        for handle_id in job.waiters:
+            if (prefetch := self._in_flight.by_handle(handle_id)) is not None:
+                self._ended_jobs[prefetch] = job
 
-    def _land(self, flight: InFlightPrefetch, job: TransferJob) -> None:
-        """One of its copies has ended."""
-        if self._flights.of_lease(flight.handle.id) is not flight:
+    def _on_job_end(self, prefetch: InFlightPrefetch, job: TransferJob) -> None:
+        """One of its transfers has ended: the prompt has arrived, more is to come, or the load has failed."""
+        if self._in_flight.by_handle(prefetch.handle.id) is not prefetch:
             return
-        chain = flight.handle.nodes()
+        chain = prefetch.handle.nodes()
         missing = None if chain is None else [node for node in chain if node.copies[Tier.DEVICE] is None]
-        wish, statistics = flight.wish, self.statistics
+        request, statistics = prefetch.request, self.statistics
         if missing and job.outcome is Outcome.DONE and all(node.in_transfer for node in missing):
             return
         if missing == []:
             statistics.arrived += 1
-            self._arrived[wish.agent] = None
-            if len(self._arrived) > MAX_REGISTERED:
+            self._arrived[request.agent] = None
+            if len(self._arrived) > self.config.max_registered:
                 del self._arrived[next(iter(self._arrived))]
-            if self.counts_as_use:
-                flight.handle.touch()
-            self._end(flight)
-            self._drop(wish, None)
+            if self.touch_on_arrival:
+                prefetch.handle.touch()
+            self._end(prefetch)
+            self._drop(request, None)
             return
         statistics.displaced += job.outcome is Outcome.CANCELLED
         statistics.failed += job.outcome is not Outcome.CANCELLED
-        wish.failures += 1
-        self._end(flight)
-        if wish.failures < FAILURES and self._wishes.holds(wish):
-            self._wishes.enter(wish)
+        request.failures += 1
+        self._end(prefetch)
+        if request.failures < self.config.max_failures and self._queue.is_current(request):
+            self._queue.push(request)
         else:
-            self._drop(wish, None)
+            self._drop(request, None)
 
-    def _end(self, flight: InFlightPrefetch) -> None:
-        for wish in self._flights.remove(flight):
-            if self._wishes.holds(wish) and not wish.stamp and wish.agent not in self._flights:
-                self._wishes.enter(wish)
-        self._landed.pop(flight, None)
-        flight.handle.release()
+    def _end(self, prefetch: InFlightPrefetch) -> None:
+        """Removes a prefetch, queues the requests deferred for it, and releases its handle."""
+        queue = self._queue
+        for request in self._in_flight.remove(prefetch):
+            if queue.is_current(request) and not queue.is_queued(request) and request.agent not in self._in_flight:
+                queue.push(request)
+        self._ended_jobs.pop(prefetch, None)
+        prefetch.handle.release()
 
     # Time -------------------------------------------------------------------------------------------------------
 
     def next_time(self) -> float | None:
-        """When an agent comes into sight without other news."""
-        return self._wishes.next_time()
+        """When an agent next comes into sight, in seconds on the clock, without further events."""
+        return self._queue.next_time()
 
-    def handles(self) -> set[int]:
-        """The numbers of the leases that it holds."""
-        return self._flights.handles()
+    def handle_ids(self) -> set[int]:
+        """Identifiers of the handles that it holds."""
+        return self._in_flight.handle_ids()
 
     def close(self) -> None:
-        """Gives up everything that is under way."""
-        for flight in self._flights:
-            self._end(flight)
-        self._wishes.clear()
+        """Cancels all loads in flight and drops all requests."""
+        for prefetch in self._in_flight:
+            self._end(prefetch)
+        self._queue.clear()
 
 
-def _comes(node: Node) -> bool:
-    """Whether it is on the device, or on its way there."""
+def _is_available(node: Node) -> bool:
+    """Whether it is on the device or being loaded to it."""
     return node.on_or_loading_into(Tier.DEVICE)

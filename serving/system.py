@@ -23,7 +23,7 @@ from .kvcache.eviction_policy import (
 from .kvcache.memory_pool import Pool
 from .kvcache.tiered_cache import TieredCache
 from .kvcache.transfer_queue import TransferBackend
-from .prediction import Measure, NextCallPredictor
+from .prediction import NextCallPredictor, PredictionConfig, PredictionMode
 from .prefetch import PrefetchConfig, Prefetcher
 from .scheduler.config import SchedulerConfig
 from .scheduler.scheduler import Scheduler
@@ -44,7 +44,7 @@ class _Recipe:
     order: str
     write_back: WriteBack
     below: bool = True
-    measure: Measure = Measure.NOTHING
+    mode: PredictionMode = PredictionMode.NONE
     prefetch: bool = False
     batch_waits: bool = False
     ahead: bool = False
@@ -55,10 +55,10 @@ _RECIPES = {
     "lfu": _Recipe("lfu", WriteBack.ALL),
     "lru_reactive": _Recipe("lru", WriteBack.ALL),  # HiCache, were only those to wait who need a load
     "hicache": _Recipe("lru", WriteBack.ALL, batch_waits=True),  # SGLang's HiCache
-    "lru_prefetch": _Recipe("lru", WriteBack.ALL, measure=Measure.STEPS, prefetch=True),
-    "ste": _Recipe("ste", WriteBack.FIXED, measure=Measure.STEPS),  # KVFlow without its prefetch
-    "ste_prefetch": _Recipe("ste", WriteBack.FIXED, measure=Measure.STEPS, prefetch=True),  # KVFlow
-    "expected_time": _Recipe("expected_time", WriteBack.WORTH, measure=Measure.TIME, prefetch=True, ahead=True),  # ours
+    "lru_prefetch": _Recipe("lru", WriteBack.ALL, mode=PredictionMode.STEPS, prefetch=True),
+    "ste": _Recipe("ste", WriteBack.FIXED, mode=PredictionMode.STEPS),  # KVFlow without its prefetch
+    "ste_prefetch": _Recipe("ste", WriteBack.FIXED, mode=PredictionMode.STEPS, prefetch=True),  # KVFlow
+    "expected_time": _Recipe("expected_time", WriteBack.WORTH, mode=PredictionMode.TIME, prefetch=True, ahead=True),  # ours
     "belady": _Recipe("belady", WriteBack.ALL),  # the oracle, on demand
 }
 
@@ -129,11 +129,12 @@ def build_system(
     oracle = None if prompts is None else Belady(prompts, page_size)
     predictor = NextCallPredictor(
         graph,
-        recipe.measure,
+        recipe.mode,
         clock,
+        page_size,
         LearnedTransitions(graph) if learn else None,
         None if oracle is None else oracle.advance,
-        step_s,
+        PredictionConfig(step_s=step_s),
     )
     suffixes = SuffixReuse(costs) if recipe.write_back is WriteBack.WORTH else None
     order: EvictionPolicy = {
@@ -147,11 +148,10 @@ def build_system(
     }[recipe.order]()
     eager = EagerWriteBackConfig() if recipe.ahead else None
     tiers = TieredCache(used, mover, TierPolicy(order, recipe.write_back, suffixes, eager), page_size, clock)
-    predictor.attach(tiers)
     estimates = Estimates(costs, tiers)
     prefetcher = None
     if recipe.prefetch:
         by_use = not order.uses_agents
-        prefetcher = Prefetcher(tiers, estimates, predictor, prefetch, only_below=not by_use, counts_as_use=by_use)
+        prefetcher = Prefetcher(tiers, estimates, predictor, prefetch, only_lower_ranked=not by_use, touch_on_arrival=by_use)
     scheduler = Scheduler(tiers, estimates, predictor, bytes_per_token, limits, prefetcher, recipe.batch_waits)
     return System(name, tiers, graph, predictor, scheduler, prefetcher, estimates)

@@ -90,7 +90,7 @@ class World:
             bytes_per_token=TOKEN_BYTES,
             page_size=PAGE,
             limits=SchedulerConfig(batch_tokens=9, running=3, loading=2, waiting=8, timeout_s=60, room_patience_s=3),
-            prefetch=PrefetchConfig(look_ahead_s=20.0, copies=2),
+            prefetch=PrefetchConfig(look_ahead_s=20.0, max_in_flight=2),
             learn=True,
         )
         self.scheduler, self.tiers = self.system.scheduler, self.system.tiers

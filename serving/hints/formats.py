@@ -1,11 +1,7 @@
-"""Reads a client's document with suspicion: known fields, their types, bounded sizes.
+"""Reads the wire formats of today's clients into a `Hint`, one function a format, and checks untrusted documents.
 
-The wire formats that clients send already, each read into a `Hint`.
-
-Every function takes the document, what the server knows of the sender, and a set for the names of unknown fields, and
-raises one ValueError for a field that is not of its type. Priorities come out as 0 to 1, durations in bounded seconds.
-
-One door for the hints of all formats.
+Each format function takes the document and a `HintContext`, collects the names of unknown fields in it, and raises one
+ValueError for a field of a wrong type or size. Priorities are mapped to 0 to 1, durations to bounded seconds.
 """
 
 from __future__ import annotations
@@ -13,35 +9,64 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..request import StorePolicy
 from ..workflow.spec import MAX_NAME
-from .hint import DEFAULT_TTL_S, MAX_TTL_S, NEUTRAL, Action, ActionKind, Hint, SessionAction, normalised, session_agent
+from .hint import NEUTRAL, ActionKind, Hint, HintAction, HintConfig, SessionAction, normalised, session_agent
 
-MAX_ITEMS = 1024  # of a list or a mapping
+PERCENT = (0.0, 35.0, 100.0)  # lowest, neutral, highest: retention priorities of TensorRT-LLM, whose default is 35
+DYNAMO = (-100.0, 0.0, 100.0)  # "higher first", without bounds there
+EDITS = {"offload": ActionKind.EVICT, "evict": ActionKind.EVICT, "prefetch": ActionKind.FETCH}
+KV_ACTIONS = {"kv.retain": ActionKind.RETAIN, "kv.evict": ActionKind.EVICT, "kv.fetch": ActionKind.FETCH}
+NEVER = 1e9  # steps to the next call of an agent that will not be called
 
 
-class Fields:
-    """A mapping of which known fields are taken one by one; the others are unknown.
+@dataclass(frozen=True)
+class HintContext:
+    """The server's knowledge of the request that a document came with.
 
-    Args:
-        document: as it came.
-        what: for messages, e.g. `agent_hints`.
-        unknown: gets the names of fields that nobody asks for, once `rest` is called.
+    Attributes:
+        client, agent, session: of the request.
+        config: bounds.
+        unknown: collects the names of unknown fields.
     """
 
-    def __init__(self, document: Any, what: str, unknown: set[str]) -> None:
+    client: str = ""
+    agent: str | None = None
+    session: str | None = None
+    config: HintConfig = field(default_factory=HintConfig)
+    unknown: set[str] = field(default_factory=set)
+
+    def bounded_ttl(self, seconds: float | None) -> float:
+        return self.config.bounded_ttl(seconds)
+
+
+class HintFields:
+    """A mapping whose known fields are read one by one, each with a check; the others are unknown.
+
+    Args:
+        document: as received.
+        what: its name in messages, e.g. `agent_hints`.
+        context: bounds; collects unknown fields once `finish` is called.
+
+    Raises:
+        ValueError: `document` is no mapping, or has more than `max_items` fields. All readers raise it for a value of
+            a wrong type or size.
+    """
+
+    def __init__(self, document: Any, what: str, context: HintContext) -> None:
+        limit = context.config.max_items
         if not isinstance(document, Mapping):
             raise ValueError(f"got {_type(document)} as {what}; accepted: an object with fields")
-        if len(document) > MAX_ITEMS:
-            raise ValueError(f"got {len(document)} fields in {what}; accepted: up to {MAX_ITEMS}")
-        self._document, self.what, self.unknown = document, what, unknown
-        self._asked: set[str] = set()
+        if len(document) > limit:
+            raise ValueError(f"got {len(document)} fields in {what}; accepted: up to {limit}")
+        self._document, self.what, self.context = document, what, context
+        self._read: set[str] = set()
 
     def _take(self, name: str) -> Any:
-        self._asked.add(name)
+        self._read.add(name)
         return self._document.get(name)
 
     def text(self, name: str) -> str | None:
@@ -49,7 +74,7 @@ class Fields:
         return None if value is None else self.checked(name, value)
 
     def checked(self, name: str, value: Any) -> str:
-        """`value` as what `text` accepts in the field of that name."""
+        """`value`, if it is valid as the field of that name."""
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)  # ids are often numbers
         if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
@@ -87,41 +112,43 @@ class Fields:
         return value
 
     def seconds(self, name: str, unit: float = 1.0) -> float | None:
-        """A duration, given in `unit` seconds."""
+        """A duration in seconds, given in multiples of `unit` seconds."""
         value = self.number(name)
         return None if value is None else value * unit
 
-    def inner(self, name: str) -> Fields | None:
+    def inner(self, name: str) -> HintFields | None:
         value = self._take(name)
-        return None if value is None else Fields(value, f"{self.what}.{name}", self.unknown)
+        return None if value is None else HintFields(value, f"{self.what}.{name}", self.context)
 
     def list(self, name: str) -> Sequence[Any]:
-        value = self._take(name)
+        value, limit = self._take(name), self.context.config.max_items
         if value is None:
             return ()
-        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) > MAX_ITEMS:
-            raise self._wrong(name, value, f"a list of up to {MAX_ITEMS} items")
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) > limit:
+            raise self._wrong(name, value, f"a list of up to {limit} items")
         return value
 
     def texts(self, name: str) -> list[str]:
         return [self.checked(name, item) for item in self.list(name)]
 
-    def inners(self, name: str) -> list[Fields]:
-        return [Fields(item, f"{self.what}.{name}", self.unknown) for item in self.list(name)]
+    def inners(self, name: str) -> list[HintFields]:
+        return [HintFields(item, f"{self.what}.{name}", self.context) for item in self.list(name)]
 
     def items(self, name: str) -> Mapping[Any, Any]:
         value = self._take(name)
         if value is None:
             return {}
-        return Fields(value, f"{self.what}.{name}", self.unknown)._document
+        return HintFields(value, f"{self.what}.{name}", self.context)._document
 
     def ignore(self, *names: str) -> None:
-        """These are known, and of no use here."""
-        self._asked.update(names)
+        """Marks fields as known although they are not used."""
+        self._read.update(names)
 
-    def rest(self) -> None:
-        """All known fields have been asked for."""
-        self.unknown.update(f"{self.what}.{str(name)[:60]}" for name in self._document if name not in self._asked)
+    def finish(self) -> None:
+        """Collects the fields that were not read as unknown."""
+        self.context.unknown.update(
+            f"{self.what}.{str(name)[:60]}" for name in self._document if name not in self._read
+        )
 
     def _wrong(self, name: str, value: Any, accepted: str) -> ValueError:
         shown = repr(value)[:60] if isinstance(value, (str, int, float, bool)) else _type(value)
@@ -132,40 +159,21 @@ def _type(value: Any) -> str:
     return type(value).__name__
 
 
-KEPT = 0.9  # the priority that a bare "keep" stands for
-PERCENT = (0.0, 35.0, 100.0)  # retention priorities of TensorRT-LLM, whose default is 35
-DYNAMO = (-100.0, 0.0, 100.0)  # "higher first", without bounds there
-EDITS = {"offload": ActionKind.EVICT, "evict": ActionKind.EVICT, "prefetch": ActionKind.FETCH}
-KV_ACTIONS = {"kv.retain": ActionKind.RETAIN, "kv.evict": ActionKind.EVICT, "kv.fetch": ActionKind.FETCH}
-
-
-@dataclass(frozen=True)
-class Sender:
-    """What the server knows: the client, and the agent or session of the request that the document came with."""
-
-    client: str = ""
-    agent: str | None = None
-    session: str | None = None
-
-
-def bounded(seconds: float | None, default: float = DEFAULT_TTL_S) -> float:
-    return min(MAX_TTL_S, default if seconds is None else seconds)
-
-
-def target(agent: str | None, session: str | None) -> str | None:
-    """The agent that a wish is about; a session without one stands for itself."""
+def _target(agent: str | None, session: str | None) -> str | None:
+    """The agent that an action is about; a session without one stands for itself."""
     return agent if agent is not None or session is None else session_agent(session)
 
 
-def _actions(agent: str | None, *wishes: tuple[ActionKind, float, float]) -> tuple[Action, ...]:
-    return () if agent is None else tuple(Action(kind, agent, priority, ttl) for kind, priority, ttl in wishes)
+def _actions(agent: str | None, *actions: tuple[ActionKind, float, float]) -> tuple[HintAction, ...]:
+    """Actions from (kind, priority, seconds); none without an agent."""
+    return () if agent is None else tuple(HintAction(kind, agent, priority, ttl) for kind, priority, ttl in actions)
 
 
-def sglang(document: Any, sender: Sender, unknown: set[str]) -> Hint:
-    """`agent_hints` (sgl-project/sglang issue 24656). A child step counts as the agent of that name."""
-    fields = Fields(document, "agent_hints", unknown)
+def sglang(document: Any, context: HintContext) -> Hint:
+    """`agent_hints` of SGLang's RFC (sgl-project/sglang issue 24656). A child step is the agent of that name."""
+    fields = HintFields(document, "agent_hints", context)
     workflow = fields.text("workflow_id")
-    agent = fields.text("agent_id") or fields.text("step_id") or sender.agent
+    agent = fields.text("agent_id") or fields.text("step_id") or context.agent
     step, total = fields.whole("step_index"), fields.whole("total_steps")
     if step is not None and total is not None and step > total:
         raise ValueError(f"got agent_hints.step_index={step} of total_steps={total}; accepted: up to that")
@@ -174,115 +182,117 @@ def sglang(document: Any, sender: Sender, unknown: set[str]) -> Hint:
     ttl = fields.seconds("cache_ttl_ms", 1e-3)
     reuse = fields.choice("reuse_hint", ("keep", "neutral", "discard"))
     fields.ignore("step_id", "parent_step_id", "tool_name", "shared_prefix_hash")
-    fields.rest()
-    about, wishes = target(agent, sender.session), []
+    fields.finish()
+    about, actions = _target(agent, context.session), []
     if reuse == "discard":
-        wishes.append((ActionKind.EVICT, NEUTRAL, bounded(ttl)))
+        actions.append((ActionKind.EVICT, NEUTRAL, context.bounded_ttl(ttl)))
     elif reuse == "keep" or ttl is not None:
-        wishes.append((ActionKind.RETAIN, KEPT if reuse == "keep" else NEUTRAL, bounded(ttl)))
+        priority = context.config.keep_priority if reuse == "keep" else NEUTRAL
+        actions.append((ActionKind.RETAIN, priority, context.bounded_ttl(ttl)))
     return Hint(
         "sglang",
-        sender.client,
+        context.client,
         workflow=workflow,
         agent=agent,
-        session=sender.session,
-        keep=StorePolicy.DISCARD if reuse == "discard" else None,
-        pause_s=None if pause is None else bounded(pause),
+        session=context.session,
+        store_policy=StorePolicy.DISCARD if reuse == "discard" else None,
+        pause_s=None if pause is None else context.bounded_ttl(pause),
         steps=dict.fromkeys(children, 1.0),
-        ttl_s=bounded(ttl),
-        actions=_actions(about, *wishes),
+        ttl_s=context.bounded_ttl(ttl),
+        actions=_actions(about, *actions),
     )
 
 
-def dynamo(document: Any, sender: Sender, unknown: set[str]) -> Hint:
-    """`nvext` with `agent_hints` and `session_control`."""
-    fields = Fields(document, "nvext", unknown)
+def dynamo(document: Any, context: HintContext) -> Hint:
+    """`nvext` of NVIDIA Dynamo, with `agent_hints` and `session_control`."""
+    fields = HintFields(document, "nvext", context)
     hints, control = fields.inner("agent_hints"), fields.inner("session_control")
     priority = expected = action = timeout = None
-    session, speculative = fields.text("session_id") or sender.session, False
-    fields.rest()
+    session, speculative = fields.text("session_id") or context.session, False
+    fields.finish()
     if hints is not None:
         given, strict = hints.number("priority", -1e9, 1e9), hints.number("strict_priority", -1e9, 1e9)
         priority = None if given is None else normalised(given, *DYNAMO)
         if strict:
-            priority = 1.0 if strict > 0 else 0.0  # within the client's own workflow: no tier stands above others
+            priority = 1.0 if strict > 0 else 0.0  # within the client's own workflow only
         expected, speculative = hints.whole("osl", 1), hints.flag("speculative_prefill")
-        hints.rest()
+        hints.finish()
     if control is not None:
         session = control.text("session_id") or session
         action = control.choice("action", [each.value for each in SessionAction])
         timeout = control.seconds("timeout")
-        control.rest()
-    about, wishes = target(sender.agent, session), []
+        control.finish()
+    about, actions = _target(context.agent, session), []
     if speculative:
-        wishes.append((ActionKind.FETCH, NEUTRAL, bounded(timeout)))
+        actions.append((ActionKind.FETCH, NEUTRAL, context.bounded_ttl(timeout)))
     elif action == "close":
-        wishes.append((ActionKind.EVICT, NEUTRAL, bounded(timeout)))
+        actions.append((ActionKind.EVICT, NEUTRAL, context.bounded_ttl(timeout)))
     elif action is not None:
-        wishes.append((ActionKind.RETAIN, NEUTRAL, bounded(timeout)))
+        actions.append((ActionKind.RETAIN, NEUTRAL, context.bounded_ttl(timeout)))
     return Hint(
         "dynamo",
-        sender.client,
-        agent=sender.agent,
+        context.client,
+        agent=context.agent,
         session=session,
         session_action=None if action is None else SessionAction(action),
         priority=priority,
         expected_tokens=expected,
-        actions=_actions(about, *wishes),
+        actions=_actions(about, *actions),
     )
 
 
-def vllm(document: Any, sender: Sender, unknown: set[str]) -> Hint:
-    """`agent_hint`. Where the cached blocks end is not taken over: the tree knows its own pages."""
-    fields = Fields(document, "agent_hint", unknown)
-    session = fields.text("session_id") or sender.session
+def vllm(document: Any, context: HintContext) -> Hint:
+    """`agent_hint` of vLLM's RFC. `block_offset` is checked but unused: the prefix tree has its own pages."""
+    fields = HintFields(document, "agent_hint", context)
+    session = fields.text("session_id") or context.session
     fields.text("parent_session_id")
     control, management = fields.inner("cache_control"), fields.inner("context_management")
-    fields.rest()
-    about, wishes = target(sender.agent, session), []
+    fields.finish()
+    about, actions = _target(context.agent, session), []
     if control is not None:
         control.text("type")
         control.whole("block_offset")
-        wishes.append((ActionKind.RETAIN, KEPT, bounded(control.seconds("ttl"))))
-        control.rest()
+        ttl = context.bounded_ttl(control.seconds("ttl"))
+        actions.append((ActionKind.RETAIN, context.config.keep_priority, ttl))
+        control.finish()
     if management is not None:
         for edit in management.inners("edits"):
             kind = edit.text("type")
             if kind in EDITS:
-                wishes.append((EDITS[kind], NEUTRAL, bounded(edit.seconds("ttl"))))
-                edit.rest()
+                actions.append((EDITS[kind], NEUTRAL, context.bounded_ttl(edit.seconds("ttl"))))
+                edit.finish()
             else:
-                unknown.add(f"{edit.what}.type={kind}")
-        management.rest()
-    return Hint("vllm", sender.client, agent=sender.agent, session=session, actions=_actions(about, *wishes))
+                context.unknown.add(f"{edit.what}.type={kind}")
+        management.finish()
+    return Hint("vllm", context.client, agent=context.agent, session=session, actions=_actions(about, *actions))
 
 
-def kv_hints(document: Any, sender: Sender, unknown: set[str]) -> Hint:
+def kv_hints(document: Any, context: HintContext) -> Hint:
     """The `kv_hints` envelope of vLLM, SGLang and TensorRT-LLM."""
-    fields = Fields(document, "kv_hints", unknown)
+    fields = HintFields(document, "kv_hints", context)
     fields.text("protocol_version")
     message = fields.text("message_id")
-    agent, session = fields.text("agent_id") or sender.agent, fields.text("session_id") or sender.session
-    actions: list[Action] = []
+    agent, session = fields.text("agent_id") or context.agent, fields.text("session_id") or context.session
+    actions: list[HintAction] = []
     fixed = 0
     for action in fields.inners("actions"):
         kind = action.text("action_type")
-        payload = action.inner("payload") or Fields({}, "payload", unknown)
+        payload = action.inner("payload") or HintFields({}, "payload", context)
         action.ignore("action_id", "action_version")
-        action.rest()
+        action.finish()
         if kind not in KV_ACTIONS:
-            unknown.add(f"{action.what}.action_type={kind}")
+            context.unknown.add(f"{action.what}.action_type={kind}")
             continue
-        about = target(payload.text("agent_id") or agent, payload.text("session_id") or session)
-        priority, ttl, end = _retention(payload)
-        payload.rest()
+        about = _target(payload.text("agent_id") or agent, payload.text("session_id") or session)
+        priority, ttl, end = _retention(payload, context.config)
+        payload.finish()
         if KV_ACTIONS[kind] is ActionKind.RETAIN and priority > NEUTRAL:
             fixed = max(fixed, end)
         actions += _actions(about, (KV_ACTIONS[kind], priority, ttl))
-    fields.rest()
+    fields.finish()
     return Hint(
         "kv_hints",
-        sender.client,
+        context.client,
         message=message,
         agent=agent,
         session=session,
@@ -291,8 +301,8 @@ def kv_hints(document: Any, sender: Sender, unknown: set[str]) -> Hint:
     )
 
 
-def _retention(payload: Fields) -> tuple[float, float, int]:
-    """Priority, seconds and the end of the token range (0: none is given) of a payload."""
+def _retention(payload: HintFields, config: HintConfig) -> tuple[float, float, int]:
+    """Priority, seconds and end of the token range (0: not given) of a payload."""
     given = payload.number("priority", 0, 100)
     times = [
         payload.seconds("ttl"),
@@ -301,22 +311,24 @@ def _retention(payload: Fields) -> tuple[float, float, int]:
         payload.seconds("duration_ms", 1e-3),
     ]
     ends = [payload.whole("token_end"), payload.whole("end")]
-    for name in ("token_start", "start"):  # checked, and of no use: a prefix tree needs all that is before the end
+    for name in ("token_start", "start"):  # checked but unused: a prefix tree needs everything before the end
         payload.whole(name)
     span = payload.list("token_range")
     if span:
-        bounds = Fields({"start": span[0], "end": span[-1]}, f"{payload.what}.token_range", set())
+        bounds = HintFields(
+            {"start": span[0], "end": span[-1]}, f"{payload.what}.token_range", HintContext(config=config)
+        )
         if len(span) != 2 or (bounds.whole("start") or 0) > (bounds.whole("end") or 0):
             raise ValueError(f"got a {payload.what}.token_range of {len(span)} numbers; accepted: start and end of it")
         ends.append(bounds.whole("end"))
     priority = NEUTRAL if given is None else normalised(given, *PERCENT)
     ttl = next((time for time in times if time is not None), None)
-    return priority, bounded(ttl), max((end for end in ends if end is not None), default=0)
+    return priority, config.bounded_ttl(ttl), max((end for end in ends if end is not None), default=0)
 
 
-def tensorrt(document: Any, sender: Sender, unknown: set[str]) -> Hint:
-    """`KvCacheRetentionConfig`: what is worth more than the default at a prompt's beginning is its fixed part."""
-    fields = Fields(document, "KvCacheRetentionConfig", unknown)
+def tensorrt(document: Any, context: HintContext) -> Hint:
+    """`KvCacheRetentionConfig`: a range with more than the default priority extends the fixed part of the prompt."""
+    fields = HintFields(document, "KvCacheRetentionConfig", context)
     fixed, best, ttl = 0, 0.0, None
     for part in fields.inners("token_range_retention_configs"):
         start, end = part.whole("token_start") or 0, part.whole("token_end")
@@ -324,54 +336,56 @@ def tensorrt(document: Any, sender: Sender, unknown: set[str]) -> Hint:
             raise ValueError(f"got a token range from {start} to {end}; accepted: an end behind its start")
         given, seconds = part.whole("priority", 0, 100), part.seconds("duration_ms", 1e-3)
         priority = NEUTRAL if given is None else normalised(given, *PERCENT)
-        part.rest()
-        if priority > NEUTRAL:  # a prefix tree needs all that is before it, too
+        part.finish()
+        if priority > NEUTRAL:  # a prefix tree needs everything before it, too
             fixed = max(fixed, 2**31 - 1 if end is None else end)
             best, ttl = max((best, ttl), (priority, seconds), key=lambda pair: pair[0])
     decode = fields.whole("decode_retention_priority", 0, 100)
     fields.seconds("decode_duration_ms", 1e-3)
     fields.ignore("transfer_mode", "directory")
-    fields.rest()
-    wishes = [(ActionKind.RETAIN, best, bounded(ttl))] if fixed else []
+    fields.finish()
+    actions = [(ActionKind.RETAIN, best, context.bounded_ttl(ttl))] if fixed else []
     return Hint(
         "tensorrt",
-        sender.client,
-        agent=sender.agent,
-        session=sender.session,
-        keep=StorePolicy.DISCARD if decode == 0 else None,
+        context.client,
+        agent=context.agent,
+        session=context.session,
+        store_policy=StorePolicy.DISCARD if decode == 0 else None,
         fixed_tokens=fixed or None,
-        actions=_actions(target(sender.agent, sender.session), *wishes),
+        actions=_actions(_target(context.agent, context.session), *actions),
     )
 
 
-def kvflow(document: Any, sender: Sender, unknown: set[str]) -> Hint:
-    """What PanZaifeng/KVFlow sends: `agent_id` with a request; `agent_data` (steps by agent) and `timestep_data`
-    (agents by steps) once a step, counted by `timestep_cnt`."""
-    fields = Fields(document, "kvflow", unknown)
-    agent, counter = fields.text("agent_id") or sender.agent, fields.whole("timestep_cnt", 0, 2**63)
+def kvflow(document: Any, context: HintContext) -> Hint:
+    """PanZaifeng/KVFlow: `agent_id` with a request, and plans once a step.
+
+    A plan is `agent_data` (steps by agent) or `timestep_data` (agents by steps), counted by `timestep_cnt`.
+    """
+    fields = HintFields(document, "kvflow", context)
+    agent, counter = fields.text("agent_id") or context.agent, fields.whole("timestep_cnt", 0, 2**63)
     steps: dict[str, float] = {}
     for number, agents in fields.items("timestep_data").items():
         far = _steps(number)
-        for name in Fields({"agents": agents}, "kvflow.timestep_data", unknown).texts("agents"):
+        for name in HintFields({"agents": agents}, "kvflow.timestep_data", context).texts("agents"):
             steps[name] = min(far, steps.get(name, far))
     for name, number in fields.items("agent_data").items():
         steps[fields.checked("agent_data", name)] = _steps(number)
-    fields.rest()
-    return Hint("kvflow", sender.client, agent=agent, session=sender.session, steps=steps, sequence=counter)
+    fields.finish()
+    return Hint("kvflow", context.client, agent=agent, session=context.session, steps=steps, sequence=counter)
 
 
 def _steps(value: Any) -> float:
-    """A number of steps, which JSON may have made the key of a mapping; -1 means out of sight."""
+    """A number of steps, possibly as a string (JSON keys); -1 means never."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = -2.0
-    if not -1 <= number < 1e9 or isinstance(value, bool):
+    if not -1 <= number < NEVER or isinstance(value, bool):
         raise ValueError(f"got {str(value)[:60]!r} as steps of an agent; accepted: a number from 0 up, or -1 for never")
-    return number if number >= 0 else 1e9
+    return number if number >= 0 else NEVER
 
 
-FORMATS: dict[str, Callable[[Any, Sender, set[str]], Hint]] = {
+FORMATS: dict[str, Callable[[Any, HintContext], Hint]] = {
     "dynamo": dynamo,
     "kv_hints": kv_hints,
     "kvflow": kvflow,
@@ -379,18 +393,18 @@ FORMATS: dict[str, Callable[[Any, Sender, set[str]], Hint]] = {
     "tensorrt": tensorrt,
     "vllm": vllm,
 }
-MAX_WARNED = 1000  # names of unknown fields that are remembered; beyond, nothing is warned about
 
 
 def hint_formats() -> tuple[str, ...]:
-    """The formats that `HintReader.read` knows."""
+    """The formats accepted by `HintReader.read`, sorted."""
     return tuple(sorted(FORMATS))
 
 
 class HintReader:
     """Reads documents into hints and warns once about each unknown field; a server has one reader."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: HintConfig | None = None) -> None:
+        self.config = config or HintConfig()
         self._warned: set[str] = set()
 
     def read(
@@ -399,28 +413,28 @@ class HintReader:
         """A client's document as a hint.
 
         Args:
-            source: its format, of `hint_formats()`.
+            source: its format, one of `hint_formats()`.
             document: the parsed JSON.
-            client, agent, session: of the request it came with, as the server knows them; what the document says
-                about agent and session goes before.
+            client, agent, session: of the request it came with, as known to the server; agent and session given in
+                the document take precedence.
 
         Raises:
-            ValueError: no such format, or a known field of a wrong type or size.
+            ValueError: an unknown format, or a known field of a wrong type or size.
         """
         if source not in FORMATS:
             raise ValueError(f"unknown hint format {source!r:.60}; known: {', '.join(hint_formats())}")
-        unknown: set[str] = set()
-        hint = FORMATS[source](document, Sender(client, agent, session), unknown)
-        fresh = sorted(unknown - self._warned)[: MAX_WARNED - len(self._warned)]
+        context = HintContext(client, agent, session, self.config)
+        hint = FORMATS[source](document, context)
+        fresh = sorted(context.unknown - self._warned)[: self.config.max_warned_fields - len(self._warned)]
         if fresh:
             self._warned.update(fresh)
             shown = ", ".join(fresh[:10])
-            warnings.warn(f"unknown fields of hints are left out: {shown}", stacklevel=2)
+            warnings.warn(f"unknown fields of hints are ignored: {shown}", stacklevel=2)
         return hint
 
 
 def request_fields(hint: Hint) -> dict[str, Any]:
-    """The fields of a `Request` that the hint which came with it decides; those it says nothing of are not in it."""
+    """The fields of a `Request` that are set by the hint which came with it."""
     agent = hint.agent
     if agent is None and hint.session is not None and (hint.actions or hint.fixed_tokens):
         agent = session_agent(hint.session)
@@ -430,7 +444,7 @@ def request_fields(hint: Hint) -> dict[str, Any]:
         "session": hint.session,
         "client": hint.client or None,
         "priority": hint.priority,
-        "keep": hint.keep,
+        "keep": hint.store_policy,
         "expected_tokens": hint.expected_tokens,
         "fixed_tokens": hint.fixed_tokens,
     }

@@ -1,69 +1,105 @@
-"""A hint, whatever format it came in. Its numbers are checked, bounded and of one scale.
-
-The hints that count now.
-"""
+"""Hints of clients about their next calls: one internal type for all formats, and the store of those in effect."""
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
-from itertools import count
 
+from ..lazy_heap import LazyHeap
 from ..request import StorePolicy
 
-MAX_TTL_S = 3600.0  # longer wishes are cut to it
-DEFAULT_TTL_S = 300.0
-NEUTRAL = 0.5
+NEUTRAL = 0.5  # priority of a hint that says nothing, on the scale of 0 to 1
+
+
+@dataclass(frozen=True)
+class HintConfig:
+    """Bounds and weights of hints.
+
+    Attributes:
+        max_ttl_s: seconds; longer lifetimes and pauses are cut to it (vLLM's RFC: 3600).
+        default_ttl_s: seconds; lifetime of a hint that gives none (vLLM's RFC: 300).
+        keep_priority: 0 to 1, of a hint that asks to keep a cache without giving a priority.
+        far_steps: steps to the next call implied by a hint of priority 0.
+        max_reuse: expected discounted reuse (0 to 1) implied by a hint of priority 1; a graph may give more.
+        max_agents: agents with a hint in effect; beyond, the hint that expires first is dropped.
+        max_messages: remembered names of messages, against duplicates, and remembered counters of clients.
+        max_items: entries accepted in one list or mapping of a document.
+        max_warned_fields: unknown fields remembered; beyond, there are no further warnings.
+    """
+
+    max_ttl_s: float = 3600.0
+    default_ttl_s: float = 300.0
+    keep_priority: float = 0.9
+    far_steps: float = 16.0
+    max_reuse: float = 0.5
+    max_agents: int = 100_000
+    max_messages: int = 10_000
+    max_items: int = 1024
+    max_warned_fields: int = 1000
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if not 0 < getattr(self, each.name) < math.inf:
+                raise ValueError(f"got {each.name}={getattr(self, each.name)}; accepted: a finite number above 0")
+
+    def bounded_ttl(self, seconds: float | None) -> float:
+        """A lifetime in seconds: the default for None, cut to `max_ttl_s`."""
+        return min(self.max_ttl_s, self.default_ttl_s if seconds is None else seconds)
 
 
 class ActionKind(Enum):
+    """Requests of a client about an agent's cache."""
+
     RETAIN = "keep it"
     EVICT = "it is not needed soon"
     FETCH = "it is needed next"
 
 
 class SessionAction(Enum):
+    """Changes of a session's state."""
+
     OPEN = "open"
     BIND = "bind"
     CLOSE = "close"
 
 
 @dataclass(frozen=True)
-class Action:
-    """A wish about what is cached for an agent.
+class HintAction:
+    """A request about the cache of an agent.
 
     Attributes:
         priority: 0 to 1, larger = keep; 0.5 is neutral.
-        ttl_s: seconds after which it means nothing any more.
+        ttl_s: seconds until it expires.
     """
 
     kind: ActionKind
     agent: str
     priority: float = NEUTRAL
-    ttl_s: float = DEFAULT_TTL_S
+    ttl_s: float = HintConfig.default_ttl_s
 
 
 @dataclass(frozen=True)
 class Hint:
-    """What one message says. All of it is advice: it moves memory and never changes an answer.
+    """One message of a client, in checked and bounded numbers. It is advice: it moves memory, never changes answers.
 
     Attributes:
-        source: the format it came in.
-        client: who sent it, as the server knows; not what the message says.
-        message: names it; of several with one name from one client, the first counts.
-        workflow, agent, session: whom it is about. An agent that is not named is that of the session.
+        source: its format.
+        client: the sender as known to the server, not as stated in the message.
+        message: name of the message; repeated names from one client are ignored.
+        workflow, agent, session: the subject. Without an agent, the session stands for it (`session_agent`).
+        session_action: change of the session's state.
         priority: of the request it came with, 0 to 1.
-        keep: what is to become of the request's suffix and answer.
-        expected_tokens: of the answer.
-        pause_s: until the agent's next call, e.g. for a tool.
-        fixed_tokens: of the request's prompt, those at its beginning that are worth keeping.
-        steps: of agents, steps to their next calls. `sequence`: counts the messages that say so; one that is not above
-            the last is late and means nothing.
-        ttl_s: how long `steps` count.
+        store_policy: whether the request's suffix and answer are stored.
+        expected_tokens: length of the answer in tokens.
+        pause_s: seconds until the agent's next call, e.g. for a tool.
+        fixed_tokens: tokens at the beginning of the request's prompt that are worth keeping.
+        steps: steps to the next call by agent.
+        sequence: counter of messages with `steps`; a message whose counter does not increase is late and ignored.
+        ttl_s: seconds until `steps` expire.
+        actions: requests about caches.
     """
 
     source: str
@@ -74,17 +110,17 @@ class Hint:
     session: str | None = None
     session_action: SessionAction | None = None
     priority: float | None = None
-    keep: StorePolicy | None = None
+    store_policy: StorePolicy | None = None
     expected_tokens: int | None = None
     pause_s: float | None = None
     fixed_tokens: int | None = None
     steps: Mapping[str, float] = field(default_factory=dict)
     sequence: int | None = None
-    ttl_s: float = DEFAULT_TTL_S
-    actions: tuple[Action, ...] = ()
+    ttl_s: float = HintConfig.default_ttl_s
+    actions: tuple[HintAction, ...] = ()
 
     def agents(self) -> Iterator[str]:
-        """All that it says something about."""
+        """All agents that it mentions."""
         if self.agent is not None:
             yield self.agent
         yield from self.steps
@@ -93,153 +129,138 @@ class Hint:
 
 
 def session_agent(session: str) -> str:
-    """The agent that stands for a session of which no agent is named."""
+    """The agent that stands for a session without a named agent."""
     return f"session:{session}"[:256]
 
 
-MAX_AGENTS = 100_000  # with a hint that counts
-MAX_MESSAGES = 10_000  # whose names are remembered, and clients whose counters are
-FAR_STEPS = 16.0  # what a hint of the least priority says
-HINTED_REUSE = 0.5  # what one of the highest says: a graph that knows better may say more
+def normalised(value: float, low: float, neutral: float, high: float) -> float:
+    """Maps a priority to 0 to 1, `neutral` to 0.5; values outside `low` to `high` are clipped."""
+    value = min(high, max(low, value))
+    if value <= neutral:
+        return NEUTRAL * (value - low) / (neutral - low)
+    return NEUTRAL + (1 - NEUTRAL) * (value - neutral) / (high - neutral)
 
 
 @dataclass
-class Note:
-    """What counts of one agent.
+class ActiveHint:
+    """The hint in effect for one agent.
 
     Attributes:
-        steps: to its next call, as a client says. until: when that means nothing any more.
-        evict: it is not needed before its next call, whatever a graph says. lasting: a call does not end it.
+        steps: to its next call.
+        expires_s: seconds on the clock.
+        evict: the agent is not needed before its next call, whatever a graph says.
+        persistent: a call of the agent does not end it.
     """
 
     steps: float
-    until: float
+    expires_s: float
     evict: bool = False
-    lasting: bool = False
-    number: int = 0
+    persistent: bool = False
 
 
 class HintStore:
-    """Hints by agent, each until its time is over or the agent is called.
+    """The hint in effect for each agent, until it expires or the agent is called.
 
-    A hint is worth steps: `FAR_STEPS` at the priority 0, none at 1. The smaller of these and a graph's counts. A wish
-    to retain lasts for its time, calls or not. Memory is bounded: of too many hints, the one that ends first goes.
+    A hint implies steps to the next call: `far_steps` at priority 0, none at 1; the minimum of these and the graph's
+    is used. A request to retain stays in effect until it expires, calls or not. Memory is bounded by the config.
+
+    Args:
+        clock: seconds.
+        config: bounds and weights.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], config: HintConfig | None = None) -> None:
+        self.config = config or HintConfig()
         self._clock = clock
-        self._notes: dict[str, Note] = {}
-        self._ends: list[tuple[float, int, str]] = []
-        self._numbers = count(1)
+        self._hints: dict[str, ActiveHint] = {}
+        self._expiry: LazyHeap[str] = LazyHeap()
         self._messages: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._sequences: OrderedDict[str, int] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._notes)
+        return len(self._hints)
 
-    def take(self, hint: Hint, agents: Collection[str]) -> set[str]:
-        """Takes in what it says about `agents`; returns those of them for which something has changed."""
-        if self._is_known(hint):
+    def add(self, hint: Hint, agents: Collection[str]) -> set[str]:
+        """Puts into effect what `hint` says about `agents`; returns those whose hint has changed."""
+        if self._is_outdated(hint):
             return set()
         changed = set()
         for agent, steps in hint.steps.items():
             if agent in agents:
-                self._note(agent, Note(steps, self._clock() + hint.ttl_s))
+                self._set(agent, ActiveHint(steps, self._clock() + hint.ttl_s))
                 changed.add(agent)
         for action in hint.actions:
             if action.agent in agents:
-                self._note(action.agent, self._read(action))
+                self._set(action.agent, self._active(action))
                 changed.add(action.agent)
         return changed
 
-    def _is_known(self, hint: Hint) -> bool:
-        """A duplicate, or one that a later one has overtaken."""
+    def _is_outdated(self, hint: Hint) -> bool:
+        """Whether it is a duplicate, or older than one received before."""
         if hint.message is not None:
             name = (hint.client, hint.message)
             if name in self._messages:
                 return True
             self._messages[name] = None
-            if len(self._messages) > MAX_MESSAGES:
+            if len(self._messages) > self.config.max_messages:
                 self._messages.popitem(last=False)
         if hint.sequence is not None:
             if hint.sequence <= self._sequences.get(hint.client, -1):
                 return True
             self._sequences[hint.client] = hint.sequence
             self._sequences.move_to_end(hint.client)
-            if len(self._sequences) > MAX_MESSAGES:
+            if len(self._sequences) > self.config.max_messages:
                 self._sequences.popitem(last=False)
         return False
 
-    def _read(self, action: Action) -> Note:
-        until = self._clock() + action.ttl_s
+    def _active(self, action: HintAction) -> ActiveHint:
+        expires = self._clock() + action.ttl_s
         if action.kind is ActionKind.EVICT:
-            return Note(math.inf, until, evict=True)
-        steps = 0.0 if action.kind is ActionKind.FETCH else FAR_STEPS * (1 - action.priority)
-        return Note(steps, until, lasting=action.kind is ActionKind.RETAIN)
+            return ActiveHint(math.inf, expires, evict=True)
+        steps = 0.0 if action.kind is ActionKind.FETCH else self.config.far_steps * (1 - action.priority)
+        return ActiveHint(steps, expires, persistent=action.kind is ActionKind.RETAIN)
 
-    def _note(self, agent: str, note: Note) -> None:
-        note.number = next(self._numbers)
-        self._notes[agent] = note
-        heapq.heappush(self._ends, (note.until, note.number, agent))
-        while len(self._notes) > MAX_AGENTS:
-            self._end_first()
-        if len(self._ends) > 4 * len(self._notes) + 64:  # most are stale
-            self._ends = [(n.until, n.number, agent) for agent, n in self._notes.items()]
-            heapq.heapify(self._ends)
+    def _set(self, agent: str, hint: ActiveHint) -> None:
+        self._hints[agent] = hint
+        self._expiry.push(agent, hint.expires_s)
+        while len(self._hints) > self.config.max_agents:
+            first = self._expiry.pop()
+            assert first is not None, "every hint expires"
+            del self._hints[first]
 
-    def _end_first(self) -> str | None:
-        _, number, agent = heapq.heappop(self._ends)
-        note = self._notes.get(agent)
-        if note is None or note.number != number:
-            return None
-        del self._notes[agent]
-        return agent
+    def on_call(self, agent: str) -> None:
+        """`agent` is called: hints about its next call are fulfilled."""
+        hint = self._hints.get(agent)
+        if hint is not None and not hint.persistent:
+            self.discard(agent)
 
-    def served(self, agent: str) -> None:
-        """`agent` is called: what was said of its next call has come true."""
-        note = self._notes.get(agent)
-        if note is not None and not note.lasting:
-            del self._notes[agent]
+    def discard(self, agent: str) -> None:
+        """Drops the hint for `agent`, if any."""
+        self._hints.pop(agent, None)
+        self._expiry.discard(agent)
 
-    def forget(self, agent: str) -> None:
-        """Nothing counts of `agent` any more."""
-        self._notes.pop(agent, None)
+    def pop_expired(self) -> set[str]:
+        """The agents whose hints have expired since the last call."""
+        expired = set(self._expiry.pop_until(self._clock()))
+        for agent in expired:
+            del self._hints[agent]
+        return expired
 
-    def expired(self) -> set[str]:
-        """The agents of which nothing counts any more since the last call."""
-        now, ended = self._clock(), set()
-        while self._ends and self._ends[0][0] <= now:
-            agent = self._end_first()
-            if agent is not None:
-                ended.add(agent)
-        return ended
+    def steps(self, agent: str, default: float) -> float:
+        """Steps to the next call of `agent`, for which a graph gives `default`."""
+        hint = self._current(agent) if self._hints else None
+        if hint is None:
+            return default
+        return math.inf if hint.evict else min(hint.steps, default)
 
-    def next_time(self) -> float | None:
-        """When a hint ends next."""
-        return self._ends[0][0] if self._ends else None
+    def reuse(self, agent: str, default: float) -> float:
+        """Expected discounted reuse of `agent`, 0 to 1, for which a graph gives `default`."""
+        hint = self._current(agent) if self._hints else None
+        if hint is None:
+            return default
+        config = self.config
+        return 0.0 if hint.evict else max(default, config.max_reuse * max(0.0, 1 - hint.steps / config.far_steps))
 
-    def steps(self, agent: str, known: float) -> float:
-        """Steps to the next call of `agent`, of which a graph says `known`."""
-        note = self._current(agent) if self._notes else None
-        if note is None:
-            return known
-        return math.inf if note.evict else min(note.steps, known)
-
-    def reuse(self, agent: str, known: float) -> float:
-        """Its expected discounted reuse, of which a graph says `known`."""
-        note = self._current(agent) if self._notes else None
-        if note is None:
-            return known
-        return 0.0 if note.evict else max(known, HINTED_REUSE * max(0.0, 1 - note.steps / FAR_STEPS))
-
-    def _current(self, agent: str) -> Note | None:
-        note = self._notes.get(agent)
-        return None if note is None or note.until <= self._clock() else note
-
-
-def normalised(value: float, low: float, neutral: float, high: float) -> float:
-    """A priority of a format's scale as 0 to 1, its neutral value as 0.5; what is outside is moved to the end."""
-    value = min(high, max(low, value))
-    if value <= neutral:
-        return NEUTRAL * (value - low) / (neutral - low)
-    return NEUTRAL + (1 - NEUTRAL) * (value - neutral) / (high - neutral)
+    def _current(self, agent: str) -> ActiveHint | None:
+        hint = self._hints.get(agent)
+        return None if hint is None or hint.expires_s <= self._clock() else hint

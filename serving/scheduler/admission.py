@@ -158,7 +158,7 @@ class Admission:
         """The prompt of what waits must not be the first to go; of what is admitted, the lease keeps it."""
         if entry.waits != yes:
             entry.waits = yes
-            (self.predictor.waits if yes else self.predictor.admitted)(entry.agent)
+            (self.predictor.on_wait if yes else self.predictor.on_admit)(entry.agent)
 
     def remove(self, entry: Entry) -> None:
         """It is over: nothing of it stays here, its lease and its bytes included."""
@@ -266,7 +266,7 @@ class Admission:
         """Looks a prompt up and, if there is room for all it needs, admits it or begins its loads."""
         tiers = self.tiers
         if not entry.opened:
-            self.predictor.opened(entry.request)
+            self.predictor.on_lookup()
         handle = entry.handle = tiers.open(entry.lookup, entry.request.namespace, retry=entry.opened)
         entry.opened = True
         found, choice, missing = self._choose(entry, handle)

@@ -57,7 +57,7 @@ class LiveRequests:
         self.timers.ended()
         self._count(entry, outcome)
         if entry.started:
-            self.predictor.answered(entry.request, now - entry.times.arrived, outcome is RequestOutput.ANSWERED)
+            self.predictor.on_finish(entry.request, now - entry.times.arrived, outcome is RequestOutput.ANSWERED)
         self.over.append(entry.ended(outcome, error))
 
     def _count(self, entry: Entry, outcome: RequestOutput) -> None:
@@ -158,10 +158,10 @@ class Scheduler:
         entry = new_entry(request, page_size, self.bytes_per_token, clock())
         with self.tiers.lock:
             self._refuse_what_cannot_be(request, entry)
-            entry.agent, entry.started = self.predictor.called(request)
+            entry.agent, entry.started = self.predictor.on_request(request)
             entry.fixed = entry.fixed or self.predictor.fixed_tokens(entry.agent, request.namespace, entry.key)
             if self.prefetcher is not None and entry.agent is not None:
-                self.prefetcher.called(entry.agent)
+                self.prefetcher.on_request(entry.agent)
             self._requests.add(entry)
             self._news = True
         self.tiers.interrupt()
@@ -192,7 +192,7 @@ class Scheduler:
     def hint(self, hint: Hint) -> None:
         """Takes a client's hint; it moves memory, never answers."""
         with self.tiers.lock:
-            self.predictor.hinted(hint)
+            self.predictor.on_hint(hint)
             self._news = True
         self.tiers.interrupt()
 
@@ -228,7 +228,7 @@ class Scheduler:
             for entry in self._admission.admit(slots, idle=not self._batch):
                 self._batch.add(entry, now)
             if self.prefetcher is not None:
-                self.prefetcher.pump(hold=self._admission.starved, room=room)
+                self.prefetcher.start_prefetches(paused=self._admission.starved, room_freed=room)
             self.tiers.write_back_eagerly()
             if self.batch_waits and self._admission.loading:
                 return None
@@ -292,11 +292,9 @@ class Scheduler:
 
     def _refresh(self) -> None:
         """Tells the tree and the prefetcher what is new about the agents."""
-        changed = sorted(self.predictor.changed())  # in one order, whatever the seed of hashing
-        if changed:
-            self.tiers.values_changed(changed)
-            if self.prefetcher is not None:
-                self.prefetcher.changed(changed)
+        changed = self.predictor.push_values(self.tiers)
+        if changed and self.prefetcher is not None:
+            self.prefetcher.values_changed(changed)
 
     def wait(self, timeout_s: float) -> None:
         """Waits until there may be something new: a copy has ended, a request has come or gone, a timer is due."""
@@ -323,4 +321,4 @@ class Scheduler:
             self._admission.check()
             self._requests.check()
             if self.prefetcher is not None:
-                assert self.prefetcher.handles() <= self.tiers.handles.keys(), "leases of prefetches are live"
+                assert self.prefetcher.handle_ids() <= self.tiers.handles.keys(), "leases of prefetches are live"

@@ -1,4 +1,4 @@
-"""Workflows from elsewhere: dicts, JSON, YAML, networkx and LangGraph graphs become a `WorkflowSpec`.
+"""Converts dicts, JSON, YAML, networkx and LangGraph graphs to a `WorkflowSpec`.
 
 The document, as a dict, JSON or YAML (`docs/tiers.md` has an example)::
 
@@ -15,7 +15,7 @@ The document, as a dict, JSON or YAML (`docs/tiers.md` has an example)::
       - {from: coder, to: tester, probability: 0.7}
     start: [planner]           # by default the agents that no edge leads to
 
-Fields that are not listed are left out with one warning for the whole document; wrong values are a `ValueError`.
+Unknown fields are ignored with one warning per document; invalid values raise ValueError.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from yaml import SafeLoader
 
 
-MAX_JSON, MAX_YAML = 16 << 20, 1 << 20  # characters; YAML is read at a hundredth of the speed
+MAX_JSON, MAX_YAML = 16 << 20, 1 << 20  # characters accepted; YAML parses a hundred times slower
 WORKFLOW_FIELDS = ("workflow", "agents", "edges", "start")
 AGENT_FIELDS = ("join", "call_s", "call_spread_s", "pause_s", "pause_spread_s")
 EDGE_FIELDS = ("from", "to", "probability")
@@ -40,7 +40,11 @@ LANGGRAPH_ENDS = ("__start__", "__end__")
 
 
 def workflow_from_dict(document: Mapping[str, Any]) -> WorkflowSpec:
-    """Read a document as described above."""
+    """Converts a document with the fields listed at the top of this module.
+
+    Raises:
+        ValueError: a field has an invalid type or value.
+    """
     unknown: set[str] = set()
     fields = _fields(document, WORKFLOW_FIELDS, "a workflow", unknown)
     rows = fields.get("agents", {})
@@ -62,7 +66,11 @@ def workflow_from_dict(document: Mapping[str, Any]) -> WorkflowSpec:
 
 
 def workflow_from_json(text: str) -> WorkflowSpec:
-    """The same as JSON text."""
+    """As `workflow_from_dict`, from JSON text of at most `MAX_JSON` characters.
+
+    Raises:
+        ValueError: invalid JSON, too long or too deeply nested, or an invalid field.
+    """
     _check_size(text, MAX_JSON)
     try:
         return workflow_from_dict(json.loads(text))
@@ -73,7 +81,11 @@ def workflow_from_json(text: str) -> WorkflowSpec:
 
 
 def workflow_from_yaml(text: str) -> WorkflowSpec:
-    """The same as YAML text."""
+    """As `workflow_from_dict`, from YAML text of at most `MAX_YAML` characters.
+
+    Raises:
+        ValueError: invalid YAML, too long or too deeply nested, or an invalid field.
+    """
     import yaml
 
     _check_size(text, MAX_YAML)
@@ -87,9 +99,13 @@ def workflow_from_yaml(text: str) -> WorkflowSpec:
 
 
 def workflow_from_networkx(graph: networkx.Graph, name: str | None = None) -> WorkflowSpec:
-    """Nodes and edges of a directed graph, with the fields above as attributes; nodes are named by their `str`.
+    """Converts a directed graph whose nodes and edges have the fields above as attributes.
 
-    `start` may be an attribute of the graph; `name` by default is the graph's.
+    Agents are named by the `str` of the nodes. `start` may be an attribute of the graph; `name` defaults to the
+    graph's.
+
+    Raises:
+        ValueError: not a directed graph without parallel edges, colliding names, or an invalid field.
     """
     if not graph.is_directed() or graph.is_multigraph():
         raise ValueError(f"got a networkx {_type(graph)}; accepted: a directed graph without parallel edges (DiGraph)")
@@ -105,17 +121,20 @@ def workflow_from_networkx(graph: networkx.Graph, name: str | None = None) -> Wo
 
 
 def workflow_from_langgraph(graph: Any, name: str | None = None) -> WorkflowSpec:
-    """The agents of a compiled LangGraph graph, or of what its `get_graph()` returns.
+    """Converts a compiled LangGraph graph, or the result of its `get_graph()`.
 
-    An agent that a conditional edge leads to is an OR: it is one of the branches, all equally probable (a branch to the
-    end counts as one). One with several plain edges into it is an AND if it waits for all of them:
+    The target of a conditional edge is an OR: it is one of the branches, all equally probable (a branch to the end
+    counts as one). An agent with several plain incoming edges is an AND if it waits for all of them:
 
-    * `add_edge([a, b], agent)` says so; only the compiled graph still knows.
-    * Other edges do not wait for each other in LangGraph. They are an AND where all of their sources run or none does
-      (a fork), and an OR where conditional edges choose between the sources or leave one out. An edge that closes a
-      cycle is an OR, too: what comes back from its own successors cannot be waited for the first time.
+    * `add_edge([a, b], agent)` declares this; the information is only in the compiled graph.
+    * Other edges do not wait for each other in LangGraph. They are an AND where either all of their sources run or
+      none does (a fork), and an OR where conditional edges choose between the sources or leave one out. An edge that
+      closes a cycle is an OR, too: the first call cannot wait for its own successors.
 
     The first agents are those after START.
+
+    Raises:
+        ValueError: the object is neither of the two.
     """
     drawable = graph.get_graph() if hasattr(graph, "get_graph") else graph
     if not hasattr(drawable, "edges") or not hasattr(drawable, "nodes"):
@@ -146,11 +165,7 @@ def workflow_from_langgraph(graph: Any, name: str | None = None) -> WorkflowSpec
 
     return WorkflowSpec(
         name or "workflow",
-        [
-            AgentSpec(agent, "and" if waits(agent) else "or")
-            for agent in drawable.nodes
-            if agent not in LANGGRAPH_ENDS
-        ],
+        [AgentSpec(agent, "and" if waits(agent) else "or") for agent in drawable.nodes if agent not in LANGGRAPH_ENDS],
         [EdgeSpec(e.source, e.target, 1 / branches[e.source] if e.conditional else 1.0) for e in edges],
         list(dict.fromkeys(start)),
     )
@@ -177,9 +192,9 @@ def _same_cycle(edges: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def _choices(edges: Iterable[Any]) -> dict[str, frozenset[tuple[str, frozenset[str]]]]:
-    """Of each node the choices that decide whether it runs: a router, and those of its branches that lead to the node.
+    """For each node the choices that decide whether it runs: a router, and its branches that lead to the node.
 
-    No router decides where all its branches lead to the node; those that come back to the router only put it off.
+    A router decides nothing for a node that all its branches lead to; branches back to the router only postpone it.
     """
     import networkx
 
@@ -188,7 +203,7 @@ def _choices(edges: Iterable[Any]) -> dict[str, frozenset[tuple[str, frozenset[s
     found: dict[str, set[tuple[str, frozenset[str]]]] = {node: set() for node in graph}
     for router in dict.fromkeys(edge.source for edge in edges if edge.conditional):
         others = networkx.restricted_view(graph, [router], [])
-        reached: dict[bool, dict[str, set[str]]] = {True: {}, False: {}}  # by conditional edges, and by plain ones
+        reached: dict[bool, dict[str, set[str]]] = {True: {}, False: {}}  # by conditional and by plain edges
         for edge in edges:
             if edge.source == router != edge.target:
                 reached[bool(edge.conditional)][edge.target] = {edge.target, *networkx.descendants(others, edge.target)}
@@ -231,7 +246,7 @@ def _type(value: Any) -> str:
 
 
 def _bounded_loader() -> type[SafeLoader]:
-    """YAML's safe loader, but merge keys (`<<: [*a, *a]`), which copy what they name, add at most `MAX_YAML` fields."""
+    """YAML's safe loader with a bound of `MAX_YAML` fields on merge keys (`<<: [*a, *a]`), which copy their targets."""
     import yaml
 
     class BoundedLoader(yaml.SafeLoader):
@@ -259,4 +274,4 @@ def _check_size(text: str, limit: int) -> None:
 def _warn(unknown: set[str]) -> None:
     if unknown:
         shown = ", ".join(sorted(unknown)[:10])
-        warnings.warn(f"unknown fields of a workflow were left out: {shown}", stacklevel=3)
+        warnings.warn(f"unknown fields of a workflow are ignored: {shown}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""A workflow as a picture, with what each agent's cache is worth."""
+"""Draws a workflow as SVG, with steps, expected time and reuse of each agent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     import networkx
 
 
-MAX_DRAWN = 200  # agents; more cannot be read
+def draw_svg(graph: StepGraph, workflow: str, max_agents: int = 200) -> str:
+    """Returns SVG text of one workflow: running agents filled, AND joins square, branches dashed with probabilities.
 
+    An edge to the agent itself is ↺ with its probability. Below each name are the steps to its next call, the expected
+    time in seconds and the expected discounted reuse, over all workflows.
 
-def draw_svg(graph: StepGraph, workflow: str) -> str:
-    """SVG text of one workflow: running agents filled, AND joins square, branches dashed with their probability.
-
-    An edge to the agent itself is ↺ with its probability. Below each name stand the steps to its next call, its
-    expected time in seconds and its expected discounted reuse, over all workflows.
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: an unknown workflow, or one with more than `max_agents` agents, which would be illegible.
     """
     try:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -32,12 +33,12 @@ def draw_svg(graph: StepGraph, workflow: str) -> str:
     import networkx
 
     flow = graph[workflow]
-    if len(flow.ids) > MAX_DRAWN:
-        raise ValueError(f"the workflow {workflow!r} has {len(flow.ids)} agents; up to {MAX_DRAWN} can be drawn")
+    if len(flow.ids) > max_agents:
+        raise ValueError(f"the workflow {workflow!r} has {len(flow.ids)} agents; up to {max_agents} can be drawn")
     drawn = networkx.DiGraph()
     drawn.add_nodes_from(flow.ids)
     drawn.add_edges_from((edge.source, edge.target) for edge in flow.edges())
-    places = _places(drawn, [flow.names[node] for node in [*flow.running, *flow.expected]])
+    places = _layout(drawn, [flow.names[node] for node in [*flow.running, *flow.expected]])
     columns = {round(x) for x, _ in places.values()}
     rows = max((sum(round(x) == column for x, _ in places.values()) for column in columns), default=1)
     figure = Figure(figsize=(max(4, 2.2 * len(columns)), max(2.5, 1.3 * rows + 0.8)))
@@ -46,7 +47,7 @@ def draw_svg(graph: StepGraph, workflow: str) -> str:
     boxes, loops = {}, {e.source: f" ↺ {e.probability:.2g}" for e in flow.edges() if e.source == e.target}
     for agent, (x, y) in places.items():
         label = axes.text(
-            x, y, f"{_short(agent)}{loops.get(agent, '')}\n{_worth(graph, agent)}",
+            x, y, f"{_short(agent)}{loops.get(agent, '')}\n{_values(graph, agent)}",
             ha="center", va="center", fontsize=8, parse_math=False,
             bbox={
                 "boxstyle": "square,pad=0.5" if flow.join(agent) == "and" else "round,pad=0.5",
@@ -56,7 +57,7 @@ def draw_svg(graph: StepGraph, workflow: str) -> str:
         )  # fmt: skip
         boxes[agent] = label.get_bbox_patch()
     for edge in [edge for edge in flow.edges() if edge.source != edge.target]:
-        # Drawn after the boxes, which have their sizes only then: the arrows end at them.
+        # Drawn after the boxes: the arrows end at their borders, whose sizes are only known then.
         style = {"arrowstyle": "-|>", "mutation_scale": 12, "linestyle": "--" if edge.probability < 1 else "-"}
         axes.add_patch(
             FancyArrowPatch(
@@ -66,7 +67,7 @@ def draw_svg(graph: StepGraph, workflow: str) -> str:
         )  # fmt: skip
         if edge.probability < 1:
             (x0, y0), (x1, y1) = axes.transData.transform([places[edge.source], places[edge.target]])
-            middle = (x0 + x1) / 2 + 0.1 * (y1 - y0), (y0 + y1) / 2 - 0.1 * (x1 - x0)  # half of the arc's height
+            middle = (x0 + x1) / 2 + 0.1 * (y1 - y0), (y0 + y1) / 2 - 0.1 * (x1 - x0)  # half the height of the arc
             x, y = axes.transData.inverted().transform(middle)
             around = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             axes.text(x, y, f"{edge.probability:.2g}", ha="center", va="center", fontsize=8, bbox=around, zorder=5)
@@ -77,7 +78,7 @@ def draw_svg(graph: StepGraph, workflow: str) -> str:
     return out.getvalue()
 
 
-def _worth(graph: StepGraph, agent: str) -> str:
+def _values(graph: StepGraph, agent: str) -> str:
     steps, seconds = graph.next_steps(agent), graph.seconds(agent)
     if math.isinf(steps) and math.isinf(seconds):
         return "not in sight"
@@ -85,8 +86,8 @@ def _worth(graph: StepGraph, agent: str) -> str:
     return f"steps {shown} · {seconds:.1f} s\nreuse {graph.reuse(agent):.2f}"
 
 
-def _places(drawn: networkx.DiGraph, first: list[str]) -> Mapping[str, tuple[float, float]]:
-    """Columns by the number of edges from the agents that run or that nothing leads to, then from any that is left."""
+def _layout(drawn: networkx.DiGraph, first: list[str]) -> Mapping[str, tuple[float, float]]:
+    """Columns by the number of edges from `first` and the agents without predecessors, then from any other."""
     import networkx
 
     column: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What is said of a workflow before it runs: its agents and edges, checked, since clients send them."""
+"""The declaration of a workflow: agents, edges and first agents, validated because clients send them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_name(name: object, what: str) -> str:
 
 
 def check_probability(probability: object) -> float:
-    """`probability` as a float in (0, 1]."""
+    """Returns `probability` as a float; raises ValueError unless it is a number in (0, 1]."""
     number = isinstance(probability, (int, float)) and not isinstance(probability, bool)
     if not number or not 0 < probability <= 1:  # type: ignore[operator]
         raise ValueError(
@@ -44,9 +44,13 @@ class AgentSpec:
     """An agent of a workflow.
 
     Attributes:
+        name: 1 to `MAX_NAME` characters, shared by all workflows that call the agent.
         join: `or`: a call of any predecessor leads to one of this agent; `and`: it waits for all of them.
         call_s, call_spread_s: guessed mean and standard deviation of a call in seconds; None: the graph's default.
-        pause_s, pause_spread_s: the same of the pause after a call, e.g. for a tool.
+        pause_s, pause_spread_s: the same for the pause after a call, e.g. for a tool.
+
+    Raises:
+        ValueError: an invalid name, join or number of seconds.
     """
 
     name: str
@@ -71,10 +75,13 @@ class AgentSpec:
 
 @dataclass(frozen=True)
 class EdgeSpec:
-    """A call of `source` leads to one of `target`: always at the probability 1, else as one of several branches.
+    """A call of `source` leads to one of `target`: always if the probability is 1, else as one of several branches.
 
-    Of an agent's branches (its edges below 1) one is taken, or none where they sum to less than 1; sums above 1 are
-    scaled down to it.
+    At most one of an agent's branches (its edges below 1) is taken, none with the probability that is missing to 1;
+    sums above 1 are scaled down to 1.
+
+    Raises:
+        ValueError: an invalid name, or a probability outside (0, 1].
     """
 
     source: str
@@ -89,7 +96,11 @@ class EdgeSpec:
 
 @dataclass(frozen=True)
 class WorkflowSpec:
-    """A workflow; `start` names the agents that are called first."""
+    """A workflow; `start` names the agents that are called first.
+
+    Raises:
+        ValueError: an invalid name, a duplicate agent or edge, or an edge or start that names no agent.
+    """
 
     name: str
     agents: Sequence[AgentSpec]

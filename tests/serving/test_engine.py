@@ -134,7 +134,7 @@ def test_answers_are_those_without_a_cache(session, name, how, tmp_path):
     if disk is not None:
         assert sum(moved for (source, _), moved in statistics.bytes_moved.items() if source is Tier.DISK) > 0
     if engine.system.prefetcher is not None:
-        assert engine.system.prefetcher.statistics.begun > 0
+        assert engine.system.prefetcher.statistics.started > 0
     close(engine)
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenure.serving import Hint, HintReader, Request, StorePolicy, VirtualClock, hint_formats, request_fields
-from tenure.serving.hints import Action, ActionKind, HintStore, SessionAction
+from tenure.serving.hints import ActionKind, HintAction, HintConfig, HintStore, SessionAction
 from tenure.serving.hints.hint import normalised
 
 
@@ -43,11 +43,15 @@ def test_sglang():
         pause_s=1.5,
         steps={"tester": 1.0, "writer": 1.0},
         ttl_s=60.0,
-        actions=(Action(ActionKind.RETAIN, "coder", 0.9, 60.0),),
+        actions=(HintAction(ActionKind.RETAIN, "coder", 0.9, 60.0),),
     )
     assert request_fields(hint) == {"workflow": "w", "agent": "coder", "client": "c"}
     discard = read("sglang", {"step_id": "s3", "reuse_hint": "discard"})
-    assert discard.keep is StorePolicy.DISCARD and discard.actions[0].kind is ActionKind.EVICT and discard.agent == "s3"
+    assert (
+        discard.store_policy is StorePolicy.DISCARD
+        and discard.actions[0].kind is ActionKind.EVICT
+        and discard.agent == "s3"
+    )
     assert read("sglang", {"agent_id": "a", "reuse_hint": "neutral"}).actions == ()
     assert read("sglang", {"agent_id": 7}).agent == "7"
 
@@ -60,13 +64,13 @@ def test_dynamo():
     hint = read("dynamo", document)
     assert (hint.priority, hint.expected_tokens, hint.session) == (0.75, 256, "s")
     assert hint.session_action is SessionAction.OPEN
-    assert hint.actions == (Action(ActionKind.FETCH, "session:s", 0.5, 120.0),)
+    assert hint.actions == (HintAction(ActionKind.FETCH, "session:s", 0.5, 120.0),)
     assert request_fields(hint) == {"agent": "session:s", "session": "s", "priority": 0.75, "expected_tokens": 256}
     assert read("dynamo", {"agent_hints": {"priority": -1e6}}).priority == 0
     assert read("dynamo", {"agent_hints": {"priority": 0}}).priority == 0.5
     assert read("dynamo", {"agent_hints": {"strict_priority": 3}}).priority == 1.0
     closed = read("dynamo", {"session_control": {"session_id": "s", "action": "close"}}, agent="planner")
-    assert closed.actions[0] == Action(ActionKind.EVICT, "planner", 0.5, 300.0)
+    assert closed.actions[0] == HintAction(ActionKind.EVICT, "planner", 0.5, 300.0)
 
 
 def test_vllm():
@@ -100,9 +104,9 @@ def test_kv_hints():
     hint = read("kv_hints", document)
     assert hint.message == "m" and hint.fixed_tokens == 512
     assert hint.actions == (
-        Action(ActionKind.RETAIN, "a", 1.0, 30.0),
-        Action(ActionKind.EVICT, "session:s", 0.5, 300.0),
-        Action(ActionKind.FETCH, "b", 0.5, 1.5),
+        HintAction(ActionKind.RETAIN, "a", 1.0, 30.0),
+        HintAction(ActionKind.EVICT, "session:s", 0.5, 300.0),
+        HintAction(ActionKind.FETCH, "b", 0.5, 1.5),
     )
 
 
@@ -118,7 +122,7 @@ def test_tensorrt():
         "directory": "",
     }
     hint = read("tensorrt", document, session="s")
-    assert (hint.fixed_tokens, hint.keep) == (100, StorePolicy.DISCARD)
+    assert (hint.fixed_tokens, hint.store_policy) == (100, StorePolicy.DISCARD)
     (action,) = hint.actions
     assert (action.agent, action.ttl_s) == ("session:s", 30.0) and action.priority == pytest.approx(0.5 + 0.5 * 45 / 65)
     whole = read("tensorrt", {"token_range_retention_configs": [{"token_start": 0, "priority": 36}]}, agent="a")
@@ -172,7 +176,7 @@ def test_wrong_values_are_one_clear_error(source, document, message):
 
 def test_unknown_fields_are_warned_about_once():
     reader = HintReader()
-    with pytest.warns(UserWarning, match="unknown fields of hints are left out: agent_hints.mood, agent_hints.pin"):
+    with pytest.warns(UserWarning, match="unknown fields of hints are ignored: agent_hints.mood, agent_hints.pin"):
         reader.read("sglang", {"agent_id": "a", "mood": 1, "pin": True})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -208,28 +212,25 @@ def test_whatever_comes_is_a_bounded_hint_or_one_error(source, document):
     assert all(isinstance(agent, str) and 0 < len(agent) <= 256 for agent in hint.agents())
     assert all(steps >= 0 for steps in hint.steps.values())
     Request("r", [1], 1, **request_fields(hint))
-    HintStore(VirtualClock()).take(hint, set(hint.agents()))
+    HintStore(VirtualClock()).add(hint, set(hint.agents()))
 
 
-def test_the_board_is_bounded_and_forgets(monkeypatch):
-    from tenure.serving.hints import hint as module
-
-    monkeypatch.setattr(module, "MAX_AGENTS", 10)
+def test_the_store_is_bounded_and_forgets():
     clock = VirtualClock()
-    board = HintStore(clock)
+    store = HintStore(clock, HintConfig(max_agents=10))
     for number in range(100):
         agent = f"a{number}"
-        board.take(Hint("x", actions=(Action(ActionKind.RETAIN, agent, 1.0, 10.0 + number),)), {agent})
-    assert len(board) == 10 and board.steps("a99", 5.0) == 0.0 and board.steps("a1", 5.0) == 5.0
-    assert len(board._ends) < 110
+        store.add(Hint("x", actions=(HintAction(ActionKind.RETAIN, agent, 1.0, 10.0 + number),)), {agent})
+    assert len(store) == 10 and store.steps("a99", 5.0) == 0.0 and store.steps("a1", 5.0) == 5.0
+    assert len(store._expiry._heap) < 110
     clock.advance_to(105.0)
-    assert board.expired() == {f"a{number}" for number in range(90, 96)} and board.next_time() == 106.0
-    board.take(Hint("x", steps={"b": 2.0}), {"b"})
-    assert board.steps("b", 5.0) == 2.0
-    board.served("b")
-    assert board.steps("b", 5.0) == 5.0, "it has come true"
-    board.served("a99")
-    assert board.steps("a99", 5.0) == 0.0, "a wish to retain lasts for its time"
+    assert store.pop_expired() == {f"a{number}" for number in range(90, 96)}
+    store.add(Hint("x", steps={"b": 2.0}), {"b"})
+    assert store.steps("b", 5.0) == 2.0
+    store.on_call("b")
+    assert store.steps("b", 5.0) == 5.0, "it is fulfilled"
+    store.on_call("a99")
+    assert store.steps("a99", 5.0) == 0.0, "a request to retain lasts for its time"
 
 
 def test_priorities_of_all_scales():

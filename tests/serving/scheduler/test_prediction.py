@@ -1,13 +1,14 @@
-"""What is known of agents: graphs, hints and queues together, and shares of clients."""
+"""Predictions from graphs, hints and queues together, and quotas of clients."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 
-from tenure.serving import Hint, RequestOutput, Tier, build_system, system_names
-from tenure.serving.hints import Action, ActionKind, SessionAction
+from tenure.serving import Hint, HintConfig, PredictionConfig, RequestOutput, Tier, build_system, system_names
+from tenure.serving.hints import ActionKind, HintAction, SessionAction
 
 
 def hint(driver, client="", **steps):
@@ -15,7 +16,7 @@ def hint(driver, client="", **steps):
 
 
 def retain(driver, agent, client, priority=1.0, ttl_s=1000.0):
-    action = Action(ActionKind.RETAIN, agent, priority, ttl_s)
+    action = HintAction(ActionKind.RETAIN, agent, priority, ttl_s)
     driver.scheduler.hint(Hint("kv_hints", client=client, actions=(action,)))
 
 
@@ -35,7 +36,7 @@ def first_victims(driver):
 
 
 @pytest.mark.parametrize("name", ["ste", "expected_time"])
-def test_a_client_protects_its_share_and_no_more(make_driver, prompt_of, name):
+def test_a_client_protects_its_quota_and_no_more(make_driver, prompt_of, name):
     """Room for ten prompts, two clients: of the eight that one calls urgent, three count less than the other's."""
     driver = make_driver(name, device=200)
     store(driver, prompt_of, "abcdefgh", "greedy")
@@ -44,7 +45,7 @@ def test_a_client_protects_its_share_and_no_more(make_driver, prompt_of, name):
         retain(driver, agent, "greedy", priority=1.0)
     retain(driver, "z", "modest", priority=0.6)
     driver.begin()
-    assert len(driver.system.predictor.shares.capped) == 3
+    assert len(driver.system.predictor.quotas.capped) == 3
     victims = first_victims(driver)
     assert victims.index("z") == 3
 
@@ -54,45 +55,49 @@ def test_a_client_that_is_alone_may_protect_everything(make_driver, prompt_of):
     store(driver, prompt_of, "abc", "one")
     hint(driver, "one", a=0, b=0, c=0)
     driver.begin()
-    assert not driver.system.predictor.shares.capped
+    assert not driver.system.predictor.quotas.capped
 
 
-def test_shares_are_counted_anew_when_clients_and_prompts_come(make_driver, prompt_of):
-    """A client alone holds 140 of 200 bytes; with a second one its share is 100, however much it stores."""
+def test_quotas_are_recomputed_when_clients_and_prompts_come(make_driver, prompt_of):
+    """A client alone holds 140 of 200 bytes; with a second one its quota is 100, however much it stores."""
     driver = make_driver("ste", device=200)
     store(driver, prompt_of, "abcdefg", "greedy")
     for agent in "abcdefgh":
         retain(driver, agent, "greedy", priority=1.0)
     driver.begin()
-    capped = driver.system.predictor.shares.capped
+    capped = driver.system.predictor.quotas.capped
     assert not capped
     store(driver, prompt_of, "z", "modest")
     driver.begin()
-    capped = driver.system.predictor.shares.capped
-    assert len(capped) == 2, "five prompts are its share; of the eighth nothing is stored"
+    capped = driver.system.predictor.quotas.capped
+    assert len(capped) == 2, "five prompts are its quota; of the eighth nothing is stored"
     store(driver, prompt_of, "h", "greedy")
     driver.begin()
-    assert len(driver.system.predictor.shares.capped) == 3
+    assert len(driver.system.predictor.quotas.capped) == 3
 
 
-def test_who_only_speaks_of_an_agent_loses_it_to_who_calls_it(make_driver, prompt_of):
+def test_a_client_that_only_hints_loses_the_agent_to_one_that_calls_it(make_driver, prompt_of):
     driver = make_driver("ste")
-    driver.scheduler.hint(Hint("kv_hints", client="mallory", actions=(Action(ActionKind.EVICT, "a", ttl_s=3600.0),)))
+    driver.scheduler.hint(
+        Hint("kv_hints", client="mallory", actions=(HintAction(ActionKind.EVICT, "a", ttl_s=3600.0),))
+    )
     hint(driver, "honest", a=1)
     driver.begin()
     assert driver.system.predictor.steps("a") == math.inf, "nobody has called it"
     driver.serve("r", [*prompt_of("a"), 1], agent="a", fixed_tokens=20, client="honest")
     hint(driver, "honest", a=1)
-    driver.scheduler.hint(Hint("kv_hints", client="mallory", actions=(Action(ActionKind.EVICT, "a", ttl_s=3600.0),)))
+    driver.scheduler.hint(
+        Hint("kv_hints", client="mallory", actions=(HintAction(ActionKind.EVICT, "a", ttl_s=3600.0),))
+    )
     driver.begin()
     assert driver.system.predictor.steps("a") == 1
     driver.serve("s", [*prompt_of("a"), 2], agent="a", fixed_tokens=20, client="mallory")
     hint(driver, "mallory", a=9)
-    assert driver.system.predictor.shares.owner("a") == "honest", "who has called it keeps it"
+    assert driver.system.predictor.quotas.owner("a") == "honest", "who has called it keeps it"
 
 
-def test_a_request_under_the_name_of_anothers_agent_is_nobodys(make_driver, ring, prompt_of):
-    """It is answered, and changes nothing of what is known of the agent: its prompt, its calls, its workflow."""
+def test_a_request_for_another_clients_agent_changes_no_prediction(make_driver, ring, prompt_of):
+    """It is answered, and the agent's prompt, calls and workflow stay as they are."""
     driver = make_driver("ste", device=200)
     store(driver, prompt_of, "a", "honest")
     ring(driver, list("abc"))
@@ -105,17 +110,17 @@ def test_a_request_under_the_name_of_anothers_agent_is_nobodys(make_driver, ring
     assert not tiers.lookup(other).nodes[-1].fixed
 
 
-def test_nobody_hints_about_others_agents(make_driver, prompt_of):
+def test_hints_about_another_clients_agents_are_ignored(make_driver, prompt_of):
     driver = make_driver("ste", device=60)
     store(driver, prompt_of, "a", "owner")
     hint(driver, "owner", a=1)
     hint(driver, "stranger", a=9, b=2)
-    driver.scheduler.hint(Hint("vllm", client="stranger", actions=(Action(ActionKind.EVICT, "a"),)))
+    driver.scheduler.hint(Hint("vllm", client="stranger", actions=(HintAction(ActionKind.EVICT, "a"),)))
     assert driver.system.predictor.steps("a") == 1
     assert driver.system.predictor.steps("b") == 2
 
 
-def test_the_prompt_of_a_request_that_waits_is_not_the_first_to_go(make_driver, ring, prompt_of):
+def test_the_prompt_of_a_waiting_request_is_not_the_first_victim(make_driver, ring, prompt_of):
     """A running agent is called again in N steps; one whose request is still in the queue is needed now."""
     driver = make_driver("ste", device=90)
     store(driver, prompt_of, "abc")
@@ -124,16 +129,16 @@ def test_the_prompt_of_a_request_that_waits_is_not_the_first_to_go(make_driver, 
     driver.submit("r", [*prompt_of("a"), *range(40)], 10, workflow="ring", agent="a", fixed_tokens=20)
     driver.begin()
     predictor = driver.system.predictor
-    assert predictor.steps("a") == predictor.next_steps("a") == predictor.due("a") == 0.0
+    assert predictor.steps("a") == predictor.next_steps("a") == predictor.seconds_to_call("a") == 0.0
     assert predictor.reuse("a") == 1.0
     driver.finish(driver.works[-1][1])
     driver.run(lambda: any(e.request.id == "blocker" for e in driver.ended))
     driver.begin()
-    assert predictor.steps("a") == 3.0, "admitted: its lease keeps the prompt, what counts is its next turn"
+    assert predictor.steps("a") == 3.0, "admitted: its handle protects the prompt, what counts is its next turn"
     driver.finish(driver.works[-1][1])
 
 
-def test_the_workflow_hears_of_calls_and_their_ends(make_driver, ring, prompt_of):
+def test_the_workflow_follows_calls_and_their_ends(make_driver, ring, prompt_of):
     driver = make_driver("ste", device=90)
     ring(driver, list("abc"))
     graph = driver.system.graph
@@ -171,7 +176,7 @@ def test_a_hinted_pause_moves_the_expected_time(make_driver, ring, prompt_of):
 
 def test_duplicates_and_late_hints_change_nothing(make_driver):
     driver = make_driver("ste")
-    fetch = Hint("kv_hints", message="m", actions=(Action(ActionKind.FETCH, "a"),))
+    fetch = Hint("kv_hints", message="m", actions=(HintAction(ActionKind.FETCH, "a"),))
     driver.scheduler.hint(fetch)
     hint(driver, "", a=4)
     driver.scheduler.hint(fetch)
@@ -212,7 +217,7 @@ def test_lru_on_the_device_alone_and_the_oracle(make_driver, prompt_of):
     assert hits["lru"] == hits["lru_reactive"] == 0 and hits["belady"] >= 0.2
 
 
-def test_nothing_is_expected_of_a_workflow_whose_client_has_gone_for_an_hour(make_driver, ring, prompt_of):
+def test_predictions_of_a_workflow_without_events_are_cleared_after_an_hour(make_driver, ring, prompt_of):
     driver = make_driver("ste", device=200, learn=True)
     graph = driver.system.graph
     ring(driver, ["a", "b"], "gone")
@@ -229,3 +234,12 @@ def test_nothing_is_expected_of_a_workflow_whose_client_has_gone_for_an_hour(mak
     driver.submit("again", [*prompt_of("a"), 1], 2, workflow="gone", agent="a", fixed_tokens=20)
     assert steps("b") == 1.0
     driver.run()
+
+
+@pytest.mark.parametrize("kind", [HintConfig, PredictionConfig])
+def test_tuned_numbers_are_checked(kind):
+    for each in dataclasses.fields(kind):
+        if isinstance(each.default, (int, float)):
+            for value in (0, math.inf):
+                with pytest.raises(ValueError, match=f"got {each.name}={value}; accepted: a finite number above 0"):
+                    kind(**{each.name: value})

@@ -1,4 +1,4 @@
-"""Fixed prompts come up before their agents are called: in time, within budgets, and not at others' cost."""
+"""Fixed prompts are loaded before their agents are called: in time, within budgets, and not at others' cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tenure.serving import (
     Tier,
     VirtualTransfer,
 )
-from tenure.serving.hints import Action, ActionKind
+from tenure.serving.hints import ActionKind, HintAction
 
 AGENTS = list("abcdef")
 
@@ -32,7 +32,7 @@ def call(driver, prompt_of, agent, number, new=4, length=20):
 
 
 @pytest.mark.parametrize("name", ["lru_prefetch", "ste_prefetch", "expected_time"])
-def test_the_next_agents_prompt_is_there_when_it_is_called(make_driver, ring, prompt_of, name):
+def test_the_next_agents_prompt_is_on_the_device_when_it_is_called(make_driver, ring, prompt_of, name):
     driver = make_driver(name, device=90)
     warm(driver, prompt_of)
     ring(driver, AGENTS)
@@ -40,7 +40,7 @@ def test_the_next_agents_prompt_is_there_when_it_is_called(make_driver, ring, pr
     assert calls[0].loaded_tokens in (0, 20)
     assert all(each.loaded_tokens == 0 and each.cached_tokens == 20 for each in calls[2:]), "all prefetched"
     statistics = driver.system.prefetcher.statistics
-    assert statistics.used >= 8 and statistics.bytes == 20 * statistics.begun
+    assert statistics.used >= 8 and statistics.bytes == 20 * statistics.started
     assert driver.system.scheduler.statistics.stalled_s <= 0.05
 
 
@@ -65,7 +65,7 @@ def test_a_branch_has_all_its_candidates_prefetched(make_driver, prompt_of):
 
 def test_it_spares_what_ranks_higher(make_driver, ring, prompt_of):
     """Room for two: of the agents at 0, 1 and 2 steps, the farthest does not take the room of the nearer."""
-    driver = make_driver("ste_prefetch", device=46, prefetch=PrefetchConfig(share=0.9))
+    driver = make_driver("ste_prefetch", device=46, prefetch=PrefetchConfig(max_device_fraction=0.9))
     warm(driver, prompt_of)
     ring(driver, AGENTS)
     driver.step()
@@ -88,12 +88,12 @@ class Plan:
         assert self.driver.begin() is None
 
 
-def test_a_changed_plan_stops_what_is_on_its_way(make_driver, prompt_of):
+def test_a_changed_plan_cancels_loads_in_flight(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=90, link=10.0, costs=LinearCosts(5.0, (10.0, 0.0)))
     warm(driver, prompt_of)
     plan = Plan(driver)
     plan(a=1)
-    assert driver.system.prefetcher.statistics.begun == 1 and driver.system.tiers.transfers.jobs
+    assert driver.system.prefetcher.statistics.started == 1 and driver.system.tiers.transfers.jobs
     plan(a=20)
     assert driver.system.prefetcher.statistics.cancelled == 1
     driver.clock.advance_to(driver.clock() + 100)
@@ -101,25 +101,25 @@ def test_a_changed_plan_stops_what_is_on_its_way(make_driver, prompt_of):
     assert driver.cached(prompt_of("a")) == 0 and driver.system.tiers.statistics.copies_cancelled == 1
 
 
-def test_what_cannot_come_in_time_is_computed(make_driver, prompt_of):
+def test_a_prompt_that_cannot_arrive_in_time_is_computed(make_driver, prompt_of):
     """Loading takes 20 s; the call is a second away and computing would take 4 s."""
     driver = make_driver("ste_prefetch", device=90, link=1.0, costs=LinearCosts(5.0, (1.0, 0.0)))
     warm(driver, prompt_of)
     Plan(driver)(a=1)
     statistics = driver.system.prefetcher.statistics
-    assert (statistics.begun, statistics.too_late) == (0, 1)
+    assert (statistics.started, statistics.too_late) == (0, 1)
     ended = driver.serve("r", [*prompt_of("a"), 5], agent="a", fixed_tokens=20)
     assert ended.recomputed_tokens == 20 and driver.scheduler.statistics.recomputed_late == 1
 
 
-def test_what_comes_late_is_still_worth_it_where_computing_is_slower(make_driver, prompt_of):
+def test_a_late_load_is_started_if_computing_is_slower(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=90, link=1.0, costs=LinearCosts(0.1, (1.0, 0.0)))
     warm(driver, prompt_of)
     Plan(driver)(a=1)
-    assert driver.system.prefetcher.statistics.begun == 1
+    assert driver.system.prefetcher.statistics.started == 1
 
 
-def test_a_request_joins_the_copy_that_is_on_its_way(make_driver, prompt_of):
+def test_a_request_joins_the_load_in_flight(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=90, link=20.0, costs=LinearCosts(5.0, (20.0, 0.0)))
     warm(driver, prompt_of)
     Plan(driver)(a=1)
@@ -130,7 +130,7 @@ def test_a_request_joins_the_copy_that_is_on_its_way(make_driver, prompt_of):
     assert moved == 20, "it is not copied twice"
 
 
-def test_a_demand_displaces_a_prefetch_which_is_begun_again(make_driver, prompt_of):
+def test_a_demand_displaces_a_prefetch_which_is_restarted(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=50, link=10.0, costs=LinearCosts(2.0, (10.0, 0.0)))
     warm(driver, prompt_of)
     Plan(driver)(a=1)
@@ -147,27 +147,27 @@ def test_a_demand_displaces_a_prefetch_which_is_begun_again(make_driver, prompt_
 @pytest.mark.parametrize(
     ("limits", "begun"),
     [
-        ({"copies": 2}, 2),
-        ({"share": 0.5}, 2),
-        ({"share": 0.25, "copies": 9}, 1),
-        ({"seconds": 3.0, "copies": 9, "share": 0.9}, 1),
-        ({"seconds": 4.0, "copies": 9, "share": 0.9}, 2),
-        ({"copies": 9, "share": 0.9}, 4),
-        ({"copies": 9, "share": 0.1}, 0),
+        ({"max_in_flight": 2}, 2),
+        ({"max_device_fraction": 0.5}, 2),
+        ({"max_device_fraction": 0.25, "max_in_flight": 9}, 1),
+        ({"max_link_s": 3.0, "max_in_flight": 9, "max_device_fraction": 0.9}, 1),
+        ({"max_link_s": 4.0, "max_in_flight": 9, "max_device_fraction": 0.9}, 2),
+        ({"max_in_flight": 9, "max_device_fraction": 0.9}, 4),
+        ({"max_in_flight": 9, "max_device_fraction": 0.1}, 0),
     ],
 )
 def test_budgets(make_driver, prompt_of, limits, begun):
     driver = make_driver("ste_prefetch", device=90, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)),
-                         prefetch=PrefetchConfig(**{"seconds": 100.0, **limits}))  # fmt: skip
+                         prefetch=PrefetchConfig(**{"max_link_s": 100.0, **limits}))  # fmt: skip
     warm(driver, prompt_of)
     Plan(driver)(a=1, b=1, c=2, d=2, e=7)
-    assert driver.system.prefetcher.statistics.begun == begun
+    assert driver.system.prefetcher.statistics.started == begun
     assert driver.system.prefetcher.statistics.over_budget == (4 if begun == 0 else 0)
 
 
-def test_the_nearest_goes_first_and_who_has_waited_before_who_has_just_come(make_driver, prompt_of):
+def test_the_nearest_is_first_and_waiting_requests_age(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=500, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)),
-                         prefetch=PrefetchConfig(copies=1))  # fmt: skip
+                         prefetch=PrefetchConfig(max_in_flight=1))  # fmt: skip
     warm(driver, prompt_of)
     plan = Plan(driver)
     plan(a=1)
@@ -181,21 +181,21 @@ def test_the_nearest_goes_first_and_who_has_waited_before_who_has_just_come(make
     assert driver.cached(prompt_of("b")) == 20, "nothing starves"
 
 
-def test_a_client_has_its_share_of_the_budget(make_driver, prompt_of):
-    driver = make_driver("ste_prefetch", device=200, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)),
-                         prefetch=PrefetchConfig(copies=9, share=0.4, seconds=100.0))  # fmt: skip
+def test_a_client_has_its_quota_of_the_budget(make_driver, prompt_of):
+    budgets = PrefetchConfig(max_in_flight=9, max_device_fraction=0.4, max_link_s=100.0)
+    driver = make_driver("ste_prefetch", device=200, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)), prefetch=budgets)
     warm(driver, prompt_of)
     for client, agents in (("greedy", "abcde"), ("modest", "f")):
         steps = dict.fromkeys(agents, 1.0 if client == "greedy" else 2.0)
         driver.scheduler.hint(Hint("kvflow", client=client, steps=steps))
     driver.begin()
-    flights = driver.system.prefetcher._flights
-    assert sorted(flight.client for flight in flights) == ["greedy", "greedy", "modest"], "half of 80 bytes each"
+    prefetches = driver.system.prefetcher._in_flight
+    assert sorted(each.client for each in prefetches) == ["greedy", "greedy", "modest"], "half of 80 bytes each"
     while (due := driver.scheduler.next_time()) is not None:
         driver.clock.advance_to(due)
         driver.begin()
-        assert sum(flight.client == "greedy" for flight in flights) <= 2
-    assert sum(driver.cached(prompt_of(agent)) for agent in "abcdef") == 120, "what waited for its share comes after"
+        assert sum(each.client == "greedy" for each in prefetches) <= 2
+    assert sum(driver.cached(prompt_of(agent)) for agent in "abcdef") == 120, "deferred requests follow"
 
 
 def test_a_prompt_that_was_evicted_before_its_call_was_not_used(make_driver, prompt_of):
@@ -230,7 +230,7 @@ def test_a_registered_prompt_needs_no_request(make_driver, prompt_of):
 def test_a_hint_to_fetch_lasts_for_its_time(make_driver, prompt_of):
     driver = make_driver("expected_time", device=90)
     warm(driver, prompt_of)
-    driver.scheduler.hint(Hint("vllm", actions=(Action(ActionKind.FETCH, "a", ttl_s=5.0),)))
+    driver.scheduler.hint(Hint("vllm", actions=(HintAction(ActionKind.FETCH, "a", ttl_s=5.0),)))
     driver.begin()
     driver.clock.advance_to(driver.clock() + 1)
     driver.begin()
@@ -260,7 +260,7 @@ def test_an_agent_comes_into_sight_with_time_alone(make_driver, ring, prompt_of)
     assert begun + 50 < driver.clock() < begun + 60
 
 
-def test_what_is_out_of_sight_by_a_rounding_error_does_not_stop_the_clock(make_driver, prompt_of):
+def test_an_agent_out_of_sight_by_a_rounding_error_does_not_stop_the_clock(make_driver, prompt_of):
     """Expected seconds stand still between two readings of the graph, so a look at the same time would be the same."""
     from tenure.serving import AgentSpec, EdgeSpec, WorkflowSpec
 
@@ -271,7 +271,7 @@ def test_what_is_out_of_sight_by_a_rounding_error_does_not_stop_the_clock(make_d
     driver.system.graph["ring"].start("a")
     assert 3.0 < driver.system.graph.seconds("b") < 3.000001
     prefetcher = driver.system.prefetcher
-    prefetcher.changed(["b"])
+    prefetcher.values_changed(["b"])
     due = prefetcher.next_time()
     assert due is None or due > driver.clock() + 0.01
     driver.begin()
@@ -287,7 +287,7 @@ class Failing(VirtualTransfer):
         super().copy_layer(job)
 
 
-def test_failed_prefetches_are_given_up_until_there_is_news(make_driver, prompt_of):
+def test_failed_prefetches_wait_for_a_new_prediction(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=90, copies=Failing)
     warm(driver, prompt_of)
     plan = Plan(driver)
@@ -295,15 +295,15 @@ def test_failed_prefetches_are_given_up_until_there_is_news(make_driver, prompt_
     for _ in range(10):
         driver.clock.advance_to(driver.clock() + 1)
         driver.begin()
-    assert driver.system.prefetcher.statistics.failed == driver.system.prefetcher.statistics.begun == 2
+    assert driver.system.prefetcher.statistics.failed == driver.system.prefetcher.statistics.started == 2
     plan(a=1)
-    assert driver.system.prefetcher.statistics.begun == 3
+    assert driver.system.prefetcher.statistics.started == 3
 
 
-def test_what_is_too_unlikely_waits_until_it_is_likely_enough(make_driver, prompt_of):
+def test_an_unlikely_call_is_prefetched_only_when_it_is_near(make_driver, prompt_of):
     from tenure.serving import AgentSpec, EdgeSpec, WorkflowSpec
 
-    driver = make_driver("expected_time", device=90, prefetch=PrefetchConfig(least_reuse=0.5))
+    driver = make_driver("expected_time", device=90, prefetch=PrefetchConfig(min_reuse=0.5))
     warm(driver, prompt_of, ["a", "b", "c"])
     agents = [AgentSpec("a", call_s=10.0, call_spread_s=0.0), AgentSpec("b"), AgentSpec("c")]
     edges = [EdgeSpec("a", "b", 0.8), EdgeSpec("a", "c", 0.2)]
@@ -325,7 +325,7 @@ def test_what_is_too_unlikely_waits_until_it_is_likely_enough(make_driver, promp
 
 
 def test_limits_are_checked():
-    with pytest.raises(ValueError, match="got share=0; accepted: a finite number above 0"):
-        PrefetchConfig(share=0)
-    with pytest.raises(ValueError, match="got least_reuse=2; accepted: above 0 and up to 1"):
-        PrefetchConfig(least_reuse=2)
+    with pytest.raises(ValueError, match="got max_device_fraction=0; accepted: a finite number above 0"):
+        PrefetchConfig(max_device_fraction=0)
+    with pytest.raises(ValueError, match="got min_reuse=2; accepted: above 0 and up to 1"):
+        PrefetchConfig(min_reuse=2)

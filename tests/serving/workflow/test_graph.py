@@ -1,7 +1,8 @@
-"""The step graph against a mirror that keeps plain sets and applies the facts' definition to them."""
+"""The step graph against a mirror that applies the definition of steps to plain sets."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -9,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenure.serving.workflow.graph import OLD, StepGraph
+from tenure.serving.workflow.config import DurationConfig, GraphConfig, MarkovConfig, ReuseConfig, TransitionConfig
+from tenure.serving.workflow.graph import StepGraph
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
 HORIZON = 8
+MAX_AGE = GraphConfig.max_age
 AGENTS = [f"a{i}" for i in range(7)]
 
 
@@ -24,17 +27,17 @@ class Mirror:
         self.edges: dict[tuple[str, str], float] = {}
         self.running: list[str] = []
         self.expected: set[str] = set()
-        self.marks: dict[tuple[str, str], bool] = {}  # whether it is one of several branches, none of them chosen yet
-        self.valid: dict[tuple[str, str], float] = {}  # what calls that nothing foretold have left of a mark
+        self.pending: dict[tuple[str, str], bool] = {}  # whether it is one of several branches that are still open
+        self.valid: dict[tuple[str, str], float] = {}  # of pending predictions, after unpredicted calls
 
     def start(self, agent: str) -> None:
-        if agent not in self.expected and all(t != agent for _, t in self.marks):
-            kept = 1 - 1 / max(1, len({s for s, _ in self.marks}))
-            self.valid = {mark: self.valid.get(mark, 1.0) * kept for mark in self.marks}
-            self.marks = {mark: open_ for mark, open_ in self.marks.items() if self.valid[mark] >= 0.1}
-        for source in [s for s, t in self.marks if t == agent]:
-            if self.marks.pop((source, agent)):
-                self.marks = {m: u for m, u in self.marks.items() if m[0] != source or self.edges[m] == 1}
+        if agent not in self.expected and all(t != agent for _, t in self.pending):
+            kept = 1 - 1 / max(1, len({s for s, _ in self.pending}))
+            self.valid = {mark: self.valid.get(mark, 1.0) * kept for mark in self.pending}
+            self.pending = {mark: open_ for mark, open_ in self.pending.items() if self.valid[mark] >= 0.1}
+        for source in [s for s, t in self.pending if t == agent]:
+            if self.pending.pop((source, agent)):
+                self.pending = {m: u for m, u in self.pending.items() if m[0] != source or self.edges[m] == 1}
         self.expected.discard(agent)
         self.running.append(agent)
 
@@ -42,24 +45,24 @@ class Mirror:
         self.running.remove(agent)
         for edge, probability in self.edges.items():
             if edge[0] == agent and (chose is None or edge[1] in chose):
-                self.marks[edge] = chose is None and probability < 1
+                self.pending[edge] = chose is None and probability < 1
                 self.valid[edge] = 1.0
 
     def retry(self, agent: str) -> None:
         if agent in self.running:
             self.running.remove(agent)
-        self.marks = {mark: open_ for mark, open_ in self.marks.items() if mark[0] != agent}
+        self.pending = {mark: open_ for mark, open_ in self.pending.items() if mark[0] != agent}
         self.expected.add(agent)
 
     def remove(self, agent: str) -> None:
         del self.joins[agent]
         self.edges = {edge: p for edge, p in self.edges.items() if agent not in edge}
-        self.marks = {mark: open_ for mark, open_ in self.marks.items() if agent not in mark}
+        self.pending = {mark: open_ for mark, open_ in self.pending.items() if agent not in mark}
         self.expected.discard(agent)
         self.running = [other for other in self.running if other != agent]
 
     def _join(self, steps: dict[str, float], agent: str) -> float:
-        ways = [0.0 if (s, t) in self.marks else steps[s] + 1 for s, t in self.edges if t == agent]
+        ways = [0.0 if (s, t) in self.pending else steps[s] + 1 for s, t in self.edges if t == agent]
         join = (max if self.joins[agent] == "and" else min)(ways, default=math.inf)
         return join if join <= HORIZON else math.inf
 
@@ -119,7 +122,7 @@ def _act(graph: StepGraph, mirrors: dict[str, Mirror], choose: random.Random) ->
         edge = choose.choice(edges)
         flow.remove_edge(*edge)
         del mirror.edges[edge]
-        mirror.marks.pop(edge, None)
+        mirror.pending.pop(edge, None)
     elif not agents:
         return
     elif kind == "edge":
@@ -160,8 +163,8 @@ def _calls(flow, agent: str) -> list:
 def test_steps_are_those_of_brute_force(seed, actions):
     """Agents, edges, joins, cycles, unreachable inputs, shared agents; adding, removing, finishing and retrying."""
     choose = random.Random(seed)
-    graph, mirrors = StepGraph(lambda: 0.0, horizon=HORIZON), {}
-    told: dict[str, float] = {}  # what a reader knows that listens to `changed_steps`
+    graph, mirrors = StepGraph(lambda: 0.0, GraphConfig(horizon=HORIZON)), {}
+    known: dict[str, float] = {}  # to a reader of `changed_steps`
     for _ in range(actions):
         _act(graph, mirrors, choose)
         if choose.random() < 0.4:
@@ -170,8 +173,8 @@ def test_steps_are_those_of_brute_force(seed, actions):
         for agent in AGENTS:
             assert graph.steps(agent) == min((s[agent] for s, _ in solved if agent in s), default=math.inf)
             assert graph.next_steps(agent) == min((s[agent] for _, s in solved if agent in s), default=math.inf)
-        told |= {agent: graph.next_steps(agent) for agent in graph.changed_steps()}
-        assert {a: s for a, s in told.items() if s < math.inf} == {
+        known |= {agent: graph.next_steps(agent) for agent in graph.changed_steps()}
+        assert {a: s for a, s in known.items() if s < math.inf} == {
             agent: graph.next_steps(agent) for agent in AGENTS if graph.next_steps(agent) < math.inf
         }
     assert graph.agents == sum(len(mirror.joins) for mirror in mirrors.values())
@@ -229,7 +232,7 @@ def test_a_branch_that_is_not_taken_is_dropped():
     assert [graph.next_steps(name) for name in ("tool", "answer")] == [math.inf, 0]
 
 
-def test_a_call_that_nothing_foretold_comes_instead_of_the_one_that_was_foretold():
+def test_an_unpredicted_call_cancels_the_only_prediction():
     graph = StepGraph(lambda: 0.0)
     flow = graph.add_workflow(ring(4))
     for agent in ("a0", "a1"):
@@ -237,41 +240,41 @@ def test_a_call_that_nothing_foretold_comes_instead_of_the_one_that_was_foretold
         flow.finish(agent)
     graph.changed_steps()
     assert flow.accuracy == 1
-    flow.start("a0")  # not a2, which the edge foretold
+    flow.start("a0")  # not a2, which the edge predicted
     assert flow.next_steps("a2") == 2 and flow.next_steps("a1") == 1
     assert {"a1", "a2"} <= graph.changed_steps()
-    assert flow.accuracy == pytest.approx(1 - 1 / 7)  # a1 was foretold, and five calls before the first are believed
+    assert flow.accuracy == pytest.approx(1 - 1 / 7)  # a1 was predicted; the prior counts as five correct predictions
     flow.finish("a0")
     flow.start("a1")
     assert 1 - 1 / 7 < flow.accuracy < 1
 
 
-def test_workflows_of_which_nothing_is_heard_are_read_anew_while_they_have_something_under_way():
+def test_active_workflows_without_events_are_reported_again():
     seconds = [0.0]
-    graph = StepGraph(lambda: seconds[0], discount_s=2.0)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=2.0))
     flow = graph.add_workflow(ring(3))
     other = graph.add_workflow(WorkflowSpec("other", [AgentSpec("b")], [], ["b"]))
     graph.add_workflow(WorkflowSpec("idle", [AgentSpec("c")], []))
     assert graph.changed_reuse() == {"a0", "a1", "a2", "b", "c"}
     flow.start("a0")
     assert graph.changed_reuse() == {"a0", "a1", "a2"}
-    seconds[0] = 2.0 * OLD - 1
+    seconds[0] = 2.0 * MAX_AGE - 1
     assert graph.changed_reuse() == set()
     other.expect("b")
     assert graph.changed_reuse() == {"b"}
-    seconds[0] = 2.0 * OLD
+    seconds[0] = 2.0 * MAX_AGE
     assert graph.changed_reuse() == {"a0", "a1", "a2"} and graph.changed_reuse() == set()
     graph.remove_workflow("other")
     graph.changed_reuse()
-    seconds[0] += 2.0 * OLD
+    seconds[0] += 2.0 * MAX_AGE
     assert graph.changed_reuse() == {"a0", "a1", "a2"}
     flow.finish("a0", chose=())
     assert graph.changed_reuse() == {"a0", "a1", "a2"}
-    seconds[0] += 100.0 * OLD
-    assert graph.changed_reuse() == set(), "nothing is under way"
+    seconds[0] += 100.0 * MAX_AGE
+    assert graph.changed_reuse() == set(), "nothing is in progress"
 
 
-def test_of_several_calls_that_were_foretold_it_is_not_known_which_does_not_come():
+def test_an_unpredicted_call_lowers_the_validity_of_all_predictions():
     graph, names = StepGraph(lambda: 0.0), ["fork", "left", "right", "l", "r", "other"]
     edges = [EdgeSpec("fork", "left"), EdgeSpec("fork", "right"), EdgeSpec("left", "l"), EdgeSpec("right", "r")]
     flow = graph.add_workflow(WorkflowSpec("w", [AgentSpec(name) for name in names], edges))
@@ -283,19 +286,21 @@ def test_of_several_calls_that_were_foretold_it_is_not_known_which_does_not_come
         flow.finish(agent)
     flow.start("other", 0)
     assert flow.next_steps("l") == flow.next_steps("r") == 0
-    assert {flow.marks.valid(mark) for mark in flow.marks.values()} == {0.5}
+    assert {flow.pending.validity(prediction) for prediction in flow.pending.values()} == {0.5}
     assert graph.reuse("l") == graph.reuse("r") < 0.5
     for call in (1, 2):
         flow.start("other", call)
-    assert {flow.marks.valid(mark) for mark in flow.marks.values()} == {0.125} and 0 < graph.reuse("l") < 0.125
+    assert {flow.pending.validity(prediction) for prediction in flow.pending.values()} == {0.125} and 0 < graph.reuse(
+        "l"
+    ) < 0.125
     flow.start("other", 3)
-    assert flow.next_steps("l") == flow.next_steps("r") == math.inf and not flow.marks
+    assert flow.next_steps("l") == flow.next_steps("r") == math.inf and not flow.pending
     flow.expect("l")
     flow.start("l")
     assert flow.accuracy == pytest.approx(7 / 11), "an expected call is no surprise"
 
 
-def test_doubts_of_thousands_of_calls_do_not_add_up():
+def test_validity_does_not_degrade_over_thousands_of_calls():
     graph, names = StepGraph(lambda: 0.0), ["one", "two", "after one", "after two", "other"]
     edges = [EdgeSpec("one", "after one"), EdgeSpec("two", "after two")]
     flow = graph.add_workflow(WorkflowSpec("w", [AgentSpec(name) for name in names], edges))
@@ -305,7 +310,7 @@ def test_doubts_of_thousands_of_calls_do_not_add_up():
             flow.start(agent)
             flow.finish(agent)
         flow.start("other", call)
-        assert {flow.marks.valid(mark) for mark in flow.marks.values()} == {0.5}, call
+        assert {flow.pending.validity(prediction) for prediction in flow.pending.values()} == {0.5}, call
 
 
 def test_a_retry_withdraws_the_answer():
@@ -317,7 +322,7 @@ def test_a_retry_withdraws_the_answer():
     flow.retry("a0")
     assert [graph.steps(f"a{i}") for i in range(3)] == [0, 1, 2]
     flow.start("a0")
-    flow.retry("a0")  # a call under way ends without an answer
+    flow.retry("a0")  # a call in progress ends without an answer
     assert not flow.running
     assert graph.next_steps("a0") == 0
 
@@ -338,7 +343,7 @@ def test_shared_agents_take_the_minimum_over_workflows():
     assert [graph.next_steps(f"a{i}") for i in range(5)] == [5, 1, 2, 3, 4]
 
 
-def test_only_workflows_with_an_event_are_news():
+def test_only_workflows_with_an_event_are_reported():
     graph = StepGraph()
     for name in ("one", "two"):
         spec = ring(3, name)
@@ -366,19 +371,19 @@ def test_silent_workflows_expire():
 
 def test_silent_workflows_make_room_for_new_ones():
     seconds = [0.0]
-    graph = StepGraph(lambda: seconds[0], max_workflows=2)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(max_workflows=2))
     graph.add_workflow(ring(3, "silent"))
-    graph.add_workflow("lasting").lasting = True
+    graph.add_workflow("persistent").persistent = True
     seconds[0] = 3599.0
     with pytest.raises(ValueError, match="2 workflows are accepted in all"):
         graph.add_workflow(ring(3, "new"))
     seconds[0] = 3601.0
     graph.add_workflow(ring(3, "new"))
-    assert {flow.name for flow in graph} == {"lasting", "new"}
+    assert {flow.name for flow in graph} == {"persistent", "new"}
 
 
-def test_what_clients_may_declare_is_bounded():
-    graph = StepGraph(max_workflows=1, max_agents=3, max_edges=3)
+def test_declarations_are_bounded():
+    graph = StepGraph(config=GraphConfig(max_workflows=1, max_agents=3, max_edges=3))
     with pytest.raises(ValueError, match="the workflow 'ring' does not fit: 3 agents are accepted in all"):
         graph.add_workflow(ring(4))
     flow = graph.add_workflow(ring(3))
@@ -402,19 +407,19 @@ def test_what_clients_may_declare_is_bounded():
         (lambda g: g["ring"].start("z"), "the workflow 'ring' has no agent 'z'"),
         (lambda g: g["ring"].start(["a0"]), r"the workflow 'ring' has no agent \['a0'\]"),
         (lambda g: g["ring"].add_agent("a0"), "the workflow 'ring' has an agent 'a0' already"),
-        (lambda g: g["ring"].finish("a0"), "'a0' has no call under way in the workflow 'ring'"),
-        (lambda g: g["ring"].finish("a0", "x"), "'a0' has no call 'x' under way in the workflow 'ring'"),
+        (lambda g: g["ring"].finish("a0"), "'a0' has no call in progress in the workflow 'ring'"),
+        (lambda g: g["ring"].finish("a0", "x"), "'a0' has no call 'x' in progress in the workflow 'ring'"),
         (lambda g: g["ring"].finish("a0", chose=["a2"]), "'a0' has no edge to 'a2' in the workflow 'ring'"),
         (lambda g: g["ring"].remove_edge("a0", "a2"), "the workflow 'ring' has no edge from 'a0' to 'a2'"),
         (lambda g: g["ring"].set_join("a0", "xor"), "got join='xor'; accepted: or or and"),
         (lambda g: g["ring"].add_edge("a0", "a1", 0), "got 0 as the probability of an edge; accepted"),
         (lambda g: g["ring"].add_edge("a0", "a1", math.nan), "got nan as the probability of an edge; accepted"),
         (lambda g: [g["ring"].start("a1", 7) for _ in "ab"], "the call 7 of 'a1' in the workflow 'ring' has started"),
-        (lambda g: StepGraph(horizon=0), "got horizon=0; accepted: a number above 0"),
-        (lambda g: StepGraph(discount_s=math.inf), "got discount_s=inf; accepted: a number above 0"),
+        (lambda g: GraphConfig(horizon=0), "got horizon=0; accepted: a number above 0"),
+        (lambda g: GraphConfig(discount_s=math.inf), "got discount_s=inf; accepted: a number above 0"),
     ],
 )
-def test_what_is_refused(call, message):
+def test_invalid_calls_are_refused(call, message):
     graph = StepGraph()
     graph.add_workflow(ring(3))
     with pytest.raises(ValueError, match=message):
@@ -432,6 +437,19 @@ def test_what_is_refused(call, message):
         (["", "a"], [], [], "one of 0 characters as the name of an agent"),
     ],
 )
-def test_specs_that_are_none(agents, edges, start, message):
+def test_invalid_specs_are_refused(agents, edges, start, message):
     with pytest.raises(ValueError, match=message):
         WorkflowSpec("w", [AgentSpec(name) for name in agents], [EdgeSpec(*edge) for edge in edges], start)
+
+
+@pytest.mark.parametrize("kind", [DurationConfig, GraphConfig, MarkovConfig, ReuseConfig, TransitionConfig])
+def test_tuned_numbers_are_checked(kind):
+    """Every field with a number refuses 0, and only the horizon may be infinite."""
+    for each in dataclasses.fields(kind):
+        if isinstance(each.default, (int, float)):
+            with pytest.raises(ValueError, match=f"got .*{each.name}=0.*accepted: "):
+                kind(**{each.name: 0})
+            if each.name != "horizon":
+                with pytest.raises(ValueError, match=f"got .*{each.name}=inf.*accepted: "):
+                    kind(**{each.name: math.inf})
+    assert GraphConfig(horizon=math.inf).horizon == math.inf

@@ -100,7 +100,7 @@ def test_networkx_names_that_collide():
 
 def test_unknown_fields_are_warned_about_once():
     document = {"agents": {f"a{i}": {"colour": "red"} for i in range(50)}, "version": 2}
-    with pytest.warns(UserWarning, match=r"unknown fields of a workflow were left out: colour, version") as caught:
+    with pytest.warns(UserWarning, match=r"unknown fields of a workflow are ignored: colour, version") as caught:
         spec = workflow_from_dict(document)
     assert len(caught) == 1
     assert len(spec.agents) == 50

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from tenure.serving.workflow.config import GraphConfig, MarkovConfig
 from tenure.serving.workflow.graph import StepGraph
 from tenure.serving.workflow.markov import LearnedTransitions
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
@@ -29,8 +30,8 @@ def walk(habits: dict[str, dict[str, float]], calls: int, first: str = "plan", s
 
 def learner(**options: object) -> tuple[list[float], StepGraph, LearnedTransitions]:
     seconds = [0.0]
-    graph = StepGraph(lambda: seconds[0], discount_s=10.0)
-    return seconds, graph, LearnedTransitions(graph, **options)  # type: ignore[arg-type]
+    graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=10.0))
+    return seconds, graph, LearnedTransitions(graph, config=MarkovConfig(**options))  # type: ignore[arg-type]
 
 
 def test_a_ring_is_learned_in_one_round():
@@ -56,14 +57,14 @@ def test_probabilities_come_near_the_true_ones():
 
 def test_reuse_is_that_of_the_declared_graph():
     """Every call takes two seconds."""
-    seconds, graph, learned = learner(decay=0.999, floor=0.001)
+    seconds, graph, learned = learner(decay=0.999, min_probability=0.001)
     for agent in walk(HABITS, 6000):
         seconds[0] += 2.0
         learned.observe("session", agent)
     learned.observe("session", "plan")
     agents = [AgentSpec(name, call_s=2.0, call_spread_s=0.0) for name in HABITS]
     edges = [EdgeSpec(source, target, p) for source, row in HABITS.items() for target, p in row.items()]
-    declared = StepGraph(lambda: 0.0, discount_s=10.0)
+    declared = StepGraph(lambda: 0.0, GraphConfig(discount_s=10.0))
     declared.add_workflow(WorkflowSpec("declared", agents, edges)).start("plan")
     for agent in HABITS:
         assert graph.reuse(agent) == pytest.approx(declared.reuse(agent), abs=0.05)
@@ -78,7 +79,7 @@ def test_old_habits_fade():
     assert learned.probability("a", "b") < 0.02
     learned.observe("session", "a")
     assert graph.steps("c") == 1
-    assert graph.steps("b") == math.inf  # below the floor: no edge is left
+    assert graph.steps("b") == math.inf  # below min_probability: no edge is left
 
 
 def test_sessions_are_told_apart():
@@ -119,7 +120,7 @@ def test_memory_is_bounded():
 
 
 def test_a_graph_without_room_for_edges_still_counts_calls():
-    graph = StepGraph(max_edges=1)
+    graph = StepGraph(config=GraphConfig(max_edges=1))
     learned = LearnedTransitions(graph)
     for agent in "abcabcabc":
         learned.observe("session", agent)
@@ -131,7 +132,7 @@ def test_a_graph_without_room_for_edges_still_counts_calls():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decay": 0.0}, "got decay=0.0, prior=0.5, floor=0.02; accepted: 0 < decay <= 1"),
+        ({"decay": 0.0}, "got decay=0.0, prior=0.5, min_probability=0.02; accepted: 0 < decay <= 1"),
         ({"max_agents": 1}, "got max_agents=1, .* accepted: 2 or more agents"),
     ],
 )

@@ -6,8 +6,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from tenure.serving.workflow.config import GraphConfig
 from tenure.serving.workflow.graph import StepGraph
-from tenure.serving.workflow.plot import MAX_DRAWN, draw_svg
+from tenure.serving.workflow.plot import draw_svg
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
 
@@ -21,7 +22,7 @@ def test_every_agent_is_drawn_with_its_value():
         EdgeSpec("a1", "a1", 0.25),
         EdgeSpec("a2", "idle", 0.5),
     ]
-    graph = StepGraph(lambda: 0.0, discount_s=20.0)
+    graph = StepGraph(lambda: 0.0, GraphConfig(discount_s=20.0))
     graph.add_workflow(WorkflowSpec("ring", [*agents, AgentSpec("alone")], edges)).start("a0")
     svg = draw_svg(graph, "ring")
     shown = texts(svg)
@@ -42,6 +43,6 @@ def test_an_empty_workflow_and_one_too_large():
     graph = StepGraph()
     graph.add_workflow("empty")
     assert texts(draw_svg(graph, "empty")) == []
-    graph.add_workflow(WorkflowSpec("large", [AgentSpec(f"a{i}") for i in range(MAX_DRAWN + 1)]))
+    graph.add_workflow(WorkflowSpec("large", [AgentSpec(f"a{i}") for i in range(201)]))
     with pytest.raises(ValueError, match="the workflow 'large' has 201 agents; up to 200 can be drawn"):
         draw_svg(graph, "large")

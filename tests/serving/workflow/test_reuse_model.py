@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenure.serving.workflow import reuse_model as reuse_module
-from tenure.serving.workflow.durations import MEMORY, PRIOR, Duration
+from tenure.serving.workflow.config import DurationConfig, GraphConfig, ReuseConfig, TransitionConfig
+from tenure.serving.workflow.durations import Duration
 from tenure.serving.workflow.graph import StepGraph
 from tenure.serving.workflow.reuse_model import FirstPassage
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
-from tenure.serving.workflow.workflow import TRUST
 
 DISCOUNT_S = 10.0
+MEMORY, PRIOR_WEIGHT = DurationConfig.memory, DurationConfig.prior_weight
 RUNS = 3000
 NOISE = 3.5 * 0.5 / math.sqrt(RUNS)  # of a mean of numbers from 0 to 1
 Draw = Callable[[float, float, random.Random], float]
@@ -88,9 +88,17 @@ def sampled(spec: WorkflowSpec, first: str, draw: Draw = shifted_exponential, el
     return {name: value / RUNS for name, value in total.items()}
 
 
-def computed(spec: WorkflowSpec, first: str, elapsed: float = 0.0) -> dict[str, float]:
+SMALL = ReuseConfig(max_exact_targets=3)  # larger workflows are not solved exactly
+
+
+def computed(
+    spec: WorkflowSpec,
+    first: str,
+    elapsed: float = 0.0,
+    reuse: ReuseConfig = ReuseConfig(),  # noqa: B008
+) -> dict[str, float]:
     seconds = [0.0]
-    graph = StepGraph(lambda: seconds[0], discount_s=DISCOUNT_S)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=DISCOUNT_S, reuse=reuse))
     graph.add_workflow(spec).start(first)
     seconds[0] = elapsed
     return {agent.name: graph.reuse(agent.name) for agent in spec.agents}
@@ -120,7 +128,7 @@ BRANCHES = WorkflowSpec(
 )
 
 
-def test_calls_that_the_edges_do_not_foretell_are_counted_with():
+def test_unpredicted_calls_are_modelled():
     """A ring and a branch whose edges are right in two of three calls; else any agent comes."""
     names = ["a", "b", "c", "d"]
     specs = agents(*names)
@@ -145,21 +153,21 @@ def test_calls_that_the_edges_do_not_foretell_are_counted_with():
     for name, value in sampled(WorkflowSpec("true", specs, true), "a").items():
         assert passage.after.reuse[0, index[name]] == pytest.approx(value, abs=NOISE), name
     assert (passage.after.reach == 1).all()
-    began = np.stack([passage.beginning(agent).reuse for agent in range(4)])
+    began = np.stack([passage.from_start(agent).reuse for agent in range(4)])
     after_a = np.array([true[0].probability, true[1].probability])
     others = np.delete(began, [1, 2], 0).sum(0) * (1 - accuracy) / 4
-    assert passage.ended(0).reuse == pytest.approx(after_a @ began[1:3] + others)
-    once, never = passage.ended(0), passage.ended(0, repeating=0.0)
+    assert passage.from_end(0).reuse == pytest.approx(after_a @ began[1:3] + others)
+    once, never = passage.from_end(0), passage.from_end(0, repeat_factor=0.0)
     assert once.reuse - never.reuse == pytest.approx(np.array([(1 - accuracy) / 4, 0, 0, 0])), "what it had of the rest"
-    assert passage.ended(0, repeating=1e9).reach[0] == passage.ended(0, repeating=1e9).reuse[0] == 1.0
-    assert (passage.ended(0).reuse == once.reuse).all(), "rows are copies"
+    assert passage.from_end(0, repeat_factor=1e9).reach[0] == passage.from_end(0, repeat_factor=1e9).reuse[0] == 1.0
+    assert (passage.from_end(0).reuse == once.reuse).all(), "rows are copies"
 
 
-def test_calls_that_were_seen_count_beside_the_edges():
-    """Eight calls of `a` are what its edge is believed for: it names b, and c has followed eight times more."""
+def test_observed_transitions_are_blended_with_edges():
+    """The edge of `a` to b counts as eight calls, and c has followed in eight more."""
     branches = [{1: 1.0}, {0: 1.0}, {0: 1.0}]
     legs = np.full(3, 0.5)
-    seen = FirstPassage(branches, [False] * 3, legs, 1.0, [{2: TRUST}, {}, {}])
+    seen = FirstPassage(branches, [False] * 3, legs, 1.0, [{2: TransitionConfig.edge_weight}, {}, {}])
     told = FirstPassage([{1: 0.5, 2: 0.5}, {0: 1.0}, {0: 1.0}], [False] * 3, legs)
     assert seen.after.reuse == pytest.approx(told.after.reuse) and seen.after.reach == pytest.approx(told.after.reach)
 
@@ -167,7 +175,7 @@ def test_calls_that_were_seen_count_beside_the_edges():
 def test_a_workflow_learns_how_often_its_edges_are_right():
     seconds, draws = [0.0], random.Random(1)
     names = [f"a{i}" for i in range(6)]
-    graph = StepGraph(lambda: seconds[0], discount_s=1.0)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=1.0))
     edges = [EdgeSpec(s, t) for s, t in zip(names, names[1:] + names[:1], strict=True)]
     specs = [AgentSpec(name, call_s=1.0, call_spread_s=0.0) for name in names]
     flow = graph.add_workflow(WorkflowSpec("ring", specs, edges))
@@ -192,10 +200,10 @@ def test_a_workflow_learns_how_often_its_edges_are_right():
 
 
 @pytest.mark.parametrize("pause", [0.0, 2.0])
-def test_who_was_just_called_may_go_where_there_is_time_to_bring_up_another(pause: float):
+def test_the_agent_just_called_is_worth_less_if_there_is_time_to_load_another(pause: float):
     seconds, draws = [0.0], random.Random(3)
     names = [f"a{i}" for i in range(6)]
-    graph = StepGraph(lambda: seconds[0], discount_s=1.0)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=1.0))
     edges = [EdgeSpec(s, t) for s, t in zip(names, names[1:] + names[:1], strict=True)]
     specs = [AgentSpec(name, call_s=1.0, call_spread_s=0.0, pause_s=pause, pause_spread_s=0.0) for name in names]
     flow = graph.add_workflow(WorkflowSpec("ring", specs, edges))
@@ -212,10 +220,10 @@ def test_who_was_just_called_may_go_where_there_is_time_to_bring_up_another(paus
 
 
 @pytest.mark.parametrize("habit", [True, False])
-def test_what_always_comes_instead_becomes_a_habit(habit):
+def test_repeated_unpredicted_calls_become_a_habit(habit):
     """Half of the calls of a ring of eight go elsewhere: for each agent to the same one, or anywhere."""
     seconds, draws, names = [0.0], random.Random(2), [f"a{i}" for i in range(8)]
-    graph = StepGraph(lambda: seconds[0], discount_s=1.0)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=1.0))
     edges = [EdgeSpec(s, t) for s, t in zip(names, names[1:] + names[:1], strict=True)]
     specs = [AgentSpec(name, call_s=1.0, call_spread_s=0.0) for name in names]
     flow = graph.add_workflow(WorkflowSpec("ring", specs, edges))
@@ -229,21 +237,23 @@ def test_what_always_comes_instead_becomes_a_habit(habit):
     flow.start(names[at])
     value = [graph.reuse(names[(at + step) % 8]) for step in range(8)]
     others = [value[step] for step in (2, 3, 5, 6, 7)]
-    assert graph.is_near(names[(at + 1) % 8])
+    assert graph.is_observed_successor(names[(at + 1) % 8])
     if habit:
         assert value[4] > 2 * max(others) and value[4] == pytest.approx(value[1], rel=0.5)
-        assert graph.is_near(names[(at + 4) % 8]) and not any(graph.is_near(names[(at + n) % 8]) for n in (2, 3, 5, 6))
+        assert graph.is_observed_successor(names[(at + 4) % 8]) and not any(
+            graph.is_observed_successor(names[(at + n) % 8]) for n in (2, 3, 5, 6)
+        )
     else:
         assert value[1] > 2 * value[4]
     flow.remove_agent(names[(at + 4) % 8])
     flow.add_agent("new")
-    assert not flow.is_near("new"), "what was learned of an agent goes with it"
+    assert not flow.is_observed_successor("new"), "what was learned of an agent goes with it"
 
 
-def test_an_agent_that_was_not_called_yet_is_taken_for_the_others():
+def test_an_agent_without_observations_has_the_durations_of_all():
     """Where its durations were not declared."""
     seconds = [0.0]
-    graph = StepGraph(lambda: seconds[0], discount_s=DISCOUNT_S)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=DISCOUNT_S))
     told = AgentSpec("told", call_s=7.0, call_spread_s=0.0, pause_s=0.0)
     specs = [AgentSpec("a"), AgentSpec("b"), told, AgentSpec("c")]
     flow = graph.add_workflow(WorkflowSpec("w", specs, [EdgeSpec(s.name, t.name) for s, t in pairwise(specs)], ["a"]))
@@ -259,7 +269,7 @@ def test_an_agent_that_was_not_called_yet_is_taken_for_the_others():
 
 def test_the_discount_follows_what_steps_take():
     seconds = [0.0]
-    graph = StepGraph(lambda: seconds[0], default_s=5.0)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(default_call_s=5.0))
     flow = graph.add_workflow(WorkflowSpec("w", agents("a", "b"), [EdgeSpec("a", "b"), EdgeSpec("b", "a")]))
     other = graph.add_workflow(WorkflowSpec("other", agents("c"), []))
     assert graph.rate == 1 / 2.0
@@ -269,7 +279,7 @@ def test_the_discount_follows_what_steps_take():
         seconds[0] += 10
         flow.finish(agent)
         seconds[0] += 20
-    assert graph.rate == 1 / 2.0, "it changes where it is told of"
+    assert graph.rate == 1 / 2.0, "it changes where it is reported"
     assert graph.changed_reuse() == {"a", "b", "c"} and other
     assert graph.rate == pytest.approx(1 / 12)
     flow.start("a")
@@ -277,14 +287,14 @@ def test_the_discount_follows_what_steps_take():
     assert graph.seconds("b") == pytest.approx(30, rel=0.1)
 
 
-def test_what_is_far_is_worth_the_copy_that_brings_it_back():
+def test_a_far_call_is_worth_a_reload():
     names = [f"a{i}" for i in range(10)]
-    graph = StepGraph(lambda: 0.0, discount_s=0.4)
+    graph = StepGraph(lambda: 0.0, GraphConfig(discount_s=0.4))
     edges = [EdgeSpec(s, t) for s, t in zip(names, names[1:] + names[:1], strict=True)]
     specs = [AgentSpec(name, call_s=1.0, call_spread_s=0.0) for name in names]
     graph.add_workflow(WorkflowSpec("ring", [*specs, AgentSpec("never")], edges)).start("a0")
-    worth = [graph.worth(name) for name in [*names[1:], "a0"]]
-    assert worth == sorted(worth, reverse=True) and graph.worth("never") == 0.0
+    worth = [graph.retention_value(name) for name in [*names[1:], "a0"]]
+    assert worth == sorted(worth, reverse=True) and graph.retention_value("never") == 0.0
     assert worth[0] == pytest.approx(graph.reuse("a1"), rel=0.02)
     assert worth[-1] == pytest.approx(0.001 * math.exp(-10 / 6.4), rel=0.01)
     assert graph.reuse("a0") < 1e-4 * worth[-1]
@@ -295,7 +305,7 @@ def test_small_chances_are_told_apart_in_forks():
     names = [f"a{i}" for i in range(12)]
     edges = [EdgeSpec(s, t) for s, t in pairwise(names)] + [EdgeSpec("a0", "side"), EdgeSpec(names[-1], "a0")]
     specs = [AgentSpec(name, call_s=5.0, call_spread_s=0.0) for name in [*names, "side"]]
-    graph = StepGraph(lambda: 0.0, discount_s=2.0)
+    graph = StepGraph(lambda: 0.0, GraphConfig(discount_s=2.0))
     graph.add_workflow(WorkflowSpec("w", specs, edges)).start("a0")
     for number in range(1, 12):
         assert graph.reuse(f"a{number}") == pytest.approx(math.exp(-2.5 * number), rel=1e-4)
@@ -403,8 +413,8 @@ def test_expected_visits_give_what_rounds_give(seed):
     choice = np.zeros((count, passage.targets))
     for agent, row in enumerate(branches):
         for way, probability in row.items():
-            choice[agent, passage.gates[way][agent] if is_and[way] else way] = probability
-    direct, rounds = passage._by_visits(choice), passage._by_rounds(choice, np.zeros((count, 0), dtype=np.int64))
+            choice[agent, passage.and_inputs[way][agent] if is_and[way] else way] = probability
+    direct, rounds = passage._solve_linear(choice), passage._iterate(choice, np.zeros((count, 0), dtype=np.int64))
     for name in ("reach", "reuse"):
         assert getattr(direct, name) == pytest.approx(getattr(rounds, name), abs=2e-5)
         assert getattr(passage.onward, name) == pytest.approx(getattr(direct, name), abs=0)
@@ -423,7 +433,7 @@ def test_chances_are_chances(seed):
         draws.sample(names, 2),
     )
     seconds = [0.0]
-    graph = StepGraph(lambda: seconds[0], discount_s=DISCOUNT_S)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=DISCOUNT_S))
     flow = graph.add_workflow(spec)
     for _ in range(10):
         seconds[0] += 1
@@ -450,7 +460,7 @@ def test_an_agent_nothing_leads_to_has_no_chance():
 
 def test_workflows_that_share_an_agent_add_their_chances():
     spec = WorkflowSpec("w", [AgentSpec("a", call_s=1.0, call_spread_s=0.0), AgentSpec("b")], [EdgeSpec("a", "b", 0.5)])
-    graph = StepGraph(lambda: 0.0, discount_s=DISCOUNT_S)
+    graph = StepGraph(lambda: 0.0, GraphConfig(discount_s=DISCOUNT_S))
     for name in ("one", "two"):
         graph.add_workflow(spec, name).start("a")
     discount = math.exp(-0.1)
@@ -460,7 +470,7 @@ def test_workflows_that_share_an_agent_add_their_chances():
 
 def test_observed_durations_move_the_expected_time():
     seconds = [0.0]
-    graph = StepGraph(lambda: seconds[0], discount_s=DISCOUNT_S, default_s=5.0)
+    graph = StepGraph(lambda: seconds[0], GraphConfig(discount_s=DISCOUNT_S, default_call_s=5.0))
     flow = graph.add_workflow(
         WorkflowSpec("w", [AgentSpec("a"), AgentSpec("b")], [EdgeSpec("a", "b"), EdgeSpec("b", "a")])
     )
@@ -480,7 +490,7 @@ def test_observed_durations_move_the_expected_time():
     assert graph.seconds("b") == pytest.approx(1.0, rel=0.05)
 
 
-def test_large_workflows_follow_the_most_probable_path(monkeypatch):
+def test_large_workflows_follow_the_most_probable_path():
     """On a graph with one way to each agent the two ways to compute agree."""
     chain = [f"a{i}" for i in range(8)]
     spec = WorkflowSpec(
@@ -489,9 +499,8 @@ def test_large_workflows_follow_the_most_probable_path(monkeypatch):
         [*(EdgeSpec(s, t, 0.9) for s, t in pairwise(chain)), EdgeSpec("a2", "side", 0.1)],
     )
     exact = computed(spec, "a0")
-    monkeypatch.setattr(reuse_module, "EXACT_TARGETS", 3)
-    assert computed(spec, "a0") == pytest.approx(exact, abs=1e-4)
-    graph = StepGraph(lambda: 0.0, discount_s=DISCOUNT_S)
+    assert computed(spec, "a0", reuse=SMALL) == pytest.approx(exact, abs=1e-4)
+    graph = StepGraph(lambda: 0.0, GraphConfig(discount_s=DISCOUNT_S, reuse=SMALL))
     flow = graph.add_workflow(spec)
     flow.start("a0")
     graph.reuse("a1")
@@ -502,12 +511,11 @@ def test_large_workflows_follow_the_most_probable_path(monkeypatch):
     assert graph.reuse("a1") == 0.0
 
 
-def test_large_workflows_learn_how_long_calls_take(monkeypatch):
+def test_large_workflows_learn_how_long_calls_take():
     """Calls that were said to take 5 s take half a second: the next one is soon expected after that."""
-    monkeypatch.setattr(reuse_module, "EXACT_TARGETS", 3)
     now = [0.0]
     names = [f"a{i}" for i in range(6)]
-    graph = StepGraph(lambda: now[0], discount_s=10.0)
+    graph = StepGraph(lambda: now[0], GraphConfig(discount_s=10.0, reuse=SMALL))
     edges = [EdgeSpec(s, t) for s, t in zip(names, names[1:] + names[:1], strict=True)]
     flow = graph.add_workflow(WorkflowSpec("ring", [AgentSpec(name, call_s=5.0) for name in names], edges))
     flow.start("a0")
@@ -548,7 +556,7 @@ def test_the_discount_of_a_duration():
 
 
 @pytest.mark.parametrize("sigma", [1.0, 2.0])
-def test_of_waits_that_vary_much_the_last_ones_are_the_law(sigma: float):
+def test_wide_waits_use_the_last_observations(sigma: float):
     draws = np.random.default_rng(0)
     truth = draws.lognormal(0.0, sigma, 200_000)
     for elapsed in (0.0, 1.0, 5.0):
@@ -565,23 +573,23 @@ def test_of_waits_that_vary_much_the_last_ones_are_the_law(sigma: float):
         assert sigma < 2 or elapsed or np.mean(errors) < np.mean(by_mean) / 2
 
 
-def test_one_wait_without_end_is_one_of_many_and_what_was_known_counts_for_few():
+def test_one_endless_wait_is_one_of_many_and_the_prior_has_little_weight():
     duration = Duration(1.0, 1.0)
     for seconds in (0.5, 1.5, 1.0, 0.2, 1e6):
         duration.observe(seconds)
-    before = PRIOR / (1 + 1.0)
+    before = PRIOR_WEIGHT / (1 + 1.0)
     seen = sum(math.exp(-seconds) for seconds in (0.5, 1.5, 1.0, 0.2))
-    assert duration.discount(1.0) == pytest.approx((before + seen) / (PRIOR + 5))
-    assert duration.discount(1.0, elapsed=1.2) == pytest.approx((before + math.exp(-0.3)) / (PRIOR + 2))
+    assert duration.discount(1.0) == pytest.approx((before + seen) / (PRIOR_WEIGHT + 5))
+    assert duration.discount(1.0, elapsed=1.2) == pytest.approx((before + math.exp(-0.3)) / (PRIOR_WEIGHT + 2))
     for seconds in [*[0.1, 2.0] * MEMORY]:
         duration.observe(seconds)
     half = MEMORY / 2 * (math.exp(-0.1) + math.exp(-2.0))
-    assert duration.discount(1.0) == pytest.approx((before + half) / (PRIOR + MEMORY)), "it forgets"
+    assert duration.discount(1.0) == pytest.approx((before + half) / (PRIOR_WEIGHT + MEMORY)), "it forgets"
 
 
-def test_what_was_known_of_an_agent_of_which_nothing_was_told_is_how_the_others_are():
+def test_the_prior_of_an_undeclared_agent_is_the_duration_of_all():
     others, own = Duration(0.0, 0.0), Duration(0.0, 0.0)
-    own.like = others
+    own.prior = others
     assert own.discount(1.0) == 1.0
     for seconds in (1.0, 9.0, 1.0, 9.0):
         others.observe(seconds)
@@ -589,7 +597,7 @@ def test_what_was_known_of_an_agent_of_which_nothing_was_told_is_how_the_others_
     for seconds in (3.0, 0.5):
         own.observe(seconds)
     seen = math.exp(-3.0) + math.exp(-0.5)
-    assert own.discount(1.0) == pytest.approx((PRIOR * others.discount(1.0) + seen) / (PRIOR + 2))
+    assert own.discount(1.0) == pytest.approx((PRIOR_WEIGHT * others.discount(1.0) + seen) / (PRIOR_WEIGHT + 2))
 
 
 def test_a_duration_has_numbers():
