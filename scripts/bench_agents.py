@@ -179,7 +179,7 @@ def prepared(session: Session, workload: Workload, how: Compression | None) -> d
     from ..serving.prompt_cache import PromptKV
 
     kv = PromptKV(session)
-    return {agent: kv.computed(prompt, how) for agent, prompt in workload.fixed.items()}
+    return {agent: kv.compute(prompt, how) for agent, prompt in workload.fixed.items()}
 
 
 def row(
@@ -197,7 +197,7 @@ def row(
     `agents_fit` is how many fixed prompts, as they are stored, the device pool has room for.
     """
     from ..serving import MemoryPool
-    from ..serving.simulation.simulator import quantile
+    from ..serving.simulation.results import quantile
 
     charge = MemoryPool(setting.device_bytes).charge
     stored = statistics.mean(charge(payload) for payload in warm.values())
@@ -253,10 +253,10 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def write(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """The fields of a `Row` of `tenure simulate`, no more."""
-    from ..serving.simulation.simulator import Row
+    """The fields of a `SimulationRow` of `tenure simulate`, no more."""
+    from ..serving.simulation.results import SimulationRow
 
-    rows = [{field.name: each[field.name] for field in fields(Row)} for each in rows]
+    rows = [{field.name: each[field.name] for field in fields(SimulationRow)} for each in rows]
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")

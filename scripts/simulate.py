@@ -15,7 +15,7 @@ import tyro
 from .simulate_output import Comparison, show_comparison, show_study, study_rows, write_rows
 
 if TYPE_CHECKING:
-    from ..serving.simulation.config import Setup
+    from ..serving.simulation.config import SimulationSetup
 
 
 @dataclass
@@ -65,9 +65,9 @@ class Config:
 
     @property
     def processes(self) -> int:
-        from ..serving.simulation.study import cores
+        from ..serving.simulation.study import available_cores
 
-        return self.jobs or cores()
+        return self.jobs or available_cores()
 
 
 def main(config: Config) -> int:
@@ -90,7 +90,7 @@ def main(config: Config) -> int:
     return 0
 
 
-def _chosen(setup: Setup, config: Config) -> Setup:
+def _chosen(setup: SimulationSetup, config: Config) -> SimulationSetup:
     """Only the cells, policies and repeats that the command line asks for."""
     from dataclasses import replace
 
@@ -103,10 +103,10 @@ def _chosen(setup: Setup, config: Config) -> Setup:
     return replace(setup, cells=cells, repeats=config.repeats or setup.repeats)
 
 
-def compare(setup: Setup, jobs: int) -> list[Comparison]:
+def compare(setup: SimulationSetup, jobs: int) -> list[Comparison]:
     """Runs every policy of every cell with every seed."""
     from ..serving.simulation.simulator import simulate
-    from ..serving.simulation.study import run_all
+    from ..serving.simulation.study import run_parallel
 
     seeds = range(setup.seed, setup.seed + setup.repeats)
     tasks = [
@@ -116,7 +116,7 @@ def compare(setup: Setup, jobs: int) -> list[Comparison]:
         for seed in seeds
     ]
     with _progress(setup.name, len(tasks)) as ended:
-        outcomes = iter(run_all(tasks, jobs, ended))
+        outcomes = iter(run_parallel(tasks, jobs, ended))
     return [
         Comparison(setup, cell, {policy: [next(outcomes) for _ in seeds] for policy in setup.policies})
         for cell in setup.cells
@@ -133,7 +133,7 @@ def _progress(name: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(bar)
 
 
-def _study(setup: Setup, config: Config) -> int:
+def _study(setup: SimulationSetup, config: Config) -> int:
     from ..serving.simulation.plots import draw_study
     from ..serving.simulation.study import questions_for, run_study
 
@@ -155,21 +155,20 @@ def _study(setup: Setup, config: Config) -> int:
 
 def _trace(config: Config) -> int:
     """Replays a trace under every policy, beside the makespan that was recorded."""
-    from ..serving.simulation.config import Cell, Setup, load_setup
+    from ..serving.simulation.config import SimulationCell, SimulationSetup, load_setup
     from ..serving.simulation.simulator import machine_of, replay
-    from ..serving.simulation.study import run_all
+    from ..serving.simulation.study import run_parallel
     from ..serving.simulation.trace import read_trace
-    from ..serving.simulation.workload import Workload
+    from ..serving.simulation.workload import WorkloadConfig
 
     path = config.trace or ""
     trace = read_trace(path)
     machine = load_setup(config.setups[0], config.set).cells[0].machine if config.setups else machine_of(trace)
-    cell = Cell(Path(path).name, machine, Workload())
-    setup = _chosen(
-        Setup(Path(path).stem, f"trace {path}: {len(trace.calls)} calls", "replayed", (cell,), repeats=1), config
-    )
+    cell = SimulationCell(Path(path).name, machine, WorkloadConfig())
+    title = f"trace {path}: {len(trace.calls)} calls"
+    setup = _chosen(SimulationSetup(Path(path).stem, title, "replayed", (cell,), repeats=1), config)
     begun = time.perf_counter()
-    outcomes = run_all([partial(replay, machine, trace, policy) for policy in setup.policies], config.processes)
+    outcomes = run_parallel([partial(replay, machine, trace, policy) for policy in setup.policies], config.processes)
     by_policy = {policy: [outcome] for policy, outcome in zip(setup.policies, outcomes, strict=True)}
     comparison = Comparison(setup, cell, by_policy, recorded_s=trace.makespan_s)
     show_comparison([comparison], time.perf_counter() - begun, config.processes)
@@ -178,11 +177,11 @@ def _trace(config: Config) -> int:
     return 0
 
 
-def _extras(setup: Setup, comparisons: Sequence[Comparison], config: Config) -> None:
+def _extras(setup: SimulationSetup, comparisons: Sequence[Comparison], config: Config) -> None:
     """Pictures and a recorded trace of the first cell."""
-    from ..serving.simulation.driver import Timeline
     from ..serving.simulation.plots import draw_speedups, draw_timelines
     from ..serving.simulation.simulator import simulate
+    from ..serving.simulation.timeline import Timeline
     from ..serving.simulation.trace import TraceRecorder
 
     cell = setup.cells[0]

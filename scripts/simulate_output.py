@@ -15,9 +15,9 @@ from .benching import make_console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..serving.simulation.config import Cell, Setup
-    from ..serving.simulation.simulator import Outcome, Row
-    from ..serving.simulation.study import Point
+    from ..serving.simulation.config import SimulationCell, SimulationSetup
+    from ..serving.simulation.results import SimulationResult, SimulationRow
+    from ..serving.simulation.study import StudyPoint
 
 SUMMED = ("bytes_moved", "stall_s")
 BYTES = ("bytes_moved", "bytes_wasted")
@@ -32,9 +32,9 @@ class Comparison:
         recorded_s: of a trace that was replayed, its own makespan.
     """
 
-    setup: Setup
-    cell: Cell
-    outcomes: Mapping[str, Sequence[Outcome]]
+    setup: SimulationSetup
+    cell: SimulationCell
+    outcomes: Mapping[str, Sequence[SimulationResult]]
     recorded_s: float | None = None
 
     def all_ratios(self, baseline: str) -> dict[str, list[float]]:
@@ -49,9 +49,9 @@ class Comparison:
     def paper(self, policy: str, baseline: str) -> float | None:
         return self.cell.paper.get(baseline) if policy == self.cell.paper_policy else None
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SimulationRow]:
         """One for each policy and baseline."""
-        from ..serving.simulation.simulator import row_of
+        from ..serving.simulation.results import row_of
 
         rows = []
         for baseline in self.setup.baselines:
@@ -152,7 +152,7 @@ def _summary(cells: Sequence[Comparison], policy: str, baseline: str) -> list[st
     return [f"{statistics.geometric_mean(ratios):.4f}", f"{moved / 1e9:.0f}", f"{stalled:.0f}", f"{p99:.3f}"]
 
 
-def _mean(outcomes: Sequence[Outcome], field: str, form: str) -> str:
+def _mean(outcomes: Sequence[SimulationResult], field: str, form: str) -> str:
     return format(statistics.fmean(getattr(outcome, field) for outcome in outcomes), form)
 
 
@@ -166,7 +166,7 @@ def _ratio(comparison: Comparison, policy: str, baseline: str) -> str:
     return shown + ("" if paper is None else f" ({paper:.2f})")
 
 
-def show_study(setup: Setup, points: Sequence[Point], baseline: str) -> None:
+def show_study(setup: SimulationSetup, points: Sequence[StudyPoint], baseline: str) -> None:
     """A table a question, and the points that are slower than the baseline by more than is promised."""
     from rich.table import Table
 
@@ -187,11 +187,11 @@ def show_study(setup: Setup, points: Sequence[Point], baseline: str) -> None:
         console.print(f"no policy is slower than {baseline} by more than 3 % anywhere")
 
 
-def study_rows(name: str, points: Sequence[Point], baseline: str) -> list[Row]:
-    from ..serving.simulation.simulator import row_of
+def study_rows(name: str, points: Sequence[StudyPoint], baseline: str) -> list[SimulationRow]:
+    from ..serving.simulation.results import row_of
 
     return [
-        row_of(f"{name}/{point.question}/{point.value}/vs_{baseline}", point.policy, point.outcomes, point.ratio)
+        row_of(f"{name}/{point.question}/{point.value}/vs_{baseline}", point.policy, point.results, point.ratio)
         for point in points
     ]
 

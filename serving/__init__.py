@@ -1,4 +1,4 @@
-"""Step graph, prefix tree, tiers of memory, the order of eviction, prefetch and the scheduler."""
+"""Workflow-aware serving: step graphs, a tiered prefix cache, eviction policies, prefetch, scheduler and engine."""
 
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.serving', not {__name__!r}: a second name would give duplicate classes")
@@ -30,9 +30,9 @@ from .metrics import SchedulerMetrics, TierMetrics
 from .prediction import Measure, NextCallPredictor
 from .prefetch import PrefetchConfig, Prefetcher, PrefetchMetrics
 from .prompt_cache import Compression, PromptKV
-from .request import Ended, Request, RequestOutput, StorePolicy, Times
+from .request import FinishReason, Request, RequestOutput, RequestTimes, StorePolicy
 from .scheduler.config import SchedulerConfig
-from .scheduler.request_state import Decode, Prefill, Work
+from .scheduler.request_state import ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .scheduler.scheduler import Scheduler
 from .simulation.clock import LinkSpeed, VirtualClock, VirtualTransfer
 from .system import System, build_system, system_names
@@ -57,14 +57,13 @@ __all__ = [
     "Belady",
     "CacheHandle",
     "Compression",
-    "Decode",
     "DiskPool",
     "EdgeSpec",
-    "Ended",
     "Engine",
     "Estimates",
     "EvictionPolicy",
     "ExpectedTime",
+    "FinishReason",
     "Hint",
     "HintReader",
     "KVPayload",
@@ -81,10 +80,13 @@ __all__ = [
     "PrefetchConfig",
     "PrefetchMetrics",
     "Prefetcher",
-    "Prefill",
     "PromptKV",
     "Request",
     "RequestOutput",
+    "RequestTimes",
+    "ScheduledBatch",
+    "ScheduledDecode",
+    "ScheduledPrefill",
     "Scheduler",
     "SchedulerConfig",
     "SchedulerMetrics",
@@ -100,11 +102,9 @@ __all__ = [
     "TierMetrics",
     "TierPolicy",
     "TieredCache",
-    "Times",
     "Urgency",
     "VirtualClock",
     "VirtualTransfer",
-    "Work",
     "Workflow",
     "WorkflowSpec",
     "WriteBack",

@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..request import StorePolicy
-from ..workflow.spec import MAX_NAME
+from ..request import MAX_NAME, StorePolicy
 from .hint import DEFAULT_TTL_S, MAX_TTL_S, NEUTRAL, Action, ActionKind, Hint, SessionAction, normalised, session_agent
 
 MAX_ITEMS = 1024  # of a list or a mapping
@@ -430,7 +429,7 @@ def request_fields(hint: Hint) -> dict[str, Any]:
         "session": hint.session,
         "client": hint.client or None,
         "priority": hint.priority,
-        "keep": hint.keep,
+        "store_policy": hint.keep,
         "expected_tokens": hint.expected_tokens,
         "fixed_tokens": hint.fixed_tokens,
     }

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tenure.serving import Hint, RequestOutput, Tier, build_system, system_names
+from tenure.serving import FinishReason, Hint, Tier, build_system, system_names
 from tenure.serving.hints import Action, ActionKind, SessionAction
 
 
@@ -100,7 +100,7 @@ def test_a_request_under_the_name_of_anothers_agent_is_nobodys(make_driver, ring
     end, version = tiers.tree.ends["a"], workflow.version
     other = [9] * 20
     answer = driver.serve("r", [*other, 1], agent="a", workflow="ring", fixed_tokens=20, client="mallory")
-    assert answer.outcome is RequestOutput.ANSWERED and workflow.version == version and not workflow.running
+    assert answer.finish_reason is FinishReason.ANSWERED and workflow.version == version and not workflow.running
     assert tiers.tree.ends["a"] is end and tiers.match(other).length == 20, "its KV is kept as any other"
     assert not tiers.match(other).nodes[-1].fixed
 
@@ -126,11 +126,11 @@ def test_the_prompt_of_a_request_that_waits_is_not_the_first_to_go(make_driver, 
     predictor = driver.system.predictor
     assert predictor.steps("a") == predictor.next_steps("a") == predictor.due("a") == 0.0
     assert predictor.reuse("a") == 1.0
-    driver.finish(driver.works[-1][1])
+    driver.finish(driver.batches[-1][1])
     driver.run(lambda: any(e.request.id == "blocker" for e in driver.ended))
     driver.begin()
     assert predictor.steps("a") == 3.0, "admitted: its lease keeps the prompt, what counts is its next turn"
-    driver.finish(driver.works[-1][1])
+    driver.finish(driver.batches[-1][1])
 
 
 def test_the_workflow_hears_of_calls_and_their_ends(make_driver, ring, prompt_of):

@@ -1,0 +1,109 @@
+"""A priority queue whose items can be re-prioritised and removed in place: a binary heap with lazy deletion."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterator
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item", bound=Hashable)
+STALE_RATIO, STALE_SLACK = 4, 64  # a heap is rebuilt beyond STALE_RATIO * live + STALE_SLACK entries
+
+
+class LazyHeap(Generic[Item]):
+    """Items by priority, smallest first; equal priorities in the order of their last `push`.
+
+    `push` and `pop` cost O(log n) amortised, `discard` O(1). A replaced or discarded item leaves a stale entry, which
+    is skipped when it surfaces; when stale entries dominate, the heap is rebuilt, so memory stays O(live items).
+
+    Items are compared by hash and equality only, never ordered. Not synchronised.
+
+    Attributes:
+        entries: the live items, each with its (priority, number of the push, item). The same dictionary for the life of
+            the heap, so a reader may keep it; only the heap writes to it.
+    """
+
+    __slots__ = ("_heap", "_pushes", "entries")
+
+    def __init__(self) -> None:
+        self.entries: dict[Item, tuple[Any, int, Item]] = {}
+        self._heap: list[tuple[Any, int, Item]] = []
+        self._pushes = 0
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.entries
+
+    def __iter__(self) -> Iterator[Item]:
+        """The items in no particular order; not to be changed meanwhile."""
+        return iter(self.entries)
+
+    def priority(self, item: Item) -> Any | None:
+        """The priority of `item`; None if it is not queued."""
+        entry = self.entries.get(item)
+        return None if entry is None else entry[0]
+
+    def push(self, item: Item, priority: Any) -> None:
+        """Adds `item`, or gives it another priority; either way it comes last among equal priorities.
+
+        Args:
+            priority: a number or a tuple that is comparable with the others, without NaN.
+        """
+        self._pushes += 1
+        entry = self.entries[item] = priority, self._pushes, item
+        heap = self._heap
+        if heap and heap[0][2] is item:  # its old entry is at the top: one sift instead of two
+            heapq.heapreplace(heap, entry)
+            return
+        heapq.heappush(heap, entry)
+        if len(heap) > STALE_RATIO * len(self.entries) + STALE_SLACK:
+            self._heap = list(self.entries.values())
+            heapq.heapify(self._heap)
+
+    def discard(self, item: Item) -> bool:
+        """Removes `item`; False if it was not queued."""
+        return self.entries.pop(item, None) is not None
+
+    def peek(self) -> Item | None:
+        """The first item, which stays; None if the heap is empty."""
+        heap, entries = self._heap, self.entries
+        while heap:
+            item = heap[0][2]
+            if entries.get(item) is heap[0]:
+                return item
+            heapq.heappop(heap)
+        return None
+
+    def peek_priority(self) -> Any | None:
+        """The priority of the first item; None if the heap is empty."""
+        heap, entries = self._heap, self.entries
+        while heap:
+            first = heap[0]
+            if entries.get(first[2]) is first:
+                return first[0]
+            heapq.heappop(heap)
+        return None
+
+    def pop(self) -> Item | None:
+        """Removes and returns the first item; None if the heap is empty."""
+        item = self.peek()
+        if item is not None:
+            heapq.heappop(self._heap)
+            del self.entries[item]
+        return item
+
+    def pop_until(self, priority: Any) -> Iterator[Item]:
+        """Removes and yields the items whose priority is at most `priority`, smallest first, e.g. timers that are due.
+
+        Items that are pushed while it runs are yielded too if they are due.
+        """
+        while (first := self.peek_priority()) is not None and first <= priority:
+            item = self.pop()
+            assert item is not None
+            yield item
+
+    def clear(self) -> None:
+        self.entries.clear()
+        self._heap.clear()
