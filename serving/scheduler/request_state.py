@@ -21,11 +21,11 @@ class RequestStatus(Enum):
     """The stage of a request; the value completes the message of a timeout."""
 
     WAITING = "it was waiting to be admitted"
-    LOADING = "its KV was on its way"
-    LOADED = "its KV had come, and it was waiting for a place in the batch"
+    LOADING = "its KV was being loaded"
+    LOADED = "its KV was loaded, and it was waiting for a place in the batch"
     PREFILL = "its prompt was being computed"
     DECODE = "its answer was being computed"
-    ENDED = "it was over"
+    ENDED = "it had ended"
 
 
 @dataclass(eq=False)
@@ -239,7 +239,11 @@ class ScheduledBatch:
 
 
 class RequestTimers:
-    """Deadlines of requests; whoever sets one checks, when it is due, whether it still applies."""
+    """Timers of requests: timeouts, and deadlines of their loads. Used under the cache's lock.
+
+    A request has several timers at a time, so they are a plain heap. When one is due, the caller checks whether it
+    still applies.
+    """
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, RequestState]] = []

@@ -109,9 +109,9 @@ class Scheduler:
         if self._closed is not None:
             raise ValueError(f"the scheduler is closed: {self._closed}")
         if request.id in self._requests:
-            raise ValueError(f"there is a request {request.id!r} already that is not over")
+            raise ValueError(f"the id {request.id!r} is in use by a request that has not ended")
         if len(self._admission) >= self.config.max_queued_requests:
-            raise ValueError(f"the queue is full: {self.config.max_queued_requests} waiting requests are accepted")
+            raise ValueError(f"the queue is full: at most {self.config.max_queued_requests} requests may wait")
         capacity = self.tiers.pools[Tier.DEVICE].capacity
         if state.bytes_to_reserve > capacity:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 from ..prefetch import PrefetchConfig
 from ..scheduler.config import SchedulerConfig
 from ..system import system_names
-from .cost_model import Links, RooflineCosts, get_card, get_model_shape
+from .cost_model import Links, RooflineCosts, get_card, get_model_spec
 from .simulator import SimulatedMachine
 from .workload import WorkloadConfig
 
@@ -164,7 +164,7 @@ def read_machine(given: dict[str, Any]) -> SimulatedMachine:
     if link > 0:
         link = 1 / (1 / link + 1 / gathering)
     links = Links(1e9 * link, 1e9 * given.get("disk_gb_s", 0), given.get("latency_s", 0.0))
-    shape = get_model_shape(given.get("model", "llama-3.1-8b"))
+    shape = get_model_spec(given.get("model", "llama-3.1-8b"))
     costs = RooflineCosts(
         get_card(given.get("card", "h100")), shape, links, **{key: given[key] for key in rates if key in given}
     )

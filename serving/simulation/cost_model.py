@@ -99,7 +99,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelSpec:
     """Sizes of a decoder-only model.
 
     Attributes:
@@ -139,8 +139,8 @@ CARDS = {
 # From the models' config.json: parameters, vocabulary × hidden size, layers, query heads × head_dim, KV heads and
 # head_dim.
 MODELS = {
-    "llama-3.1-8b": ModelShape("Llama-3.1-8B", 8.03e9, 128256 * 4096, 32, 4096, 8, 128),
-    "qwen2.5-32b": ModelShape("Qwen2.5-32B", 32.76e9, 152064 * 5120, 64, 5120, 8, 128),
+    "llama-3.1-8b": ModelSpec("Llama-3.1-8B", 8.03e9, 128256 * 4096, 32, 4096, 8, 128),
+    "qwen2.5-32b": ModelSpec("Qwen2.5-32B", 32.76e9, 152064 * 5120, 64, 5120, 8, 128),
 }
 
 
@@ -149,7 +149,7 @@ def get_card(name: str) -> Card:
     return _find(CARDS, name, "card")
 
 
-def get_model_shape(name: str) -> ModelShape:
+def get_model_spec(name: str) -> ModelSpec:
     """The model of that name; ValueError for an unknown one."""
     return _find(MODELS, name, "model")
 
@@ -174,7 +174,7 @@ class RooflineCosts:
     """
 
     card: Card
-    model: ModelShape
+    model: ModelSpec
     links: Links
     compute_share: float = 0.6
     memory_share: float = 0.77

@@ -173,7 +173,7 @@ class Simulator:
                 break
             self.clock.advance_to(due)
         if len(scheduler):
-            raise RuntimeError(f"{len(scheduler)} requests are left and nothing will bring them forward")
+            raise RuntimeError(f"{len(scheduler)} requests are left, and no further event would end them")
         run.cpu_s = time.process_time() - began
         run.events = self._events() - counted
         run.decisions = run.events - (scheduler.metrics.decode_tokens - decoded) + decisions
@@ -383,7 +383,7 @@ def machine_of(trace: Trace) -> SimulatedMachine:
     )
 
 
-# Traces are of one version whatever SchedulerConfig calls its fields: earlier ones have these names, under `limits`.
+# Earlier traces (of the same version) state the scheduler's budgets under `limits`, with these names.
 EARLIER_FIELDS = {
     "batch_tokens": "max_num_batched_tokens",
     "chunk_tokens": "prefill_chunk_size",

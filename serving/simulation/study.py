@@ -1,4 +1,4 @@
-"""The robustness study: every policy on a workload of which the server is told wrong, late or hostile things.
+"""The robustness study: every policy on workloads whose declarations are wrong, outdated or hostile.
 
 Its many simulations run in parallel processes; each gives what it gives alone.
 """

@@ -25,7 +25,7 @@ def before_closing(code: str) -> str:
 
 def test_the_example_runs():
     scope: dict = {}
-    exec(before_closing(next(block for block in blocks() if "TieredTree(" in block)), scope)  # our own documentation
+    exec(before_closing(next(block for block in blocks() if "TieredCache(" in block)), scope)  # our own documentation
     tiers = scope["tiers"]
     assert isinstance(tiers, TieredCache)
     found = tiers.match(scope["prompt"])
@@ -37,7 +37,7 @@ def test_the_example_runs():
 
 def test_the_order_evicts_what_it_says(make_tiers, cached):
     scope: dict = {}
-    exec(next(block for block in blocks() if "(Order)" in block), scope)
+    exec(next(block for block in blocks() if "(EvictionPolicy)" in block), scope)
     order = scope["LargestFirst"]()
     assert isinstance(order, EvictionPolicy)
     tiers = make_tiers(device=20, policy=TierPolicy(order))
@@ -50,8 +50,8 @@ def test_the_order_evicts_what_it_says(make_tiers, cached):
 def test_the_request_is_answered_and_the_hint_taken():
     scope: dict = {}
     exec(next(block for block in blocks() if "build_system(" in block), scope)
-    ended, system = scope["ended"], scope["system"]
-    assert ended.finish_reason is FinishReason.ANSWERED and ended.num_output_tokens == 4
+    output, system = scope["output"], scope["system"]
+    assert output.finish_reason is FinishReason.ANSWERED and output.num_output_tokens == 4
     assert system.tiers.tree.ends["planner"].end == 960
     exec(next(block for block in blocks() if "HintReader" in block), scope)
     assert scope["request"].agent == "planner" and scope["request"].client == "team-a"

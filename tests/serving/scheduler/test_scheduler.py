@@ -171,8 +171,8 @@ def test_timed_out_in_every_state(make_driver):
     driver.submit("late", [*D, 1], 30)
     driver.run()
     states = {
-        "loading": "2 s; its KV was on its way",
-        "loaded": "6 s; its KV had come, and it was waiting for a place in the batch",
+        "loading": "2 s; its KV was being loaded",
+        "loaded": "6 s; its KV was loaded, and it was waiting for a place in the batch",
         "decode": "9 s; its answer was being computed",
         "prefill": "0.1 s; its prompt was being computed",
         "waiting": "1 s; it was waiting to be admitted",
@@ -267,10 +267,10 @@ def test_what_can_never_be_is_refused_at_once(make_driver):
     with pytest.raises(ValueError, match="accepted: one row of integers"):
         driver.submit("r", [[1], [2]])
     driver.submit("r", A)
-    with pytest.raises(ValueError, match="there is a request 'r' already that is not over"):
+    with pytest.raises(ValueError, match="the id 'r' is in use by a request that has not ended"):
         driver.submit("r", A)
     driver.submit("s", B)
-    with pytest.raises(ValueError, match="the queue is full: 2 waiting requests"):
+    with pytest.raises(ValueError, match="the queue is full: at most 2 requests"):
         driver.submit("t", C)
     batch = driver.begin()
     with pytest.raises(ValueError, match="still in flight"):

@@ -14,12 +14,12 @@ from tenure.serving.simulation.cost_model import (
     RooflineCosts,
     fit_costs,
     get_card,
-    get_model_shape,
+    get_model_spec,
 )
 
 
 def costs(name: str = "llama-3.1-8b", on: str = "a10g", link: float = 2e9) -> RooflineCosts:
-    return RooflineCosts(get_card(on), get_model_shape(name), Links(link))
+    return RooflineCosts(get_card(on), get_model_spec(name), Links(link))
 
 
 def test_the_numbers_of_the_papers_set_ups() -> None:
@@ -71,7 +71,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="got 3 measured batches; accepted: 8 or more"):
         fit_costs([(BatchShape(), 1.0)] * 3, Links(1.0))
     with pytest.raises(ValueError, match=r"compute_share=0, .* accepted: shares above 0"):
-        RooflineCosts(get_card("h100"), get_model_shape("qwen2.5-32b"), Links(1.0), compute_share=0)
+        RooflineCosts(get_card("h100"), get_model_spec("qwen2.5-32b"), Links(1.0), compute_share=0)
     with pytest.raises(ValueError, match=r"Qwen2.5-32B does not fit in 88% of A10G"):
         costs("qwen2.5-32b").pool_bytes(0.88)
     with pytest.raises(ValueError, match="unknown card 'h900'; known: h100, a10g"):
