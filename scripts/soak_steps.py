@@ -15,7 +15,8 @@ def random_step(world: World, random: Random) -> str:
     if name == "submit":
         options: dict[str, Any] = {"client": random.choice(["", "", "x", "y"]), "priority": random.random()}
         if random.random() < 0.2:
-            options |= {"timeout_s": random.choice([0.5, 3.0]), "keep": StorePolicy.DISCARD, "expected_tokens": 2}
+            options |= {"timeout_s": random.choice([0.5, 3.0]), "expected_tokens": 2}
+            options |= {"store_policy": StorePolicy.DISCARD}
         suffix = [random.randrange(3) for _ in range(random.randrange(7))]
         world.submit(suffix, random.choice([*AGENTS, None]), random.randrange(60), options)
     elif name == "work":
