@@ -18,9 +18,9 @@ from .output import make_console, write_rows
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..serving.simulation.config import Cell, Setup
-    from ..serving.simulation.simulator import Outcome, Row
-    from ..serving.simulation.study import Point
+    from ..serving.simulation.config import SimulationCell, SimulationSetup
+    from ..serving.simulation.results import SimulationResult, SimulationRow
+    from ..serving.simulation.study import StudyPoint
 
 SUMMED = ("bytes_moved", "stall_s")
 BYTES = ("bytes_moved", "bytes_wasted")
@@ -73,9 +73,9 @@ class SimulateConfig:
 
     @property
     def processes(self) -> int:
-        from ..serving.simulation.study import cores
+        from ..serving.simulation.study import available_cores
 
-        return self.jobs or cores()
+        return self.jobs or available_cores()
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class PolicyComparison:
         recorded_s: recorded makespan of a replayed trace.
     """
 
-    setup: Setup
-    cell: Cell
-    outcomes: Mapping[str, Sequence[Outcome]]
+    setup: SimulationSetup
+    cell: SimulationCell
+    outcomes: Mapping[str, Sequence[SimulationResult]]
     recorded_s: float | None = None
 
     def all_ratios(self, baseline: str) -> dict[str, list[float]]:
@@ -104,9 +104,9 @@ class PolicyComparison:
     def paper(self, policy: str, baseline: str) -> float | None:
         return self.cell.paper.get(baseline) if policy == self.cell.paper_policy else None
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SimulationRow]:
         """One row for each policy and baseline."""
-        from ..serving.simulation.simulator import row_of
+        from ..serving.simulation.results import row_of
 
         rows = []
         for baseline in self.setup.baselines:
@@ -138,7 +138,7 @@ def main(config: SimulateConfig) -> int:
     return 0
 
 
-def _chosen(setup: Setup, config: SimulateConfig) -> Setup:
+def _chosen(setup: SimulationSetup, config: SimulateConfig) -> SimulationSetup:
     """The set-up with the cells, policies and repeats selected on the command line."""
     from dataclasses import replace
 
@@ -151,10 +151,10 @@ def _chosen(setup: Setup, config: SimulateConfig) -> Setup:
     return replace(setup, cells=cells, repeats=config.repeats or setup.repeats)
 
 
-def compare(setup: Setup, jobs: int) -> list[PolicyComparison]:
+def compare(setup: SimulationSetup, jobs: int) -> list[PolicyComparison]:
     """Runs every policy of every cell with every seed."""
     from ..serving.simulation.simulator import simulate
-    from ..serving.simulation.study import run_all
+    from ..serving.simulation.study import run_parallel
 
     seeds = range(setup.seed, setup.seed + setup.repeats)
     tasks = [
@@ -164,7 +164,7 @@ def compare(setup: Setup, jobs: int) -> list[PolicyComparison]:
         for seed in seeds
     ]
     with _progress(setup.name, len(tasks)) as ended:
-        outcomes = iter(run_all(tasks, jobs, ended))
+        outcomes = iter(run_parallel(tasks, jobs, ended))
     return [
         PolicyComparison(setup, cell, {policy: [next(outcomes) for _ in seeds] for policy in setup.policies})
         for cell in setup.cells
@@ -181,7 +181,7 @@ def _progress(name: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(bar)
 
 
-def _study(setup: Setup, config: SimulateConfig) -> int:
+def _study(setup: SimulationSetup, config: SimulateConfig) -> int:
     from ..serving.simulation.plots import draw_study
     from ..serving.simulation.study import questions_for, run_study
 
@@ -203,21 +203,20 @@ def _study(setup: Setup, config: SimulateConfig) -> int:
 
 def _trace(config: SimulateConfig) -> int:
     """Replays a trace under every policy and prints the recorded makespan for comparison."""
-    from ..serving.simulation.config import Cell, Setup, load_setup
+    from ..serving.simulation.config import SimulationCell, SimulationSetup, load_setup
     from ..serving.simulation.simulator import machine_of, replay
-    from ..serving.simulation.study import run_all
+    from ..serving.simulation.study import run_parallel
     from ..serving.simulation.trace import read_trace
-    from ..serving.simulation.workload import Workload
+    from ..serving.simulation.workload import WorkloadConfig
 
     path = config.trace or ""
     trace = read_trace(path)
     machine = load_setup(config.setups[0], config.set).cells[0].machine if config.setups else machine_of(trace)
-    cell = Cell(Path(path).name, machine, Workload())
-    setup = _chosen(
-        Setup(Path(path).stem, f"trace {path}: {len(trace.calls)} calls", "replayed", (cell,), repeats=1), config
-    )
+    cell = SimulationCell(Path(path).name, machine, WorkloadConfig())
+    title = f"trace {path}: {len(trace.calls)} calls"
+    setup = _chosen(SimulationSetup(Path(path).stem, title, "replayed", (cell,), repeats=1), config)
     begun = time.perf_counter()
-    outcomes = run_all([partial(replay, machine, trace, policy) for policy in setup.policies], config.processes)
+    outcomes = run_parallel([partial(replay, machine, trace, policy) for policy in setup.policies], config.processes)
     by_policy = {policy: [outcome] for policy, outcome in zip(setup.policies, outcomes, strict=True)}
     comparison = PolicyComparison(setup, cell, by_policy, recorded_s=trace.makespan_s)
     show_comparison([comparison], time.perf_counter() - begun, config.processes)
@@ -226,11 +225,11 @@ def _trace(config: SimulateConfig) -> int:
     return 0
 
 
-def _extras(setup: Setup, comparisons: Sequence[PolicyComparison], config: SimulateConfig) -> None:
+def _extras(setup: SimulationSetup, comparisons: Sequence[PolicyComparison], config: SimulateConfig) -> None:
     """Plots and a recorded trace of the first cell."""
-    from ..serving.simulation.driver import Timeline
     from ..serving.simulation.plots import draw_speedups, draw_timelines
     from ..serving.simulation.simulator import simulate
+    from ..serving.simulation.timeline import Timeline
     from ..serving.simulation.trace import TraceRecorder
 
     cell = setup.cells[0]
@@ -340,7 +339,7 @@ def _summary(cells: Sequence[PolicyComparison], policy: str, baseline: str) -> l
     return [f"{statistics.geometric_mean(ratios):.4f}", f"{moved / 1e9:.0f}", f"{stalled:.0f}", f"{p99:.3f}"]
 
 
-def _mean(outcomes: Sequence[Outcome], field: str, form: str) -> str:
+def _mean(outcomes: Sequence[SimulationResult], field: str, form: str) -> str:
     return format(statistics.fmean(getattr(outcome, field) for outcome in outcomes), form)
 
 
@@ -354,7 +353,7 @@ def _ratio(comparison: PolicyComparison, policy: str, baseline: str) -> str:
     return shown + ("" if paper is None else f" ({paper:.2f})")
 
 
-def show_study(setup: Setup, points: Sequence[Point], baseline: str) -> None:
+def show_study(setup: SimulationSetup, points: Sequence[StudyPoint], baseline: str) -> None:
     """Prints a table per question, and the points that are slower than the baseline beyond the accepted limit."""
     from rich.table import Table
 
@@ -375,10 +374,10 @@ def show_study(setup: Setup, points: Sequence[Point], baseline: str) -> None:
         console.print(f"no policy is slower than {baseline} by more than 3 % anywhere")
 
 
-def study_rows(name: str, points: Sequence[Point], baseline: str) -> list[Row]:
-    from ..serving.simulation.simulator import row_of
+def study_rows(name: str, points: Sequence[StudyPoint], baseline: str) -> list[SimulationRow]:
+    from ..serving.simulation.results import row_of
 
     return [
-        row_of(f"{name}/{point.question}/{point.value}/vs_{baseline}", point.policy, point.outcomes, point.ratio)
+        row_of(f"{name}/{point.question}/{point.value}/vs_{baseline}", point.policy, point.results, point.ratio)
         for point in points
     ]

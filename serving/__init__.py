@@ -1,4 +1,4 @@
-"""Step graph, prefix tree, tiers of memory, the order of eviction, prefetch and the scheduler."""
+"""Workflow-aware serving: step graphs, a tiered prefix cache, eviction policies, prefetch, scheduler and engine."""
 
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.serving', not {__name__!r}: a second name would give duplicate classes")
@@ -34,9 +34,9 @@ from .metrics import SchedulerMetrics
 from .prediction import NextCallPredictor, PredictionConfig, PredictionMode
 from .prefetch import PrefetchConfig, Prefetcher, PrefetchMetrics
 from .prompt_cache import Compression, PromptKV
-from .request import Ended, Request, RequestOutput, StorePolicy, Times
+from .request import FinishReason, Request, RequestOutput, RequestTimes, StorePolicy
 from .scheduler.config import SchedulerConfig
-from .scheduler.request_state import Decode, Prefill, Work
+from .scheduler.request_state import ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .scheduler.scheduler import Scheduler
 from .simulation.clock import LinkSpeed, VirtualClock, VirtualTransfer
 from .system import System, build_system, system_names
@@ -63,15 +63,14 @@ __all__ = [
     "Belady",
     "CacheHandle",
     "Compression",
-    "Decode",
     "DiskPool",
     "EagerWriteBackConfig",
     "EdgeSpec",
-    "Ended",
     "Engine",
     "Estimates",
     "EvictionPolicy",
     "ExpectedTime",
+    "FinishReason",
     "GraphConfig",
     "Hint",
     "HintConfig",
@@ -92,10 +91,13 @@ __all__ = [
     "PrefetchConfig",
     "PrefetchMetrics",
     "Prefetcher",
-    "Prefill",
     "PromptKV",
     "Request",
     "RequestOutput",
+    "RequestTimes",
+    "ScheduledBatch",
+    "ScheduledDecode",
+    "ScheduledPrefill",
     "Scheduler",
     "SchedulerConfig",
     "SchedulerMetrics",
@@ -112,11 +114,9 @@ __all__ = [
     "TierMetrics",
     "TierPolicy",
     "TieredCache",
-    "Times",
     "Urgency",
     "VirtualClock",
     "VirtualTransfer",
-    "Work",
     "Workflow",
     "WorkflowSpec",
     "WriteBack",

@@ -1,10 +1,10 @@
-"""Counters of a scheduler."""
+"""Counters of the scheduler since it was made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .request import RequestOutput
+from .request import FinishReason
 
 
 @dataclass
@@ -12,29 +12,30 @@ class SchedulerMetrics:
     """Counts since the scheduler was made.
 
     Attributes:
-        submitted: requests taken; `ended`: by outcome.
-        batches, prefilled, decoded: pieces of work, and tokens computed in them.
-        cached_tokens, loaded_tokens: of prompts, used from the tree, and of these brought to the device on demand.
-        recomputed_late, recomputed_refused: requests that computed what lay below the device: the load would have
-            ended later, or it was given up, failed or lost. `recomputed_tokens`: of them.
-        stalled_s: seconds that requests waited for copies.
-        refusals: how often a request found no room.
-        stores, stores_refused: KV that became the tree's, and that it had no room for.
-        events: arrivals, admissions, loads, chunks, tokens decoded, stores and ends.
+        submitted: requests accepted. finished: requests by finish reason.
+        batches: batches completed. prefill_tokens, decode_tokens: tokens computed in them.
+        cached_tokens: prompt tokens of finished requests whose cached KV was used. loaded_tokens: of these, loaded to
+            the device on demand. recomputed_tokens: cached below the device, but computed.
+        recomputed_late: admissions that recomputed because loading would have finished later.
+        recomputed_refused: admissions that recomputed because loads had been given up, or had failed or been lost.
+        stalled_s: seconds that requests waited for loads.
+        admissions_refused: admission attempts that found no memory.
+        stores, stores_refused: payloads that were stored in the cache, and those that found no room.
+        events: arrivals, admissions, loads, chunks, decoded tokens, stores and ends.
     """
 
     submitted: int = 0
-    ended: dict[RequestOutput, int] = field(default_factory=lambda: dict.fromkeys(RequestOutput, 0))
+    finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
     batches: int = 0
-    prefilled: int = 0
-    decoded: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
     cached_tokens: int = 0
     loaded_tokens: int = 0
     recomputed_late: int = 0
     recomputed_refused: int = 0
     recomputed_tokens: int = 0
     stalled_s: float = 0.0
-    refusals: int = 0
+    admissions_refused: int = 0
     stores: int = 0
     stores_refused: int = 0
     events: int = 0

@@ -1,31 +1,30 @@
-"""Between the caches of an eviction session and the payloads of the tiers."""
+"""Converts between the caches of an eviction session and the payloads that the tiered cache stores."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..eviction import Budget, Policy, get_policy
+from ..eviction import Budget, Policy, RaggedCache, Session, get_policy
 from ..eviction.serialization import cache_of_slices, check_sliceable, export_cache, import_cache, slice_of
 from .kvcache.base import KVPayload, TensorPayload
 
-if TYPE_CHECKING:
-    from ..eviction import RaggedCache, Session
-
-
-HEADER = "header.json"  # of a compressed prompt, as bytes: it travels and is checksummed with the tensors
+HEADER = "header.json"  # name of a compressed prompt's header, stored as bytes and checksummed with the tensors
 
 
 @dataclass(frozen=True)
 class Compression:
-    """How an agent's fixed prompt is compressed: once, when it has been computed, before anything follows it.
+    """How an agent's fixed prompt is compressed: once, right after it was computed, before any other token.
 
     Attributes:
-        policy, budget, scope, sinks, recent: as in `evict`; the budget is counted from the fixed prompt's tokens.
+        policy, budget, scope, sinks, recent: as in `evict`; the budget counts tokens of the fixed prompt.
+
+    Raises:
+        ValueError: an unknown policy, or no budget.
     """
 
     policy: str | Policy = "retention"
@@ -40,15 +39,15 @@ class Compression:
 
 
 class PromptKV:
-    """Makes payloads of caches, and caches of payloads; each side owns what it gets.
+    """Exports caches to payloads and imports payloads into caches; each side owns the tensors it gets.
 
-    A plain prompt becomes a payload that can be cut at any token. A compressed one stays whole: which entries it has
-    at its beginning was decided at its end.
+    A plain prompt becomes a payload that can be split at any token. A compressed one is indivisible: its last tokens
+    decided which entries of its first ones were kept.
 
     Args:
-        session: inside its `evict` block; its caches hold one row here.
+        session: inside its `evict` block; its caches have one row here.
     Raises:
-        ValueError: a model or a policy whose KV is not a matter of single tokens, see `check_sliceable`.
+        ValueError: the model or the policy keeps KV that cannot be separated by tokens, see `check_sliceable`.
     """
 
     def __init__(self, session: Session) -> None:
@@ -56,7 +55,7 @@ class PromptKV:
         self.session = session
 
     def bytes_per_token(self) -> int:
-        """Of a plain prompt's KV."""
+        """Bytes of KV per token of a plain prompt."""
         state = torch.float32.itemsize * len(self.session.entry_states)
         widths = self.session.model.dtype.itemsize
         return sum(
@@ -64,12 +63,16 @@ class PromptKV:
             for layer in self.session.new_cache().ragged
         )
 
-    def plain(self, cache: RaggedCache, start: int, stop: int, row: int | None = None) -> TensorPayload:
-        """The KV of the tokens [start, stop) of a row, see `slice_of`; ValueError if it has evicted something."""
+    def export_plain(self, cache: RaggedCache, start: int, stop: int, row: int | None = None) -> TensorPayload:
+        """The KV of the tokens [start, stop) of a row, see `slice_of`.
+
+        Raises:
+            ValueError: the cache has evicted entries.
+        """
         return TensorPayload(slice_of(cache, start, stop, row), stop - start, token_dim=-2)
 
-    def compressed(self, cache: RaggedCache) -> TensorPayload:
-        """Everything that `cache` holds of the tokens it has seen."""
+    def export_compressed(self, cache: RaggedCache) -> TensorPayload:
+        """All entries that `cache` has kept of the tokens it has seen."""
         header, tensors = export_cache(cache)
         owned = {name: value if ".entries." in name else value.clone() for name, value in tensors.items()}
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -77,30 +80,30 @@ class PromptKV:
         return TensorPayload(owned, cache.columns_seen, token_dim=None)
 
     def forward(self, cache: RaggedCache, ids: Sequence[int] | Any) -> torch.Tensor:
-        """Extends `cache` by one row of tokens; logits `(vocab,)` of the last one."""
+        """Extends `cache` by a row of tokens; returns the logits `(vocab,)` of the last one."""
         tokens = torch.as_tensor(ids, dtype=torch.long).view(1, -1)
         return self.session.extend(cache, tokens, logits_to_keep=1)[0, -1]
 
     @staticmethod
     def compress(cache: RaggedCache, how: Compression) -> None:
-        """Compresses what `cache` holds; what follows stays."""
+        """Compresses the entries of `cache`; tokens that follow are kept whole."""
         cache.compress(how.policy, how.budget, how.scope, sinks=how.sinks, recent=how.recent)
         cache.compress("full", 1.0)
 
-    def computed(self, prompt: Sequence[int], how: Compression | None = None) -> TensorPayload:
-        """The KV of a prompt that is computed now, compressed if `how` says so."""
+    def compute(self, prompt: Sequence[int], how: Compression | None = None) -> TensorPayload:
+        """Computes the KV of a prompt, compressed by `how`; None: plain."""
         cache = self.session.new_cache()
         self.forward(cache, prompt)
         if how is None:
-            return self.plain(cache, 0, len(prompt))
+            return self.export_plain(cache, 0, len(prompt))
         self.compress(cache, how)
-        return self.compressed(cache)
+        return self.export_compressed(cache)
 
-    def cache(self, payloads: Sequence[KVPayload]) -> RaggedCache:
-        """A cache that goes on where the payloads end; an empty one if there are none.
+    def import_payloads(self, payloads: Sequence[KVPayload]) -> RaggedCache:
+        """A cache with the entries of the payloads; without payloads an empty one.
 
         Raises:
-            ValueError: payloads of another session, or parts behind a compressed prompt.
+            ValueError: payloads of another kind of session, or further payloads after a compressed prompt.
         """
         contents = [self._read(payload) for payload in payloads]
         if not contents:

@@ -1,26 +1,49 @@
-"""What becomes of what a request has computed.
-
-A request, how it ends, and what the scheduler keeps of it in between.
-"""
+"""Requests and their outputs, as clients of the scheduler and of the engine see them."""
 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from .workflow.spec import check_name
-
 if TYPE_CHECKING:
     import numpy as np
 
+MAX_NAME = 256  # characters of the name of a request, agent, workflow, session or client
+
+
+def shown(value: object) -> str:
+    """The first 60 characters of a `repr` that looks at a few items and two levels only, whatever a client sent.
+
+    A short YAML document with aliases can stand for a list of billions of items.
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 60, 60
+    return short.repr(value)[:60]
+
+
+def check_name(name: object, what: str) -> str:
+    """Returns `name`.
+
+    Args:
+        what: the thing that is named, for the message, e.g. "an agent".
+
+    Raises:
+        ValueError: not a string of 1 to `MAX_NAME` characters.
+    """
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+        given = f"one of {len(name)} characters" if isinstance(name, str) else shown(name)
+        raise ValueError(f"got {given} as the name of {what}; accepted: a string of 1 to {MAX_NAME} characters")
+    return name
+
 
 class StorePolicy(Enum):
-    """Of a request's suffix and answer."""
+    """Whether the KV of a request's suffix and answer is stored in the cache; its fixed prompt always is."""
 
-    NEUTRAL = "neutral"  # stored, for whoever continues the conversation
+    NEUTRAL = "neutral"  # stored, so that the conversation can be continued
     DISCARD = "discard"  # not stored
 
 
@@ -29,19 +52,24 @@ class Request:
     """A prompt to be answered.
 
     Attributes:
-        id: unlike that of any other request that is not over.
+        id: unique among all unfinished requests.
         prompt: token ids, one row: a list, an array or a tensor in CPU memory; at least one.
-        max_new_tokens: at which the answer ends at the latest; room for all of them is reserved.
-        workflow, agent: as in the step graph.
-        fixed_tokens: the first so many are the agent's fixed prompt (down to a whole page); 0: unknown, it is then
-            learned from the agent's calls.
-        session: what calls of one conversation have in common, where no workflow is declared.
-        client: who is charged for it; fairness and shares are among clients first.
-        namespace: of the prefix tree.
-        priority: 0 to 1, larger sooner, among the requests of one workflow only.
-        timeout_s: seconds until it ends unanswered; None: as the scheduler's limits say.
-        bytes_per_token: KV of a token that is computed; None: as the scheduler has it.
-        expected_tokens: of the answer, for fairness until it is known; None: `max_new_tokens`.
+        max_new_tokens: upper bound on the answer, in tokens; memory for all of them is reserved at admission.
+        workflow, agent: names of the step graph.
+        fixed_tokens: length of the agent's fixed prompt at the beginning of `prompt` (rounded down to whole pages);
+            0: unknown, and learned from the agent's calls.
+        session: groups the calls of one conversation where no workflow is declared.
+        client: the account that tokens are charged to; fairness and quotas apply to clients first.
+        namespace: separates prefix trees; equal prompts in different namespaces share nothing.
+        priority: 0 to 1, larger is sooner; only compared with requests of the same workflow.
+        timeout_s: seconds from arrival until the request ends unanswered; None: `SchedulerConfig.timeout_s`.
+        store_policy: whether suffix and answer are stored.
+        bytes_per_token: bytes of KV per computed token; None: the scheduler's value.
+        expected_tokens: expected length of the answer, charged by the fair queue until the real length is known;
+            None: `max_new_tokens`.
+
+    Raises:
+        ValueError: a field is outside these ranges.
     """
 
     id: str
@@ -55,7 +83,7 @@ class Request:
     namespace: Hashable = None
     priority: float = 0.5
     timeout_s: float | None = None
-    keep: StorePolicy = StorePolicy.NEUTRAL
+    store_policy: StorePolicy = StorePolicy.NEUTRAL
     bytes_per_token: int | None = None
     expected_tokens: int | None = None
 
@@ -82,7 +110,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-class RequestOutput(Enum):
+class FinishReason(Enum):
+    """How a request ended."""
+
     ANSWERED = "answered"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -90,35 +120,42 @@ class RequestOutput(Enum):
 
 
 @dataclass
-class Times:
-    """Seconds on the clock; None for what did not happen."""
+class RequestTimes:
+    """Moments of a request's life, in seconds on the scheduler's clock; None for what did not happen.
+
+    Attributes:
+        arrived: `Scheduler.submit` was called.
+        admitted: its memory was reserved and its cached prefix was on the device.
+        first_token: the first token of the answer was computed.
+        finished: it ended, for whatever reason.
+    """
 
     arrived: float
-    admitted: float | None = None  # its memory was reserved, and what is cached was on the device
+    admitted: float | None = None
     first_token: float | None = None
-    ended: float | None = None
+    finished: float | None = None
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a request ended; each one does exactly once.
+class RequestOutput:
+    """The result of a request; every request gets exactly one.
 
     Attributes:
-        error: why it was not answered, in a sentence; None if it was.
-        tokens: of the answer, as far as the driver told them; also of one that was cut short.
-        produced: how many there were, told or not.
-        stalled_s: seconds it waited for copies.
-        cached_tokens: of the prompt that were found on the device or below and used.
-        loaded_tokens: of these, those that were brought to the device for it.
-        recomputed_tokens: that lay below the device and were computed all the same, as that was sooner.
+        error: why it was not answered, as a sentence; None if it was.
+        tokens: the answer as far as the driver reported its tokens; partial if the request was cut short.
+        num_output_tokens: length of the answer, reported or not.
+        stalled_s: seconds spent waiting for loads.
+        cached_tokens: prompt tokens whose KV was found in the cache, in whatever tier, and used.
+        loaded_tokens: of these, the tokens that were loaded to the device for this request.
+        recomputed_tokens: tokens that were cached below the device but recomputed, as that was faster than loading.
     """
 
     request: Request
-    outcome: RequestOutput
+    finish_reason: FinishReason
     error: str | None
     tokens: list[int]
-    produced: int
-    times: Times
+    num_output_tokens: int
+    times: RequestTimes
     stalled_s: float
     cached_tokens: int
     loaded_tokens: int

@@ -1,4 +1,4 @@
-"""The systems that are compared, by name: an order, what is saved below, what is known, and whether it prefetches."""
+"""Builds complete serving systems: the presets that are compared, by name."""
 
 from __future__ import annotations
 
@@ -32,45 +32,65 @@ from .workflow.markov import LearnedTransitions
 
 
 @dataclass(frozen=True)
-class _Recipe:
-    """In what the systems differ.
+class SystemPreset:
+    """Properties in which the compared systems differ.
 
     Attributes:
-        order: its name. below: pools below the device are used.
-        measure: what is known of agents' next calls. prefetch: fixed prompts are brought up ahead of them.
-        batch_waits: of the `Scheduler`. ahead: of the `TierPolicy`.
+        stands_for: the published system that it models.
+        eviction: name of the eviction policy.
+        write_back: which evicted KV is saved to the tier below.
+        lower_tiers: host and disk pools are used.
+        measure: how the agents' next calls are predicted, for eviction and prefetch.
+        prefetch: fixed prompts are loaded ahead of their agents' calls.
+        batch_waits: every batch waits for all loads, see `Scheduler`.
+        eager_write_back: KV is saved below before it has to be evicted, see `TierPolicy`.
     """
 
-    order: str
+    stands_for: str
+    eviction: str
     write_back: WriteBack
-    below: bool = True
+    lower_tiers: bool = True
     mode: PredictionMode = PredictionMode.NONE
     prefetch: bool = False
     batch_waits: bool = False
-    ahead: bool = False
+    eager_write_back: bool = False
 
 
-_RECIPES = {
-    "lru": _Recipe("lru", WriteBack.NOTHING, below=False),  # SGLang without a tier below
-    "lfu": _Recipe("lfu", WriteBack.ALL),
-    "lru_reactive": _Recipe("lru", WriteBack.ALL),  # HiCache, were only those to wait who need a load
-    "hicache": _Recipe("lru", WriteBack.ALL, batch_waits=True),  # SGLang's HiCache
-    "lru_prefetch": _Recipe("lru", WriteBack.ALL, mode=PredictionMode.STEPS, prefetch=True),
-    "ste": _Recipe("ste", WriteBack.FIXED, mode=PredictionMode.STEPS),  # KVFlow without its prefetch
-    "ste_prefetch": _Recipe("ste", WriteBack.FIXED, mode=PredictionMode.STEPS, prefetch=True),  # KVFlow
-    "expected_time": _Recipe("expected_time", WriteBack.WORTH, mode=PredictionMode.TIME, prefetch=True, ahead=True),  # ours
-    "belady": _Recipe("belady", WriteBack.ALL),  # the oracle, on demand
+PRESETS = {
+    "lru": SystemPreset("SGLang with the device tier only", "lru", WriteBack.NOTHING, lower_tiers=False),
+    "lfu": SystemPreset("reactive loading, least frequently used", "lfu", WriteBack.ALL),
+    "lru_reactive": SystemPreset("HiCache, if only requests that load had to wait", "lru", WriteBack.ALL),
+    "hicache": SystemPreset("SGLang's HiCache", "lru", WriteBack.ALL, batch_waits=True),
+    "lru_prefetch": SystemPreset(
+        "LRU with KVFlow's prefetch", "lru", WriteBack.ALL, mode=PredictionMode.STEPS, prefetch=True
+    ),
+    "ste": SystemPreset("KVFlow without its prefetch", "ste", WriteBack.FIXED, mode=PredictionMode.STEPS),
+    "ste_prefetch": SystemPreset("KVFlow", "ste", WriteBack.FIXED, mode=PredictionMode.STEPS, prefetch=True),
+    "expected_time": SystemPreset(
+        "tenure", "expected_time", WriteBack.WORTH, mode=PredictionMode.TIME, prefetch=True, eager_write_back=True
+    ),
+    "belady": SystemPreset("an oracle without prefetch", "belady", WriteBack.ALL),
 }
 
 
 def system_names() -> tuple[str, ...]:
-    """The names that `build_system` knows."""
-    return tuple(_RECIPES)
+    """The names that `build_system` accepts."""
+    return tuple(PRESETS)
 
 
 @dataclass(frozen=True)
 class System:
-    """Everything an engine or a simulator drives; `scheduler` is what it talks to."""
+    """The parts of a serving system; an engine or a simulator drives its scheduler.
+
+    Attributes:
+        name: of the preset.
+        tiers: the tiered KV cache, with its pools and transfers. Its lock guards all parts.
+        graph: the step graph; workflows are added to it.
+        predictor: predicts the agents' next calls from graph, hints and queue.
+        scheduler: takes requests and hands out batches.
+        prefetcher: None if the preset does not prefetch.
+        estimates: seconds of loading and of computing.
+    """
 
     name: str
     tiers: TieredCache
@@ -81,7 +101,7 @@ class System:
     estimates: Estimates
 
     def close(self, reason: str = "the system was closed") -> None:
-        """Ends all requests and copies, and closes the pools."""
+        """Ends all requests, with `reason` as their error, and all transfers, and closes the pools that it uses."""
         self.scheduler.close(reason)
         self.tiers.close()
 
@@ -89,55 +109,57 @@ class System:
 def build_system(
     name: str,
     pools: Mapping[Tier, Pool],
-    mover: TransferBackend,
+    backend: TransferBackend,
     *,
     clock: Callable[[], float],
     costs: Costs,
     bytes_per_token: int,
     page_size: int = 16,
     graph: StepGraph | None = None,
-    limits: SchedulerConfig | None = None,
-    prefetch: PrefetchConfig | None = None,
+    scheduler_config: SchedulerConfig | None = None,
+    prefetch_config: PrefetchConfig | None = None,
     prompts: Iterable[Sequence[int]] | None = None,
     learn: bool = False,
     step_s: float = 5.0,
 ) -> System:
-    """Makes the system of that name.
+    """Builds the system of a preset.
 
     Args:
-        name: of `system_names()`.
-        pools, mover, clock, page_size: of the `TieredCache`. Pools that the system does not use are left alone; whoever
-            made them closes them.
-        costs: seconds of computing and reloading.
-        bytes_per_token: KV on the device of a token that is computed.
-        graph: of the workflows; by default an empty one on the same clock.
-        limits, prefetch: budgets.
-        prompts: `belady` only: token ids of all requests in the order in which they will be served.
+        name: one of `system_names()`.
+        pools: by tier; DEVICE is needed. The system closes the pools that it uses; the caller closes the others.
+        backend: moves bytes between the pools; the system closes it.
+        clock: seconds, shared by all parts.
+        costs: seconds of computing and of reloading KV.
+        bytes_per_token: bytes of KV on the device per computed token.
+        page_size: tokens per page of the prefix tree.
+        graph: of the workflows; None: an empty one on the same clock.
+        scheduler_config, prefetch_config: budgets; None: the defaults.
+        prompts: token ids of all requests in the order in which they will be served; for `belady` only.
         learn: learn the transitions of sessions for which no workflow is declared.
-        step_s: guessed seconds from an agent's call to the next one's, until calls have been seen.
+        step_s: assumed seconds from an agent's call to the next agent's, until calls have been observed.
 
     Raises:
-        ValueError: no such system, or `belady` without prompts.
+        ValueError: an unknown name; `belady` without prompts, or another system with them.
     """
-    if name not in _RECIPES:
-        raise ValueError(f"unknown system {name!r:.60}; known: {', '.join(_RECIPES)}")
+    if name not in PRESETS:
+        raise ValueError(f"unknown system {name!r:.60}; known: {', '.join(PRESETS)}")
     if (name == "belady") != (prompts is not None):
         given = "no prompts" if prompts is None else "prompts"
         raise ValueError(f"got {given} for the system {name!r}; accepted: prompts for belady, and for no other")
-    recipe, graph = _RECIPES[name], StepGraph(clock) if graph is None else graph
-    used = {tier: pool for tier, pool in pools.items() if recipe.below or tier == Tier.DEVICE}
+    preset, graph = PRESETS[name], StepGraph(clock) if graph is None else graph
+    used = {tier: pool for tier, pool in pools.items() if preset.lower_tiers or tier == Tier.DEVICE}
     oracle = None if prompts is None else Belady(prompts, page_size)
     predictor = NextCallPredictor(
         graph,
-        recipe.mode,
+        preset.mode,
         clock,
         page_size,
         LearnedTransitions(graph) if learn else None,
         None if oracle is None else oracle.advance,
         PredictionConfig(step_s=step_s),
     )
-    suffixes = SuffixReuse(costs) if recipe.write_back is WriteBack.WORTH else None
-    order: EvictionPolicy = {
+    suffixes = SuffixReuse(costs) if preset.write_back is WriteBack.WORTH else None
+    eviction: EvictionPolicy = {
         "lru": LRU,
         "lfu": LFU,
         "ste": lambda: StepsToExecution(predictor.steps),
@@ -145,13 +167,18 @@ def build_system(
             predictor.reuse, costs, rate=lambda: graph.rate, clock=clock, suffix_reuse=suffixes
         ),
         "belady": lambda: oracle,
-    }[recipe.order]()
-    eager = EagerWriteBackConfig() if recipe.ahead else None
-    tiers = TieredCache(used, mover, TierPolicy(order, recipe.write_back, suffixes, eager), page_size, clock)
+    }[preset.eviction]()
+    eager = EagerWriteBackConfig() if preset.eager_write_back else None
+    policy = TierPolicy(eviction, preset.write_back, suffixes, eager)
+    tiers = TieredCache(used, backend, policy, page_size, clock)
     estimates = Estimates(costs, tiers)
     prefetcher = None
-    if recipe.prefetch:
-        by_use = not order.uses_agents
-        prefetcher = Prefetcher(tiers, estimates, predictor, prefetch, only_lower_ranked=not by_use, touch_on_arrival=by_use)
-    scheduler = Scheduler(tiers, estimates, predictor, bytes_per_token, limits, prefetcher, recipe.batch_waits)
+    if preset.prefetch:
+        by_use = not eviction.uses_agents
+        prefetcher = Prefetcher(
+            tiers, estimates, predictor, prefetch_config, only_lower_ranked=not by_use, touch_on_arrival=by_use
+        )
+    scheduler = Scheduler(
+        tiers, estimates, predictor, bytes_per_token, scheduler_config, prefetcher, preset.batch_waits
+    )
     return System(name, tiers, graph, predictor, scheduler, prefetcher, estimates)

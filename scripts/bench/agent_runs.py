@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ...eviction import Session
-    from ...serving import Ended, System, TensorPayload, WorkflowSpec
+    from ...serving import RequestOutput, System, TensorPayload, WorkflowSpec
     from ...serving.kvcache.eviction_policy import Costs
     from ...serving.prompt_cache import Compression
 
@@ -170,7 +170,7 @@ def one_run(
     from ...serving import AllocStatus, MemoryPool, Request, ThreadedTransfer, Tier, build_system
     from ...serving.engine import Engine
     from ...serving.prompt_cache import PromptKV
-    from ...serving.simulation.simulator import Before
+    from ...serving.simulation.results import TransferSnapshot
 
     down, up = (Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.DEVICE)
     place = session.model.device
@@ -195,8 +195,8 @@ def one_run(
         while system.tiers.has_transfers:
             system.scheduler.wait(1.0)
             system.tiers.poll()
-        before, asked = Before.read(system), system.tiers.statistics.tokens_asked
-        ended: list[Ended] = []
+        before, asked = TransferSnapshot.take(system), system.tiers.statistics.tokens_asked
+        ended: list[RequestOutput] = []
         start = time.monotonic()
         for number, call in enumerate(workload.calls):
             engine.submit(
@@ -213,7 +213,7 @@ def one_run(
     failed = [each for each in ended if each.error is not None]
     if failed:
         raise RuntimeError(f"{failed[0].request.id} was not answered: {failed[0].error}")
-    moved, wasted = before.until(system)
+    moved, wasted = before.until_now(system)
     on_device = sum(each.cached_tokens - each.loaded_tokens for each in ended)
     return AgentRun(
         makespan_s=makespan,

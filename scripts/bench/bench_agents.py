@@ -178,7 +178,7 @@ def prepared(session: Session, workload: AgentWorkload, how: Compression | None)
     from ...serving.prompt_cache import PromptKV
 
     kv = PromptKV(session)
-    return {agent: kv.computed(prompt, how) for agent, prompt in workload.fixed.items()}
+    return {agent: kv.compute(prompt, how) for agent, prompt in workload.fixed.items()}
 
 
 def row(
@@ -196,7 +196,7 @@ def row(
     prompts, as stored, that fit into the device pool.
     """
     from ...serving import MemoryPool
-    from ...serving.simulation.simulator import quantile
+    from ...serving.simulation.results import quantile
 
     charge = MemoryPool(setting.device_bytes).charge
     stored = statistics.mean(charge(payload) for payload in warm.values())
@@ -250,7 +250,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def write(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """The fields of a `Row` of `tenure simulate`, no more."""
-    from ...serving.simulation.simulator import Row
+    """The fields of a `SimulationRow` of `tenure simulate`, no more."""
+    from ...serving.simulation.results import SimulationRow
 
-    write_json([{field.name: each[field.name] for field in fields(Row)} for each in rows], path)
+    write_json([{field.name: each[field.name] for field in fields(SimulationRow)} for each in rows], path)

@@ -15,7 +15,7 @@ from .agent_runs import AGENTS, WORKFLOWS, AgentRunSetting, AgentWorkload, make_
 if TYPE_CHECKING:
     from ...eviction import Session
     from ...serving import System, TensorPayload
-    from ...serving.simulation.simulator import Outcome
+    from ...serving.simulation.results import SimulationResult
     from ...serving.simulation.trace import Trace
 
 SYSTEMS = ("lru", "lru_reactive", "lru_prefetch", "ste", "ste_prefetch", "expected_time")
@@ -181,7 +181,7 @@ def record(
     """One real run of `one_run`, whose trace is written to `path`."""
     from ...serving import LinearCosts
     from ...serving.prompt_cache import PromptKV
-    from ...serving.simulation.trace import RecordedScheduler, TraceRecorder
+    from ...serving.simulation.trace import RecordingScheduler, TraceRecorder
 
     assert isinstance(setting.costs, LinearCosts), "made by costs_of"
     about = {
@@ -199,15 +199,15 @@ def record(
             recorder = stack.enter_context(
                 TraceRecorder(path, PromptKV(session).bytes_per_token(), system.tiers.page_size, about)
             )
-            recorder.workflow(time.monotonic(), workload.spec)
+            recorder.record_workflow(time.monotonic(), workload.spec)
             for agent, payload in warm.items():
-                recorder.stored(agent, workload.fixed[agent][: payload.tokens], payload.nbytes)
-            return replace(system, scheduler=RecordedScheduler(system.scheduler, recorder))  # type: ignore[arg-type]
+                recorder.record_stored(agent, workload.fixed[agent][: payload.tokens], payload.nbytes)
+            return replace(system, scheduler=RecordingScheduler(system.scheduler, recorder))  # type: ignore[arg-type]
 
         one_run(session, workload, setting, warm, watch)
 
 
-def _row(name: str, trace: Trace, own: Outcome, foretold: Outcome, drift: float) -> TraceBenchRow:
+def _row(name: str, trace: Trace, own: SimulationResult, foretold: SimulationResult, drift: float) -> TraceBenchRow:
     fixed = [call.fixed_tokens - call.fixed_tokens % trace.page_size for call in trace.calls]
     hits = [min(size, call.on_device) for size, call in zip(fixed, trace.calls, strict=True)]
     return TraceBenchRow(

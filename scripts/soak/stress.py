@@ -15,18 +15,18 @@ from ...serving import (
     AgentSpec,
     DiskPool,
     EdgeSpec,
+    FinishReason,
     HintReader,
     LinearCosts,
     MemoryPool,
     PrefetchConfig,
-    Prefill,
     Request,
-    RequestOutput,
+    ScheduledBatch,
+    ScheduledPrefill,
     SchedulerConfig,
     System,
     ThreadedTransfer,
     Tier,
-    Work,
     WorkflowSpec,
     build_system,
 )
@@ -82,13 +82,19 @@ class Stress:
             costs=LinearCosts(5000.0, (1e5, 1e5)),
             bytes_per_token=TOKEN_BYTES,
             page_size=2,
-            limits=SchedulerConfig(batch_tokens=48, running=6, loading=4, waiting=64, timeout_s=20.0),
-            prefetch=PrefetchConfig(look_ahead_s=5.0),
+            scheduler_config=SchedulerConfig(
+                max_num_batched_tokens=48,
+                max_num_seqs=6,
+                max_concurrent_loads=4,
+                max_queued_requests=64,
+                timeout_s=20.0,
+            ),
+            prefetch_config=PrefetchConfig(look_ahead_s=5.0),
         )
         edges = [EdgeSpec(a, b) for a, b in zip(AGENTS, AGENTS[1:] + AGENTS[:1], strict=True)]
         self.system.graph.add_workflow(WorkflowSpec("ring", [AgentSpec(a) for a in AGENTS], edges, ["a"]))
         self.seed, self.stop = seed, threading.Event()
-        self.ended: Counter[RequestOutput] = Counter()
+        self.ended: Counter[FinishReason] = Counter()
         self.failures: list[BaseException] = []
         self.read = self.submitted = self.refused = self.hints = 0
         self.last_end = time.monotonic()
@@ -192,11 +198,11 @@ class Stress:
         scheduler, random = self.system.scheduler, Random(self.seed)
         tokens: dict[str, list[int]] = {}
         while not self.stop.is_set() or len(scheduler):
-            work = scheduler.next_work()
-            for ended in scheduler.take_ended():
-                assert bool(ended.error) == (ended.outcome is not RequestOutput.ANSWERED)
+            work = scheduler.next_batch()
+            for ended in scheduler.take_finished():
+                assert bool(ended.error) == (ended.finish_reason is not FinishReason.ANSWERED)
                 tokens.pop(ended.request.id, None)
-                self.ended[ended.outcome] += 1
+                self.ended[ended.finish_reason] += 1
                 self.last_end = time.monotonic()
             if work is None:
                 scheduler.wait(0.05)
@@ -206,23 +212,23 @@ class Stress:
                 scheduler.complete(work, RuntimeError("out of memory"))
             else:
                 scheduler.complete(work)
-        for ended in scheduler.take_ended():
-            self.ended[ended.outcome] += 1
+        for ended in scheduler.take_finished():
+            self.ended[ended.finish_reason] += 1
 
-    def _compute(self, work: Work, tokens: dict[str, list[int]], random: Random) -> None:
+    def _compute(self, work: ScheduledBatch, tokens: dict[str, list[int]], random: Random) -> None:
         for item in (*work.prefills, *work.decodes):
             prompt, name = item.request.prompt, item.request.id
             known = tokens.setdefault(name, [])
-            if isinstance(item, Prefill):
+            if isinstance(item, ScheduledPrefill):
                 if item.first:
                     assert_holds(item.handle.payloads(), prompt[: item.handle.length])
                     self.read += item.handle.length
                 if item.store is not None:
                     item.payload = kv_of(prompt, *item.store)
-            if not isinstance(item, Prefill) or item.last:
+            if not isinstance(item, ScheduledPrefill) or item.last:
                 item.tokens = [random.randrange(3)]
                 known += item.tokens
-            if not isinstance(item, Prefill) and (span := item.store_span()) is not None:
+            if not isinstance(item, ScheduledPrefill) and (span := item.store_span()) is not None:
                 item.payload = kv_of([*prompt, *known], *span)
 
 

@@ -16,20 +16,20 @@ from ...serving import (
     AgentSpec,
     DiskPool,
     EdgeSpec,
-    Ended,
+    FinishReason,
     HintReader,
     LinearCosts,
     LinkSpeed,
     MemoryPool,
     PrefetchConfig,
-    Prefill,
     Request,
     RequestOutput,
+    ScheduledBatch,
+    ScheduledPrefill,
     SchedulerConfig,
     StorePolicy,
     Tier,
     VirtualClock,
-    Work,
     WorkflowSpec,
     build_system,
 )
@@ -89,17 +89,24 @@ class World:
             costs=LinearCosts(8.0, (500.0, 500.0)),
             bytes_per_token=TOKEN_BYTES,
             page_size=PAGE,
-            limits=SchedulerConfig(batch_tokens=9, running=3, loading=2, waiting=8, timeout_s=60, room_patience_s=3),
-            prefetch=PrefetchConfig(look_ahead_s=20.0, max_in_flight=2),
+            scheduler_config=SchedulerConfig(
+                max_num_batched_tokens=9,
+                max_num_seqs=3,
+                max_concurrent_loads=2,
+                max_queued_requests=8,
+                timeout_s=60,
+                allocation_patience_s=3,
+            ),
+            prefetch_config=PrefetchConfig(look_ahead_s=20.0, max_in_flight=2),
             learn=True,
         )
         self.scheduler, self.tiers = self.system.scheduler, self.system.tiers
         self.reader = HintReader()
         self.live: dict[str, Request] = {}
         self.answers: dict[str, list[int]] = {}
-        self.ended: Counter[RequestOutput] = Counter()
+        self.ended: Counter[FinishReason] = Counter()
         self.read = self.submitted = self.refused = 0
-        self.out: Work | None = None
+        self.out: ScheduledBatch | None = None
         self.add_workflow("ring")
         self.add_workflow("tree")
 
@@ -142,7 +149,7 @@ class World:
 
     def begin(self, max_steps: int = 1) -> None:
         """Takes the next work, and reads everything that it is to be built on."""
-        self.out = self.scheduler.next_work(max_steps)
+        self.out = self.scheduler.next_batch(max_steps)
         if self.out is None:
             return
         for item in self.out.prefills:
@@ -164,18 +171,18 @@ class World:
         items = [*work.prefills, *work.decodes]
         for item in items:
             name = item.request.id
-            if isinstance(item, Prefill):
+            if isinstance(item, ScheduledPrefill):
                 tokens = [random.randrange(3)] if item.last else []
                 if item.store is not None and random.random() < 0.9:
                     item.payload = kv_of(item.request.prompt, *item.store, compressed=self._is_compressed(item))
             else:
-                tokens = [random.randrange(3) for _ in range(random.randint(1, min(work.steps, item.left)))]
+                tokens = [random.randrange(3) for _ in range(random.randint(1, min(work.steps, item.remaining)))]
             if tokens and random.random() < 0.95:
                 item.tokens = tokens
                 self.answers[name] += tokens
                 item.finished = random.random() < 0.2
-                span = None if isinstance(item, Prefill) else item.store_span()
-                if span is not None and not isinstance(item, Prefill):
+                span = None if isinstance(item, ScheduledPrefill) else item.store_span()
+                if span is not None and not isinstance(item, ScheduledPrefill):
                     item.payload = kv_of([*item.request.prompt, *self.answers[name]], *span)
         if fails == "item":
             random.choice(items).error = RuntimeError("NaN")
@@ -183,7 +190,7 @@ class World:
             random.choice(items).payload = kv_of([1, 2, 3], 0, 3)
         self.scheduler.complete(work)
 
-    def _is_compressed(self, item: Prefill) -> bool:
+    def _is_compressed(self, item: ScheduledPrefill) -> bool:
         """An agent's fixed prompt is compressed as a whole."""
         return self.compressed and item.store is not None and item.store[0] == 0 and item.end == item.store[1]
 
@@ -228,18 +235,18 @@ class World:
     def check(self) -> None:
         """Everything is counted anew."""
         self.scheduler.check()
-        for ended in self.scheduler.take_ended():
+        for ended in self.scheduler.take_finished():
             self._take(ended)
         assert len(self.live) == len(self.scheduler), "no request is lost"
 
-    def _take(self, ended: Ended) -> None:
+    def _take(self, ended: RequestOutput) -> None:
         request = self.live.pop(ended.request.id)  # a KeyError: it has ended twice
         assert ended.request is request
-        self.ended[ended.outcome] += 1
+        self.ended[ended.finish_reason] += 1
         told = self.answers.pop(request.id)
-        assert ended.tokens == told[: len(ended.tokens)] and ended.produced <= request.max_new_tokens
-        if ended.outcome is RequestOutput.ANSWERED:
-            assert ended.error is None and ended.produced >= 1
+        assert ended.tokens == told[: len(ended.tokens)] and ended.num_output_tokens <= request.max_new_tokens
+        if ended.finish_reason is FinishReason.ANSWERED:
+            assert ended.error is None and ended.num_output_tokens >= 1
         else:
             assert ended.error, "an end without an answer says why"
 
@@ -247,7 +254,7 @@ class World:
         """Counters of everything that happened."""
         found = {"submitted": self.submitted, "refused": self.refused, "tokens read back": self.read}
         found.update({outcome.value: number for outcome, number in self.ended.items()})
-        parts = {"": self.scheduler.statistics, "tiers: ": self.tiers.statistics}
+        parts = {"": self.scheduler.metrics, "tiers: ": self.tiers.statistics}
         if self.system.prefetcher is not None:
             parts["prefetch: "] = self.system.prefetcher.statistics
         for kind, statistics in parts.items():
@@ -285,7 +292,8 @@ def random_step(world: World, random: Random) -> str:
     if name == "submit":
         options: dict[str, Any] = {"client": random.choice(["", "", "x", "y"]), "priority": random.random()}
         if random.random() < 0.2:
-            options |= {"timeout_s": random.choice([0.5, 3.0]), "keep": StorePolicy.DISCARD, "expected_tokens": 2}
+            options |= {"timeout_s": random.choice([0.5, 3.0]), "expected_tokens": 2}
+            options["store_policy"] = StorePolicy.DISCARD
         suffix = [random.randrange(3) for _ in range(random.randrange(7))]
         world.submit(suffix, random.choice([*AGENTS, None]), random.randrange(60), options)
     elif name == "work":

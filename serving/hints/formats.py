@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..request import StorePolicy
-from ..workflow.spec import MAX_NAME
+from ..request import MAX_NAME, StorePolicy
 from .hint import NEUTRAL, ActionKind, Hint, HintAction, HintConfig, SessionAction, normalised, session_agent
 
 PERCENT = (0.0, 35.0, 100.0)  # lowest, neutral, highest: retention priorities of TensorRT-LLM, whose default is 35
@@ -444,7 +443,7 @@ def request_fields(hint: Hint) -> dict[str, Any]:
         "session": hint.session,
         "client": hint.client or None,
         "priority": hint.priority,
-        "keep": hint.store_policy,
+        "store_policy": hint.store_policy,
         "expected_tokens": hint.expected_tokens,
         "fixed_tokens": hint.fixed_tokens,
     }

@@ -1,9 +1,7 @@
-"""The requests whose KV is on its way to the device, or has come and waits for a place in the batch.
+"""Admission of waiting requests: memory for each, and whether its cached KV is loaded or recomputed.
 
-Which waiting requests get memory, and whether their KV is loaded or computed.
-
-Memory is taken all at once: what a request will compute until its end is reserved before its loads begin, so whoever is
-admitted can finish whatever the others do, and nobody holds one part while waiting for another.
+Memory is allocated all at once: what a request will compute until its end is reserved before its loads begin. An
+admitted request can therefore always finish, and none holds part of its memory while waiting for the rest.
 """
 
 from __future__ import annotations
@@ -22,354 +20,379 @@ from ..metrics import SchedulerMetrics
 from ..prediction import NextCallPredictor
 from .config import SchedulerConfig
 from .fair_queue import FairQueue
-from .request_state import Entry, State, Timers
+from .request_state import RequestState, RequestStatus, RequestTimers
 
 
 class PendingLoads:
-    """Found by their leases when copies end, so nobody asks all of them.
+    """Requests whose KV is being loaded, and those whose loads are complete but that have no place in a batch yet.
+
+    Transfers find their requests by handle, so the end of one costs O(its waiters). The handles and reserved bytes stay
+    the requests'.
 
     Attributes:
-        ready: requests whose loads are done, in that order; they load no more, but keep lease and memory.
-        ended: copies, of whatever kind, have ended since this was last set to False.
+        ready: requests whose loads are complete, in that order.
+        transfers_ended: a transfer of any kind has ended since this was last set to False.
     """
 
     def __init__(self) -> None:
-        self.ended = False
-        self.ready: dict[Entry, None] = {}
-        self._entries: dict[Entry, None] = {}
-        self._by_lease: dict[int, Entry] = {}
-        self._landed: dict[Entry, None] = {}
+        self.transfers_ended = False
+        self.ready: dict[RequestState, None] = {}
+        self._loading: dict[RequestState, None] = {}
+        self._by_handle: dict[int, RequestState] = {}
+        self._updated: dict[RequestState, None] = {}
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """Requests that are loading."""
+        return len(self._loading)
 
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries)
+    def __iter__(self) -> Iterator[RequestState]:
+        return iter(self._loading)
 
-    def add(self, entry: Entry) -> None:
-        assert entry.handle is not None, "what is loaded is leased"
-        entry.state = State.LOADING
-        self._entries[entry] = None
-        self._by_lease[entry.handle.id] = entry
+    def add(self, state: RequestState) -> None:
+        assert state.handle is not None, "a loading request has a handle"
+        state.status = RequestStatus.LOADING
+        self._loading[state] = None
+        self._by_handle[state.handle.id] = state
 
-    def remove(self, entry: Entry) -> None:
-        """It loads nothing any more; its lease is still there."""
-        if entry in self._entries:
-            assert entry.handle is not None, "what is loaded is leased"
-            del self._entries[entry], self._by_lease[entry.handle.id]
-            self._landed.pop(entry, None)
-        self.ready.pop(entry, None)
+    def remove(self, state: RequestState) -> None:
+        """Forgets a request; its handle must still be there."""
+        if state in self._loading:
+            assert state.handle is not None, "a loading request has a handle"
+            del self._loading[state], self._by_handle[state.handle.id]
+            self._updated.pop(state, None)
+        self.ready.pop(state, None)
 
-    def done(self, entry: Entry) -> None:
-        """All that it leases is on the device."""
-        self.remove(entry)
-        entry.state = State.LOADED
-        self.ready[entry] = None
+    def complete(self, state: RequestState) -> None:
+        """Everything that its handle covers is on the device."""
+        self.remove(state)
+        state.status = RequestStatus.LOADED
+        self.ready[state] = None
 
-    def take_ready(self, count: int) -> list[Entry]:
-        """The first of `ready`, so many at most, out of it."""
+    def take_ready(self, count: int) -> list[RequestState]:
+        """Removes and returns the first `count` of `ready`, or all if there are fewer."""
         taken = list(islice(self.ready, count))
-        for entry in taken:
-            del self.ready[entry]
+        for state in taken:
+            del self.ready[state]
         return taken
 
-    def on_copy(self, job: TransferJob) -> None:
-        """A copy has ended; its failure is counted with everybody who waited for it."""
-        self.ended = True
+    def on_transfer(self, job: TransferJob) -> None:
+        """Called by the cache when a transfer has ended; a failure counts for every request that waited for it."""
+        self.transfers_ended = True
         for number in job.waiters:
-            entry = self._by_lease.get(number)
-            if entry is not None:
-                entry.failures += job.outcome is Outcome.FAILED
-                self._landed[entry] = None
+            state = self._by_handle.get(number)
+            if state is not None:
+                state.load_failures += job.outcome is Outcome.FAILED
+                self._updated[state] = None
 
-    def has_landed(self, entry: Entry) -> bool:
-        """Whether a copy of it has ended that `take_landed` has not told yet."""
-        return entry in self._landed
+    def is_updated(self, state: RequestState) -> bool:
+        """Whether one of its transfers has ended since the last `take_updated`."""
+        return state in self._updated
 
-    def take_landed(self) -> list[Entry]:
-        """Those for which a copy has ended since the last call."""
-        landed = list(self._landed)
-        self._landed.clear()
-        return landed
+    def take_updated(self) -> list[RequestState]:
+        """Requests of which a transfer has ended since the last call."""
+        updated = list(self._updated)
+        self._updated.clear()
+        return updated
 
     def check(self) -> None:
-        """Raises AssertionError unless entries and leases agree."""
-        for entry in self._entries:
-            assert entry.state is State.LOADING and entry.handle is not None and entry.handle.live
-            assert self._by_lease[entry.handle.id] is entry
-        assert len(self._by_lease) == len(self._entries), "only what loads is found by its lease"
-        assert self._landed.keys() <= self._entries.keys()
-        for entry in self.ready:
-            assert entry.state is State.LOADED and entry.handle is not None
-            assert len(entry.handle.payloads()) == len(entry.handle.nodes() or ()), "what has come stays on the device"
+        """Raises AssertionError unless requests and handles agree."""
+        for state in self._loading:
+            assert state.status is RequestStatus.LOADING and state.handle is not None and state.handle.live
+            assert self._by_handle[state.handle.id] is state
+        assert len(self._by_handle) == len(self._loading), "only loading requests are found by their handles"
+        assert self._updated.keys() <= self._loading.keys()
+        for state in self.ready:
+            assert state.status is RequestStatus.LOADED and state.handle is not None
+            assert len(state.handle.payloads()) == len(state.handle.nodes() or ()), "loaded KV stays on the device"
 
 
-FAILURES = 2  # of a request's loads, after which its prompt is computed
-ANSWER_WEIGHT = 2  # a token of an answer counts as so many of a prompt (Sheng et al. 2024, section 5.1)
+class AdmissionResult(Enum):
+    """Outcome of trying to admit a request."""
 
-
-class Attempt(Enum):
     ADMITTED = "everything it needs is on the device"
     LOADING = "its loads have begun"
-    REFUSED = "there is no room now"
-    ASIDE = "it needs a load, and as many as may be are under way"
+    REFUSED = "there is no memory now"
+    DEFERRED = "it needs a load, and the limit of concurrent loads is reached"
 
 
 class Admission:
-    """The requests that wait, and those whose KV is on its way or has just come.
+    """Waiting and loading requests. Used under the cache's lock.
 
     Args:
-        outlook: told which requests wait, and of each just before its prompt is looked up for the first time.
+        predictor: told which requests wait, and of each lookup just before it is made for the first time.
     Attributes:
-        overdue: requests that have been refused room for longer than patience: they come first, and nobody passes
-            them but while it is a load that they wait for.
-        changed: something has happened since the last admission that may have made room.
-        starved: somebody was refused room in it.
+        queue: waiting requests in fair order.
+        overdue: requests without memory for longer than `allocation_patience_s`. They precede the queue; while one of
+            them finds no memory nobody else is admitted, unless it is only deferred.
+        loading: requests with loads.
+        changed: memory may have been freed since the last admission.
+        starved: the last admission refused a request for lack of memory.
     """
 
     def __init__(
         self,
         tiers: TieredCache,
         estimates: Estimates,
-        limits: SchedulerConfig,
-        statistics: SchedulerMetrics,
-        timers: Timers,
+        config: SchedulerConfig,
+        metrics: SchedulerMetrics,
+        timers: RequestTimers,
         predictor: NextCallPredictor,
     ) -> None:
-        self.tiers, self.estimates, self.limits = tiers, estimates, limits
-        self.statistics, self.timers, self.predictor = statistics, timers, predictor
-        self.queue = FairQueue()
-        self.overdue: dict[Entry, None] = {}
+        self.tiers, self.estimates, self.config = tiers, estimates, config
+        self.metrics, self.timers, self.predictor = metrics, timers, predictor
+        self.queue = FairQueue(config.priority_window_s, config.max_idle_branches)
+        self.overdue: dict[RequestState, None] = {}
         self.loading = PendingLoads()
         self.changed = self.starved = False
-        tiers.add_transfer_listener(self.loading.on_copy)
+        self._running = 0  # requests that compute, during `admit`
+        tiers.add_transfer_listener(self.loading.on_transfer)
 
     def __len__(self) -> int:
         """Requests that wait to be admitted."""
         return len(self.queue) + len(self.overdue)
 
-    def add(self, entry: Entry) -> None:
-        entry.state = State.WAITING
-        self.queue.push(entry)
-        self._wait(entry, True)
+    # Arrival and end --------------------------------------------------------------------------------------------
+
+    def add(self, state: RequestState) -> None:
+        """Queues a request."""
+        state.status = RequestStatus.WAITING
+        self.queue.push(state)
+        self._announce(state, True)
         self.changed = True
 
-    def _wait(self, entry: Entry, yes: bool) -> None:
-        """The prompt of what waits must not be the first to go; of what is admitted, the lease keeps it."""
-        if entry.waits != yes:
-            entry.waits = yes
-            (self.predictor.on_wait if yes else self.predictor.on_admit)(entry.agent)
+    def _announce(self, state: RequestState, waiting: bool) -> None:
+        """Tells the predictor that a request waits, which protects its cached prompt; once admitted its handle does."""
+        if state.announced != waiting:
+            state.announced = waiting
+            (self.predictor.on_wait if waiting else self.predictor.on_admit)(state.agent)
 
-    def remove(self, entry: Entry) -> None:
-        """It is over: nothing of it stays here, its lease and its bytes included."""
-        self.queue.remove(entry)
-        self.overdue.pop(entry, None)
-        self._wait(entry, False)
-        self.withdraw(entry)
+    def remove(self, state: RequestState) -> None:
+        """Forgets a request that ends, and frees its handle and reserved bytes."""
+        self.queue.remove(state)
+        self.overdue.pop(state, None)
+        self._announce(state, False)
+        self.withdraw(state)
 
-    def withdraw(self, entry: Entry) -> None:
-        """Takes memory, loads and lease from a request."""
-        self.loading.remove(entry)
-        if entry.handle is not None:
-            entry.handle.release()
-            entry.handle = None
-        if entry.reserved:
-            self.tiers.unreserve(entry.reserved)
-            entry.reserved = 0
+    def withdraw(self, state: RequestState) -> None:
+        """Cancels a request's loads, releases its handle and returns its reserved bytes to the device pool."""
+        self.loading.remove(state)
+        if state.handle is not None:
+            state.handle.release()
+            state.handle = None
+        if state.reserved_bytes:
+            self.tiers.unreserve(state.reserved_bytes)
+            state.reserved_bytes = 0
         self.changed = True
 
-    def admit(self, slots: int, idle: bool) -> list[Entry]:
-        """The requests that can be computed from now on.
+    def settle_charge(self, state: RequestState) -> None:
+        """Corrects the charge of a request that has ended to what was computed for it."""
+        weighted = state.num_prefilled_tokens + self.config.output_token_weight * state.num_output_tokens
+        self.queue.charge(state, weighted - state.charged_tokens)
+
+    # Admission --------------------------------------------------------------------------------------------------
+
+    def admit(self, slots: int, idle: bool) -> list[RequestState]:
+        """Returns requests that can be computed from now on, and begins the loads of others.
 
         Args:
-            slots: how many there may be at most.
+            slots: upper bound on the number of requests returned.
             idle: nothing is being computed.
         """
-        self._land()
+        self._collect_loads()
         ready = self.loading.take_ready(slots)
-        self._computing = self.limits.running - slots + len(ready)
+        self._running = self.config.max_num_seqs - slots + len(ready)
         idle = idle and not ready
-        self.changed = self.changed or self.loading.ended
-        self.loading.ended = False
+        self.changed = self.changed or self.loading.transfers_ended
+        self.loading.transfers_ended = False
         if not self.changed and not (idle and not self.loading):
             return ready
         self.changed = False
         self.starved = False
-        refused: list[Entry] = []
-        looked: set[Entry] = set()  # overdue ones that wait for a load to end
-        while len(ready) < slots and len(refused) < self.limits.looks:
-            entry = self._next(looked)
-            if entry is None:
+        refused: list[RequestState] = []
+        deferred_overdue: set[RequestState] = set()
+        while len(ready) < slots and len(refused) < self.config.max_refusals_per_step:
+            state = self._next(deferred_overdue)
+            if state is None:
                 break
-            attempt = self._attempt(entry, idle and not ready and not self.loading)
-            if attempt is Attempt.ASIDE:
-                self._put_aside(entry, refused, looked)
+            result = self._try_admit(state, idle and not ready and not self.loading)
+            if result is AdmissionResult.DEFERRED:
+                self._defer(state, refused, deferred_overdue)
                 continue
-            entry.aside = False
-            if attempt is Attempt.REFUSED:
-                if self._refuse(entry, refused):
+            state.deferred = False
+            if result is AdmissionResult.REFUSED:
+                if self._refuse(state, refused):
                     break
                 continue
-            self.overdue.pop(entry, None)
-            self._wait(entry, False)
-            self._charge(entry)
-            if attempt is Attempt.ADMITTED:
-                ready.append(entry)
-        for entry in refused:
-            self.queue.push(entry)
+            self.overdue.pop(state, None)
+            self._announce(state, False)
+            self._charge(state)
+            if result is AdmissionResult.ADMITTED:
+                ready.append(state)
+        for state in refused:
+            self.queue.push(state)
         return ready
 
-    def _next(self, looked: set[Entry]) -> Entry | None:
-        """The next one to look at. While no load can begin, those aside come last: their KV may have come meanwhile."""
-        overdue = next((entry for entry in self.overdue if entry not in looked), None)
+    def _next(self, deferred_overdue: set[RequestState]) -> RequestState | None:
+        """The next candidate. While no load can begin, deferred requests come last: their KV may be there meanwhile."""
+        overdue = next((state for state in self.overdue if state not in deferred_overdue), None)
         if overdue is not None:
             return overdue
-        can_load = len(self.loading) < self.limits.loading
-        return self.queue.pop(aside=can_load) or self.queue.pop(aside=True)
+        can_load = len(self.loading) < self.config.max_concurrent_loads
+        return self.queue.pop(deferred=can_load) or self.queue.pop(deferred=True)
 
-    def _put_aside(self, entry: Entry, refused: list[Entry], looked: set[Entry]) -> None:
-        """It keeps its place among those that wait for a load to end; each is put there once, so this has no bound."""
-        if entry in self.overdue:
-            looked.add(entry)
-        elif entry.aside:
-            refused.append(entry)
+    def _defer(self, state: RequestState, refused: list[RequestState], deferred_overdue: set[RequestState]) -> None:
+        """Moves a request to the deferred lane, at the same place; this happens once to each, so it needs no bound."""
+        if state in self.overdue:
+            deferred_overdue.add(state)
+        elif state.deferred:
+            refused.append(state)
         else:
-            entry.aside = True
-            self.queue.push(entry)
+            state.deferred = True
+            self.queue.push(state)
 
-    def _refuse(self, entry: Entry, refused: list[Entry]) -> bool:
-        """Notes a refusal; whether nobody else is to be looked at."""
+    def _refuse(self, state: RequestState, refused: list[RequestState]) -> bool:
+        """Records a lack of memory; True if the admission ends with it."""
         now = self.tiers.clock()
         self.starved = True
-        self.statistics.refusals += 1
-        if entry.refused_at is None:
-            entry.refused_at = now
-        if entry in self.overdue:
+        self.metrics.admissions_refused += 1
+        if state.refused_since is None:
+            state.refused_since = now
+        if state in self.overdue:
             return True
-        if now - entry.refused_at > self.limits.room_patience_s:
-            self.overdue[entry] = None
+        if now - state.refused_since > self.config.allocation_patience_s:
+            self.overdue[state] = None
             return True
-        refused.append(entry)
+        refused.append(state)
         return False
 
-    def _charge(self, entry: Entry) -> None:
-        request, handle = entry.request, entry.handle
+    def _charge(self, state: RequestState) -> None:
+        """Charges what an admitted request is expected to compute; `settle_charge` corrects it."""
+        request, handle = state.request, state.handle
         assert handle is not None
         answer = min(request.expected_tokens or request.max_new_tokens, request.max_new_tokens)
-        self.queue.charge(entry, entry.size - handle.length + ANSWER_WEIGHT * answer - entry.charged)
+        weighted = state.num_prompt_tokens - handle.length + self.config.output_token_weight * answer
+        self.queue.charge(state, weighted - state.charged_tokens)
 
-    def settle(self, entry: Entry) -> None:
-        """Corrects the charge of a request that is over by what was really computed."""
-        self.queue.charge(entry, entry.computed + ANSWER_WEIGHT * entry.produced - entry.charged)
+    def _try_admit(self, state: RequestState, alone: bool) -> AdmissionResult:
+        """Looks a prompt up and, if there is memory for all it needs, admits it or begins its loads.
 
-    def _attempt(self, entry: Entry, alone: bool) -> Attempt:
-        """Looks a prompt up and, if there is room for all it needs, admits it or begins its loads."""
+        Args:
+            alone: nothing else is computed or loaded, so waiting would not free memory.
+        """
         tiers = self.tiers
-        if not entry.opened:
+        if not state.looked_up:
             self.predictor.on_lookup()
-        handle = entry.handle = tiers.open(entry.lookup, entry.request.namespace, retry=entry.opened)
-        entry.opened = True
-        found, choice, missing = self._choose(entry, handle)
-        if missing and len(self.loading) >= self.limits.loading:
-            self._let_go(entry)
-            return Attempt.ASIDE
-        beside = tiers.bytes_to_load(missing)
-        room = tiers.reserve(entry.needed, beside)
-        wanted = entry.needed + beside
+        handle = state.handle = tiers.open(state.lookup_key, state.request.namespace, retry=state.looked_up)
+        state.looked_up = True
+        found, choice, missing = self._choose(state, handle)
+        if missing and len(self.loading) >= self.config.max_concurrent_loads:
+            self._release_refused(state)
+            return AdmissionResult.DEFERRED
+        to_load = tiers.bytes_to_load(missing)
+        room = tiers.reserve(state.bytes_to_reserve, to_load)
+        wanted = state.bytes_to_reserve + to_load
         cancelled = room is AllocStatus.REFUSED and tiers.cancel_prefetches(wanted)
         if room is AllocStatus.REFUSED and not cancelled and alone and handle.length:
-            handle.truncate(handle.node.root)  # what is cached of it is itself in the way
+            handle.truncate(handle.node.root)  # its own cached prefix occupies the memory it needs
             missing = []
-            room = tiers.reserve(entry.needed)
+            room = tiers.reserve(state.bytes_to_reserve)
         if room is not AllocStatus.READY:
-            self._let_go(entry)
-            return Attempt.REFUSED
-        entry.reserved = entry.needed
-        self.statistics.events += 1
-        return self._begin(entry, handle, missing, found, choice)
+            self._release_refused(state)
+            return AdmissionResult.REFUSED
+        state.reserved_bytes = state.bytes_to_reserve
+        self.metrics.events += 1
+        return self._begin(state, handle, missing, found, choice)
 
-    def _let_go(self, entry: Entry) -> None:
-        """As `withdraw`, of a request that was refused: no room has come of it."""
+    def _release_refused(self, state: RequestState) -> None:
+        """As `withdraw`, for a refused request: that frees no memory for others."""
         changed = self.changed
-        self.withdraw(entry)
+        self.withdraw(state)
         self.changed = changed
 
-    def _choose(self, entry: Entry, handle: CacheHandle) -> tuple[int, LoadChoice, list[Node]]:
-        """Shortens the lease to what is used.
+    def _choose(self, state: RequestState, handle: CacheHandle) -> tuple[int, LoadChoice, list[Node]]:
+        """Shortens the handle to the part of the prefix that is used rather than recomputed.
 
         Returns:
-            Tokens that were found, the choice, and the nodes that have to be loaded.
+            Cached tokens that were found, the choice, and the nodes to be loaded.
         """
         chain = handle.nodes()
         assert chain is not None, "what was just opened is whole"
-        choice = self.estimates.choose(chain, entry.size, entry.compute, self._computing + len(self))
+        queued = self._running + len(self)
+        choice = self.estimates.choose(chain, state.num_prompt_tokens, state.force_recompute, queued)
         found = handle.length
         if choice.nodes < len(chain):
             handle.truncate(chain[choice.nodes - 1] if choice.nodes else handle.node.root)
         return found, choice, [node for node in chain[: choice.nodes] if node.copies[Tier.DEVICE] is None]
 
-    def _begin(self, entry: Entry, handle: CacheHandle, missing: list[Node], found: int, choice: LoadChoice) -> Attempt:
-        """The memory is there; loads what is missing."""
+    def _begin(
+        self, state: RequestState, handle: CacheHandle, missing: list[Node], found: int, choice: LoadChoice
+    ) -> AdmissionResult:
+        """Admits a request whose memory is reserved, or begins to load what is missing."""
         now = self.tiers.clock()
         if missing:
-            state = handle.load(Urgency.DEMAND, entry.times.arrived)
-            if state is not LoadState.LOADING:
-                entry.failures += 1
-                entry.compute = entry.failures >= FAILURES
-                self.withdraw(entry)
-                return Attempt.REFUSED
-            entry.load_began = now
-            entry.give_up_at = now + self.limits.load_patience * max(choice.load_s, choice.alternative_s)
-            self.timers.set(entry.give_up_at, entry)
-            self.loading.add(entry)
-        self._count(entry, handle, missing, found)
-        return Attempt.LOADING if missing else Attempt.ADMITTED
+            load_state = handle.load(Urgency.DEMAND, state.times.arrived)
+            if load_state is not LoadState.LOADING:
+                state.load_failures += 1
+                state.force_recompute = state.load_failures >= self.config.max_load_failures
+                self.withdraw(state)
+                return AdmissionResult.REFUSED
+            state.load_started = now
+            state.load_deadline = now + self.config.load_timeout_factor * max(choice.load_s, choice.alternative_s)
+            self.timers.set(state.load_deadline, state)
+            self.loading.add(state)
+        self._count(state, handle, missing, found)
+        return AdmissionResult.LOADING if missing else AdmissionResult.ADMITTED
 
-    def _count(self, entry: Entry, handle: CacheHandle, missing: list[Node], found: int) -> None:
-        statistics = self.statistics
-        entry.cached = handle.length
-        entry.loaded = sum(node.covers for node in missing)
-        entry.recomputed = found - handle.length
-        if entry.recomputed:
-            statistics.recomputed_refused += entry.compute
-            statistics.recomputed_late += not entry.compute
+    def _count(self, state: RequestState, handle: CacheHandle, missing: list[Node], found: int) -> None:
+        state.cached_tokens = handle.length
+        state.loaded_tokens = sum(node.covers for node in missing)
+        state.recomputed_tokens = found - handle.length
+        if state.recomputed_tokens:
+            self.metrics.recomputed_refused += state.force_recompute
+            self.metrics.recomputed_late += not state.force_recompute
 
-    def _land(self) -> None:
-        """Sorts those with an ended copy: all is there, or more is to come, or they wait for another try."""
-        for entry in self.loading.take_landed():
-            assert entry.handle is not None and entry.state is State.LOADING, "what loads has a lease"
-            failed = entry.failures >= FAILURES
-            state = LoadState.NO_ROOM if failed else entry.handle.load(Urgency.DEMAND, entry.times.arrived)
-            if state is LoadState.READY:
-                self._stall(entry)
-                self.loading.done(entry)
-            elif state is not LoadState.LOADING:
-                self._try_again(entry, compute=failed)
-            elif self.tiers.clock() >= entry.give_up_at:  # its timer has passed: `give_up` left it to this
-                self._try_again(entry, compute=True)
+    # Loads ------------------------------------------------------------------------------------------------------
 
-    def _stall(self, entry: Entry) -> None:
-        waited = max(0.0, self.tiers.clock() - entry.load_began)
-        entry.stalled_s += waited
-        self.statistics.stalled_s += waited
-        self.statistics.events += 1
+    def _collect_loads(self) -> None:
+        """Advances the requests of which a transfer has ended: complete, still loading, or to be tried again."""
+        for state in self.loading.take_updated():
+            assert state.handle is not None and state.status is RequestStatus.LOADING, "a loading request has a handle"
+            failed = state.load_failures >= self.config.max_load_failures
+            load_state = LoadState.NO_ROOM if failed else state.handle.load(Urgency.DEMAND, state.times.arrived)
+            if load_state is LoadState.READY:
+                self._record_stall(state)
+                self.loading.complete(state)
+            elif load_state is not LoadState.LOADING:
+                self._retry(state, recompute=failed)
+            elif self.tiers.clock() >= state.load_deadline:  # `give_up` left the decision to this
+                self._retry(state, recompute=True)
 
-    def give_up(self, entry: Entry) -> None:
-        """Its loads have taken too long; if one has just ended, `_land` sees whether it was the last."""
-        if not self.loading.has_landed(entry):
-            self._try_again(entry, compute=True)
+    def give_up(self, state: RequestState) -> None:
+        """Its loads have passed their deadline. If a transfer has just ended, `_collect_loads` decides instead."""
+        if not self.loading.is_updated(state):
+            self._retry(state, recompute=True)
 
-    def _try_again(self, entry: Entry, compute: bool) -> None:
-        """Gives up the loads of a request; it waits anew, in its old place, and is computed next time if need be."""
-        self._stall(entry)
-        self.withdraw(entry)
-        entry.compute = entry.compute or compute
-        self.add(entry)
+    def _retry(self, state: RequestState, recompute: bool) -> None:
+        """Gives up a request's loads and queues it again, in its old place.
+
+        Args:
+            recompute: nothing is loaded for it the next time.
+        """
+        self._record_stall(state)
+        self.withdraw(state)
+        state.force_recompute = state.force_recompute or recompute
+        self.add(state)
+
+    def _record_stall(self, state: RequestState) -> None:
+        waited = max(0.0, self.tiers.clock() - state.load_started)
+        state.stalled_s += waited
+        self.metrics.stalled_s += waited
+        self.metrics.events += 1
 
     def check(self) -> None:
-        """Raises AssertionError unless states, leases and queues agree."""
+        """Raises AssertionError unless states, handles and queues agree."""
         self.queue.check()
         self.loading.check()
-        for entry in (*self.queue, *self.overdue):
-            assert entry.state is State.WAITING and entry.waits, "who waits is known to"
-            assert entry.handle is None and not entry.reserved, "who waits holds nothing"
+        for state in (*self.queue, *self.overdue):
+            assert state.status is RequestStatus.WAITING and state.announced, "the predictor knows what waits"
+            assert state.handle is None and not state.reserved_bytes, "waiting requests hold nothing"

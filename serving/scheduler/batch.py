@@ -1,4 +1,8 @@
-"""The requests that are computed: which tokens of which of them are in the next piece of work."""
+"""The running requests, and the formation of batches from them.
+
+Every decoding request gets its token first; prefills share the rest of the budget in the order of admission. The KV
+that a driver hands back is stored in the cache, in memory that was reserved for it.
+"""
 
 from __future__ import annotations
 
@@ -10,148 +14,163 @@ from ..kvcache.radix_tree import TOKEN_BYTES, Pages, encode
 from ..kvcache.tiered_cache import CacheHandle, TieredCache
 from ..metrics import SchedulerMetrics
 from .config import SchedulerConfig
-from .request_state import Decode, Entry, Prefill, Span, State, Work
+from .request_state import RequestState, RequestStatus, ScheduledBatch, ScheduledDecode, ScheduledPrefill, TokenRange
 
 
-class Batch:
-    """Every decoding request gets its token first; prefills share what the budget leaves, in the order of admission."""
+class RunningRequests:
+    """Requests that are being prefilled or decoded, at most `max_num_seqs`. Used under the cache's lock.
 
-    def __init__(self, tiers: TieredCache, limits: SchedulerConfig, statistics: SchedulerMetrics) -> None:
-        self.tiers, self.limits, self.statistics = tiers, limits, statistics
-        self.prefilling: dict[Entry, None] = {}
-        self.decoding: dict[Entry, Decode] = {}
+    Attributes:
+        prefilling: in the order of admission. decoding: with the item that is scheduled for each in every batch.
+    """
+
+    def __init__(self, tiers: TieredCache, config: SchedulerConfig, metrics: SchedulerMetrics) -> None:
+        self.tiers, self.config, self.metrics = tiers, config, metrics
+        self.prefilling: dict[RequestState, None] = {}
+        self.decoding: dict[RequestState, ScheduledDecode] = {}
 
     def __len__(self) -> int:
         return len(self.prefilling) + len(self.decoding)
 
-    def add(self, entry: Entry, now: float) -> None:
-        """Its memory is reserved, and what it has leased is on the device."""
-        handle = entry.handle
-        assert handle is not None, "what is computed has a lease"
-        entry.state, entry.done, entry.times.admitted = State.PREFILL, handle.length, now
-        self.prefilling[entry] = None
-        if entry.agent is not None and 0 < entry.fixed <= handle.length and not self._is_tagged(entry, handle):
-            leased = Pages(entry.key[: handle.length * TOKEN_BYTES])
-            self.tiers.store(handle, leased, None, entry.agent, entry.fixed)
+    def add(self, state: RequestState, now: float) -> None:
+        """Starts a request whose memory is reserved and whose cached prefix is on the device."""
+        handle = state.handle
+        assert handle is not None, "a running request has a handle"
+        state.status, state.num_computed_tokens, state.times.admitted = RequestStatus.PREFILL, handle.length, now
+        self.prefilling[state] = None
+        fixed = state.num_fixed_tokens
+        if state.agent is not None and 0 < fixed <= handle.length and not self._is_tagged(state, handle):
+            covered = Pages(state.key[: handle.length * TOKEN_BYTES])
+            self.tiers.store(handle, covered, None, state.agent, fixed)
 
-    def _is_tagged(self, entry: Entry, handle: CacheHandle) -> bool:
-        """Whether the tree knows already where the agent's fixed prompt ends."""
-        end = self.tiers.lookup_agent(entry.agent)
-        return end is not None and end.end == entry.fixed and any(node is end for node in handle.node.path())
+    def _is_tagged(self, state: RequestState, handle: CacheHandle) -> bool:
+        """Whether the tree already knows where the agent's fixed prompt ends."""
+        end = self.tiers.lookup_agent(state.agent)
+        return end is not None and end.end == state.num_fixed_tokens and any(node is end for node in handle.node.path())
 
-    def remove(self, entry: Entry) -> None:
-        self.prefilling.pop(entry, None)
-        self.decoding.pop(entry, None)
+    def remove(self, state: RequestState) -> None:
+        self.prefilling.pop(state, None)
+        self.decoding.pop(state, None)
 
-    def build(self, number: int, max_steps: int) -> Work | None:
-        """The next piece of work; None if nobody is to be computed."""
+    def schedule(self, number: int, max_steps: int) -> ScheduledBatch | None:
+        """Forms the next batch; None if no request is running.
+
+        Args:
+            number: of the batch.
+            max_steps: tokens of each decode if the batch has no prefill; otherwise each gets one.
+        """
         decodes = list(self.decoding.values())
-        budget = self.limits.batch_tokens - len(decodes)
+        budget = self.config.max_num_batched_tokens - len(decodes)
         prefills = []
-        for entry in self.prefilling:
+        for state in self.prefilling:
             if budget <= 0:
                 break
-            item = self._chunk(entry, budget)
+            item = self._chunk(state, budget)
             budget -= item.end - item.start
             prefills.append(item)
         if not prefills and not decodes:
             return None
         steps = 1
         if max_steps > 1 and not prefills:
-            steps = min(max_steps, min(item.left for item in decodes))
-        for entry in (*(item.entry for item in prefills), *self.decoding):
-            entry.working = True
-        return Work(number, prefills, decodes, steps)
+            steps = min(max_steps, min(item.remaining for item in decodes))
+        for state in (*(item.state for item in prefills), *self.decoding):
+            state.in_batch = True
+        return ScheduledBatch(number, prefills, decodes, steps)
 
-    def _chunk(self, entry: Entry, budget: int) -> Prefill:
-        """The next tokens of a prompt. A chunk ends with the fixed prompt, so that its KV can be stored by itself."""
-        handle, start = entry.handle, entry.done
-        assert handle is not None, "what is computed has a lease"
-        boundary = entry.fixed if start < entry.fixed else entry.size
-        end = min(boundary, start + min(budget, self.limits.chunk_tokens or budget))
+    def _chunk(self, state: RequestState, budget: int) -> ScheduledPrefill:
+        """The next chunk of a prompt. It ends at the fixed prompt's end, so that this part is stored by itself."""
+        handle, start, fixed = state.handle, state.num_computed_tokens, state.num_fixed_tokens
+        assert handle is not None, "a running request has a handle"
+        boundary = fixed if start < fixed else state.num_prompt_tokens
+        end = min(boundary, start + min(budget, self.config.prefill_chunk_size or budget))
         store = None
         if end == boundary:
-            upto = entry.fixed if end == entry.fixed else entry.storable(0)
+            upto = fixed if end == fixed else state.storable_end(0)
             store = (handle.length, upto) if upto > handle.length else None
-        return Prefill(entry.request, handle, start, end, entry.computed == 0, end == entry.size, store, entry)
+        first, last = state.num_prefilled_tokens == 0, end == state.num_prompt_tokens
+        return ScheduledPrefill(state.request, handle, start, end, first, last, store, state)
 
-    def take_prefill(self, item: Prefill, now: float) -> bool:
-        """Takes the results of a chunk; whether the request's answer ends with it."""
-        entry = item.entry
-        entry.done = item.end
-        entry.computed += item.end - item.start
-        self.statistics.prefilled += item.end - item.start
-        self.statistics.events += 1
+    def complete_prefill(self, item: ScheduledPrefill, now: float) -> bool:
+        """Takes the results of a chunk; True if the request's answer ends with it.
+
+        Raises:
+            ValueError: see `_store`.
+        """
+        state, new = item.state, item.end - item.start
+        state.num_computed_tokens = item.end
+        state.num_prefilled_tokens += new
+        self.metrics.prefill_tokens += new
+        self.metrics.events += 1
         if item.store is not None and item.payload is not None:
-            self._store(entry, item.store, item.payload)
+            self._store(state, item.store, item.payload)
         if not item.last:
             return False
-        del self.prefilling[entry]
-        entry.state, entry.times.first_token = State.DECODE, now
-        self._tell(entry, item.tokens, 1)
-        if item.finished or entry.produced >= entry.request.max_new_tokens:
+        del self.prefilling[state]
+        state.status, state.times.first_token = RequestStatus.DECODE, now
+        self._append(state, item.tokens, 1)
+        if item.finished or state.num_output_tokens >= state.request.max_new_tokens:
             return True
-        self.decoding[entry] = Decode(entry.request, entry)
+        self.decoding[state] = ScheduledDecode(state.request, state)
         return False
 
-    def take_decode(self, item: Decode, steps: int) -> bool:
-        """Takes the next tokens of an answer; whether it ends with them."""
-        entry = item.entry
-        if item.tokens is None and item.payload is None:  # not told: nothing to be kept
-            left = entry.request.max_new_tokens - entry.produced
-            new = min(steps, left)
-            entry.produced += new
-            entry.told = False
-            self.statistics.decoded += new
-            self.statistics.events += new
-            return item.finished or new == left
+    def complete_decode(self, item: ScheduledDecode, steps: int) -> bool:
+        """Takes the next tokens of an answer; True if it ends with them.
+
+        Raises:
+            ValueError: see `_store`.
+        """
+        state, before = item.state, item.state.num_output_tokens
         span = None if item.payload is None else item.store_span()
-        before = entry.produced
-        self._tell(entry, item.tokens, min(steps, item.left))
-        self.statistics.decoded += entry.produced - before
-        self.statistics.events += entry.produced - before
+        self._append(state, item.tokens, min(steps, item.remaining))
+        self.metrics.decode_tokens += state.num_output_tokens - before
+        self.metrics.events += state.num_output_tokens - before
         if span is not None and item.payload is not None:
-            self._store(entry, span, item.payload)
+            self._store(state, span, item.payload)
         item.tokens = item.payload = None
-        return item.finished or entry.produced >= entry.request.max_new_tokens
+        return item.finished or state.num_output_tokens >= state.request.max_new_tokens
 
-    def _tell(self, entry: Entry, tokens: Sequence[int] | None, steps: int) -> None:
+    def _append(self, state: RequestState, tokens: Sequence[int] | None, steps: int) -> None:
         if tokens is None:
-            entry.produced += steps
-            entry.told = False
+            state.num_output_tokens += steps
+            state.tokens_known = False
             return
-        told = list(tokens)[: entry.request.max_new_tokens - entry.produced]
-        entry.produced += len(told)
-        entry.tokens += told
+        new = list(tokens)[: state.request.max_new_tokens - state.num_output_tokens]
+        state.num_output_tokens += len(new)
+        state.output_tokens += new
 
-    def _store(self, entry: Entry, span: Span, payload: KVPayload) -> None:
-        """Gives KV to the tree, in the room that was reserved for it.
+    def _store(self, state: RequestState, span: TokenRange, payload: KVPayload) -> None:
+        """Offers KV to the cache, in the memory that was reserved for it.
+
+        The bytes of `span` pass from the request's reservation to the cache if it takes the payload, and stay reserved
+        otherwise.
 
         Raises:
             ValueError: the payload is not of these tokens, or of a type that a pool cannot hold.
         """
-        handle, (_, end) = entry.handle, span
-        assert handle is not None, "what is computed has a lease"
+        handle, (_, end) = state.handle, span
+        assert handle is not None, "a running request has a handle"
         with self.tiers.lock:
-            taken = min(entry.reserved, (end - handle.length) * entry.byte_rate)
+            taken = min(state.reserved_bytes, (end - handle.length) * state.bytes_per_token)
             self.tiers.unreserve(taken)
-            entry.reserved -= taken
+            state.reserved_bytes -= taken
             room = None
             try:
-                agent = entry.agent
-                room = self.tiers.store(handle, self._key(entry, end), payload, agent, min(entry.fixed, end))
+                agent = state.agent
+                room = self.tiers.store(
+                    handle, self._key(state, end), payload, agent, min(state.num_fixed_tokens, end)
+                )
             finally:
-                if room is not AllocStatus.READY and self.tiers.try_reserve(taken):  # it stays with the request
-                    entry.reserved += taken
-        self.statistics.stores += room is AllocStatus.READY
-        self.statistics.stores_refused += room is not AllocStatus.READY
-        self.statistics.events += 1
+                if room is not AllocStatus.READY and self.tiers.try_reserve(taken):
+                    state.reserved_bytes += taken
+        self.metrics.stores += room is AllocStatus.READY
+        self.metrics.stores_refused += room is not AllocStatus.READY
+        self.metrics.events += 1
 
-    def _key(self, entry: Entry, end: int) -> Pages:
+    def _key(self, state: RequestState, end: int) -> Pages:
         """The first `end` tokens of prompt and answer, whole pages."""
-        key, missing = entry.key, end - len(entry.key) // TOKEN_BYTES
+        key, missing = state.key, end - len(state.key) // TOKEN_BYTES
         if not missing:
             return key
         if missing < 0:
             return Pages(key[: end * TOKEN_BYTES])
-        return Pages(key + encode([*entry.tail, *entry.tokens][:missing], self.tiers.page_size))
+        return Pages(key + encode([*state.tail_tokens, *state.output_tokens][:missing], self.tiers.page_size))

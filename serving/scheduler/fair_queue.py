@@ -1,163 +1,160 @@
-"""Whose request is next: fair shares among clients, among a client's workflows, and age and priority within one.
+"""Fair shares among clients and their workflows, by the tokens served to each; age and priority within a workflow.
 
 Virtual token counters (Sheng et al., Fairness in Serving Large Language Models, OSDI 2024, algorithm 2) at two levels:
-the client, and in it the workflow, that has been served the fewest tokens goes first. One that comes back from
-idleness is lifted to the least of those that wait, so nobody saves up a claim; whoever is owed nothing is forgotten.
+the client, and within it the workflow, that has been served the fewest tokens is next. One that returns from idleness
+is lifted to the minimum of those that wait, so idleness saves up no claim; idle counters may be forgotten.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import Any
 
-from .request_state import Entry
+from ..lazy_heap import LazyHeap
+from .request_state import RequestState
 
-MAX_IDLE = 10_000  # branches that are remembered while nothing of theirs waits
+
+def _priority(head: tuple[Any, object]) -> Any:
+    return head[0]
 
 
-class Branch:
-    """One client, or one workflow.
+class FairShareBranch:
+    """A client, or a workflow of one.
 
     Attributes:
-        served: tokens charged so far, or lifted to.
-        floor: the counter of whoever went last; who begins to wait is lifted to it.
-        waiting: entries below it; this and what follows for those that can be popped always, and for those aside.
+        served_tokens: tokens charged to it, or the floor it was lifted to.
+        floor: the counter of the child served last; a child that begins to wait is lifted to it.
+        waiting: number of requests below it; this and the following are pairs, for ready and for deferred requests.
         heaps: of a client, its workflows that wait, by counter. queues: of a workflow, its requests.
     """
 
-    __slots__ = ("children", "floor", "heaps", "queues", "served", "stamps", "waiting")
+    __slots__ = ("children", "floor", "heaps", "queues", "served_tokens", "waiting")
 
     def __init__(self) -> None:
-        self.served = 0.0
+        self.served_tokens = 0.0
         self.floor = 0.0
         self.waiting = [0, 0]
-        self.stamps = [0, 0]
-        self.children: dict[str, Branch] = {}
-        self.heaps: tuple[list[tuple[float, int, Branch]], ...] = ([], [])
-        self.queues: tuple[list[tuple[float, int, int, Entry]], ...] = ([], [])
+        self.children: dict[str, FairShareBranch] = {}
+        self.heaps: tuple[LazyHeap[FairShareBranch], ...] = (LazyHeap(), LazyHeap())
+        self.queues: tuple[LazyHeap[RequestState], ...] = (LazyHeap(), LazyHeap())
 
 
 class FairQueue:
-    """Entries by fair share; all operations are O(log n) amortised. Those aside have a place in the same order.
+    """Waiting requests in order of fair share; every operation is O(log n) amortised. Used under the cache's lock.
+
+    Deferred requests keep their place in the same order, but `pop` can skip them.
 
     Args:
-        window_s: a request of priority 1 goes before one of priority 0 that has arrived up to so much earlier; as this
-            is a bound, nothing starves in a workflow.
+        window_s, max_idle: `priority_window_s` and `max_idle_branches` of `SchedulerConfig`.
     """
 
-    def __init__(self, window_s: float = 10.0) -> None:
-        self.window_s = window_s
-        self.root = Branch()
+    def __init__(self, window_s: float = 10.0, max_idle: int = 10_000) -> None:
+        self.window_s, self.max_idle = window_s, max_idle
+        self.root = FairShareBranch()
         self._numbers = count(1)
-        self._queued: dict[Entry, tuple[int, bool]] = {}
+        self._queued: dict[RequestState, bool] = {}  # whether it was deferred
 
     def __len__(self) -> int:
         return len(self._queued)
 
-    def __contains__(self, entry: Entry) -> bool:
-        return entry in self._queued
+    def __contains__(self, state: RequestState) -> bool:
+        return state in self._queued
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[RequestState]:
         return iter(self._queued)
 
-    def push(self, entry: Entry) -> None:
-        """It waits; put aside if it says so."""
-        number, aside = next(self._numbers), entry.aside
-        self._queued[entry] = number, aside
-        entry.order = entry.order or number  # whoever comes back takes its old place
-        client, workflow = self._branches(entry)
-        key = entry.times.arrived - self.window_s * entry.request.priority
-        heapq.heappush(workflow.queues[aside], (key, entry.order, number, entry))
+    def push(self, state: RequestState) -> None:
+        """Queues a request, as deferred if it is; one that was queued before returns to its old place."""
+        deferred = self._queued[state] = state.deferred
+        state.arrival_order = state.arrival_order or next(self._numbers)
+        client, workflow = self._branches(state)
+        key = state.times.arrived - self.window_s * state.request.priority
+        workflow.queues[deferred].push(state, (key, state.arrival_order))
         for parent, branch in ((client, workflow), (self.root, client)):
-            if not any(branch.waiting) and not aside:  # whoever is put aside was not idle
-                branch.served = max(branch.served, parent.floor)
-            branch.waiting[aside] += 1
-            if branch.waiting[aside] == 1:
-                self._enter(parent, branch, aside)
-        self.root.waiting[aside] += 1
+            if not any(branch.waiting) and not deferred:  # a branch whose request is being deferred was not idle
+                branch.served_tokens = max(branch.served_tokens, parent.floor)
+            branch.waiting[deferred] += 1
+            if branch.waiting[deferred] == 1:
+                self._enter(parent, branch, deferred)
+        self.root.waiting[deferred] += 1
 
-    def remove(self, entry: Entry) -> bool:
-        """Takes it out, wherever it is; False if it is not there."""
-        _, aside = self._queued.pop(entry, (0, None))
-        if aside is None:
+    def remove(self, state: RequestState) -> bool:
+        """Removes a request from anywhere in the queue; False if it is not queued."""
+        deferred = self._queued.pop(state, None)
+        if deferred is None:
             return False
-        client, workflow = self._branches(entry)
-        for branch in (workflow, client, self.root):
-            branch.waiting[aside] -= 1
-        if not workflow.waiting[aside]:
-            workflow.queues[aside].clear()
+        client, workflow = self._branches(state)
+        workflow.queues[deferred].discard(state)
+        self.root.waiting[deferred] -= 1
+        for parent, branch in ((client, workflow), (self.root, client)):
+            branch.waiting[deferred] -= 1
+            if not branch.waiting[deferred]:
+                parent.heaps[deferred].discard(branch)
+        if not workflow.waiting[deferred]:
+            workflow.queues[deferred].clear()
         return True
 
-    def pop(self, aside: bool = True) -> Entry | None:
-        """The one that is next, out of the queue; of those aside only if `aside`."""
-        lanes = (False, True) if aside else (False,)
+    def pop(self, deferred: bool = True) -> RequestState | None:
+        """Removes and returns the next request.
+
+        Args:
+            deferred: deferred requests may be returned, too.
+        """
+        lanes = (False, True) if deferred else (False,)
         if not any(self.root.waiting[lane] for lane in lanes):
             return None
         workflow = self._first(self._first(self.root, lanes), lanes)
-        heads = []
-        for lane in lanes:
-            queue = workflow.queues[lane]
-            while queue and self._queued.get(queue[0][3]) != (queue[0][2], lane):
-                heapq.heappop(queue)
-            heads += queue[:1]
-        entry = min(heads)[3]
-        heapq.heappop(workflow.queues[self._queued[entry][1]])
-        self.remove(entry)
-        return entry
+        heads = [(queue.peek_priority(), queue) for lane in lanes if (queue := workflow.queues[lane])]
+        state = min(heads, key=_priority)[1].peek()
+        assert state is not None, "a request of these lanes waits"
+        self.remove(state)
+        return state
 
-    def charge(self, entry: Entry, tokens: float) -> None:
-        """Whoever `entry` belongs to has had so many tokens computed (less than 0: has been charged too much)."""
-        entry.charged += tokens
-        client, workflow = self._branches(entry)
+    def charge(self, state: RequestState, tokens: float) -> None:
+        """Charges weighted tokens to the client and workflow of a request; a negative number refunds them."""
+        state.charged_tokens += tokens
+        client, workflow = self._branches(state)
         for parent, branch in ((client, workflow), (self.root, client)):
-            branch.served += tokens
+            branch.served_tokens += tokens
             for lane in (False, True):
                 if branch.waiting[lane]:
                     self._enter(parent, branch, lane)
 
-    def _branches(self, entry: Entry) -> tuple[Branch, Branch]:
-        name, part = entry.path
+    def _branches(self, state: RequestState) -> tuple[FairShareBranch, FairShareBranch]:
+        name, part = state.account
         client = self._child(self.root, name)
         return client, self._child(client, part)
 
-    def _child(self, parent: Branch, name: str) -> Branch:
+    def _child(self, parent: FairShareBranch, name: str) -> FairShareBranch:
         branch = parent.children.get(name)
         if branch is None:
-            if len(parent.children) >= 2 * MAX_IDLE:
-                self._forget(parent)
-            branch = parent.children[name] = Branch()
-            branch.served = parent.floor
+            if len(parent.children) >= 2 * self.max_idle:
+                self._forget_idle(parent)
+            branch = parent.children[name] = FairShareBranch()
+            branch.served_tokens = parent.floor
         return branch
 
-    def _forget(self, parent: Branch) -> None:
-        """Drops the idle branches, those that have been served most being kept to the last: they owe something."""
-        idle = sorted((b.served, name) for name, b in parent.children.items() if not any(b.waiting))
-        for _, name in idle[: max(0, len(idle) - MAX_IDLE)]:
+    def _forget_idle(self, parent: FairShareBranch) -> None:
+        """Drops idle branches, the least served first: those served most still owe something."""
+        idle = sorted((b.served_tokens, name) for name, b in parent.children.items() if not any(b.waiting))
+        for _, name in idle[: max(0, len(idle) - self.max_idle)]:
             del parent.children[name]
 
-    def _enter(self, parent: Branch, branch: Branch, lane: bool) -> None:
-        heap = parent.heaps[lane]
-        branch.stamps[lane] = next(self._numbers)
-        heapq.heappush(heap, (branch.served, branch.stamps[lane], branch))
-        if len(heap) > 4 * len(parent.children) + 64:  # most are stale
-            heap[:] = [(b.served, b.stamps[lane], b) for b in parent.children.values() if b.waiting[lane]]
-            heapq.heapify(heap)
+    def _enter(self, parent: FairShareBranch, branch: FairShareBranch, lane: bool) -> None:
+        """Puts a branch at its present counter into its parent's heap; numbers order equal counters across lanes."""
+        parent.heaps[lane].push(branch, (branch.served_tokens, next(self._numbers)))
 
-    def _first(self, parent: Branch, lanes: Sequence[bool]) -> Branch:
-        """The branch that has been served least, of those where somebody waits whom `pop` may take."""
-        heads = []
-        for lane in lanes:
-            heap = parent.heaps[lane]
-            while heap and not (heap[0][2].waiting[lane] and heap[0][2].stamps[lane] == heap[0][1]):
-                heapq.heappop(heap)
-            heads += heap[:1]
-        served, _, branch = min(heads)
-        parent.floor = max(parent.floor, served)
+    def _first(self, parent: FairShareBranch, lanes: Sequence[bool]) -> FairShareBranch:
+        """The least served branch in which a request of these lanes waits."""
+        heads = [(heap.peek_priority(), heap) for lane in lanes if (heap := parent.heaps[lane])]
+        branch = min(heads, key=_priority)[1].peek()
+        assert branch is not None, "a request of these lanes waits"
+        parent.floor = max(parent.floor, branch.served_tokens)
         return branch
 
     def check(self) -> None:
-        """Raises AssertionError unless the counts of what waits agree."""
+        """Raises AssertionError unless the counts of waiting requests agree at every level."""
         assert sum(self.root.waiting) == len(self._queued), "what waits is counted"
         for lane in (False, True):
             clients = self.root.children.values()

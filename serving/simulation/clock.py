@@ -1,4 +1,4 @@
-"""A virtual clock, and copies that take the time on it that a link of stated speed would take."""
+"""A virtual clock, and a transfer backend whose copies take the time of links with fixed bandwidths on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..kvcache.transfer_queue import LayerAction, Outcome, TransferJob, Transfer
 
 
 class VirtualClock:
-    """Seconds that pass only when told to; call it for the time."""
+    """A clock that only `advance_to` moves; calling it returns its time in seconds."""
 
     def __init__(self, now: float = 0.0) -> None:
         self.now = now
@@ -22,29 +22,35 @@ class VirtualClock:
         return self.now
 
     def advance_to(self, time: float) -> None:
-        """Moves on to `time`; a time that has passed leaves the clock where it is."""
+        """Moves to `time`; earlier times leave the clock unchanged."""
         self.now = max(self.now, time)
 
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """bytes_per_s once a layer moves; latency_s before each layer."""
+    """Bandwidth of a link.
+
+    Attributes:
+        bytes_per_s: while a layer is copied. latency_s: seconds before each layer.
+    """
 
     bytes_per_s: float
     latency_s: float = 0.0
 
     def seconds(self, nbytes: int) -> float:
+        """Seconds to copy a layer."""
         return self.latency_s + nbytes / self.bytes_per_s
 
 
 class VirtualTransfer:
-    """A `TransferBackend` that copies each layer at the virtual time at which its link would have moved it.
+    """A `TransferBackend` that copies each layer at the virtual time at which its link would have copied it.
 
-    Payloads with data are really copied, so tests run every path deterministically in one thread.
+    Payloads with data are really copied, so tests run every path deterministically in one thread. Not thread-safe:
+    the cache calls it under its lock.
 
     Args:
-        clock: shared with the tiers; `poll` handles what is due by its time, `wait` moves it on.
-        speeds: of the links; one that is missing cannot be used.
+        clock: shared with the cache; `poll` handles everything due by its time, `wait` advances it.
+        speeds: by link; links that are missing cannot be used.
     """
 
     def __init__(self, clock: VirtualClock, speeds: Mapping[Link, LinkSpeed]) -> None:
@@ -57,7 +63,7 @@ class VirtualTransfer:
         self.num_events = 0
 
     def submit(self, job: TransferJob) -> None:
-        self._run(self.clock.now)  # what happens now must not change what is past
+        self._run(self.clock.now)  # a change now must not affect layers that are due already
         self._queues[job.link].push(job)
         if job.link not in self._running:
             self._next_job(job.link, self.clock.now)
@@ -83,11 +89,11 @@ class VirtualTransfer:
         return finished
 
     def next_time(self) -> float | None:
-        """When the next copy will have ended if nothing else happens; None if nothing is under way."""
+        """When the next transfer ends if nothing else happens; None if none is running."""
         return min((self._end_time(time, self._running[link]) for time, _, link in self._due), default=None)
 
     def _end_time(self, time: float, job: TransferJob) -> float:
-        """When the running `job`, whose next layer is there at `time`, ends; `time` if it may stop there."""
+        """When the running `job` ends, whose next layer is copied at `time`; `time` if it may be preempted there."""
         first = self._queues[job.link].peek()
         if not job.cancelled and (first is None or first.urgency >= job.urgency):
             speed = self.speeds[job.link]
@@ -130,7 +136,7 @@ class VirtualTransfer:
             self._continue(job, time)
 
     def copy_layer(self, job: TransferJob) -> None:
-        """Moves one layer's bytes."""
+        """Copies one layer; a hook for tests and counters."""
         job.copy_layer()
 
     def _next_job(self, link: Link, time: float) -> None:
@@ -140,7 +146,7 @@ class VirtualTransfer:
             self._continue(job, time)
 
     def _continue(self, job: TransferJob, time: float) -> None:
-        """Does what the queue says at the boundary that `job` reaches at `time`."""
+        """Continues, preempts or ends `job` at the layer boundary that it reaches at `time`."""
         link, queue = job.link, self._queues[job.link]
         action = queue.next_action(job)
         if action is LayerAction.COPY:

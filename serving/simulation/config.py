@@ -1,4 +1,4 @@
-"""Set-ups to simulate, from YAML: a machine, the workloads of a table's cells, policies, and what a paper reports."""
+"""Simulation set-ups from YAML: a machine, the workload of each cell of a table, policies, and a paper's results."""
 
 from __future__ import annotations
 
@@ -11,45 +11,49 @@ from typing import Any
 from ..prefetch import PrefetchConfig
 from ..scheduler.config import SchedulerConfig
 from ..system import system_names
-from .cost_model import Links, RooflineCosts, card, model
-from .driver import Machine
-from .workload import Workload
+from .cost_model import Links, RooflineCosts, get_card, get_model_spec
+from .simulator import SimulatedMachine
+from .workload import WorkloadConfig
 
-POLICIES = ("lru", "lru_reactive", "lru_prefetch", "ste", "ste_prefetch", "expected_time")
+DEFAULT_POLICIES = ("lru", "lru_reactive", "lru_prefetch", "ste", "ste_prefetch", "expected_time")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One workload of a set-up.
+class SimulationCell:
+    """One cell of a set-up: a workload on a machine.
 
     Attributes:
-        paper: ratios that the paper reports for its policy, by the baseline they are over.
-        paper_policy: ours that stands for it.
-        why: what explains a difference, in words.
+        paper: speed-ups that a paper reports, by baseline.
+        paper_policy: the policy of this package that corresponds to the paper's.
+        why: explains differences from the paper, as text.
     """
 
     name: str
-    machine: Machine
-    workload: Workload
+    machine: SimulatedMachine
+    workload: WorkloadConfig
     paper: Mapping[str, float] = field(default_factory=dict)
     paper_policy: str = "ste_prefetch"
     why: str = ""
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What `tenure simulate` runs.
+class SimulationSetup:
+    """The runs of one `tenure simulate`.
 
     Attributes:
-        policies: names of systems. baselines: of those, the ones that the others are compared with.
-        repeats: with the seeds `seed`, `seed` + 1, ...
+        title, source: printed above the tables.
+        policies: names of systems. baselines: of these, the ones that the others are compared with.
+        repeats: number of seeds: `seed`, `seed` + 1, ...
+
+    Raises:
+        ValueError: an unknown policy, a baseline that is not among the policies, or no cells or repeats.
     """
 
     name: str
     title: str
     source: str
-    cells: tuple[Cell, ...]
-    policies: tuple[str, ...] = POLICIES
+    cells: tuple[SimulationCell, ...]
+    policies: tuple[str, ...] = DEFAULT_POLICIES
     baselines: tuple[str, ...] = ("lru", "lru_reactive")
     repeats: int = 3
     seed: int = 0
@@ -64,20 +68,21 @@ class Setup:
         if not self.cells or self.repeats < 1:
             raise ValueError(f"got {len(self.cells)} cells and {self.repeats} repeats; accepted: 1 or more of both")
 
-    def with_policies(self, names: tuple[str, ...]) -> Setup:
-        """Only these, and the baselines."""
+    def with_policies(self, names: tuple[str, ...]) -> SimulationSetup:
+        """A copy with these policies and the baselines only."""
         chosen = tuple(dict.fromkeys((*self.baselines, *names)))
         return replace(self, policies=chosen)
 
 
-def load_setup(path: str | Path, changes: Sequence[str] = ()) -> Setup:
+def load_setup(path: str | Path, changes: Sequence[str] = ()) -> SimulationSetup:
     """Reads a set-up; docs/simulator.md has the format.
 
     Args:
-        changes: as `machine.link_gb_s=4`, of the set-up and of all its cells.
+        changes: settings as `machine.link_gb_s=4` that replace those of the set-up and of all its cells.
 
     Raises:
-        ValueError: unknown names or wrong values, with the file's name.
+        ImportError: PyYAML is missing; the message names the extra.
+        ValueError: unknown names or wrong values; the message has the file's name.
     """
     try:
         import yaml
@@ -109,39 +114,49 @@ def _changed(given: Any, changes: Sequence[str]) -> Any:
         if isinstance(given, dict):
             given[section] = {**(given.get(section) or {}), key: read}
             for cell in given.get("cells") or []:
-                if isinstance(cell, dict):  # `read_setup` tells of others
+                if isinstance(cell, dict):  # `read_setup` refuses others
                     (cell.get(section) or {}).pop(key, None)
     return given
 
 
-def read_setup(given: Any, name: str) -> Setup:
-    """From what YAML gives."""
+def read_setup(given: Any, name: str) -> SimulationSetup:
+    """A set-up from parsed YAML.
+
+    Args:
+        name: of the set-up, e.g. the file's stem.
+
+    Raises:
+        ValueError: unknown names or wrong values.
+    """
     _only(
         given, {"title", "source", "machine", "workload", "cells", "policies", "baselines", "repeats", "seed"}, "set-up"
     )
     cells = tuple(_cell(each, given) for each in given.get("cells") or [{"name": name}])
     options = {key: given[key] for key in ("repeats", "seed") if key in given}
     options |= {key: tuple(given[key]) for key in ("policies", "baselines") if key in given}
-    return Setup(name, given.get("title", name), given.get("source", ""), cells, **options)
+    return SimulationSetup(name, given.get("title", name), given.get("source", ""), cells, **options)
 
 
-def _cell(given: Any, setup: dict[str, Any]) -> Cell:
+def _cell(given: Any, setup: dict[str, Any]) -> SimulationCell:
     _only(given, {"name", "machine", "workload", "paper", "paper_policy", "why"}, "cell")
     machine = read_machine({**setup.get("machine", {}), **given.get("machine", {})})
-    workload = Workload.read({**setup.get("workload", {}), **given.get("workload", {})})
+    workload = WorkloadConfig.read({**setup.get("workload", {}), **given.get("workload", {})})
     more = {key: given[key] for key in ("paper", "paper_policy", "why") if key in given}
-    return Cell(str(given.get("name", "")), machine, workload, **more)
+    return SimulationCell(str(given.get("name", "")), machine, workload, **more)
 
 
-def read_machine(given: dict[str, Any]) -> Machine:
-    """A card and a model of `presets`, at the shares of `RooflineCosts`; sizes in GB (10^9 bytes).
+def read_machine(given: dict[str, Any]) -> SimulatedMachine:
+    """A machine from parsed YAML: a card and a model of `cost_model`, and sizes in GB (10^9 bytes).
 
-    A copy goes layer by layer unless `copy_parts` says otherwise. With `host_copy_gb_s`, what crosses the link is first
-    gathered in the host's memory at that rate, and not meanwhile.
+    Nodes are copied layer by layer unless `copy_parts` is given. With `host_copy_gb_s`, bytes are gathered in host
+    memory at that rate before they cross the link, so the two times add up.
+
+    Raises:
+        ValueError: unknown names or wrong values.
     """
     rates = {"compute_share", "memory_share", "overhead_s"}
     sizes = {"card", "model", "card_share", "pool_tokens", "host_gb", "disk_gb", "link_gb_s", "disk_gb_s", "latency_s"}
-    others = {"host_copy_gb_s", "page_size", "copy_parts", "limits", "prefetch"}
+    others = {"host_copy_gb_s", "page_size", "copy_parts", "scheduler", "prefetch"}
     _only(given, rates | sizes | others, "machine")
     link, gathering = given.get("link_gb_s", 0), given.get("host_copy_gb_s", math.inf)
     if not gathering > 0:
@@ -149,19 +164,19 @@ def read_machine(given: dict[str, Any]) -> Machine:
     if link > 0:
         link = 1 / (1 / link + 1 / gathering)
     links = Links(1e9 * link, 1e9 * given.get("disk_gb_s", 0), given.get("latency_s", 0.0))
-    shape = model(given.get("model", "llama-3.1-8b"))
+    shape = get_model_spec(given.get("model", "llama-3.1-8b"))
     costs = RooflineCosts(
-        card(given.get("card", "h100")), shape, links, **{key: given[key] for key in rates if key in given}
+        get_card(given.get("card", "h100")), shape, links, **{key: given[key] for key in rates if key in given}
     )
     rate = shape.kv_bytes_per_token
     device = given["pool_tokens"] * rate if "pool_tokens" in given else costs.pool_bytes(given.get("card_share", 0.88))
     options = {"copy_parts": shape.layers, **{key: given[key] for key in ("page_size", "copy_parts") if key in given}}
-    for name, kind in (("limits", SchedulerConfig), ("prefetch", PrefetchConfig)):
+    for name, kind in (("scheduler", SchedulerConfig), ("prefetch", PrefetchConfig)):
         if name in given:
             _only(given[name], {each.name for each in fields(kind)}, f"machine's {name}")
             options[name] = kind(**given[name])
     host, disk = (int(1e9 * given.get(key, 0)) for key in ("host_gb", "disk_gb"))
-    return Machine(costs, links, int(device), host, disk, rate, **options)
+    return SimulatedMachine(costs, links, int(device), host, disk, rate, **options)
 
 
 def _only(given: Any, known: set[str], what: str) -> None:

@@ -1,15 +1,11 @@
-"""How long a batch takes: a roofline of the card and the model (rates fitted to measured batches: `fitting.py`).
+"""Seconds of a batch: by a roofline of a card and a model, or by rates fitted to the measured batches of a trace.
 
-A batch is counted once for what all of it shares, the weights that are read, and once a token for what it computes; the
-slower of the two decides (Williams, Waterman and Patterson 2009). So a prefill's tokens per second depend on its length
-and on what runs beside it, and a decode step costs nearly the same for one request as for ten.
+Work that a batch shares, the weights that are read, is counted once, and work per token once a token; the slower of
+operations and memory traffic decides (Williams, Waterman and Patterson 2009). A prefill's tokens per second therefore
+depend on its length and on the rest of the batch, and a decode step costs nearly the same for one request as for ten.
 
-Cards and models of the papers, by their data sheets and configurations.
-
-These numbers and the two shares in `RooflineCosts` are all that times are made of. They were written down before the
-first run of a policy and are not fitted to any ratio.
-
-Rates that are fitted to the batches of a trace.
+The data sheets of cards, the configurations of models and the two shares in `RooflineCosts` determine all times. They
+were written down before the first run of a policy and are not fitted to any result.
 """
 
 from __future__ import annotations
@@ -24,15 +20,17 @@ import numpy as np
 
 from ..kvcache.base import Tier
 
+_Found = TypeVar("_Found")
+
 
 @dataclass(frozen=True)
-class Batch:
-    """What is computed in one go.
+class BatchShape:
+    """The sizes of a batch that its time depends on.
 
     Attributes:
         chunks: of prompts, [start, end): tokens whose KV is computed with the first `start` in the cache.
-        contexts: tokens in the cache of each request that decodes.
-        steps: decode steps of all of these; 1 beside chunks.
+        contexts: tokens in the cache of each decoding request.
+        steps: decode steps of all of these; 1 if there are chunks.
     """
 
     chunks: Sequence[tuple[int, int]] = ()
@@ -41,22 +39,31 @@ class Batch:
 
 
 class CostModel(Protocol):
-    """Seconds on the device, and (as `orders.Costs`) what it takes to have KV back."""
+    """Seconds of batches; also the `Costs` of an eviction policy."""
 
-    def batch_s(self, batch: Batch) -> float: ...
+    def batch_s(self, batch: BatchShape) -> float:
+        """Seconds to compute a batch."""
+        ...
 
-    def recompute_s(self, start: int, end: int) -> float: ...
+    def recompute_s(self, start: int, end: int) -> float:
+        """Seconds to compute a prompt's tokens [start, end) alone."""
+        ...
 
-    def reload_s(self, nbytes: int, tier: Tier) -> float: ...
+    def reload_s(self, nbytes: int, tier: Tier) -> float:
+        """Seconds to load `nbytes` into `tier` from the tier below."""
+        ...
 
 
 @dataclass(frozen=True)
 class Links:
-    """The ways between tiers, both directions at full speed at the same time, as PCIe.
+    """Bandwidths between tiers; both directions run at full speed at the same time, as on PCIe.
 
     Attributes:
-        host_bytes_per_s, disk_bytes_per_s: between DEVICE and HOST, and HOST and DISK; 0 for one that does not exist.
-        latency_s: before each part of a copy.
+        host_bytes_per_s, disk_bytes_per_s: between DEVICE and HOST, and between HOST and DISK; 0: no such link.
+        latency_s: seconds before each part of a copy.
+
+    Raises:
+        ValueError: a value below 0.
     """
 
     host_bytes_per_s: float
@@ -71,7 +78,7 @@ class Links:
             )
 
     def reload_s(self, nbytes: int, tier: Tier) -> float:
-        """To bring `nbytes` into `tier` from below it; infinity if nothing is below."""
+        """Seconds to load `nbytes` into `tier` from the tier below; infinity if there is none."""
         speed = {Tier.DEVICE: self.host_bytes_per_s, Tier.HOST: self.disk_bytes_per_s}.get(tier, 0.0)
         return self.latency_s + nbytes / speed if speed else math.inf
 
@@ -81,8 +88,8 @@ class Card:
     """A GPU by its data sheet.
 
     Attributes:
-        flops: FLOP/s, dense, of the type the model has.
-        memory_bytes, memory_bytes_per_s: its size and its bandwidth.
+        flops: dense FLOP/s of the model's data type.
+        memory_bytes, memory_bytes_per_s: capacity and bandwidth.
     """
 
     name: str
@@ -92,15 +99,15 @@ class Card:
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """What a decoder-only model costs.
+class ModelSpec:
+    """Sizes of a decoder-only model.
 
     Attributes:
-        params: all parameters, an input embedding and an output head among them.
-        embedding_params: of each of these two. The rows of the former are looked up, neither multiplied nor read as a
-            whole; the latter is multiplied for the last token of a chunk only.
-        layers, query_width, num_kv_heads, head_dim: `query_width` is query heads times head_dim.
-        bytes_per_param: of weights, and of the numbers in the cache.
+        params: all parameters, including an input embedding and an output head.
+        embedding_params: of each of these two. Rows of the input embedding are looked up, neither multiplied nor read
+            as a whole; the output head is multiplied for the last token of a chunk only.
+        query_width: query heads times head_dim.
+        bytes_per_param: bytes of a weight, and of a number in the cache.
     """
 
     name: str
@@ -122,18 +129,52 @@ class ModelShape:
         return (self.params - self.embedding_params) * self.bytes_per_param
 
 
+# Dense BF16 tensor cores. H100: NVIDIA's data sheet, SXM5. A10G: its data sheet; it is the variant of the A10 that AWS
+# has, with 70 instead of 125 TFLOPS (baseten.co/blog/nvidia-a10-vs-a10g-for-ml-model-inference).
+CARDS = {
+    "h100": Card("H100 80 GB", 989e12, 80e9, 3350e9),
+    "a10g": Card("A10G 24 GB", 70e12, 24e9, 600e9),
+}
+
+# From the models' config.json: parameters, vocabulary × hidden size, layers, query heads × head_dim, KV heads and
+# head_dim.
+MODELS = {
+    "llama-3.1-8b": ModelSpec("Llama-3.1-8B", 8.03e9, 128256 * 4096, 32, 4096, 8, 128),
+    "qwen2.5-32b": ModelSpec("Qwen2.5-32B", 32.76e9, 152064 * 5120, 64, 5120, 8, 128),
+}
+
+
+def get_card(name: str) -> Card:
+    """The card of that name; ValueError for an unknown one."""
+    return _find(CARDS, name, "card")
+
+
+def get_model_spec(name: str) -> ModelSpec:
+    """The model of that name; ValueError for an unknown one."""
+    return _find(MODELS, name, "model")
+
+
+def _find(known: dict[str, _Found], name: str, what: str) -> _Found:
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r:.60}; known: {', '.join(known)}")
+    return known[name]
+
+
 @dataclass(frozen=True)
 class RooflineCosts:
-    """Seconds by operations and bytes, at stated shares of what the card can do.
+    """Seconds by operations and memory traffic, at fixed shares of the card's peak.
 
     Attributes:
-        compute_share: of the card's peak FLOP/s that a prefill reaches.
-        memory_share: of its bandwidth that a decode step reaches.
-        overhead_s: of every forward pass, for what is neither.
+        compute_share: share of the card's peak FLOP/s that a prefill reaches.
+        memory_share: share of its bandwidth that a decode step reaches.
+        overhead_s: additional seconds of every forward pass.
+
+    Raises:
+        ValueError: a share outside (0, 1], or a negative overhead.
     """
 
     card: Card
-    model: ModelShape
+    model: ModelSpec
     links: Links
     compute_share: float = 0.6
     memory_share: float = 0.77
@@ -147,13 +188,17 @@ class RooflineCosts:
             )
 
     def pool_bytes(self, memory_share: float) -> float:
-        """Bytes for KV if weights and KV take that share of the card's memory."""
+        """Bytes left for KV if weights and KV together take `memory_share` of the card's memory.
+
+        Raises:
+            ValueError: the weights alone take more.
+        """
         left = self.card.memory_bytes * memory_share - self.model.params * self.model.bytes_per_param
         if left <= 0:
             raise ValueError(f"{self.model.name} does not fit in {memory_share:.0%} of {self.card.name}")
         return left
 
-    def batch_s(self, batch: Batch) -> float:
+    def batch_s(self, batch: BatchShape) -> float:
         # Both sides of the roofline are linear in the step, so the middle step stands for all.
         pairs = read = sum(batch.contexts) + len(batch.contexts) * (batch.steps - 1) / 2
         new = 0
@@ -172,7 +217,7 @@ class RooflineCosts:
 
     @cached_property
     def _rates(self) -> tuple[float, float, float, float, float, float, float]:
-        """Operations a token, an output and a pair, and a second; bytes of the weights and a token, and a second."""
+        """Operations per token, output, pair and second; bytes of the weights, per cached token, and per second."""
         model = self.model
         return (
             2 * (model.params - 2 * model.embedding_params),
@@ -185,54 +230,21 @@ class RooflineCosts:
         )
 
     def _forward_s(self, tokens: float, ends: int, pairs: float, read: float) -> float:
-        """Of `tokens` new tokens, `ends` of them with an output; `pairs` of queries and keys; `read` tokens of KV."""
+        """Seconds for `tokens` new tokens, `ends` outputs, `pairs` of query and key, and `read` cached tokens."""
         a_token, an_output, a_pair, operations_per_s, weights, kv, bytes_per_s = self._rates
         compute = (a_token * tokens + an_output * ends + a_pair * pairs) / operations_per_s
         memory = (weights + kv * read) / bytes_per_s
         return (compute if compute > memory else memory) + self.overhead_s
 
 
-_Kind = TypeVar("_Kind")
-
-# Dense BF16 tensor cores. H100: NVIDIA's data sheet, SXM5. A10G: its data sheet; it is the variant of the A10 that AWS
-# has, with 70 instead of 125 TFLOPS (baseten.co/blog/nvidia-a10-vs-a10g-for-ml-model-inference).
-CARDS = {
-    "h100": Card("H100 80 GB", 989e12, 80e9, 3350e9),
-    "a10g": Card("A10G 24 GB", 70e12, 24e9, 600e9),
-}
-
-# From the models' config.json: parameters, vocabulary × hidden size, layers, query heads × head_dim, KV heads and
-# head_dim.
-MODELS = {
-    "llama-3.1-8b": ModelShape("Llama-3.1-8B", 8.03e9, 128256 * 4096, 32, 4096, 8, 128),
-    "qwen2.5-32b": ModelShape("Qwen2.5-32B", 32.76e9, 152064 * 5120, 64, 5120, 8, 128),
-}
-
-
-def card(name: str) -> Card:
-    """Raises ValueError for an unknown name."""
-    return _find(CARDS, name, "card")
-
-
-def model(name: str) -> ModelShape:
-    """Raises ValueError for an unknown name."""
-    return _find(MODELS, name, "model")
-
-
-def _find(known: dict[str, _Kind], name: str, what: str) -> _Kind:
-    if name not in known:
-        raise ValueError(f"unknown {what} {name!r:.60}; known: {', '.join(known)}")
-    return known[name]
-
-
 @dataclass(frozen=True)
 class FittedCosts:
-    """Rates that were fitted to measured batches (`fit`), in seconds.
+    """Rates fitted to measured batches by `fit_costs`, in seconds.
 
     Attributes:
-        forward_s: of every forward pass.
-        token_s: of every new token. pair_s: of every pair of a new token and one before it.
-        request_s: of every request that decodes, on top.
+        forward_s: per forward pass.
+        token_s: per new token of a prompt. pair_s: per pair of a token and one before it.
+        request_s: per decoded token.
         links: for `reload_s`.
     """
 
@@ -242,32 +254,34 @@ class FittedCosts:
     request_s: float
     links: Links = field(default_factory=lambda: Links(0.0))
 
-    def batch_s(self, batch: Batch) -> float:
+    def batch_s(self, batch: BatchShape) -> float:
         return sum(
             a * b
-            for a, b in zip(features(batch), (self.forward_s, self.token_s, self.pair_s, self.request_s), strict=True)
+            for a, b in zip(
+                batch_features(batch), (self.forward_s, self.token_s, self.pair_s, self.request_s), strict=True
+            )
         )
 
     def recompute_s(self, start: int, end: int) -> float:
-        return self.batch_s(Batch(chunks=((start, end),)))
+        return self.batch_s(BatchShape(chunks=((start, end),)))
 
     def reload_s(self, nbytes: int, tier: Tier) -> float:
         return self.links.reload_s(nbytes, tier)
 
 
-def features(batch: Batch) -> tuple[float, float, float, float]:
-    """What `FittedCosts` multiplies: forward passes, new tokens of prompts, pairs, decoded tokens."""
+def batch_features(batch: BatchShape) -> tuple[float, float, float, float]:
+    """The factors of the rates of `FittedCosts`: forward passes, new prompt tokens, pairs, decoded tokens."""
     new = sum(end - start for start, end in batch.chunks)
     contexts = sum(batch.contexts) + len(batch.contexts) * (batch.steps - 1) / 2
     pairs = sum((end * end - start * start) / 2 for start, end in batch.chunks) + batch.steps * contexts
     return (float(batch.steps), float(new), pairs, float(batch.steps * len(batch.contexts)))
 
 
-def fit(measured: Sequence[tuple[Batch, float]], links: Links) -> FittedCosts:
-    """Least squares over batches and the seconds they took, no rate below 0.
+def fit_costs(measured: Sequence[tuple[BatchShape, float]], links: Links) -> FittedCosts:
+    """Least squares over batches and the seconds they took, with no rate below 0.
 
-    A batch counts by one over what it is predicted to take, again and again until that settles; then the predicted
-    seconds add up to the measured ones, as those of a Poisson regression do.
+    Batches are weighted by the inverse of their predicted seconds, repeatedly until the weights settle. The predicted
+    seconds then add up to the measured ones, as in a Poisson regression.
 
     Raises:
         ValueError: fewer than 8 batches.
@@ -275,18 +289,18 @@ def fit(measured: Sequence[tuple[Batch, float]], links: Links) -> FittedCosts:
     if len(measured) < 8:
         raise ValueError(f"got {len(measured)} measured batches; accepted: 8 or more")
     seconds = np.array([max(1e-9, took) for _, took in measured])
-    rows = np.array([features(batch) for batch, _ in measured])
+    rows = np.array([batch_features(batch) for batch, _ in measured])
     expected = np.full(len(seconds), seconds.mean())
     rates = np.zeros(rows.shape[1])
     for _ in range(20):
-        rates = _no_rate_below_0(rows / np.sqrt(expected)[:, None], seconds / np.sqrt(expected))
+        rates = _non_negative_least_squares(rows / np.sqrt(expected)[:, None], seconds / np.sqrt(expected))
         expected = np.maximum(rows @ rates, 1e-3 * seconds.mean())
     forward_s, token_s, pair_s, request_s = map(float, rates)
     return FittedCosts(forward_s, token_s, pair_s, request_s, links)
 
 
-def _no_rate_below_0(rows: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    """Least squares; a rate that comes out below 0 is left out, and the others are found anew."""
+def _non_negative_least_squares(rows: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """Least squares; rates that come out negative are fixed at 0 and the others fitted again."""
     scale = np.maximum(np.linalg.norm(rows, axis=0), 1e-12)
     rates, active = np.zeros(rows.shape[1]), np.ones(rows.shape[1], dtype=bool)
     while active.any():

@@ -1,17 +1,15 @@
-"""Pictures of simulations, by matplotlib (`pip install 'tenure[simulate]'`)."""
+"""Plots of simulations: timelines, speed-ups and studies. Needs matplotlib (`pip install 'tenure[simulate]'`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .driver import Timeline
-    from .study import Point
+from .study import StudyPoint
+from .timeline import Timeline
 
-COLUMNS = 3  # of questions in a picture of a study
-PLACES = {  # where a prompt is: on the device, on its way, below, nowhere
+PLACE_COLORS = {  # by the value of a prompt's `Status`
     "gpu": "#2a9d8f",
     "offloading": "#a8d5ba",
     "loading": "#f4a261",
@@ -22,10 +20,13 @@ PLACES = {  # where a prompt is: on the device, on its way, below, nowhere
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """A figure without a window, and its axes in two dimensions.
+    """A figure without a window, and its axes, `(rows, columns)`.
+
+    Args:
+        width, height: in inches.
 
     Raises:
-        ImportError: matplotlib is missing; names the extra.
+        ImportError: matplotlib is missing; the message names the extra.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,14 +39,14 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
 
 
 def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path, seconds: float | None = None) -> None:
-    """One panel a policy, one line an agent: where its fixed prompt was, and its calls with what they waited for.
+    """One panel per policy, one line per agent: the places of its fixed prompt, and its calls, waiting and computed.
 
     Args:
-        seconds: only the first so many.
+        seconds: only this many from the start.
     """
     lines = max(len(timeline.agents) for timeline in timelines.values())
     made, axes = figure(11, 0.9 + len(timelines) * (0.7 + 0.2 * lines), rows=len(timelines))
-    last = max((each.end for timeline in timelines.values() for each in timeline.stretches), default=1.0)
+    last = max((each.end for timeline in timelines.values() for each in timeline.intervals), default=1.0)
     for panel, (policy, timeline) in zip(axes[:, 0], timelines.items(), strict=True):
         _panel(panel, policy, timeline)
         panel.set_xlim(0, min(seconds, last) if seconds else last)
@@ -56,9 +57,9 @@ def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path, seconds:
 
 def _panel(panel: Any, policy: str, timeline: Timeline) -> None:
     line = {agent: number for number, agent in enumerate(timeline.agents)}
-    for each in timeline.stretches:
+    for each in timeline.intervals:
         panel.broken_barh(
-            [(each.begin, each.end - each.begin)], (line[each.agent] - 0.4, 0.8), color=PLACES[each.place]
+            [(each.begin, each.end - each.begin)], (line[each.agent] - 0.4, 0.8), color=PLACE_COLORS[each.place]
         )
     for call in timeline.calls:
         if call.agent in line:
@@ -75,7 +76,9 @@ def _legend() -> list[Any]:
     from matplotlib.patches import Patch
 
     names = {"gpu": "device", "cpu": "host", "absent": "nowhere"}
-    patches = [Patch(color=color, label=names.get(place, place)) for place, color in PLACES.items() if place != "disk"]
+    patches = [
+        Patch(color=color, label=names.get(place, place)) for place, color in PLACE_COLORS.items() if place != "disk"
+    ]
     lines = [("#d62828", "waits"), ("black", "is computed")]
     return [*patches, *(Line2D([], [], color=color, linewidth=2.5, label=label) for color, label in lines)]
 
@@ -86,12 +89,12 @@ def draw_speedups(
     baseline: str,
     paper: Mapping[str, float] | None = None,
 ) -> None:
-    """Bars with their spread, a group a cell.
+    """Bars with their spread over repeats, one group per cell.
 
     Args:
-        ratios: by cell and policy, one number a repeat.
-        baseline: what they are over, for the axis.
-        paper: what the paper reports, by cell, drawn as a line across the group.
+        ratios: speed-ups by cell and policy, one per repeat.
+        baseline: the policy that they are relative to.
+        paper: the paper's speed-up by cell, drawn as a line across the group.
     """
     policies = list(dict.fromkeys(policy for cell in ratios.values() for policy in cell))
     made, axes = figure(max(6.5, 2 + 1.9 * len(ratios)), 4)
@@ -118,22 +121,23 @@ def draw_speedups(
     made.savefig(path, dpi=130)
 
 
-def draw_study(points: Sequence[Point], path: str | Path, baseline: str) -> None:
-    """Two panels a question, three questions in a row, a line a policy: speed-up, and P99 of the time to first token.
+def draw_study(points: Sequence[StudyPoint], path: str | Path, baseline: str, columns: int = 3) -> None:
+    """Two panels per question, one line per policy: the speed-up, and the P99 of the time to first token.
 
-    The dotted line is what no policy should fall below.
+    The dotted line is the tolerance that no policy should fall below.
+
+    Args:
+        columns: questions side by side.
     """
-    from .study import TOLERANCE
-
     questions = list(dict.fromkeys(point.question for point in points))
     policies = list(dict.fromkeys(point.policy for point in points))
-    blocks = -(-len(questions) // COLUMNS)
-    made, axes = figure(9, 0.5 + 4.4 * blocks, rows=2 * blocks, columns=COLUMNS)
+    blocks = -(-len(questions) // columns)
+    made, axes = figure(9, 0.5 + 4.4 * blocks, rows=2 * blocks, columns=columns)
     for panel in axes.flat[:]:
         panel.set_visible(False)
         panel.tick_params(labelsize=7)
     for number, question in enumerate(questions):
-        block, column = divmod(number, COLUMNS)
+        block, column = divmod(number, columns)
         upper, lower = axes[2 * block, column], axes[2 * block + 1, column]
         for policy in policies:
             mine = [point for point in points if (point.question, point.policy) == (question, policy)]
@@ -143,7 +147,7 @@ def draw_study(points: Sequence[Point], path: str | Path, baseline: str) -> None
             for panel in (upper, lower):
                 panel.set_visible(True)
                 panel.set_xticks(at, [point.value for point in mine], fontsize=7)
-        upper.axhline(1 - TOLERANCE, color="#d62828", linewidth=0.8, linestyle=":")
+        upper.axhline(1 - points[0].tolerance, color="#d62828", linewidth=0.8, linestyle=":")
         upper.set_title(question, fontsize=8)
         lower.set_ylim(bottom=0)
         if column == 0:

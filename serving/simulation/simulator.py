@@ -1,209 +1,345 @@
-"""What a simulated run comes to: the numbers of a row, and rows of one policy against another.
+"""The simulator: takes the place of an engine, and lets time pass on a virtual clock instead of computing.
 
-Runs set-ups, policies and traces: builds the server, warms it up, lets the clients call, and counts.
+Tree, tiers, eviction policies, prefetcher, scheduler and step graph are the real ones, over pools without data. Only
+the clock, the seconds of a batch and the arrivals are simulated. `simulate` runs a generated workload, `replay` a
+trace.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 
-from ..kvcache.base import PhantomPayload
-from ..kvcache.eviction_policy import AllocStatus, LinearCosts
-from ..request import Ended
+from ..kvcache.base import PhantomPayload, Tier
+from ..kvcache.eviction_policy import AllocStatus, Costs, LinearCosts
+from ..kvcache.memory_pool import PhantomPool
+from ..kvcache.transfer_queue import TransferJob
+from ..prefetch import PrefetchConfig
+from ..request import FinishReason
 from ..scheduler.config import SchedulerConfig
-from ..system import System
-from .clock import VirtualClock
-from .cost_model import Batch, Links, fit
-from .driver import ClientCalls, Driver, Machine, Run, TracedCalls, WarmUp
-from .workload import Client, Workload, clients_of
+from ..scheduler.request_state import ScheduledBatch, ScheduledDecode
+from ..system import System, build_system
+from ..workflow.graph import StepGraph
+from .clock import LinkSpeed, VirtualClock, VirtualTransfer
+from .cost_model import BatchShape, CostModel, Links, fit_costs
+from .request_source import ClientRequests, RequestSource, SimulatedRequest, TraceRequests, WarmUpRequests
+from .results import SimulationResult, SimulationRun, TransferSnapshot, result_of
+from .timeline import Timeline
+from .trace import RecordingScheduler, Trace, TraceRecorder, batch_shape_of
+from .workload import WorkflowClient, WorkloadConfig, clients_of
 
-if TYPE_CHECKING:
-    from .driver import Ask, Timeline
-    from .trace import Trace, TraceRecorder
+
+class CountedTransfer(VirtualTransfer):
+    """Counts the parts it has copied."""
+
+    parts = 0
+
+    def copy_layer(self, job: TransferJob) -> None:
+        self.parts += 1
+        super().copy_layer(job)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One run in numbers.
+class SimulatedMachine:
+    """A device, the memory tiers below it, and the links between them.
 
     Attributes:
-        makespan_s: from the first arrival to the last end. call_s: mean seconds from a call's arrival to its end.
-        hit_rate: of the tokens of fixed prompts asked for, the share that lay on the device when the request came up,
-            neither loaded for it nor computed. What a prefetch has brought counts.
-        stall_s: seconds that requests waited for copies, in all.
-        bytes_moved: between tiers, whole copies. bytes_wasted: of copies that were given up, and of prefetched prompts
-            that nobody used.
-        ttft_p50_s, ttft_p99_s: from a call's arrival to its first token.
-        timed_out: requests that were not answered.
-        events, decisions, cpu_s: see `Run`.
+        costs: seconds of computing and of loading.
+        links: between the tiers.
+        device_bytes, host_bytes, disk_bytes: capacities for KV; 0: no such tier (the device needs some).
+        bytes_per_token: bytes of KV per token.
+        page_size: tokens per page of the prefix tree.
+        copy_parts: parts in which a node is copied; after each, a more urgent copy may preempt it.
+        scheduler, prefetch: budgets of the scheduler and the prefetcher; prefetch=None: the defaults.
+        believed: the costs that the server assumes; None: the true ones.
+        max_steps: upper bound of tokens per decoding request in one batch.
+
+    Raises:
+        ValueError: a size below 1.
     """
 
-    makespan_s: float
-    call_s: float
-    hit_rate: float
-    stall_s: float
-    bytes_moved: float
-    bytes_wasted: float
-    ttft_p50_s: float
-    ttft_p99_s: float
-    calls: int
-    timed_out: int
-    events: int
-    decisions: int
-    cpu_s: float
+    costs: CostModel
+    links: Links
+    device_bytes: int
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    bytes_per_token: int = 131_072
+    page_size: int = 16
+    copy_parts: int = 4
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    prefetch: PrefetchConfig | None = None
+    believed: Costs | None = None
+    max_steps: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        if min(self.device_bytes, self.bytes_per_token, self.page_size, self.copy_parts, self.max_steps) < 1:
+            raise ValueError(
+                f"got device_bytes={self.device_bytes}, bytes_per_token={self.bytes_per_token}, page_size="
+                f"{self.page_size}, copy_parts={self.copy_parts}, max_steps={self.max_steps}; accepted: 1 or more of "
+                "each"
+            )
+
+    def build(self, name: str, prompts: Sequence[np.ndarray] | None = None) -> tuple[System, VirtualClock]:
+        """Builds a system on this machine, with a clock of its own.
+
+        Args:
+            name: one of `system_names()`.
+            prompts: of all requests in the order in which they are served; for `belady` only.
+        """
+        clock = VirtualClock()
+        sizes = {Tier.DEVICE: self.device_bytes, Tier.HOST: self.host_bytes, Tier.DISK: self.disk_bytes}
+        pools = {tier: PhantomPool(int(size)) for tier, size in sizes.items() if size}
+        host = LinkSpeed(self.links.host_bytes_per_s or 1.0, self.links.latency_s)
+        disk = LinkSpeed(self.links.disk_bytes_per_s or 1.0, self.links.latency_s)
+        speeds = {}
+        for low, high, speed in (
+            (Tier.HOST, Tier.DEVICE, host),
+            (Tier.DISK, Tier.HOST, disk),
+            (Tier.DISK, Tier.DEVICE, disk),
+        ):
+            if low in pools and high in pools:
+                speeds[low, high] = speeds[high, low] = speed
+        system = build_system(
+            name,
+            pools,
+            CountedTransfer(clock, speeds),
+            costs=self.believed or self.costs,
+            bytes_per_token=self.bytes_per_token,
+            clock=clock,
+            page_size=self.page_size,
+            graph=StepGraph(clock),
+            scheduler_config=self.scheduler,
+            prefetch_config=self.prefetch,
+            prompts=cast("Sequence[Sequence[int]] | None", prompts),
+        )
+        return system, clock
 
 
-@dataclass(frozen=True)
-class Row:
-    """One policy in one setting, means over repeats; what `--json` writes.
-
-    Attributes:
-        ratio: how many times as fast as the policy that the name ends with: of the makespans, in studies of the calls'
-            mean times. paper_ratio: what the paper reports for it.
-    """
-
-    name: str
-    policy: str
-    makespan_s: float
-    ratio: float
-    hit_rate: float
-    stall_s: float
-    bytes_moved: float
-    bytes_wasted: float
-    ttft_p50_s: float
-    ttft_p99_s: float
-    paper_ratio: float | None = None
-
-
-@dataclass(frozen=True)
-class Before:
-    """The counters at the beginning of what is measured."""
-
-    moved: int = 0
-    wasted: int = 0
-    unused: float = 0.0
-
-    @classmethod
-    def read(cls, system: System) -> Before:
-        tiers, prefetcher = system.tiers.statistics, system.prefetcher
-        unused = 0.0 if prefetcher is None else prefetcher.statistics.unused_bytes
-        return cls(sum(tiers.bytes_moved.values()), sum(tiers.bytes_wasted.values()), unused)
-
-    def until(self, system: System) -> tuple[int, int]:
-        """Bytes that have been moved since, and that were for nothing: copies given up, prefetches that nobody used."""
-        after = Before.read(system)
-        wasted = after.wasted - self.wasted + max(0.0, after.unused - self.unused)
-        return after.moved - self.moved, round(wasted)
-
-
-def outcome_of(run: Run, before: Before, honest: bool = True) -> Outcome:
-    """The numbers of a run.
+class Simulator:
+    """Drives a system on a virtual clock; may run several sources, one after the other.
 
     Args:
-        before: counters at its beginning, e.g. after the warm-up.
-        honest: calls of hostile clients are left out of times and hits.
+        machine: gives the seconds of batches; `system` and `clock` are from its `build`.
+        recorder: writes a trace. timeline: samples the placement of the agents' prompts after each step.
     """
-    calls = [ended for ended in run.ended if not (honest and ended.request.client.startswith("hostile"))]
-    moved, wasted = before.until(run.system)
-    page = run.system.tiers.page_size
-    fixed = [ended.request.fixed_tokens // page * page for ended in calls]
-    hits = [min(size, ended.cached_tokens - ended.loaded_tokens) for size, ended in zip(fixed, calls, strict=True)]
-    waits = [ended.times.first_token - ended.times.arrived for ended in calls if ended.times.first_token is not None]
-    ends = [ended.times.ended for ended in calls if ended.times.ended is not None]
-    return Outcome(
-        makespan_s=max(ends, default=run.begin_s) - run.begin_s,
-        call_s=statistics.fmean(map(_seconds, calls)) if calls else 0.0,
-        hit_rate=sum(hits) / max(1, sum(fixed)),
-        stall_s=sum(ended.stalled_s for ended in calls),
-        bytes_moved=moved,
-        bytes_wasted=wasted,
-        ttft_p50_s=quantile(waits, 0.5),
-        ttft_p99_s=quantile(waits, 0.99),
-        calls=len(calls),
-        timed_out=sum(ended.times.first_token is None for ended in calls),
-        events=run.events,
-        decisions=run.decisions,
-        cpu_s=run.cpu_s,
-    )
 
+    def __init__(
+        self,
+        machine: SimulatedMachine,
+        system: System,
+        clock: VirtualClock,
+        recorder: TraceRecorder | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self.machine, self.system, self.clock = machine, system, clock
+        self.recorder, self.timeline = recorder, timeline
+        self.scheduler = system.scheduler if recorder is None else RecordingScheduler(system.scheduler, recorder)
+        self._arrivals: list[tuple[float, int, SimulatedRequest]] = []
+        self._short: dict[str, int] = {}  # lengths of answers that end before `max_new_tokens`, by request id
+        self._number = 0
 
-def row_of(name: str, policy: str, outcomes: Sequence[Outcome], ratio: float, paper: float | None = None) -> Row:
-    """Means over repeats."""
+    def run(self, source: RequestSource) -> SimulationRun:
+        """Runs until all requests of the source have ended.
 
-    def mean(field: str) -> float:
-        return statistics.fmean(getattr(outcome, field) for outcome in outcomes)
+        Raises:
+            RuntimeError: a request failed or was cancelled, or no further event would end the remaining requests.
+        """
+        scheduler = self.scheduler
+        run = SimulationRun(self.system, begin_s=self.clock.now, end_s=self.clock.now)
+        began, counted = time.process_time(), self._events()
+        decoded, decisions = scheduler.metrics.decode_tokens, 0
+        self._expect(source.begin(self.system))
+        if self.recorder is not None:
+            for spec in source.declared:
+                self.recorder.record_workflow(self.clock.now, spec)
+        while True:
+            self._submit(source)
+            batch = scheduler.next_batch(max_steps=self.machine.max_steps)
+            decisions += 1
+            self._collect(source, run)
+            if self.timeline is not None:
+                self.timeline.sample(self.clock.now)
+            if batch is not None:
+                self._compute(batch)
+                continue
+            due = self._next_time()
+            if due is None or (not self._arrivals and not len(scheduler)):
+                break
+            self.clock.advance_to(due)
+        if len(scheduler):
+            raise RuntimeError(f"{len(scheduler)} requests are left, and no further event would end them")
+        run.cpu_s = time.process_time() - began
+        run.events = self._events() - counted
+        run.decisions = run.events - (scheduler.metrics.decode_tokens - decoded) + decisions
+        return run
 
-    fields = ("hit_rate", "stall_s", "bytes_moved", "bytes_wasted", "ttft_p50_s", "ttft_p99_s")
-    values = {field: mean(field) for field in fields}
-    return Row(name, policy, mean("makespan_s"), ratio, **values, paper_ratio=paper)
+    def _events(self) -> int:
+        backend = self.system.tiers.transfers.backend
+        assert isinstance(backend, CountedTransfer), "the system was built by a SimulatedMachine"
+        return self.system.scheduler.metrics.events + backend.parts
 
+    def _expect(self, arrivals: list[tuple[float, SimulatedRequest]]) -> None:
+        for at, simulated in arrivals:
+            self._number += 1
+            heapq.heappush(self._arrivals, (max(at, self.clock.now), self._number, simulated))
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest of the values that `share` of them do not exceed; 0 of none."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
+    def _submit(self, source: RequestSource) -> None:
+        """Submits the requests that have arrived by now."""
+        while self._arrivals and self._arrivals[0][0] <= self.clock.now:
+            simulated = heapq.heappop(self._arrivals)[2]
+            source.on_submit(simulated)
+            if simulated.output_tokens < simulated.request.max_new_tokens:
+                self._short[simulated.request.id] = simulated.output_tokens
+            self.scheduler.submit(simulated.request)
 
+    def _collect(self, source: RequestSource, run: SimulationRun) -> None:
+        """Takes the outputs of ended requests, and expects the requests that follow them."""
+        for output in self.scheduler.take_finished():
+            self._short.pop(output.request.id, None)
+            if output.finish_reason not in (FinishReason.ANSWERED, FinishReason.TIMED_OUT):
+                raise RuntimeError(
+                    f"the request {output.request.id!r} ended as {output.finish_reason.value}: {output.error}"
+                )
+            run.outputs.append(output)
+            run.end_s = max(run.end_s, output.times.finished or 0.0)
+            if self.timeline is not None:
+                self.timeline.record_call(output)
+            self._expect(source.on_finish(output))
 
-def _seconds(ended: Ended) -> float:
-    return (ended.times.ended or ended.times.arrived) - ended.times.arrived
+    def _next_time(self) -> float | None:
+        times = (self._arrivals[0][0] if self._arrivals else None, self.system.scheduler.next_time())
+        return min((at for at in times if at is not None), default=None)
+
+    def _compute(self, batch: ScheduledBatch) -> None:
+        """Advances the clock by the batch's seconds; a batch of many steps ends at the next event."""
+        now, costs = self.clock.now, self.machine.costs
+        ends: dict[ScheduledDecode, int] = {}
+        if self._short:
+            ends = {item: self._remaining(item) for item in batch.decodes if item.request.id in self._short}
+        if ends:
+            batch.steps = min(batch.steps, *ends.values())
+        shape = batch_shape_of(batch)
+        seconds = costs.batch_s(shape)
+        if batch.steps > 1:
+            due = self._next_time()
+            if due is not None and seconds > due - now:
+                one = costs.batch_s(BatchShape(shape.chunks, shape.contexts, 1))
+                batch.steps = max(1, min(batch.steps, math.ceil((due - now) / one)))
+                seconds = costs.batch_s(BatchShape(shape.chunks, shape.contexts, batch.steps))
+        for item in batch.prefills:
+            item.finished = item.last and self._short.get(item.request.id) == 1
+            if item.store is not None:
+                tokens = item.store[1] - item.store[0]
+                rate = item.request.bytes_per_token or self.machine.bytes_per_token
+                item.payload = PhantomPayload(tokens, tokens * rate, self.machine.copy_parts)
+        for item, left in ends.items():
+            item.finished = left == batch.steps
+        self.clock.advance_to(now + seconds)
+        self.scheduler.complete(batch)
+
+    def _remaining(self, item: ScheduledDecode) -> int:
+        """Tokens until a short answer ends."""
+        return item.remaining - (item.request.max_new_tokens - self._short[item.request.id])
 
 
 def simulate(
-    machine: Machine,
-    workload: Workload,
+    machine: SimulatedMachine,
+    workload: WorkloadConfig,
     policy: str,
     seed: int = 0,
     *,
     warm: bool = True,
     recorder: TraceRecorder | None = None,
     timeline: Timeline | None = None,
-) -> Outcome:
-    """One run of `policy` (`system_names`).
+) -> SimulationResult:
+    """Runs a generated workload once.
 
     Args:
-        warm: every agent's fixed prompt is asked for once before anything is counted.
-        recorder, timeline: see `Driver`; the timeline begins with the end of the warm-up.
+        policy: the system, one of `system_names()`.
+        warm: every agent's fixed prompt is requested once before anything is counted.
+        recorder, timeline: see `Simulator`; the timeline begins at the end of the warm-up.
     """
     prompts = prompts_of(machine, workload, seed, warm) if policy == "belady" else None
-    return _run(machine, workload, policy, seed, warm, prompts, recorder, timeline)[0]
+    return _simulate(machine, workload, policy, seed, warm, prompts, recorder, timeline)[0]
 
 
-def prompts_of(machine: Machine, workload: Workload, seed: int, warm: bool = True) -> list[np.ndarray]:
-    """The prompts of a workload in the order in which a server with least-recently-used eviction gets them.
+def prompts_of(machine: SimulatedMachine, workload: WorkloadConfig, seed: int, warm: bool = True) -> list[np.ndarray]:
+    """The prompts of a workload in the order in which a server with LRU eviction receives them.
 
-    The order of a single workflow depends on no policy; that of several does, and an oracle that was told it is then
-    only nearly one.
+    A single workflow's order is the same under every policy. That of several is not, so an oracle with this order is
+    then only nearly optimal.
     """
-    return _run(machine, workload, "lru", seed, warm, None, None, None)[1]
+    return _simulate(machine, workload, "lru", seed, warm, None, None, None)[1]
+
+
+def _simulate(
+    machine: SimulatedMachine,
+    workload: WorkloadConfig,
+    policy: str,
+    seed: int,
+    warm: bool,
+    prompts: Sequence[np.ndarray] | None,
+    recorder: TraceRecorder | None,
+    timeline: Timeline | None,
+) -> tuple[SimulationResult, list[np.ndarray]]:
+    """The result, and all prompts in order of submission."""
+    system, clock = machine.build(policy, prompts)
+    clients = clients_of(workload, seed)
+    submitted: list[np.ndarray] = []
+    before = TransferSnapshot()
+    if warm:
+        run = Simulator(machine, system, clock, recorder).run(WarmUpRequests(clients))
+        submitted += [np.asarray(output.request.prompt) for output in run.outputs]
+        before = TransferSnapshot.take(run.system)
+    source = ClientRequests(clients, declared_answer_s(machine))
+    if timeline is not None:
+        timeline.begin(system, [agent for client in clients for agent in client.agents], clock.now)
+    run = Simulator(machine, system, clock, recorder, timeline).run(source)
+    system.scheduler.check()
+    return result_of(run, before), submitted + source.prompts
+
+
+def declared_answer_s(machine: SimulatedMachine) -> Callable[[WorkflowClient], float]:
+    """The seconds of a call that clients declare: an undisturbed one of mean length, with its fixed prompt cached."""
+
+    def seconds(client: WorkflowClient) -> float:
+        workload = client.workload
+        cached = round(workload.fixed_tokens.mean)
+        prompt = cached + max(1, round(workload.dynamic_tokens.mean))
+        steps = max(1, round(workload.output_tokens.mean))
+        first = machine.costs.batch_s(BatchShape(chunks=((cached, prompt),)))
+        return first + machine.costs.batch_s(BatchShape(contexts=(prompt,), steps=steps))
+
+    return seconds
 
 
 def replay(
-    machine: Machine,
+    machine: SimulatedMachine,
     trace: Trace,
     policy: str,
     *,
     closed: bool = True,
     recorder: TraceRecorder | None = None,
     timeline: Timeline | None = None,
-) -> Outcome:
-    """The calls of a trace on `machine`; see `TracedCalls`."""
+) -> SimulationResult:
+    """Runs the calls of a trace once, on any machine; see `TraceRequests` for `closed` and `Simulator` for the rest."""
     prompts = [call.prompt for call in trace.calls] if policy == "belady" else None
     system, clock = machine.build(policy, prompts)
-    _store(trace, system, clock, machine.copy_parts)
-    before = Before.read(system)
-    run = Driver(machine, system, clock, recorder, timeline).run(TracedCalls(trace, closed))
+    _store_prompts(trace, system, clock, machine.copy_parts)
+    before = TransferSnapshot.take(system)
+    run = Simulator(machine, system, clock, recorder, timeline).run(TraceRequests(trace, closed))
     system.scheduler.check()
-    return outcome_of(run, before)
+    return result_of(run, before)
 
 
-def _store(trace: Trace, system: System, clock: VirtualClock, parts: int) -> None:
-    """Puts the prompts into the tiers that were there before the first call."""
+def _store_prompts(trace: Trace, system: System, clock: VirtualClock, parts: int) -> None:
+    """Stores the fixed prompts that were cached before the first call of the trace."""
     tiers = system.tiers
     for agent, prompt, nbytes in trace.stored:
         if system.prefetcher is not None:
@@ -222,20 +358,19 @@ def _store(trace: Trace, system: System, clock: VirtualClock, parts: int) -> Non
         tiers.poll()
 
 
-def machine_of(trace: Trace) -> Machine:
-    """The machine that a trace was recorded on, with rates that are fitted to its batches.
+def machine_of(trace: Trace) -> SimulatedMachine:
+    """The machine that a trace was recorded on, with rates fitted to its batches.
 
     Raises:
-        ValueError: the trace does not say how large the pools were, or has too few batches.
+        ValueError: the trace does not state the size of the device's pool, or has too few batches.
     """
     about = trace.about
     if not isinstance(about.get("device_bytes"), int):
         raise ValueError(f"the trace does not say `device_bytes` in `about`: it says {', '.join(about) or 'nothing'}")
     links = Links(about.get("link_bytes_per_s", 0.0), about.get("disk_bytes_per_s", 0.0), about.get("latency_s", 0.0))
-    limits = SchedulerConfig(**about.get("limits", {}))
     believed = about.get("believed")
-    return Machine(
-        fit(trace.batches, links),
+    return SimulatedMachine(
+        fit_costs(trace.batches, links),
         links,
         about["device_bytes"],
         about.get("host_bytes", 0),
@@ -243,58 +378,25 @@ def machine_of(trace: Trace) -> Machine:
         trace.bytes_per_token,
         trace.page_size,
         about.get("copy_parts", 4),
-        limits,
+        _scheduler_config(about),
         believed=LinearCosts(believed[0], (believed[1], believed[2]), believed[3]) if believed else None,
     )
 
 
-def answer_seconds(machine: Machine) -> Callable[[Client], float]:
-    """What clients tell the server of a call's duration: an undisturbed one of mean length, with its prompt cached."""
-
-    def seconds(client: Client) -> float:
-        workload = client.workload
-        cached = round(workload.fixed_tokens.mean)
-        prompt = cached + max(1, round(workload.dynamic_tokens.mean))
-        steps = max(1, round(workload.output_tokens.mean))
-        first = machine.costs.batch_s(Batch(chunks=((cached, prompt),)))
-        return first + machine.costs.batch_s(Batch(contexts=(prompt,), steps=steps))
-
-    return seconds
-
-
-class _Listing(ClientCalls):
-    """Notes the prompts in the order of their submission."""
-
-    prompts: list[np.ndarray]
-
-    def submitting(self, ask: Ask) -> None:
-        super().submitting(ask)
-        self.prompts.append(np.asarray(ask.request.prompt))
+# Earlier traces (of the same version) state the scheduler's budgets under `limits`, with these names.
+EARLIER_FIELDS = {
+    "batch_tokens": "max_num_batched_tokens",
+    "chunk_tokens": "prefill_chunk_size",
+    "running": "max_num_seqs",
+    "loading": "max_concurrent_loads",
+    "waiting": "max_queued_requests",
+    "room_patience_s": "allocation_patience_s",
+    "load_patience": "load_timeout_factor",
+    "looks": "max_refusals_per_step",
+}
 
 
-def _run(
-    machine: Machine,
-    workload: Workload,
-    policy: str,
-    seed: int,
-    warm: bool,
-    prompts: Sequence[np.ndarray] | None,
-    recorder: TraceRecorder | None,
-    timeline: Timeline | None,
-) -> tuple[Outcome, list[np.ndarray]]:
-    system, clock = machine.build(policy, prompts)
-    clients = clients_of(workload, seed)
-    asked: list[np.ndarray] = []
-    before = Before()
-    if warm:
-        run = Driver(machine, system, clock, recorder).run(WarmUp(clients))
-        asked += [np.asarray(ended.request.prompt) for ended in run.ended]
-        before = Before.read(run.system)
-    source = _Listing(clients, answer_seconds(machine))
-    source.prompts = asked
-    if timeline is not None:
-        timeline.begin(system, [agent for client in clients for agent in client.agents], clock.now)
-    run = Driver(machine, system, clock, recorder, timeline).run(source)
-    system.scheduler.check()
-    outcome = outcome_of(run, before)
-    return outcome, asked
+def _scheduler_config(about: dict[str, Any]) -> SchedulerConfig:
+    given: dict[str, Any] = about.get("limits", {})
+    fields = {EARLIER_FIELDS.get(name, name): value for name, value in given.items()}
+    return SchedulerConfig(**fields, **about.get("scheduler", {}))

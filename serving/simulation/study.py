@@ -1,6 +1,6 @@
-"""Many simulations at once: each is one process's own, and gives what it gives alone.
+"""The robustness study: every policy on workloads whose declarations are wrong, outdated or hostile.
 
-The robustness study: what becomes of each policy when what the server is told is wrong, late, or meant to harm.
+Its many simulations run in parallel processes; each gives what it gives alone.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
-from .driver import Machine
-from .simulator import Outcome, simulate
-from .workload import Spread, Workload
+from .results import SimulationResult
+from .simulator import SimulatedMachine, simulate
+from .workload import Distribution, WorkloadConfig
 
 Result = TypeVar("Result")
 
 
-def cores() -> int:
-    """How many this process may use."""
+def available_cores() -> int:
+    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_all(
+def run_parallel(
     tasks: Sequence[Callable[[], Result]], jobs: int = 1, ended: Callable[[], None] = lambda: None
 ) -> list[Result]:
-    """What the tasks return, in their order; the first one that raises ends them all.
+    """The tasks' results in their order. The first exception of a task cancels the others and is raised.
 
     Args:
-        tasks: can be pickled if there are several jobs, as `functools.partial(simulate, machine, workload, policy)`.
+        tasks: picklable if there are several jobs, e.g. `functools.partial(simulate, machine, workload, policy)`.
         jobs: processes; 1: this one.
-        ended: called whenever a task has ended.
+        ended: called in this process whenever a task has ended.
     """
     if min(jobs, len(tasks)) <= 1:
         results = []
@@ -53,47 +53,53 @@ def run_all(
     return [future.result() for future in futures]
 
 
-TOLERANCE = 0.03  # by which no policy should be slower than the baseline
-
-
 @dataclass(frozen=True)
-class Question:
-    """What is varied, and the values, each by its label and the fields of the workload that it changes."""
+class StudyQuestion:
+    """A property of the workload that is varied.
+
+    Attributes:
+        values: by label, the fields of `WorkloadConfig` that are replaced.
+    """
 
     name: str
     values: Mapping[str, Mapping[str, Any]]
 
 
-def questions_for(workload: Workload, many: Sequence[int] = (64, 250, 1000)) -> list[Question]:
+def questions_for(workload: WorkloadConfig, many: Sequence[int] = (64, 250, 1000)) -> list[StudyQuestion]:
     """The study's questions about a workload.
 
     Args:
-        many: numbers of workflows.
+        many: numbers of workflows to try.
     """
     tool = workload.tool_s.mean or 2.0
     tails = {
-        "constant": Spread(tool),
-        "exponential": Spread(tool, "exponential"),
-        "Pareto 1.5": Spread(tool, "pareto", 1.5),
-        "Pareto 1.1": Spread(tool, "pareto", 1.1),
+        "constant": Distribution(tool),
+        "exponential": Distribution(tool, "exponential"),
+        "Pareto 1.5": Distribution(tool, "pareto", 1.5),
+        "Pareto 1.1": Distribution(tool, "pareto", 1.1),
     }
     return [
-        Question("mispredicted next agents", {f"{p:.0%}": {"mispredicted": p} for p in (0.0, 0.25, 0.5, 0.75, 1.0)}),
-        Question("noise of durations (σ of the log)", {f"{s:g}": {"noise": s} for s in (0.0, 0.5, 1.0, 2.0)}),
-        Question("agents replaced per call", {f"{p:.0%}": {"changes": p} for p in (0.0, 0.05, 0.2)}),
-        Question("tail of tool times", {name: {"tool_s": spread} for name, spread in tails.items()}),
-        Question("workflows", {str(n): {"workflows": n, "rounds": min(2, workload.rounds)} for n in many}),
-        Question("clients that mark all urgent", {str(n): {"adversaries": n} for n in (0, 1, 4)}),
+        StudyQuestion(
+            "mispredicted next agents", {f"{p:.0%}": {"mispredicted": p} for p in (0.0, 0.25, 0.5, 0.75, 1.0)}
+        ),
+        StudyQuestion("noise of durations (σ of the log)", {f"{s:g}": {"noise": s} for s in (0.0, 0.5, 1.0, 2.0)}),
+        StudyQuestion("agents replaced per call", {f"{p:.0%}": {"changes": p} for p in (0.0, 0.05, 0.2)}),
+        StudyQuestion("tail of tool times", {name: {"tool_s": spread} for name, spread in tails.items()}),
+        StudyQuestion("workflows", {str(n): {"workflows": n, "rounds": min(2, workload.rounds)} for n in many}),
+        StudyQuestion("clients that mark all urgent", {str(n): {"adversaries": n} for n in (0, 1, 4)}),
     ]
 
 
 @dataclass(frozen=True)
-class Point:
-    """One policy at one value of a question, means over the seeds.
+class StudyPoint:
+    """One policy at one value of a question; means over the seeds, of honest clients' calls.
 
     Attributes:
-        ratio: mean time of a call under the baseline over that under the policy, both of honest clients.
-        worst: the least of these ratios over the seeds.
+        ratio: mean seconds of a call under the baseline, divided by those under the policy.
+        worst: the smallest of these ratios over the seeds.
+        makespan_ratio: the same of makespans.
+        results: by seed.
+        tolerance: share by which no policy should be slower than the baseline.
     """
 
     question: str
@@ -103,28 +109,29 @@ class Point:
     worst: float
     makespan_ratio: float
     ttft_p99_s: float
-    outcomes: tuple[Outcome, ...]
+    results: tuple[SimulationResult, ...]
+    tolerance: float = 0.03
 
     @property
     def harmed(self) -> bool:
-        """It is slower than the baseline by more than `TOLERANCE`."""
-        return self.ratio < 1 - TOLERANCE
+        """Whether it is slower than the baseline by more than `tolerance`."""
+        return self.ratio < 1 - self.tolerance
 
 
 def run_study(
-    machine: Machine,
-    workload: Workload,
-    questions: Sequence[Question],
+    machine: SimulatedMachine,
+    workload: WorkloadConfig,
+    questions: Sequence[StudyQuestion],
     policies: Sequence[str],
     baseline: str,
     seeds: Sequence[int],
     jobs: int = 1,
     ended: Callable[[], None] = lambda: None,
-) -> list[Point]:
-    """All policies at all values, the baseline first.
+) -> list[StudyPoint]:
+    """Runs all policies at all values of all questions; at each value the baseline comes first.
 
     Args:
-        jobs, ended: see `run_all`.
+        jobs, ended: see `run_parallel`.
     """
     order = tuple(dict.fromkeys((baseline, *policies)))
     settings = [
@@ -138,24 +145,30 @@ def run_study(
         for policy in order
         for seed in seeds
     ]
-    outcomes = iter(run_all(tasks, jobs, ended))
+    results = iter(run_parallel(tasks, jobs, ended))
     points = []
     for question, value, _ in settings:
-        by_policy = {policy: tuple(next(outcomes) for _ in seeds) for policy in order}
+        by_policy = {policy: tuple(next(results) for _ in seeds) for policy in order}
         points += [_point(question, value, policy, by_policy[baseline], by_policy[policy]) for policy in order]
     return points
 
 
-def _point(question: str, value: str, policy: str, base: Sequence[Outcome], outcomes: tuple[Outcome, ...]) -> Point:
-    ratios = [one.call_s / other.call_s for one, other in zip(base, outcomes, strict=True)]
-    makespans = [one.makespan_s / other.makespan_s for one, other in zip(base, outcomes, strict=True)]
-    return Point(
+def _point(
+    question: str,
+    value: str,
+    policy: str,
+    base: Sequence[SimulationResult],
+    results: tuple[SimulationResult, ...],
+) -> StudyPoint:
+    ratios = [one.call_s / other.call_s for one, other in zip(base, results, strict=True)]
+    makespans = [one.makespan_s / other.makespan_s for one, other in zip(base, results, strict=True)]
+    return StudyPoint(
         question,
         value,
         policy,
         ratio=sum(ratios) / len(ratios),
         worst=min(ratios),
         makespan_ratio=sum(makespans) / len(makespans),
-        ttft_p99_s=sum(each.ttft_p99_s for each in outcomes) / len(outcomes),
-        outcomes=outcomes,
+        ttft_p99_s=sum(each.ttft_p99_s for each in results) / len(results),
+        results=results,
     )

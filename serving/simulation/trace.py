@@ -1,9 +1,7 @@
-"""Records traces of any driver of a scheduler, an engine or a simulation: one JSON object a line.
+"""Traces of a server: recorded from any driver of a scheduler, as one JSON object a line, and read back for a replay.
 
-docs/simulator.md describes the format. A call says after which other call of its workflow it came, and how long after
-that one's end, so that a replay is as closed a loop as the original was: a faster server is asked sooner.
-
-Traces as they are read: what was asked of a server, and what it did. docs/simulator.md describes the format.
+docs/simulator.md describes the format. Each call names the call of its workflow that it followed, and the seconds since
+that one's end. A replay is therefore as closed a loop as the original: a faster server gets its next call sooner.
 """
 
 from __future__ import annotations
@@ -13,33 +11,30 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
+from ..request import Request, RequestOutput, StorePolicy
+from ..scheduler.request_state import ScheduledBatch
+from ..scheduler.scheduler import Scheduler
 from ..workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
-from .cost_model import Batch
+from .cost_model import BatchShape
 
-if TYPE_CHECKING:
-    from ..request import Ended, Request
-    from ..scheduler.request_state import Work
-    from ..scheduler.scheduler import Scheduler
-
-
-VERSION = 1
+TRACE_VERSION = 1
 
 
 class TraceRecorder:
-    """Writes a trace. Whoever drives a scheduler drives a `RecordedScheduler` instead, or calls this; from any thread.
+    """Writes a trace, from any thread. A `RecordingScheduler` calls it for every event of a scheduler.
 
     Args:
-        path: of the file, which is written anew.
-        bytes_per_token: KV of a token that is computed.
-        page_size: tokens a page.
-        about: what else should be known, in strings, numbers, lists and mappings of these. `machine_of` reads
-            `device_bytes`, `host_bytes`, `disk_bytes`, `link_bytes_per_s`, `disk_bytes_per_s`, `latency_s`,
-            `copy_parts`, `limits` and `believed`: tokens/s, bytes/s of the two links, and latency in seconds that the
-            server was told (`LinearCosts`), for it chose by them.
+        path: of the file, which is overwritten.
+        bytes_per_token: bytes of KV per computed token.
+        page_size: tokens per page.
+        about: further facts, as JSON values. `machine_of` reads `device_bytes`, `host_bytes`, `disk_bytes`,
+            `link_bytes_per_s`, `disk_bytes_per_s`, `latency_s`, `copy_parts`, `scheduler` (fields of
+            `SchedulerConfig`) and `believed`: the tokens/s, bytes/s of the two links, and latency in seconds that the
+            server's `LinearCosts` assumed.
     """
 
     def __init__(self, path: str | Path, bytes_per_token: int, page_size: int, about: dict[str, Any] | None = None):
@@ -47,7 +42,9 @@ class TraceRecorder:
         self._lock = threading.RLock()
         self._prompts: dict[bytes, int] = {}
         self._last: dict[str, tuple[str, float]] = {}
-        self._write("trace", version=VERSION, bytes_per_token=bytes_per_token, page_size=page_size, about=about or {})
+        self._write(
+            "trace", version=TRACE_VERSION, bytes_per_token=bytes_per_token, page_size=page_size, about=about or {}
+        )
 
     def __enter__(self) -> TraceRecorder:
         return self
@@ -58,20 +55,20 @@ class TraceRecorder:
     def close(self) -> None:
         self._file.close()
 
-    def workflow(self, at: float, spec: WorkflowSpec, name: str | None = None) -> None:
-        """A workflow was declared, under `name` if that is another one than its own."""
+    def record_workflow(self, at: float, spec: WorkflowSpec, name: str | None = None) -> None:
+        """A workflow was declared, under `name` if that is not None."""
         agents = [{key: value for key, value in vars(agent).items() if value is not None} for agent in spec.agents]
         edges = [[edge.source, edge.target, edge.probability] for edge in spec.edges]
         self._write("workflow", at=at, name=name or spec.name, agents=agents, edges=edges, start=list(spec.start))
 
-    def stored(self, agent: str, prompt: Any, nbytes: int) -> None:
-        """An agent's fixed prompt, whose KV takes so many bytes, is in the tiers before the first call."""
+    def record_stored(self, agent: str, prompt: Any, nbytes: int) -> None:
+        """An agent's fixed prompt, with `nbytes` of KV, is cached before the first call."""
         with self._lock:
             number = self._fixed(np.asarray(prompt, dtype=np.int32).reshape(-1))
             self._write("stored", agent=agent, fixed=number, nbytes=nbytes)
 
-    def submitted(self, at: float, request: Request) -> None:
-        """`request` has arrived."""
+    def record_submitted(self, at: float, request: Request) -> None:
+        """A request has arrived."""
         prompt = np.asarray(request.prompt, dtype=np.int32).reshape(-1)
         fixed = min(request.fixed_tokens, len(prompt))
         group = request.workflow or request.session
@@ -87,49 +84,49 @@ class TraceRecorder:
             session=request.session,
             client=request.client,
             priority=request.priority,
-            keep=request.keep.value,
+            keep=request.store_policy.value,
             fixed=number,
             tokens=prompt[fixed:].tolist(),
             max_new_tokens=request.max_new_tokens,
             after=None if before is None else [before[0], max(0.0, at - before[1])],
         )
 
-    def computed(self, at: float, work: Work, seconds: float) -> None:
-        """`work` began at `at` and took so many seconds; to be called before the scheduler's `complete`."""
-        batch = batch_of(work)
+    def record_batch(self, at: float, batch: ScheduledBatch, seconds: float) -> None:
+        """A batch began at `at` and took `seconds`; to be called before `Scheduler.complete`."""
+        shape = batch_shape_of(batch)
         self._write(
             "batch",
             at=at,
             seconds=seconds,
-            chunks=[list(chunk) for chunk in batch.chunks],
-            contexts=list(batch.contexts),
-            steps=batch.steps,
+            chunks=[list(chunk) for chunk in shape.chunks],
+            contexts=list(shape.contexts),
+            steps=shape.steps,
         )
 
-    def ended(self, ended: Ended) -> None:
-        """A request is over."""
-        request, times = ended.request, ended.times
+    def record_finished(self, output: RequestOutput) -> None:
+        """A request has ended."""
+        request, times = output.request, output.times
         group = request.workflow or request.session
-        if group is not None and times.ended is not None:
+        if group is not None and times.finished is not None:
             with self._lock:
-                self._last[group] = (request.id, times.ended)
+                self._last[group] = (request.id, times.finished)
         self._write(
             "end",
-            at=times.ended,
+            at=times.finished,
             id=request.id,
-            outcome=ended.outcome.value,
+            outcome=output.finish_reason.value,
             arrived=times.arrived,
             admitted=times.admitted,
             first_token=times.first_token,
-            produced=ended.produced,
-            stalled_s=ended.stalled_s,
-            cached=ended.cached_tokens,
-            loaded=ended.loaded_tokens,
-            recomputed=ended.recomputed_tokens,
+            produced=output.num_output_tokens,
+            stalled_s=output.stalled_s,
+            cached=output.cached_tokens,
+            loaded=output.loaded_tokens,
+            recomputed=output.recomputed_tokens,
         )
 
     def _fixed(self, tokens: np.ndarray) -> int:
-        """The number of a fixed prompt, which is written once."""
+        """The number of a fixed prompt; its tokens are written the first time."""
         key = tokens.tobytes()
         if key not in self._prompts:
             self._prompts[key] = len(self._prompts)
@@ -142,10 +139,10 @@ class TraceRecorder:
             self._file.write(line + "\n")
 
 
-class RecordedScheduler:
-    """A scheduler whose calls are recorded; everything else is the scheduler's own.
+class RecordingScheduler:
+    """Wraps a scheduler and records the calls that a driver makes; all other attributes are the scheduler's own.
 
-    `dataclasses.replace(system, scheduler=RecordedScheduler(system.scheduler, recorder))` gives an engine one.
+    `dataclasses.replace(system, scheduler=RecordingScheduler(system.scheduler, recorder))` hands one to an engine.
     """
 
     def __init__(self, scheduler: Scheduler, recorder: TraceRecorder) -> None:
@@ -161,29 +158,29 @@ class RecordedScheduler:
 
     def submit(self, request: Request) -> None:
         self.scheduler.submit(request)
-        self.recorder.submitted(self._clock(), request)
+        self.recorder.record_submitted(self._clock(), request)
 
-    def next_work(self, max_steps: int = 1) -> Work | None:
-        work = self.scheduler.next_work(max_steps)
+    def next_batch(self, max_steps: int = 1) -> ScheduledBatch | None:
+        batch = self.scheduler.next_batch(max_steps)
         self._began = self._clock()
-        return work
+        return batch
 
-    def complete(self, work: Work, error: BaseException | None = None) -> None:
-        self.recorder.computed(self._began, work, self._clock() - self._began)
-        self.scheduler.complete(work, error)
+    def complete(self, batch: ScheduledBatch, error: BaseException | None = None) -> None:
+        self.recorder.record_batch(self._began, batch, self._clock() - self._began)
+        self.scheduler.complete(batch, error)
 
-    def take_ended(self) -> list[Ended]:
-        ended = self.scheduler.take_ended()
-        for each in ended:
-            self.recorder.ended(each)
-        return ended
+    def take_finished(self) -> list[RequestOutput]:
+        finished = self.scheduler.take_finished()
+        for each in finished:
+            self.recorder.record_finished(each)
+        return finished
 
 
-def batch_of(work: Work) -> Batch:
-    """What a piece of work computes, for a cost model."""
-    chunks: Sequence[tuple[int, int]] = [(item.start, item.end) for item in work.prefills]
-    contexts = [item.entry.size + item.entry.produced for item in work.decodes]
-    return Batch(chunks, contexts, work.steps)
+def batch_shape_of(batch: ScheduledBatch) -> BatchShape:
+    """The sizes of a scheduled batch, for a cost model."""
+    chunks: Sequence[tuple[int, int]] = [(item.start, item.end) for item in batch.prefills]
+    contexts = [item.state.num_prompt_tokens + item.state.num_output_tokens for item in batch.decodes]
+    return BatchShape(chunks, contexts, batch.steps)
 
 
 @dataclass(frozen=True)
@@ -191,12 +188,12 @@ class TracedCall:
     """A request of a trace.
 
     Attributes:
-        at: seconds since the first one.
+        at: seconds from the first arrival to its own.
         prompt: int32 `(tokens,)`.
-        after: the id of the call it followed and the seconds between; None: it came by itself.
-        produced: tokens of its answer.
-        took_s: from its arrival to its end. stalled_s: of these, waiting for copies.
-        on_device: tokens of the prompt that were there when it came up, neither loaded for it nor computed.
+        after: id of the call that it followed, and the seconds between; None: it followed none.
+        num_output_tokens: length of its answer.
+        took_s: seconds from its arrival to its end. stalled_s: of these, waiting for loads.
+        on_device: prompt tokens that were on the device at its admission, neither loaded for it nor computed.
     """
 
     id: str
@@ -208,10 +205,10 @@ class TracedCall:
     session: str | None
     client: str
     priority: float
-    keep: str
+    store_policy: StorePolicy
     max_new_tokens: int
     after: tuple[str, float] | None
-    produced: int
+    num_output_tokens: int
     took_s: float
     stalled_s: float = 0.0
     on_device: int = 0
@@ -219,12 +216,14 @@ class TracedCall:
 
 @dataclass
 class Trace:
-    """A trace that was read.
+    """The contents of a trace file.
 
     Attributes:
-        workflows: as declared. calls: in the order of arrival, answered ones only. batches: with their seconds.
-        stored: agents' fixed prompts that were there before the first call, with the bytes of their KV.
-        makespan_s: from the first arrival to the last end.
+        workflows: as declared.
+        calls: answered calls, in order of arrival.
+        batches: with the seconds that each took.
+        stored: fixed prompts that were cached before the first call: agent, token ids, bytes of KV.
+        makespan_s: seconds from the first arrival to the last end.
     """
 
     bytes_per_token: int
@@ -232,7 +231,7 @@ class Trace:
     about: dict[str, Any]
     workflows: list[WorkflowSpec] = field(default_factory=list)
     calls: list[TracedCall] = field(default_factory=list)
-    batches: list[tuple[Batch, float]] = field(default_factory=list)
+    batches: list[tuple[BatchShape, float]] = field(default_factory=list)
     stored: list[tuple[str, np.ndarray, int]] = field(default_factory=list)
 
     @property
@@ -241,10 +240,14 @@ class Trace:
 
 
 def read_trace(path: str | Path) -> Trace:
-    """Raises ValueError, with the line's number, for what is not a trace of this version."""
+    """Reads a trace.
+
+    Raises:
+        ValueError: not a trace of this version; the message has the line's number.
+    """
     rows = list(_rows(Path(path)))
-    if not rows or rows[0].get("kind") != "trace" or rows[0].get("version") != VERSION:
-        raise ValueError(f"{path} does not begin with a line of kind 'trace' and version {VERSION}")
+    if not rows or rows[0].get("kind") != "trace" or rows[0].get("version") != TRACE_VERSION:
+        raise ValueError(f"{path} does not begin with a line of kind 'trace' and version {TRACE_VERSION}")
     head = rows[0]
     trace = Trace(head["bytes_per_token"], head["page_size"], head["about"])
     prompts = {row["number"]: np.array(row["tokens"], dtype=np.int32) for row in rows if row["kind"] == "prompt"}
@@ -262,7 +265,7 @@ def read_trace(path: str | Path) -> Trace:
             trace.stored.append((row["agent"], prompts[row["fixed"]], row["nbytes"]))
         elif row["kind"] == "batch":
             chunks = tuple((start, end) for start, end in row["chunks"])
-            trace.batches.append((Batch(chunks, tuple(row["contexts"]), row["steps"]), row["seconds"]))
+            trace.batches.append((BatchShape(chunks, tuple(row["contexts"]), row["steps"]), row["seconds"]))
     return trace
 
 
@@ -291,10 +294,10 @@ def _call(row: dict, end: dict, prompts: dict[int, np.ndarray], begin: float, kn
         session=row["session"],
         client=row["client"],
         priority=row["priority"],
-        keep=row["keep"],
+        store_policy=StorePolicy(row["keep"]),
         max_new_tokens=row["max_new_tokens"],
         after=(after[0], after[1]) if after is not None and after[0] in known else None,
-        produced=end["produced"],
+        num_output_tokens=end["produced"],
         took_s=end["at"] - row["at"],
         stalled_s=end.get("stalled_s", 0.0),
         on_device=end.get("cached", 0) - end.get("loaded", 0),

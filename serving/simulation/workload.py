@@ -1,11 +1,8 @@
-"""Numbers that vary, drawn so that a draw depends on its name alone and not on what was drawn before it.
+"""Generated workloads: the agents of workflows, their calls, and the lengths of prompts, answers and tools' times.
 
-What agents ask of a server: who calls whom, and how long prompts, answers and tools are.
-
-Workflows as they run: each `Client` knows what really happens, the server is told a graph that may be wrong.
-
-All draws depend on the seed, the workflow, the agent and the number of its call, so every policy is given the same
-calls whatever order it serves them in.
+Every draw depends on the seed, the workflow, the agent and the number of its call, and on no earlier draw. All policies
+therefore get the same calls, in whatever order they serve them. A `WorkflowClient` knows the calls that really happen;
+the graph that is declared to the server may be wrong.
 """
 
 from __future__ import annotations
@@ -20,16 +17,20 @@ import numpy as np
 
 from ..workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
-KINDS = ("constant", "uniform", "exponential", "lognormal", "pareto")
+DISTRIBUTIONS = ("constant", "uniform", "exponential", "lognormal", "pareto")
+SHAPES = ("ring", "branching", "fan")
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A distribution by its mean.
+class Distribution:
+    """A distribution of lengths or times, parametrised by its mean.
 
     Attributes:
         kind: `constant`; `uniform` within mean · (1 ± shape); `exponential`; `lognormal` with standard deviation
             `shape` of the logarithm; `pareto` with tail index `shape` above 1 (below 2 its variance is infinite).
+
+    Raises:
+        ValueError: an unknown kind, or a mean or shape that it does not accept.
     """
 
     mean: float
@@ -37,8 +38,8 @@ class Spread:
     shape: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"got kind={self.kind!r:.60} for a distribution; accepted: {', '.join(KINDS)}")
+        if self.kind not in DISTRIBUTIONS:
+            raise ValueError(f"got kind={self.kind!r:.60} for a distribution; accepted: {', '.join(DISTRIBUTIONS)}")
         low = {"uniform": 0 <= self.shape <= 1, "lognormal": self.shape >= 0, "pareto": self.shape > 1}
         if not 0 <= self.mean < math.inf or not low.get(self.kind, True):
             raise ValueError(
@@ -47,53 +48,61 @@ class Spread:
             )
 
     @classmethod
-    def read(cls, given: Any) -> Spread:
-        """A number is a constant; a mapping has `mean` and may have `kind` and `shape`."""
+    def read(cls, given: Any) -> Distribution:
+        """From YAML: a number is a constant; a mapping has `mean`, and optionally `kind` and `shape`.
+
+        Raises:
+            ValueError: anything else.
+        """
         if isinstance(given, (int, float)) and not isinstance(given, bool):
             return cls(float(given))
         if isinstance(given, dict) and "mean" in given and given.keys() <= {"mean", "kind", "shape"}:
             return cls(**given)
         raise ValueError(f"got {given!r:.80} for a distribution; accepted: a number, or mean, kind and shape")
 
-    def draw(self, draws: random.Random) -> float:
+    def sample(self, rng: random.Random) -> float:
+        """One sample, at least 0."""
         if self.kind == "constant":
             return self.mean
         if self.kind == "uniform":
-            return self.mean * (1 + self.shape * (2 * draws.random() - 1))
+            return self.mean * (1 + self.shape * (2 * rng.random() - 1))
         if self.kind == "exponential":
-            return draws.expovariate(1.0) * self.mean
+            return rng.expovariate(1.0) * self.mean
         if self.kind == "lognormal":
-            return self.mean * math.exp(draws.gauss(-self.shape * self.shape / 2, self.shape))
-        return self.mean * (self.shape - 1) / self.shape * draws.paretovariate(self.shape)
+            return self.mean * math.exp(rng.gauss(-self.shape * self.shape / 2, self.shape))
+        return self.mean * (self.shape - 1) / self.shape * rng.paretovariate(self.shape)
 
 
-def seeded(*names: object) -> random.Random:
-    """A generator that is the same wherever the same names are given."""
+def seeded_rng(*names: object) -> random.Random:
+    """A random generator seeded by names: equal names give equal draws, in every process."""
     return random.Random("/".join(map(str, names)))
 
 
-SHAPES = ("ring", "branching", "fan")
-
-
 @dataclass(frozen=True)
-class Workload:
-    """What the clients do.
+class WorkloadConfig:
+    """Workflows that run at the same time on one server.
 
     Attributes:
-        shape: `ring`: stages one after the other and again, one of `branches` agents at each; `branching`: a planner,
-            then one of `branches` chains with chances that fall by half, then a writer, and again; `fan`: a planner,
-            all workers at once, and a writer that waits for all of them, and again.
+        shape: of each workflow. `ring`: stages in a circle, each with `branches` agents of which one is called;
+            `branching`: a planner, then one of `branches` chains with probabilities that halve, then a writer, and
+            again; `fan`: a planner, all workers at once, and a writer that waits for all of them, and again.
         agents, branches: of a workflow.
-        workflows: that run at the same time. shared: they call the same agents rather than their own.
-        rounds: how often a workflow goes round: it ends after so many times the calls of a round.
-        fixed_tokens, dynamic_tokens, output_tokens: of a call. tool_s: between a call and the next.
-        start_s: how late a workflow begins.
-        mispredicted: chance that a call is followed by another agent than the graph says. Not for a fan.
-        habit: for each agent that is always the same one; otherwise any.
-        noise: spread (of the logarithm) of answers' lengths and of tools' times around what the server is told.
-        changes: chance, for each call, that some agent is then replaced by a new one with a prompt of its own. Not for
+        workflows: number of workflows. shared: they call the same agents instead of their own.
+        rounds: a workflow ends after this many times the calls of one round.
+        fixed_tokens, dynamic_tokens, output_tokens: lengths of a call's fixed prompt, suffix and answer.
+        tool_s: seconds between a call and the next. start_s: seconds until a workflow's first call.
+        mispredicted: probability that a call is followed by an agent that the declared graph does not name; not for
             a fan.
-        adversaries: further workflows whose client marks everything urgent and declares that all agents come next.
+        habit: that agent is always the same one for each agent; otherwise it is drawn anew.
+        noise: standard deviation of the logarithm of answers' lengths and tools' times around the declared values.
+        changes: probability per call that some agent is then replaced by a new one with a prompt of its own; not for
+            a fan.
+        adversaries: additional workflows of hostile clients, which mark everything urgent and declare that all agents
+            are next.
+        vocab_size: token ids are drawn below it.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     shape: str = "ring"
@@ -102,21 +111,23 @@ class Workload:
     workflows: int = 1
     shared: bool = False
     rounds: int = 10
-    fixed_tokens: Spread = field(default_factory=lambda: Spread(4096))
-    dynamic_tokens: Spread = field(default_factory=lambda: Spread(32))
-    output_tokens: Spread = field(default_factory=lambda: Spread(32))
-    tool_s: Spread = field(default_factory=lambda: Spread(0.0))
-    start_s: Spread = field(default_factory=lambda: Spread(0.0))
+    fixed_tokens: Distribution = field(default_factory=lambda: Distribution(4096))
+    dynamic_tokens: Distribution = field(default_factory=lambda: Distribution(32))
+    output_tokens: Distribution = field(default_factory=lambda: Distribution(32))
+    tool_s: Distribution = field(default_factory=lambda: Distribution(0.0))
+    start_s: Distribution = field(default_factory=lambda: Distribution(0.0))
     mispredicted: float = 0.0
     habit: bool = False
     noise: float = 0.0
     changes: float = 0.0
     adversaries: int = 0
+    vocab_size: int = 100_000
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ValueError(f"got shape={self.shape!r:.60} for a workload; accepted: {', '.join(SHAPES)}")
-        for name, low in (("agents", 2), ("branches", 1), ("workflows", 1), ("rounds", 1), ("adversaries", 0)):
+        lowest = {"agents": 2, "branches": 1, "workflows": 1, "rounds": 1, "adversaries": 0, "vocab_size": 1}
+        for name, low in lowest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"got {name}={value!r:.60} for a workload; accepted: a whole number from {low} up")
@@ -134,14 +145,14 @@ class Workload:
             )
         if self.shape == "fan" and (self.mispredicted or self.changes):
             raise ValueError(
-                "a fan accepts mispredicted=0 and changes=0: who waits for all workers needs these workers"
+                "a fan accepts mispredicted=0 and changes=0: its writer waits for all of the declared workers"
             )
         if self.shape != "ring" and self.agents < 2 + self.branches * (self.shape == "branching"):
             raise ValueError(f"got {self.agents} agents for the shape {self.shape!r}; accepted: more than its branches")
 
     @classmethod
-    def read(cls, given: dict[str, Any]) -> Workload:
-        """From a mapping with these names; numbers or mappings for what varies.
+    def read(cls, given: dict[str, Any]) -> WorkloadConfig:
+        """From YAML: a mapping with these names; distributions as in `Distribution.read`.
 
         Raises:
             ValueError: an unknown name or a wrong value.
@@ -151,19 +162,19 @@ class Workload:
         if unknown:
             raise ValueError(f"a workload has no {sorted(unknown)[0]!r:.60}; accepted: {', '.join(kinds)}")
         spreads = {"fixed_tokens", "dynamic_tokens", "output_tokens", "tool_s", "start_s"}
-        values: dict[str, Any] = {name: Spread.read(v) if name in spreads else v for name, v in given.items()}
+        values: dict[str, Any] = {name: Distribution.read(v) if name in spreads else v for name, v in given.items()}
         return cls(**values)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A workflow's agents and edges, as they are declared and, unless they are mispredicted, true.
+class WorkflowPlan:
+    """A workflow's agents and edges as they are declared; true except for mispredicted calls.
 
     Attributes:
-        following: of each agent, the next ones with their chances, or all of them at once where the chances are None.
-        joins: of agents that wait, for how many.
-        first: the agent a workflow begins with.
-        calls: of a round.
+        following: by agent, the next agents and their probabilities; all of them at once if these are None.
+        joins: by agent that waits for others, how many calls it waits for.
+        first: the agent that is called first.
+        calls: number of calls in a round.
     """
 
     following: dict[str, tuple[tuple[str, ...], tuple[float, ...] | None]]
@@ -172,8 +183,8 @@ class Plan:
     calls: int
 
 
-def plan_of(workload: Workload, prefix: str) -> Plan:
-    """Names begin with `prefix`, which makes them a workflow's own."""
+def make_plan(workload: WorkloadConfig, prefix: str) -> WorkflowPlan:
+    """The plan of one workflow; `prefix` begins the names of its agents and makes them its own."""
     names = [f"{prefix}agent{number}" for number in range(workload.agents)]
     if workload.shape == "ring":
         wide = workload.branches
@@ -182,31 +193,29 @@ def plan_of(workload: Workload, prefix: str) -> Plan:
         for number, stage in enumerate(stages):
             after = stages[(number + 1) % len(stages)]
             following.update(dict.fromkeys(stage, (after, (1 / wide,) * wide)))
-        return Plan(following, {}, names[0], len(stages))
+        return WorkflowPlan(following, {}, names[0], len(stages))
     planner, *middle, writer = names
     if workload.shape == "fan":
         following = {planner: (tuple(middle), None), writer: ((planner,), (1.0,))}
         following |= {worker: ((writer,), (1.0,)) for worker in middle}
-        return Plan(following, {writer: len(middle)}, planner, len(names))
+        return WorkflowPlan(following, {writer: len(middle)}, planner, len(names))
     chains = [middle[number :: workload.branches] for number in range(workload.branches)]
     chances = [0.5 ** (number + 1) for number in range(workload.branches)]
     chances[0] += 1 - sum(chances)
     following = {planner: (tuple(chain[0] for chain in chains), tuple(chances)), writer: ((planner,), (1.0,))}
     for chain in chains:
         following |= {agent: ((after,), (1.0,)) for agent, after in zip(chain, [*chain[1:], writer], strict=True)}
-    return Plan(following, {}, planner, 2 + len(chains[0]))
-
-
-VOCABULARY = 100_000
+    return WorkflowPlan(following, {}, planner, 2 + len(chains[0]))
 
 
 @dataclass(frozen=True)
-class Call:
-    """One request to be.
+class AgentCall:
+    """A call that a workflow makes.
 
     Attributes:
-        after_s: seconds after what leads to it.
-        prompt: int32 `(tokens,)`, the first `fixed_tokens` of them the agent's.
+        prompt: int32 `(tokens,)`; the first `fixed_tokens` of them are the agent's fixed prompt.
+        output_tokens: length of the answer.
+        after_s: seconds after the end of the call that led to it, or after the start.
     """
 
     agent: str
@@ -216,21 +225,22 @@ class Call:
     after_s: float
 
 
-class Client:
-    """One workflow as it runs.
+class WorkflowClient:
+    """A running workflow: decides which calls follow an answer.
 
     Args:
-        hostile: it has a client of its own, which marks everything urgent.
+        number: of the workflow; its name contains it.
+        hostile: it is charged to a client of its own, which marks everything urgent.
     Attributes:
-        name: of the workflow; client: who is charged for it.
-        started, open: calls begun so far, and those of them that have not been answered.
+        name: of the workflow. client: the account that it is charged to.
+        started, open: calls made so far, and those of them that have not been answered.
     """
 
-    def __init__(self, workload: Workload, seed: int, number: int, hostile: bool = False) -> None:
+    def __init__(self, workload: WorkloadConfig, seed: int, number: int, hostile: bool = False) -> None:
         self.workload, self.seed, self.hostile = workload, seed, hostile
         self.name = f"{'hostile' if hostile else 'workflow'}{number}"
         self.client = self.name if hostile else "honest"
-        self.plan = plan_of(workload, "" if workload.shared and not hostile else f"{self.name}/")
+        self.plan = make_plan(workload, "" if workload.shared and not hostile else f"{self.name}/")
         self.started = self.open = 0
         self._names = {agent: agent for agent in self.plan.following}
         self._origins = dict(self._names)
@@ -240,11 +250,11 @@ class Client:
 
     @property
     def agents(self) -> list[str]:
-        """By the names that are in use now."""
+        """Present names of its agents."""
         return list(self._names.values())
 
     def spec(self, answer_s: float) -> WorkflowSpec:
-        """What the server is told: edges, joins, and durations with `answer_s` for a call."""
+        """The workflow as it is declared to the server, with `answer_s` seconds per call."""
         workload = self.workload
         tool = workload.tool_s.mean
         spread = tool if workload.noise or workload.tool_s.kind != "constant" else 0.0
@@ -258,7 +268,7 @@ class Client:
         )
 
     def edges(self, agent: str) -> list[EdgeSpec]:
-        """Those that lead away from an agent of the plan, by the names that are in use now."""
+        """The declared edges that lead from an agent of the plan, with present names."""
         after, chances = self.plan.following[agent]
         return [
             EdgeSpec(self._names[agent], self._names[other], chance)
@@ -266,91 +276,91 @@ class Client:
         ]
 
     def fixed_prompt(self, agent: str) -> np.ndarray:
-        """int32 `(fixed_tokens,)`; random tokens that are the agent's own."""
+        """The agent's fixed prompt, int32 `(fixed_tokens,)`; random tokens."""
         known = self._prompts.get(agent)
         if known is None:
-            draws = seeded("prompt", self.seed, agent)
-            known = self._prompts[agent] = _tokens(draws, _count(self.workload.fixed_tokens.draw(draws)))
+            rng = seeded_rng("prompt", self.seed, agent)
+            known = self._prompts[agent] = self._tokens(rng, _count(self.workload.fixed_tokens.sample(rng)))
         return known
 
-    def first_call(self) -> Call:
-        draws = seeded("start", self.seed, self.name)
-        return self._call(self.plan.first, self.workload.start_s.draw(draws))
+    def first_call(self) -> AgentCall:
+        """The call that the workflow begins with."""
+        rng = seeded_rng("start", self.seed, self.name)
+        return self._call(self.plan.first, self.workload.start_s.sample(rng))
 
-    def following(self, agent: str) -> list[Call]:
-        """What comes after an answer of `agent`; nothing after the last one, and while others are waited for."""
+    def following(self, agent: str) -> list[AgentCall]:
+        """The calls that follow an answer of `agent`; none after the last one, or while a join waits for others."""
         origin, workload = self._origins[agent], self.workload
         self.open -= 1
-        draws = seeded("next", self.seed, self.name, origin, self._calls[origin])
+        rng = seeded_rng("next", self.seed, self.name, origin, self._calls[origin])
         after, chances = self.plan.following[origin]
         over = self.started >= workload.rounds * self.plan.calls
         if over and (not self.plan.joins or origin in self.plan.joins):
             return []
-        wait = self._noisy(workload.tool_s.draw(draws), draws)
+        wait = self._noisy(workload.tool_s.sample(rng), rng)
         others = [name for name in self._names if name not in after and name != origin]
-        if others and draws.random() < workload.mispredicted:
-            after = ((seeded("habit", self.seed, self.name, origin) if workload.habit else draws).choice(others),)
+        if others and rng.random() < workload.mispredicted:
+            after = ((seeded_rng("habit", self.seed, self.name, origin) if workload.habit else rng).choice(others),)
         elif chances is not None:
-            after = tuple(draws.choices(after, chances))
+            after = tuple(rng.choices(after, chances))
         return [self._call(name, wait) for name in after if self._complete(name)]
 
-    def change(self, agent: str, calls: Sequence[Call]) -> tuple[str, str, list[EdgeSpec]] | None:
-        """Whether some agent is replaced after a call of `agent` that led to `calls`.
+    def change(self, agent: str, calls: Sequence[AgentCall]) -> tuple[str, str, list[EdgeSpec]] | None:
+        """Possibly replaces an agent, after a call of `agent` that led to `calls`.
 
         Returns:
-            Its old name, its new one, and the new one's edges from and to others.
+            The old name, the new one, and the edges from and to the new agent; None: nothing changes.
         """
         if not self.workload.changes:
             return None
         origin = self._origins[agent]
-        draws = seeded("change", self.seed, self.name, origin, self._calls[origin])
-        if draws.random() >= self.workload.changes:
+        rng = seeded_rng("change", self.seed, self.name, origin, self._calls[origin])
+        if rng.random() >= self.workload.changes:
             return None
         busy = {agent, *(call.agent for call in calls)}
-        old = draws.choice([name for name in self.agents if name not in busy])
+        old = rng.choice([name for name in self.agents if name not in busy])
         origin = self._origins[old]
-        new = self._names[origin] = f"{origin}.{seeded(old).getrandbits(32):08x}"
+        new = self._names[origin] = f"{origin}.{seeded_rng(old).getrandbits(32):08x}"
         self._origins[new] = origin
         edges = [edge for name in self.plan.following for edge in self.edges(name) if new in (edge.source, edge.target)]
         return old, new, edges
 
     def _complete(self, agent: str) -> bool:
-        """Whether everybody that a joining agent waits for has answered."""
+        """Whether all calls that `agent` waits for have been answered, counting one more."""
         wanted = self.plan.joins.get(agent)
         if wanted is None:
             return True
         self._arrived[agent] = (self._arrived.get(agent, 0) + 1) % wanted
         return self._arrived[agent] == 0
 
-    def _call(self, agent: str, after_s: float) -> Call:
+    def _call(self, agent: str, after_s: float) -> AgentCall:
         self.started += 1
         self.open += 1
         number = self._calls[agent] = self._calls[agent] + 1
-        draws = seeded("call", self.seed, self.name, agent, number)
+        rng = seeded_rng("call", self.seed, self.name, agent, number)
         name = self._names[agent]
         fixed = self.fixed_prompt(name)
-        dynamic = _count(self.workload.dynamic_tokens.draw(draws))
-        output = _count(self._noisy(self.workload.output_tokens.draw(draws), draws))
-        prompt = np.concatenate((fixed, _tokens(draws, dynamic)))
-        return Call(name, prompt, len(fixed), output, after_s)
+        dynamic = _count(self.workload.dynamic_tokens.sample(rng))
+        output = _count(self._noisy(self.workload.output_tokens.sample(rng), rng))
+        prompt = np.concatenate((fixed, self._tokens(rng, dynamic)))
+        return AgentCall(name, prompt, len(fixed), output, after_s)
 
-    def _noisy(self, value: float, draws: random.Random) -> float:
+    def _tokens(self, rng: random.Random, length: int) -> np.ndarray:
+        numbers = np.frombuffer(rng.randbytes(4 * length), dtype="<u4")
+        return (numbers % self.workload.vocab_size).astype(np.int32)
+
+    def _noisy(self, value: float, rng: random.Random) -> float:
         noise = self.workload.noise
-        return value * Spread(1.0, "lognormal", noise).draw(draws) if noise else value
+        return value * Distribution(1.0, "lognormal", noise).sample(rng) if noise else value
 
 
-def clients_of(workload: Workload, seed: int) -> list[Client]:
-    """One for each workflow, the hostile ones last."""
+def clients_of(workload: WorkloadConfig, seed: int) -> list[WorkflowClient]:
+    """A client for each workflow, the hostile ones last."""
     return [
-        Client(workload, seed, number, hostile=number >= workload.workflows)
+        WorkflowClient(workload, seed, number, hostile=number >= workload.workflows)
         for number in range(workload.workflows + workload.adversaries)
     ]
 
 
 def _count(number: float) -> int:
     return max(1, round(number))
-
-
-def _tokens(draws: random.Random, length: int) -> np.ndarray:
-    numbers = np.frombuffer(draws.randbytes(4 * length), dtype="<u4")
-    return (numbers % VOCABULARY).astype(np.int32)

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MAX_NAME = 256  # characters of an agent's or a workflow's name
+from ..request import check_name, shown
+
 JOINS = ("or", "and")
-
-
-def shown(value: object) -> str:
-    """The first 60 characters of a `repr` that looks at a few items and two levels only, whatever a client sent.
-
-    A short YAML document with aliases can stand for a list of billions of items.
-    """
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother = 2, 60, 60
-    return short.repr(value)[:60]
-
-
-def check_name(name: object, what: str) -> str:
-    """`name`, if it can be one."""
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-        given = f"one of {len(name)} characters" if isinstance(name, str) else shown(name)
-        raise ValueError(f"got {given} as the name of {what}; accepted: a string of 1 to {MAX_NAME} characters")
-    return name
 
 
 def check_probability(probability: object) -> float:

@@ -13,7 +13,7 @@ from tenure.eviction import evict
 from tenure.retention import RetentionGates
 from tenure.scripts.bench.agent_runs import make_workload
 from tenure.scripts.bench.bench_agents import AgentsBenchConfig, compare, write
-from tenure.serving.simulation.simulator import Row
+from tenure.serving.simulation.results import SimulationRow
 
 FIXED, SUFFIX, ANSWER = 48, 16, 4
 
@@ -43,7 +43,7 @@ def test_rows_of_systems_with_and_without_compression(session, tmp_path: Path, c
     assert "ring, pool 50% of the prompts" in capsys.readouterr().out
     write(list(rows.values()), str(tmp_path / "new" / "rows.json"))
     written = json.loads((tmp_path / "new" / "rows.json").read_text())
-    assert [set(row) for row in written] == [{field.name for field in fields(Row)}] * 6
+    assert [set(row) for row in written] == [{field.name for field in fields(SimulationRow)}] * 6
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["rows.json"]
 
 

@@ -11,7 +11,7 @@ from tenure.scripts.cli import main
 
 SETUP = """
 title: a small ring
-machine: {card: a10g, model: llama-3.1-8b, pool_tokens: 2200, link_gb_s: 2, host_gb: 8, limits: {running: 4}}
+machine: {card: a10g, model: llama-3.1-8b, pool_tokens: 2200, link_gb_s: 2, host_gb: 8, scheduler: {max_num_seqs: 4}}
 workload: {agents: 4, rounds: 2, fixed_tokens: 1024, dynamic_tokens: 16, output_tokens: 8}
 policies: [lru, lru_reactive, ste_prefetch]
 repeats: 2
@@ -118,8 +118,8 @@ def test_the_study_is_shown_and_written(setup: Path, tmp_path: Path, capsys: pyt
         (["absent.yaml"], 1, "absent.yaml"),
         (["SETUP", "--set", "link=2"], 1, "got the change 'link=2'; accepted: machine.KEY=VALUE or workload.KEY=VALUE"),
         (["SETUP", "--set", "workload.tool_s={"], 1, "got the change 'workload.tool_s={', whose value is not YAML"),
-        (["SETUP", "--set", "machine.limits=3"], 1, "small.yaml: got int for a machine's limits; accepted: a mapping"),
-        (["SETUP", "--set", "machine.limits={run: 3}"], 1, "a machine's limits has no 'run'; accepted: batch_tokens"),
+        (["SETUP", "--set", "machine.scheduler=3"], 1, "got int for a machine's scheduler; accepted: a mapping"),
+        (["SETUP", "--set", "machine.scheduler={run: 3}"], 1, "a machine's scheduler has no 'run'; accepted: "),
         (["SETUP", "--set", "machine.link=2"], 1, "small.yaml: a machine has no 'link'"),
     ],
 )

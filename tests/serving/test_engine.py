@@ -15,10 +15,10 @@ from tenure.serving import (
     AllocStatus,
     DiskPool,
     EdgeSpec,
+    FinishReason,
     LinearCosts,
     MemoryPool,
     Request,
-    RequestOutput,
     ThreadedTransfer,
     Tier,
     WorkflowSpec,
@@ -124,7 +124,7 @@ def test_answers_are_those_without_a_cache(session, name, how, tmp_path):
     for number, (agent, prompt) in enumerate(calls()):
         engine.submit(request(number, agent, prompt))
         (ended,) = engine.run()
-        assert ended.error is None and ended.outcome is RequestOutput.ANSWERED
+        assert ended.error is None and ended.finish_reason is FinishReason.ANSWERED
         assert ended.tokens == answer_without_cache(session, prompt, how), f"call {number}"
     statistics = engine.system.tiers.statistics
     assert statistics.evicted_copies > 0
@@ -159,10 +159,10 @@ def test_requests_that_run_together_do_not_disturb_each_other(session, name, how
             break
     assert {each.request.id for each in ended} == set(wanted) and len(ended) == len(wanted)
     assert max(widths) >= 3, "answers are decoded together"
-    outcomes = {each.outcome for each in ended}
-    assert outcomes == {RequestOutput.ANSWERED, RequestOutput.CANCELLED}
+    outcomes = {each.finish_reason for each in ended}
+    assert outcomes == {FinishReason.ANSWERED, FinishReason.CANCELLED}
     for each in ended:
-        if each.outcome is RequestOutput.ANSWERED:
+        if each.finish_reason is FinishReason.ANSWERED:
             assert each.tokens == wanted[each.request.id]
         else:
             assert each.tokens == wanted[each.request.id][: len(each.tokens)]
@@ -199,7 +199,7 @@ def test_a_failing_model_ends_those_that_were_decoded_together(session, monkeypa
     for number, (agent, prompt) in enumerate(calls(1)[:3]):
         engine.submit(request(number, agent, prompt))
     ended = list(engine.run())
-    assert len(ended) == 3 and {each.outcome for each in ended} == {RequestOutput.FAILED}
+    assert len(ended) == 3 and {each.finish_reason for each in ended} == {FinishReason.FAILED}
     assert all("the device is gone" in (each.error or "") for each in ended)
     agent, prompt = calls(1)[3]
     engine.submit(request(3, agent, prompt))
@@ -234,7 +234,7 @@ def test_a_compressed_prompt_that_finds_no_room_is_answered_all_the_same(session
         engine.submit(request(number, agent, prompt))
         (ended,) = engine.run()
         assert ended.error is None and ended.tokens == answer_without_cache(session, prompt, how)
-    assert engine.system.scheduler.statistics.stores_refused == 2 and engine.system.scheduler.statistics.stores == 0
+    assert engine.system.scheduler.metrics.stores_refused == 2 and engine.system.scheduler.metrics.stores == 0
     close(engine)
 
 
@@ -261,11 +261,11 @@ def test_one_that_fails_ends_alone(session):
             raise RuntimeError("no token")
         return int(logits.argmax())
 
-    engine = make_engine(session, "lru_reactive", prompts=6.0, choose=choose)
+    engine = make_engine(session, "lru_reactive", prompts=6.0, sampler=choose)
     for number, (agent, prompt) in enumerate(calls(1)[:3]):
         engine.submit(request(number, agent, prompt))
     ended = {each.request.id: each for each in engine.run()}
-    assert ended["call1"].outcome is RequestOutput.FAILED and "no token" in (ended["call1"].error or "")
+    assert ended["call1"].finish_reason is FinishReason.FAILED and "no token" in (ended["call1"].error or "")
     for number in (0, 2):
         assert ended[f"call{number}"].tokens == answer_without_cache(session, calls(1)[number][1], None)
     close(engine)

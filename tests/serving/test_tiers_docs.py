@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tenure.serving import EvictionPolicy, RequestOutput, Tier, TieredCache, TierPolicy, hint_formats, system_names
+from tenure.serving import EvictionPolicy, FinishReason, Tier, TieredCache, TierPolicy, hint_formats, system_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,8 +52,8 @@ def test_the_order_evicts_what_it_says(make_tiers, cached):
 def test_the_request_is_answered_and_the_hint_taken():
     scope: dict = {}
     exec(next(block for block in blocks(AGENTS) if "VirtualClock(" in block), scope)
-    ended, system = scope["ended"], scope["system"]
-    assert ended.outcome is RequestOutput.ANSWERED and ended.produced == 4
+    output, system = scope["output"], scope["system"]
+    assert output.finish_reason is FinishReason.ANSWERED and output.num_output_tokens == 4
     assert system.tiers.tree.prompt_ends["planner"].end == 960
     exec(next(block for block in blocks(AGENTS) if "HintReader" in block), scope)
     assert scope["request"].agent == "planner" and scope["request"].client == "team-a"

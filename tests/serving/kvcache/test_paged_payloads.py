@@ -59,22 +59,22 @@ def test_one_launch_a_layer_out_of_pages_and_back(tiny_model, monkeypatch: pytes
             for kernels in ("reference", "triton"):
                 monkeypatch.setenv("TENURE_KERNELS", kernels)
                 launches.clear()
-                made.append(kv.plain(cache, 5, 37) if payload == "plain" else kv.compressed(cache))
+                made.append(kv.export_plain(cache, 5, 37) if payload == "plain" else kv.export_compressed(cache))
                 assert len(launches) == (0 if kernels == "reference" else LAYERS)
             assert_equal(*made)
             return made[1]
 
         middle = by_both("plain")
-        parts = [through_host(one) for one in (kv.plain(cache, 0, 5), middle, kv.plain(cache, 37, 41))]
+        parts = [through_host(one) for one in (kv.export_plain(cache, 0, 5), middle, kv.export_plain(cache, 37, 41))]
         launches.clear()
-        again = kv.cache(parts)
+        again = kv.import_payloads(parts)
         assert len(launches) == LAYERS and all(isinstance(store, PagedStore) for store in again.stores)
-        assert_equal(kv.plain(again, 5, 37), middle)
+        assert_equal(kv.export_plain(again, 5, 37), middle)
         torch.testing.assert_close(kv.forward(again, ids[:3]), kv.forward(cache, ids[:3]))
 
         kv.compress(cache, Compression(budget=0.5, sinks=2, recent=4))
         assert len(set(cache.stores[0].lengths)) > 1, "heads keep different numbers of entries"
         compressed = through_host(by_both("compressed"))
-        again = kv.cache([compressed])
-        assert_equal(kv.compressed(again), compressed)
+        again = kv.import_payloads([compressed])
+        assert_equal(kv.export_compressed(again), compressed)
         torch.testing.assert_close(kv.forward(again, ids[:3]), kv.forward(cache, ids[:3]))

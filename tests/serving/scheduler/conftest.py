@@ -11,19 +11,19 @@ import pytest
 from tenure.serving import (
     AgentSpec,
     EdgeSpec,
-    Ended,
     LinearCosts,
     LinkSpeed,
     PhantomPayload,
     PhantomPool,
     PrefetchConfig,
     Request,
+    RequestOutput,
+    ScheduledBatch,
     SchedulerConfig,
     System,
     Tier,
     VirtualClock,
     VirtualTransfer,
-    Work,
     WorkflowSpec,
     build_system,
 )
@@ -37,13 +37,13 @@ class Driver:
     """Drives a system; a token of a prefill takes 10 ms, one of a decode a second.
 
     Attributes:
-        works: everything that was computed, with the time at which it began.
+        batches: everything that was computed, with the time at which it began.
     """
 
     system: System
     clock: VirtualClock
-    ended: list[Ended] = field(default_factory=list)
-    works: list[tuple[float, Work]] = field(default_factory=list)
+    ended: list[RequestOutput] = field(default_factory=list)
+    batches: list[tuple[float, ScheduledBatch]] = field(default_factory=list)
 
     @property
     def scheduler(self):
@@ -52,30 +52,30 @@ class Driver:
     def submit(self, id: str, prompt: list[int], new: int = 1, **options: Any) -> None:
         self.scheduler.submit(Request(id, prompt, new, **options))
 
-    def begin(self, max_steps: int = 1) -> Work | None:
-        work = self.scheduler.next_work(max_steps)
+    def begin(self, max_steps: int = 1) -> ScheduledBatch | None:
+        batch = self.scheduler.next_batch(max_steps)
         self.take()
-        if work is not None:
-            self.works.append((self.clock(), work))
-        return work
+        if batch is not None:
+            self.batches.append((self.clock(), batch))
+        return batch
 
-    def finish(self, work: Work) -> None:
-        for item in work.prefills:
+    def finish(self, batch: ScheduledBatch) -> None:
+        for item in batch.prefills:
             if item.store is not None:
                 item.payload = PhantomPayload(item.store[1] - item.store[0], item.store[1] - item.store[0])
-        prefilled = sum(item.end - item.start for item in work.prefills)
-        self.clock.advance_to(self.clock() + prefilled / PREFILL + work.steps * bool(work.decodes))
-        self.scheduler.complete(work)
+        prefilled = sum(item.end - item.start for item in batch.prefills)
+        self.clock.advance_to(self.clock() + prefilled / PREFILL + batch.steps * bool(batch.decodes))
+        self.scheduler.complete(batch)
         self.take()
 
     def take(self) -> None:
-        self.ended += self.scheduler.take_ended()
+        self.ended += self.scheduler.take_finished()
 
     def step(self, max_steps: int = 1) -> bool:
         """Computes something, or waits for what comes next; False if there is nothing to wait for."""
-        work = self.begin(max_steps)
-        if work is not None:
-            self.finish(work)
+        batch = self.begin(max_steps)
+        if batch is not None:
+            self.finish(batch)
         else:
             due = self.scheduler.next_time()
             if due is None:
@@ -101,10 +101,10 @@ class Driver:
             self.clock.advance_to(self.clock() + 100)
             tiers.poll()
 
-    def answer(self, id: str) -> Ended:
+    def answer(self, id: str) -> RequestOutput:
         return next(ended for ended in self.ended if ended.request.id == id)
 
-    def serve(self, id: str, prompt: list[int], new: int = 1, **options: Any) -> Ended:
+    def serve(self, id: str, prompt: list[int], new: int = 1, **options: Any) -> RequestOutput:
         """Submits a request and runs until it has ended."""
         self.submit(id, prompt, new, **options)
         self.run(lambda: any(ended.request.id == id for ended in self.ended))
@@ -125,8 +125,8 @@ def make_driver():
         pools = {Tier.DEVICE: PhantomPool(device), Tier.HOST: PhantomPool(host)}
         links = {(a, b): LinkSpeed(options.pop("link", LINK)) for a, b in ((Tier.HOST, Tier.DEVICE),)}
         links[Tier.DEVICE, Tier.HOST] = LinkSpeed(LINK)
-        options.setdefault("limits", SchedulerConfig(batch_tokens=64, running=8))
-        options.setdefault("prefetch", PrefetchConfig(look_ahead_s=3.0))
+        options.setdefault("scheduler_config", SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=8))
+        options.setdefault("prefetch_config", PrefetchConfig(look_ahead_s=3.0))
         options.setdefault("costs", LinearCosts(PREFILL, (LINK, 0.0)))
         system = build_system(
             name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tenure.serving import LinearCosts, LinkSpeed, PhantomPayload, RequestOutput, SchedulerConfig, Tier, VirtualTransfer
+from tenure.serving import FinishReason, LinearCosts, LinkSpeed, PhantomPayload, SchedulerConfig, Tier, VirtualTransfer
 
 A, B, C, D = ([n * 100 + k for k in range(40)] for n in (1, 2, 3, 4))
 SLOW = {"link": 2.0, "costs": LinearCosts(1.0, (2.0, 0.0))}  # 40 tokens load in 20 s; it is thought, compute in 40
@@ -25,14 +25,14 @@ def test_what_loads_is_skipped_and_dispatched_when_it_is_ready(make_driver):
     driver.serve("fill", C)
     driver.submit("cold", [*A, 1, 2])
     driver.submit("warm", [*C[:20], 1])
-    work = driver.begin()
-    assert [item.request.id for item in work.prefills] == ["warm"], "the other one's KV is on its way"
-    driver.finish(work)
+    batch = driver.begin()
+    assert [item.request.id for item in batch.prefills] == ["warm"], "the other one's KV is on its way"
+    driver.finish(batch)
     driver.run()
     cold = driver.answer("cold")
     assert cold.loaded_tokens == 40 and cold.cached_tokens == 40 and cold.recomputed_tokens == 0
-    assert cold.stalled_s >= 0.4 and driver.scheduler.statistics.stalled_s == cold.stalled_s
-    assert driver.answer("warm").times.ended < cold.times.ended
+    assert cold.stalled_s >= 0.4 and driver.scheduler.metrics.stalled_s == cold.stalled_s
+    assert driver.answer("warm").times.finished < cold.times.finished
 
 
 def test_under_hicache_everybody_waits_for_a_load(make_driver):
@@ -43,11 +43,11 @@ def test_under_hicache_everybody_waits_for_a_load(make_driver):
     driver.submit("warm", [*C[:20], 1])
     began = driver.clock()
     assert driver.begin() is None and driver.scheduler.next_time() is not None
-    while (work := driver.begin()) is None:
+    while (batch := driver.begin()) is None:
         driver.clock.advance_to(driver.scheduler.next_time())
     assert driver.clock() - began == pytest.approx(0.4), "40 bytes at 100 a second"
-    assert {item.request.id for item in work.prefills} == {"cold", "warm"}
-    driver.finish(work)
+    assert {item.request.id for item in batch.prefills} == {"cold", "warm"}
+    driver.finish(batch)
     driver.run()
     assert driver.answer("cold").loaded_tokens == 40 and driver.answer("warm").stalled_s == 0
 
@@ -57,7 +57,7 @@ def test_a_load_that_would_end_later_than_computing_is_computed(make_driver):
     spill(driver, A)
     ended = driver.serve("r", [*A, 1])
     assert (ended.cached_tokens, ended.loaded_tokens, ended.recomputed_tokens) == (0, 0, 40)
-    assert driver.scheduler.statistics.recomputed_late == 1 and driver.scheduler.statistics.recomputed_tokens == 40
+    assert driver.scheduler.metrics.recomputed_late == 1 and driver.scheduler.metrics.recomputed_tokens == 40
     assert driver.cached(A) == 40, "what was computed lies on the device again"
 
 
@@ -113,8 +113,8 @@ def test_failed_loads_are_computed_after_another_try(make_driver):
     driver = make_driver(copies=Broken)
     spill(driver, A)
     ended = driver.serve("r", [*A, 1])
-    assert ended.outcome is RequestOutput.ANSWERED and ended.recomputed_tokens == 40
-    assert driver.system.tiers.statistics.copies_failed == 2 and driver.scheduler.statistics.recomputed_refused == 1
+    assert ended.finish_reason is FinishReason.ANSWERED and ended.recomputed_tokens == 40
+    assert driver.system.tiers.statistics.copies_failed == 2 and driver.scheduler.metrics.recomputed_refused == 1
 
 
 def test_a_load_that_does_not_end_is_given_up(make_driver):
@@ -123,8 +123,8 @@ def test_a_load_that_does_not_end_is_given_up(make_driver):
     driver.system.tiers.transfers.backend.stuck = 1e-3
     before = driver.clock()
     ended = driver.serve("r", [*A, 1])
-    assert ended.outcome is RequestOutput.ANSWERED and ended.recomputed_tokens == 40
-    assert ended.times.ended - before < 5, "not the hours that the load would have taken"
+    assert ended.finish_reason is FinishReason.ANSWERED and ended.recomputed_tokens == 40
+    assert ended.times.finished - before < 5, "not the hours that the load would have taken"
 
 
 def test_a_load_is_given_up_though_its_time_ended_while_the_driver_was_busy(make_driver):
@@ -137,61 +137,70 @@ def test_a_load_is_given_up_though_its_time_ended_while_the_driver_was_busy(make
     driver.submit("r", [*A, 1])
     assert driver.begin() is None and driver.scheduler.next_time() == pytest.approx(before + 8.2)
     driver.clock.advance_to(before + 41)
-    work = driver.begin()
-    assert work is not None and [item.request.id for item in work.prefills] == ["r"]
-    driver.finish(work)
+    batch = driver.begin()
+    assert batch is not None and [item.request.id for item in batch.prefills] == ["r"]
+    driver.finish(batch)
     driver.run()
     ended = driver.answer("r")
-    assert ended.times.ended - before < 42 and ended.loaded_tokens == 0 and ended.recomputed_tokens > 30
+    assert ended.times.finished - before < 42 and ended.loaded_tokens == 0 and ended.recomputed_tokens > 30
 
 
 def test_requests_without_a_load_go_past_those_that_wait_for_one_to_end(make_driver):
-    """More of these than an admission looks at, and for longer than patience."""
-    limits = SchedulerConfig(batch_tokens=64, running=8, loading=1, room_patience_s=1.0, looks=2)
-    driver = make_driver(device=1000, limits=limits, **SLOW)
+    """More of these than an admission max_refusals_per_step at, and for longer than patience."""
+    config = SchedulerConfig(
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        max_concurrent_loads=1,
+        allocation_patience_s=1.0,
+        max_refusals_per_step=2,
+    )
+    driver = make_driver(device=1000, scheduler_config=config, **SLOW)
     cold = [[n * 1000 + k for k in range(40)] for n in range(1, 5)]
     spill(driver, *cold)
     driver.serve("fill", C)
-    before, refused = driver.clock(), driver.scheduler.statistics.refusals
+    before, refused = driver.clock(), driver.scheduler.metrics.admissions_refused
     for number, prompt in enumerate(cold):
         driver.submit(f"cold{number}", [*prompt, 1])
     for number in range(6):
         driver.submit(f"warm{number}", [*C, number], 3)
-        work = driver.begin()
-        assert work is not None and [item.request.id for item in work.prefills] == [f"warm{number}"]
-        while work is not None:
-            driver.finish(work)
+        batch = driver.begin()
+        assert batch is not None and [item.request.id for item in batch.prefills] == [f"warm{number}"]
+        while batch is not None:
+            driver.finish(batch)
             driver.scheduler.check()
-            work = driver.begin()
+            batch = driver.begin()
     assert before + 12 < driver.clock() < before + 13, "never idle, though the first load takes 20 s"
     driver.run()
-    began = [driver.answer(f"cold{number}").times.ended - before for number in range(4)]
+    began = [driver.answer(f"cold{number}").times.finished - before for number in range(4)]
     assert began == pytest.approx([20, 40, 60, 80], abs=0.2), "in order, each as soon as the one before has come"
-    assert driver.scheduler.statistics.refusals == refused, "that is no lack of room"
+    assert driver.scheduler.metrics.admissions_refused == refused, "that is no lack of room"
 
 
 def test_a_request_whose_kv_has_come_otherwise_need_not_wait_for_a_load_to_end(make_driver):
-    driver = make_driver(device=1000, limits=SchedulerConfig(batch_tokens=64, running=8, loading=1), **SLOW)
+    config = SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=8, max_concurrent_loads=1)
+    driver = make_driver(device=1000, scheduler_config=config, **SLOW)
     spill(driver, A, B)
     driver.submit("a", [*A, 1])
     driver.submit("b", [*B, 1])
     driver.submit("c", C[:8], 1)
-    work, tiers = driver.begin(), driver.system.tiers
-    assert work is not None and [item.request.id for item in work.prefills] == ["c"]
+    batch, tiers = driver.begin(), driver.system.tiers
+    assert batch is not None and [item.request.id for item in batch.prefills] == ["c"]
     with tiers.open(B) as handle:
         handle.truncate(handle.node.root)
         tiers.store(handle, B, PhantomPayload(40, 40))
-    driver.finish(work)
-    work = driver.begin()
-    assert work is not None and [item.request.id for item in work.prefills] == ["b"], "though a has not come"
-    driver.finish(work)
+    driver.finish(batch)
+    batch = driver.begin()
+    assert batch is not None and [item.request.id for item in batch.prefills] == ["b"], "though a has not come"
+    driver.finish(batch)
     driver.run()
     assert driver.answer("b").loaded_tokens == 0 and driver.answer("a").loaded_tokens == 40
 
 
 def test_who_is_overdue_and_needs_a_load_lets_others_pass(make_driver):
-    limits = SchedulerConfig(batch_tokens=64, running=8, loading=1, room_patience_s=1.0)
-    driver = make_driver(device=100, limits=limits, **SLOW)
+    config = SchedulerConfig(
+        max_num_batched_tokens=64, max_num_seqs=8, max_concurrent_loads=1, allocation_patience_s=1.0
+    )
+    driver = make_driver(device=100, scheduler_config=config, **SLOW)
     spill(driver, A)
     driver.serve("fill", C[:20])
     driver.submit("long", D[:10], 20)
@@ -201,35 +210,35 @@ def test_who_is_overdue_and_needs_a_load_lets_others_pass(make_driver):
     driver.run(lambda: driver.clock() > due)
     driver.submit("small", [7, 8], 1)
     driver.step()
-    assert not any(item.request.id == "small" for _, work in driver.works for item in work.prefills)
+    assert not any(item.request.id == "small" for _, batch in driver.batches for item in batch.prefills)
     tiers = driver.system.tiers
     tiers.evictor.make_room(Tier.DEVICE, 28)
     driver.run(lambda: any(ended.request.id == "small" for ended in driver.ended))
     assert driver.cached(C[:20]) == 0 and len(driver.scheduler) == 3, "large would load, and a load is under way"
     driver.run()
-    assert all(ended.outcome is RequestOutput.ANSWERED for ended in driver.ended)
+    assert all(ended.finish_reason is FinishReason.ANSWERED for ended in driver.ended)
 
 
 def test_no_more_are_computed_than_may_be_when_many_loads_end_together(make_driver):
-    driver = make_driver(device=400, limits=SchedulerConfig(batch_tokens=64, running=2))
+    driver = make_driver(device=400, scheduler_config=SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=2))
     prompts = [[n * 1000 + k for k in range(10)] for n in range(1, 7)]
     spill(driver, *prompts)
     for number, prompt in enumerate(prompts):
         driver.submit(f"r{number}", [*prompt, 1], 3)
     assert driver.begin() is None
     driver.clock.advance_to(driver.clock() + 1)
-    first = len(driver.works)
+    first = len(driver.batches)
     driver.begin()
     driver.scheduler.check()
     driver.submit("new", [1, 2], 1)
     driver.scheduler.cancel("r3")
     driver.scheduler.check()
-    driver.finish(driver.works[-1][1])
+    driver.finish(driver.batches[-1][1])
     driver.run()
-    order = [item.request.id for _, work in driver.works[first:] for item in work.prefills]
+    order = [item.request.id for _, batch in driver.batches[first:] for item in batch.prefills]
     assert order == ["r0", "r1", "r2", "r4", "r5", "new"], "in the order of their loads, before who came later"
-    assert all(len(work.prefills) + len(work.decodes) <= 2 for _, work in driver.works[first:])
+    assert all(len(batch.prefills) + len(batch.decodes) <= 2 for _, batch in driver.batches[first:])
     ends = {ended.request.id: ended for ended in driver.ended}
-    assert ends.pop("r3").outcome is RequestOutput.CANCELLED
-    assert {ended.outcome for ended in ends.values()} == {RequestOutput.ANSWERED}
+    assert ends.pop("r3").finish_reason is FinishReason.CANCELLED
+    assert {ended.finish_reason for ended in ends.values()} == {FinishReason.ANSWERED}
     assert all(ends[f"r{n}"].loaded_tokens == 10 and ends[f"r{n}"].stalled_s == 1 for n in (0, 1, 2, 4, 5))

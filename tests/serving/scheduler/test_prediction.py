@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from tenure.serving import Hint, HintConfig, PredictionConfig, RequestOutput, Tier, build_system, system_names
+from tenure.serving import FinishReason, Hint, HintConfig, PredictionConfig, Tier, build_system, system_names
 from tenure.serving.hints import ActionKind, HintAction, SessionAction
 
 
@@ -105,7 +105,7 @@ def test_a_request_for_another_clients_agent_changes_no_prediction(make_driver, 
     end, version = tiers.tree.prompt_ends["a"], workflow.version
     other = [9] * 20
     answer = driver.serve("r", [*other, 1], agent="a", workflow="ring", fixed_tokens=20, client="mallory")
-    assert answer.outcome is RequestOutput.ANSWERED and workflow.version == version and not workflow.running
+    assert answer.finish_reason is FinishReason.ANSWERED and workflow.version == version and not workflow.running
     assert tiers.tree.prompt_ends["a"] is end and tiers.lookup(other).length == 20, "its KV is kept as any other"
     assert not tiers.lookup(other).nodes[-1].fixed
 
@@ -131,11 +131,11 @@ def test_the_prompt_of_a_waiting_request_is_not_the_first_victim(make_driver, ri
     predictor = driver.system.predictor
     assert predictor.steps("a") == predictor.next_steps("a") == predictor.seconds_to_call("a") == 0.0
     assert predictor.reuse("a") == 1.0
-    driver.finish(driver.works[-1][1])
+    driver.finish(driver.batches[-1][1])
     driver.run(lambda: any(e.request.id == "blocker" for e in driver.ended))
     driver.begin()
     assert predictor.steps("a") == 3.0, "admitted: its handle protects the prompt, what counts is its next turn"
-    driver.finish(driver.works[-1][1])
+    driver.finish(driver.batches[-1][1])
 
 
 def test_the_workflow_follows_calls_and_their_ends(make_driver, ring, prompt_of):

@@ -7,10 +7,10 @@ import math
 import pytest
 
 from tenure.serving import (
+    FinishReason,
     Hint,
     LinearCosts,
     PrefetchConfig,
-    RequestOutput,
     Tier,
     VirtualTransfer,
 )
@@ -41,7 +41,7 @@ def test_the_next_agents_prompt_is_on_the_device_when_it_is_called(make_driver, 
     assert all(each.loaded_tokens == 0 and each.cached_tokens == 20 for each in calls[2:]), "all prefetched"
     statistics = driver.system.prefetcher.statistics
     assert statistics.used >= 8 and statistics.bytes == 20 * statistics.started
-    assert driver.system.scheduler.statistics.stalled_s <= 0.05
+    assert driver.system.scheduler.metrics.stalled_s <= 0.05
 
 
 def test_without_prefetch_every_call_loads(make_driver, ring, prompt_of):
@@ -65,7 +65,7 @@ def test_a_branch_has_all_its_candidates_prefetched(make_driver, prompt_of):
 
 def test_it_spares_what_ranks_higher(make_driver, ring, prompt_of):
     """Room for two: of the agents at 0, 1 and 2 steps, the farthest does not take the room of the nearer."""
-    driver = make_driver("ste_prefetch", device=46, prefetch=PrefetchConfig(max_device_fraction=0.9))
+    driver = make_driver("ste_prefetch", device=46, prefetch_config=PrefetchConfig(max_device_fraction=0.9))
     warm(driver, prompt_of)
     ring(driver, AGENTS)
     driver.step()
@@ -109,7 +109,7 @@ def test_a_prompt_that_cannot_arrive_in_time_is_computed(make_driver, prompt_of)
     statistics = driver.system.prefetcher.statistics
     assert (statistics.started, statistics.too_late) == (0, 1)
     ended = driver.serve("r", [*prompt_of("a"), 5], agent="a", fixed_tokens=20)
-    assert ended.recomputed_tokens == 20 and driver.scheduler.statistics.recomputed_late == 1
+    assert ended.recomputed_tokens == 20 and driver.scheduler.metrics.recomputed_late == 1
 
 
 def test_a_late_load_is_started_if_computing_is_slower(make_driver, prompt_of):
@@ -135,7 +135,7 @@ def test_a_demand_displaces_a_prefetch_which_is_restarted(make_driver, prompt_of
     warm(driver, prompt_of)
     Plan(driver)(a=1)
     ended = driver.serve("r", [*prompt_of("b"), 5], 20, agent="b", fixed_tokens=20)
-    assert ended.outcome is RequestOutput.ANSWERED and ended.stalled_s < 4
+    assert ended.finish_reason is FinishReason.ANSWERED and ended.stalled_s < 4
     statistics = driver.system.prefetcher.statistics
     assert statistics.displaced == 1
     for _ in range(30):
@@ -158,7 +158,7 @@ def test_a_demand_displaces_a_prefetch_which_is_restarted(make_driver, prompt_of
 )
 def test_budgets(make_driver, prompt_of, limits, begun):
     driver = make_driver("ste_prefetch", device=90, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)),
-                         prefetch=PrefetchConfig(**{"max_link_s": 100.0, **limits}))  # fmt: skip
+                         prefetch_config=PrefetchConfig(**{"max_link_s": 100.0, **limits}))  # fmt: skip
     warm(driver, prompt_of)
     Plan(driver)(a=1, b=1, c=2, d=2, e=7)
     assert driver.system.prefetcher.statistics.started == begun
@@ -167,7 +167,7 @@ def test_budgets(make_driver, prompt_of, limits, begun):
 
 def test_the_nearest_is_first_and_waiting_requests_age(make_driver, prompt_of):
     driver = make_driver("ste_prefetch", device=500, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)),
-                         prefetch=PrefetchConfig(max_in_flight=1))  # fmt: skip
+                         prefetch_config=PrefetchConfig(max_in_flight=1))  # fmt: skip
     warm(driver, prompt_of)
     plan = Plan(driver)
     plan(a=1)
@@ -183,7 +183,8 @@ def test_the_nearest_is_first_and_waiting_requests_age(make_driver, prompt_of):
 
 def test_a_client_has_its_quota_of_the_budget(make_driver, prompt_of):
     budgets = PrefetchConfig(max_in_flight=9, max_device_fraction=0.4, max_link_s=100.0)
-    driver = make_driver("ste_prefetch", device=200, link=10.0, costs=LinearCosts(0.1, (10.0, 0.0)), prefetch=budgets)
+    costs = LinearCosts(0.1, (10.0, 0.0))
+    driver = make_driver("ste_prefetch", device=200, link=10.0, costs=costs, prefetch_config=budgets)
     warm(driver, prompt_of)
     for client, agents in (("greedy", "abcde"), ("modest", "f")):
         steps = dict.fromkeys(agents, 1.0 if client == "greedy" else 2.0)
@@ -241,7 +242,7 @@ def test_a_hint_to_fetch_lasts_for_its_time(make_driver, prompt_of):
 
 
 def test_an_agent_comes_into_sight_with_time_alone(make_driver, ring, prompt_of):
-    driver = make_driver("expected_time", device=90, prefetch=PrefetchConfig(look_ahead_s=5.0))
+    driver = make_driver("expected_time", device=90, prefetch_config=PrefetchConfig(look_ahead_s=5.0))
     warm(driver, prompt_of, AGENTS[:2])
     ring(driver, ["a", "b"], call_s=60.0)
     call(driver, prompt_of, "a", 0)
@@ -264,7 +265,7 @@ def test_an_agent_out_of_sight_by_a_rounding_error_does_not_stop_the_clock(make_
     """Expected seconds stand still between two readings of the graph, so a look at the same time would be the same."""
     from tenure.serving import AgentSpec, EdgeSpec, WorkflowSpec
 
-    driver = make_driver("expected_time", device=90, prefetch=PrefetchConfig(look_ahead_s=3.0))
+    driver = make_driver("expected_time", device=90, prefetch_config=PrefetchConfig(look_ahead_s=3.0))
     warm(driver, prompt_of, ["a", "b"])
     agents = [AgentSpec("a", call_s=3.0 + 1e-7, call_spread_s=0.0), AgentSpec("b")]
     driver.system.graph.add_workflow(WorkflowSpec("ring", agents, [EdgeSpec("a", "b")]))
@@ -303,7 +304,7 @@ def test_failed_prefetches_wait_for_a_new_prediction(make_driver, prompt_of):
 def test_an_unlikely_call_is_prefetched_only_when_it_is_near(make_driver, prompt_of):
     from tenure.serving import AgentSpec, EdgeSpec, WorkflowSpec
 
-    driver = make_driver("expected_time", device=90, prefetch=PrefetchConfig(min_reuse=0.5))
+    driver = make_driver("expected_time", device=90, prefetch_config=PrefetchConfig(min_reuse=0.5))
     warm(driver, prompt_of, ["a", "b", "c"])
     agents = [AgentSpec("a", call_s=10.0, call_spread_s=0.0), AgentSpec("b"), AgentSpec("c")]
     edges = [EdgeSpec("a", "b", 0.8), EdgeSpec("a", "c", 0.2)]

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tenure.serving import LinearCosts, PhantomPayload, Request, RequestOutput, SchedulerConfig, StorePolicy, Tier
+from tenure.serving import (
+    FinishReason,
+    LinearCosts,
+    PhantomPayload,
+    Request,
+    RequestTimes,
+    SchedulerConfig,
+    StorePolicy,
+    Tier,
+)
 
 A, B, C, D = ([n * 100 + k for k in range(40)] for n in (1, 2, 3, 4))
 
@@ -12,48 +21,50 @@ A, B, C, D = ([n * 100 + k for k in range(40)] for n in (1, 2, 3, 4))
 def test_a_request_from_arrival_to_answer(make_driver):
     driver = make_driver()
     driver.submit("r", A, 3)
-    work = driver.begin()
-    (item,) = work.prefills
+    batch = driver.begin()
+    (item,) = batch.prefills
     assert (item.start, item.end, item.first, item.last, item.store) == (0, 40, True, True, (0, 40))
     assert driver.system.tiers.pools[Tier.DEVICE].reserved == 43
     item.tokens = [7]
-    driver.finish(work)
+    driver.finish(batch)
     assert driver.cached(A) == 40 and driver.system.tiers.pools[Tier.DEVICE].reserved == 3
-    work = driver.begin()
-    assert not work.prefills and [item.request.id for item in work.decodes] == ["r"]
-    work.decodes[0].tokens = [8]
-    assert work.decodes[0].store_span() is None, "it goes on"
-    driver.finish(work)
-    work = driver.begin()
-    work.decodes[0].tokens = [9]
-    assert work.decodes[0].store_span() == (40, 42), "the KV of the last token was never computed"
-    work.decodes[0].payload = PhantomPayload(2, 2)
-    driver.finish(work)
+    batch = driver.begin()
+    assert not batch.prefills and [item.request.id for item in batch.decodes] == ["r"]
+    batch.decodes[0].tokens = [8]
+    assert batch.decodes[0].store_span() is None, "it goes on"
+    driver.finish(batch)
+    batch = driver.begin()
+    batch.decodes[0].tokens = [9]
+    assert batch.decodes[0].store_span() == (40, 42), "the KV of the last token was never computed"
+    batch.decodes[0].payload = PhantomPayload(2, 2)
+    driver.finish(batch)
     (ended,) = driver.ended
-    assert (ended.outcome, ended.error, ended.tokens, ended.produced) == (RequestOutput.ANSWERED, None, [7, 8, 9], 3)
-    assert (ended.times.arrived, ended.times.admitted, ended.times.first_token, ended.times.ended) == (0, 0, 0.4, 2.4)
+    assert (ended.finish_reason, ended.error) == (FinishReason.ANSWERED, None)
+    assert (ended.tokens, ended.num_output_tokens) == ([7, 8, 9], 3)
+    assert ended.times == RequestTimes(arrived=0, admitted=0, first_token=0.4, finished=2.4)
     assert driver.cached([*A, 7, 8]) == 42 and driver.system.tiers.pools[Tier.DEVICE].used == 42
     again = driver.serve("s", [*A, 7, 8, 5], 1)
-    assert again.cached_tokens == 42 and driver.works[-1][1].prefills[0].start == 42, "the conversation goes on"
+    assert again.cached_tokens == 42 and driver.batches[-1][1].prefills[0].start == 42, "the conversation goes on"
 
 
 def test_a_prompt_that_is_cached_whole_still_computes_its_last_token(make_driver):
     driver = make_driver()
     assert driver.serve("r", A).cached_tokens == 0
     assert driver.serve("s", A).cached_tokens == 38
-    assert driver.works[-1][1].prefills[0].start == 38
+    assert driver.batches[-1][1].prefills[0].start == 38
 
 
 def test_chunks_share_the_budget_beside_decodes(make_driver):
-    driver = make_driver(device=1000, limits=SchedulerConfig(batch_tokens=24, chunk_tokens=16, running=4))
+    config = SchedulerConfig(max_num_batched_tokens=24, prefill_chunk_size=16, max_num_seqs=4)
+    driver = make_driver(device=1000, scheduler_config=config)
     driver.submit("a", A, 4)
     driver.submit("b", B, 1)
     spans = []
     while len(driver.scheduler):
-        work = driver.begin()
-        assert work.tokens <= 24
-        spans.append([(item.request.id, item.start, item.end) for item in work.prefills] + [len(work.decodes)])
-        driver.finish(work)
+        batch = driver.begin()
+        assert batch.num_tokens <= 24
+        spans.append([(item.request.id, item.start, item.end) for item in batch.prefills] + [len(batch.decodes)])
+        driver.finish(batch)
     assert spans[:4] == [
         [("a", 0, 16), ("b", 0, 8), 0],
         [("a", 16, 32), ("b", 8, 16), 0],
@@ -65,7 +76,7 @@ def test_chunks_share_the_budget_beside_decodes(make_driver):
 def test_a_chunk_ends_with_the_fixed_prompt_which_is_stored_by_itself(make_driver):
     driver = make_driver("ste")
     driver.serve("r", A, agent="a", fixed_tokens=31)
-    first, second = (work.prefills[0] for _, work in driver.works)
+    first, second = (batch.prefills[0] for _, batch in driver.batches)
     assert (first.start, first.end, first.store, first.last) == (0, 30, (0, 30), False)
     assert (second.start, second.end, second.store, second.last) == (30, 40, (30, 40), True)
     nodes = driver.system.tiers.lookup(A).nodes
@@ -85,7 +96,7 @@ def test_an_agents_fixed_prompt_is_learned_from_its_calls(make_driver):
 
 def test_discarded_suffixes_leave_the_fixed_prompt(make_driver):
     driver = make_driver("ste")
-    driver.serve("r", A, 2, agent="a", fixed_tokens=20, keep=StorePolicy.DISCARD)
+    driver.serve("r", A, 2, agent="a", fixed_tokens=20, store_policy=StorePolicy.DISCARD)
     assert driver.cached(A) == 20 and driver.system.tiers.pools[Tier.DEVICE].used == 20
 
 
@@ -93,17 +104,18 @@ def test_memory_is_reserved_until_the_end_so_all_that_is_admitted_can_finish(mak
     driver = make_driver(device=100)
     for name, prompt in (("a", A), ("b", B), ("c", C)):
         driver.submit(name, prompt, 5)
-    work = driver.begin()
-    assert [item.request.id for item in work.prefills] == ["a", "b"], "c has no room before one of them ends"
-    driver.finish(work)
+    batch = driver.begin()
+    assert [item.request.id for item in batch.prefills] == ["a", "b"], "c has no room before one of them ends"
+    driver.finish(batch)
     driver.run()
-    assert {ended.request.id: ended.outcome for ended in driver.ended} == dict.fromkeys("abc", RequestOutput.ANSWERED)
-    assert driver.scheduler.statistics.refusals > 0
+    reasons = {ended.request.id: ended.finish_reason for ended in driver.ended}
+    assert reasons == dict.fromkeys("abc", FinishReason.ANSWERED)
+    assert driver.scheduler.metrics.admissions_refused > 0
 
 
 def test_what_does_not_fit_is_passed_until_patience_ends(make_driver):
-    limits = SchedulerConfig(batch_tokens=200, running=8, room_patience_s=3.0, timeout_s=1e4)
-    driver = make_driver("lru", device=100, limits=limits)
+    config = SchedulerConfig(max_num_batched_tokens=200, max_num_seqs=8, allocation_patience_s=3.0, timeout_s=1e4)
+    driver = make_driver("lru", device=100, scheduler_config=config)
     driver.submit("first", A[:10], 30)
     driver.step()
     driver.submit("large", B, 45)
@@ -113,7 +125,7 @@ def test_what_does_not_fit_is_passed_until_patience_ends(make_driver):
     order = sorted(driver.ended, key=lambda ended: ended.times.admitted)
     place = [ended.request.id for ended in order].index("large")
     assert 1 < place < 35, "others passed it, but not for ever"
-    assert all(ended.outcome is RequestOutput.ANSWERED for ended in driver.ended)
+    assert all(ended.finish_reason is FinishReason.ANSWERED for ended in driver.ended)
 
 
 def test_cancelled_in_every_state(make_driver):
@@ -123,31 +135,31 @@ def test_cancelled_in_every_state(make_driver):
     pool = driver.system.tiers.pools[Tier.DEVICE]
     for name, prompt in (("loading", [*A, 1]), ("prefill", D), ("waiting", B)):
         driver.submit(name, prompt, 5)
-    work = driver.begin()
-    assert [item.request.id for item in work.prefills] == ["prefill"]
+    batch = driver.begin()
+    assert [item.request.id for item in batch.prefills] == ["prefill"]
     driver.scheduler.cancel("prefill")
-    assert not driver.scheduler.take_ended(), "it is being computed: it ends when the work is back"
+    assert not driver.scheduler.take_finished(), "it is being computed: it ends when the batch is back"
     for name in ("loading", "waiting", "nobody"):
         driver.scheduler.cancel(name)
-    driver.finish(work)
-    assert {e.request.id: e.outcome for e in driver.ended[-3:]} == dict.fromkeys(
-        ("loading", "waiting", "prefill"), RequestOutput.CANCELLED
+    driver.finish(batch)
+    assert {e.request.id: e.finish_reason for e in driver.ended[-3:]} == dict.fromkeys(
+        ("loading", "waiting", "prefill"), FinishReason.CANCELLED
     )
     assert driver.answer("loading").error == "the request was cancelled"
     driver.scheduler.check()
     assert len(driver.scheduler) == 0 and pool.reserved == 0 and not driver.system.tiers.handles
     driver.submit("decode", D[:10], 9)
     driver.step()
-    work = driver.begin()
-    assert work.decodes
+    batch = driver.begin()
+    assert batch.decodes
     driver.scheduler.cancel("decode")
-    driver.finish(work)
-    assert driver.answer("decode").produced == 1 and pool.reserved == 0
+    driver.finish(batch)
+    assert driver.answer("decode").num_output_tokens == 1 and pool.reserved == 0
 
 
 def test_timed_out_in_every_state(make_driver):
-    limits = SchedulerConfig(batch_tokens=64, chunk_tokens=4, running=2)
-    driver = make_driver(device=200, link=10.0, costs=LinearCosts(1.0, (10.0, 0.0)), limits=limits)
+    config = SchedulerConfig(max_num_batched_tokens=64, prefill_chunk_size=4, max_num_seqs=2)
+    driver = make_driver(device=200, link=10.0, costs=LinearCosts(1.0, (10.0, 0.0)), scheduler_config=config)
     for name, prompt in (("fill", A), ("fill2", C[:10])):
         driver.serve(name, prompt)
     driver.send_down()
@@ -159,36 +171,36 @@ def test_timed_out_in_every_state(make_driver):
     driver.submit("late", [*D, 1], 30)
     driver.run()
     states = {
-        "loading": "2 s; its KV was on its way",
-        "loaded": "6 s; its KV had come, and it was waiting for a place in the batch",
+        "loading": "2 s; its KV was being loaded",
+        "loaded": "6 s; its KV was loaded, and it was waiting for a place in the batch",
         "decode": "9 s; its answer was being computed",
         "prefill": "0.1 s; its prompt was being computed",
         "waiting": "1 s; it was waiting to be admitted",
     }
     for name, told in states.items():
         ended = driver.answer(name)
-        assert (ended.outcome, ended.error) == (RequestOutput.TIMED_OUT, f"it was not answered within {told}")
-    assert 0 < driver.answer("decode").produced < 50 and driver.answer("prefill").produced == 0
-    assert driver.answer("late").outcome is RequestOutput.ANSWERED
+        assert (ended.finish_reason, ended.error) == (FinishReason.TIMED_OUT, f"it was not answered within {told}")
+    assert 0 < driver.answer("decode").num_output_tokens < 50 and driver.answer("prefill").num_output_tokens == 0
+    assert driver.answer("late").finish_reason is FinishReason.ANSWERED
 
 
 def test_a_failed_item_ends_its_request_and_a_failed_batch_all_of_it(make_driver):
     driver = make_driver(device=200)
     driver.submit("a", A, 3)
     driver.submit("b", B, 3)
-    work = driver.begin()
-    work.prefills[0].error = RuntimeError("NaN in layer 3")
-    driver.finish(work)
+    batch = driver.begin()
+    batch.prefills[0].error = RuntimeError("NaN in layer 3")
+    driver.finish(batch)
     assert driver.answer("a").error == "computing it failed: RuntimeError: NaN in layer 3"
-    work = driver.begin()
-    driver.scheduler.complete(work, MemoryError("no memory"))
+    batch = driver.begin()
+    driver.scheduler.complete(batch, MemoryError("no memory"))
     driver.take()
-    assert driver.answer("b").outcome is RequestOutput.FAILED
+    assert driver.answer("b").finish_reason is FinishReason.FAILED
     assert driver.answer("b").error == "computing it failed: MemoryError: no memory"
     driver.submit("c", C, 1)
-    work = driver.begin()
-    work.prefills[0].payload = PhantomPayload(3, 3)
-    driver.scheduler.complete(work)
+    batch = driver.begin()
+    batch.prefills[0].payload = PhantomPayload(3, 3)
+    driver.scheduler.complete(batch)
     driver.take()
     assert "got a payload of 3 tokens; accepted: one of the 40 tokens in [0, 40)" in driver.answer("c").error
     driver.scheduler.check()
@@ -198,41 +210,41 @@ def test_closing_ends_everything(make_driver):
     driver = make_driver(device=100)
     for name, prompt in (("a", A), ("b", B), ("c", C)):
         driver.submit(name, prompt, 5)
-    work = driver.begin()
-    assert work is not None
+    batch = driver.begin()
+    assert batch is not None
     driver.scheduler.close("the server stops")
     driver.take()
     assert {(ended.request.id, ended.error) for ended in driver.ended} == {(n, "the server stops") for n in "abc"}
     with pytest.raises(ValueError, match="the scheduler is closed: the server stops"):
         driver.submit("d", D)
-    with pytest.raises(ValueError, match="is not out"):
-        driver.scheduler.complete(work)
+    with pytest.raises(ValueError, match="is not in flight"):
+        driver.scheduler.complete(batch)
 
 
 def test_many_steps_at_once_when_nothing_else_is_to_be_done(make_driver):
-    driver = make_driver(device=200, limits=SchedulerConfig(batch_tokens=100, running=8))
+    driver = make_driver(device=200, scheduler_config=SchedulerConfig(max_num_batched_tokens=100, max_num_seqs=8))
     driver.submit("a", A, 10)
     driver.submit("b", B, 6)
     assert driver.begin(100).steps == 1, "beside prefills"
-    driver.finish(driver.works[-1][1])
-    work = driver.begin(100)
-    assert work.steps == 5 and len(work.decodes) == 2
-    work.steps = 3
-    driver.finish(work)
+    driver.finish(driver.batches[-1][1])
+    batch = driver.begin(100)
+    assert batch.steps == 5 and len(batch.decodes) == 2
+    batch.steps = 3
+    driver.finish(batch)
     assert driver.begin(100).steps == 2
-    driver.finish(driver.works[-1][1])
+    driver.finish(driver.batches[-1][1])
     assert [ended.request.id for ended in driver.ended] == ["b"]
     driver.run(max_steps=100)
-    assert driver.answer("a").produced == 10 and driver.answer("a").tokens == []
-    assert driver.scheduler.statistics.decoded == 9 + 5
+    assert driver.answer("a").num_output_tokens == 10 and driver.answer("a").tokens == []
+    assert driver.scheduler.metrics.decode_tokens == 9 + 5
 
 
 def test_an_answer_may_end_early(make_driver):
     driver = make_driver()
     driver.submit("a", A, 30)
-    work = driver.begin()
-    work.prefills[0].tokens, work.prefills[0].finished = [3], True
-    driver.finish(work)
+    batch = driver.begin()
+    batch.prefills[0].tokens, batch.prefills[0].finished = [3], True
+    driver.finish(batch)
     assert driver.answer("a").tokens == [3] and driver.system.tiers.pools[Tier.DEVICE].reserved == 0
 
 
@@ -243,11 +255,11 @@ def test_a_request_whose_own_cached_prompt_is_in_the_way_is_computed_without_it(
     with tiers.open(A) as handle:
         tiers.store(handle, A, PhantomPayload(40, 55))
     ended = driver.serve("r", A, 10)
-    assert ended.outcome is RequestOutput.ANSWERED and ended.cached_tokens == 0
+    assert ended.finish_reason is FinishReason.ANSWERED and ended.cached_tokens == 0
 
 
 def test_what_can_never_be_is_refused_at_once(make_driver):
-    driver = make_driver(device=100, limits=SchedulerConfig(waiting=2, running=4))
+    driver = make_driver(device=100, scheduler_config=SchedulerConfig(max_queued_requests=2, max_num_seqs=4))
     with pytest.raises(ValueError, match=r"'r' needs 101 bytes for 40 \+ 61 tokens; the device's pool has 100"):
         driver.submit("r", A, 61)
     with pytest.raises(ValueError, match="'r' has an empty prompt"):
@@ -255,17 +267,17 @@ def test_what_can_never_be_is_refused_at_once(make_driver):
     with pytest.raises(ValueError, match="accepted: one row of integers"):
         driver.submit("r", [[1], [2]])
     driver.submit("r", A)
-    with pytest.raises(ValueError, match="there is a request 'r' already that is not over"):
+    with pytest.raises(ValueError, match="the id 'r' is in use by a request that has not ended"):
         driver.submit("r", A)
     driver.submit("s", B)
-    with pytest.raises(ValueError, match="the queue is full: 2 waiting requests"):
+    with pytest.raises(ValueError, match="the queue is full: at most 2 requests"):
         driver.submit("t", C)
-    work = driver.begin()
-    with pytest.raises(ValueError, match="still out"):
-        driver.scheduler.next_work()
+    batch = driver.begin()
+    with pytest.raises(ValueError, match="still in flight"):
+        driver.scheduler.next_batch()
     with pytest.raises(ValueError, match="max_steps=0"):
-        driver.scheduler.next_work(0)
-    driver.finish(work)
+        driver.scheduler.next_batch(0)
+    driver.finish(batch)
 
 
 @pytest.mark.parametrize(
@@ -287,8 +299,8 @@ def test_requests_are_checked(fields, message):
         Request(**{"id": "r", "prompt": A, "max_new_tokens": 1, **fields})
 
 
-def test_limits_are_checked():
-    with pytest.raises(ValueError, match="got batch_tokens=0"):
-        SchedulerConfig(batch_tokens=0)
-    with pytest.raises(ValueError, match="got batch_tokens=64 and running=64; accepted: more tokens than requests"):
-        SchedulerConfig(batch_tokens=64)
+def test_the_config_is_checked():
+    with pytest.raises(ValueError, match="got max_num_batched_tokens=0"):
+        SchedulerConfig(max_num_batched_tokens=0)
+    with pytest.raises(ValueError, match="=64 and max_num_seqs=64; accepted: more tokens than sequences"):
+        SchedulerConfig(max_num_batched_tokens=64)

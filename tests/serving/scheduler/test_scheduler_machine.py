@@ -49,11 +49,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         keep=st.sampled_from(StorePolicy),
     )
     def submit(self, suffix, agent, number, client, timeout_s, keep):
-        self.world.submit(suffix, agent, number, {"client": client, "timeout_s": timeout_s, "keep": keep})
+        self.world.submit(suffix, agent, number, {"client": client, "timeout_s": timeout_s, "store_policy": keep})
 
     @precondition(lambda self: self.world.out is None)
     @rule(max_steps=st.sampled_from([1, 1, 3]))
-    def next_work(self, max_steps):
+    def next_batch(self, max_steps):
         self.world.begin(max_steps)
 
     @precondition(lambda self: self.world.out is not None)

@@ -9,10 +9,10 @@ import pytest
 
 from tenure.scripts.soak.stress import Stress
 from tenure.serving import (
+    FinishReason,
     LinearCosts,
     MemoryPool,
     Request,
-    RequestOutput,
     ThreadedTransfer,
     Tier,
     build_system,
@@ -24,7 +24,7 @@ from tenure.serving import (
 def test_clients_engine_and_copies_in_threads(tmp_path, seed):
     stress = Stress(str(tmp_path), seed)
     stress.run(seconds=4.0)
-    assert stress.ended[RequestOutput.ANSWERED] > 50 and stress.read > 500 and stress.hints, "it did something"
+    assert stress.ended[FinishReason.ANSWERED] > 50 and stress.read > 500 and stress.hints, "it did something"
     assert sum(stress.ended.values()) == stress.submitted
 
 
@@ -45,7 +45,7 @@ def test_waiting_ends_with_the_first_news(news):
         "cancel": lambda: scheduler.cancel("nobody"),
         "close": scheduler.close,
     }[news]
-    assert scheduler.next_work() is None
+    assert scheduler.next_batch() is None
     timer = threading.Timer(0.1, wake)
     begun = time.monotonic()
     timer.start()
@@ -57,7 +57,7 @@ def test_waiting_ends_with_the_first_news(news):
 
 def test_waiting_does_not_miss_what_came_before_it():
     system = make_system()
-    assert system.scheduler.next_work() is None
+    assert system.scheduler.next_batch() is None
     system.scheduler.submit(Request("r", [1, 2, 3], 1))
     begun = time.monotonic()
     system.scheduler.wait(30.0)
@@ -73,9 +73,9 @@ def test_waiting_ends_with_a_timeout_that_is_due():
     scheduler.submit(Request("r", [1] * 200, 1, timeout_s=0.2))
     begun = time.monotonic()
     while len(scheduler):
-        assert scheduler.next_work() is None
+        assert scheduler.next_batch() is None
         scheduler.wait(30.0)
     assert 0.1 < time.monotonic() - begun < 10
-    assert scheduler.take_ended()[0].outcome is RequestOutput.TIMED_OUT
+    assert scheduler.take_finished()[0].finish_reason is FinishReason.TIMED_OUT
     system.tiers.unreserve(900)
     system.close()

@@ -8,10 +8,10 @@ import statistics
 import numpy as np
 import pytest
 
-from tenure.serving.simulation.workload import Client, Spread, Workload
+from tenure.serving.simulation.workload import Distribution, WorkflowClient, WorkloadConfig
 
 
-def run(client: Client) -> list[str]:
+def run(client: WorkflowClient) -> list[str]:
     """The agents in the order of their calls, each answered before the next one that was asked later."""
     waiting, called = [client.first_call()], []
     while waiting:
@@ -29,13 +29,13 @@ def run(client: Client) -> list[str]:
 )
 def test_spreads_have_their_means(kind: str, shape: float) -> None:
     draws = random.Random(0)
-    values = [Spread(7.0, kind, shape).draw(draws) for _ in range(40_000)]
+    values = [Distribution(7.0, kind, shape).sample(draws) for _ in range(40_000)]
     assert statistics.fmean(values) == pytest.approx(7.0, rel=0.03)
     assert min(values) >= 0
 
 
 def test_a_ring_goes_round() -> None:
-    client = Client(Workload(agents=4, rounds=3), 0, 0)
+    client = WorkflowClient(WorkloadConfig(agents=4, rounds=3), 0, 0)
     names = [f"workflow0/agent{n}" for n in range(4)]
     assert run(client) == names * 3
     spec = client.spec(1.5)
@@ -44,7 +44,7 @@ def test_a_ring_goes_round() -> None:
 
 
 def test_branches_exclude_each_other() -> None:
-    called = run(Client(Workload(agents=6, branches=2, rounds=200), 0, 0))
+    called = run(WorkflowClient(WorkloadConfig(agents=6, branches=2, rounds=200), 0, 0))
     assert len(called) == 600
     assert all({"01": 0, "23": 1, "45": 2}["".join(p for p in ("01", "23", "45") if name[-1] in p)] == at % 3
                for at, name in enumerate(called))  # fmt: skip
@@ -52,20 +52,21 @@ def test_branches_exclude_each_other() -> None:
 
 
 def test_a_fan_waits_for_all_workers() -> None:
-    called = [name.rpartition("agent")[2] for name in run(Client(Workload("fan", agents=5, rounds=2), 0, 0))]
+    client = WorkflowClient(WorkloadConfig("fan", agents=5, rounds=2), 0, 0)
+    called = [name.rpartition("agent")[2] for name in run(client)]
     assert called == ["0", "1", "2", "3", "4"] * 2
-    spec = Client(Workload("fan", agents=5), 0, 0).spec(1.0)
+    spec = WorkflowClient(WorkloadConfig("fan", agents=5), 0, 0).spec(1.0)
     assert [agent.name for agent in spec.agents if agent.join == "and"] == ["workflow0/agent4"]
 
 
 def test_branching_takes_likely_ways_more_often() -> None:
-    called = run(Client(Workload("branching", agents=8, branches=3, rounds=100), 0, 0))
+    called = run(WorkflowClient(WorkloadConfig("branching", agents=8, branches=3, rounds=100), 0, 0))
     first, last = (sum(name.endswith(f"agent{n}") for name in called) for n in (1, 3))
     assert first > 2 * last > 0
 
 
 def test_prompts_are_an_agents_own_and_suffixes_fresh() -> None:
-    own, other = (Client(Workload(agents=2, workflows=2), 0, number) for number in (0, 1))
+    own, other = (WorkflowClient(WorkloadConfig(agents=2, workflows=2), 0, number) for number in (0, 1))
     call, again = own.first_call(), own.following("workflow0/agent0")[0]
     assert call.prompt.dtype == np.int32 and len(call.prompt) == 4096 + 32
     assert not np.array_equal(call.prompt[:4096], again.prompt[:4096])
@@ -73,13 +74,13 @@ def test_prompts_are_an_agents_own_and_suffixes_fresh() -> None:
     third = own.following("workflow0/agent1")[0]
     assert np.array_equal(call.prompt[:4096], third.prompt[:4096])
     assert not np.array_equal(call.prompt[4096:], third.prompt[4096:])
-    shared = [Client(Workload(agents=2, shared=True), 0, number).first_call() for number in (0, 1)]
+    shared = [WorkflowClient(WorkloadConfig(agents=2, shared=True), 0, number).first_call() for number in (0, 1)]
     assert shared[0].agent == shared[1].agent == "agent0"
     assert np.array_equal(shared[0].prompt[:4096], shared[1].prompt[:4096])
 
 
 def test_mispredictions_and_changes_come_as_often_as_asked() -> None:
-    client = Client(Workload(agents=5, rounds=400, mispredicted=0.3, changes=0.1), 0, 0)
+    client = WorkflowClient(WorkloadConfig(agents=5, rounds=400, mispredicted=0.3, changes=0.1), 0, 0)
     wrong, names, call = 0, set(), client.first_call()
     changes = 0
     while True:
@@ -97,7 +98,7 @@ def test_mispredictions_and_changes_come_as_often_as_asked() -> None:
 
 
 def test_hostile_clients_say_that_everybody_comes_next() -> None:
-    client = Client(Workload(agents=3, shared=True), 0, 7, hostile=True)
+    client = WorkflowClient(WorkloadConfig(agents=3, shared=True), 0, 7, hostile=True)
     assert client.client == client.name == "hostile7"
     assert list(client.spec(1.0).start) == [f"hostile7/agent{n}" for n in range(3)]
 
@@ -119,4 +120,4 @@ def test_hostile_clients_say_that_everybody_comes_next() -> None:
 )
 def test_what_cannot_be_is_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Workload.read(values)
+        WorkloadConfig.read(values)

@@ -10,10 +10,10 @@ import pytest
 
 from tenure.serving import Tier
 from tenure.serving.simulation.config import load_setup, read_setup
-from tenure.serving.simulation.driver import Timeline
 from tenure.serving.simulation.plots import draw_speedups, draw_study, draw_timelines
 from tenure.serving.simulation.simulator import simulate
 from tenure.serving.simulation.study import questions_for, run_study
+from tenure.serving.simulation.timeline import Timeline
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -70,7 +70,7 @@ def test_a_batch_that_waits_for_loads_can_be_slower_than_no_tier() -> None:
         ({"policies": ["lru"]}, "the baseline 'lru_reactive' is not among the policies lru"),
         ({"repeats": 0}, "0 repeats; accepted: 1 or more"),
         ([], "got list for a set-up; accepted: a mapping"),
-        ({"machine": {"limits": {"running": 0}}}, "running=0"),
+        ({"machine": {"scheduler": {"max_num_seqs": 0}}}, "max_num_seqs=0"),
     ],
 )
 def test_wrong_set_ups_are_refused(given, message: str) -> None:
@@ -107,14 +107,14 @@ def test_a_timeline_covers_every_moment(small, tmp_path: Path) -> None:
     timeline = Timeline()
     outcome = simulate(small.machine(3), small.workload(agents=5, rounds=2), "ste_prefetch", timeline=timeline)
     for agent in timeline.agents:
-        mine = sorted((each.begin, each.end, each.place) for each in timeline.stretches if each.agent == agent)
+        mine = sorted((each.begin, each.end, each.place) for each in timeline.intervals if each.agent == agent)
         assert mine[0][0] == 0.0 and mine[-1][1] == pytest.approx(outcome.makespan_s, abs=0.2)
         assert all(before[1] == after[0] for before, after in itertools.pairwise(mine))
-    assert {each.place for each in timeline.stretches} >= {"gpu", "cpu", "loading"}
+    assert {each.place for each in timeline.intervals} >= {"gpu", "cpu", "loading"}
     assert len(timeline.calls) == outcome.calls
     for call in timeline.calls:
         at = (call.admitted + call.ended) / 2
-        (place,) = [s.place for s in timeline.stretches if s.agent == call.agent and s.begin <= at < s.end]
+        (place,) = [s.place for s in timeline.intervals if s.agent == call.agent and s.begin <= at < s.end]
         assert place == "gpu", "what is computed is on the device"
     draw_timelines({"ste_prefetch": timeline}, tmp_path / "timeline.png")
     draw_speedups({"one": {"ste": [1.2, 1.4]}}, tmp_path / "bars.png", "lru", {"one": 1.5})

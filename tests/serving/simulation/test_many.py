@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from tenure.serving.simulation.simulator import simulate
-from tenure.serving.simulation.study import cores, run_all
+from tenure.serving.simulation.study import available_cores, run_parallel
 
 
 def test_results_come_in_the_order_of_the_tasks_from_other_processes(small) -> None:
@@ -20,17 +20,17 @@ def test_results_come_in_the_order_of_the_tasks_from_other_processes(small) -> N
         for seed in (0, 1)
     ]
     ended: list[None] = []
-    alone = [replace(each, cpu_s=0.0) for each in run_all(tasks)]
-    together = [replace(each, cpu_s=0.0) for each in run_all(tasks, 2, lambda: ended.append(None))]
+    alone = [replace(each, cpu_s=0.0) for each in run_parallel(tasks)]
+    together = [replace(each, cpu_s=0.0) for each in run_parallel(tasks, 2, lambda: ended.append(None))]
     assert together == alone and len(ended) == 4
     assert len({outcome.makespan_s for outcome in alone}) > 1
-    assert os.getpid() not in run_all([os.getpid, os.getpid], 2)
-    assert run_all([os.getpid], 2) == run_all([os.getpid]) == [os.getpid()], "one task needs no other process"
-    assert run_all([], 2) == [] and cores() >= 1
+    assert os.getpid() not in run_parallel([os.getpid, os.getpid], 2)
+    assert run_parallel([os.getpid], 2) == run_parallel([os.getpid]) == [os.getpid()], "one task needs no other process"
+    assert run_parallel([], 2) == [] and available_cores() >= 1
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_the_first_that_raises_ends_them_all(jobs: int, small) -> None:
     tasks = [partial(simulate, small.machine(2), small.workload(), "best"), *[partial(int, "1")] * 50]
     with pytest.raises(ValueError, match="unknown system 'best'"):
-        run_all(tasks, jobs)
+        run_parallel(tasks, jobs)

@@ -11,8 +11,8 @@ import pytest
 
 from tenure.serving import AgentSpec, EdgeSpec, Request, StorePolicy, Tier, WorkflowSpec
 from tenure.serving.simulation.simulator import machine_of, replay, simulate
-from tenure.serving.simulation.trace import RecordedScheduler, TraceRecorder, read_trace
-from tenure.serving.simulation.workload import Spread
+from tenure.serving.simulation.trace import RecordingScheduler, TraceRecorder, read_trace
+from tenure.serving.simulation.workload import Distribution
 
 
 def lines(path: Path, kind: str) -> list[dict]:
@@ -20,19 +20,19 @@ def lines(path: Path, kind: str) -> list[dict]:
 
 
 def serve(small, requests: list[Request], path: Path, batch_s: float = 0.5, gap_s: float = 0.25, **about) -> None:
-    """Each request when the one before is over and `gap_s` have passed; every piece of work takes `batch_s`."""
+    """Each request when the one before is over and `gap_s` have passed; every piece of batch takes `batch_s`."""
     machine = small.machine(4)
     system, clock = machine.build("lru_reactive")
     with TraceRecorder(path, machine.bytes_per_token, machine.page_size, about) as recorder:
-        scheduler = RecordedScheduler(system.scheduler, recorder)
+        scheduler = RecordingScheduler(system.scheduler, recorder)
         for request in requests:
             scheduler.submit(request)
             while len(scheduler):
-                work = scheduler.next_work()
-                assert work is not None, "one request at a time never waits for copies here"
+                batch = scheduler.next_batch()
+                assert batch is not None, "one request at a time never waits for copies here"
                 clock.advance_to(clock.now + batch_s)
-                scheduler.complete(work)
-            scheduler.take_ended()
+                scheduler.complete(batch)
+            scheduler.take_finished()
             clock.advance_to(clock.now + gap_s)
 
 
@@ -41,13 +41,13 @@ def test_calls_of_a_workflow_or_session_follow_each_other_and_others_do_not(smal
     requests = [
         Request("a", prompt, 1, session="one"),
         Request("b", prompt, 2, session="two"),
-        Request("c", prompt, 1, session="one", keep=StorePolicy.DISCARD, priority=0.75, client="me"),
+        Request("c", prompt, 1, session="one", store_policy=StorePolicy.DISCARD, priority=0.75, client="me"),
         Request("d", prompt, 1),
     ]
     serve(small, requests, tmp_path / "t.jsonl")
     calls = {row["id"]: row for row in lines(tmp_path / "t.jsonl", "call")}
     assert [calls[name]["after"] for name in "abd"] == [None, None, None]
-    # b: 0.25 s after the end of a, then two pieces of work; c: another 0.25 s later
+    # b: 0.25 s after the end of a, then two pieces of batch; c: another 0.25 s later
     assert calls["c"]["after"] == ["a", pytest.approx(0.25 + 2 * 0.5 + 0.25)]
     assert (calls["c"]["keep"], calls["c"]["priority"], calls["c"]["client"]) == ("discard", 0.75, "me")
     assert [call.after for call in read_trace(tmp_path / "t.jsonl").calls if call.id == "c"] == [("a", 1.5)]
@@ -72,7 +72,7 @@ def test_answers_that_failed_are_left_out_and_their_followers_come_by_themselves
     path = tmp_path / "t.jsonl"
     with TraceRecorder(path, 1000, 16) as recorder:
         for number, outcome in enumerate(("cancelled", "answered")):
-            recorder.submitted(float(number), Request(f"r{number}", [1, 2, 3], 2, session="s"))
+            recorder.record_submitted(float(number), Request(f"r{number}", [1, 2, 3], 2, session="s"))
             recorder._last["s"] = (f"r{number}", float(number) + 0.5)
             recorder._write("end", id=f"r{number}", at=number + 0.5, outcome=outcome, produced=2, stalled_s=0.25)
     (call,) = read_trace(path).calls
@@ -84,8 +84,8 @@ def test_workflows_are_written_as_they_were_declared(tmp_path: Path) -> None:
     agents = [AgentSpec("a", call_s=2.0), AgentSpec("b", join="and", pause_s=1.0, pause_spread_s=0.5)]
     spec = WorkflowSpec("report", agents, [EdgeSpec("a", "b", 0.5)], ["a"])
     with TraceRecorder(tmp_path / "t.jsonl", 1000, 16) as recorder:
-        recorder.workflow(1.5, spec)
-        recorder.workflow(2.5, spec, "report/2")
+        recorder.record_workflow(1.5, spec)
+        recorder.record_workflow(2.5, spec, "report/2")
     first, second = read_trace(tmp_path / "t.jsonl").workflows
     assert (first, second.name) == (spec, "report/2")
     assert [row["at"] for row in lines(tmp_path / "t.jsonl", "workflow")] == [1.5, 2.5]
@@ -99,7 +99,7 @@ def test_threads_may_record_at_once(tmp_path: Path) -> None:
         def client(name: str) -> None:
             for number in range(50):
                 prompt = np.arange(200 + number)
-                recorder.submitted(0.0, Request(f"{name}{number}", prompt, 1, agent="a", fixed_tokens=160))
+                recorder.record_submitted(0.0, Request(f"{name}{number}", prompt, 1, agent="a", fixed_tokens=160))
 
         threads = [threading.Thread(target=client, args=(name,)) for name in "abcd"]
         for thread in threads:
@@ -123,13 +123,13 @@ def test_a_fitted_machine_needs_enough_batches_and_keeps_what_about_says(small, 
     serve(small, [Request("a", list(range(20)), 20)], tmp_path / "t.jsonl", **about)
     machine = machine_of(read_trace(tmp_path / "t.jsonl"))
     assert (machine.device_bytes, machine.host_bytes) == (10**6, 10**7)
-    assert (machine.copy_parts, machine.limits.running) == (7, 3)
+    assert (machine.copy_parts, machine.scheduler.max_num_seqs) == (7, 3)
     assert machine.links.reload_s(5_000_000, Tier.DEVICE) == pytest.approx(1.001)
     assert machine.costs.recompute_s(0, 20) == pytest.approx(0.5, rel=0.01)
 
 
 def test_recording_changes_nothing(small, tmp_path: Path) -> None:
-    workload = small.workload(workflows=2, agents=4, rounds=3, tool_s=Spread(0.1, "exponential"))
+    workload = small.workload(workflows=2, agents=4, rounds=3, tool_s=Distribution(0.1, "exponential"))
     plain = simulate(small.machine(3, running=2), workload, "expected_time")
     with TraceRecorder(tmp_path / "t.jsonl", 1000, 16) as recorder:
         recorded = simulate(small.machine(3, running=2), workload, "expected_time", recorder=recorder)

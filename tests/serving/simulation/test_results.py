@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from tenure.serving import System
-from tenure.serving.simulation.driver import Ask, ClientCalls, Driver, WarmUp
-from tenure.serving.simulation.simulator import Before, answer_seconds, outcome_of, quantile, row_of, simulate
-from tenure.serving.simulation.study import Question, run_study
-from tenure.serving.simulation.workload import Spread, clients_of
+from tenure.serving.simulation.request_source import ClientRequests, SimulatedRequest, WarmUpRequests
+from tenure.serving.simulation.results import TransferSnapshot, quantile, result_of, row_of
+from tenure.serving.simulation.simulator import Simulator, declared_answer_s, simulate
+from tenure.serving.simulation.study import StudyQuestion, run_study
+from tenure.serving.simulation.workload import Distribution, clients_of
 
 
 def test_quantiles_are_values_that_occurred() -> None:
@@ -25,12 +26,12 @@ def test_hostile_calls_are_in_the_run_and_not_in_its_numbers(small) -> None:
     workload = small.workload(workflows=1, agents=3, rounds=3, adversaries=1)
     system, clock = machine.build("lru_reactive")
     clients = clients_of(workload, 0)
-    before = Before.read(Driver(machine, system, clock).run(WarmUp(clients)).system)
-    run = Driver(machine, system, clock).run(ClientCalls(clients, answer_seconds(machine)))
-    honest, everybody = outcome_of(run, before), outcome_of(run, before, honest=False)
-    assert (honest.calls, everybody.calls) == (9, 18) and len(run.ended) == 18
-    own = [ended.times for ended in run.ended if ended.request.client == "honest"]
-    ends = [times.ended or 0.0 for times in own]
+    before = TransferSnapshot.take(Simulator(machine, system, clock).run(WarmUpRequests(clients)).system)
+    run = Simulator(machine, system, clock).run(ClientRequests(clients, declared_answer_s(machine)))
+    honest, everybody = result_of(run, before), result_of(run, before, honest=False)
+    assert (honest.calls, everybody.calls) == (9, 18) and len(run.outputs) == 18
+    own = [ended.times for ended in run.outputs if ended.request.client == "honest"]
+    ends = [times.finished or 0.0 for times in own]
     assert honest.makespan_s == max(ends) - run.begin_s
     assert honest.call_s == pytest.approx((sum(ends) - sum(times.arrived for times in own)) / 9)
     assert honest.events == everybody.events == run.events
@@ -48,7 +49,7 @@ def test_what_is_wasted_is_what_nobody_used(small) -> None:
 
 
 def test_a_row_has_means_over_the_seeds(small) -> None:
-    workload = small.workload(rounds=2, tool_s=Spread(0.2, "exponential"))
+    workload = small.workload(rounds=2, tool_s=Distribution(0.2, "exponential"))
     outcomes = [simulate(small.machine(3), workload, "ste", seed) for seed in (0, 1)]
     row = row_of("here", "ste", outcomes, 1.25, 2.0)
     assert row.makespan_s == pytest.approx((outcomes[0].makespan_s + outcomes[1].makespan_s) / 2)
@@ -58,24 +59,24 @@ def test_a_row_has_means_over_the_seeds(small) -> None:
 
 def test_a_study_compares_seed_by_seed_and_names_who_is_harmed(small) -> None:
     workload = small.workload(agents=5, rounds=3)
-    question = Question("room", {"as it is": {}, "half as long": {"rounds": 2}})
+    question = StudyQuestion("room", {"as it is": {}, "half as long": {"rounds": 2}})
     machine = small.machine(3, bytes_per_s=4e6)
     points = run_study(machine, workload, [question], ("ste_prefetch", "lru"), "lru_reactive", (0, 1))
     assert [(point.value, point.policy) for point in points[:3]] == [
         ("as it is", "lru_reactive"), ("as it is", "ste_prefetch"), ("as it is", "lru"),
     ]  # fmt: skip
     base, ours, alone = points[:3]
-    ratios = [one.call_s / other.call_s for one, other in zip(base.outcomes, ours.outcomes, strict=True)]
+    ratios = [one.call_s / other.call_s for one, other in zip(base.results, ours.results, strict=True)]
     assert ours.ratio == pytest.approx(sum(ratios) / 2) and ours.worst == min(ratios)
     assert not base.harmed and not ours.harmed and alone.harmed, "computing every prompt anew is slower than loading"
     assert replace(ours, ratio=0.97).harmed is False and replace(ours, ratio=0.969).harmed is True
-    assert points[3].outcomes[0].calls == 10 and points[0].outcomes[0].calls == 15
+    assert points[3].results[0].calls == 10 and points[0].results[0].calls == 15
 
 
-class Withdrawn(WarmUp):
+class Withdrawn(WarmUpRequests):
     """Who asks and cancels at once."""
 
-    def begin(self, system: System) -> list[tuple[float, Ask]]:
+    def begin(self, system: System) -> list[tuple[float, SimulatedRequest]]:
         ((_, ask),) = super().begin(system)
         system.scheduler.submit(ask.request)
         system.scheduler.cancel(ask.request.id)
@@ -86,4 +87,4 @@ def test_a_request_that_is_not_answered_is_an_error_and_no_number(small) -> None
     machine = small.machine(4)
     system, clock = machine.build("lru")
     with pytest.raises(RuntimeError, match="'warm/workflow0/agent0' ended as cancelled: the request was cancelled"):
-        Driver(machine, system, clock).run(Withdrawn(clients_of(small.workload(agents=2), 0)))
+        Simulator(machine, system, clock).run(Withdrawn(clients_of(small.workload(agents=2), 0)))

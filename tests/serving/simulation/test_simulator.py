@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from tenure.serving import RequestOutput, Tier, system_names
-from tenure.serving.simulation.driver import ClientCalls, Driver, Run, WarmUp
-from tenure.serving.simulation.simulator import answer_seconds, simulate
-from tenure.serving.simulation.workload import Spread, clients_of
+from tenure.serving import FinishReason, Tier, system_names
+from tenure.serving.simulation.request_source import ClientRequests, WarmUpRequests
+from tenure.serving.simulation.results import SimulationRun
+from tenure.serving.simulation.simulator import Simulator, declared_answer_s, simulate
+from tenure.serving.simulation.workload import Distribution, clients_of
 
 POLICIES = system_names()
 
@@ -39,22 +40,23 @@ def test_prefetch_hides_loads_that_are_shorter_than_calls(small, policy: str) ->
 
 def test_all_policies_answer_the_same_calls(small) -> None:
     """Every request once, with all of its tokens, whatever the policy."""
-    workload = small.workload(workflows=6, agents=4, rounds=3, tool_s=Spread(0.05, "exponential"), noise=0.5)
+    workload = small.workload(workflows=6, agents=4, rounds=3, tool_s=Distribution(0.05, "exponential"), noise=0.5)
     machine = small.machine(6, running=8)
     asked = {}
     for policy in POLICIES:
         if policy == "belady":
             continue
         run = finished(machine, workload, policy)
-        assert all(ended.outcome is RequestOutput.ANSWERED for ended in run.ended)
+        assert all(ended.finish_reason is FinishReason.ANSWERED for ended in run.outputs)
         asked[policy] = {
-            each.request.id: (each.request.agent, each.produced, len(each.request.prompt)) for each in run.ended
+            each.request.id: (each.request.agent, each.num_output_tokens, len(each.request.prompt))
+            for each in run.outputs
         }
         per_workflow = [sum(name.startswith(f"workflow{n}/") for name in asked[policy]) for n in range(6)]
         assert per_workflow == [12] * 6
         assert all(
             produced == each.request.max_new_tokens
-            for each, (_, produced, _) in zip(run.ended, asked[policy].values(), strict=True)
+            for each, (_, produced, _) in zip(run.outputs, asked[policy].values(), strict=True)
         )
     agents = {policy: sorted(values.values()) for policy, values in asked.items()}
     assert all(values == agents["lru"] for values in agents.values())
@@ -71,22 +73,22 @@ def test_nothing_is_lost_or_left(small, policy: str) -> None:
     assert len(system.scheduler) == 0 and not system.tiers.handles
     pool = system.tiers.pools[Tier.DEVICE]
     assert pool.reserved == 0 and pool.used == pool.evictable
-    statistics = system.scheduler.statistics
-    assert statistics.submitted == sum(statistics.ended.values())
-    new = sum(len(ended.request.prompt) - ended.cached_tokens for ended in run.ended)
-    assert statistics.prefilled == new + small.fixed * 12  # the warm-up computed each of the 12 agents' prompts
+    metrics = system.scheduler.metrics
+    assert metrics.submitted == sum(metrics.finished.values())
+    new = sum(len(ended.request.prompt) - ended.cached_tokens for ended in run.outputs)
+    assert metrics.prefill_tokens == new + small.fixed * 12  # the warm-up computed each of the 12 agents' prompts
 
 
-def finished(machine, workload, policy: str) -> Run:
+def finished(machine, workload, policy: str) -> SimulationRun:
     system, clock = machine.build(policy)
     clients = clients_of(workload, 0)
-    Driver(machine, system, clock).run(WarmUp(clients))
-    return Driver(machine, system, clock).run(ClientCalls(clients, answer_seconds(machine)))
+    Simulator(machine, system, clock).run(WarmUpRequests(clients))
+    return Simulator(machine, system, clock).run(ClientRequests(clients, declared_answer_s(machine)))
 
 
 def test_times_add_up_for_one_workflow(small) -> None:
     """One request at a time: the makespan is the sum of what the cost model says, and of the tools' times."""
-    machine, workload = small.machine(20), small.workload(rounds=2, tool_s=Spread(0.25))
+    machine, workload = small.machine(20), small.workload(rounds=2, tool_s=Distribution(0.25))
     outcome = simulate(machine, workload, "lru_reactive")
     call = (0.005 + 16e-3) + 15 * 0.005  # the suffix with the first token, then the others
     assert outcome.hit_rate == 1.0 and outcome.stall_s == 0.0
@@ -116,16 +118,14 @@ def test_replaced_agents_are_computed_and_mispredictions_do_not_stop_a_workflow(
 def test_a_seed_gives_the_same_run_in_every_process(small, policy: str) -> None:
     """Names are hashed differently in every process, and nothing may depend on the order of a set."""
     code = (
-        "from tenure.serving.simulation.cost_model import Links\n"
-        "from tenure.serving.simulation.cost_model import FittedCosts\n"
-        "from tenure.serving.simulation.workload import Spread\n"
-        "from tenure.serving.simulation.driver import Machine\n"
-        "from tenure.serving.simulation.simulator import simulate\n"
-        "from tenure.serving.simulation.workload import Workload\n"
+        "from tenure.serving.simulation.cost_model import FittedCosts, Links\n"
+        "from tenure.serving.simulation.simulator import SimulatedMachine, simulate\n"
+        "from tenure.serving.simulation.workload import Distribution, WorkloadConfig\n"
         "links = Links(1e6)\n"
-        "machine = Machine(FittedCosts(.005, 1e-3, 0, 0, links), links, 400_000, 10**9, 0, 1000)\n"
-        "workload = Workload(branches=2, workflows=4, rounds=3, fixed_tokens=Spread(64), dynamic_tokens=Spread(16),\n"
-        "    output_tokens=Spread(16), tool_s=Spread(.2, 'pareto', 1.5), mispredicted=.3, changes=.1)\n"
+        "machine = SimulatedMachine(FittedCosts(.005, 1e-3, 0, 0, links), links, 400_000, 10**9, 0, 1000)\n"
+        "workload = WorkloadConfig(branches=2, workflows=4, rounds=3, fixed_tokens=Distribution(64),\n"
+        "    dynamic_tokens=Distribution(16), output_tokens=Distribution(16),\n"
+        "    tool_s=Distribution(.2, 'pareto', 1.5), mispredicted=.3, changes=.1)\n"
         f"o = simulate(machine, workload, {policy!r}, 3)\n"
         "print(o.makespan_s, o.hit_rate, o.stall_s, o.bytes_moved, o.bytes_wasted, o.ttft_p99_s, o.events)\n"
     )
@@ -140,6 +140,6 @@ def test_a_seed_gives_the_same_run_in_every_process(small, policy: str) -> None:
 
 
 def test_another_seed_is_another_run(small) -> None:
-    workload = small.workload(tool_s=Spread(0.1, "exponential"), rounds=2)
+    workload = small.workload(tool_s=Distribution(0.1, "exponential"), rounds=2)
     one, other = (simulate(small.machine(4), workload, "lru", seed) for seed in (0, 1))
     assert one.makespan_s != other.makespan_s

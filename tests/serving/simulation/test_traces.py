@@ -11,8 +11,8 @@ import pytest
 
 from tenure.serving import Request
 from tenure.serving.simulation.simulator import machine_of, replay, simulate
-from tenure.serving.simulation.trace import RecordedScheduler, TraceRecorder, read_trace
-from tenure.serving.simulation.workload import Spread, clients_of
+from tenure.serving.simulation.trace import RecordingScheduler, TraceRecorder, read_trace
+from tenure.serving.simulation.workload import Distribution, clients_of
 
 
 @pytest.fixture
@@ -22,10 +22,10 @@ def recorded(small, tmp_path: Path):
         "device_bytes": machine.device_bytes,
         "host_bytes": machine.host_bytes,
         "link_bytes_per_s": machine.links.host_bytes_per_s,
-        "limits": {"running": 1, "batch_tokens": 256},
+        "scheduler": {"max_num_seqs": 1, "max_num_batched_tokens": 256},
     }
     path = tmp_path / "trace.jsonl"
-    workload = small.workload(rounds=3, tool_s=Spread(0.05, "exponential"))
+    workload = small.workload(rounds=3, tool_s=Distribution(0.05, "exponential"))
     with TraceRecorder(path, machine.bytes_per_token, machine.page_size, about) as recorder:
         outcome = simulate(machine, workload, "ste_prefetch", 0, recorder=recorder)
     return path, outcome, workload
@@ -61,15 +61,15 @@ def test_any_driver_can_record(small, tmp_path: Path) -> None:
     machine = small.machine(4)
     system, clock = machine.build("lru_reactive")
     with TraceRecorder(tmp_path / "t.jsonl", machine.bytes_per_token, machine.page_size) as recorder:
-        recorder.stored("a", np.arange(64), 64_000)
-        watched = dataclasses.replace(system, scheduler=RecordedScheduler(system.scheduler, recorder))
+        recorder.record_stored("a", np.arange(64), 64_000)
+        watched = dataclasses.replace(system, scheduler=RecordingScheduler(system.scheduler, recorder))
         watched.scheduler.submit(Request("one", list(range(40)), 2, session="s"))
-        while (work := watched.scheduler.next_work()) is not None:
+        while (batch := watched.scheduler.next_batch()) is not None:
             clock.advance_to(clock.now + 0.5)
-            watched.scheduler.complete(work)
-        (ended,) = watched.scheduler.take_ended()
+            watched.scheduler.complete(batch)
+        (ended,) = watched.scheduler.take_finished()
     trace = read_trace(tmp_path / "t.jsonl")
-    assert ended.produced == trace.calls[0].produced == 2
+    assert ended.num_output_tokens == trace.calls[0].num_output_tokens == 2
     assert [seconds for _, seconds in trace.batches] == [0.5, 0.5]
     assert trace.stored[0][0] == "a" and trace.stored[0][2] == 64_000
     assert replay(machine, trace, "ste").calls == 1
@@ -78,8 +78,8 @@ def test_any_driver_can_record(small, tmp_path: Path) -> None:
 def test_what_is_stored_before_is_there(small, tmp_path: Path) -> None:
     prompt = np.arange(64, dtype=np.int32)
     with TraceRecorder(tmp_path / "t.jsonl", 1000, 16) as recorder:
-        recorder.stored("a", prompt, 64_000)
-        recorder.submitted(0.0, Request("one", [*range(64), 7], 1, agent="a", fixed_tokens=64))
+        recorder.record_stored("a", prompt, 64_000)
+        recorder.record_submitted(0.0, Request("one", [*range(64), 7], 1, agent="a", fixed_tokens=64))
         recorder._write("end", id="one", at=1.0, outcome="answered", produced=1)
     assert replay(small.machine(4), read_trace(tmp_path / "t.jsonl"), "lru_reactive").hit_rate == 1.0
 
