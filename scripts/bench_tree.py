@@ -230,7 +230,7 @@ def victim_rows(config: Config, prompts: list[list[int]], name: str) -> list[Row
 
 
 def value_row(config: Config, prompts: list[list[int]]) -> Row:
-    """A new value of one agent and the next victim, against ranking all evictable nodes anew; an agent for every prompt."""
+    """A new value of one agent and the next victim, against ranking all nodes anew; an agent for every prompt."""
     from ..serving import StepsToExecution, Tier
 
     values = dict.fromkeys(range(config.nodes), 1.0)
