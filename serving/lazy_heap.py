@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Hashable, Iterator
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
@@ -51,16 +51,17 @@ class LazyHeap(Generic[Item]):
         Args:
             priority: a number or a tuple that is comparable with the others, without NaN.
         """
-        self._pushes += 1
-        entry = self.entries[item] = priority, self._pushes, item
-        heap = self._heap
-        if heap and heap[0][2] is item:  # its old entry is at the top: one sift instead of two
-            heapq.heapreplace(heap, entry)
+        heap, entries = self._heap, self.entries
+        number = self._pushes = self._pushes + 1
+        old = entries.get(item)
+        entry = entries[item] = priority, number, item
+        if old is not None and heap[0] is old:  # one sift instead of two
+            heapreplace(heap, entry)
             return
-        heapq.heappush(heap, entry)
-        if len(heap) > STALE_RATIO * len(self.entries) + STALE_SLACK:
-            self._heap = list(self.entries.values())
-            heapq.heapify(self._heap)
+        heappush(heap, entry)
+        if len(heap) > STALE_RATIO * len(entries) + STALE_SLACK:
+            self._heap = list(entries.values())
+            heapify(self._heap)
 
     def discard(self, item: Item) -> bool:
         """Removes `item`; False if it was not queued."""
@@ -73,7 +74,7 @@ class LazyHeap(Generic[Item]):
             item = heap[0][2]
             if entries.get(item) is heap[0]:
                 return item
-            heapq.heappop(heap)
+            heappop(heap)
         return None
 
     def peek_priority(self) -> Any | None:
@@ -83,14 +84,14 @@ class LazyHeap(Generic[Item]):
             first = heap[0]
             if entries.get(first[2]) is first:
                 return first[0]
-            heapq.heappop(heap)
+            heappop(heap)
         return None
 
     def pop(self) -> Item | None:
         """Removes and returns the first item; None if the heap is empty."""
         item = self.peek()
         if item is not None:
-            heapq.heappop(self._heap)
+            heappop(self._heap)
             del self.entries[item]
         return item
 

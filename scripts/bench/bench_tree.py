@@ -235,7 +235,7 @@ def victim_rows(config: TreeBenchConfig, prompts: list[list[int]], name: str) ->
 
 
 def value_row(config: TreeBenchConfig, prompts: list[list[int]]) -> BenchRow:
-    """A new value of one agent and the next victim, against ranking all candidates anew; an agent for every prompt."""
+    """A new value of one agent and the next victim, against ranking all nodes anew; an agent for every prompt."""
     from ...serving import StepsToExecution, Tier
 
     values = dict.fromkeys(range(config.nodes), 1.0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable
+from heapq import heapify, heappop, heappush
 from itertools import count
 
 from ..lazy_heap import LazyHeap
@@ -57,7 +57,7 @@ class EvictionQueue:
         self._num_nodes += node.queue_entries[self.tier] == 0
         number = node.queue_entries[self.tier] = next(self._numbers)
         group = node.group if self.policy.uses_agents else self._unowned
-        heapq.heappush(self._nodes.setdefault(group, []), (self.policy.local(node, self.tier), number, node))
+        heappush(self._nodes.setdefault(group, []), (self.policy.local(node, self.tier), number, node))
         self._num_entries += 1
         self._lower_bound(group)
         if self._num_entries > 4 * self._num_nodes + 256:  # most are stale
@@ -70,9 +70,10 @@ class EvictionQueue:
 
     def groups_changed(self, groups: Iterable[AgentGroup]) -> None:
         """These groups have new values."""
+        nodes, lower_bound = self._nodes, self._lower_bound
         for group in groups:
-            if group in self._nodes:
-                self._lower_bound(group)
+            if group in nodes:
+                lower_bound(group)
 
     def first(self) -> Node | None:
         """The next victim, which stays in the queue."""
@@ -113,13 +114,13 @@ class EvictionQueue:
         return best
 
     def _first_owned(self) -> tuple[Rank, Node] | None:
-        groups = self._groups
+        groups, entries = self._groups, self._groups.entries
         while (group := groups.peek()) is not None:
             top = self._top(group)
             if top is None:
                 continue  # the group is empty, and left the heap
             rank = self.policy.rank(group.value, top[0])
-            if rank == groups.priority(group):
+            if rank == entries[group][0]:
                 return rank, top[2]
             groups.push(group, rank)
         return None
@@ -133,7 +134,7 @@ class EvictionQueue:
         if heap is None:
             return None
         while heap and heap[0][2].queue_entries[self.tier] != heap[0][1]:
-            heapq.heappop(heap)
+            heappop(heap)
             self._num_entries -= 1
         if heap:
             return heap[0]
@@ -146,15 +147,15 @@ class EvictionQueue:
         top = None if group is self._unowned else self._top(group)
         if top is None:
             return
-        rank, bound = self.policy.rank(group.value, top[0]), self._groups.priority(group)
-        if bound is None or rank < bound:
+        rank, bound = self.policy.rank(group.value, top[0]), self._groups.entries.get(group)
+        if bound is None or rank < bound[0]:
             self._groups.push(group, rank)
 
     def _rebuild(self) -> None:
         """Drops all stale entries; paid for by the updates that left them."""
         for group in tuple(self._nodes):
             heap = [entry for entry in self._nodes[group] if entry[2].queue_entries[self.tier] == entry[1]]
-            heapq.heapify(heap)
+            heapify(heap)
             self._nodes[group] = heap
             self._top(group)
         self._num_entries = sum(map(len, self._nodes.values()))
