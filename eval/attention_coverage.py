@@ -79,12 +79,12 @@ def examine(
     most_queries: int = 64,
     progress: Callable[[Examined], None] | None = None,
 ) -> list[Examined]:
-    """Every evicting cell on every case; a context is read once, as in `evaluate`, and layers are looked at in turn.
+    """Every evicting cell on every case; a context is read once, as in `evaluate`, and layers are inspected in turn.
 
     Args:
         model: in eval mode, outside any `attach` or `evict` block.
         cells: question-agnostic ones; cells that evict nothing are left out.
-        most_queries: queries of the answer that are looked at, its first ones.
+        most_queries: queries of the answer that are inspected, its first ones.
 
     Raises:
         ValueError: question-aware cells, gates of another model, or retention without gates.

@@ -70,8 +70,6 @@ def greedy_rows(
     return generated
 
 
-
-
 @dataclass(frozen=True)
 class LogitsAtOnce:
     """Numbers of logits that are converted to float64 at a time.

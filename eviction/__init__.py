@@ -5,6 +5,7 @@ if not __name__.startswith("tenure."):
 
 from .api import evict
 from .cache import RaggedCache
+from .cache_report import Report
 from .layer_view import LayerView
 from .plan import Budget
 from .policies import (
@@ -31,7 +32,6 @@ from .policies import (
     policy_names,
     policy_text,
 )
-from .report import Report
 from .serialization import CacheFileError
 from .session import Session
 

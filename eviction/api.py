@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..retention.gates import RetentionGates
 from ..retention.seams import intercept
 from .plan import CALIBRATED, Budget, EvictionPlan, ProtectedTokens, with_budget
-from .policies.base import Policy
+from .policies.policy import Policy
 from .policies.registry import get_policy
 from .prefill import chunked_prefill
 from .session import Session

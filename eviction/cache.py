@@ -15,16 +15,16 @@ from transformers import Cache, PreTrainedModel
 from ..retention.gates import RetentionGates
 from ..retention.seams import AttentionCall
 from .cache_layer import RaggedLayer
+from .cache_report import CacheCounters, Report
 from .forward_state import ForwardStep, ModelInput, RollbackConfig, SequenceState
 from .layer_view import LayerView
 from .plan import BudgetLayout, EvictionPlan, ProtectedTokens, with_budget
-from .policies.base import Policy
+from .policies.policy import Policy
 from .policies.registry import get_policy
 from .recorders import Observers
-from .report import CacheCounters, Report
 from .rollback import ForwardSnapshot, RollbackPoints, crop_layers, fork_layer
 from .selection import choose, layout_of
-from .storage.segments import SegmentStore
+from .storage.segment_store import SegmentStore
 
 
 @dataclass(frozen=True, eq=False)

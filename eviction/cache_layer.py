@@ -13,8 +13,8 @@ from .forward_state import ForwardStep
 from .model_adapters import Rotary
 from .recorded import QueryStatistics, RecordedInputs
 from .storage.attention import ragged_attention, refuse_unsupported
-from .storage.paged import store_class
-from .storage.segments import SegmentStore
+from .storage.paged_store import store_class
+from .storage.segment_store import SegmentStore
 
 
 class LayerObserver:

@@ -14,9 +14,9 @@ import torch
 
 from ..retention.calibration import Calibration, weights_digest
 from ..retention.gates import RetentionGates
-from .policies.base import Policy
+from .policies.policy import Policy
 from .policies.registry import get_policy, policy_text
-from .storage.segments import StorageConfig
+from .storage.segment_store import StorageConfig
 
 SCOPES = ("global", "layer", "head", "pyramid")
 PYRAMID_BETA = 20  # β of PyramidKV, section 4

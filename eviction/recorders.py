@@ -10,7 +10,7 @@ from .cache_layer import RaggedLayer
 from .forward_state import ForwardStep
 from .layer_view import LayerView
 from .model_adapters import Rotary
-from .policies.base import Policy
+from .policies.policy import Policy
 from .recorded import QueryStatistics, RecordedForward, RecordedInputs, StatisticsConfig
 
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .cache_layer import RaggedLayer
 from .forward_state import RollbackConfig, SequenceState
 from .recorded import QueryStatistics
-from .storage.segments import EntryLocations
+from .storage.segment_store import EntryLocations
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from .layer_view import LayerView
 from .ops.naive import top_of_rows
 from .ops.radix_select import select_with_kernels, top_of_each_head
 from .plan import BudgetAllocation, BudgetLayout, EvictionPlan
-from .policies.base import Policy
+from .policies.policy import Policy
 
 
 def layout_of(layers: Sequence[RaggedLayer]) -> BudgetLayout:

@@ -32,8 +32,8 @@ from .plan import plan_from_json, plan_to_json
 from .recorded import QueryStatistics
 from .rollback import replaces_tensors
 from .storage.packing import entries_at
-from .storage.paged import store_of
-from .storage.segments import SegmentStore
+from .storage.paged_store import store_of
+from .storage.segment_store import SegmentStore
 
 SCHEMA_VERSION = 1
 HEADER = "tenure_cache"  # key of the header in the file's metadata

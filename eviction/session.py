@@ -21,16 +21,16 @@ from ..retention.seams import (
 )
 from .cache import RaggedCache, Recording
 from .cache_layer import RaggedLayer
+from .cache_report import Report
 from .forward_state import RollbackConfig, SequenceState, new_tokens
 from .model_adapters import ROTARY_TYPES, Rotary, has_output_weight, rotates_queries
 from .plan import BudgetLayout, EvictionPlan
-from .policies.base import Policy
+from .policies.policy import Policy
 from .recorders import InputRecorder, Observers
-from .report import Report
 from .rollback import replaces_tensors
 from .serialization import load_cache, save_cache
 from .stacking import stack
-from .storage.paged import store_class
+from .storage.paged_store import store_class
 
 
 class Session(Interceptor):

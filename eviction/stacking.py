@@ -14,7 +14,7 @@ from .cache_layer import LayerObserver, RaggedLayer
 from .forward_state import SequenceState
 from .policies.registry import get_policy
 from .rollback import replaces_tensors
-from .storage.paged import store_of
+from .storage.paged_store import store_of
 
 
 def stack(caches: Sequence[RaggedCache]) -> RaggedCache:

@@ -18,7 +18,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .gates import RetentionGates
-from .ops import Implementation, biased_attention, gated_attention, gated_attention_after
+from .ops import gated_attention
+from .ops.after_prompt import biased_attention, gated_attention_after
+from .ops.gated_attention import Implementation
 from .seams import (
     AttentionCall,
     AttentionFunction,

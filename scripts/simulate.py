@@ -18,8 +18,8 @@ from .output import make_console, write_rows
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..serving.simulation.config import SimulationCell, SimulationSetup
     from ..serving.simulation.results import SimulationResult, SimulationRow
+    from ..serving.simulation.setup import SimulationCell, SimulationSetup
     from ..serving.simulation.study import StudyPoint
 
 SUMMED = ("bytes_moved", "stall_s")
@@ -119,7 +119,7 @@ class PolicyComparison:
 
 
 def main(config: SimulateConfig) -> int:
-    from ..serving.simulation.config import load_setup
+    from ..serving.simulation.setup import load_setup
 
     if config.trace:
         return _trace(config)
@@ -203,7 +203,7 @@ def _study(setup: SimulationSetup, config: SimulateConfig) -> int:
 
 def _trace(config: SimulateConfig) -> int:
     """Replays a trace under every policy and prints the recorded makespan for comparison."""
-    from ..serving.simulation.config import SimulationCell, SimulationSetup, load_setup
+    from ..serving.simulation.setup import SimulationCell, SimulationSetup, load_setup
     from ..serving.simulation.simulator import machine_of, replay
     from ..serving.simulation.study import run_parallel
     from ..serving.simulation.trace import read_trace

@@ -35,13 +35,13 @@ from .prediction import NextCallPredictor, PredictionConfig, PredictionMode
 from .prefetch import PrefetchConfig, Prefetcher, PrefetchMetrics
 from .prompt_cache import Compression, PromptKV
 from .request import FinishReason, Request, RequestOutput, RequestTimes, StorePolicy
-from .scheduler.config import SchedulerConfig
 from .scheduler.request_state import ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .scheduler.scheduler import Scheduler
+from .scheduler.scheduler_config import SchedulerConfig
 from .simulation.clock import LinkSpeed, VirtualClock, VirtualTransfer
 from .system import System, build_system, system_names
-from .workflow.config import GraphConfig, MarkovConfig
 from .workflow.graph import StepGraph
+from .workflow.graph_config import GraphConfig, MarkovConfig
 from .workflow.loaders import (
     workflow_from_dict,
     workflow_from_json,

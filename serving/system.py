@@ -25,8 +25,8 @@ from .kvcache.tiered_cache import TieredCache
 from .kvcache.transfer_queue import TransferBackend
 from .prediction import NextCallPredictor, PredictionConfig, PredictionMode
 from .prefetch import PrefetchConfig, Prefetcher
-from .scheduler.config import SchedulerConfig
 from .scheduler.scheduler import Scheduler
+from .scheduler.scheduler_config import SchedulerConfig
 from .workflow.graph import StepGraph
 from .workflow.markov import LearnedTransitions
 

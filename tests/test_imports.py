@@ -39,11 +39,11 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("cache_layer",),
         ("layer_view",),
         ("policies",),
-        ("plan", "recorders", "report"),
+        ("plan", "recorders", "cache_report"),
         ("selection",),
         ("rollback",),
         ("cache",),
-        ("serialization",),
+        ("serialization", "stacking"),
         ("session",),
         ("prefill",),
         ("api",),
@@ -52,7 +52,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
     ],
     "serving": [
         ("lazy_heap", "metrics", "request"),
-        ("kvcache/base",),
+        ("kvcache/base", "kvcache/agent_index"),
         ("kvcache/radix_tree",),
         ("kvcache/eviction_policy", "kvcache/belady"),
         ("kvcache/eviction_queue", "kvcache/memory_pool", "kvcache/disk_pool"),
@@ -60,7 +60,14 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("kvcache/transfer_queue", "kvcache/transfer", "kvcache/transfer_threads"),
         ("kvcache/evictor",),
         ("kvcache/tiered_cache",),
-        ("kvcache/__init__", "workflow", "hints"),
+        ("kvcache/estimates", "kvcache/__init__"),
+        ("workflow/graph_config", "workflow/spec"),
+        ("workflow/loaders", "workflow/durations", "workflow/steps_solver"),
+        ("workflow/workflow",),
+        ("workflow/reuse_model",),
+        ("workflow/graph",),
+        ("workflow/markov", "workflow/plot", "workflow/__init__"),
+        ("hints",),
         ("prediction",),
         ("prefetch",),
         ("scheduler",),
@@ -72,7 +79,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
     ],
 }
 # Packages whose circles and layers are checked.
-CHECKED = ("retention", "training", "eval", "scripts", "tenure")
+CHECKED = ("retention", "training", "eviction", "serving", "eval", "scripts", "tenure")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..layer_view import LayerView
 from ..model_adapters import Rotary
-from ..policies.base import Policy
+from ..policies.policy import Policy
 
 # Reasons why presses cannot run, by class name; subclasses are refused too.
 _OWN_EVICTIONS = "evicts while tokens are generated, which evict() does itself after every `buffer` tokens"

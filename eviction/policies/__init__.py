@@ -5,7 +5,6 @@ if not __name__.startswith("tenure."):
 
 from .ada_criticalkv import AdaCriticalKV
 from .adakv import AdaKV
-from .base import Policy
 from .criticalkv import CriticalKV
 from .defensive import Defensive, LayerDefensive
 from .expected_attention import ExpectedAttention
@@ -14,6 +13,7 @@ from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
 from .lagkv import LagKV
+from .policy import Policy
 from .pyramidkv import PyramidKV
 from .random import Random
 from .registry import get_policy, policy_names, policy_text

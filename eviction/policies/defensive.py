@@ -11,8 +11,8 @@ from ..layer_view import LayerView
 from ..ops.naive import top_by_mass
 from ..ops.radix_select import top_of_each_head
 from ..ops.value_norms import value_norms
-from .base import Policy
 from .common import check_window, own_entries
+from .policy import Policy
 
 VALUE_NORMS = ("heads", "tokens", "raw", "none")
 

@@ -9,7 +9,7 @@ import torch
 
 from ..layer_view import LayerView
 from ..recorded import StatisticsConfig
-from .base import Policy
+from .policy import Policy
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..layer_view import LayerView
-from .base import Policy
+from .policy import Policy
 
 
 @dataclass(frozen=True)

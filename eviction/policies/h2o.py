@@ -9,8 +9,8 @@ import torch
 
 from ..layer_view import LayerView
 from ..ops.window_risk import HELD_ON_CPU, HELD_ON_GPU, received_by_heads
-from .base import Policy
 from .common import window_attention
+from .policy import Policy
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ..layer_view import LayerView
-from .base import Policy
+from .policy import Policy
 
 
 @dataclass(frozen=True)

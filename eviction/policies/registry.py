@@ -9,7 +9,6 @@ from typing import Any
 
 from .ada_criticalkv import AdaCriticalKV
 from .adakv import AdaKV
-from .base import Policy
 from .criticalkv import CriticalKV
 from .defensive import Defensive, LayerDefensive
 from .expected_attention import ExpectedAttention
@@ -18,6 +17,7 @@ from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
 from .lagkv import LagKV
+from .policy import Policy
 from .pyramidkv import PyramidKV
 from .random import Random
 from .retention import Retention

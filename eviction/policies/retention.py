@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..layer_view import LayerView
-from .base import Policy
+from .policy import Policy
 
 
 def log_retention(view: LayerView) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from ..layer_view import LayerView
-from .base import Policy
 from .common import check_window, own_entries
+from .policy import Policy
 
 POOLS = ("avg", "max")
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from ..layer_view import LayerView
-from .base import Policy
 from .common import own_entries
+from .policy import Policy
 
 
 @dataclass(frozen=True)

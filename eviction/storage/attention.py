@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..forward_state import ForwardStep
-from .paged import PagedStore
-from .segments import SegmentStore
+from .paged_store import PagedStore
+from .segment_store import SegmentStore
 
 # Attention arguments that change the result and that the ragged attention does not compute.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "output_attentions")

@@ -27,7 +27,7 @@ WORKFLOWS = {"ring": RING, "branching": BRANCHES}
 
 
 @dataclass(frozen=True)
-class AgentCall:
+class BenchCall:
     """One request: the calling agent, and the suffix after its fixed prompt."""
 
     agent: str
@@ -46,10 +46,10 @@ class AgentWorkload:
     name: str
     spec: WorkflowSpec
     fixed: Mapping[str, tuple[int, ...]]
-    calls: tuple[AgentCall, ...]
+    calls: tuple[BenchCall, ...]
     answer_tokens: int
 
-    def prompt(self, call: AgentCall) -> tuple[int, ...]:
+    def prompt(self, call: BenchCall) -> tuple[int, ...]:
         return self.fixed[call.agent] + call.suffix
 
 
@@ -85,7 +85,7 @@ def make_workload(
     habits = _habits(edges, random.Random(f"{seed}/{name}/habits"))
     at, calls, agent = len(agents) * fixed, [], agents[0]
     for _ in range(rounds * len(agents)):
-        calls.append(AgentCall(agent, tuple(text[at : at + suffix])))
+        calls.append(BenchCall(agent, tuple(text[at : at + suffix])))
         at += suffix
         ways = [(target, weight) for source, target, weight in edges if source == agent]
         if draws.random() < wrong:

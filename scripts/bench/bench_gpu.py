@@ -60,7 +60,7 @@ def main(config: GpuBenchConfig) -> int:
     import torch
     import triton
 
-    from .gpu.cases import all_cases
+    from .gpu.all_cases import all_cases
     from .gpu.running import KernelTimer, check_all, free_memory, progress
     from .gpu.stopwatch import Stopwatch, measure_ceilings
     from .gpu.table import ceilings_text, checks_text, rows_text

@@ -24,7 +24,7 @@ class BenchRow:
         ratio: the number `target` speaks of (times faster, or share), always of the two sides of one run.
         unit: of `ours` and `peer`.
         n: counted runs of each side.
-        target: what was aimed at, in words.
+        target: the target, in words.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Reads the wire formats of today's clients into a `Hint`, one function a format, and checks untrusted documents.
+"""Reads clients' wire formats into a `Hint`, one function a format, and checks untrusted documents.
 
 Each format function takes the document and a `HintContext`, collects the names of unknown fields in it, and raises one
 ValueError for a field of a wrong type or size. Priorities are mapped to 0 to 1, durations to bounded seconds.

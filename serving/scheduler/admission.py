@@ -18,9 +18,9 @@ from ..kvcache.tiered_cache import CacheHandle, LoadState, TieredCache
 from ..kvcache.transfer_queue import Outcome, TransferJob
 from ..metrics import SchedulerMetrics
 from ..prediction import NextCallPredictor
-from .config import SchedulerConfig
 from .fair_queue import FairQueue
 from .request_state import RequestState, RequestStatus, RequestTimers
+from .scheduler_config import SchedulerConfig
 
 
 class PendingLoads:
@@ -119,7 +119,7 @@ class Admission:
     """Waiting and loading requests. Used under the cache's lock.
 
     Args:
-        predictor: told which requests wait, and of each lookup just before it is made for the first time.
+        predictor: notified of the waiting requests, and of each lookup just before it is made for the first time.
     Attributes:
         queue: waiting requests in fair order.
         overdue: requests without memory for longer than `allocation_patience_s`. They precede the queue; while one of

@@ -13,8 +13,8 @@ from ..kvcache.eviction_policy import AllocStatus
 from ..kvcache.radix_tree import TOKEN_BYTES, Pages, encode
 from ..kvcache.tiered_cache import CacheHandle, TieredCache
 from ..metrics import SchedulerMetrics
-from .config import SchedulerConfig
 from .request_state import RequestState, RequestStatus, ScheduledBatch, ScheduledDecode, ScheduledPrefill, TokenRange
+from .scheduler_config import SchedulerConfig
 
 
 class RunningRequests:

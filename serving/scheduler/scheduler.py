@@ -13,7 +13,6 @@ from ..prefetch import Prefetcher
 from ..request import FinishReason, Request, RequestOutput
 from .admission import Admission
 from .batch import RunningRequests
-from .config import SchedulerConfig
 from .request_state import (
     RequestState,
     RequestStatus,
@@ -22,6 +21,7 @@ from .request_state import (
     ScheduledDecode,
     ScheduledPrefill,
 )
+from .scheduler_config import SchedulerConfig
 
 
 class Scheduler:
@@ -36,7 +36,7 @@ class Scheduler:
     Args:
         tiers: the cache; requests reserve their memory in its device pool.
         estimates: seconds of loading and of computing.
-        predictor: predicts the agents' next calls; told of every call.
+        predictor: predicts the agents' next calls; notified of every call.
         bytes_per_token: KV of a computed token.
         config: budgets; None: the defaults.
         prefetcher: loads fixed prompts ahead of their calls; None: nothing is prefetched.

@@ -22,8 +22,8 @@ from ..kvcache.memory_pool import PhantomPool
 from ..kvcache.transfer_queue import TransferJob
 from ..prefetch import PrefetchConfig
 from ..request import FinishReason
-from ..scheduler.config import SchedulerConfig
 from ..scheduler.request_state import ScheduledBatch, ScheduledDecode
+from ..scheduler.scheduler_config import SchedulerConfig
 from ..system import System, build_system
 from ..workflow.graph import StepGraph
 from .clock import LinkSpeed, VirtualClock, VirtualTransfer

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from .config import DurationConfig
+from .graph_config import DurationConfig
 from .spec import AgentSpec
 
 _DEFAULT = DurationConfig()

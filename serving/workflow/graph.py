@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 
-from .config import GraphConfig
+from .graph_config import GraphConfig
 from .reuse_model import WorkflowReuse, combine_first
 from .spec import WorkflowSpec, check_name
 from .workflow import ChangeLog, GraphState, Workflow

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from .config import MarkovConfig
 from .graph import StepGraph
+from .graph_config import MarkovConfig
 from .spec import check_name
 from .workflow import Workflow
 

@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .config import ReuseConfig, TransitionConfig
 from .durations import AgentDurations
+from .graph_config import ReuseConfig, TransitionConfig
 from .steps_solver import JoinSolver
 from .workflow import Workflow
 

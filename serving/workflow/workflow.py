@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .config import GraphConfig, TransitionConfig
 from .durations import AgentDurations, Duration
+from .graph_config import GraphConfig, TransitionConfig
 from .spec import JOINS, AgentSpec, EdgeSpec, check_probability
 from .steps_solver import JoinSolver
 
@@ -77,7 +77,7 @@ class PendingPredictions(dict[Edge, PendingPrediction]):
         return self._scale / prediction.initial_scale
 
     def record_unpredicted(self) -> list[Edge]:
-        """An unpredicted call came instead of one of the predicted ones: that of any source, with equal probability.
+        """An unpredicted call replaced one of the predicted ones: that of any source, with equal probability.
 
         Returns:
             The edges whose predictions are to be removed, because their validity is below `min_validity`.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tenure.eviction import LayerView, Policy, SnapKV, evict
 from tenure.eviction.cache_layer import RaggedLayer
 from tenure.eviction.forward_state import SequenceState
-from tenure.eviction.storage.segments import SegmentStore
+from tenure.eviction.storage.segment_store import SegmentStore
 from tenure.retention import RetentionGates
 from tenure.retention.seams import AttentionLayer
 

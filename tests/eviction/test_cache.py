@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction import Random, Retention, SnapKV, evict
-from tenure.eviction.storage.segments import StorageConfig
+from tenure.eviction.storage.segment_store import StorageConfig
 
 POLICIES = (Retention(), SnapKV(window=8), "keydiff", "knorm", "streaming_llm", "random")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction import SnapKV, evict
-from tenure.eviction.storage.segments import StorageConfig
+from tenure.eviction.storage.segment_store import StorageConfig
 
 BUDGET, BUFFER, TOKENS = 512, 128, 4096
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tenure.eviction import Knorm, Policy, SnapKV, evict
 from tenure.eviction.plan import Budget, BudgetLayout, EvictionPlan, allocate, apportion, pyramid
-from tenure.eviction.storage.segments import StorageConfig
+from tenure.eviction.storage.segment_store import StorageConfig
 
 ONE = BudgetLayout((1,), 100)
 SIX = BudgetLayout((2, 2, 2), 72)

@@ -13,7 +13,7 @@ from tenure.eviction.ops.naive import top_by_mass, top_of_rows
 from tenure.eviction.plan import Budget, EvictionPlan, ProtectedTokens
 from tenure.eviction.policies import Policy
 from tenure.eviction.selection import choose
-from tenure.eviction.storage.segments import SegmentStore
+from tenure.eviction.storage.segment_store import SegmentStore
 from tenure.retention.seams import AttentionLayer
 
 
@@ -57,7 +57,6 @@ def test_top_by_mass_of_many_distinct_values():
     least = values.masked_fill(~taken, torch.inf).amin(-1)
     assert bool((sums >= mass - 1e-6).all()) and bool((sums - least < mass + 1e-6).all())
     assert bool((values.masked_fill(taken, 0.0).amax(-1) <= least).all())
-
 
 
 def test_ties_are_broken_only_when_there_are_too_many():

@@ -15,9 +15,9 @@ import torch
 from tenure.retention.ops.kernel_choice import interpreting
 from tenure.scripts.bench import bench_gpu
 from tenure.scripts.bench.gpu import decoding
-from tenure.scripts.bench.gpu.after_prompt import AfterPrompt
-from tenure.scripts.bench.gpu.case import H100, Case, Sides, Work
-from tenure.scripts.bench.gpu.cases import all_cases
+from tenure.scripts.bench.gpu.after_prompt_cases import AfterPrompt
+from tenure.scripts.bench.gpu.all_cases import all_cases
+from tenure.scripts.bench.gpu.case import H100, KernelBenchCase, Sides, Work
 from tenure.scripts.bench.gpu.decoding import Append, RaggedDecode
 from tenure.scripts.bench.gpu.evicting import Compaction, DefensiveScores, Selection, ValueNorms
 from tenure.scripts.bench.gpu.moving import TierCopies
@@ -92,7 +92,7 @@ def test_without_a_card_it_says_so() -> None:
         (AfterPrompt(32768, bias=True), 2460),
     ],
 )
-def test_bounds_are_those_of_the_documentation(case: Case, bound: float) -> None:
+def test_bounds_are_those_of_the_documentation(case: KernelBenchCase, bound: float) -> None:
     assert case.work().bound_us(H100) == pytest.approx(bound, rel=0.02)
 
 
@@ -110,7 +110,7 @@ def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch: pytest.MonkeyPatch) 
 
 
 @dataclass(frozen=True)
-class Doubling(Case):
+class Doubling(KernelBenchCase):
     """A case without a kernel, some of whose sides fail."""
 
     size: int = 4

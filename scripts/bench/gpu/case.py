@@ -88,7 +88,7 @@ class Sides:
     reset: Call | None = None
 
 
-class Case(ABC):
+class KernelBenchCase(ABC):
     """One kernel at one shape: a frozen dataclass of sizes.
 
     Attributes:
@@ -116,7 +116,7 @@ class Case(ABC):
         """Allocates inputs on `device`."""
 
     @abstractmethod
-    def small(self, interpreted: bool) -> Case:
+    def small(self, interpreted: bool) -> KernelBenchCase:
         """The same launches at a size that can be checked: a few entries in the interpreter, some tiles on a card.
 
         On a card sizes are multiples of 16, as the timed ones are, but not of tiles: what is checked is what is timed.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ....eviction.ops import naive
 from ....eviction.ops.page_table import append_entries
 from ....eviction.ops.paged_attention import ragged_decode
-from .case import CARD, FULL, TINY, Call, Case, Heads, Sides, Work, generator, normal, relative_error
+from .case import CARD, FULL, TINY, Call, Heads, KernelBenchCase, Sides, Work, generator, normal, relative_error
 from .flex import plain_flex
 
 PAGE = 16
@@ -19,7 +19,7 @@ FLEX_ENTRIES = 32768
 
 
 @dataclass
-class Pages:
+class PagedInputs:
     """Segments in pages of one layer, in no order; a few pages are free."""
 
     key: torch.Tensor
@@ -31,7 +31,7 @@ class Pages:
     counters: torch.Tensor
 
     @classmethod
-    def make(cls, lengths: list[int], dim: int, device: str, spare: int = 0) -> Pages:
+    def make(cls, lengths: list[int], dim: int, device: str, spare: int = 0) -> PagedInputs:
         """`spare`: free pages a segment, for which the table has room too."""
         owned = [-(-length // PAGE) for length in lengths]
         count, free = sum(owned), spare * len(lengths)
@@ -55,8 +55,8 @@ class Pages:
         """As the operations take them."""
         return tuple(vars(self).values())
 
-    def copy(self) -> Pages:
-        return Pages(*(tensor.clone() for tensor in self.tensors()))
+    def copy(self) -> PagedInputs:
+        return PagedInputs(*(tensor.clone() for tensor in self.tensors()))
 
     def resetting(self) -> Call:
         """A call that restores the lengths and the stack of free pages."""
@@ -71,7 +71,7 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class RaggedDecode(Case):
+class RaggedDecode(KernelBenchCase):
     """New tokens over what an eviction has left; the last head keeps `kv` times as much as the first."""
 
     entries: int
@@ -102,9 +102,9 @@ class RaggedDecode(Case):
         mean = self.share * self.entries
         return [max(self.q_len, round(2 * mean * (head + 1) / (kv + 1))) for head in range(kv)]
 
-    def inputs(self, device: str) -> tuple[torch.Tensor, Pages]:
+    def inputs(self, device: str) -> tuple[torch.Tensor, PagedInputs]:
         query = normal(device, 1, self.heads.query, self.q_len, self.heads.dim, seed=2)
-        return query, Pages.make(self.lengths(), self.heads.dim, device)
+        return query, PagedInputs.make(self.lengths(), self.heads.dim, device)
 
     def sides(self, device: str) -> Sides:
         query, pages = self.inputs(device)
@@ -139,7 +139,7 @@ class RaggedDecode(Case):
 
 
 @dataclass(frozen=True)
-class Append(Case):
+class Append(KernelBenchCase):
     """`new` tokens behind `entries` of each head."""
 
     entries: int
@@ -158,9 +158,9 @@ class Append(Case):
     def memory(self) -> float:
         return 12 * self.heads.kv * (self.entries + 2 * self.new + PAGE) * self.heads.dim
 
-    def inputs(self, device: str) -> tuple[tuple[torch.Tensor, ...], Pages]:
+    def inputs(self, device: str) -> tuple[tuple[torch.Tensor, ...], PagedInputs]:
         heads = self.heads
-        pages = Pages.make([self.entries] * heads.kv, heads.dim, device, spare=1 + -(-self.new // PAGE))
+        pages = PagedInputs.make([self.entries] * heads.kv, heads.dim, device, spare=1 + -(-self.new // PAGE))
         index = torch.arange(self.new, dtype=torch.int32, device=device).view(1, -1)
         added = torch.full((heads.kv,), self.new, dtype=torch.int32, device=device)
         key, value = (normal(device, 1, heads.kv, self.new, heads.dim, seed=seed) for seed in (2, 3))

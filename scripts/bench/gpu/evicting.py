@@ -13,8 +13,22 @@ from ....eviction.ops.page_table import move_entries, release_pages
 from ....eviction.ops.radix_select import select_top
 from ....eviction.ops.value_norms import value_norms
 from ....eviction.ops.window_risk import window_risk
-from .case import CARD, FULL, HIDDEN, LAYERS, TINY, Call, Case, Heads, Sides, Work, generator, normal, relative_error
-from .decoding import PAGE, Pages
+from .case import (
+    CARD,
+    FULL,
+    HIDDEN,
+    LAYERS,
+    TINY,
+    Call,
+    Heads,
+    KernelBenchCase,
+    Sides,
+    Work,
+    generator,
+    normal,
+    relative_error,
+)
+from .decoding import PAGE, PagedInputs
 
 WINDOW, POOLING = 32, 5
 TWIN_NORMS = 32768  # entries from which on the twin's loop takes seconds
@@ -22,7 +36,7 @@ SHARE = 0.2  # that stays
 
 
 @dataclass(frozen=True)
-class DefensiveScores(Case):
+class DefensiveScores(KernelBenchCase):
     """The worst case and the mean of a window's pooled attention."""
 
     entries: int
@@ -69,7 +83,7 @@ class DefensiveScores(Case):
 
 
 @dataclass(frozen=True)
-class ValueNorms(Case):
+class ValueNorms(KernelBenchCase):
     """Norms of the values' contributions to a layer's output."""
 
     model: str
@@ -119,7 +133,7 @@ class ValueNorms(Case):
 
 
 @dataclass(frozen=True)
-class Selection(Case):
+class Selection(KernelBenchCase):
     """The best entries of all layers and heads of a row."""
 
     model: str
@@ -172,7 +186,7 @@ class Selection(Case):
 
 
 @dataclass(frozen=True)
-class Compaction(Case):
+class Compaction(KernelBenchCase):
     """Compaction of keys, values, positions and one state of a layer, and release of its pages."""
 
     entries: int
@@ -191,17 +205,21 @@ class Compaction(Case):
     def memory(self) -> float:
         return 12 * self.heads.kv * self.entries * self.heads.dim
 
-    def inputs(self, device: str) -> tuple[Pages, torch.Tensor, torch.Tensor]:
-        """Pages, their state, and what to keep."""
+    def inputs(self, device: str) -> tuple[PagedInputs, torch.Tensor, torch.Tensor]:
+        """PagedInputs, their state, and what to keep."""
         segments = self.heads.kv
-        pages = Pages.make([self.entries] * segments, self.heads.dim, device)
+        pages = PagedInputs.make([self.entries] * segments, self.heads.dim, device)
         state = normal(device, *pages.position.shape, dtype=torch.float32, seed=2)
         chance = torch.rand(segments, self.entries, generator=generator(device, 3), device=device)
         return pages, state, chance < SHARE
 
     @staticmethod
     def compact(
-        move: Callable[..., None], release: Callable[..., None], pages: Pages, state: torch.Tensor, keep: torch.Tensor
+        move: Callable[..., None],
+        release: Callable[..., None],
+        pages: PagedInputs,
+        state: torch.Tensor,
+        keep: torch.Tensor,
     ) -> None:
         for buffer in (pages.key, pages.value, pages.position, state):
             move(keep, pages.lengths, pages.table, buffer)

@@ -10,14 +10,14 @@ import torch
 from ....eviction.ops import naive
 from ....eviction.ops.copy_entries import copy_entries
 from ....eviction.storage.packing import copy_all, memory_like, pack
-from .case import CARD, FULL, TINY, Call, Case, Heads, Sides, Work, generator, normal
+from .case import CARD, FULL, TINY, Call, Heads, KernelBenchCase, Sides, Work, generator, normal
 
 PAGE = 16
 SINGLE_COPIES = 4096  # the most entries whose pages are copied one by one
 
 
 @dataclass(frozen=True)
-class TierCopies(Case):
+class TierCopies(KernelBenchCase):
     """All entries of every head of a layer: keys, values and log β. `way`: gather, scatter or offload."""
 
     entries: int

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .case import H100, Call, Case, Ceilings
+from .case import H100, Call, Ceilings, KernelBenchCase
 from .stopwatch import Stopwatch
 
 GIB = 2**30
@@ -55,7 +55,7 @@ class KernelRow:
     failed: bool = False
 
 
-def check_all(cases: Iterable[Case], device: str, interpreted: bool) -> Iterator[KernelCheck]:
+def check_all(cases: Iterable[KernelBenchCase], device: str, interpreted: bool) -> Iterator[KernelCheck]:
     """Every case at its small size, each size once."""
     for case in progress([*dict.fromkeys(case.small(interpreted) for case in cases)], "checking"):
         error = problem = None
@@ -87,7 +87,7 @@ class KernelTimer:
     free: Callable[[str], float]
     clock: Callable[[], float] = time.monotonic
 
-    def row(self, case: Case) -> KernelRow:
+    def row(self, case: KernelBenchCase) -> KernelRow:
         """Never raises for what a kernel or a peer does: it says so."""
         work = case.work()
         row = KernelRow(case.kernel, case.shape, work.bound_us(H100))
@@ -104,7 +104,7 @@ class KernelTimer:
             row.of_h100, row.of_card = row.bound_us / row.us, work.bound_us(self.ceilings) / row.us
         return row
 
-    def _fill(self, row: KernelRow, case: Case) -> None:
+    def _fill(self, row: KernelRow, case: KernelBenchCase) -> None:
         try:
             sides = case.sides(self.device)
             timing = self.watch.time(sides.ours, sides.reset)
@@ -131,7 +131,7 @@ class KernelTimer:
             torch.cuda.empty_cache()
 
 
-def progress(cases: Sequence[Case], what: str) -> Iterator[Case]:
+def progress(cases: Sequence[KernelBenchCase], what: str) -> Iterator[KernelBenchCase]:
     """The cases, and on a terminal which of them is at work."""
     for number, case in enumerate(cases, 1):
         if sys.stderr.isatty():
@@ -148,5 +148,5 @@ def first_line(failure: Exception) -> str:
 
 
 def free_memory(device: str) -> float:
-    """Bytes; the host's memory is not looked at."""
+    """Bytes; the host's memory is not inspected."""
     return torch.cuda.mem_get_info()[0] if device == "cuda" else float("inf")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ....retention.ops import gated_attention, naive, occupancy, occupancy_at
 from ....retention.ops.channels import channels
 from ....retention.segments import Segments
-from .case import CARD, FULL, LAYERS, TINY, Call, Case, Heads, Sides, Work, generator, normal, relative_error
+from .case import CARD, FULL, LAYERS, TINY, Call, Heads, KernelBenchCase, Sides, Work, generator, normal, relative_error
 from .flex import gated_flex
 
 TWIN_LENGTH = 4096  # the longest whose T x T numbers of all heads are held
@@ -31,7 +31,7 @@ def log_betas(device: str, *shape: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class GatedAttention(Case):
+class GatedAttention(KernelBenchCase):
     """One document a row; all four gradients if `backward`."""
 
     seq_len: int
@@ -111,7 +111,7 @@ class GatedAttention(Case):
 
 
 @dataclass(frozen=True)
-class Occupancy(Case):
+class Occupancy(KernelBenchCase):
     """Occupancy of all layers, at every position or, as in training, at `samples` of them."""
 
     model: str

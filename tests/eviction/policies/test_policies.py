@@ -31,7 +31,7 @@ from tenure.eviction import (
     get_policy,
     policy_names,
 )
-from tenure.eviction.policies.base import NEEDS
+from tenure.eviction.policies.policy import NEEDS
 
 MATRIX: list[Policy] = [
     Retention(),

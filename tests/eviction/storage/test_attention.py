@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from tenure.eviction import evict
 from tenure.eviction.forward_state import SequenceState
 from tenure.eviction.storage.attention import ragged_attention, refuse_unsupported
-from tenure.eviction.storage.segments import SegmentStore
+from tenure.eviction.storage.segment_store import SegmentStore
 from tenure.retention.seams import Interceptor, intercept
 
 

@@ -8,8 +8,8 @@ from hypothesis import settings
 
 from tenure.eviction import Defensive, RetentionDefensive, evict
 from tenure.eviction.forward_state import SequenceState
-from tenure.eviction.storage.paged import PAGE, PagedStore, pages_of, store_class
-from tenure.eviction.storage.segments import SegmentStore, StorageConfig
+from tenure.eviction.storage.paged_store import PAGE, PagedStore, pages_of, store_class
+from tenure.eviction.storage.segment_store import SegmentStore, StorageConfig
 
 from ...launches import running
 from ..remembered import assert_same

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tenure.eviction.forward_state import SequenceState
-from tenure.eviction.storage.segments import SegmentStore
+from tenure.eviction.storage.segment_store import SegmentStore
 
 HEADS, DIM = 2, 3
 Entry = tuple[int, float, float, float]  # position, first number of the key, of the value, state

@@ -7,7 +7,7 @@ import torch
 
 from tenure.eviction import evict
 from tenure.eviction.ops import copy_entries
-from tenure.eviction.storage.paged import PagedStore
+from tenure.eviction.storage.paged_store import PagedStore
 from tenure.retention import RetentionGates
 from tenure.retention.ops.kernel_choice import interpreting
 from tenure.serving import MemoryPool, TensorPayload

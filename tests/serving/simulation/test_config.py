@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tenure.serving import Tier
-from tenure.serving.simulation.config import load_setup, read_setup
 from tenure.serving.simulation.plots import draw_speedups, draw_study, draw_timelines
+from tenure.serving.simulation.setup import load_setup, read_setup
 from tenure.serving.simulation.simulator import simulate
 from tenure.serving.simulation.study import questions_for, run_study
 from tenure.serving.simulation.timeline import Timeline

@@ -10,8 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenure.serving.workflow.config import DurationConfig, GraphConfig, MarkovConfig, ReuseConfig, TransitionConfig
 from tenure.serving.workflow.graph import StepGraph
+from tenure.serving.workflow.graph_config import (
+    DurationConfig,
+    GraphConfig,
+    MarkovConfig,
+    ReuseConfig,
+    TransitionConfig,
+)
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
 HORIZON = 8

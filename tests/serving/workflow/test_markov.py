@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from tenure.serving.workflow.config import GraphConfig, MarkovConfig
 from tenure.serving.workflow.graph import StepGraph
+from tenure.serving.workflow.graph_config import GraphConfig, MarkovConfig
 from tenure.serving.workflow.markov import LearnedTransitions
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 

@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from tenure.serving.workflow.config import GraphConfig
 from tenure.serving.workflow.graph import StepGraph
+from tenure.serving.workflow.graph_config import GraphConfig
 from tenure.serving.workflow.plot import draw_svg
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 

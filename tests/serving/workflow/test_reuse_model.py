@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenure.serving.workflow.config import DurationConfig, GraphConfig, ReuseConfig, TransitionConfig
 from tenure.serving.workflow.durations import Duration
 from tenure.serving.workflow.graph import StepGraph
+from tenure.serving.workflow.graph_config import DurationConfig, GraphConfig, ReuseConfig, TransitionConfig
 from tenure.serving.workflow.reuse_model import FirstPassage
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 

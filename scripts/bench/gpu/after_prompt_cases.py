@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from ....retention.ops import biased_attention, gated_attention_after, naive
-from .case import CARD, FULL, TINY, Call, Case, Heads, Sides, Work, normal, relative_error
+from .case import CARD, FULL, TINY, Call, Heads, KernelBenchCase, Sides, Work, normal, relative_error
 from .training import BF16, FP32, log_betas, with_gradients
 
 QUERIES = 1024  # tokens after the prompt
@@ -19,7 +19,7 @@ TWIN_LENGTH = 32768
 
 
 @dataclass(frozen=True)
-class AfterPrompt(Case):
+class AfterPrompt(KernelBenchCase):
     """Forward and backward of `queries` after the rest of `seq_len`; with `bias`, as after soft eviction."""
 
     seq_len: int

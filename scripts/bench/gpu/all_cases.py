@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .after_prompt import AfterPrompt
-from .case import LAYERS, Case
+from .after_prompt_cases import AfterPrompt
+from .case import LAYERS, KernelBenchCase
 from .decoding import Append, RaggedDecode
 from .evicting import Compaction, DefensiveScores, Selection, ValueNorms
 from .moving import TierCopies
@@ -15,15 +15,15 @@ SAMPLES = 64  # positions whose occupancy training looks at
 QUICK = 32768  # the longest context with --quick
 
 
-def all_cases(quick: bool) -> list[Case]:
+def all_cases(quick: bool) -> list[KernelBenchCase]:
     """In the order in which they are timed; the longest contexts come last."""
     cases = [case for length in CONTEXTS if length <= QUICK for case in _of_length(length)]
     return cases if quick else [*cases, *(case for length in CONTEXTS if length > QUICK for case in _of_length(length))]
 
 
-def _of_length(n: int) -> list[Case]:
+def _of_length(n: int) -> list[KernelBenchCase]:
     first = n == CONTEXTS[0]
-    cases: list[Case] = [GatedAttention(n), GatedAttention(n, backward=True)]
+    cases: list[KernelBenchCase] = [GatedAttention(n), GatedAttention(n, backward=True)]
     cases += [AfterPrompt(n, bias) for bias in (False, True)]
     cases += [RaggedDecode(n, share) for share in KEPT]
     cases += [RaggedDecode(n, 0.2, q_len=16), Append(n, 1), Append(0, n), Compaction(n), DefensiveScores(n)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .storage.segments import SegmentStore
+from .storage.segment_store import SegmentStore
 
 
 @dataclass(frozen=True)

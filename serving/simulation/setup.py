@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..prefetch import PrefetchConfig
-from ..scheduler.config import SchedulerConfig
+from ..scheduler.scheduler_config import SchedulerConfig
 from ..system import system_names
 from .cost_model import Links, RooflineCosts, get_card, get_model_spec
 from .simulator import SimulatedMachine

@@ -14,7 +14,7 @@ from ..forward_state import ForwardStep
 from ..ops.copy_entries import copy_entries
 from ..ops.page_table import append_entries, move_entries, release_pages, write_state
 from ..ops.paged_attention import DTYPES, MAX_DIM, ragged_decode
-from .segments import EntryLocations, SegmentStore, StorageConfig
+from .segment_store import EntryLocations, SegmentStore, StorageConfig
 
 T = TypeVar("T")
 PAGE = StorageConfig.page_size
