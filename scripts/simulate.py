@@ -31,7 +31,7 @@ class SimulateConfig:
     """Simulate serving policies and print their speed-ups over each baseline next to the published numbers."""
 
     setups: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="PATH ...")] = field(default_factory=list)
-    """YAML set-ups (examples/kvflow_*.yaml; docs/simulator.md has the format)."""
+    """YAML set-ups (examples/kvflow_*.yaml; docs/reference/config.md has the format)."""
     policies: list[str] = field(default_factory=list)
     """Policies to run in addition to the baselines; by default those of the set-up."""
     set: tuple[str, ...] = ()

@@ -33,7 +33,7 @@ class SweepCommand:
     """
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="YAML")]
-    """Definition of the sweep; docs/evaluation.md lists the keys."""
+    """Definition of the sweep; docs/reference/config.md lists the keys."""
     output: Path | None = None
     """Folder for the results; by default the one in the YAML file."""
     devices: list[str] = field(default_factory=list)

@@ -1,7 +1,8 @@
 """Traces of a server: recorded from any driver of a scheduler, as one JSON object a line, and read back for a replay.
 
-docs/simulator.md describes the format. Each call names the call of its workflow that it followed, and the seconds since
-that one's end. A replay is therefore as closed a loop as the original: a faster server gets its next call sooner.
+docs/reference/config.md describes the format. Each call names the call of its workflow that it followed, and the
+seconds since that one's end. A replay is therefore as closed a loop as the original: a faster server gets its next call
+sooner.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The list of timed kernels and shapes: those of a layer of Qwen3-4B and Llama-3.1-8B, see docs/kernels.md."""
+"""The list of timed kernels and shapes: those of a layer of Qwen3-4B and Llama-3.1-8B, see docs/results/kernels.md."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Ceilings:
     to_device: float
 
 
-# The numbers of docs/kernels.md; the link is PCIe 5.0 with 16 lanes.
+# The numbers of docs/results/kernels.md; the link is PCIe 5.0 with 16 lanes.
 H100 = Ceilings("H100 SXM, data sheet", 3.35e12, 989e12, 132 * 16 * 1.83e9, 64e9, 64e9)
 
 

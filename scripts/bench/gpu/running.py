@@ -33,7 +33,7 @@ class KernelRow:
 
     Attributes:
         us, host_us, runs: see `Timing`; None if it was not timed.
-        bound_us: of docs/kernels.md, for an H100.
+        bound_us: of docs/results/kernels.md, for an H100.
         of_h100, of_card: the bound's share of the time, at the data sheet's ceilings and at those measured here.
         peers: by name, median microseconds.
         absent: by name, why a peer was not timed.
