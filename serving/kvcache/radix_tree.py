@@ -152,7 +152,8 @@ class Node:
     @property
     def is_replicated(self) -> bool:
         """Whether more than one tier has a copy."""
-        return sum(copy is not None for copy in self.copies) > 1
+        first, second, third = self.copies
+        return (first is not None) + (second is not None) + (third is not None) > 1
 
     @property
     def fixed(self) -> bool:

@@ -97,7 +97,7 @@ class TierStorage:
     def free(self, node: Node, tier: Tier) -> None:
         """Discards the copy of `node` in `tier`. If it was the last, what builds on it is the caller's concern."""
         self.pools[tier].discard(self.detach(node, tier))
-        if not node.has_data and not node.in_transfer:
+        if not node.transfer_id and not node.has_data:
             node.covers = node.length
 
     def _count_in_ancestors(self, node: Node, tier: Tier, change: int) -> None:

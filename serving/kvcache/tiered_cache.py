@@ -85,7 +85,7 @@ class TieredCache:
         Raises:
             ValueError: see `encode`.
         """
-        key = encode(token_ids, self.page_size)
+        key = encode(token_ids, self.tree.page_size)
         with self.lock:
             self.poll()
             return self.tree.find(key, namespace)
@@ -101,7 +101,7 @@ class TieredCache:
         Raises:
             ValueError: see `encode`.
         """
-        key = encode(token_ids, self.page_size)
+        key = encode(token_ids, self.tree.page_size)
         with self.lock:
             self.poll()
             found = self.tree.find(key, namespace)
@@ -159,7 +159,7 @@ class TieredCache:
             ValueError: the payload is not of that length, or of a type that a pool cannot hold; the prompt does not
                 begin with what the handle covers.
         """
-        key = encode(token_ids, self.page_size)
+        key = encode(token_ids, self.tree.page_size)
         end, new = len(key) // TOKEN_BYTES, len(key) // TOKEN_BYTES - handle.length
         if (0 if payload is None else payload.tokens) != max(0, new):
             given = "no payload" if payload is None else f"a payload of {payload.tokens} tokens"
