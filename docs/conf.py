@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 project = "tenure"
 author = "the tenure contributors"
+copyright = f"{author}, Apache-2.0"
 version = release = installed_version("tenure")
 
 extensions = [

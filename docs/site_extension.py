@@ -31,13 +31,16 @@ NAVIGATION = {
         "demo", "table", "gates", "studies", "benchmarks", "simulator", "kernels")],
 }  # fmt: skip
 API_PAGES = [f"api/{name}" for name in ("retention", "training", "eviction", "policies", "serving", "eval")]
-# Pages of the reference on configuration: the class, by the first of these names that its package has.
+# The dataclasses on the reference page of configuration.
 CONFIGURATIONS = (
-    ("tenure.training", ("TrainConfig",)),
-    ("tenure.retention", ("RetentionConfig",)),
-    ("tenure.eval.sweep", ("SweepConfig",)),
-    ("tenure.serving", ("SchedulerConfig", "Limits")),
-    ("tenure.serving", ("PrefetchConfig", "PrefetchLimits")),
+    ("tenure.training", "TrainConfig"),
+    ("tenure.retention", "RetentionConfig"),
+    ("tenure.eval.sweep", "SweepConfig"),
+    ("tenure.serving", "SchedulerConfig"),
+    ("tenure.serving", "PrefetchConfig"),
+    ("tenure.serving", "GraphConfig"),
+    ("tenure.serving", "SuffixReuseConfig"),
+    ("tenure.serving", "EagerWriteBackConfig"),
 )
 
 
@@ -57,8 +60,7 @@ def command_help(name: str, command: Any) -> str:
         if hasattr(module, "parse"):
             module.parse(["--help"], f"tenure {name}")
         else:
-            config = getattr(module, getattr(command, "config", "Config"))
-            tyro.cli(config, prog=f"tenure {name}", args=["--help"])
+            tyro.cli(command.config_class(), prog=f"tenure {name}", args=["--help"])
     return re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).rstrip()
 
 
@@ -82,10 +84,8 @@ def commands_page() -> str:
 def configurations_page() -> str:
     """Every documented configuration dataclass, its fields with their defaults."""
     parts = []
-    for package, names in CONFIGURATIONS:
-        module = importlib.import_module(package)
-        name = next(name for name in names if hasattr(module, name))
-        cls = getattr(module, name)
+    for package, name in CONFIGURATIONS:
+        cls = getattr(importlib.import_module(package), name)
         assert dataclasses.is_dataclass(cls)
         rows = [
             f"| `{field.name}` | {_code(field.type)} | {_code(_default(field))} |" for field in dataclasses.fields(cls)
