@@ -395,7 +395,7 @@ def test_declarations_are_bounded():
         flow.add_edge("a0", "a2")
     flow.remove_edge("a0", "a1")
     flow.add_edge("a0", "a2")
-    with pytest.raises(ValueError, match="a string of 1 to 256 characters"):
+    with pytest.raises(ValueError, match="accepted: text of 1 to 256 characters"):
         flow.add_agent("x" * 257)
 
 
@@ -434,7 +434,7 @@ def test_invalid_calls_are_refused(call, message):
         (["a"], [("a", "b")], [], "names 'b', which is none of its agents"),
         (["a"], [("a", "a"), ("a", "a")], [], "has the edge from 'a' to 'a' twice"),
         (["a"], [], ["b"], "starts at 'b', which is none of its agents"),
-        (["", "a"], [], [], "one of 0 characters as the name of an agent"),
+        (["", "a"], [], [], "got '' as agents..name; accepted: text of 1 to 256 characters"),
     ],
 )
 def test_invalid_specs_are_refused(agents, edges, start, message):
