@@ -256,12 +256,13 @@ class Times:
 
 
 def test_numbers_of_numpy_become_plain_ones():
-    times = Times(numpy.float64(2.5), numpy.int64(3), numpy.float32(0.5))
+    given: tuple[Any, ...] = (numpy.float64(2.5), numpy.int64(3), numpy.float32(0.5))
+    times = Times(*given)
     verify(times)
     assert (times.seconds, times.calls, times.limit) == (2.5, 3, 0.5)
     assert {type(times.seconds), type(times.limit)} == {float} and type(times.calls) is int
     with pytest.raises(ValueError, match=r"got a bool.* as calls"):
-        verify(Times(1.0, numpy.bool_(True)))
+        verify(Times(1.0, *numpy.array([True])))
 
 
 def test_an_infinity_is_accepted_only_where_it_may_be():

@@ -76,7 +76,7 @@ def test_a_batch_that_waits_for_loads_can_be_slower_than_no_tier() -> None:
         ({"policies": ["lru"]}, "the baseline 'lru_reactive' is not among the policies lru"),
         ({"repeats": 0}, "got 0 as repeats; accepted: a whole number of 1 or more"),
         ([], "got a list as the document; accepted: a mapping of title, source, machine"),
-        ({"machine": {"scheduler": {"max_num_seqs": 0}}}, "max_num_seqs=0"),
+        ({"machine": {"scheduler": {"max_num_seqs": 0}}}, "got 0 as machine.scheduler.max_num_seqs; accepted: "),
     ],
 )
 def test_wrong_set_ups_are_refused(given, message: str) -> None:

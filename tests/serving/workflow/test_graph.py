@@ -415,8 +415,8 @@ def test_declarations_are_bounded():
         (lambda g: g["ring"].add_edge("a0", "a1", 0), "got 0 as the probability of an edge; accepted"),
         (lambda g: g["ring"].add_edge("a0", "a1", math.nan), "got nan as the probability of an edge; accepted"),
         (lambda g: [g["ring"].start("a1", 7) for _ in "ab"], "the call 7 of 'a1' in the workflow 'ring' has started"),
-        (lambda g: GraphConfig(horizon=0), "got horizon=0; accepted: a number above 0"),
-        (lambda g: GraphConfig(discount_s=math.inf), "got discount_s=inf; accepted: a number above 0"),
+        (lambda g: GraphConfig(horizon=0), "got 0 as horizon; accepted: a number above 0"),
+        (lambda g: GraphConfig(discount_s=math.inf), "got inf as discount_s; accepted: a number above 0"),
     ],
 )
 def test_invalid_calls_are_refused(call, message):
@@ -447,9 +447,9 @@ def test_tuned_numbers_are_checked(kind):
     """Every field with a number refuses 0, and only the horizon may be infinite."""
     for each in dataclasses.fields(kind):
         if isinstance(each.default, (int, float)):
-            with pytest.raises(ValueError, match=f"got .*{each.name}=0.*accepted: "):
+            with pytest.raises(ValueError, match=f"got 0 as {each.name}; accepted: a "):
                 kind(**{each.name: 0})
             if each.name != "horizon":
-                with pytest.raises(ValueError, match=f"got .*{each.name}=inf.*accepted: "):
+                with pytest.raises(ValueError, match=f"got inf as {each.name}; accepted: a "):
                     kind(**{each.name: math.inf})
     assert GraphConfig(horizon=math.inf).horizon == math.inf
