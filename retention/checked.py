@@ -124,6 +124,7 @@ class DocumentLimits:
 
 LIMITS = DocumentLimits()
 
+# Annotations that many fields share.
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Count = Annotated[int, Range(1)]
