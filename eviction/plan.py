@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from itertools import accumulate
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..retention.calibration import Calibration, weights_digest
+from ..retention.checked import read
 from ..retention.gates import RetentionGates
 from .policies.policy import Policy
 from .policies.registry import get_policy, policy_text
@@ -431,18 +432,36 @@ class EvictionPlan:
 
 
 _PLAIN = (bool, int, float, str, dict, list, tuple, type(None))
-_NUMBERS = ("scope", "sinks", "recent", "buffer", "floor", "prefill_chunk")
+
+
+@dataclass(frozen=True)
+class PolicyDocument:
+    """A policy in JSON; an option may be one, too."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PlanDocument:
+    """An `EvictionPlan` in JSON."""
+
+    policy: PolicyDocument
+    budget: float | int | str
+    scope: str
+    sinks: int
+    recent: int
+    buffer: int
+    floor: float
+    prefill_chunk: int | None
+    protect: ProtectedTokens | None
 
 
 def plan_to_json(plan: EvictionPlan) -> dict[str, Any]:
     """The plan as JSON values; ValueError if its policy has an option that is not a plain value."""
-    guard = plan.protect
-    return {
-        "policy": _policy_to_json(plan.policy),
-        "budget": plan.budget.amount,
-        "protect": None if guard is None else {"rows": guard.rows, "shared": guard.shared},
-        **{name: getattr(plan, name) for name in _NUMBERS},
-    }
+    plain = {each.name: getattr(plan, each.name) for each in fields(PlanDocument)}
+    protect = None if plan.protect is None else vars(plan.protect)
+    return plain | {"policy": _policy_to_json(plan.policy), "budget": plan.budget.amount, "protect": protect}
 
 
 def plan_from_json(document: dict[str, Any], known: Iterable[Policy]) -> EvictionPlan:
@@ -452,15 +471,11 @@ def plan_from_json(document: dict[str, Any], known: Iterable[Policy]) -> Evictio
         known: policies whose classes are looked up by name in addition to those of the registry.
 
     Raises:
-        ValueError, KeyError, TypeError: unknown policy or option, or a value that is missing or out of range.
+        ValueError, TypeError: unknown policy or option, or a value that is missing, of another type or out of range.
     """
-    guard = document["protect"]
-    if guard is not None:
-        rows = tuple(tuple((int(start), int(stop)) for start, stop in ranges) for ranges in guard["rows"])
-        guard = ProtectedTokens(rows, bool(guard["shared"]))
-    policy = _policy_from_json(document["policy"], {type(one).name: type(one) for one in known})
-    numbers = {name: document[name] for name in _NUMBERS}
-    return EvictionPlan(policy, Budget(document["budget"]), protect=guard, **numbers)
+    found = read(PlanDocument, document, "the plan")
+    policy = _policy_from_json(found.policy, {type(one).name: type(one) for one in known})
+    return EvictionPlan(**vars(found) | {"policy": policy, "budget": Budget(found.budget)})
 
 
 def _policy_to_json(policy: Policy) -> dict[str, Any]:
@@ -475,15 +490,14 @@ def _policy_to_json(policy: Policy) -> dict[str, Any]:
     return {"name": policy.name, "options": plain}
 
 
-def _policy_from_json(document: dict[str, Any], known: dict[str, type[Policy]]) -> Policy:
-    name = document["name"]
-    kind = known.get(name) or type(get_policy(name))
-    return kind(**{key: _option(value, known) for key, value in document["options"].items()})
+def _policy_from_json(found: PolicyDocument, known: dict[str, type[Policy]]) -> Policy:
+    kind = known.get(found.name) or type(get_policy(found.name))
+    return kind(**{key: _option(value, known) for key, value in found.options.items()})
 
 
 def _option(value: Any, known: dict[str, type[Policy]]) -> Any:
-    if isinstance(value, dict):
-        return _policy_from_json(value, known)
+    if isinstance(value, Mapping):
+        return _policy_from_json(read(PolicyDocument, value), known)
     return tuple(value) if isinstance(value, list) else value  # JSON has no tuples, a frozen policy has no lists
 
 

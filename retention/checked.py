@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -60,6 +62,11 @@ class Range:
         if math.isinf(self.low):
             return f" {high}"
         return f" {low} and {high}" if self.above or self.below else f" from {self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class OrInfinite:
+    """For `Annotated[float, ...]`: an infinity is accepted where `Range` has it; documents cannot contain one."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +124,18 @@ class DocumentLimits:
 
 LIMITS = DocumentLimits()
 
+# Annotations that many fields share.
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Count = Annotated[int, Range(1)]
+
 
 def read(cls: type[T], document: Any, name: str = "", unknown: set[str] | None = None) -> T:
     """An instance of a dataclass from a mapping of its fields.
 
     Args:
         cls: a dataclass. If `document` is no mapping and the class has a static method `shorthand(value)`, what that
-            returns is read instead.
+            returns is read instead; it may raise ValueError.
         document: parsed values; see `parse_json`, `parse_yaml` and `bounded`.
         name: the document in messages, as its file's name; paths of fields do not repeat it.
         unknown: receives the paths of fields that the class does not have; None: they are refused.
@@ -153,15 +165,20 @@ def read_fields(
     return _fields(cls).values(document, "", unknown, needed)
 
 
-def verify(instance: Any) -> None:
+def verify(instance: Any, path: str = "") -> None:
     """Checks all fields of a dataclass instance as `read` does, and makes lists of its tuple fields tuples.
+
+    Args:
+        path: of the instance in messages.
 
     Raises:
         ValueError: the first value that is of another type or out of its range.
     """
-    for name, convert in _converters(type(instance)).items():
+    kind = _fields(type(instance))
+    prefix = f"{path}." if path else ""
+    for field, name in kind.attributes.items():
         value = getattr(instance, name)
-        checked = convert(value, _named(type(instance)).get(name, name), None)
+        checked = kind.converters[name](value, prefix + field, None)
         if checked is not value:
             object.__setattr__(instance, name, checked)
 
@@ -292,9 +309,10 @@ def shown(value: Any) -> str:
         return repr(value) if len(value) <= 60 else f"{value[:60]!r}…"
     if value is None:
         return "nothing"
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"{value:.3e}" if value.bit_length() < 1000 else f"a whole number of {value.bit_length()} bits"
     if isinstance(value, bool | int | float):
-        text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else f"{value:.3e}"
-        return text[:60]
+        return repr(value)[:60]
     return f"a {type(value).__name__}"
 
 
@@ -382,7 +400,10 @@ def _dataclass(cls: type) -> Converter:
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping) and hasattr(cls, "shorthand"):
-            value = cls.shorthand(value)
+            try:
+                value = cls.shorthand(value)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}" if path else str(error)) from None
         values = _fields(cls).values(value, path, unknown)
         try:
             return cls(**values)
@@ -411,7 +432,11 @@ def _converter(hint: Any, rules: tuple[Any, ...] = ()) -> Converter:
     fits = _fits(hint, rules)
     as_text = hint is str and any(isinstance(rule, NumbersToo) for rule in rules)
 
+    number = hint in (int, float)
+
     def convert(value: Any, path: str, unknown: set[str] | None) -> Any:
+        if number and type(value) not in _PLAIN:
+            value = _plain_number(value)
         if as_text and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if not fits(value):
@@ -419,6 +444,17 @@ def _converter(hint: Any, rules: tuple[Any, ...] = ()) -> Converter:
         return value
 
     return convert
+
+
+_PLAIN = (int, float, bool, str, type(None))
+_MAX = sys.float_info.max
+
+
+def _plain_number(value: Any) -> Any:
+    """NumPy's numbers as Python's; other values as they are."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
 
 
 def _fits(hint: Any, rules: tuple[Any, ...]) -> Callable[[Any], bool]:
@@ -436,8 +472,9 @@ def _fits(hint: Any, rules: tuple[Any, ...]) -> Callable[[Any], bool]:
     if hint is int:
         return lambda value: type(value) is int and all(one.holds(value) for one in ranges)
     if hint is float:
+        most = math.inf if any(isinstance(rule, OrInfinite) for rule in rules) else _MAX  # also of whole numbers
         return lambda value: (
-            type(value) in (int, float) and math.isfinite(value) and all(one.holds(value) for one in ranges)
+            type(value) in (int, float) and -most <= value <= most and all(one.holds(value) for one in ranges)
         )
     if hint is str:
         sizes = [rule for rule in rules if isinstance(rule, Size)]
@@ -449,8 +486,11 @@ def _union(hint: Any, rules: tuple[Any, ...]) -> Converter:
     members = get_args(hint)
     converters = [(_shape(member), _converter(member, rules)) for member in members]
     accepted = describe(hint, rules)
+    optional = type(None) in members
 
     def convert(value: Any, path: str, unknown: set[str] | None) -> Any:
+        if value is None and optional:
+            return None
         candidates = [convert for shape, convert in converters if shape is None or isinstance(value, shape)]
         if isinstance(value, bool):
             candidates = [convert for shape, convert in converters if shape in (None, bool)]
@@ -478,7 +518,7 @@ def _shape(hint: Any) -> Any:
         return None if hasattr(hint, "shorthand") else (Mapping, hint)
     if origin in (dict, Mapping):
         return Mapping
-    return {float: (int, float), int: int, bool: bool, str: str}.get(hint)
+    return {float: (int, float, Real), int: (int, Integral), bool: bool, str: str}.get(hint)
 
 
 def _list(hint: Any, rules: tuple[Any, ...]) -> Converter:
@@ -515,8 +555,11 @@ def _mapping(hint: Any, rules: tuple[Any, ...]) -> Converter:
     sizes = [rule for rule in rules if isinstance(rule, Size)]
 
     def convert(value: Any, path: str, unknown: set[str] | None) -> Any:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        if not isinstance(value, Mapping):
             raise ValueError(f"got {shown(value)} as {path}; accepted: {accepted}")
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"got {shown(key)} as a field's name in {path}; accepted: text")
         if not all(one.holds(value) for one in sizes):
             raise ValueError(f"got {len(value)} fields as {path}; accepted: {accepted}")
         return {key: inner(one, f"{path}.{shown_name(key)}", unknown) for key, one in value.items()}
@@ -541,7 +584,9 @@ def describe(hint: Any, rules: tuple[Any, ...] = ()) -> str:
             return f"a list of {len(parts)}: {', '.join(map(describe, parts))}"
         of = f"{sizes[0].of('items')}, each " if sizes else "items that are each "
         return f"a list of {of}{describe(parts[0])}"
-    if origin in (dict, Mapping) or is_dataclass(hint):
+    if is_dataclass(hint) and isinstance(hint, type):
+        return f"a mapping of {', '.join(_named(hint).get(one.name, one.name) for one in fields(hint) if one.init)}"
+    if origin in (dict, Mapping):
         return "a mapping"
     if hint is str and sizes:
         return f"text of {sizes[0].of('characters')}"

@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Hashable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from ..retention.checked import Count, Positive, verify
 from .hints.hint import Hint, HintConfig, HintStore, SessionAction
 from .kvcache.radix_tree import TOKEN_BYTES, Pages, common_pages
 from .kvcache.tiered_cache import TieredCache
@@ -41,20 +42,17 @@ class PredictionConfig:
         hints: bounds and weights of hints.
     """
 
-    step_s: float = 5.0
-    capped_reuse: float = 0.01
-    sight_margin: float = 0.1
-    silence_check_s: float = 360.0
-    max_prefix_agents: int = 10_000
-    max_prefix_bytes: int = 1 << 28
-    max_owned_agents: int = 100_000
+    step_s: Positive = 5.0
+    capped_reuse: Positive = 0.01
+    sight_margin: Positive = 0.1
+    silence_check_s: Positive = 360.0
+    max_prefix_agents: Count = 10_000
+    max_prefix_bytes: Count = 1 << 28
+    max_owned_agents: Count = 100_000
     hints: HintConfig = field(default_factory=HintConfig)
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, (int, float)) and not 0 < value < math.inf:
-                raise ValueError(f"got {each.name}={value}; accepted: a finite number above 0")
+        verify(self)
 
 
 class LearnedPrefixes:

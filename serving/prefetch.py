@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
+from ..retention.checked import Count, Positive, Range, verify
 from .kvcache.base import Tier, Urgency
 from .kvcache.estimates import Estimates
 from .kvcache.radix_tree import TOKEN_BYTES, Node, Pages, encode
@@ -42,23 +43,18 @@ class PrefetchConfig:
         ValueError: a number that is not above 0 and finite, or `min_reuse` above 1.
     """
 
-    look_ahead_steps: float = 2.0
-    look_ahead_s: float = 30.0
-    min_reuse: float = math.exp(-7.5)
-    max_in_flight: int = 4
-    max_device_fraction: float = 0.5
-    max_link_s: float = 5.0
-    ageing: float = 0.1
-    max_failures: int = 2
-    max_registered: int = 10_000
+    look_ahead_steps: Positive = 2.0
+    look_ahead_s: Positive = 30.0
+    min_reuse: Annotated[float, Range(0, 1, above=True)] = math.exp(-7.5)
+    max_in_flight: Count = 4
+    max_device_fraction: Positive = 0.5
+    max_link_s: Positive = 5.0
+    ageing: Positive = 0.1
+    max_failures: Count = 2
+    max_registered: Count = 10_000
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"got {each.name}={value}; accepted: a finite number above 0")
-        if self.min_reuse > 1:
-            raise ValueError(f"got min_reuse={self.min_reuse}; accepted: above 0 and up to 1")
+        verify(self)
 
 
 @dataclass

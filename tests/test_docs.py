@@ -31,7 +31,7 @@ DOCS = ROOT / "docs"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 DOCUMENTS += sorted(ROOT.glob("examples/*/README.md"))
 # Folders whose files may name pages; add the packages whose docstrings name the present ones.
-NAMING_PAGES = ("examples", "tests")
+NAMING_PAGES = ("examples", "tests", "retention", "training", "eviction", "serving", "eval", "scripts")
 
 
 def name_of(path: Path) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
 
+from ...retention.checked import Count, Positive, verify
 from ..lazy_heap import LazyHeap
 from ..request import StorePolicy
 
@@ -30,20 +31,18 @@ class HintConfig:
         max_warned_fields: unknown fields remembered; beyond, there are no further warnings.
     """
 
-    max_ttl_s: float = 3600.0
-    default_ttl_s: float = 300.0
-    keep_priority: float = 0.9
-    far_steps: float = 16.0
-    max_reuse: float = 0.5
-    max_agents: int = 100_000
-    max_messages: int = 10_000
-    max_items: int = 1024
-    max_warned_fields: int = 1000
+    max_ttl_s: Positive = 3600.0
+    default_ttl_s: Positive = 300.0
+    keep_priority: Positive = 0.9
+    far_steps: Positive = 16.0
+    max_reuse: Positive = 0.5
+    max_agents: Count = 100_000
+    max_messages: Count = 10_000
+    max_items: Count = 1024
+    max_warned_fields: Count = 1000
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            if not 0 < getattr(self, each.name) < math.inf:
-                raise ValueError(f"got {each.name}={getattr(self, each.name)}; accepted: a finite number above 0")
+        verify(self)
 
     def bounded_ttl(self, seconds: float | None) -> float:
         """A lifetime in seconds: the default for None, cut to `max_ttl_s`."""

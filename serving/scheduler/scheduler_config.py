@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+from ...retention.checked import Count, Positive, verify
 
 
 @dataclass(frozen=True)
@@ -32,28 +33,25 @@ class SchedulerConfig:
         max_idle_branches: idle clients (and workflows of each) whose counters the fair queue remembers.
 
     Raises:
-        ValueError: a value that is not finite and above 0, or no more batched tokens than sequences.
+        ValueError: a value of another type or not above 0, or no more batched tokens than sequences.
     """
 
-    max_num_batched_tokens: int = 2048
-    prefill_chunk_size: int | None = None
-    max_num_seqs: int = 64
-    max_concurrent_loads: int = 16
-    max_queued_requests: int = 10_000
-    timeout_s: float = 600.0
-    allocation_patience_s: float = 5.0
-    load_timeout_factor: float = 2.0
-    max_refusals_per_step: int = 4
-    max_load_failures: int = 2
-    output_token_weight: float = 2
-    priority_window_s: float = 10.0
-    max_idle_branches: int = 10_000
+    max_num_batched_tokens: Count = 2048
+    prefill_chunk_size: Count | None = None
+    max_num_seqs: Count = 64
+    max_concurrent_loads: Count = 16
+    max_queued_requests: Count = 10_000
+    timeout_s: Positive = 600.0
+    allocation_patience_s: Positive = 5.0
+    load_timeout_factor: Positive = 2.0
+    max_refusals_per_step: Count = 4
+    max_load_failures: Count = 2
+    output_token_weight: Positive = 2
+    priority_window_s: Positive = 10.0
+    max_idle_branches: Count = 10_000
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"got {each.name}={value}; accepted: a finite number above 0")
+        verify(self)
         if self.max_num_batched_tokens <= self.max_num_seqs:
             raise ValueError(
                 f"got max_num_batched_tokens={self.max_num_batched_tokens} and max_num_seqs={self.max_num_seqs}; "

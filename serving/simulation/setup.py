@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from ...retention.checked import Count, NotNegative, NumbersToo, Positive, load_yaml, parse_yaml, read
 from ..prefetch import PrefetchConfig
 from ..scheduler.scheduler_config import SchedulerConfig
 from ..system import system_names
@@ -74,8 +75,92 @@ class SimulationSetup:
         return replace(self, policies=chosen)
 
 
+@dataclass(frozen=True)
+class MachineFields:
+    """A machine as a set-up has it: a card and a model of `cost_model`, and sizes in GB (10^9 bytes).
+
+    Attributes:
+        card_share: of the card's memory, for weights and KV; the KV's part is `pool_tokens` where that is given.
+        host_copy_gb_s: bytes are gathered in host memory at that rate before they cross the link, so the two times add
+            up; None: they are not.
+        copy_parts: of a node; None: it is copied layer by layer.
+    """
+
+    card: str = "h100"
+    model: str = "llama-3.1-8b"
+    card_share: float = 0.88
+    pool_tokens: float | None = None
+    host_gb: NotNegative = 0
+    disk_gb: NotNegative = 0
+    link_gb_s: NotNegative = 0
+    disk_gb_s: NotNegative = 0
+    host_copy_gb_s: Positive | None = None
+    latency_s: NotNegative = 0.0
+    compute_share: float = RooflineCosts.compute_share
+    memory_share: float = RooflineCosts.memory_share
+    overhead_s: float = RooflineCosts.overhead_s
+    page_size: Count = SimulatedMachine.page_size
+    copy_parts: Count | None = None
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    prefetch: PrefetchConfig | None = None
+
+    def machine(self) -> SimulatedMachine:
+        """The machine.
+
+        Raises:
+            ValueError: an unknown card or model, or one that does not fit in the other.
+        """
+        link = self.link_gb_s
+        if link > 0:
+            link = 1 / (1 / link + 1 / (self.host_copy_gb_s or math.inf))
+        links = Links(1e9 * link, 1e9 * self.disk_gb_s, self.latency_s)
+        shape = get_model_spec(self.model)
+        costs = RooflineCosts(get_card(self.card), shape, links, self.compute_share, self.memory_share, self.overhead_s)
+        rate = shape.kv_bytes_per_token
+        device = costs.pool_bytes(self.card_share) if self.pool_tokens is None else self.pool_tokens * rate
+        return SimulatedMachine(
+            costs,
+            links,
+            int(device),
+            int(1e9 * self.host_gb),
+            int(1e9 * self.disk_gb),
+            rate,
+            self.page_size,
+            self.copy_parts or shape.layers,
+            self.scheduler,
+            self.prefetch,
+        )
+
+
+@dataclass(frozen=True)
+class CellFields:
+    """A cell as a set-up has it, on top of the set-up's own machine and workload."""
+
+    name: Annotated[str, NumbersToo()] | float = ""
+    machine: Mapping[str, Any] | None = None
+    workload: Mapping[str, Any] | None = None
+    paper: Mapping[str, float] = field(default_factory=dict)
+    paper_policy: str = SimulationCell.paper_policy
+    why: str = SimulationCell.why
+
+
+@dataclass(frozen=True)
+class SetupFields:
+    """A set-up as its file has it; without cells, it is one itself."""
+
+    title: str | None = None
+    source: str = ""
+    machine: Mapping[str, Any] | None = None
+    workload: Mapping[str, Any] | None = None
+    cells: tuple[CellFields, ...] | None = None
+    policies: tuple[str, ...] = DEFAULT_POLICIES
+    baselines: tuple[str, ...] = SimulationSetup.baselines
+    repeats: Count = SimulationSetup.repeats
+    seed: int = SimulationSetup.seed
+
+
 def load_setup(path: str | Path, changes: Sequence[str] = ()) -> SimulationSetup:
-    """Reads a set-up; docs/simulator.md has the format.
+    """Reads a set-up; docs/reference/config.md has the format.
 
     Args:
         changes: settings as `machine.link_gb_s=4` that replace those of the set-up and of all its cells.
@@ -84,104 +169,66 @@ def load_setup(path: str | Path, changes: Sequence[str] = ()) -> SimulationSetup
         ImportError: PyYAML is missing; the message names the extra.
         ValueError: unknown names or wrong values; the message has the file's name.
     """
+    given = load_yaml(path, extra="simulate")
     try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("set-ups are YAML: pip install 'tenure[simulate]'") from error
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        given = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    try:
-        return read_setup(_changed(given, changes), Path(path).stem)
-    except (ValueError, TypeError) as error:
+        return read_setup(given, Path(path).stem, _parsed(changes))
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _changed(given: Any, changes: Sequence[str]) -> Any:
-    import yaml
-
+def _parsed(changes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The values of changes by section and key."""
+    found: dict[str, dict[str, Any]] = {"machine": {}, "workload": {}}
     for change in changes:
         name, _, value = change.partition("=")
         section, _, key = name.partition(".")
-        if section not in ("machine", "workload") or not key or not value:
+        if section not in found or not key or not value:
             raise ValueError(f"got the change {change!r:.60}; accepted: machine.KEY=VALUE or workload.KEY=VALUE")
-        try:
-            read = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"got the change {change!r:.60}, whose value is not YAML") from None
-        if isinstance(given, dict):
-            given[section] = {**(given.get(section) or {}), key: read}
-            for cell in given.get("cells") or []:
-                if isinstance(cell, dict):  # `read_setup` refuses others
-                    (cell.get(section) or {}).pop(key, None)
-    return given
+        found[section][key] = parse_yaml(value, f"the change {change!r:.60}", "simulate")
+    return found
 
 
-def read_setup(given: Any, name: str) -> SimulationSetup:
+def read_setup(given: Any, name: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> SimulationSetup:
     """A set-up from parsed YAML.
 
     Args:
         name: of the set-up, e.g. the file's stem.
+        changes: by "machine" and "workload", fields that replace those of the set-up and of all its cells.
 
     Raises:
         ValueError: unknown names or wrong values.
     """
-    _only(
-        given, {"title", "source", "machine", "workload", "cells", "policies", "baselines", "repeats", "seed"}, "set-up"
-    )
-    cells = tuple(_cell(each, given) for each in given.get("cells") or [{"name": name}])
-    options = {key: given[key] for key in ("repeats", "seed") if key in given}
-    options |= {key: tuple(given[key]) for key in ("policies", "baselines") if key in given}
-    return SimulationSetup(name, given.get("title", name), given.get("source", ""), cells, **options)
+    setup = read(SetupFields, given)
+    cells = []
+    for number, cell in enumerate(setup.cells or [CellFields(name)]):
+        parts = {
+            part: {**(getattr(setup, part) or {}), **(getattr(cell, part) or {}), **(changes or {}).get(part, {})}
+            for part in ("machine", "workload")
+        }
+        try:
+            found = read(_CellParts, parts)
+            machine = found.machine.machine()
+        except ValueError as error:
+            raise ValueError(f"cells[{number}]: {error}" if setup.cells else str(error)) from None
+        more = (cell.paper, cell.paper_policy, cell.why)
+        cells.append(SimulationCell(str(cell.name), machine, found.workload, *more))
+    title = name if setup.title is None else setup.title
+    runs = (setup.policies, setup.baselines, setup.repeats, setup.seed)
+    return SimulationSetup(name, title, setup.source, tuple(cells), *runs)
 
 
-def _cell(given: Any, setup: dict[str, Any]) -> SimulationCell:
-    _only(given, {"name", "machine", "workload", "paper", "paper_policy", "why"}, "cell")
-    machine = read_machine({**setup.get("machine", {}), **given.get("machine", {})})
-    workload = WorkloadConfig.read({**setup.get("workload", {}), **given.get("workload", {})})
-    more = {key: given[key] for key in ("paper", "paper_policy", "why") if key in given}
-    return SimulationCell(str(given.get("name", "")), machine, workload, **more)
+@dataclass(frozen=True)
+class _CellParts:
+    """A cell's machine and workload, with what the set-up has for all cells."""
+
+    machine: MachineFields
+    workload: WorkloadConfig
 
 
-def read_machine(given: dict[str, Any]) -> SimulatedMachine:
-    """A machine from parsed YAML: a card and a model of `cost_model`, and sizes in GB (10^9 bytes).
-
-    Nodes are copied layer by layer unless `copy_parts` is given. With `host_copy_gb_s`, bytes are gathered in host
-    memory at that rate before they cross the link, so the two times add up.
+def read_machine(given: Mapping[str, Any]) -> SimulatedMachine:
+    """A machine from parsed YAML, see `MachineFields`.
 
     Raises:
         ValueError: unknown names or wrong values.
     """
-    rates = {"compute_share", "memory_share", "overhead_s"}
-    sizes = {"card", "model", "card_share", "pool_tokens", "host_gb", "disk_gb", "link_gb_s", "disk_gb_s", "latency_s"}
-    others = {"host_copy_gb_s", "page_size", "copy_parts", "scheduler", "prefetch"}
-    _only(given, rates | sizes | others, "machine")
-    link, gathering = given.get("link_gb_s", 0), given.get("host_copy_gb_s", math.inf)
-    if not gathering > 0:
-        raise ValueError(f"got host_copy_gb_s={gathering}; accepted: a number above 0")
-    if link > 0:
-        link = 1 / (1 / link + 1 / gathering)
-    links = Links(1e9 * link, 1e9 * given.get("disk_gb_s", 0), given.get("latency_s", 0.0))
-    shape = get_model_spec(given.get("model", "llama-3.1-8b"))
-    costs = RooflineCosts(
-        get_card(given.get("card", "h100")), shape, links, **{key: given[key] for key in rates if key in given}
-    )
-    rate = shape.kv_bytes_per_token
-    device = given["pool_tokens"] * rate if "pool_tokens" in given else costs.pool_bytes(given.get("card_share", 0.88))
-    options = {"copy_parts": shape.layers, **{key: given[key] for key in ("page_size", "copy_parts") if key in given}}
-    for name, kind in (("scheduler", SchedulerConfig), ("prefetch", PrefetchConfig)):
-        if name in given:
-            _only(given[name], {each.name for each in fields(kind)}, f"machine's {name}")
-            options[name] = kind(**given[name])
-    host, disk = (int(1e9 * given.get(key, 0)) for key in ("host_gb", "disk_gb"))
-    return SimulatedMachine(costs, links, int(device), host, disk, rate, **options)
-
-
-def _only(given: Any, known: set[str], what: str) -> None:
-    if not isinstance(given, dict):
-        raise ValueError(f"got {type(given).__name__} for a {what}; accepted: a mapping")
-    unknown = sorted(given.keys() - known, key=str)
-    if unknown:
-        raise ValueError(f"a {what} has no {unknown[0]!r:.60}; accepted: {', '.join(sorted(known))}")
+    return read(MachineFields, given).machine()

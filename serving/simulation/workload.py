@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from ...retention.checked import Count, NotNegative, Range, read, shown, verify
 from ..workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
-DISTRIBUTIONS = ("constant", "uniform", "exponential", "lognormal", "pareto")
-SHAPES = ("ring", "branching", "fan")
+Share = Annotated[float, Range(0, 1)]
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,17 @@ class Distribution:
         ValueError: an unknown kind, or a mean or shape that it does not accept.
     """
 
-    mean: float
-    kind: str = "constant"
+    mean: NotNegative
+    kind: Literal["constant", "uniform", "exponential", "lognormal", "pareto"] = "constant"
     shape: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in DISTRIBUTIONS:
-            raise ValueError(f"got kind={self.kind!r:.60} for a distribution; accepted: {', '.join(DISTRIBUTIONS)}")
+        verify(self)
         low = {"uniform": 0 <= self.shape <= 1, "lognormal": self.shape >= 0, "pareto": self.shape > 1}
-        if not 0 <= self.mean < math.inf or not low.get(self.kind, True):
+        if not low.get(self.kind, True):
             raise ValueError(
-                f"got mean={self.mean}, shape={self.shape} for a {self.kind} distribution; accepted: a mean of 0 or "
-                "more, and a shape of 0 to 1 (uniform), 0 or more (lognormal), above 1 (pareto)"
+                f"got shape={self.shape} for a {self.kind} distribution; accepted: 0 to 1 (uniform), 0 or more "
+                "(lognormal), above 1 (pareto)"
             )
 
     @classmethod
@@ -54,11 +53,14 @@ class Distribution:
         Raises:
             ValueError: anything else.
         """
-        if isinstance(given, (int, float)) and not isinstance(given, bool):
-            return cls(float(given))
-        if isinstance(given, dict) and "mean" in given and given.keys() <= {"mean", "kind", "shape"}:
-            return cls(**given)
-        raise ValueError(f"got {given!r:.80} for a distribution; accepted: a number, or mean, kind and shape")
+        return read(cls, given)
+
+    @staticmethod
+    def shorthand(value: Any) -> Any:
+        """A number is the mean of a constant."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return {"mean": float(value)}
+        raise ValueError(f"got {shown(value)} for a distribution; accepted: a number, or mean, kind and shape")
 
     def sample(self, rng: random.Random) -> float:
         """One sample, at least 0."""
@@ -105,40 +107,26 @@ class WorkloadConfig:
         ValueError: a value outside its range.
     """
 
-    shape: str = "ring"
-    agents: int = 10
-    branches: int = 1
-    workflows: int = 1
+    shape: Literal["ring", "branching", "fan"] = "ring"
+    agents: Annotated[int, Range(2)] = 10
+    branches: Count = 1
+    workflows: Count = 1
     shared: bool = False
-    rounds: int = 10
+    rounds: Count = 10
     fixed_tokens: Distribution = field(default_factory=lambda: Distribution(4096))
     dynamic_tokens: Distribution = field(default_factory=lambda: Distribution(32))
     output_tokens: Distribution = field(default_factory=lambda: Distribution(32))
     tool_s: Distribution = field(default_factory=lambda: Distribution(0.0))
     start_s: Distribution = field(default_factory=lambda: Distribution(0.0))
-    mispredicted: float = 0.0
+    mispredicted: Share = 0.0
     habit: bool = False
-    noise: float = 0.0
-    changes: float = 0.0
-    adversaries: int = 0
-    vocab_size: int = 100_000
+    noise: NotNegative = 0.0
+    changes: Share = 0.0
+    adversaries: Annotated[int, Range(0)] = 0
+    vocab_size: Count = 100_000
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise ValueError(f"got shape={self.shape!r:.60} for a workload; accepted: {', '.join(SHAPES)}")
-        lowest = {"agents": 2, "branches": 1, "workflows": 1, "rounds": 1, "adversaries": 0, "vocab_size": 1}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"got {name}={value!r:.60} for a workload; accepted: a whole number from {low} up")
-        for name in ("shared", "habit"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"got {name}={getattr(self, name)!r:.60} for a workload; accepted: true or false")
-        if not (0 <= self.mispredicted <= 1 and 0 <= self.changes <= 1 and self.noise >= 0):
-            raise ValueError(
-                f"got mispredicted={self.mispredicted}, changes={self.changes}, noise={self.noise} for a workload; "
-                "accepted: chances from 0 to 1, a noise of 0 or more"
-            )
+        verify(self)
         if self.shape == "ring" and self.agents % self.branches:
             raise ValueError(
                 f"got {self.agents} agents and {self.branches} branches; accepted: a ring has as many at each stage"
@@ -151,19 +139,13 @@ class WorkloadConfig:
             raise ValueError(f"got {self.agents} agents for the shape {self.shape!r}; accepted: more than its branches")
 
     @classmethod
-    def read(cls, given: dict[str, Any]) -> WorkloadConfig:
+    def read(cls, given: Mapping[str, Any]) -> WorkloadConfig:
         """From YAML: a mapping with these names; distributions as in `Distribution.read`.
 
         Raises:
             ValueError: an unknown name or a wrong value.
         """
-        kinds = {each.name: each for each in fields(cls)}
-        unknown = given.keys() - kinds.keys()
-        if unknown:
-            raise ValueError(f"a workload has no {sorted(unknown)[0]!r:.60}; accepted: {', '.join(kinds)}")
-        spreads = {"fixed_tokens", "dynamic_tokens", "output_tokens", "tool_s", "start_s"}
-        values: dict[str, Any] = {name: Distribution.read(v) if name in spreads else v for name, v in given.items()}
-        return cls(**values)
+        return read(cls, given)
 
 
 @dataclass(frozen=True)

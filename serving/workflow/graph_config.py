@@ -5,18 +5,10 @@ Times marked "in 1/γ" are multiples of the discount time of `StepGraph`, see `G
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import Annotated
 
-
-def _check_positive(config: object, *, may_be_infinite: str = "") -> None:
-    """Raises ValueError for a numeric field that is not above 0, or is infinite and not `may_be_infinite`."""
-    for each in fields(config):  # type: ignore[arg-type]
-        value = getattr(config, each.name)
-        if not isinstance(value, (int, float)):
-            continue
-        if not value > 0 or (math.isinf(value) and each.name != may_be_infinite):
-            raise ValueError(f"got {each.name}={value}; accepted: a number above 0")
+from ...retention.checked import Count, OrInfinite, Positive, Range, verify
 
 
 @dataclass(frozen=True)
@@ -30,12 +22,12 @@ class DurationConfig:
         prior_weight: observations; what was known before counts as much as this many of them.
     """
 
-    memory: int = 32
-    wide_spread: float = 0.5
-    prior_weight: float = 3.0
+    memory: Count = 32
+    wide_spread: Positive = 0.5
+    prior_weight: Positive = 3.0
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        verify(self)
 
 
 @dataclass(frozen=True)
@@ -52,16 +44,16 @@ class TransitionConfig:
         min_validity: validity (0 to 1, see `PendingPredictions`) below which a pending prediction is dropped.
     """
 
-    edge_weight: float = 8.0
-    decay: float = 0.98
-    repeat_prior: float = 2.0
-    max_successors: int = 32
-    accuracy_prior: int = 5
-    accuracy_memory: int = 32
-    min_validity: float = 0.1
+    edge_weight: Positive = 8.0
+    decay: Positive = 0.98
+    repeat_prior: Positive = 2.0
+    max_successors: Count = 32
+    accuracy_prior: Count = 5
+    accuracy_memory: Count = 32
+    min_validity: Positive = 0.1
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        verify(self)
 
 
 @dataclass(frozen=True)
@@ -78,14 +70,14 @@ class ReuseConfig:
         min_pause: in 1/γ; a pause shorter than this is too short to load another prompt.
     """
 
-    tolerance: float = 1e-6
-    max_exact_targets: int = 128
-    drift: float = 0.01
-    max_age: float = 0.05
-    min_pause: float = 0.1
+    tolerance: Positive = 1e-6
+    max_exact_targets: Count = 128
+    drift: Positive = 0.01
+    max_age: Positive = 0.05
+    min_pause: Positive = 0.1
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        verify(self)
 
 
 @dataclass(frozen=True)
@@ -103,27 +95,16 @@ class MarkovConfig:
         max_sessions: open sessions; beyond, the least recently active counts as ended.
     """
 
-    decay: float = 0.98
-    prior: float = 0.5
-    min_probability: float = 0.02
-    resolution: float = 0.01
-    max_agents: int = 1000
-    max_successors: int = 32
-    max_sessions: int = 10_000
+    decay: Annotated[float, Range(0, 1, above=True)] = 0.98
+    prior: Positive = 0.5
+    min_probability: Annotated[float, Range(0, 1, above=True, below=True)] = 0.02
+    resolution: Positive = 0.01
+    max_agents: Annotated[int, Range(2)] = 1000
+    max_successors: Count = 32
+    max_sessions: Count = 10_000
 
     def __post_init__(self) -> None:
-        decay, prior, least = self.decay, self.prior, self.min_probability
-        if not (0 < decay <= 1 and prior > 0 and 0 < least < 1):
-            raise ValueError(
-                f"got decay={decay}, prior={prior}, min_probability={least}; accepted: 0 < decay <= 1, prior > 0, "
-                "0 < min_probability < 1"
-            )
-        if min(self.max_successors, self.max_sessions) < 1 or self.max_agents < 2:
-            raise ValueError(
-                f"got max_agents={self.max_agents}, max_successors={self.max_successors}, "
-                f"max_sessions={self.max_sessions}; accepted: 2 or more agents, 1 or more of the others"
-            )
-        _check_positive(self)
+        verify(self)
 
 
 @dataclass(frozen=True)
@@ -148,23 +129,23 @@ class GraphConfig:
         durations, transitions, reuse: of the parts.
     """
 
-    horizon: float = 64
-    discount_s: float | None = None
-    default_call_s: float = 5.0
-    max_workflows: int = 10_000
-    max_agents: int = 100_000
-    max_edges: int = 1_000_000
-    silence_s: float = 3600.0
-    discount_steps: float = 0.4
-    min_discount_s: float = 0.01
-    max_discount_s: float = 100.0
-    rate_hysteresis: float = 1.4
-    reload_weight: float = 0.001
-    slow_discount: float = 16.0
-    max_age: float = 8.0
+    horizon: Annotated[Positive, OrInfinite()] = 64
+    discount_s: Positive | None = None
+    default_call_s: Positive = 5.0
+    max_workflows: Count = 10_000
+    max_agents: Count = 100_000
+    max_edges: Count = 1_000_000
+    silence_s: Positive = 3600.0
+    discount_steps: Positive = 0.4
+    min_discount_s: Positive = 0.01
+    max_discount_s: Positive = 100.0
+    rate_hysteresis: Positive = 1.4
+    reload_weight: Positive = 0.001
+    slow_discount: Positive = 16.0
+    max_age: Positive = 8.0
     durations: DurationConfig = field(default_factory=DurationConfig)
     transitions: TransitionConfig = field(default_factory=TransitionConfig)
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
 
     def __post_init__(self) -> None:
-        _check_positive(self, may_be_infinite="horizon")
+        verify(self)

@@ -1,6 +1,6 @@
 """Converts dicts, JSON, YAML, networkx and LangGraph graphs to a `WorkflowSpec`.
 
-The document, as a dict, JSON or YAML (`docs/tiers.md` has an example)::
+The document, as a dict, JSON or YAML (`docs/concepts/step-graph.md` has an example)::
 
     workflow: name
     agents:
@@ -20,82 +20,85 @@ Unknown fields are ignored with one warning per document; invalid values raise V
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .spec import AgentSpec, EdgeSpec, WorkflowSpec, shown
+from ...retention.checked import DocumentLimits, NotNegative, parse_json, parse_yaml, read
+from .spec import AgentSpec, EdgeSpec, Join, Name, WorkflowSpec
 
 if TYPE_CHECKING:
     import networkx
-    from yaml import SafeLoader
 
 
-MAX_JSON, MAX_YAML = 16 << 20, 1 << 20  # characters accepted; YAML parses a hundred times slower
-WORKFLOW_FIELDS = ("workflow", "agents", "edges", "start")
-AGENT_FIELDS = ("join", "call_s", "call_spread_s", "pause_s", "pause_spread_s")
-EDGE_FIELDS = ("from", "to", "probability")
 LANGGRAPH_ENDS = ("__start__", "__end__")
+JSON_LIMITS = DocumentLimits(items=1 << 20, values=1 << 23)  # any workflow that fits in the characters of one text
+YAML_LIMITS = DocumentLimits(items=1 << 20)
+
+
+@dataclass(frozen=True)
+class AgentFields:
+    """An agent's fields in a document, which has the name as their key; see `AgentSpec`."""
+
+    join: Join = "or"
+    call_s: NotNegative | None = None
+    call_spread_s: NotNegative | None = None
+    pause_s: NotNegative | None = None
+    pause_spread_s: NotNegative | None = None
+
+
+@dataclass(frozen=True)
+class WorkflowDocument:
+    """The document at the top of this module."""
+
+    workflow: Name = "workflow"
+    agents: Mapping[str, AgentFields | None] | tuple[Name, ...] = ()
+    edges: tuple[EdgeSpec, ...] = ()
+    start: tuple[Name, ...] | None = None
 
 
 def workflow_from_dict(document: Mapping[str, Any]) -> WorkflowSpec:
     """Converts a document with the fields listed at the top of this module.
 
+    Only known fields are looked into, so aliases of a parsed YAML document are not followed further than these are
+    deep.
+
     Raises:
         ValueError: a field has an invalid type or value.
     """
     unknown: set[str] = set()
-    fields = _fields(document, WORKFLOW_FIELDS, "a workflow", unknown)
-    rows = fields.get("agents", {})
-    if isinstance(rows, Sequence) and not isinstance(rows, str):
-        rows = {_string(name, "an agent"): None for name in rows}
-    if not isinstance(rows, Mapping):
-        raise ValueError(f"got {_type(rows)} as agents; accepted: their names, or a mapping of names to fields")
-    agents = [
-        AgentSpec(name, **(_fields(row, AGENT_FIELDS, f"the agent {shown(name)}", unknown) if row is not None else {}))
-        for name, row in rows.items()
-    ]
-    edges = [_edge(row, unknown) for row in _list(fields.get("edges", []), "edges")]
-    reached = {edge.target for edge in edges}
-    start = _list(fields.get("start", [agent.name for agent in agents if agent.name not in reached]), "start")
-    name = fields.get("workflow", "workflow")
-    spec = WorkflowSpec(name, agents, edges, [_string(one, "an agent") for one in start])
-    _warn(unknown)
+    found = read(WorkflowDocument, document, "the workflow", unknown)
+    rows = found.agents if isinstance(found.agents, Mapping) else dict.fromkeys(found.agents)
+    agents = [AgentSpec(name, **(vars(fields) if fields is not None else {})) for name, fields in rows.items()]
+    start = found.start
+    if start is None:
+        reached = {edge.target for edge in found.edges}
+        start = [agent.name for agent in agents if agent.name not in reached]
+    spec = WorkflowSpec(found.workflow, agents, list(found.edges), list(start))
+    if unknown:
+        names = sorted({path.rpartition(".")[2] for path in unknown})
+        warnings.warn(f"unknown fields of a workflow are ignored: {', '.join(names[:10])}", stacklevel=2)
     return spec
 
 
 def workflow_from_json(text: str) -> WorkflowSpec:
-    """As `workflow_from_dict`, from JSON text of at most `MAX_JSON` characters.
+    """As `workflow_from_dict`, from JSON text within `JSON_LIMITS`.
 
     Raises:
         ValueError: invalid JSON, too long or too deeply nested, or an invalid field.
     """
-    _check_size(text, MAX_JSON)
-    try:
-        return workflow_from_dict(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the workflow is no JSON: {error}") from None
-    except RecursionError:
-        raise ValueError("the workflow's JSON is nested too deeply") from None
+    return workflow_from_dict(parse_json(text, "the workflow", JSON_LIMITS))
 
 
 def workflow_from_yaml(text: str) -> WorkflowSpec:
-    """As `workflow_from_dict`, from YAML text of at most `MAX_YAML` characters.
+    """As `workflow_from_dict`, from YAML text within `YAML_LIMITS`.
 
     Raises:
+        ImportError: PyYAML is missing.
         ValueError: invalid YAML, too long or too deeply nested, or an invalid field.
     """
-    import yaml
-
-    _check_size(text, MAX_YAML)
-    try:
-        return workflow_from_dict(yaml.load(text, _bounded_loader()))
-    except yaml.YAMLError as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"the workflow is no YAML: {first_line}") from None
-    except RecursionError:
-        raise ValueError("the workflow's YAML is nested too deeply") from None
+    return workflow_from_dict(parse_yaml(text, "the workflow", "simulate", YAML_LIMITS))
 
 
 def workflow_from_networkx(graph: networkx.Graph, name: str | None = None) -> WorkflowSpec:
@@ -171,17 +174,6 @@ def workflow_from_langgraph(graph: Any, name: str | None = None) -> WorkflowSpec
     )
 
 
-def _edge(row: Any, unknown: set[str]) -> EdgeSpec:
-    if isinstance(row, Mapping):
-        fields = _fields(row, EDGE_FIELDS, "an edge", unknown)
-        if "from" not in fields or "to" not in fields:
-            raise ValueError(f"got an edge with the fields {shown(list(row))}; accepted: from, to and probability")
-        return EdgeSpec(fields["from"], fields["to"], fields.get("probability", 1.0))
-    if isinstance(row, Sequence) and not isinstance(row, str) and len(row) in (2, 3):
-        return EdgeSpec(*row)
-    raise ValueError(f"got {shown(row)} as an edge; accepted: [from, to], [from, to, probability] or a mapping")
-
-
 def _same_cycle(edges: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
     """The edges that lie on a cycle."""
     import networkx
@@ -222,56 +214,5 @@ def _distinct_names(nodes: Iterable[Hashable]) -> dict[Hashable, str]:
     return names
 
 
-def _fields(row: Any, accepted: Sequence[str], what: str, unknown: set[str]) -> dict[str, Any]:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"got {_type(row)} for {what}; accepted: a mapping with the fields {', '.join(accepted)}")
-    unknown.update(str(field)[:60] for field in row if field not in accepted)
-    return {field: row[field] for field in accepted if field in row}
-
-
-def _list(value: Any, what: str) -> Sequence[Any]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"got {_type(value)} as {what}; accepted: a list")
-    return value
-
-
-def _string(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"got {shown(value)} as the name of {what}; accepted: a string")
-    return value
-
-
 def _type(value: Any) -> str:
     return type(value).__name__
-
-
-def _bounded_loader() -> type[SafeLoader]:
-    """YAML's safe loader with a bound of `MAX_YAML` fields on merge keys (`<<: [*a, *a]`), which copy their targets."""
-    import yaml
-
-    class BoundedLoader(yaml.SafeLoader):
-        added = 0
-
-        def flatten_mapping(self, node: yaml.MappingNode) -> None:
-            for key, value in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":
-                    for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                        if isinstance(part, yaml.MappingNode):
-                            self.flatten_mapping(part)
-                            self.added += len(part.value)
-                if self.added > MAX_YAML:
-                    raise ValueError(f"the workflow's merge keys add more than {MAX_YAML} fields")
-            super().flatten_mapping(node)
-
-    return BoundedLoader
-
-
-def _check_size(text: str, limit: int) -> None:
-    if len(text) > limit:
-        raise ValueError(f"got a workflow of {len(text)} characters; accepted: up to {limit}")
-
-
-def _warn(unknown: set[str]) -> None:
-    if unknown:
-        shown = ", ".join(sorted(unknown)[:10])
-        warnings.warn(f"unknown fields of a workflow are ignored: {shown}", stacklevel=3)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from ..request import check_name, shown
+from ...retention.checked import Named, NotNegative, Range, Size, verify
+from ..request import MAX_NAME, check_name, shown
 
 JOINS = ("or", "and")
+Join = Literal["or", "and"]
+Name = Annotated[str, Size(1, MAX_NAME)]
 
 
 def check_probability(probability: object) -> float:
@@ -35,24 +38,15 @@ class AgentSpec:
         ValueError: an invalid name, join or number of seconds.
     """
 
-    name: str
-    join: str = "or"
-    call_s: float | None = None
-    call_spread_s: float | None = None
-    pause_s: float | None = None
-    pause_spread_s: float | None = None
+    name: Name
+    join: Join = "or"
+    call_s: NotNegative | None = None
+    call_spread_s: NotNegative | None = None
+    pause_s: NotNegative | None = None
+    pause_spread_s: NotNegative | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name, "an agent")
-        if self.join not in JOINS:
-            raise ValueError(f"got join={shown(self.join)} for the agent {self.name!r}; accepted: {' or '.join(JOINS)}")
-        for field in ("call_s", "call_spread_s", "pause_s", "pause_spread_s"):
-            value = getattr(self, field)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and 0 <= value <= sys.float_info.max):
-                raise ValueError(
-                    f"got {field}={shown(value)} for the agent {self.name!r}; accepted: seconds, 0 or more and finite"
-                )
+        verify(self, f"agents.{str(self.name)[:60]}" if isinstance(self.name, str) else "agent")
 
 
 @dataclass(frozen=True)
@@ -66,14 +60,19 @@ class EdgeSpec:
         ValueError: an invalid name, or a probability outside (0, 1].
     """
 
-    source: str
-    target: str
-    probability: float = 1.0
+    source: Annotated[Name, Named("from")]
+    target: Annotated[Name, Named("to")]
+    probability: Annotated[float, Range(0, 1, above=True)] = 1.0
 
     def __post_init__(self) -> None:
-        check_name(self.source, "an edge's source")
-        check_name(self.target, "an edge's target")
-        check_probability(self.probability)
+        verify(self, "edge")
+
+    @staticmethod
+    def shorthand(value: Any) -> Any:
+        """`[from, to]` or `[from, to, probability]` in a document."""
+        if isinstance(value, list | tuple) and len(value) in (2, 3):
+            return dict(zip(("from", "to", "probability"), value, strict=False))
+        raise ValueError(f"got {shown(value)} as an edge; accepted: [from, to], [from, to, probability] or a mapping")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -12,7 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenure.eviction import Knorm, Policy, SnapKV, evict
-from tenure.eviction.plan import Budget, BudgetLayout, EvictionPlan, allocate, apportion, pyramid
+from tenure.eviction.plan import (
+    Budget,
+    BudgetLayout,
+    EvictionPlan,
+    ProtectedTokens,
+    allocate,
+    apportion,
+    plan_from_json,
+    plan_to_json,
+    pyramid,
+)
+from tenure.eviction.policies.registry import get_policy
 from tenure.eviction.storage.segment_store import StorageConfig
 
 ONE = BudgetLayout((1,), 100)
@@ -204,3 +216,29 @@ def test_600_tokens_under_32_entries_a_head_without_growth(tiny_model, gates_for
     assert 620 // (buffer + 1) <= report.evictions - 1 <= 620 // buffer + 1, "one eviction in `buffer` tokens"
     assert report.peak_entries <= max(50, 32 + buffer + 1) * 6
     assert len(shapes) == 6, "the budget is shared out anew between layers and heads"
+
+
+def test_a_plan_returns_from_json_as_it_was():
+    protect = ProtectedTokens.of([(0, 4), (9, 12)])
+    plan = EvictionPlan(get_policy("snapkv", window=16), Budget("512MiB"), "layer", floor=0.25, protect=protect)
+    document = json.loads(json.dumps(plan_to_json(plan)))
+    assert plan_from_json(document, ()) == plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sinks": "4"}, "the plan: got '4' as sinks; accepted: a whole number"),
+        ({"budget": True}, "got True as budget; accepted: a number or text"),
+        ({"budget": 1.5}, "budget 1.5 is out of range"),
+        ({"scope": "row"}, "unknown scope 'row'; known: global"),
+        ({"policy": {"name": "snapkv"}}, "policy lacks options; accepted fields: name, options"),
+        ({"policy": {"name": "mine", "options": {}}}, "unknown policy 'mine'; known: "),
+        ({"protect": {"rows": [[[0, 1, 2]]]}}, r"got a list of 3 as protect.rows\[0\]\[0\]; accepted: a list of 2"),
+        ({"late": 1}, "got unknown fields late; accepted: policy, budget"),
+    ],
+)
+def test_json_that_is_no_plan(changes, message):
+    document = plan_to_json(EvictionPlan(get_policy("snapkv"), Budget(0.5), "global"))
+    with pytest.raises(ValueError, match=message):
+        plan_from_json(document | changes, ())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from tenure.retention.checked import (
     DocumentLimits,
     Named,
     NumbersToo,
+    OrInfinite,
     Range,
     Size,
     bounded,
@@ -117,7 +120,7 @@ def test_values_come_back_as_they_were() -> None:
         ({"edges": [["a" * 9, "b"]]}, r"got 'aaaaaaaaa' as edges\[0\].from; accepted: text of 1 to 8 characters"),
         ({"agents": {"a": {"card": 3}}}, "got 3 as agents.a.card; accepted: text"),
         ({"agents": "a"}, "got 'a' as agents; accepted: a mapping or a list"),
-        ({"options": {3: 4}}, "got a dict as options; accepted: a mapping"),
+        ({"options": {3: 4}}, "got 3 as a field's name in options; accepted: text"),
         ({"on": 1}, "got 1 as on; accepted: true or false"),
         ({"seconds": -1}, "got -1 as seconds; accepted: a number of 0 or more or nothing"),
         ({"name": "n" * 99, "steps": "s" * 99}, r"got 's{60}'… as steps"),
@@ -242,3 +245,37 @@ def test_plain_values_are_copied_and_nothing_else_escapes(value: Any) -> None:
             read(Plan, document)
         except ValueError as error:
             assert len(str(error)) < 2000
+
+
+@dataclass(frozen=True)
+class Times:
+    seconds: float
+    calls: int = 1
+    limit: Annotated[float, Range(0, above=True), OrInfinite()] = math.inf
+    edges: tuple[Edge, ...] = ()
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    given: tuple[Any, ...] = (numpy.float64(2.5), numpy.int64(3), numpy.float32(0.5))
+    times = Times(*given)
+    verify(times)
+    assert (times.seconds, times.calls, times.limit) == (2.5, 3, 0.5)
+    assert {type(times.seconds), type(times.limit)} == {float} and type(times.calls) is int
+    with pytest.raises(ValueError, match=r"got a bool.* as calls"):
+        verify(Times(1.0, *numpy.array([True])))
+
+
+def test_an_infinity_is_accepted_only_where_it_may_be():
+    verify(Times(1.0, limit=math.inf))
+    for limit in (0, -math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"got {limit} as task.limit; accepted: a number above 0"):
+            verify(Times(1.0, limit=limit), "task")
+    with pytest.raises(ValueError, match="got inf as seconds; accepted: a number"):
+        verify(Times(math.inf))
+
+
+def test_whole_numbers_beyond_any_float_are_refused_as_floats():
+    with pytest.raises(ValueError, match="got a whole number of 1329 bits as seconds; accepted: a number"):
+        read(Times, {"seconds": 10**400})
+    with pytest.raises(ValueError, match=r"got a whole number of 16610 bits as steps; accepted: a whole number"):
+        read(Plan, {"name": "a", "steps": 10**5000})

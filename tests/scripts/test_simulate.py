@@ -117,10 +117,10 @@ def test_the_study_is_shown_and_written(setup: Path, tmp_path: Path, capsys: pyt
         (["SETUP", "--policies", "best"], 1, "unknown policy 'best'"),
         (["absent.yaml"], 1, "absent.yaml"),
         (["SETUP", "--set", "link=2"], 1, "got the change 'link=2'; accepted: machine.KEY=VALUE or workload.KEY=VALUE"),
-        (["SETUP", "--set", "workload.tool_s={"], 1, "got the change 'workload.tool_s={', whose value is not YAML"),
-        (["SETUP", "--set", "machine.scheduler=3"], 1, "got int for a machine's scheduler; accepted: a mapping"),
-        (["SETUP", "--set", "machine.scheduler={run: 3}"], 1, "a machine's scheduler has no 'run'; accepted: "),
-        (["SETUP", "--set", "machine.link=2"], 1, "small.yaml: a machine has no 'link'"),
+        (["SETUP", "--set", "workload.tool_s={"], 1, "the change 'workload.tool_s={' is not YAML"),
+        (["SETUP", "--set", "machine.scheduler=3"], 1, "as machine.scheduler; accepted: a mapping of max_num_b"),
+        (["SETUP", "--set", "machine.scheduler={run: 3}"], 1, "got unknown fields run in machine.scheduler; accepted:"),
+        (["SETUP", "--set", "machine.link=2"], 1, "small.yaml: cells[0]: got unknown fields link"),
     ],
 )
 def test_wrong_flags_are_told(

@@ -241,5 +241,5 @@ def test_tuned_numbers_are_checked(kind):
     for each in dataclasses.fields(kind):
         if isinstance(each.default, (int, float)):
             for value in (0, math.inf):
-                with pytest.raises(ValueError, match=f"got {each.name}={value}; accepted: a finite number above 0"):
+                with pytest.raises(ValueError, match=f"got {value} as {each.name}; accepted: a (whole )?number"):
                     kind(**{each.name: value})

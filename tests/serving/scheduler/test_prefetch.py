@@ -326,7 +326,7 @@ def test_an_unlikely_call_is_prefetched_only_when_it_is_near(make_driver, prompt
 
 
 def test_limits_are_checked():
-    with pytest.raises(ValueError, match="got max_device_fraction=0; accepted: a finite number above 0"):
+    with pytest.raises(ValueError, match="got 0 as max_device_fraction; accepted: a number above 0"):
         PrefetchConfig(max_device_fraction=0)
-    with pytest.raises(ValueError, match="got min_reuse=2; accepted: above 0 and up to 1"):
+    with pytest.raises(ValueError, match="got 2 as min_reuse; accepted: a number above 0 and up to 1"):
         PrefetchConfig(min_reuse=2)

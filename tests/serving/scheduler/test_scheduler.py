@@ -300,7 +300,7 @@ def test_requests_are_checked(fields, message):
 
 
 def test_the_config_is_checked():
-    with pytest.raises(ValueError, match="got max_num_batched_tokens=0"):
+    with pytest.raises(ValueError, match="got 0 as max_num_batched_tokens; accepted: a whole number of 1 or more"):
         SchedulerConfig(max_num_batched_tokens=0)
     with pytest.raises(ValueError, match="=64 and max_num_seqs=64; accepted: more tokens than sequences"):
         SchedulerConfig(max_num_batched_tokens=64)

@@ -106,13 +106,13 @@ def test_hostile_clients_say_that_everybody_comes_next() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"shape": "star"}, "shape='star'.*accepted: ring, branching, fan"),
-        ({"agents": 1}, "agents=1 .*accepted: a whole number from 2 up"),
-        ({"mispredicted": 1.5}, "mispredicted=1.5.*accepted: chances from 0 to 1"),
+        ({"shape": "star"}, "got 'star' as shape; accepted: ring, branching, fan"),
+        ({"agents": 1}, "got 1 as agents; accepted: a whole number of 2 or more"),
+        ({"mispredicted": 1.5}, "got 1.5 as mispredicted; accepted: a number from 0 to 1"),
         ({"branches": 3}, "10 agents and 3 branches"),
         ({"shape": "fan", "changes": 0.1}, "a fan accepts"),
         ({"shape": "branching", "agents": 3, "branches": 3}, "accepted: more than its branches"),
-        ({"colour": 1}, "a workload has no 'colour'"),
+        ({"colour": 1}, "got unknown fields colour; accepted: shape, agents"),
         ({"tool_s": "long"}, "got 'long' for a distribution"),
         ({"tool_s": {"mean": 1, "kind": "pareto", "shape": 1}}, "above 1 .pareto."),
         ({"tool_s": {"mean": 1, "kind": "zipf"}}, "accepted: constant, uniform"),

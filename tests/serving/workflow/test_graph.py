@@ -401,7 +401,7 @@ def test_declarations_are_bounded():
         flow.add_edge("a0", "a2")
     flow.remove_edge("a0", "a1")
     flow.add_edge("a0", "a2")
-    with pytest.raises(ValueError, match="a string of 1 to 256 characters"):
+    with pytest.raises(ValueError, match="accepted: text of 1 to 256 characters"):
         flow.add_agent("x" * 257)
 
 
@@ -421,8 +421,8 @@ def test_declarations_are_bounded():
         (lambda g: g["ring"].add_edge("a0", "a1", 0), "got 0 as the probability of an edge; accepted"),
         (lambda g: g["ring"].add_edge("a0", "a1", math.nan), "got nan as the probability of an edge; accepted"),
         (lambda g: [g["ring"].start("a1", 7) for _ in "ab"], "the call 7 of 'a1' in the workflow 'ring' has started"),
-        (lambda g: GraphConfig(horizon=0), "got horizon=0; accepted: a number above 0"),
-        (lambda g: GraphConfig(discount_s=math.inf), "got discount_s=inf; accepted: a number above 0"),
+        (lambda g: GraphConfig(horizon=0), "got 0 as horizon; accepted: a number above 0"),
+        (lambda g: GraphConfig(discount_s=math.inf), "got inf as discount_s; accepted: a number above 0"),
     ],
 )
 def test_invalid_calls_are_refused(call, message):
@@ -440,7 +440,7 @@ def test_invalid_calls_are_refused(call, message):
         (["a"], [("a", "b")], [], "names 'b', which is none of its agents"),
         (["a"], [("a", "a"), ("a", "a")], [], "has the edge from 'a' to 'a' twice"),
         (["a"], [], ["b"], "starts at 'b', which is none of its agents"),
-        (["", "a"], [], [], "one of 0 characters as the name of an agent"),
+        (["", "a"], [], [], "got '' as agents..name; accepted: text of 1 to 256 characters"),
     ],
 )
 def test_invalid_specs_are_refused(agents, edges, start, message):
@@ -453,9 +453,9 @@ def test_tuned_numbers_are_checked(kind):
     """Every field with a number refuses 0, and only the horizon may be infinite."""
     for each in dataclasses.fields(kind):
         if isinstance(each.default, (int, float)):
-            with pytest.raises(ValueError, match=f"got .*{each.name}=0.*accepted: "):
+            with pytest.raises(ValueError, match=f"got 0 as {each.name}; accepted: a "):
                 kind(**{each.name: 0})
             if each.name != "horizon":
-                with pytest.raises(ValueError, match=f"got .*{each.name}=inf.*accepted: "):
+                with pytest.raises(ValueError, match=f"got inf as {each.name}; accepted: a "):
                     kind(**{each.name: math.inf})
     assert GraphConfig(horizon=math.inf).horizon == math.inf

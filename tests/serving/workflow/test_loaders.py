@@ -8,12 +8,12 @@ import time
 import warnings
 
 import networkx
+import numpy
 import pytest
 
+from tenure.retention.checked import LIMITS
 from tenure.serving.workflow.graph import StepGraph
 from tenure.serving.workflow.loaders import (
-    MAX_JSON,
-    MAX_YAML,
     workflow_from_dict,
     workflow_from_json,
     workflow_from_langgraph,
@@ -22,6 +22,7 @@ from tenure.serving.workflow.loaders import (
 )
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
+MAX_JSON, MAX_YAML = LIMITS.json_characters, LIMITS.yaml_characters
 YAML = """
 workflow: report
 agents:
@@ -112,27 +113,29 @@ def test_unknown_fields_are_warned_about_once():
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        (None, "got NoneType for a workflow; accepted: a mapping with the fields workflow, agents, edges, start"),
-        ([], "got list for a workflow"),
-        ({"agents": "abc"}, "got str as agents; accepted: their names, or a mapping"),
-        ({"agents": ["a", 1]}, "got 1 as the name of an agent"),
-        ({"agents": {1: {}}}, "got 1 as the name of an agent; accepted: a string of 1 to 256"),
-        ({"agents": {"a": 3}}, "got int for the agent 'a'; accepted: a mapping with the fields join"),
-        ({"agents": {"a": {"join": "xor"}}}, "got join='xor' for the agent 'a'; accepted: or or and"),
-        ({"agents": {"a": {"join": ["or"]}}}, r"got join=\['or'\] for the agent 'a'"),
-        ({"agents": {"a": {"call_s": -1}}}, "got call_s=-1 for the agent 'a'; accepted: seconds"),
-        ({"agents": {"a": {"call_s": math.nan}}}, "got call_s=nan for the agent 'a'"),
-        ({"agents": {"a": {"call_s": 10**400}}}, "got call_s=10000.*000 for the agent 'a'; accepted: seconds"),
-        ({"agents": {"a": {"pause_s": "1"}}}, "got pause_s='1' for the agent 'a'"),
-        ({"agents": ["a"], "edges": "ab"}, "got str as edges; accepted: a list"),
-        ({"agents": ["a"], "edges": [["a"]]}, r"got \['a'\] as an edge; accepted: \[from, to\]"),
-        ({"agents": ["a"], "edges": [{"from": "a"}]}, r"got an edge with the fields \['from'\]; accepted: from, to"),
-        ({"agents": ["a"], "edges": [["a", "a", 1.5]]}, "got 1.5 as the probability of an edge; accepted"),
-        ({"agents": ["a"], "edges": [["a", "a", True]]}, "got True as the probability of an edge; accepted"),
-        ({"agents": ["a"], "edges": [["a", ["b"]]]}, r"got \['b'\] as the name of an edge's target"),
-        ({"agents": ["a"], "start": "a"}, "got str as start; accepted: a list"),
-        ({"agents": ["a"], "start": [["a"]]}, r"got \['a'\] as the name of an agent; accepted: a string"),
-        ({"workflow": 7, "agents": []}, "got 7 as the name of a workflow"),
+        (None, "the workflow: got nothing as the document; accepted: a mapping of workflow, agents, edges, start"),
+        ([], "got a list as the document; accepted: a mapping of workflow, agents, edges, start"),
+        ({"agents": "abc"}, "got 'abc' as agents; accepted: a mapping or a list of items that are each text"),
+        ({"agents": ["a", 1]}, r"got 1 as agents\[1\]; accepted: text of 1 to 256 characters"),
+        ({"agents": {1: {}}}, "got 1 as a field's name in agents; accepted: text"),
+        ({"agents": {"": {}}}, "got '' as agents..name; accepted: text of 1 to 256 characters"),
+        ({"agents": {"a" * 300: {}}}, r"got 'a{60}'… as agents.a{60}.name; accepted: text of 1 to 256 characters"),
+        ({"agents": {"a": 3}}, "got 3 as agents.a; accepted: a mapping of join, call_s, .* or nothing"),
+        ({"agents": {"a": {"join": "xor"}}}, "got 'xor' as agents.a.join; accepted: or, and"),
+        ({"agents": {"a": {"join": ["or"]}}}, "got a list as agents.a.join; accepted: or, and"),
+        ({"agents": {"a": {"call_s": -1}}}, "got -1 as agents.a.call_s; accepted: a number of 0 or more or nothing"),
+        ({"agents": {"a": {"call_s": math.nan}}}, "got nan as agents.a.call_s; accepted: a number of 0 or more"),
+        ({"agents": {"a": {"call_s": 10**400}}}, "got a whole number of 1329 bits as agents.a.call_s; accepted: a num"),
+        ({"agents": {"a": {"pause_s": "1"}}}, "got '1' as agents.a.pause_s; accepted: a number"),
+        ({"agents": ["a"], "edges": "ab"}, "got 'ab' as edges; accepted: a list of items that are each a mapping"),
+        ({"agents": ["a"], "edges": [["a"]]}, r"edges\[0\]: got \['a'\] as an edge; accepted: \[from, to\], "),
+        ({"agents": ["a"], "edges": [{"from": "a"}]}, r"edges\[0\] lacks to; accepted fields: from, to, probability"),
+        ({"agents": ["a"], "edges": [["a", "a", 1.5]]}, r"got 1.5 as edges\[0\].probability; accepted: a number above"),
+        ({"agents": ["a"], "edges": [["a", "a", True]]}, r"got True as edges\[0\].probability; accepted: a number"),
+        ({"agents": ["a"], "edges": [["a", ["b"]]]}, r"got a list as edges\[0\].to; accepted: text of 1 to 256"),
+        ({"agents": ["a"], "start": "a"}, "got 'a' as start; accepted: a list of items that are each text"),
+        ({"agents": ["a"], "start": [["a"]]}, r"got a list as start\[0\]; accepted: text of 1 to 256 characters"),
+        ({"workflow": 7, "agents": []}, "got 7 as workflow; accepted: text of 1 to 256 characters"),
     ],
 )
 def test_documents_that_are_none(document, message):
@@ -143,24 +146,24 @@ def test_documents_that_are_none(document, message):
 @pytest.mark.parametrize(
     ("read", "text", "message"),
     [
-        (workflow_from_json, "{", "the workflow is no JSON: Expecting property name"),
-        (workflow_from_json, "[" * 100_000, "the workflow's JSON is nested too deeply"),
-        (workflow_from_yaml, "{", "the workflow is no YAML: while parsing a flow"),
-        (workflow_from_yaml, "[" * 1500, "the workflow's YAML is nested too deeply"),
+        (workflow_from_json, "{", "the workflow is not JSON: Expecting property name"),
+        (workflow_from_json, "[" * 100_000, "the workflow is nested too deeply; accepted: up to 32 levels"),
+        (workflow_from_yaml, "{", "the workflow is not YAML: while parsing a flow"),
+        (workflow_from_yaml, "[" * 1500, "the workflow is nested too deeply; accepted: up to 32 levels"),
         (
             workflow_from_yaml,
             "agents: !!python/object/apply:os.getcwd []",
-            "the workflow is no YAML: could not determine a const",
+            "the workflow is not YAML: could not determine a const",
         ),
         (
             workflow_from_json,
             " " * (MAX_JSON + 1),
-            f"got a workflow of {MAX_JSON + 1} characters; accepted: up to {MAX_JSON}",
+            f"got the workflow of {MAX_JSON + 1} characters; accepted: up to {MAX_JSON}",
         ),
         (
             workflow_from_yaml,
             " " * (MAX_YAML + 1),
-            f"got a workflow of {MAX_YAML + 1} characters; accepted: up to {MAX_YAML}",
+            f"got the workflow of {MAX_YAML + 1} characters; accepted: up to {MAX_YAML}",
         ),
     ],
 )
@@ -181,13 +184,13 @@ def nested(levels: int) -> list:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"agents": {"a": {"join": nested(9)}}}, r"^got join=\[\[\[.{50,60} for the agent 'a'; accepted: or"),
-        ({"agents": {"a": {"call_s": nested(9)}}}, r"^got call_s=\[\[\[.{50,60} for the agent 'a'; accepted: seconds"),
-        ({"agents": [nested(9)]}, r"^got \[\[\[.{50,60} as the name of an agent; accepted: a string"),
-        ({"agents": ["a"], "edges": [nested(9)]}, r"^got \[\[\[.{50,60} as an edge; accepted: \[from, to\]"),
-        ({"agents": ["a"], "edges": [["a", nested(9)]]}, r"^got \[\[\[.{50,60} as the name of an edge's target"),
-        ({"agents": ["a"], "edges": [["a", "a", nested(9)]]}, r"^got \[\[\[.{50,60} as the probability of an edge"),
-        ({"workflow": nested(9), "agents": []}, r"^got \[\[\[.{50,60} as the name of a workflow"),
+        ({"agents": {"a": {"join": nested(9)}}}, "got a list as agents.a.join; accepted: or, and"),
+        ({"agents": {"a": {"call_s": nested(9)}}}, "got a list as agents.a.call_s; accepted: a number"),
+        ({"agents": [nested(9)]}, r"got a list as agents\[0\]; accepted: text"),
+        ({"agents": ["a"], "edges": [nested(9)]}, r"edges\[0\]: got \[\[\[.{50,60} as an edge; accepted: \[from, to\]"),
+        ({"agents": ["a"], "edges": [["a", nested(9)]]}, r"got a list as edges\[0\].to; accepted: text"),
+        ({"agents": ["a"], "edges": [["a", "a", nested(9)]]}, r"got a list as edges\[0\].probability; accepted: a num"),
+        ({"workflow": nested(9), "agents": []}, "got a list as workflow; accepted: text"),
     ],
 )
 def test_a_billion_nested_items_are_refused_at_once(document, message):
@@ -209,8 +212,8 @@ def aliases(levels: int, item: str, nest: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (aliases(10, "a", "[%s]"), r"^got join=\[\[\[.{50,60} for the agent 'a'; accepted: or"),
-        (aliases(10, "{a: 1}", "{<<: [%s]}"), f"^the workflow's merge keys add more than {MAX_YAML} fields"),
+        (aliases(10, "a", "[%s]"), "got more than 1048576 values in the workflow; accepted: up to 1048576"),
+        (aliases(10, "{a: 1}", "{<<: [%s]}"), "got merge keys that add more than 1048576 fields to the workflow"),
     ],
 )
 def test_yaml_aliases_that_stand_for_a_billion_items(text, message):
@@ -223,6 +226,22 @@ def test_yaml_merge_keys():
     text = "agents: {a: &slow {call_s: 9, join: and}, b: {<<: *slow, call_s: 8}, c: {<<: [*slow, {pause_s: 1}]}}"
     agents = [AgentSpec("a", "and", 9), AgentSpec("b", "and", 8), AgentSpec("c", "and", 9, pause_s=1)]
     assert workflow_from_yaml(text).agents == agents
+
+
+def test_large_workflows_are_read():
+    """More agents and edges than one list of another document may have."""
+    names = [f"a{number}" for number in range(70_000)]
+    document = {"agents": names, "edges": [[names[0], name] for name in names[1:]]}
+    spec = workflow_from_json(json.dumps(document))
+    assert len(spec.agents) == 70_000 and len(spec.edges) == 69_999 and spec.start == ["a0"]
+
+
+def test_unknown_attributes_of_networkx_may_be_anything():
+    graph = networkx.DiGraph()
+    graph.add_node("a", call_s=numpy.float64(2.5), pos=numpy.zeros(2), size=math.inf)
+    with pytest.warns(UserWarning, match="unknown fields of a workflow are ignored: pos, size"):
+        spec = workflow_from_networkx(graph)
+    assert spec.agents == [AgentSpec("a", call_s=2.5)] and spec.start == ["a"]
 
 
 def test_what_is_no_langgraph():

@@ -132,8 +132,8 @@ def test_a_graph_without_room_for_edges_still_counts_calls():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decay": 0.0}, "got decay=0.0, prior=0.5, min_probability=0.02; accepted: 0 < decay <= 1"),
-        ({"max_agents": 1}, "got max_agents=1, .* accepted: 2 or more agents"),
+        ({"decay": 0.0}, "got 0.0 as decay; accepted: a number above 0 and up to 1"),
+        ({"max_agents": 1}, "got 1 as max_agents; accepted: a whole number of 2 or more"),
     ],
 )
 def test_options_that_make_no_sense(options, message):

@@ -63,14 +63,20 @@ def test_a_batch_that_waits_for_loads_can_be_slower_than_no_tier() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"machine": {"host_copy_gb_s": 0}}, "got host_copy_gb_s=0; accepted: a number above 0"),
-        ({"machines": {}}, "a set-up has no 'machines'; accepted: baselines, cells"),
-        ({"machine": {"gpu": 1}}, "a machine has no 'gpu'"),
+        ({"machine": {"host_copy_gb_s": 0}}, "got 0 as machine.host_copy_gb_s; accepted: a number above 0 or nothing"),
+        ({"machines": {}}, r"got unknown fields machines \(meant is perhaps machine\); accepted: title, source"),
+        ({"machine": {"gpu": 1}}, "got unknown fields gpu in machine; accepted: card, model"),
+        ({"machine": [1]}, "got a list as machine; accepted: a mapping or nothing"),
+        ({"cells": 5}, "got 5 as cells; accepted: a list of items that are each a mapping of name, machine"),
+        ({"cells": [{}, {"machine": {"card": "b1"}}]}, r"cells\[1\]: unknown card 'b1'; known: h100"),
+        ({"machine": {"scheduler": {"seqs": 1}}}, "got unknown fields seqs in machine.scheduler; accepted: max_num_b"),
+        ({"workload": {"tool_s": {"mean": -1}}}, "got -1 as workload.tool_s.mean; accepted: a number of 0 or more"),
+        ({"workload": {"tool_s": "x"}}, "workload.tool_s: got 'x' for a distribution; accepted: a number, or mean"),
         ({"policies": ["lru", "best"]}, "unknown policy 'best'; known: lru"),
         ({"policies": ["lru"]}, "the baseline 'lru_reactive' is not among the policies lru"),
-        ({"repeats": 0}, "0 repeats; accepted: 1 or more"),
-        ([], "got list for a set-up; accepted: a mapping"),
-        ({"machine": {"scheduler": {"max_num_seqs": 0}}}, "max_num_seqs=0"),
+        ({"repeats": 0}, "got 0 as repeats; accepted: a whole number of 1 or more"),
+        ([], "got a list as the document; accepted: a mapping of title, source, machine"),
+        ({"machine": {"scheduler": {"max_num_seqs": 0}}}, "got 0 as machine.scheduler.max_num_seqs; accepted: "),
     ],
 )
 def test_wrong_set_ups_are_refused(given, message: str) -> None:
@@ -83,8 +89,22 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"bad\.yaml is not YAML"):
         load_setup(tmp_path / "bad.yaml")
     (tmp_path / "odd.yaml").write_text("cells:\n- size: 1\n")
-    with pytest.raises(ValueError, match=r"odd\.yaml: a cell has no 'size'"):
+    with pytest.raises(ValueError, match=r"odd\.yaml: got unknown fields size in cells\[0\]; accepted: name, "):
         load_setup(tmp_path / "odd.yaml")
+
+
+def test_changes_replace_what_all_cells_have(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text("cells:\n- {machine: {link_gb_s: 2}}\n- {workload: {rounds: 2}}\n")
+    setup = load_setup(tmp_path / "two.yaml", ["machine.link_gb_s=4", "workload.rounds=1"])
+    assert [cell.machine.links.host_bytes_per_s for cell in setup.cells] == [4e9, 4e9]
+    assert [cell.workload.rounds for cell in setup.cells] == [1, 1]
+    for change, message in (
+        ("rounds=1", "got the change 'rounds=1'; accepted: machine.KEY=VALUE or workload.KEY=VALUE"),
+        ("machine.link_gb_s=[", "two.yaml: the change 'machine.link_gb_s=.' is not YAML"),
+        ("machine.link=1", r"two.yaml: cells.0.: got unknown fields link \(meant is perhaps link_gb_s\) in machine"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_setup(tmp_path / "two.yaml", [change])
 
 
 def test_the_study_asks_its_questions(small, tmp_path: Path) -> None:
