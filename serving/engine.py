@@ -107,11 +107,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        session: Session,
-        system: System,
-        compression: Compression | None = None,
-        sampler: Sampler = greedy,
+        self, session: Session, system: System, compression: Compression | None = None, sampler: Sampler = greedy
     ) -> None:
         if session.plan.evicts:
             raise ValueError(

@@ -255,11 +255,7 @@ class MemoryPool(Pool):
     """
 
     def __init__(
-        self,
-        capacity: int,
-        device: str | torch.device = "cpu",
-        pinned: bool = False,
-        arena: ArenaConfig | None = None,
+        self, capacity: int, device: str | torch.device = "cpu", pinned: bool = False, arena: ArenaConfig | None = None
     ) -> None:
         super().__init__(capacity)
         self.device, self.pinned = device, pinned

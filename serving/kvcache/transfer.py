@@ -77,12 +77,7 @@ class TransferManager:
         return self.jobs.get(node.transfer_id)
 
     def start(
-        self,
-        node: Node,
-        target: Tier,
-        urgency: Urgency,
-        priority: float = 0.0,
-        frees_source: bool = False,
+        self, node: Node, target: Tier, urgency: Urgency, priority: float = 0.0, frees_source: bool = False
     ) -> TransferJob | None:
         """Starts copying `node` into `target` from the fastest tier that has it; room has been made.
 

@@ -156,9 +156,7 @@ class RunningRequests:
             room = None
             try:
                 agent = state.agent
-                room = self.tiers.store(
-                    handle, self._key(state, end), payload, agent, min(state.num_fixed_tokens, end)
-                )
+                room = self.tiers.store(handle, self._key(state, end), payload, agent, min(state.num_fixed_tokens, end))
             finally:
                 if room is not AllocStatus.READY and self.tiers.try_reserve(taken):
                     state.reserved_bytes += taken

@@ -13,14 +13,7 @@ from ..prefetch import Prefetcher
 from ..request import FinishReason, Request, RequestOutput
 from .admission import Admission
 from .batch import RunningRequests
-from .request_state import (
-    RequestState,
-    RequestStatus,
-    RequestTimers,
-    ScheduledBatch,
-    ScheduledDecode,
-    ScheduledPrefill,
-)
+from .request_state import RequestState, RequestStatus, RequestTimers, ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .scheduler_config import SchedulerConfig
 
 

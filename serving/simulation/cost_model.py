@@ -131,10 +131,7 @@ class ModelSpec:
 
 # Dense BF16 tensor cores. H100: NVIDIA's data sheet, SXM5. A10G: its data sheet; it is the variant of the A10 that AWS
 # has, with 70 instead of 125 TFLOPS (baseten.co/blog/nvidia-a10-vs-a10g-for-ml-model-inference).
-CARDS = {
-    "h100": Card("H100 80 GB", 989e12, 80e9, 3350e9),
-    "a10g": Card("A10G 24 GB", 70e12, 24e9, 600e9),
-}
+CARDS = {"h100": Card("H100 80 GB", 989e12, 80e9, 3350e9), "a10g": Card("A10G 24 GB", 70e12, 24e9, 600e9)}
 
 # From the models' config.json: parameters, vocabulary × hidden size, layers, query heads × head_dim, KV heads and
 # head_dim.

@@ -154,11 +154,7 @@ def run_study(
 
 
 def _point(
-    question: str,
-    value: str,
-    policy: str,
-    base: Sequence[SimulationResult],
-    results: tuple[SimulationResult, ...],
+    question: str, value: str, policy: str, base: Sequence[SimulationResult], results: tuple[SimulationResult, ...]
 ) -> StudyPoint:
     ratios = [one.call_s / other.call_s for one, other in zip(base, results, strict=True)]
     makespans = [one.makespan_s / other.makespan_s for one, other in zip(base, results, strict=True)]

@@ -62,10 +62,7 @@ def combine_first(
     one_reach: Any, one_reuse: Any, other_reach: Any, other_reuse: Any, maximum: Callable[[Any, Any], Any] = max
 ) -> tuple[Any, Any]:
     """Reach and reuse of `first_of`, for numbers or, with numpy's `maximum`, for arrays."""
-    sooner = maximum(
-        one_reuse + (1 - one_reach) * other_reuse,
-        other_reuse + (1 - other_reach) * one_reuse,
-    )
+    sooner = maximum(one_reuse + (1 - one_reach) * other_reuse, other_reuse + (1 - other_reach) * one_reuse)
     return 1 - (1 - one_reach) * (1 - other_reach), sooner
 
 
