@@ -223,15 +223,10 @@ class NextCallPredictor:
     """
 
     def __init__(
-        self,
-        graph: StepGraph,
-        mode: PredictionMode,
-        clock: Callable[[], float],
-        page_size: int,
-        learned: LearnedTransitions | None = None,
-        on_lookup: Callable[[], None] | None = None,
+        self, graph: StepGraph, mode: PredictionMode, clock: Callable[[], float], page_size: int,
+        learned: LearnedTransitions | None = None, on_lookup: Callable[[], None] | None = None,
         config: PredictionConfig | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config = config = config or PredictionConfig()
         self.graph, self.mode, self.learned = graph, mode, learned
         self.hints = HintStore(clock, config.hints)

@@ -277,14 +277,9 @@ class Prefetcher:
     """
 
     def __init__(
-        self,
-        tiers: TieredCache,
-        estimates: Estimates,
-        predictor: NextCallPredictor,
-        config: PrefetchConfig | None = None,
-        only_lower_ranked: bool = True,
-        touch_on_arrival: bool = False,
-    ) -> None:
+        self, tiers: TieredCache, estimates: Estimates, predictor: NextCallPredictor,
+        config: PrefetchConfig | None = None, only_lower_ranked: bool = True, touch_on_arrival: bool = False,
+    ) -> None:  # fmt: skip
         self.tiers, self.estimates, self.predictor = tiers, estimates, predictor
         self.config = config or PrefetchConfig()
         self.only_lower_ranked, self.touch_on_arrival = only_lower_ranked, touch_on_arrival
@@ -423,14 +418,9 @@ class Prefetcher:
         return not self.tiers.can_make_room(end)
 
     def _check_budgets(
-        self,
-        request: PrefetchRequest,
-        client: str,
-        handle: CacheHandle,
-        missing: list[Node],
-        nbytes: int,
+        self, request: PrefetchRequest, client: str, handle: CacheHandle, missing: list[Node], nbytes: int,
         seconds: float,
-    ) -> _StartResult | None:
+    ) -> _StartResult | None:  # fmt: skip
         """Why the loads must not start now; None if they may."""
         budget = self.config.max_device_fraction * self.tiers.capacity()
         statistics, in_flight = self.statistics, self._in_flight

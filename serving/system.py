@@ -107,21 +107,11 @@ class System:
 
 
 def build_system(
-    name: str,
-    pools: Mapping[Tier, Pool],
-    backend: TransferBackend,
-    *,
-    clock: Callable[[], float],
-    costs: Costs,
-    bytes_per_token: int,
-    page_size: int = 16,
-    graph: StepGraph | None = None,
-    scheduler_config: SchedulerConfig | None = None,
-    prefetch_config: PrefetchConfig | None = None,
-    prompts: Iterable[Sequence[int]] | None = None,
-    learn: bool = False,
-    step_s: float = 5.0,
-) -> System:
+    name: str, pools: Mapping[Tier, Pool], backend: TransferBackend, *, clock: Callable[[], float], costs: Costs,
+    bytes_per_token: int, page_size: int = 16, graph: StepGraph | None = None,
+    scheduler_config: SchedulerConfig | None = None, prefetch_config: PrefetchConfig | None = None,
+    prompts: Iterable[Sequence[int]] | None = None, learn: bool = False, step_s: float = 5.0,
+) -> System:  # fmt: skip
     """Builds the system of a preset.
 
     Args:
@@ -150,14 +140,9 @@ def build_system(
     used = {tier: pool for tier, pool in pools.items() if preset.lower_tiers or tier == Tier.DEVICE}
     oracle = None if prompts is None else Belady(prompts, page_size)
     predictor = NextCallPredictor(
-        graph,
-        preset.mode,
-        clock,
-        page_size,
-        LearnedTransitions(graph) if learn else None,
-        None if oracle is None else oracle.advance,
-        PredictionConfig(step_s=step_s),
-    )
+        graph, preset.mode, clock, page_size, LearnedTransitions(graph) if learn else None,
+        None if oracle is None else oracle.advance, PredictionConfig(step_s=step_s),
+    )  # fmt: skip
     suffixes = SuffixReuse(costs) if preset.write_back is WriteBack.WORTH else None
     eviction: EvictionPolicy = {
         "lru": LRU,

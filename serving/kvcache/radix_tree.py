@@ -99,24 +99,9 @@ class Node:
     """
 
     __slots__ = (
-        "_chain_hash",
-        "allocated",
-        "cached_children",
-        "children",
-        "copies",
-        "covers",
-        "end",
-        "group",
-        "hits",
-        "last_used",
-        "parent",
-        "queue_entries",
-        "ref_count",
-        "span",
-        "start",
-        "transfer_id",
-        "transfer_link",
-    )
+        "_chain_hash", "allocated", "cached_children", "children", "copies", "covers", "end", "group", "hits",
+        "last_used", "parent", "queue_entries", "ref_count", "span", "start", "transfer_id", "transfer_link",
+    )  # fmt: skip
 
     def __init__(self, parent: Node | None, span: bytes, start: int, end: int, group: AgentGroup) -> None:
         self.parent = parent

@@ -41,13 +41,9 @@ class TieredCache:
     """
 
     def __init__(
-        self,
-        pools: Mapping[Tier, Pool],
-        backend: TransferBackend,
-        policy: TierPolicy,
-        page_size: int = 16,
+        self, pools: Mapping[Tier, Pool], backend: TransferBackend, policy: TierPolicy, page_size: int = 16,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if Tier.DEVICE not in pools:
             raise ValueError(f"got pools for {sorted(pools)}; a pool for Tier.DEVICE is needed")
         self.lock, self.clock, self.policy = threading.RLock(), clock, policy
@@ -134,13 +130,9 @@ class TieredCache:
         return handle
 
     def store(
-        self,
-        handle: CacheHandle,
-        token_ids: Sequence[int] | Any,
-        payload: KVPayload | None,
-        agent: Agent | None = None,
-        fixed_tokens: int = 0,
-    ) -> AllocStatus:
+        self, handle: CacheHandle, token_ids: Sequence[int] | Any, payload: KVPayload | None,
+        agent: Agent | None = None, fixed_tokens: int = 0,
+    ) -> AllocStatus:  # fmt: skip
         """Stores the KV of a prompt beyond its first `handle.length` tokens; the handle then covers all of it.
 
         Args:

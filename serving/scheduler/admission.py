@@ -130,14 +130,9 @@ class Admission:
     """
 
     def __init__(
-        self,
-        tiers: TieredCache,
-        estimates: Estimates,
-        config: SchedulerConfig,
-        metrics: SchedulerMetrics,
-        timers: RequestTimers,
-        predictor: NextCallPredictor,
-    ) -> None:
+        self, tiers: TieredCache, estimates: Estimates, config: SchedulerConfig, metrics: SchedulerMetrics,
+        timers: RequestTimers, predictor: NextCallPredictor,
+    ) -> None:  # fmt: skip
         self.tiers, self.estimates, self.config = tiers, estimates, config
         self.metrics, self.timers, self.predictor = metrics, timers, predictor
         self.queue = FairQueue(config.priority_window_s, config.max_idle_branches)

@@ -105,16 +105,11 @@ class RequestState:
             raise ValueError(f"the request {request.id!r} has an empty prompt; accepted: one token or more")
         whole, fixed = len(key) // TOKEN_BYTES, min(request.fixed_tokens, size)
         return cls(
-            request,
-            key=key,
-            lookup_key=key if size > whole else Pages(key[: -page_size * TOKEN_BYTES]),
+            request, key=key, lookup_key=key if size > whole else Pages(key[: -page_size * TOKEN_BYTES]),
             tail_tokens=[int(token) for token in request.prompt[whole:]] if size > whole else [],
-            num_prompt_tokens=size,
-            num_fixed_tokens=fixed - fixed % page_size,
-            bytes_per_token=request.bytes_per_token or bytes_per_token,
-            page_size=page_size,
-            times=RequestTimes(now),
-        )
+            num_prompt_tokens=size, num_fixed_tokens=fixed - fixed % page_size,
+            bytes_per_token=request.bytes_per_token or bytes_per_token, page_size=page_size, times=RequestTimes(now),
+        )  # fmt: skip
 
     @property
     def account(self) -> tuple[str, str]:
@@ -140,17 +135,9 @@ class RequestState:
     def output(self, finish_reason: FinishReason, error: str | None) -> RequestOutput:
         """The result handed to the client."""
         return RequestOutput(
-            self.request,
-            finish_reason,
-            error,
-            self.output_tokens,
-            self.num_output_tokens,
-            self.times,
-            self.stalled_s,
-            self.cached_tokens,
-            self.loaded_tokens,
-            self.recomputed_tokens,
-        )
+            self.request, finish_reason, error, self.output_tokens, self.num_output_tokens, self.times, self.stalled_s,
+            self.cached_tokens, self.loaded_tokens, self.recomputed_tokens,
+        )  # fmt: skip
 
 
 @dataclass(eq=False)

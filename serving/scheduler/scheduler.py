@@ -44,15 +44,9 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        tiers: TieredCache,
-        estimates: Estimates,
-        predictor: NextCallPredictor,
-        bytes_per_token: int,
-        config: SchedulerConfig | None = None,
-        prefetcher: Prefetcher | None = None,
-        batch_waits: bool = False,
-    ) -> None:
+        self, tiers: TieredCache, estimates: Estimates, predictor: NextCallPredictor, bytes_per_token: int,
+        config: SchedulerConfig | None = None, prefetcher: Prefetcher | None = None, batch_waits: bool = False,
+    ) -> None:  # fmt: skip
         if bytes_per_token < 1:
             raise ValueError(f"got bytes_per_token={bytes_per_token}; accepted: 1 or more")
         self.tiers, self.predictor, self.prefetcher = tiers, predictor, prefetcher

@@ -217,14 +217,10 @@ class RooflineCosts:
         """Operations per token, output, pair and second; bytes of the weights, per cached token, and per second."""
         model = self.model
         return (
-            2 * (model.params - 2 * model.embedding_params),
-            2 * model.embedding_params,
-            4 * model.layers * model.query_width,
-            self.card.flops * self.compute_share,
-            model.weight_bytes,
-            model.kv_bytes_per_token,
-            self.card.memory_bytes_per_s * self.memory_share,
-        )
+            2 * (model.params - 2 * model.embedding_params), 2 * model.embedding_params,
+            4 * model.layers * model.query_width, self.card.flops * self.compute_share, model.weight_bytes,
+            model.kv_bytes_per_token, self.card.memory_bytes_per_s * self.memory_share,
+        )  # fmt: skip
 
     def _forward_s(self, tokens: float, ends: int, pairs: float, read: float) -> float:
         """Seconds for `tokens` new tokens, `ends` outputs, `pairs` of query and key, and `read` cached tokens."""

@@ -84,11 +84,9 @@ def _legend() -> list[Any]:
 
 
 def draw_speedups(
-    ratios: Mapping[str, Mapping[str, Sequence[float]]],
-    path: str | Path,
-    baseline: str,
+    ratios: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, baseline: str,
     paper: Mapping[str, float] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Bars with their spread over repeats, one group per cell.
 
     Args:

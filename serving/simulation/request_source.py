@@ -74,15 +74,9 @@ class WarmUpRequests:
     def _next(self, at: float) -> list[tuple[float, SimulatedRequest]]:
         for agent, (client, prompt) in self._remaining:
             request = Request(
-                f"warm/{agent}",
-                prompt,
-                1,
-                agent=agent,
-                fixed_tokens=len(prompt),
-                session="warm-up",
-                client=client,
+                f"warm/{agent}", prompt, 1, agent=agent, fixed_tokens=len(prompt), session="warm-up", client=client,
                 store_policy=StorePolicy.DISCARD,
-            )
+            )  # fmt: skip
             return [(at, SimulatedRequest(request, 1))]
         return []
 
@@ -141,16 +135,10 @@ class ClientRequests:
     def _simulated(self, client: WorkflowClient, call: AgentCall, now: float) -> tuple[float, SimulatedRequest]:
         self._number += 1
         request = Request(
-            f"{client.name}/{self._number}",
-            call.prompt,
-            call.output_tokens,
-            workflow=client.name,
-            agent=call.agent,
-            fixed_tokens=call.fixed_tokens,
-            client=client.client,
-            priority=1.0 if client.hostile else 0.5,
+            f"{client.name}/{self._number}", call.prompt, call.output_tokens, workflow=client.name, agent=call.agent,
+            fixed_tokens=call.fixed_tokens, client=client.client, priority=1.0 if client.hostile else 0.5,
             timeout_s=NO_TIMEOUT_S,
-        )
+        )  # fmt: skip
         return now + call.after_s, SimulatedRequest(request, call.output_tokens)
 
 
@@ -189,16 +177,8 @@ class TraceRequests:
 
 def _from_trace(call: TracedCall) -> SimulatedRequest:
     request = Request(
-        call.id,
-        call.prompt,
-        call.max_new_tokens,
-        workflow=call.workflow,
-        agent=call.agent,
-        fixed_tokens=call.fixed_tokens,
-        session=call.session,
-        client=call.client,
-        priority=call.priority,
-        store_policy=call.store_policy,
-        timeout_s=NO_TIMEOUT_S,
-    )
+        call.id, call.prompt, call.max_new_tokens, workflow=call.workflow, agent=call.agent,
+        fixed_tokens=call.fixed_tokens, session=call.session, client=call.client, priority=call.priority,
+        store_policy=call.store_policy, timeout_s=NO_TIMEOUT_S,
+    )  # fmt: skip
     return SimulatedRequest(request, max(1, call.num_output_tokens))

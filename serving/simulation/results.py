@@ -131,19 +131,12 @@ def result_of(run: SimulationRun, before: TransferSnapshot, honest: bool = True)
     ends = [output.times.finished for output in calls if output.times.finished is not None]
     return SimulationResult(
         makespan_s=max(ends, default=run.begin_s) - run.begin_s,
-        call_s=statistics.fmean(map(_call_s, calls)) if calls else 0.0,
-        hit_rate=sum(hits) / max(1, sum(fixed)),
-        stall_s=sum(output.stalled_s for output in calls),
-        bytes_moved=moved,
-        bytes_wasted=wasted,
-        ttft_p50_s=quantile(waits, 0.5),
-        ttft_p99_s=quantile(waits, 0.99),
-        calls=len(calls),
-        timed_out=sum(output.times.first_token is None for output in calls),
-        events=run.events,
-        decisions=run.decisions,
+        call_s=statistics.fmean(map(_call_s, calls)) if calls else 0.0, hit_rate=sum(hits) / max(1, sum(fixed)),
+        stall_s=sum(output.stalled_s for output in calls), bytes_moved=moved, bytes_wasted=wasted,
+        ttft_p50_s=quantile(waits, 0.5), ttft_p99_s=quantile(waits, 0.99), calls=len(calls),
+        timed_out=sum(output.times.first_token is None for output in calls), events=run.events, decisions=run.decisions,
         cpu_s=run.cpu_s,
-    )
+    )  # fmt: skip
 
 
 def row_of(

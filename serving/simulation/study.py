@@ -119,15 +119,9 @@ class StudyPoint:
 
 
 def run_study(
-    machine: SimulatedMachine,
-    workload: WorkloadConfig,
-    questions: Sequence[StudyQuestion],
-    policies: Sequence[str],
-    baseline: str,
-    seeds: Sequence[int],
-    jobs: int = 1,
-    ended: Callable[[], None] = lambda: None,
-) -> list[StudyPoint]:
+    machine: SimulatedMachine, workload: WorkloadConfig, questions: Sequence[StudyQuestion], policies: Sequence[str],
+    baseline: str, seeds: Sequence[int], jobs: int = 1, ended: Callable[[], None] = lambda: None,
+) -> list[StudyPoint]:  # fmt: skip
     """Runs all policies at all values of all questions; at each value the baseline comes first.
 
     Args:
@@ -159,12 +153,7 @@ def _point(
     ratios = [one.call_s / other.call_s for one, other in zip(base, results, strict=True)]
     makespans = [one.makespan_s / other.makespan_s for one, other in zip(base, results, strict=True)]
     return StudyPoint(
-        question,
-        value,
-        policy,
-        ratio=sum(ratios) / len(ratios),
-        worst=min(ratios),
+        question, value, policy, ratio=sum(ratios) / len(ratios), worst=min(ratios),
         makespan_ratio=sum(makespans) / len(makespans),
-        ttft_p99_s=sum(each.ttft_p99_s for each in results) / len(results),
-        results=results,
-    )
+        ttft_p99_s=sum(each.ttft_p99_s for each in results) / len(results), results=results,
+    )  # fmt: skip

@@ -77,32 +77,19 @@ class TraceRecorder:
             before = self._last.get(group) if group is not None else None
             number = self._fixed(prompt[:fixed]) if fixed else None
         self._write(
-            "call",
-            at=at,
-            id=request.id,
-            agent=request.agent,
-            workflow=request.workflow,
-            session=request.session,
-            client=request.client,
-            priority=request.priority,
-            keep=request.store_policy.value,
-            fixed=number,
-            tokens=prompt[fixed:].tolist(),
-            max_new_tokens=request.max_new_tokens,
+            "call", at=at, id=request.id, agent=request.agent, workflow=request.workflow, session=request.session,
+            client=request.client, priority=request.priority, keep=request.store_policy.value, fixed=number,
+            tokens=prompt[fixed:].tolist(), max_new_tokens=request.max_new_tokens,
             after=None if before is None else [before[0], max(0.0, at - before[1])],
-        )
+        )  # fmt: skip
 
     def record_batch(self, at: float, batch: ScheduledBatch, seconds: float) -> None:
         """A batch began at `at` and took `seconds`; to be called before `Scheduler.complete`."""
         shape = batch_shape_of(batch)
         self._write(
-            "batch",
-            at=at,
-            seconds=seconds,
-            chunks=[list(chunk) for chunk in shape.chunks],
-            contexts=list(shape.contexts),
-            steps=shape.steps,
-        )
+            "batch", at=at, seconds=seconds, chunks=[list(chunk) for chunk in shape.chunks],
+            contexts=list(shape.contexts), steps=shape.steps,
+        )  # fmt: skip
 
     def record_finished(self, output: RequestOutput) -> None:
         """A request has ended."""
@@ -112,19 +99,11 @@ class TraceRecorder:
             with self._lock:
                 self._last[group] = (request.id, times.finished)
         self._write(
-            "end",
-            at=times.finished,
-            id=request.id,
-            outcome=output.finish_reason.value,
-            arrived=times.arrived,
-            admitted=times.admitted,
-            first_token=times.first_token,
-            produced=output.num_output_tokens,
-            stalled_s=output.stalled_s,
-            cached=output.cached_tokens,
-            loaded=output.loaded_tokens,
+            "end", at=times.finished, id=request.id, outcome=output.finish_reason.value, arrived=times.arrived,
+            admitted=times.admitted, first_token=times.first_token, produced=output.num_output_tokens,
+            stalled_s=output.stalled_s, cached=output.cached_tokens, loaded=output.loaded_tokens,
             recomputed=output.recomputed_tokens,
-        )
+        )  # fmt: skip
 
     def _fixed(self, tokens: np.ndarray) -> int:
         """The number of a fixed prompt; its tokens are written the first time."""
@@ -286,20 +265,11 @@ def _call(row: dict, end: dict, prompts: dict[int, np.ndarray], begin: float, kn
     fixed = prompts[row["fixed"]] if row["fixed"] is not None else np.zeros(0, dtype=np.int32)
     after = row["after"]
     return TracedCall(
-        id=row["id"],
-        at=row["at"] - begin,
-        prompt=np.concatenate((fixed, np.array(row["tokens"], dtype=np.int32))),
-        fixed_tokens=len(fixed),
-        agent=row["agent"],
-        workflow=row["workflow"],
-        session=row["session"],
-        client=row["client"],
-        priority=row["priority"],
-        store_policy=StorePolicy(row["keep"]),
+        id=row["id"], at=row["at"] - begin, prompt=np.concatenate((fixed, np.array(row["tokens"], dtype=np.int32))),
+        fixed_tokens=len(fixed), agent=row["agent"], workflow=row["workflow"], session=row["session"],
+        client=row["client"], priority=row["priority"], store_policy=StorePolicy(row["keep"]),
         max_new_tokens=row["max_new_tokens"],
         after=(after[0], after[1]) if after is not None and after[0] in known else None,
-        num_output_tokens=end["produced"],
-        took_s=end["at"] - row["at"],
-        stalled_s=end.get("stalled_s", 0.0),
+        num_output_tokens=end["produced"], took_s=end["at"] - row["at"], stalled_s=end.get("stalled_s", 0.0),
         on_device=end.get("cached", 0) - end.get("loaded", 0),
-    )
+    )  # fmt: skip

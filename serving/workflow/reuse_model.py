@@ -95,15 +95,10 @@ class FirstPassage:
     """
 
     def __init__(
-        self,
-        branches: Sequence[Mapping[int, float]],
-        is_and: Sequence[bool],
-        discounts: np.ndarray,
-        accuracy: float = 1.0,
-        transitions: Sequence[Mapping[int, float]] = (),
-        edge_weight: float = TransitionConfig.edge_weight,
-        tolerance: float = ReuseConfig.tolerance,
-    ) -> None:
+        self, branches: Sequence[Mapping[int, float]], is_and: Sequence[bool], discounts: np.ndarray,
+        accuracy: float = 1.0, transitions: Sequence[Mapping[int, float]] = (),
+        edge_weight: float = TransitionConfig.edge_weight, tolerance: float = ReuseConfig.tolerance,
+    ) -> None:  # fmt: skip
         self.agents = len(branches)
         self.discounts = discounts
         self.tolerance = tolerance
@@ -341,14 +336,9 @@ class WorkflowReuse:
             transitions = [{index[target]: count for target, count in counts.items()} for counts in observed]
             workflow.transitions.drift = 0.0
             self._passage = FirstPassage(
-                branches,
-                is_and,
-                np.array(discounts),
-                self._accuracy,
-                transitions,
-                workflow.transitions.config.edge_weight,
-                self.config.tolerance,
-            )
+                branches, is_and, np.array(discounts), self._accuracy, transitions,
+                workflow.transitions.config.edge_weight, self.config.tolerance,
+            )  # fmt: skip
         return self._passage
 
     def _by_most_probable_paths(self) -> dict[str, tuple[float, float]]:

@@ -102,12 +102,9 @@ class EdgeArrays:
 
 
 def solve_naively(
-    predecessors: Sequence[dict[int, float]],
-    is_and: Sequence[bool],
-    is_source: Sequence[bool],
-    satisfied: Sequence[set[int]],
-    horizon: float = INF,
-) -> tuple[list[float], list[float]]:
+    predecessors: Sequence[dict[int, float]], is_and: Sequence[bool], is_source: Sequence[bool],
+    satisfied: Sequence[set[int]], horizon: float = INF,
+) -> tuple[list[float], list[float]]:  # fmt: skip
     """Applies the definition to every node until nothing changes; returns the distances and the joins."""
     distance = [0.0 if source else INF for source in is_source]
     while True:
@@ -166,15 +163,9 @@ class JoinSolver:
             self._arrays = None
             return node
         for column, empty in (
-            (self.predecessors, {}),
-            (self.successors, {}),
-            (self.is_and, is_and),
-            (self.satisfied, set()),
-            (self.is_source, False),
-            (self._distance, INF),
-            (self._joined, INF),
-            (self._deciding, 0),
-        ):
+            (self.predecessors, {}), (self.successors, {}), (self.is_and, is_and), (self.satisfied, set()),
+            (self.is_source, False), (self._distance, INF), (self._joined, INF), (self._deciding, 0),
+        ):  # fmt: skip
             column.append(empty)  # type: ignore[arg-type]
         self._arrays = None
         return len(self.is_and) - 1
