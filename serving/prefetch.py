@@ -102,7 +102,6 @@ class PrefetchRequest:
         priority: place in the queue, smaller first: `due`, minus `ageing` times the time in sight, so that nothing
             starves. (If `due` of the first moment in sight were kept instead, a branch that was not taken would precede
             the one that was.)
-        failures: failed loads.
     """
 
     agent: str
@@ -116,9 +115,6 @@ class PrefetchQueue:
     """Prefetch requests by priority, and agents that come into sight by time alone.
 
     A request is current from `request` to `discard`; meanwhile it is queued, or its load is in flight or deferred.
-
-    Args:
-        ageing: see `PrefetchConfig`.
     """
 
     def __init__(self, ageing: float) -> None:
@@ -142,7 +138,6 @@ class PrefetchQueue:
         self._queue.push(request, request.priority)
 
     def peek(self) -> PrefetchRequest | None:
-        """The first request, which stays queued."""
         return self._queue.peek()
 
     def is_current(self, request: PrefetchRequest) -> bool:
@@ -152,7 +147,6 @@ class PrefetchQueue:
         return request in self._queue
 
     def dequeue(self, request: PrefetchRequest) -> None:
-        """Removes it from the queue; it stays current."""
         self._queue.discard(request)
 
     def schedule_check(self, agent: str, time: float) -> None:
@@ -231,7 +225,6 @@ class InFlightPrefetches:
         return set(self._by_handle)
 
     def client_bytes(self, client: str) -> int:
-        """Bytes in flight for `client`."""
         return sum(prefetch.nbytes for prefetch in self._by_agent.values() if prefetch.client == client)
 
     def add(self, prefetch: InFlightPrefetch) -> None:
@@ -265,15 +258,9 @@ class Prefetcher:
     load is in flight; afterwards only the eviction policy protects the prompt.
 
     Args:
-        tiers: the cache.
-        estimates: seconds of loading and computing.
-        predictor: gives the next calls.
-        config: budgets.
         only_lower_ranked: False: evict as a demand load does, for eviction policies that know no agents, where a
             prompt that is called next may rank last.
         touch_on_arrival: an arrival counts as a use, for eviction policies by recency.
-    Attributes:
-        statistics: counts.
     """
 
     def __init__(
@@ -335,7 +322,11 @@ class Prefetcher:
         end = self.tiers.lookup_agent(agent)
         if end is None and agent not in self._registered:
             return  # nothing of its prompt is cached
-        if end is not None and agent not in self._in_flight and all(_is_available(node) for node in end.path()):
+        if (
+            end is not None
+            and agent not in self._in_flight
+            and all(node.on_or_loading_into(Tier.DEVICE) for node in end.path())
+        ):
             self._queue.discard(agent)  # it is on the device
             return
         request = self._queue.request(agent, now, now + seconds)
@@ -380,12 +371,15 @@ class Prefetcher:
                 self._in_flight.defer(request, client)
 
     def _start(self, request: PrefetchRequest, client: str) -> _StartResult:
-        """Starts the loads of a request, or returns why not."""
         if self._cannot_make_room(request.agent):
             self.statistics.no_room += 1
             return _StartResult.BLOCKED
         handle = self._open(request.agent)
-        missing = [] if handle is None else [node for node in handle.nodes() or () if not _is_available(node)]
+        missing = (
+            []
+            if handle is None
+            else [node for node in handle.nodes() or () if not node.on_or_loading_into(Tier.DEVICE)]
+        )
         if handle is None or not missing:
             self._drop(request, handle)
             return _StartResult.DROPPED
@@ -413,7 +407,7 @@ class Prefetcher:
     def _cannot_make_room(self, agent: str) -> bool:
         """Whether no memory is free and nothing ranks below the prompt; without a handle, as it is called often."""
         end = self.tiers.lookup_agent(agent)
-        if end is None or not self.only_lower_ranked or _is_available(end):
+        if end is None or not self.only_lower_ranked or end.on_or_loading_into(Tier.DEVICE):
             return False
         return not self.tiers.can_make_room(end)
 
@@ -509,7 +503,6 @@ class Prefetcher:
         return self._queue.next_time()
 
     def handle_ids(self) -> set[int]:
-        """Identifiers of the handles that it holds."""
         return self._in_flight.handle_ids()
 
     def close(self) -> None:
@@ -517,8 +510,3 @@ class Prefetcher:
         for prefetch in self._in_flight:
             self._end(prefetch)
         self._queue.clear()
-
-
-def _is_available(node: Node) -> bool:
-    """Whether it is on the device or being loaded to it."""
-    return node.on_or_loading_into(Tier.DEVICE)

@@ -31,8 +31,7 @@ class TieredCache:
         pools: by tier; DEVICE is required. The cache owns and closes them.
         backend: moves bytes between them, in real or in virtual time. The cache owns and closes it.
         policy: what is evicted first, and what is written back.
-        page_size: tokens a page.
-        clock: seconds; the one of `backend` if that is virtual.
+        page_size: tokens a page. clock: seconds; the one of `backend` if that is virtual.
     Attributes:
         handles: the live ones by id.
 
@@ -62,7 +61,6 @@ class TieredCache:
 
     @property
     def page_size(self) -> int:
-        """Tokens a page."""
         return self.tree.page_size
 
     def capacity(self, tier: Tier = Tier.DEVICE) -> int:
@@ -116,17 +114,16 @@ class TieredCache:
         with self.lock:
             self.poll()
             node = self.lookup_agent(agent)
-            if node is None or node.chain() is None:
-                return None
-            return self._new_handle(node, used=False)
+            return None if node is None or node.chain() is None else self._new_handle(node, used=False)
 
     def _new_handle(self, node: Node, used: bool = True) -> CacheHandle:
-        number, now = next(self._ids), self.clock()
+        now = self.clock()
         for each in node.path() if used else ():
             each.last_used = now
             each.hits += 1
         self.storage.acquire(node)
-        handle = self.handles[number] = CacheHandle(self, number, node)
+        handle = CacheHandle(self, next(self._ids), node)
+        self.handles[handle.id] = handle
         return handle
 
     def store(
@@ -203,7 +200,6 @@ class TieredCache:
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of the device that are reserved for requests."""
         return self.pools[Tier.DEVICE].reserved
 
     def reserve(self, nbytes: int, extra: int = 0) -> AllocStatus:
@@ -233,7 +229,6 @@ class TieredCache:
             return False
 
     def unreserve(self, nbytes: int) -> None:
-        """Frees reserved bytes."""
         with self.lock:
             self.pools[Tier.DEVICE].unreserve(nbytes)
 
@@ -375,11 +370,8 @@ class LoadState(Enum):
 class CacheHandle:
     """Holds a reference on every node of the first `length` tokens of a prompt, which keeps them from being evicted.
 
-    Created by `TieredCache.open`, owned by the caller until `release`. Methods may be called from any thread.
-
-    Attributes:
-        id: among the cache's handles.
-        node: the node at which the covered prefix ends; a root if it is empty.
+    Created by `TieredCache.open`, owned by the caller until `release`. Methods may be called from any thread. `node` is
+    the one at which the covered prefix ends; a root if it is empty.
     """
 
     def __init__(self, cache: TieredCache, number: int, node: Node) -> None:
@@ -436,7 +428,6 @@ class CacheHandle:
             return self._start([node for node in missing if not node.in_transfer], urgency, priority, only_lower_ranked)
 
     def _join_transfer(self, node: Node, urgency: Urgency, priority: float) -> None:
-        """Waits for the transfer of `node` that is in progress, if there is one."""
         transfers = self._cache.transfers
         job = transfers.job_of(node)
         if job is None:

@@ -64,21 +64,21 @@ class VirtualTransfer:
 
     def submit(self, job: TransferJob) -> None:
         self._run(self.clock.now)  # a change now must not affect layers that are due already
-        self._queues[job.link].push(job)
+        self._queues[job.link].add(job)
         if job.link not in self._running:
             self._next_job(job.link, self.clock.now)
 
     def cancel(self, job: TransferJob) -> None:
         self._run(self.clock.now)
         job.cancelled = True
-        if self._queues[job.link].remove(job):
+        if self._queues[job.link].discard(job):
             self._end(job, Outcome.CANCELLED)
 
     def promote(self, job: TransferJob, urgency: Urgency, priority: float) -> None:
         self._run(self.clock.now)
         job.urgency, job.priority = urgency, priority
-        if self._queues[job.link].remove(job):
-            self._queues[job.link].push(job)
+        if self._queues[job.link].discard(job):
+            self._queues[job.link].add(job)
 
     def poll(self) -> Sequence[TransferJob]:
         self._run(self.clock.now)
@@ -155,7 +155,7 @@ class VirtualTransfer:
             return
         del self._running[link]
         if action is LayerAction.YIELD:
-            queue.push(job)
+            queue.add(job)
         else:
             self._end(job, Outcome.DONE if action is LayerAction.COMMIT else Outcome.CANCELLED)
         self._next_job(link, time)

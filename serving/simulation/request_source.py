@@ -43,7 +43,6 @@ class RequestSource(Protocol):
 
     def on_submit(self, simulated: SimulatedRequest) -> None:
         """Called just before a request is submitted."""
-        ...
 
     def on_finish(self, output: RequestOutput) -> list[tuple[float, SimulatedRequest]]:
         """The requests that follow one that has ended, with their times of arrival."""
