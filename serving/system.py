@@ -38,9 +38,8 @@ class SystemPreset:
     Attributes:
         stands_for: the published system that it models.
         eviction: name of the eviction policy.
-        write_back: which evicted KV is saved to the tier below.
         lower_tiers: host and disk pools are used.
-        measure: how the agents' next calls are predicted, for eviction and prefetch.
+        mode: how the agents' next calls are predicted, for eviction and prefetch.
         prefetch: fixed prompts are loaded ahead of their agents' calls.
         batch_waits: every batch waits for all loads, see `Scheduler`.
         eager_write_back: KV is saved below before it has to be evicted, see `TierPolicy`.
@@ -83,11 +82,8 @@ class System:
     """The parts of a serving system; an engine or a simulator drives its scheduler.
 
     Attributes:
-        name: of the preset.
         tiers: the tiered KV cache, with its pools and transfers. Its lock guards all parts.
         graph: the step graph; workflows are added to it.
-        predictor: predicts the agents' next calls from graph, hints and queue.
-        scheduler: takes requests and hands out batches.
         prefetcher: None if the preset does not prefetch.
         estimates: seconds of loading and of computing.
     """

@@ -163,10 +163,7 @@ class HintStore:
 
     A hint implies steps to the next call: `far_steps` at priority 0, none at 1; the minimum of these and the graph's
     is used. A request to retain stays in effect until it expires, calls or not. Memory is bounded by the config.
-
-    Args:
-        clock: seconds.
-        config: bounds and weights.
+    `clock` gives seconds.
     """
 
     def __init__(self, clock: Callable[[], float], config: HintConfig | None = None) -> None:
@@ -196,7 +193,6 @@ class HintStore:
         return changed
 
     def _is_outdated(self, hint: Hint) -> bool:
-        """Whether it is a duplicate, or older than one received before."""
         if hint.message is not None:
             name = (hint.client, hint.message)
             if name in self._messages:
@@ -235,7 +231,6 @@ class HintStore:
             self.discard(agent)
 
     def discard(self, agent: str) -> None:
-        """Drops the hint for `agent`, if any."""
         self._hints.pop(agent, None)
         self._expiry.discard(agent)
 

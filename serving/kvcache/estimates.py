@@ -28,7 +28,10 @@ class LoadChoice:
 
 
 class Estimates:
-    """Estimated seconds of loading and computing, given the transfers in progress. Changes nothing."""
+    """Estimated seconds of loading and computing, given the transfers in progress. Changes nothing.
+
+    `costs` are the seconds to compute or to reload on an idle link.
+    """
 
     def __init__(self, costs: Costs, cache: TieredCache) -> None:
         self.costs, self.cache = costs, cache

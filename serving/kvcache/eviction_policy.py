@@ -206,6 +206,7 @@ class SuffixReuse:
         self._saved.append((node, node.hits, _prompt_agents(node)))
 
     def record_dropped(self) -> None:
+        """A suffix was dropped because saving it was not worthwhile."""
         self._dropped += 1
 
     def reuse_rate(self, prior: float) -> float:
@@ -389,6 +390,7 @@ _NAMED: dict[str, tuple[Callable[..., EvictionPolicy], WriteBack]] = {
 
 
 def tier_policy_names() -> tuple[str, ...]:
+    """The names that `get_tier_policy` knows."""
     return tuple(sorted(_NAMED))
 
 

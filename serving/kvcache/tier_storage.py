@@ -237,7 +237,7 @@ class TierStorage:
             self.prune(node)
 
     def _free_dependents(self, node: Node) -> None:
-        """Discards the copies that need `node`, which no handle references: those below that do not cover its span, too."""
+        """Discards the copies below `node` that cannot be used without it: all that do not cover its span as well."""
         dependents, pending = [], list(node.children.values())
         while pending:
             each = pending.pop()

@@ -200,6 +200,7 @@ class TieredCache:
 
     @property
     def reserved_bytes(self) -> int:
+        """Bytes of the device that are reserved for requests."""
         return self.pools[Tier.DEVICE].reserved
 
     def reserve(self, nbytes: int, extra: int = 0) -> AllocStatus:
@@ -229,6 +230,7 @@ class TieredCache:
             return False
 
     def unreserve(self, nbytes: int) -> None:
+        """Frees reserved bytes."""
         with self.lock:
             self.pools[Tier.DEVICE].unreserve(nbytes)
 

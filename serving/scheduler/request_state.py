@@ -53,8 +53,6 @@ class RequestState:
         refused_since: when it first found no memory. load_started, load_deadline: of its current loads, in seconds.
         in_batch: part of the batch in flight. pending_outcome: how it ends once that batch is complete.
         output_tokens: the answer as far as its tokens were reported; tokens_known: all of them were.
-        num_output_tokens: length of the answer so far.
-        stalled_s, cached_tokens, loaded_tokens, recomputed_tokens: see `RequestOutput`.
     """
 
     request: Request
@@ -133,7 +131,6 @@ class RequestState:
         return whole - whole % self.page_size
 
     def output(self, finish_reason: FinishReason, error: str | None) -> RequestOutput:
-        """The result handed to the client."""
         return RequestOutput(
             self.request, finish_reason, error, self.output_tokens, self.num_output_tokens, self.times, self.stalled_s,
             self.cached_tokens, self.loaded_tokens, self.recomputed_tokens,

@@ -28,17 +28,12 @@ class VirtualClock:
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """Bandwidth of a link.
-
-    Attributes:
-        bytes_per_s: while a layer is copied. latency_s: seconds before each layer.
-    """
+    """Bandwidth of a link while a layer is copied, and the seconds before each layer."""
 
     bytes_per_s: float
     latency_s: float = 0.0
 
     def seconds(self, nbytes: int) -> float:
-        """Seconds to copy a layer."""
         return self.latency_s + nbytes / self.bytes_per_s
 
 
@@ -89,7 +84,6 @@ class VirtualTransfer:
         return finished
 
     def next_time(self) -> float | None:
-        """When the next transfer ends if nothing else happens; None if none is running."""
         return min((self._end_time(time, self._running[link]) for time, _, link in self._due), default=None)
 
     def _end_time(self, time: float, job: TransferJob) -> float:

@@ -19,11 +19,7 @@ NO_TIMEOUT_S = 1e9  # a simulated request is to be answered, however late
 
 @dataclass(frozen=True)
 class SimulatedRequest:
-    """A request to be submitted.
-
-    Attributes:
-        output_tokens: length of its answer, at most `request.max_new_tokens`.
-    """
+    """A request to be submitted, whose answer has `output_tokens`, at most `request.max_new_tokens`."""
 
     request: Request
     output_tokens: int
@@ -81,11 +77,8 @@ class WarmUpRequests:
 
 
 class ClientRequests:
-    """The calls of generated workflows, whose graphs are declared to the server.
+    """The calls of generated workflows, whose graphs and seconds of a call, `answer_s`, are declared to the server.
 
-    Args:
-        clients: one per workflow.
-        answer_s: the seconds of a call that a client declares.
     Attributes:
         prompts: all prompts in order of submission.
     """

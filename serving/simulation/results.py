@@ -114,12 +114,7 @@ class SimulationRow:
 
 
 def result_of(run: SimulationRun, before: TransferSnapshot, honest: bool = True) -> SimulationResult:
-    """The numbers of a run.
-
-    Args:
-        before: counters at its beginning.
-        honest: leaves the calls of hostile clients out of times and hits.
-    """
+    """The numbers of a run since `before`; `honest` leaves the calls of hostile clients out of times and hits."""
     calls = [output for output in run.outputs if not (honest and output.request.client.startswith("hostile"))]
     moved, wasted = before.until_now(run.system)
     page = run.system.tiers.page_size
@@ -143,13 +138,9 @@ def row_of(
     name: str, policy: str, results: Sequence[SimulationResult], ratio: float, paper: float | None = None
 ) -> SimulationRow:
     """The means of several results."""
-
-    def mean(field: str) -> float:
-        return statistics.fmean(getattr(result, field) for result in results)
-
-    fields = ("hit_rate", "stall_s", "bytes_moved", "bytes_wasted", "ttft_p50_s", "ttft_p99_s")
-    values = {field: mean(field) for field in fields}
-    return SimulationRow(name, policy, mean("makespan_s"), ratio, **values, paper_ratio=paper)
+    fields = ("makespan_s", "hit_rate", "stall_s", "bytes_moved", "bytes_wasted", "ttft_p50_s", "ttft_p99_s")
+    means = {field: statistics.fmean(getattr(result, field) for result in results) for field in fields}
+    return SimulationRow(name, policy, ratio=ratio, paper_ratio=paper, **means)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

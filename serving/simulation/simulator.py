@@ -51,10 +51,8 @@ class SimulatedMachine:
 
     Attributes:
         costs: seconds of computing and of loading.
-        links: between the tiers.
         device_bytes, host_bytes, disk_bytes: capacities for KV; 0: no such tier (the device needs some).
-        bytes_per_token: bytes of KV per token.
-        page_size: tokens per page of the prefix tree.
+        bytes_per_token, page_size: bytes of KV per token, tokens per page of the prefix tree.
         copy_parts: parts in which a node is copied; after each, a more urgent copy may preempt it.
         scheduler, prefetch: budgets of the scheduler and the prefetcher; prefetch=None: the defaults.
         believed: the costs that the server assumes; None: the true ones.
@@ -98,11 +96,8 @@ class SimulatedMachine:
         host = LinkSpeed(self.links.host_bytes_per_s or 1.0, self.links.latency_s)
         disk = LinkSpeed(self.links.disk_bytes_per_s or 1.0, self.links.latency_s)
         speeds = {}
-        for low, high, speed in (
-            (Tier.HOST, Tier.DEVICE, host),
-            (Tier.DISK, Tier.HOST, disk),
-            (Tier.DISK, Tier.DEVICE, disk),
-        ):
+        ways = (Tier.HOST, Tier.DEVICE, host), (Tier.DISK, Tier.HOST, disk), (Tier.DISK, Tier.DEVICE, disk)
+        for low, high, speed in ways:
             if low in pools and high in pools:
                 speeds[low, high] = speeds[high, low] = speed
         system = build_system(
@@ -179,7 +174,6 @@ class Simulator:
             heapq.heappush(self._arrivals, (max(at, self.clock.now), self._number, simulated))
 
     def _submit(self, source: RequestSource) -> None:
-        """Submits the requests that have arrived by now."""
         while self._arrivals and self._arrivals[0][0] <= self.clock.now:
             simulated = heapq.heappop(self._arrivals)[2]
             source.on_submit(simulated)
@@ -233,7 +227,6 @@ class Simulator:
         self.scheduler.complete(batch)
 
     def _remaining(self, item: ScheduledDecode) -> int:
-        """Tokens until a short answer ends."""
         return item.remaining - (item.request.max_new_tokens - self._short[item.request.id])
 
 
@@ -311,7 +304,6 @@ def replay(
 
 
 def _store_prompts(trace: Trace, system: System, clock: VirtualClock, parts: int) -> None:
-    """Stores the fixed prompts that were cached before the first call of the trace."""
     tiers = system.tiers
     for agent, prompt, nbytes in trace.stored:
         if system.prefetcher is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -30,8 +30,7 @@ class TraceRecorder:
 
     Args:
         path: of the file, which is overwritten.
-        bytes_per_token: bytes of KV per computed token.
-        page_size: tokens per page.
+        bytes_per_token, page_size: bytes of KV per computed token, tokens per page.
         about: further facts, as JSON values. `machine_of` reads `device_bytes`, `host_bytes`, `disk_bytes`,
             `link_bytes_per_s`, `disk_bytes_per_s`, `latency_s`, `copy_parts`, `scheduler` (fields of
             `SchedulerConfig`) and `believed`: the tokens/s, bytes/s of the two links, and latency in seconds that the
@@ -69,7 +68,6 @@ class TraceRecorder:
             self._write("stored", agent=agent, fixed=number, nbytes=nbytes)
 
     def record_submitted(self, at: float, request: Request) -> None:
-        """A request has arrived."""
         prompt = np.asarray(request.prompt, dtype=np.int32).reshape(-1)
         fixed = min(request.fixed_tokens, len(prompt))
         group = request.workflow or request.session
@@ -92,7 +90,6 @@ class TraceRecorder:
         )  # fmt: skip
 
     def record_finished(self, output: RequestOutput) -> None:
-        """A request has ended."""
         request, times = output.request, output.times
         group = request.workflow or request.session
         if group is not None and times.finished is not None:
@@ -158,7 +155,7 @@ class RecordingScheduler:
 
 def batch_shape_of(batch: ScheduledBatch) -> BatchShape:
     """The sizes of a scheduled batch, for a cost model."""
-    chunks: Sequence[tuple[int, int]] = [(item.start, item.end) for item in batch.prefills]
+    chunks = [(item.start, item.end) for item in batch.prefills]
     contexts = [item.state.num_prompt_tokens + item.state.num_output_tokens for item in batch.decodes]
     return BatchShape(chunks, contexts, batch.steps)
 
@@ -171,7 +168,6 @@ class TracedCall:
         at: seconds from the first arrival to its own.
         prompt: int32 `(tokens,)`.
         after: id of the call that it followed, and the seconds between; None: it followed none.
-        num_output_tokens: length of its answer.
         took_s: seconds from its arrival to its end. stalled_s: of these, waiting for loads.
         on_device: prompt tokens that were on the device at its admission, neither loaded for it nor computed.
     """
@@ -199,7 +195,6 @@ class Trace:
     """The contents of a trace file.
 
     Attributes:
-        workflows: as declared.
         calls: answered calls, in order of arrival.
         batches: with the seconds that each took.
         stored: fixed prompts that were cached before the first call: agent, token ids, bytes of KV.
@@ -234,8 +229,7 @@ def read_trace(path: str | Path) -> Trace:
     ends = {row["id"]: row for row in rows if row["kind"] == "end" and row["outcome"] == "answered"}
     asked = [row for row in rows if row["kind"] == "call" and row["id"] in ends]
     begin = min((row["at"] for row in asked), default=0.0)
-    for row in asked:
-        trace.calls.append(_call(row, ends[row["id"]], prompts, begin, ends))
+    trace.calls = [_call(row, ends[row["id"]], prompts, begin, ends) for row in asked]
     for row in rows:
         if row["kind"] == "workflow":
             agents = [AgentSpec(**agent) for agent in row["agents"]]

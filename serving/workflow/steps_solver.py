@@ -92,7 +92,6 @@ class EdgeArrays:
         return JoinSolution(distance, joined, deciding)
 
     def _satisfied_places(self, edges: _IncomingEdges, satisfied: Sequence[set[int]]) -> np.ndarray:
-        """Indices in `edges` of the edges that are satisfied."""
         places = []
         for node, predecessors in enumerate(satisfied):
             if predecessors and node in edges.start_of:
@@ -156,7 +155,6 @@ class JoinSolver:
         self._drained: dict[int, tuple[float, float]] = {}  # values at the last `drain` of nodes updated since
 
     def add_node(self, is_and: bool = False) -> int:
-        """Adds a node without edges; returns its number."""
         if self._free:
             node = self._free.pop()
             self.is_and[node] = is_and
@@ -183,7 +181,6 @@ class JoinSolver:
         self._free.append(node)
 
     def set_join(self, node: int, is_and: bool) -> None:
-        """Sets whether the node is an AND or an OR."""
         self.is_and[node] = is_and
         self._arrays = None
         self._stale.add(node)
