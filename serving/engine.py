@@ -78,7 +78,6 @@ class DecodeBatch:
         return self.session.extend(self.cache, torch.tensor(tokens).unsqueeze(1))[:, -1]
 
     def clear(self) -> None:
-        """Drops all rows, e.g. after a failed step."""
         self.rows, self.cache = [], None
 
 
@@ -107,11 +106,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        session: Session,
-        system: System,
-        compression: Compression | None = None,
-        sampler: Sampler = greedy,
+        self, session: Session, system: System, compression: Compression | None = None, sampler: Sampler = greedy
     ) -> None:
         if session.plan.evicts:
             raise ValueError(
@@ -215,7 +210,6 @@ class Engine:
         yield from self._take_finished()
 
     def _take_finished(self) -> list[RequestOutput]:
-        """Takes the outputs of ended requests, and frees their caches."""
         finished = self.system.scheduler.take_finished()
         for each in finished:
             self._caches.pop(each.request.id, None)

@@ -39,7 +39,6 @@ class PredictionConfig:
         silence_check_s: seconds between two checks for workflows without events.
         max_prefix_agents, max_prefix_bytes: agents and bytes of prompts stored by `LearnedPrefixes`.
         max_owned_agents: agents whose owner is stored by `ClientQuotas`.
-        hints: bounds and weights of hints.
     """
 
     step_s: Positive = 5.0
@@ -59,7 +58,6 @@ class LearnedPrefixes:
     """Learns each agent's fixed prompt: the longest prefix shared by its last two prompts, and by those before.
 
     Args:
-        page_size: tokens per page.
         config: bounds.
     """
 
@@ -99,8 +97,9 @@ class ClientQuotas:
     owner is forgotten.
 
     Args:
-        value: of an agent, larger = keep.
         config: bounds.
+    Args:
+        value: of an agent, larger = keep.
     Attributes:
         capped: agents over their client's quota.
     """
@@ -172,7 +171,6 @@ class ClientQuotas:
         return changed
 
     def _over_quota(self, client: str, tiers: TieredCache) -> set[str]:
-        """The client's agents whose prompts do not fit into its quota, after the more valuable ones."""
         room = self.fraction(client) * tiers.capacity()
         over: set[str] = set()
         for agent in sorted(self._agents[client], key=lambda agent: (-self._value(agent), agent)):
@@ -209,27 +207,18 @@ class NextCallPredictor:
     Args:
         graph: the workflows. The predictor is the only reader of its changes.
         mode: by steps or by time.
-        clock: seconds.
-        page_size: tokens per page of the cache.
         learned: learns the transitions of sessions without a declared workflow.
+        clock: seconds. page_size: tokens per page of the cache.
         on_lookup: called for each request just before the first lookup of its prompt (Belady's order counts them).
-        config: tuned numbers.
     Attributes:
-        hints: in effect.
-        quotas: of clients.
         step: duration of one step, a call and the pause after it.
     """
 
     def __init__(
-        self,
-        graph: StepGraph,
-        mode: PredictionMode,
-        clock: Callable[[], float],
-        page_size: int,
-        learned: LearnedTransitions | None = None,
-        on_lookup: Callable[[], None] | None = None,
+        self, graph: StepGraph, mode: PredictionMode, clock: Callable[[], float], page_size: int,
+        learned: LearnedTransitions | None = None, on_lookup: Callable[[], None] | None = None,
         config: PredictionConfig | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config = config = config or PredictionConfig()
         self.graph, self.mode, self.learned = graph, mode, learned
         self.hints = HintStore(clock, config.hints)
@@ -371,7 +360,6 @@ class NextCallPredictor:
             self._changed.add(agent)
 
     def on_lookup(self) -> None:
-        """The prompt of a request is about to be looked up for the first time."""
         if self._on_lookup is not None:
             self._on_lookup()
 

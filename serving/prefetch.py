@@ -98,7 +98,6 @@ class PrefetchRequest:
         priority: place in the queue, smaller first: `due`, minus `ageing` times the time in sight, so that nothing
             starves. (If `due` of the first moment in sight were kept instead, a branch that was not taken would precede
             the one that was.)
-        failures: failed loads.
     """
 
     agent: str
@@ -112,9 +111,6 @@ class PrefetchQueue:
     """Prefetch requests by priority, and agents that come into sight by time alone.
 
     A request is current from `request` to `discard`; meanwhile it is queued, or its load is in flight or deferred.
-
-    Args:
-        ageing: see `PrefetchConfig`.
     """
 
     def __init__(self, ageing: float) -> None:
@@ -138,7 +134,6 @@ class PrefetchQueue:
         self._queue.push(request, request.priority)
 
     def peek(self) -> PrefetchRequest | None:
-        """The first request, which stays queued."""
         return self._queue.peek()
 
     def is_current(self, request: PrefetchRequest) -> bool:
@@ -148,7 +143,6 @@ class PrefetchQueue:
         return request in self._queue
 
     def dequeue(self, request: PrefetchRequest) -> None:
-        """Removes it from the queue; it stays current."""
         self._queue.discard(request)
 
     def schedule_check(self, agent: str, time: float) -> None:
@@ -227,7 +221,6 @@ class InFlightPrefetches:
         return set(self._by_handle)
 
     def client_bytes(self, client: str) -> int:
-        """Bytes in flight for `client`."""
         return sum(prefetch.nbytes for prefetch in self._by_agent.values() if prefetch.client == client)
 
     def add(self, prefetch: InFlightPrefetch) -> None:
@@ -261,26 +254,15 @@ class Prefetcher:
     load is in flight; afterwards only the eviction policy protects the prompt.
 
     Args:
-        tiers: the cache.
-        estimates: seconds of loading and computing.
-        predictor: gives the next calls.
-        config: budgets.
         only_lower_ranked: False: evict as a demand load does, for eviction policies that know no agents, where a
             prompt that is called next may rank last.
         touch_on_arrival: an arrival counts as a use, for eviction policies by recency.
-    Attributes:
-        statistics: counts.
     """
 
     def __init__(
-        self,
-        tiers: TieredCache,
-        estimates: Estimates,
-        predictor: NextCallPredictor,
-        config: PrefetchConfig | None = None,
-        only_lower_ranked: bool = True,
-        touch_on_arrival: bool = False,
-    ) -> None:
+        self, tiers: TieredCache, estimates: Estimates, predictor: NextCallPredictor,
+        config: PrefetchConfig | None = None, only_lower_ranked: bool = True, touch_on_arrival: bool = False,
+    ) -> None:  # fmt: skip
         self.tiers, self.estimates, self.predictor = tiers, estimates, predictor
         self.config = config or PrefetchConfig()
         self.only_lower_ranked, self.touch_on_arrival = only_lower_ranked, touch_on_arrival
@@ -336,7 +318,11 @@ class Prefetcher:
         end = self.tiers.lookup_agent(agent)
         if end is None and agent not in self._registered:
             return  # nothing of its prompt is cached
-        if end is not None and agent not in self._in_flight and all(_is_available(node) for node in end.path()):
+        if (
+            end is not None
+            and agent not in self._in_flight
+            and all(node.on_or_loading_into(Tier.DEVICE) for node in end.path())
+        ):
             self._queue.discard(agent)  # it is on the device
             return
         request = self._queue.request(agent, now, now + seconds)
@@ -381,12 +367,15 @@ class Prefetcher:
                 self._in_flight.defer(request, client)
 
     def _start(self, request: PrefetchRequest, client: str) -> _StartResult:
-        """Starts the loads of a request, or returns why not."""
         if self._cannot_make_room(request.agent):
             self.statistics.no_room += 1
             return _StartResult.BLOCKED
         handle = self._open(request.agent)
-        missing = [] if handle is None else [node for node in handle.nodes() or () if not _is_available(node)]
+        missing = (
+            []
+            if handle is None
+            else [node for node in handle.nodes() or () if not node.on_or_loading_into(Tier.DEVICE)]
+        )
         if handle is None or not missing:
             self._drop(request, handle)
             return _StartResult.DROPPED
@@ -414,19 +403,14 @@ class Prefetcher:
     def _cannot_make_room(self, agent: str) -> bool:
         """Whether no memory is free and nothing ranks below the prompt; without a handle, as it is called often."""
         end = self.tiers.lookup_agent(agent)
-        if end is None or not self.only_lower_ranked or _is_available(end):
+        if end is None or not self.only_lower_ranked or end.on_or_loading_into(Tier.DEVICE):
             return False
         return not self.tiers.can_make_room(end)
 
     def _check_budgets(
-        self,
-        request: PrefetchRequest,
-        client: str,
-        handle: CacheHandle,
-        missing: list[Node],
-        nbytes: int,
+        self, request: PrefetchRequest, client: str, handle: CacheHandle, missing: list[Node], nbytes: int,
         seconds: float,
-    ) -> _StartResult | None:
+    ) -> _StartResult | None:  # fmt: skip
         """Why the loads must not start now; None if they may."""
         budget = self.config.max_device_fraction * self.tiers.capacity()
         statistics, in_flight = self.statistics, self._in_flight
@@ -515,7 +499,6 @@ class Prefetcher:
         return self._queue.next_time()
 
     def handle_ids(self) -> set[int]:
-        """Identifiers of the handles that it holds."""
         return self._in_flight.handle_ids()
 
     def close(self) -> None:
@@ -523,8 +506,3 @@ class Prefetcher:
         for prefetch in self._in_flight:
             self._end(prefetch)
         self._queue.clear()
-
-
-def _is_available(node: Node) -> bool:
-    """Whether it is on the device or being loaded to it."""
-    return node.on_or_loading_into(Tier.DEVICE)

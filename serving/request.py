@@ -26,14 +26,7 @@ def shown(value: object) -> str:
 
 
 def check_name(name: object, what: str) -> str:
-    """Returns `name`.
-
-    Args:
-        what: the thing that is named, for the message, e.g. "an agent".
-
-    Raises:
-        ValueError: not a string of 1 to `MAX_NAME` characters.
-    """
+    """Returns `name`, a name of `what` ("an agent"); ValueError unless it is a string of 1 to `MAX_NAME` characters."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
         given = f"one of {len(name)} characters" if isinstance(name, str) else shown(name)
         raise ValueError(f"got {given} as the name of {what}; accepted: a string of 1 to {MAX_NAME} characters")

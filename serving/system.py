@@ -38,9 +38,8 @@ class SystemPreset:
     Attributes:
         stands_for: the published system that it models.
         eviction: name of the eviction policy.
-        write_back: which evicted KV is saved to the tier below.
         lower_tiers: host and disk pools are used.
-        measure: how the agents' next calls are predicted, for eviction and prefetch.
+        mode: how the agents' next calls are predicted, for eviction and prefetch.
         prefetch: fixed prompts are loaded ahead of their agents' calls.
         batch_waits: every batch waits for all loads, see `Scheduler`.
         eager_write_back: KV is saved below before it has to be evicted, see `TierPolicy`.
@@ -83,11 +82,8 @@ class System:
     """The parts of a serving system; an engine or a simulator drives its scheduler.
 
     Attributes:
-        name: of the preset.
         tiers: the tiered KV cache, with its pools and transfers. Its lock guards all parts.
         graph: the step graph; workflows are added to it.
-        predictor: predicts the agents' next calls from graph, hints and queue.
-        scheduler: takes requests and hands out batches.
         prefetcher: None if the preset does not prefetch.
         estimates: seconds of loading and of computing.
     """
@@ -107,21 +103,11 @@ class System:
 
 
 def build_system(
-    name: str,
-    pools: Mapping[Tier, Pool],
-    backend: TransferBackend,
-    *,
-    clock: Callable[[], float],
-    costs: Costs,
-    bytes_per_token: int,
-    page_size: int = 16,
-    graph: StepGraph | None = None,
-    scheduler_config: SchedulerConfig | None = None,
-    prefetch_config: PrefetchConfig | None = None,
-    prompts: Iterable[Sequence[int]] | None = None,
-    learn: bool = False,
-    step_s: float = 5.0,
-) -> System:
+    name: str, pools: Mapping[Tier, Pool], backend: TransferBackend, *, clock: Callable[[], float], costs: Costs,
+    bytes_per_token: int, page_size: int = 16, graph: StepGraph | None = None,
+    scheduler_config: SchedulerConfig | None = None, prefetch_config: PrefetchConfig | None = None,
+    prompts: Iterable[Sequence[int]] | None = None, learn: bool = False, step_s: float = 5.0,
+) -> System:  # fmt: skip
     """Builds the system of a preset.
 
     Args:
@@ -150,14 +136,9 @@ def build_system(
     used = {tier: pool for tier, pool in pools.items() if preset.lower_tiers or tier == Tier.DEVICE}
     oracle = None if prompts is None else Belady(prompts, page_size)
     predictor = NextCallPredictor(
-        graph,
-        preset.mode,
-        clock,
-        page_size,
-        LearnedTransitions(graph) if learn else None,
-        None if oracle is None else oracle.advance,
-        PredictionConfig(step_s=step_s),
-    )
+        graph, preset.mode, clock, page_size, LearnedTransitions(graph) if learn else None,
+        None if oracle is None else oracle.advance, PredictionConfig(step_s=step_s),
+    )  # fmt: skip
     suffixes = SuffixReuse(costs) if preset.write_back is WriteBack.WORTH else None
     eviction: EvictionPolicy = {
         "lru": LRU,

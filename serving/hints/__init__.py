@@ -7,13 +7,6 @@ from .formats import HintReader, hint_formats, request_fields
 from .hint import ActionKind, Hint, HintAction, HintConfig, HintStore, SessionAction
 
 __all__ = [
-    "ActionKind",
-    "Hint",
-    "HintAction",
-    "HintConfig",
-    "HintReader",
-    "HintStore",
-    "SessionAction",
-    "hint_formats",
+    "ActionKind", "Hint", "HintAction", "HintConfig", "HintReader", "HintStore", "SessionAction", "hint_formats",
     "request_fields",
-]
+]  # fmt: skip

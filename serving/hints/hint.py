@@ -162,10 +162,7 @@ class HintStore:
 
     A hint implies steps to the next call: `far_steps` at priority 0, none at 1; the minimum of these and the graph's
     is used. A request to retain stays in effect until it expires, calls or not. Memory is bounded by the config.
-
-    Args:
-        clock: seconds.
-        config: bounds and weights.
+    `clock` gives seconds.
     """
 
     def __init__(self, clock: Callable[[], float], config: HintConfig | None = None) -> None:
@@ -195,7 +192,6 @@ class HintStore:
         return changed
 
     def _is_outdated(self, hint: Hint) -> bool:
-        """Whether it is a duplicate, or older than one received before."""
         if hint.message is not None:
             name = (hint.client, hint.message)
             if name in self._messages:
@@ -234,7 +230,6 @@ class HintStore:
             self.discard(agent)
 
     def discard(self, agent: str) -> None:
-        """Drops the hint for `agent`, if any."""
         self._hints.pop(agent, None)
         self._expiry.discard(agent)
 

@@ -101,7 +101,6 @@ class KVPayload(Protocol):
 
     def join(self, other: KVPayload) -> KVPayload | None:
         """`self` followed by `other` in newly allocated memory; None if they cannot be joined."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +161,7 @@ class TensorPayload:
         return cls(_pack_layers(payload.kinds(), memory), payload.tokens, payload.token_dim, memory_of_parts)
 
     def split(self, at: int) -> tuple[TensorPayload, TensorPayload]:
-        dim = self.token_dim
-        assert dim is not None and 0 < at < self.tokens, "only divisible payloads are split, within"
+        assert self.divisible and 0 < at < self.tokens, "only divisible payloads are split, within"
         # Copies: views would keep the memory of both halves alive until the last of them is evicted.
         return self._assemble(at, [(0, self, 0)]), self._assemble(self.tokens - at, [(0, self, at)])
 
@@ -171,10 +169,8 @@ class TensorPayload:
         dim = self.token_dim
         if not isinstance(other, TensorPayload) or dim is None or other.token_dim != dim:
             return None
-        if list(self.tensors) != list(other.tensors):
-            return None
-        pairs = [(tensor, other.tensors[name]) for name, tensor in self.tensors.items()]
-        if any(a.dtype != b.dtype or a.ndim != b.ndim for a, b in pairs):
+        mine, others = ([(n, t.dtype, t.ndim) for n, t in each.tensors.items()] for each in (self, other))
+        if mine != others:
             return None
         return self._assemble(self.tokens + other.tokens, [(0, self, 0), (self.tokens, other, 0)])
 

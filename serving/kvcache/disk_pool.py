@@ -172,10 +172,7 @@ class _FileBuilder:
 
 
 def _header(payload: KVPayload, digests: list[str] | None) -> bytes:
-    """The header of a safetensors file: 8 bytes of length, JSON, spaces up to a multiple of 8.
-
-    Its length is the same with and without digests.
-    """
+    """The header of a safetensors file, padded to a multiple of 8 bytes; as long with digests as without."""
     blank = ["0" * DIGEST_CHARACTERS] * len(payload.layers)
     document: dict[str, Any] = {"__metadata__": {"tokens": str(payload.tokens), "sha256": " ".join(digests or blank)}}
     at = 0
@@ -196,7 +193,6 @@ def _code(dtype: torch.dtype) -> str:
 
 
 def _content(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order."""
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

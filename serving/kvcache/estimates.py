@@ -30,9 +30,7 @@ class LoadChoice:
 class Estimates:
     """Estimated seconds of loading and computing, given the transfers in progress. Changes nothing.
 
-    Args:
-        costs: seconds to compute or to reload, on an idle link.
-        cache: whose transfers are in progress.
+    `costs` are the seconds to compute or to reload on an idle link.
     """
 
     def __init__(self, costs: Costs, cache: TieredCache) -> None:

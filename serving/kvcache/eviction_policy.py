@@ -132,12 +132,10 @@ class Costs(Protocol):
 
 @dataclass(frozen=True)
 class LinearCosts:
-    """Costs in proportion to tokens and bytes.
+    """Costs in proportion to tokens of a prefill and bytes, plus `latency_s` to start a transfer.
 
     Attributes:
-        tokens_per_s: of a prefill.
         bytes_per_s: of the links into DEVICE (from HOST) and into HOST (from DISK); 0 for one that does not exist.
-        latency_s: to start a transfer.
     """
 
     tokens_per_s: float
@@ -219,16 +217,14 @@ class SuffixReuse:
     def reuse_probability(self, node: Node) -> float:
         """Of being used again, 0 to 1, from the saved suffixes of the same fixed prompt and of all others."""
         key, config = _prompt_agents(node), self.config
-        everywhere, own = [0, 0], [0, 0]
+        used = own = own_used = 0
         for saved, hits, other in self._saved:
-            used = saved.hits > hits
-            everywhere[0] += used
-            everywhere[1] += 1
+            used += saved.hits > hits
             if other == key:
-                own[0] += used
-                own[1] += 1
-        overall = (everywhere[0] + config.prior_hits) / (everywhere[1] + config.prior_count)
-        return (own[0] + config.agent_weight * overall) / (own[1] + config.agent_weight)
+                own_used += saved.hits > hits
+                own += 1
+        overall = (used + config.prior_hits) / (len(self._saved) + config.prior_count)
+        return (own_used + config.agent_weight * overall) / (own + config.agent_weight)
 
     def is_worthwhile(self, node: Node, tier: Tier) -> bool:
         """Whether writing `node` back from `tier` is worth its time on the link."""
@@ -240,7 +236,6 @@ class SuffixReuse:
 
 
 def _prompt_agents(node: Node) -> Hashable:
-    """The agents whose fixed prompt `node` follows."""
     for each in node.path():
         if each.fixed:
             return frozenset(each.group.agents)

@@ -29,12 +29,6 @@ class EvictionQueue:
     dictionary for each of many small groups.
 
     Called under the cache's lock.
-
-    Args:
-        tier: of the nodes.
-        policy: ranks them.
-        agent_index: their groups.
-        now: the clock, seconds.
     """
 
     def __init__(self, tier: Tier, policy: EvictionPolicy, agent_index: AgentIndex, now: Callable[[], float]) -> None:
@@ -69,7 +63,6 @@ class EvictionQueue:
         node.queue_entries[self.tier] = 0
 
     def groups_changed(self, groups: Iterable[AgentGroup]) -> None:
-        """These groups have new values."""
         nodes, lower_bound = self._nodes, self._lower_bound
         for group in groups:
             if group in nodes:
@@ -81,7 +74,6 @@ class EvictionQueue:
         return None if found is None else found[1]
 
     def first_rank(self) -> Rank | None:
-        """The rank of the next victim."""
         found = self._first()
         return None if found is None else found[0]
 

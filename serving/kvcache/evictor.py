@@ -99,8 +99,7 @@ class Evictor:
     def evict(self, node: Node, tier: Tier) -> AllocStatus:
         """Evicts an evictable node from `tier`: at once, or when it has been written back into the tier below.
 
-        Returns:
-            READY, or PENDING, with nothing done yet, if the tier below will have room once transfers have ended.
+        After PENDING nothing is done yet: the tier below will have room once transfers have ended.
         """
         status, suffix_reuse = self._evict(node, tier), self.policy.suffix_reuse
         if suffix_reuse is not None and status is AllocStatus.READY and tier is Tier.DEVICE and not node.fixed:
@@ -178,7 +177,6 @@ class EagerWriteBack:
                 del unsaved[next(iter(unsaved))]
 
     def start_transfers(self) -> None:
-        """Starts the transfers that are possible now."""
         for tier, unsaved in self._unsaved.items():
             if not unsaved:
                 continue
@@ -214,7 +212,6 @@ class EagerWriteBack:
 
 
 def _below(tier: Tier, storage: TierStorage) -> Tier | None:
-    """The next tier below that exists."""
     return next((lower for lower in TIERS[tier + 1 :] if lower in storage.pools), None)
 
 

@@ -26,7 +26,6 @@ class PayloadBuilder(Protocol):
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         """Copies the contents of one layer, in order; on a GPU the work may still be queued on the stream."""
-        ...
 
     def commit(self) -> KVPayload:
         """The finished copy, after every layer has been written."""
@@ -34,7 +33,6 @@ class PayloadBuilder(Protocol):
 
     def abort(self) -> None:
         """Frees what the unfinished copy has allocated. Does not raise."""
-        ...
 
 
 class Pool(ABC):
@@ -63,7 +61,6 @@ class Pool(ABC):
 
     @property
     def available(self) -> int:
-        """Bytes that are not allocated."""
         return self.capacity - self.used
 
     def charge(self, payload: KVPayload) -> int:
@@ -255,11 +252,7 @@ class MemoryPool(Pool):
     """
 
     def __init__(
-        self,
-        capacity: int,
-        device: str | torch.device = "cpu",
-        pinned: bool = False,
-        arena: ArenaConfig | None = None,
+        self, capacity: int, device: str | torch.device = "cpu", pinned: bool = False, arena: ArenaConfig | None = None
     ) -> None:
         super().__init__(capacity)
         self.device, self.pinned = device, pinned

@@ -99,24 +99,9 @@ class Node:
     """
 
     __slots__ = (
-        "_chain_hash",
-        "allocated",
-        "cached_children",
-        "children",
-        "copies",
-        "covers",
-        "end",
-        "group",
-        "hits",
-        "last_used",
-        "parent",
-        "queue_entries",
-        "ref_count",
-        "span",
-        "start",
-        "transfer_id",
-        "transfer_link",
-    )
+        "_chain_hash", "allocated", "cached_children", "children", "copies", "covers", "end", "group", "hits",
+        "last_used", "parent", "queue_entries", "ref_count", "span", "start", "transfer_id", "transfer_link",
+    )  # fmt: skip
 
     def __init__(self, parent: Node | None, span: bytes, start: int, end: int, group: AgentGroup) -> None:
         self.parent = parent
@@ -141,7 +126,6 @@ class Node:
 
     @property
     def length(self) -> int:
-        """Tokens of the span."""
         return self.end - self.start
 
     @property
@@ -170,7 +154,6 @@ class Node:
 
     @property
     def fastest_tier(self) -> Tier | None:
-        """The fastest tier that has a copy."""
         for tier in TIERS:
             if self.copies[tier] is not None:
                 return tier
@@ -181,7 +164,6 @@ class Node:
         return self.transfer_id != 0
 
     def loading_into(self, tier: Tier) -> bool:
-        """Whether it is being copied into `tier`."""
         return self.transfer_link is not None and self.transfer_link[1] is tier
 
     def on_or_loading_into(self, tier: Tier) -> bool:
@@ -270,13 +252,10 @@ class PrefixTree:
     Not locked: `TieredCache` calls it under its lock.
 
     Args:
-        page_size: tokens a page; spans begin and end at multiples of it.
-        agent_index: groups the nodes by agents.
         max_moved: agents that `moved_agents` remembers at most, the latest.
     Attributes:
         prompt_ends: the last node of each agent's fixed prompt; all nodes on its path are in a group of the agent.
         moved_agents: agents whose fixed prompt ends at another node since the reader of this queue last emptied it.
-        size: nodes without the roots.
 
     Raises:
         ValueError: a page size below 1.
@@ -346,7 +325,6 @@ class PrefixTree:
         return all(key.startswith(each.span, each.start * TOKEN_BYTES) for each in node.path())
 
     def next_child(self, node: Node, key: bytes) -> Node:
-        """The child of `node` that `key` continues into."""
         at = node.end * TOKEN_BYTES
         return node.children[key[at : at + self.page_bytes]]
 

@@ -21,14 +21,6 @@ class TierStorage:
     Splitting and joining copy the data within a tier; meanwhile, a node's bytes exist twice.
 
     Called under the cache's lock.
-
-    Args:
-        tree: the nodes.
-        pools: of the tiers that exist.
-        policy: ranks the evictable nodes.
-        now: the clock, seconds.
-    Attributes:
-        queues: for each tier, its evictable nodes.
     """
 
     def __init__(
@@ -132,7 +124,6 @@ class TierStorage:
             self.store(node.parent, {tier: payload.split(cut)[0] for tier, payload in copies.items()}, cut)
 
     def _allocate(self, node: Node, tier: Tier, payload: KVPayload) -> None:
-        """Attaches `payload` to `node` if `tier` has room for it."""
         pool = self.pools[tier]
         nbytes = pool.charge(payload)
         if pool.can_allocate(nbytes):
@@ -196,9 +187,6 @@ class TierStorage:
 
         Args:
             copying: also if both have data, which is then copied together; never if any of it is on disk.
-
-        Returns:
-            Whether they were merged.
         """
         if upper.parent is None or len(upper.children) != 1:
             return False
@@ -249,10 +237,7 @@ class TierStorage:
             self.prune(node)
 
     def _free_dependents(self, node: Node) -> None:
-        """Discards the copies that cannot be used without `node`; descendants of an unreferenced node are unreferenced.
-
-        A copy that covers the span of `node` as well does not depend on it.
-        """
+        """Discards the copies below `node` that cannot be used without it: all that do not cover its span as well."""
         dependents, pending = [], list(node.children.values())
         while pending:
             each = pending.pop()
@@ -289,11 +274,7 @@ class TierStorage:
                 self.tree.remove_leaf(node)
 
     def check(self, referenced: Iterable[Node]) -> None:
-        """Raises AssertionError unless references, copies and counts agree.
-
-        Args:
-            referenced: for each handle, its node.
-        """
+        """Raises AssertionError unless references, copies and counts agree; `referenced`: for each handle, its node."""
         ref_count: dict[Node, int] = {}
         nodes = list(self.tree)
         for end in [*referenced, *(node for node in nodes if node.in_transfer)]:

@@ -31,8 +31,7 @@ class TieredCache:
         pools: by tier; DEVICE is required. The cache owns and closes them.
         backend: moves bytes between them, in real or in virtual time. The cache owns and closes it.
         policy: what is evicted first, and what is written back.
-        page_size: tokens a page.
-        clock: seconds; the one of `backend` if that is virtual.
+        page_size: tokens a page. clock: seconds; the one of `backend` if that is virtual.
     Attributes:
         handles: the live ones by id.
 
@@ -41,13 +40,9 @@ class TieredCache:
     """
 
     def __init__(
-        self,
-        pools: Mapping[Tier, Pool],
-        backend: TransferBackend,
-        policy: TierPolicy,
-        page_size: int = 16,
+        self, pools: Mapping[Tier, Pool], backend: TransferBackend, policy: TierPolicy, page_size: int = 16,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if Tier.DEVICE not in pools:
             raise ValueError(f"got pools for {sorted(pools)}; a pool for Tier.DEVICE is needed")
         self.lock, self.clock, self.policy = threading.RLock(), clock, policy
@@ -66,7 +61,6 @@ class TieredCache:
 
     @property
     def page_size(self) -> int:
-        """Tokens a page."""
         return self.tree.page_size
 
     def capacity(self, tier: Tier = Tier.DEVICE) -> int:
@@ -120,27 +114,22 @@ class TieredCache:
         with self.lock:
             self.poll()
             node = self.lookup_agent(agent)
-            if node is None or node.chain() is None:
-                return None
-            return self._new_handle(node, used=False)
+            return None if node is None or node.chain() is None else self._new_handle(node, used=False)
 
     def _new_handle(self, node: Node, used: bool = True) -> CacheHandle:
-        number, now = next(self._ids), self.clock()
+        now = self.clock()
         for each in node.path() if used else ():
             each.last_used = now
             each.hits += 1
         self.storage.acquire(node)
-        handle = self.handles[number] = CacheHandle(self, number, node)
+        handle = CacheHandle(self, next(self._ids), node)
+        self.handles[handle.id] = handle
         return handle
 
     def store(
-        self,
-        handle: CacheHandle,
-        token_ids: Sequence[int] | Any,
-        payload: KVPayload | None,
-        agent: Agent | None = None,
-        fixed_tokens: int = 0,
-    ) -> AllocStatus:
+        self, handle: CacheHandle, token_ids: Sequence[int] | Any, payload: KVPayload | None,
+        agent: Agent | None = None, fixed_tokens: int = 0,
+    ) -> AllocStatus:  # fmt: skip
         """Stores the KV of a prompt beyond its first `handle.length` tokens; the handle then covers all of it.
 
         Args:
@@ -383,11 +372,8 @@ class LoadState(Enum):
 class CacheHandle:
     """Holds a reference on every node of the first `length` tokens of a prompt, which keeps them from being evicted.
 
-    Created by `TieredCache.open`, owned by the caller until `release`. Methods may be called from any thread.
-
-    Attributes:
-        id: among the cache's handles.
-        node: the node at which the covered prefix ends; a root if it is empty.
+    Created by `TieredCache.open`, owned by the caller until `release`. Methods may be called from any thread. `node` is
+    the one at which the covered prefix ends; a root if it is empty.
     """
 
     def __init__(self, cache: TieredCache, number: int, node: Node) -> None:
@@ -444,7 +430,6 @@ class CacheHandle:
             return self._start([node for node in missing if not node.in_transfer], urgency, priority, only_lower_ranked)
 
     def _join_transfer(self, node: Node, urgency: Urgency, priority: float) -> None:
-        """Waits for the transfer of `node` that is in progress, if there is one."""
         transfers = self._cache.transfers
         job = transfers.job_of(node)
         if job is None:

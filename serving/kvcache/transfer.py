@@ -55,10 +55,6 @@ class TransferManager:
 
     Called under the cache's lock.
 
-    Args:
-        storage: the copies.
-        backend: moves the bytes.
-        statistics: counts what has been moved.
     Attributes:
         jobs: transfers in progress by id, in the order of their start.
         demand_bytes: for each link, bytes of the transfers in progress that requests wait for.
@@ -77,17 +73,11 @@ class TransferManager:
         return self.jobs.get(node.transfer_id)
 
     def start(
-        self,
-        node: Node,
-        target: Tier,
-        urgency: Urgency,
-        priority: float = 0.0,
-        frees_source: bool = False,
+        self, node: Node, target: Tier, urgency: Urgency, priority: float = 0.0, frees_source: bool = False
     ) -> TransferJob | None:
         """Starts copying `node` into `target` from the fastest tier that has it; room has been made.
 
-        Returns:
-            None if memory cannot be allocated although the pool has room.
+        Returns None if memory cannot be allocated although the pool has room.
         """
         assert not node.in_transfer and node.copies[target] is None, "one transfer of a node at a time"
         source = node.fastest_tier
@@ -116,7 +106,6 @@ class TransferManager:
         return job
 
     def promote(self, job: TransferJob, urgency: Urgency, priority: float) -> None:
-        """Changes the urgency and priority of a transfer in progress."""
         self._count_demand(job, (urgency is Urgency.DEMAND) - (job.urgency is Urgency.DEMAND))
         self.backend.promote(job, urgency, priority)
 
@@ -147,8 +136,7 @@ class TransferManager:
     def cancel_prefetches(self, tier: Tier, nbytes: int) -> bool:
         """Cancels prefetches into `tier`, the least urgent first, if that can make `nbytes` available there.
 
-        Returns:
-            Whether it can; the bytes are available once the transfers have ended.
+        Returns whether it can; the bytes are available once the transfers have ended.
         """
         jobs = [job for job in self.jobs.values() if job.target == tier and job.urgency is Urgency.PREFETCH]
         missing = nbytes - self.reclaimable(tier)
@@ -161,11 +149,7 @@ class TransferManager:
         return True
 
     def poll(self) -> list[Node]:
-        """Completes the transfers that have ended.
-
-        Returns:
-            Their nodes; those that nothing needs any more may have been removed from the tree.
-        """
+        """Completes the transfers that have ended; returns their nodes, some of which may have left the tree."""
         jobs = self.backend.poll()
         for job in jobs:
             self._complete(job)

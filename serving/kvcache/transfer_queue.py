@@ -36,16 +36,13 @@ class TransferJob:
     """One copy of a payload. The backend owns the job from `submit` until it is polled.
 
     Attributes:
-        id: of the transfer.
         owner: the node whose payload it is; opaque here and to the backend.
-        source, target: tiers.
         payload: what is read; the pool of `source` keeps it meanwhile.
         builder: what is written.
         urgency, priority: the smaller runs first; `priority` orders jobs of one urgency, e.g. a deadline in seconds.
         allocated: bytes allocated in the target's pool.
         frees_source: the transfer is part of an eviction, which frees the source when it is done.
         waiters: ids of the handles that wait for the result.
-        layers_done: layers copied so far.
         cancelled: it was asked to stop, and does so at the next boundary.
         outcome, result, error: how it ended.
         ready: makes the copying stream of a GPU wait for what computed the payload; the backend calls it before the
@@ -96,27 +93,12 @@ class TransferJob:
         self.outcome, self.error = outcome, error
 
 
-class TransferQueue:
+class TransferQueue(LazyHeap[TransferJob]):
     """The jobs that wait for one link, by urgency and priority. Not synchronised: its backend does that."""
 
-    def __init__(self) -> None:
-        self._jobs: LazyHeap[TransferJob] = LazyHeap()
-
-    def push(self, job: TransferJob) -> None:
+    def add(self, job: TransferJob) -> None:
         """Queues `job`, or ranks it anew after its urgency or priority has changed."""
-        self._jobs.push(job, (job.urgency, job.priority))
-
-    def remove(self, job: TransferJob) -> bool:
-        """Removes a queued job; False if it was not queued."""
-        return self._jobs.discard(job)
-
-    def peek(self) -> TransferJob | None:
-        """The job that runs next, which stays queued."""
-        return self._jobs.peek()
-
-    def pop(self) -> TransferJob | None:
-        """The job that runs next, removed from the queue."""
-        return self._jobs.pop()
+        self.push(job, (job.urgency, job.priority))
 
     def next_action(self, job: TransferJob) -> LayerAction:
         """The next action for the running `job` at the boundary it has reached."""
@@ -142,15 +124,12 @@ class TransferBackend(Protocol):
 
     def submit(self, job: TransferJob) -> None:
         """Takes over `job`. Does not block."""
-        ...
 
     def cancel(self, job: TransferJob) -> None:
         """Asks `job` to stop; it may still end as DONE. No effect on a job that has ended."""
-        ...
 
     def promote(self, job: TransferJob, urgency: Urgency, priority: float) -> None:
         """Changes the urgency and priority of a queued or running `job`."""
-        ...
 
     def poll(self) -> Sequence[TransferJob]:
         """The jobs that have ended since the last call. Does not block."""
@@ -162,12 +141,9 @@ class TransferBackend(Protocol):
 
     def interrupt(self) -> None:
         """Ends the waiting of all threads, as an event of another kind has happened."""
-        ...
 
     def next_time(self) -> float | None:
         """When the next transfer will end, in seconds; None if there is none, or only real time will tell."""
-        ...
 
     def close(self) -> None:
         """Cancels everything and returns when no bytes are moved any more; the rest is then polled."""
-        ...

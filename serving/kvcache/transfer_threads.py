@@ -63,20 +63,20 @@ class ThreadedTransfer:
             if self._closing.is_set():
                 self._end(job, Outcome.CANCELLED)
                 return
-            self._queues[job.link].push(job)
+            self._queues[job.link].add(job)
             self._changed.notify_all()
 
     def cancel(self, job: TransferJob) -> None:
         with self._changed:
             job.cancelled = True
-            if self._queues[job.link].remove(job):
+            if self._queues[job.link].discard(job):
                 self._end(job, Outcome.CANCELLED)
 
     def promote(self, job: TransferJob, urgency: Urgency, priority: float) -> None:
         with self._changed:
             job.urgency, job.priority = urgency, priority
-            if self._queues[job.link].remove(job):
-                self._queues[job.link].push(job)
+            if self._queues[job.link].discard(job):
+                self._queues[job.link].add(job)
                 self._changed.notify_all()
 
     def poll(self) -> Sequence[TransferJob]:
@@ -148,7 +148,7 @@ class ThreadedTransfer:
                 action = queue.next_action(job)
                 if action is LayerAction.YIELD:
                     del self._running[job.link]
-                    queue.push(job)
+                    queue.add(job)
                     return
             outcome, error = None, None
             if action is LayerAction.COPY:

@@ -89,7 +89,6 @@ class PendingLoads:
         return state in self._updated
 
     def take_updated(self) -> list[RequestState]:
-        """Requests of which a transfer has ended since the last call."""
         updated = list(self._updated)
         self._updated.clear()
         return updated
@@ -130,14 +129,9 @@ class Admission:
     """
 
     def __init__(
-        self,
-        tiers: TieredCache,
-        estimates: Estimates,
-        config: SchedulerConfig,
-        metrics: SchedulerMetrics,
-        timers: RequestTimers,
-        predictor: NextCallPredictor,
-    ) -> None:
+        self, tiers: TieredCache, estimates: Estimates, config: SchedulerConfig, metrics: SchedulerMetrics,
+        timers: RequestTimers, predictor: NextCallPredictor,
+    ) -> None:  # fmt: skip
         self.tiers, self.estimates, self.config = tiers, estimates, config
         self.metrics, self.timers, self.predictor = metrics, timers, predictor
         self.queue = FairQueue(config.priority_window_s, config.max_idle_branches)
@@ -154,7 +148,6 @@ class Admission:
     # Arrival and end --------------------------------------------------------------------------------------------
 
     def add(self, state: RequestState) -> None:
-        """Queues a request."""
         state.status = RequestStatus.WAITING
         self.queue.push(state)
         self._announce(state, True)
@@ -206,8 +199,7 @@ class Admission:
         self.loading.transfers_ended = False
         if not self.changed and not (idle and not self.loading):
             return ready
-        self.changed = False
-        self.starved = False
+        self.changed = self.starved = False
         refused: list[RequestState] = []
         deferred_overdue: set[RequestState] = set()
         while len(ready) < slots and len(refused) < self.config.max_refusals_per_step:
@@ -276,8 +268,7 @@ class Admission:
     def _try_admit(self, state: RequestState, alone: bool) -> AdmissionResult:
         """Looks a prompt up and, if there is memory for all it needs, admits it or begins its loads.
 
-        Args:
-            alone: nothing else is computed or loaded, so waiting would not free memory.
+        `alone`: nothing else is computed or loaded, so waiting would not free memory.
         """
         tiers = self.tiers
         if not state.looked_up:
@@ -310,11 +301,7 @@ class Admission:
         self.changed = changed
 
     def _choose(self, state: RequestState, handle: CacheHandle) -> tuple[int, LoadChoice, list[Node]]:
-        """Shortens the handle to the part of the prefix that is used rather than recomputed.
-
-        Returns:
-            Cached tokens that were found, the choice, and the nodes to be loaded.
-        """
+        """Cuts the handle to the part that is used, not recomputed; returns tokens found, choice and nodes to load."""
         chain = handle.nodes()
         assert chain is not None, "what was just opened is whole"
         queued = self._running + len(self)
@@ -373,11 +360,7 @@ class Admission:
             self._retry(state, recompute=True)
 
     def _retry(self, state: RequestState, recompute: bool) -> None:
-        """Gives up a request's loads and queues it again, in its old place.
-
-        Args:
-            recompute: nothing is loaded for it the next time.
-        """
+        """Gives up a request's loads and queues it again, in its old place; `recompute`: it loads nothing then."""
         self._record_stall(state)
         self.withdraw(state)
         state.force_recompute = state.force_recompute or recompute

@@ -53,12 +53,7 @@ class RunningRequests:
         self.decoding.pop(state, None)
 
     def schedule(self, number: int, max_steps: int) -> ScheduledBatch | None:
-        """Forms the next batch; None if no request is running.
-
-        Args:
-            number: of the batch.
-            max_steps: tokens of each decode if the batch has no prefill; otherwise each gets one.
-        """
+        """Forms batch `number`; None if no request is running. Decodes get `max_steps` tokens if nothing prefills."""
         decodes = list(self.decoding.values())
         budget = self.config.max_num_batched_tokens - len(decodes)
         prefills = []
@@ -91,11 +86,7 @@ class RunningRequests:
         return ScheduledPrefill(state.request, handle, start, end, first, last, store, state)
 
     def complete_prefill(self, item: ScheduledPrefill, now: float) -> bool:
-        """Takes the results of a chunk; True if the request's answer ends with it.
-
-        Raises:
-            ValueError: see `_store`.
-        """
+        """Takes the results of a chunk; True if the request's answer ends with it. Raises as `TieredCache.store`."""
         state, new = item.state, item.end - item.start
         state.num_computed_tokens = item.end
         state.num_prefilled_tokens += new
@@ -114,11 +105,7 @@ class RunningRequests:
         return False
 
     def complete_decode(self, item: ScheduledDecode, steps: int) -> bool:
-        """Takes the next tokens of an answer; True if it ends with them.
-
-        Raises:
-            ValueError: see `_store`.
-        """
+        """Takes the next tokens of an answer; True if it ends with them. Raises as `TieredCache.store`."""
         state, before = item.state, item.state.num_output_tokens
         span = None if item.payload is None else item.store_span()
         self._append(state, item.tokens, min(steps, item.remaining))
@@ -139,14 +126,7 @@ class RunningRequests:
         state.output_tokens += new
 
     def _store(self, state: RequestState, span: TokenRange, payload: KVPayload) -> None:
-        """Offers KV to the cache, in the memory that was reserved for it.
-
-        The bytes of `span` pass from the request's reservation to the cache if it takes the payload, and stay reserved
-        otherwise.
-
-        Raises:
-            ValueError: the payload is not of these tokens, or of a type that a pool cannot hold.
-        """
+        """Offers KV to the cache, in reserved memory: the bytes of `span` pass to it, or stay reserved on refusal."""
         handle, (_, end) = state.handle, span
         assert handle is not None, "a running request has a handle"
         with self.tiers.lock:
@@ -156,9 +136,7 @@ class RunningRequests:
             room = None
             try:
                 agent = state.agent
-                room = self.tiers.store(
-                    handle, self._key(state, end), payload, agent, min(state.num_fixed_tokens, end)
-                )
+                room = self.tiers.store(handle, self._key(state, end), payload, agent, min(state.num_fixed_tokens, end))
             finally:
                 if room is not AllocStatus.READY and self.tiers.try_reserve(taken):
                     state.reserved_bytes += taken

@@ -96,11 +96,7 @@ class FairQueue:
         return True
 
     def pop(self, deferred: bool = True) -> RequestState | None:
-        """Removes and returns the next request.
-
-        Args:
-            deferred: deferred requests may be returned, too.
-        """
+        """Removes and returns the next request; `deferred`: it may be a deferred one."""
         lanes = (False, True) if deferred else (False,)
         if not any(self.root.waiting[lane] for lane in lanes):
             return None

@@ -53,8 +53,6 @@ class RequestState:
         refused_since: when it first found no memory. load_started, load_deadline: of its current loads, in seconds.
         in_batch: part of the batch in flight. pending_outcome: how it ends once that batch is complete.
         output_tokens: the answer as far as its tokens were reported; tokens_known: all of them were.
-        num_output_tokens: length of the answer so far.
-        stalled_s, cached_tokens, loaded_tokens, recomputed_tokens: see `RequestOutput`.
     """
 
     request: Request
@@ -105,16 +103,11 @@ class RequestState:
             raise ValueError(f"the request {request.id!r} has an empty prompt; accepted: one token or more")
         whole, fixed = len(key) // TOKEN_BYTES, min(request.fixed_tokens, size)
         return cls(
-            request,
-            key=key,
-            lookup_key=key if size > whole else Pages(key[: -page_size * TOKEN_BYTES]),
+            request, key=key, lookup_key=key if size > whole else Pages(key[: -page_size * TOKEN_BYTES]),
             tail_tokens=[int(token) for token in request.prompt[whole:]] if size > whole else [],
-            num_prompt_tokens=size,
-            num_fixed_tokens=fixed - fixed % page_size,
-            bytes_per_token=request.bytes_per_token or bytes_per_token,
-            page_size=page_size,
-            times=RequestTimes(now),
-        )
+            num_prompt_tokens=size, num_fixed_tokens=fixed - fixed % page_size,
+            bytes_per_token=request.bytes_per_token or bytes_per_token, page_size=page_size, times=RequestTimes(now),
+        )  # fmt: skip
 
     @property
     def account(self) -> tuple[str, str]:
@@ -138,19 +131,10 @@ class RequestState:
         return whole - whole % self.page_size
 
     def output(self, finish_reason: FinishReason, error: str | None) -> RequestOutput:
-        """The result handed to the client."""
         return RequestOutput(
-            self.request,
-            finish_reason,
-            error,
-            self.output_tokens,
-            self.num_output_tokens,
-            self.times,
-            self.stalled_s,
-            self.cached_tokens,
-            self.loaded_tokens,
-            self.recomputed_tokens,
-        )
+            self.request, finish_reason, error, self.output_tokens, self.num_output_tokens, self.times, self.stalled_s,
+            self.cached_tokens, self.loaded_tokens, self.recomputed_tokens,
+        )  # fmt: skip
 
 
 @dataclass(eq=False)

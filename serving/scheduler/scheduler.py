@@ -13,14 +13,7 @@ from ..prefetch import Prefetcher
 from ..request import FinishReason, Request, RequestOutput
 from .admission import Admission
 from .batch import RunningRequests
-from .request_state import (
-    RequestState,
-    RequestStatus,
-    RequestTimers,
-    ScheduledBatch,
-    ScheduledDecode,
-    ScheduledPrefill,
-)
+from .request_state import RequestState, RequestStatus, RequestTimers, ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .scheduler_config import SchedulerConfig
 
 
@@ -35,10 +28,8 @@ class Scheduler:
 
     Args:
         tiers: the cache; requests reserve their memory in its device pool.
-        estimates: seconds of loading and of computing.
         predictor: predicts the agents' next calls; notified of every call.
         bytes_per_token: KV of a computed token.
-        config: budgets; None: the defaults.
         prefetcher: loads fixed prompts ahead of their calls; None: nothing is prefetched.
         batch_waits: nothing is computed while a request's KV is being loaded. For comparison: a batch of SGLang's
             HiCache waits, layer by layer, for the loads of its requests, and all others wait for the batch.
@@ -51,15 +42,9 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        tiers: TieredCache,
-        estimates: Estimates,
-        predictor: NextCallPredictor,
-        bytes_per_token: int,
-        config: SchedulerConfig | None = None,
-        prefetcher: Prefetcher | None = None,
-        batch_waits: bool = False,
-    ) -> None:
+        self, tiers: TieredCache, estimates: Estimates, predictor: NextCallPredictor, bytes_per_token: int,
+        config: SchedulerConfig | None = None, prefetcher: Prefetcher | None = None, batch_waits: bool = False,
+    ) -> None:  # fmt: skip
         if bytes_per_token < 1:
             raise ValueError(f"got bytes_per_token={bytes_per_token}; accepted: 1 or more")
         self.tiers, self.predictor, self.prefetcher = tiers, predictor, prefetcher
@@ -177,7 +162,6 @@ class Scheduler:
             return self._in_flight
 
     def _push_predictions(self) -> None:
-        """Passes changed predictions of the agents' calls on to the cache and the prefetcher."""
         changed = self.predictor.push_values(self.tiers)
         if changed and self.prefetcher is not None:
             self.prefetcher.values_changed(changed)
@@ -261,10 +245,7 @@ class Scheduler:
     def close(self, reason: str = "the scheduler was closed") -> None:
         """Ends every request as CANCELLED, also those of the batch in flight, and refuses new ones.
 
-        The cache stays open.
-
-        Args:
-            reason: becomes the error of the requests.
+        The cache stays open. `reason` becomes the error of the requests.
         """
         with self.tiers.lock:
             self._closed = reason

@@ -28,17 +28,12 @@ class VirtualClock:
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """Bandwidth of a link.
-
-    Attributes:
-        bytes_per_s: while a layer is copied. latency_s: seconds before each layer.
-    """
+    """Bandwidth of a link while a layer is copied, and the seconds before each layer."""
 
     bytes_per_s: float
     latency_s: float = 0.0
 
     def seconds(self, nbytes: int) -> float:
-        """Seconds to copy a layer."""
         return self.latency_s + nbytes / self.bytes_per_s
 
 
@@ -64,21 +59,21 @@ class VirtualTransfer:
 
     def submit(self, job: TransferJob) -> None:
         self._run(self.clock.now)  # a change now must not affect layers that are due already
-        self._queues[job.link].push(job)
+        self._queues[job.link].add(job)
         if job.link not in self._running:
             self._next_job(job.link, self.clock.now)
 
     def cancel(self, job: TransferJob) -> None:
         self._run(self.clock.now)
         job.cancelled = True
-        if self._queues[job.link].remove(job):
+        if self._queues[job.link].discard(job):
             self._end(job, Outcome.CANCELLED)
 
     def promote(self, job: TransferJob, urgency: Urgency, priority: float) -> None:
         self._run(self.clock.now)
         job.urgency, job.priority = urgency, priority
-        if self._queues[job.link].remove(job):
-            self._queues[job.link].push(job)
+        if self._queues[job.link].discard(job):
+            self._queues[job.link].add(job)
 
     def poll(self) -> Sequence[TransferJob]:
         self._run(self.clock.now)
@@ -89,7 +84,6 @@ class VirtualTransfer:
         return finished
 
     def next_time(self) -> float | None:
-        """When the next transfer ends if nothing else happens; None if none is running."""
         return min((self._end_time(time, self._running[link]) for time, _, link in self._due), default=None)
 
     def _end_time(self, time: float, job: TransferJob) -> float:
@@ -155,7 +149,7 @@ class VirtualTransfer:
             return
         del self._running[link]
         if action is LayerAction.YIELD:
-            queue.push(job)
+            queue.add(job)
         else:
             self._end(job, Outcome.DONE if action is LayerAction.COMMIT else Outcome.CANCELLED)
         self._next_job(link, time)

@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from ..kvcache.base import Tier
+from ..kvcache.eviction_policy import Costs
 
 _Found = TypeVar("_Found")
 
@@ -38,19 +39,11 @@ class BatchShape:
     steps: int = 1
 
 
-class CostModel(Protocol):
-    """Seconds of batches; also the `Costs` of an eviction policy."""
+class CostModel(Costs, Protocol):
+    """Seconds of batches, as well as of recomputing and reloading single prompts."""
 
     def batch_s(self, batch: BatchShape) -> float:
         """Seconds to compute a batch."""
-        ...
-
-    def recompute_s(self, start: int, end: int) -> float:
-        """Seconds to compute a prompt's tokens [start, end) alone."""
-        ...
-
-    def reload_s(self, nbytes: int, tier: Tier) -> float:
-        """Seconds to load `nbytes` into `tier` from the tier below."""
         ...
 
 
@@ -131,13 +124,9 @@ class ModelSpec:
 
 # Dense BF16 tensor cores. H100: NVIDIA's data sheet, SXM5. A10G: its data sheet; it is the variant of the A10 that AWS
 # has, with 70 instead of 125 TFLOPS (baseten.co/blog/nvidia-a10-vs-a10g-for-ml-model-inference).
-CARDS = {
-    "h100": Card("H100 80 GB", 989e12, 80e9, 3350e9),
-    "a10g": Card("A10G 24 GB", 70e12, 24e9, 600e9),
-}
+CARDS = {"h100": Card("H100 80 GB", 989e12, 80e9, 3350e9), "a10g": Card("A10G 24 GB", 70e12, 24e9, 600e9)}
 
-# From the models' config.json: parameters, vocabulary × hidden size, layers, query heads × head_dim, KV heads and
-# head_dim.
+# From each config.json: parameters, vocabulary × hidden size, layers, query heads × head_dim, KV heads and head_dim.
 MODELS = {
     "llama-3.1-8b": ModelSpec("Llama-3.1-8B", 8.03e9, 128256 * 4096, 32, 4096, 8, 128),
     "qwen2.5-32b": ModelSpec("Qwen2.5-32B", 32.76e9, 152064 * 5120, 64, 5120, 8, 128),
@@ -220,14 +209,10 @@ class RooflineCosts:
         """Operations per token, output, pair and second; bytes of the weights, per cached token, and per second."""
         model = self.model
         return (
-            2 * (model.params - 2 * model.embedding_params),
-            2 * model.embedding_params,
-            4 * model.layers * model.query_width,
-            self.card.flops * self.compute_share,
-            model.weight_bytes,
-            model.kv_bytes_per_token,
-            self.card.memory_bytes_per_s * self.memory_share,
-        )
+            2 * (model.params - 2 * model.embedding_params), 2 * model.embedding_params,
+            4 * model.layers * model.query_width, self.card.flops * self.compute_share, model.weight_bytes,
+            model.kv_bytes_per_token, self.card.memory_bytes_per_s * self.memory_share,
+        )  # fmt: skip
 
     def _forward_s(self, tokens: float, ends: int, pairs: float, read: float) -> float:
         """Seconds for `tokens` new tokens, `ends` outputs, `pairs` of query and key, and `read` cached tokens."""
@@ -255,12 +240,8 @@ class FittedCosts:
     links: Links = field(default_factory=lambda: Links(0.0))
 
     def batch_s(self, batch: BatchShape) -> float:
-        return sum(
-            a * b
-            for a, b in zip(
-                batch_features(batch), (self.forward_s, self.token_s, self.pair_s, self.request_s), strict=True
-            )
-        )
+        rates = (self.forward_s, self.token_s, self.pair_s, self.request_s)
+        return sum(a * b for a, b in zip(batch_features(batch), rates, strict=True))
 
     def recompute_s(self, start: int, end: int) -> float:
         return self.batch_s(BatchShape(chunks=((start, end),)))

@@ -41,8 +41,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
 def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path, seconds: float | None = None) -> None:
     """One panel per policy, one line per agent: the places of its fixed prompt, and its calls, waiting and computed.
 
-    Args:
-        seconds: only this many from the start.
+    Draws only so many `seconds` from the start.
     """
     lines = max(len(timeline.agents) for timeline in timelines.values())
     made, axes = figure(11, 0.9 + len(timelines) * (0.7 + 0.2 * lines), rows=len(timelines))
@@ -84,11 +83,9 @@ def _legend() -> list[Any]:
 
 
 def draw_speedups(
-    ratios: Mapping[str, Mapping[str, Sequence[float]]],
-    path: str | Path,
-    baseline: str,
+    ratios: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, baseline: str,
     paper: Mapping[str, float] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Bars with their spread over repeats, one group per cell.
 
     Args:

@@ -19,11 +19,7 @@ NO_TIMEOUT_S = 1e9  # a simulated request is to be answered, however late
 
 @dataclass(frozen=True)
 class SimulatedRequest:
-    """A request to be submitted.
-
-    Attributes:
-        output_tokens: length of its answer, at most `request.max_new_tokens`.
-    """
+    """A request to be submitted, whose answer has `output_tokens`, at most `request.max_new_tokens`."""
 
     request: Request
     output_tokens: int
@@ -43,7 +39,6 @@ class RequestSource(Protocol):
 
     def on_submit(self, simulated: SimulatedRequest) -> None:
         """Called just before a request is submitted."""
-        ...
 
     def on_finish(self, output: RequestOutput) -> list[tuple[float, SimulatedRequest]]:
         """The requests that follow one that has ended, with their times of arrival."""
@@ -74,25 +69,16 @@ class WarmUpRequests:
     def _next(self, at: float) -> list[tuple[float, SimulatedRequest]]:
         for agent, (client, prompt) in self._remaining:
             request = Request(
-                f"warm/{agent}",
-                prompt,
-                1,
-                agent=agent,
-                fixed_tokens=len(prompt),
-                session="warm-up",
-                client=client,
+                f"warm/{agent}", prompt, 1, agent=agent, fixed_tokens=len(prompt), session="warm-up", client=client,
                 store_policy=StorePolicy.DISCARD,
-            )
+            )  # fmt: skip
             return [(at, SimulatedRequest(request, 1))]
         return []
 
 
 class ClientRequests:
-    """The calls of generated workflows, whose graphs are declared to the server.
+    """The calls of generated workflows, whose graphs and seconds of a call, `answer_s`, are declared to the server.
 
-    Args:
-        clients: one per workflow.
-        answer_s: the seconds of a call that a client declares.
     Attributes:
         prompts: all prompts in order of submission.
     """
@@ -141,16 +127,10 @@ class ClientRequests:
     def _simulated(self, client: WorkflowClient, call: AgentCall, now: float) -> tuple[float, SimulatedRequest]:
         self._number += 1
         request = Request(
-            f"{client.name}/{self._number}",
-            call.prompt,
-            call.output_tokens,
-            workflow=client.name,
-            agent=call.agent,
-            fixed_tokens=call.fixed_tokens,
-            client=client.client,
-            priority=1.0 if client.hostile else 0.5,
+            f"{client.name}/{self._number}", call.prompt, call.output_tokens, workflow=client.name, agent=call.agent,
+            fixed_tokens=call.fixed_tokens, client=client.client, priority=1.0 if client.hostile else 0.5,
             timeout_s=NO_TIMEOUT_S,
-        )
+        )  # fmt: skip
         return now + call.after_s, SimulatedRequest(request, call.output_tokens)
 
 
@@ -189,16 +169,8 @@ class TraceRequests:
 
 def _from_trace(call: TracedCall) -> SimulatedRequest:
     request = Request(
-        call.id,
-        call.prompt,
-        call.max_new_tokens,
-        workflow=call.workflow,
-        agent=call.agent,
-        fixed_tokens=call.fixed_tokens,
-        session=call.session,
-        client=call.client,
-        priority=call.priority,
-        store_policy=call.store_policy,
-        timeout_s=NO_TIMEOUT_S,
-    )
+        call.id, call.prompt, call.max_new_tokens, workflow=call.workflow, agent=call.agent,
+        fixed_tokens=call.fixed_tokens, session=call.session, client=call.client, priority=call.priority,
+        store_policy=call.store_policy, timeout_s=NO_TIMEOUT_S,
+    )  # fmt: skip
     return SimulatedRequest(request, max(1, call.num_output_tokens))

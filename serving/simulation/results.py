@@ -114,12 +114,7 @@ class SimulationRow:
 
 
 def result_of(run: SimulationRun, before: TransferSnapshot, honest: bool = True) -> SimulationResult:
-    """The numbers of a run.
-
-    Args:
-        before: counters at its beginning.
-        honest: leaves the calls of hostile clients out of times and hits.
-    """
+    """The numbers of a run since `before`; `honest` leaves the calls of hostile clients out of times and hits."""
     calls = [output for output in run.outputs if not (honest and output.request.client.startswith("hostile"))]
     moved, wasted = before.until_now(run.system)
     page = run.system.tiers.page_size
@@ -131,32 +126,21 @@ def result_of(run: SimulationRun, before: TransferSnapshot, honest: bool = True)
     ends = [output.times.finished for output in calls if output.times.finished is not None]
     return SimulationResult(
         makespan_s=max(ends, default=run.begin_s) - run.begin_s,
-        call_s=statistics.fmean(map(_call_s, calls)) if calls else 0.0,
-        hit_rate=sum(hits) / max(1, sum(fixed)),
-        stall_s=sum(output.stalled_s for output in calls),
-        bytes_moved=moved,
-        bytes_wasted=wasted,
-        ttft_p50_s=quantile(waits, 0.5),
-        ttft_p99_s=quantile(waits, 0.99),
-        calls=len(calls),
-        timed_out=sum(output.times.first_token is None for output in calls),
-        events=run.events,
-        decisions=run.decisions,
+        call_s=statistics.fmean(map(_call_s, calls)) if calls else 0.0, hit_rate=sum(hits) / max(1, sum(fixed)),
+        stall_s=sum(output.stalled_s for output in calls), bytes_moved=moved, bytes_wasted=wasted,
+        ttft_p50_s=quantile(waits, 0.5), ttft_p99_s=quantile(waits, 0.99), calls=len(calls),
+        timed_out=sum(output.times.first_token is None for output in calls), events=run.events, decisions=run.decisions,
         cpu_s=run.cpu_s,
-    )
+    )  # fmt: skip
 
 
 def row_of(
     name: str, policy: str, results: Sequence[SimulationResult], ratio: float, paper: float | None = None
 ) -> SimulationRow:
     """The means of several results."""
-
-    def mean(field: str) -> float:
-        return statistics.fmean(getattr(result, field) for result in results)
-
-    fields = ("hit_rate", "stall_s", "bytes_moved", "bytes_wasted", "ttft_p50_s", "ttft_p99_s")
-    values = {field: mean(field) for field in fields}
-    return SimulationRow(name, policy, mean("makespan_s"), ratio, **values, paper_ratio=paper)
+    fields = ("makespan_s", "hit_rate", "stall_s", "bytes_moved", "bytes_wasted", "ttft_p50_s", "ttft_p99_s")
+    means = {field: statistics.fmean(getattr(result, field) for result in results) for field in fields}
+    return SimulationRow(name, policy, ratio=ratio, paper_ratio=paper, **means)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -51,10 +51,8 @@ class SimulatedMachine:
 
     Attributes:
         costs: seconds of computing and of loading.
-        links: between the tiers.
         device_bytes, host_bytes, disk_bytes: capacities for KV; 0: no such tier (the device needs some).
-        bytes_per_token: bytes of KV per token.
-        page_size: tokens per page of the prefix tree.
+        bytes_per_token, page_size: bytes of KV per token, tokens per page of the prefix tree.
         copy_parts: parts in which a node is copied; after each, a more urgent copy may preempt it.
         scheduler, prefetch: budgets of the scheduler and the prefetcher; prefetch=None: the defaults.
         believed: the costs that the server assumes; None: the true ones.
@@ -98,26 +96,16 @@ class SimulatedMachine:
         host = LinkSpeed(self.links.host_bytes_per_s or 1.0, self.links.latency_s)
         disk = LinkSpeed(self.links.disk_bytes_per_s or 1.0, self.links.latency_s)
         speeds = {}
-        for low, high, speed in (
-            (Tier.HOST, Tier.DEVICE, host),
-            (Tier.DISK, Tier.HOST, disk),
-            (Tier.DISK, Tier.DEVICE, disk),
-        ):
+        ways = (Tier.HOST, Tier.DEVICE, host), (Tier.DISK, Tier.HOST, disk), (Tier.DISK, Tier.DEVICE, disk)
+        for low, high, speed in ways:
             if low in pools and high in pools:
                 speeds[low, high] = speeds[high, low] = speed
         system = build_system(
-            name,
-            pools,
-            CountedTransfer(clock, speeds),
-            costs=self.believed or self.costs,
-            bytes_per_token=self.bytes_per_token,
-            clock=clock,
-            page_size=self.page_size,
-            graph=StepGraph(clock),
-            scheduler_config=self.scheduler,
-            prefetch_config=self.prefetch,
+            name, pools, CountedTransfer(clock, speeds), costs=self.believed or self.costs,
+            bytes_per_token=self.bytes_per_token, clock=clock, page_size=self.page_size, graph=StepGraph(clock),
+            scheduler_config=self.scheduler, prefetch_config=self.prefetch,
             prompts=cast("Sequence[Sequence[int]] | None", prompts),
-        )
+        )  # fmt: skip
         return system, clock
 
 
@@ -130,13 +118,9 @@ class Simulator:
     """
 
     def __init__(
-        self,
-        machine: SimulatedMachine,
-        system: System,
-        clock: VirtualClock,
-        recorder: TraceRecorder | None = None,
+        self, machine: SimulatedMachine, system: System, clock: VirtualClock, recorder: TraceRecorder | None = None,
         timeline: Timeline | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.machine, self.system, self.clock = machine, system, clock
         self.recorder, self.timeline = recorder, timeline
         self.scheduler = system.scheduler if recorder is None else RecordingScheduler(system.scheduler, recorder)
@@ -190,7 +174,6 @@ class Simulator:
             heapq.heappush(self._arrivals, (max(at, self.clock.now), self._number, simulated))
 
     def _submit(self, source: RequestSource) -> None:
-        """Submits the requests that have arrived by now."""
         while self._arrivals and self._arrivals[0][0] <= self.clock.now:
             simulated = heapq.heappop(self._arrivals)[2]
             source.on_submit(simulated)
@@ -244,20 +227,13 @@ class Simulator:
         self.scheduler.complete(batch)
 
     def _remaining(self, item: ScheduledDecode) -> int:
-        """Tokens until a short answer ends."""
         return item.remaining - (item.request.max_new_tokens - self._short[item.request.id])
 
 
 def simulate(
-    machine: SimulatedMachine,
-    workload: WorkloadConfig,
-    policy: str,
-    seed: int = 0,
-    *,
-    warm: bool = True,
-    recorder: TraceRecorder | None = None,
-    timeline: Timeline | None = None,
-) -> SimulationResult:
+    machine: SimulatedMachine, workload: WorkloadConfig, policy: str, seed: int = 0, *, warm: bool = True,
+    recorder: TraceRecorder | None = None, timeline: Timeline | None = None,
+) -> SimulationResult:  # fmt: skip
     """Runs a generated workload once.
 
     Args:
@@ -279,15 +255,9 @@ def prompts_of(machine: SimulatedMachine, workload: WorkloadConfig, seed: int, w
 
 
 def _simulate(
-    machine: SimulatedMachine,
-    workload: WorkloadConfig,
-    policy: str,
-    seed: int,
-    warm: bool,
-    prompts: Sequence[np.ndarray] | None,
-    recorder: TraceRecorder | None,
-    timeline: Timeline | None,
-) -> tuple[SimulationResult, list[np.ndarray]]:
+    machine: SimulatedMachine, workload: WorkloadConfig, policy: str, seed: int, warm: bool,
+    prompts: Sequence[np.ndarray] | None, recorder: TraceRecorder | None, timeline: Timeline | None,
+) -> tuple[SimulationResult, list[np.ndarray]]:  # fmt: skip
     """The result, and all prompts in order of submission."""
     system, clock = machine.build(policy, prompts)
     clients = clients_of(workload, seed)
@@ -320,14 +290,9 @@ def declared_answer_s(machine: SimulatedMachine) -> Callable[[WorkflowClient], f
 
 
 def replay(
-    machine: SimulatedMachine,
-    trace: Trace,
-    policy: str,
-    *,
-    closed: bool = True,
-    recorder: TraceRecorder | None = None,
+    machine: SimulatedMachine, trace: Trace, policy: str, *, closed: bool = True, recorder: TraceRecorder | None = None,
     timeline: Timeline | None = None,
-) -> SimulationResult:
+) -> SimulationResult:  # fmt: skip
     """Runs the calls of a trace once, on any machine; see `TraceRequests` for `closed` and `Simulator` for the rest."""
     prompts = [call.prompt for call in trace.calls] if policy == "belady" else None
     system, clock = machine.build(policy, prompts)
@@ -339,7 +304,6 @@ def replay(
 
 
 def _store_prompts(trace: Trace, system: System, clock: VirtualClock, parts: int) -> None:
-    """Stores the fixed prompts that were cached before the first call of the trace."""
     tiers = system.tiers
     for agent, prompt, nbytes in trace.stored:
         if system.prefetcher is not None:
@@ -370,17 +334,11 @@ def machine_of(trace: Trace) -> SimulatedMachine:
     links = Links(about.get("link_bytes_per_s", 0.0), about.get("disk_bytes_per_s", 0.0), about.get("latency_s", 0.0))
     believed = about.get("believed")
     return SimulatedMachine(
-        fit_costs(trace.batches, links),
-        links,
-        about["device_bytes"],
-        about.get("host_bytes", 0),
-        about.get("disk_bytes", 0),
-        trace.bytes_per_token,
-        trace.page_size,
-        about.get("copy_parts", 4),
+        fit_costs(trace.batches, links), links, about["device_bytes"], about.get("host_bytes", 0),
+        about.get("disk_bytes", 0), trace.bytes_per_token, trace.page_size, about.get("copy_parts", 4),
         _scheduler_config(about),
         believed=LinearCosts(believed[0], (believed[1], believed[2]), believed[3]) if believed else None,
-    )
+    )  # fmt: skip
 
 
 # Earlier traces (of the same version) state the scheduler's budgets under `limits`, with these names.

@@ -55,22 +55,14 @@ def run_parallel(
 
 @dataclass(frozen=True)
 class StudyQuestion:
-    """A property of the workload that is varied.
-
-    Attributes:
-        values: by label, the fields of `WorkloadConfig` that are replaced.
-    """
+    """A property of the workload that is varied; `values`: by label, the replaced fields of `WorkloadConfig`."""
 
     name: str
     values: Mapping[str, Mapping[str, Any]]
 
 
 def questions_for(workload: WorkloadConfig, many: Sequence[int] = (64, 250, 1000)) -> list[StudyQuestion]:
-    """The study's questions about a workload.
-
-    Args:
-        many: numbers of workflows to try.
-    """
+    """The study's questions about a workload; `many`: numbers of workflows to try."""
     tool = workload.tool_s.mean or 2.0
     tails = {
         "constant": Distribution(tool),
@@ -119,32 +111,15 @@ class StudyPoint:
 
 
 def run_study(
-    machine: SimulatedMachine,
-    workload: WorkloadConfig,
-    questions: Sequence[StudyQuestion],
-    policies: Sequence[str],
-    baseline: str,
-    seeds: Sequence[int],
-    jobs: int = 1,
-    ended: Callable[[], None] = lambda: None,
-) -> list[StudyPoint]:
-    """Runs all policies at all values of all questions; at each value the baseline comes first.
-
-    Args:
-        jobs, ended: see `run_parallel`.
-    """
+    machine: SimulatedMachine, workload: WorkloadConfig, questions: Sequence[StudyQuestion], policies: Sequence[str],
+    baseline: str, seeds: Sequence[int], jobs: int = 1, ended: Callable[[], None] = lambda: None,
+) -> list[StudyPoint]:  # fmt: skip
+    """Runs all policies at all values of all questions; at each value the baseline comes first. See `run_parallel`."""
     order = tuple(dict.fromkeys((baseline, *policies)))
-    settings = [
-        (question.name, value, replace(workload, **changes))
-        for question in questions
-        for value, changes in question.values.items()
-    ]
-    tasks = [
-        partial(simulate, machine, varied, policy, seed)
-        for _, _, varied in settings
-        for policy in order
-        for seed in seeds
-    ]
+    varied = [(each.name, value, changes) for each in questions for value, changes in each.values.items()]
+    settings = [(name, value, replace(workload, **changes)) for name, value, changes in varied]
+    runs = [(setting, policy, seed) for _, _, setting in settings for policy in order for seed in seeds]
+    tasks = [partial(simulate, machine, *run) for run in runs]
     results = iter(run_parallel(tasks, jobs, ended))
     points = []
     for question, value, _ in settings:
@@ -154,21 +129,12 @@ def run_study(
 
 
 def _point(
-    question: str,
-    value: str,
-    policy: str,
-    base: Sequence[SimulationResult],
-    results: tuple[SimulationResult, ...],
+    question: str, value: str, policy: str, base: Sequence[SimulationResult], results: tuple[SimulationResult, ...]
 ) -> StudyPoint:
     ratios = [one.call_s / other.call_s for one, other in zip(base, results, strict=True)]
     makespans = [one.makespan_s / other.makespan_s for one, other in zip(base, results, strict=True)]
     return StudyPoint(
-        question,
-        value,
-        policy,
-        ratio=sum(ratios) / len(ratios),
-        worst=min(ratios),
+        question, value, policy, ratio=sum(ratios) / len(ratios), worst=min(ratios),
         makespan_ratio=sum(makespans) / len(makespans),
-        ttft_p99_s=sum(each.ttft_p99_s for each in results) / len(results),
-        results=results,
-    )
+        ttft_p99_s=sum(each.ttft_p99_s for each in results) / len(results), results=results,
+    )  # fmt: skip

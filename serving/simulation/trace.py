@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -30,8 +30,7 @@ class TraceRecorder:
 
     Args:
         path: of the file, which is overwritten.
-        bytes_per_token: bytes of KV per computed token.
-        page_size: tokens per page.
+        bytes_per_token, page_size: bytes of KV per computed token, tokens per page.
         about: further facts, as JSON values. `machine_of` reads `device_bytes`, `host_bytes`, `disk_bytes`,
             `link_bytes_per_s`, `disk_bytes_per_s`, `latency_s`, `copy_parts`, `scheduler` (fields of
             `SchedulerConfig`) and `believed`: the tokens/s, bytes/s of the two links, and latency in seconds that the
@@ -69,7 +68,6 @@ class TraceRecorder:
             self._write("stored", agent=agent, fixed=number, nbytes=nbytes)
 
     def record_submitted(self, at: float, request: Request) -> None:
-        """A request has arrived."""
         prompt = np.asarray(request.prompt, dtype=np.int32).reshape(-1)
         fixed = min(request.fixed_tokens, len(prompt))
         group = request.workflow or request.session
@@ -77,54 +75,32 @@ class TraceRecorder:
             before = self._last.get(group) if group is not None else None
             number = self._fixed(prompt[:fixed]) if fixed else None
         self._write(
-            "call",
-            at=at,
-            id=request.id,
-            agent=request.agent,
-            workflow=request.workflow,
-            session=request.session,
-            client=request.client,
-            priority=request.priority,
-            keep=request.store_policy.value,
-            fixed=number,
-            tokens=prompt[fixed:].tolist(),
-            max_new_tokens=request.max_new_tokens,
+            "call", at=at, id=request.id, agent=request.agent, workflow=request.workflow, session=request.session,
+            client=request.client, priority=request.priority, keep=request.store_policy.value, fixed=number,
+            tokens=prompt[fixed:].tolist(), max_new_tokens=request.max_new_tokens,
             after=None if before is None else [before[0], max(0.0, at - before[1])],
-        )
+        )  # fmt: skip
 
     def record_batch(self, at: float, batch: ScheduledBatch, seconds: float) -> None:
         """A batch began at `at` and took `seconds`; to be called before `Scheduler.complete`."""
         shape = batch_shape_of(batch)
         self._write(
-            "batch",
-            at=at,
-            seconds=seconds,
-            chunks=[list(chunk) for chunk in shape.chunks],
-            contexts=list(shape.contexts),
-            steps=shape.steps,
-        )
+            "batch", at=at, seconds=seconds, chunks=[list(chunk) for chunk in shape.chunks],
+            contexts=list(shape.contexts), steps=shape.steps,
+        )  # fmt: skip
 
     def record_finished(self, output: RequestOutput) -> None:
-        """A request has ended."""
         request, times = output.request, output.times
         group = request.workflow or request.session
         if group is not None and times.finished is not None:
             with self._lock:
                 self._last[group] = (request.id, times.finished)
         self._write(
-            "end",
-            at=times.finished,
-            id=request.id,
-            outcome=output.finish_reason.value,
-            arrived=times.arrived,
-            admitted=times.admitted,
-            first_token=times.first_token,
-            produced=output.num_output_tokens,
-            stalled_s=output.stalled_s,
-            cached=output.cached_tokens,
-            loaded=output.loaded_tokens,
+            "end", at=times.finished, id=request.id, outcome=output.finish_reason.value, arrived=times.arrived,
+            admitted=times.admitted, first_token=times.first_token, produced=output.num_output_tokens,
+            stalled_s=output.stalled_s, cached=output.cached_tokens, loaded=output.loaded_tokens,
             recomputed=output.recomputed_tokens,
-        )
+        )  # fmt: skip
 
     def _fixed(self, tokens: np.ndarray) -> int:
         """The number of a fixed prompt; its tokens are written the first time."""
@@ -179,7 +155,7 @@ class RecordingScheduler:
 
 def batch_shape_of(batch: ScheduledBatch) -> BatchShape:
     """The sizes of a scheduled batch, for a cost model."""
-    chunks: Sequence[tuple[int, int]] = [(item.start, item.end) for item in batch.prefills]
+    chunks = [(item.start, item.end) for item in batch.prefills]
     contexts = [item.state.num_prompt_tokens + item.state.num_output_tokens for item in batch.decodes]
     return BatchShape(chunks, contexts, batch.steps)
 
@@ -192,7 +168,6 @@ class TracedCall:
         at: seconds from the first arrival to its own.
         prompt: int32 `(tokens,)`.
         after: id of the call that it followed, and the seconds between; None: it followed none.
-        num_output_tokens: length of its answer.
         took_s: seconds from its arrival to its end. stalled_s: of these, waiting for loads.
         on_device: prompt tokens that were on the device at its admission, neither loaded for it nor computed.
     """
@@ -220,7 +195,6 @@ class Trace:
     """The contents of a trace file.
 
     Attributes:
-        workflows: as declared.
         calls: answered calls, in order of arrival.
         batches: with the seconds that each took.
         stored: fixed prompts that were cached before the first call: agent, token ids, bytes of KV.
@@ -255,8 +229,7 @@ def read_trace(path: str | Path) -> Trace:
     ends = {row["id"]: row for row in rows if row["kind"] == "end" and row["outcome"] == "answered"}
     asked = [row for row in rows if row["kind"] == "call" and row["id"] in ends]
     begin = min((row["at"] for row in asked), default=0.0)
-    for row in asked:
-        trace.calls.append(_call(row, ends[row["id"]], prompts, begin, ends))
+    trace.calls = [_call(row, ends[row["id"]], prompts, begin, ends) for row in asked]
     for row in rows:
         if row["kind"] == "workflow":
             agents = [AgentSpec(**agent) for agent in row["agents"]]
@@ -286,20 +259,11 @@ def _call(row: dict, end: dict, prompts: dict[int, np.ndarray], begin: float, kn
     fixed = prompts[row["fixed"]] if row["fixed"] is not None else np.zeros(0, dtype=np.int32)
     after = row["after"]
     return TracedCall(
-        id=row["id"],
-        at=row["at"] - begin,
-        prompt=np.concatenate((fixed, np.array(row["tokens"], dtype=np.int32))),
-        fixed_tokens=len(fixed),
-        agent=row["agent"],
-        workflow=row["workflow"],
-        session=row["session"],
-        client=row["client"],
-        priority=row["priority"],
-        store_policy=StorePolicy(row["keep"]),
+        id=row["id"], at=row["at"] - begin, prompt=np.concatenate((fixed, np.array(row["tokens"], dtype=np.int32))),
+        fixed_tokens=len(fixed), agent=row["agent"], workflow=row["workflow"], session=row["session"],
+        client=row["client"], priority=row["priority"], store_policy=StorePolicy(row["keep"]),
         max_new_tokens=row["max_new_tokens"],
         after=(after[0], after[1]) if after is not None and after[0] in known else None,
-        num_output_tokens=end["produced"],
-        took_s=end["at"] - row["at"],
-        stalled_s=end.get("stalled_s", 0.0),
+        num_output_tokens=end["produced"], took_s=end["at"] - row["at"], stalled_s=end.get("stalled_s", 0.0),
         on_device=end.get("cached", 0) - end.get("loaded", 0),
-    )
+    )  # fmt: skip

@@ -88,7 +88,6 @@ class WorkloadConfig:
         shape: of each workflow. `ring`: stages in a circle, each with `branches` agents of which one is called;
             `branching`: a planner, then one of `branches` chains with probabilities that halve, then a writer, and
             again; `fan`: a planner, all workers at once, and a writer that waits for all of them, and again.
-        agents, branches: of a workflow.
         workflows: number of workflows. shared: they call the same agents instead of their own.
         rounds: a workflow ends after this many times the calls of one round.
         fixed_tokens, dynamic_tokens, output_tokens: lengths of a call's fixed prompt, suffix and answer.
@@ -155,8 +154,6 @@ class WorkflowPlan:
     Attributes:
         following: by agent, the next agents and their probabilities; all of them at once if these are None.
         joins: by agent that waits for others, how many calls it waits for.
-        first: the agent that is called first.
-        calls: number of calls in a round.
     """
 
     following: dict[str, tuple[tuple[str, ...], tuple[float, ...] | None]]
@@ -232,7 +229,6 @@ class WorkflowClient:
 
     @property
     def agents(self) -> list[str]:
-        """Present names of its agents."""
         return list(self._names.values())
 
     def spec(self, answer_s: float) -> WorkflowSpec:

@@ -23,11 +23,9 @@ class Duration:
     many observations in the discount.
 
     Attributes:
-        mean: seconds.
         spread: standard deviation in seconds.
         count: observations; at 0, mean and spread are a guess that the first observation replaces.
         prior: distribution used while this one has few observations, once it has some itself: that of all agents.
-        config: memory and weights.
         recent: the last `config.memory` observations in seconds.
 
     Raises:

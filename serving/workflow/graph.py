@@ -68,7 +68,6 @@ class StepGraph:
         return workflow
 
     def _exceeded_limit(self, spec: WorkflowSpec) -> str | None:
-        """The limit that one more workflow would exceed."""
         config, state = self.config, self._state
         for kind, limit, wanted in (
             ("workflows", config.max_workflows, len(self._workflows) + 1),
@@ -80,22 +79,14 @@ class StepGraph:
         return None
 
     def remove_workflow(self, name: str) -> None:
-        """Removes a workflow that has ended, or whose client has disconnected.
-
-        Raises:
-            ValueError: there is none of that name.
-        """
+        """Removes a workflow that has ended, or whose client has disconnected; ValueError if there is none."""
         workflow = self[name]
         workflow.close()
         del self._workflows[name], self._reuse[workflow]
         self._reported.pop(workflow, None)
 
     def expire(self, seconds: float) -> list[str]:
-        """Removes the workflows without an event for `seconds`, except running and `persistent` ones.
-
-        Returns:
-            Their names.
-        """
+        """Removes the workflows without an event for `seconds`, unless running or `persistent`; returns their names."""
         limit = self._state.clock() - seconds
         silent = [name for name, workflow in self._workflows.items() if workflow.last_event_s < limit]
         old = [name for name in silent if not (self._workflows[name].running or self._workflows[name].persistent)]

@@ -21,8 +21,6 @@ class LearnedTransitions:
 
     Args:
         graph: gets the workflow `name`, which nothing else may change.
-        name: of the workflow.
-        config: decay and bounds.
 
     Raises:
         ValueError: the graph has a workflow of that name, or is full.

@@ -49,7 +49,6 @@ class ReuseChance(NamedTuple):
 
 
 def no_chance(*shape: int) -> ReuseChance:
-    """Events that never happen."""
     return ReuseChance(np.zeros(shape), np.zeros(shape))
 
 
@@ -62,10 +61,7 @@ def combine_first(
     one_reach: Any, one_reuse: Any, other_reach: Any, other_reuse: Any, maximum: Callable[[Any, Any], Any] = max
 ) -> tuple[Any, Any]:
     """Reach and reuse of `first_of`, for numbers or, with numpy's `maximum`, for arrays."""
-    sooner = maximum(
-        one_reuse + (1 - one_reach) * other_reuse,
-        other_reuse + (1 - other_reach) * one_reuse,
-    )
+    sooner = maximum(one_reuse + (1 - one_reach) * other_reuse, other_reuse + (1 - other_reach) * one_reuse)
     return 1 - (1 - one_reach) * (1 - other_reach), sooner
 
 
@@ -98,15 +94,10 @@ class FirstPassage:
     """
 
     def __init__(
-        self,
-        branches: Sequence[Mapping[int, float]],
-        is_and: Sequence[bool],
-        discounts: np.ndarray,
-        accuracy: float = 1.0,
-        transitions: Sequence[Mapping[int, float]] = (),
-        edge_weight: float = TransitionConfig.edge_weight,
-        tolerance: float = ReuseConfig.tolerance,
-    ) -> None:
+        self, branches: Sequence[Mapping[int, float]], is_and: Sequence[bool], discounts: np.ndarray,
+        accuracy: float = 1.0, transitions: Sequence[Mapping[int, float]] = (),
+        edge_weight: float = TransitionConfig.edge_weight, tolerance: float = ReuseConfig.tolerance,
+    ) -> None:  # fmt: skip
         self.agents = len(branches)
         self.discounts = discounts
         self.tolerance = tolerance
@@ -148,11 +139,8 @@ class FirstPassage:
         self.after = ReuseChance(self.onward.reach, self.onward.reuse * discounts[:, None])
 
     def _solve_linear(self, choice: np.ndarray) -> ReuseChance:
-        """Without forks: the expected numbers of arrivals are a linear system, and the expected number of all arrivals
-        at a target is the probability of a first one times that of the arrivals from there (Pyke 1961, renewal
-        equation).
-
-        An endless cycle has infinitely many arrivals, so discounts are kept slightly below 1.
+        """Without forks, the expected arrivals solve a linear system: those at a target are the chance of a first arrival
+        times the arrivals from there (Pyke 1961, renewal equation). Endless cycles need discounts below 1.
         """
         most, found = np.full(self.agents, 1 - 0.01 * self.tolerance), []
         for discounts in (most, np.minimum(most, self.discounts)):
@@ -164,10 +152,7 @@ class FirstPassage:
         return ReuseChance(reach, np.minimum(reuse, reach))
 
     def _iterate(self, choice: np.ndarray, forks: np.ndarray) -> ReuseChance:
-        """Fixed-point iteration from zero: the least solution, which is the first passage also in endless cycles.
-
-        One round is one call. Calls beyond the last round are missing in `reach`, which is negligible here.
-        """
+        """Fixed-point iteration from zero, one call a round: the least solution, also in endless cycles."""
         onward = no_chance(self.agents, self.targets)
         arrived = np.zeros((self.targets + 1, self.targets))
         own = np.arange(self.targets)
@@ -202,8 +187,7 @@ class FirstPassage:
     def from_end(self, agent: int, repeat_factor: float = 1.0) -> ReuseChance:
         """Chances `(targets,)` from the end of a call and of the pause after it.
 
-        Args:
-            repeat_factor: how many times as likely as others the agent itself is in an unpredicted call.
+        In an unpredicted call, the agent itself is `repeat_factor` times as likely as others.
         """
         row = ReuseChance(self.onward.reach[agent].copy(), self.onward.reuse[agent].copy())
         for each in row:
@@ -293,8 +277,7 @@ class WorkflowReuse:
             agent = durations[workflow.names[node]]
             pause = agent.pause.discount(rate)
             for began in calls.values():
-                left = agent.call.discount(rate, now - began) * pause
-                sources.append(passage.from_running(index[node], left))
+                sources.append(passage.from_running(index[node], agent.call.discount(rate, now - began) * pause))
         waiting: dict[tuple[int, int], tuple[float, float]] = {}
         exclusive: dict[int, ReuseChance] = {}  # by source: its branches exclude each other, so they are summed
         for (node, successor), prediction in workflow.pending.items():
@@ -344,14 +327,9 @@ class WorkflowReuse:
             transitions = [{index[target]: count for target, count in counts.items()} for counts in observed]
             workflow.transitions.drift = 0.0
             self._passage = FirstPassage(
-                branches,
-                is_and,
-                np.array(discounts),
-                self._accuracy,
-                transitions,
-                workflow.transitions.config.edge_weight,
-                self.config.tolerance,
-            )
+                branches, is_and, np.array(discounts), self._accuracy, transitions,
+                workflow.transitions.config.edge_weight, self.config.tolerance,
+            )  # fmt: skip
         return self._passage
 
     def _by_most_probable_paths(self) -> dict[str, tuple[float, float]]:
@@ -377,7 +355,6 @@ class _MostProbablePaths:
         self._valid_discounts: dict[int, tuple[float, float]] = {}  # ranges in which the edges' weights are valid
 
     def _update_weights(self) -> None:
-        """Sets the weights of the edges whose durations have drifted."""
         for node, durations in self._durations.items():
             discount = durations.discount(self._rate)
             low, high = self._valid_discounts.get(node, (math.inf, math.inf))
@@ -387,7 +364,6 @@ class _MostProbablePaths:
                     self.solver.set_edge(node, target, max(1e-9, -math.log(max(1e-300, probability * discount))))
 
     def chances(self) -> dict[str, tuple[float, float]]:
-        """By agent, reach (0 or 1) and reuse."""
         self._update_weights()
         workflow, solver = self.workflow, self.solver
         sources = workflow.expected | workflow.running.keys()

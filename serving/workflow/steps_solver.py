@@ -92,7 +92,6 @@ class EdgeArrays:
         return JoinSolution(distance, joined, deciding)
 
     def _satisfied_places(self, edges: _IncomingEdges, satisfied: Sequence[set[int]]) -> np.ndarray:
-        """Indices in `edges` of the edges that are satisfied."""
         places = []
         for node, predecessors in enumerate(satisfied):
             if predecessors and node in edges.start_of:
@@ -102,12 +101,9 @@ class EdgeArrays:
 
 
 def solve_naively(
-    predecessors: Sequence[dict[int, float]],
-    is_and: Sequence[bool],
-    is_source: Sequence[bool],
-    satisfied: Sequence[set[int]],
-    horizon: float = INF,
-) -> tuple[list[float], list[float]]:
+    predecessors: Sequence[dict[int, float]], is_and: Sequence[bool], is_source: Sequence[bool],
+    satisfied: Sequence[set[int]], horizon: float = INF,
+) -> tuple[list[float], list[float]]:  # fmt: skip
     """Applies the definition to every node until nothing changes; returns the distances and the joins."""
     distance = [0.0 if source else INF for source in is_source]
     while True:
@@ -159,22 +155,15 @@ class JoinSolver:
         self._drained: dict[int, tuple[float, float]] = {}  # values at the last `drain` of nodes updated since
 
     def add_node(self, is_and: bool = False) -> int:
-        """Adds a node without edges; returns its number."""
         if self._free:
             node = self._free.pop()
             self.is_and[node] = is_and
             self._arrays = None
             return node
         for column, empty in (
-            (self.predecessors, {}),
-            (self.successors, {}),
-            (self.is_and, is_and),
-            (self.satisfied, set()),
-            (self.is_source, False),
-            (self._distance, INF),
-            (self._joined, INF),
-            (self._deciding, 0),
-        ):
+            (self.predecessors, {}), (self.successors, {}), (self.is_and, is_and), (self.satisfied, set()),
+            (self.is_source, False), (self._distance, INF), (self._joined, INF), (self._deciding, 0),
+        ):  # fmt: skip
             column.append(empty)  # type: ignore[arg-type]
         self._arrays = None
         return len(self.is_and) - 1
@@ -192,7 +181,6 @@ class JoinSolver:
         self._free.append(node)
 
     def set_join(self, node: int, is_and: bool) -> None:
-        """Sets whether the node is an AND or an OR."""
         self.is_and[node] = is_and
         self._arrays = None
         self._stale.add(node)

@@ -43,8 +43,6 @@ class PendingPredictions(dict[Edge, PendingPrediction]):
 
     Args:
         min_validity: predictions below it are dropped.
-    Attributes:
-        source_counts: number of predictions by source.
     """
 
     def __init__(self, min_validity: float = TransitionConfig.min_validity) -> None:
@@ -60,7 +58,6 @@ class PendingPredictions(dict[Edge, PendingPrediction]):
         self.source_counts[edge[0]] = self.source_counts.get(edge[0], 0) + 1
 
     def remove(self, edge: Edge) -> bool:
-        """Removes the prediction on an edge; returns whether there was one."""
         if self.pop(edge, None) is None:
             return False
         self.source_counts[edge[0]] -= 1
@@ -104,8 +101,6 @@ class TransitionCounts:
     observation is attributed to chance and the rest counts as a habit: otherwise random calls would leave traces where
     they have just been.
 
-    Args:
-        config: decay and bounds.
     Attributes:
         drift: sum of the changes of transition probabilities since the reader last set it to 0.
         unpredicted, repeats: decayed numbers of unpredicted calls, and of those that called the same agent again.
@@ -150,7 +145,6 @@ class TransitionCounts:
         }
 
     def is_habit(self, source: int, target: int) -> bool:
-        """Whether `target` has followed `source` more than once."""
         return self._counts.get(source, _NONE).get(target, 0.0) > 1
 
     def forget(self, node: int) -> None:
@@ -174,12 +168,8 @@ class GraphState:
     """Counters, durations and the index of agents shared by all workflows of a step graph.
 
     Attributes:
-        clock: seconds.
-        config: limits and tuned numbers.
-        num_agents, num_edges: of all workflows together.
         durations: by agent, whichever workflow calls it; kept when the last of them ends, while there is room.
         calls, pauses: durations of all agents together.
-        members: the workflows by agent.
         steps_changes, reuse_changes: one log for each of the two readers.
     """
 
@@ -199,11 +189,7 @@ class GraphState:
         self.pauses = Duration(0.0, 0.0, config=self.config.durations)
 
     def add_agent(self, workflow: Workflow, spec: AgentSpec) -> None:
-        """Counts a new agent of `workflow`.
-
-        Raises:
-            ValueError: there are `max_agents` already.
-        """
+        """Counts a new agent of `workflow`; ValueError if there are `max_agents` already."""
         limit = self.config.max_agents
         if self.num_agents >= limit:
             raise ValueError(f"the graph is full: {limit} agents are accepted in all workflows together")
@@ -218,7 +204,6 @@ class GraphState:
                 durations.pause.prior = self.pauses
 
     def remove_agent(self, workflow: Workflow, agent: str) -> None:
-        """Counts an agent that `workflow` no longer has."""
         self.num_agents -= 1
         self.members[agent].discard(workflow)
         if not self.members[agent]:
@@ -229,7 +214,6 @@ class GraphState:
             log.removed_agents.add(agent)
 
     def observe_call(self, agent: str, seconds: float) -> None:
-        """A call of `agent` took `seconds`."""
         self.durations[agent].call.observe(seconds)
         self.calls.observe(seconds)
 
@@ -239,7 +223,6 @@ class GraphState:
         self.pauses.observe(seconds)
 
     def record_event(self, workflow: Workflow) -> None:
-        """Something has happened in `workflow`."""
         self.steps_changes.workflows.add(workflow)
         self.reuse_changes.workflows.add(workflow)
 
@@ -254,11 +237,9 @@ class Workflow:
 
     Attributes:
         ids: number of each agent in the solver; the number of a removed agent is reused.
-        names: the reverse.
         branches: for each number, the successors' numbers and the probabilities of the edges.
         running: for each number with calls in progress, the start of each call in seconds.
         expected: numbers of agents that will be called next, whatever the edges say.
-        pending: predictions by the numbers of source and target.
         transitions: observed successors of agents that choose between their edges.
         structure_version: counts the changes of agents and edges; `version`: these and the events.
         last_event_s: seconds, the last change or event.
@@ -507,7 +488,6 @@ class Workflow:
         self._record_event()
 
     def _end_call(self, node: int, call: Hashable) -> float:
-        """Removes a call and returns its start; without an identifier, the oldest call."""
         calls = self.running.get(node, {})
         if call is None and None not in calls and calls:
             call = next(iter(calls))
@@ -520,10 +500,7 @@ class Workflow:
         return began
 
     def _record_transition(self, source: int, target: int) -> None:
-        """Learns that `target` followed `source`, unless `source` is a fork or `target` an AND join.
-
-        Nothing is learned either where the edges themselves are learned from the calls (`LearnedTransitions`).
-        """
+        """Learns that `target` followed `source`, except of forks, of AND joins, and where the edges are learned."""
         if not self.persistent and self.is_choice(source) and not self.solver.is_and[target]:
             self.transitions.record(source, target, self.accuracy * self.branches[source].get(target, 0.0))
 

@@ -37,15 +37,15 @@ def test_the_order_of_a_queue():
     queue = TransferQueue()
     late, soon, demand = job(priority=9.0), job(priority=1.0), job(Urgency.DEMAND, priority=5.0)
     for each in (late, soon, demand):
-        queue.push(each)
+        queue.add(each)
     assert queue.peek() is demand
-    assert queue.remove(demand) and not queue.remove(demand)
+    assert queue.discard(demand) and not queue.discard(demand)
     assert queue.pop() is soon
     assert queue.next_action(soon) is LayerAction.COPY
     late.priority = -1.0
-    queue.push(late)
+    queue.add(late)
     assert queue.next_action(soon) is LayerAction.COPY, "equals do not overtake"
-    queue.push(demand)
+    queue.add(demand)
     assert queue.next_action(soon) is LayerAction.YIELD
     soon.layers_done = 4
     assert queue.next_action(soon) is LayerAction.COMMIT, "a finished copy does not wait"
