@@ -139,8 +139,8 @@ class FirstPassage:
         self.after = ReuseChance(self.onward.reach, self.onward.reuse * discounts[:, None])
 
     def _solve_linear(self, choice: np.ndarray) -> ReuseChance:
-        """Without forks, the expected arrivals solve a linear system: those at a target are the chance of a first arrival
-        times the arrivals from there (Pyke 1961, renewal equation). Endless cycles need discounts below 1.
+        """Without forks, the expected arrivals solve a linear system: those at a target are the chance of a first
+        arrival times the arrivals from there (Pyke 1961, renewal equation). Endless cycles need discounts below 1.
         """
         most, found = np.full(self.agents, 1 - 0.01 * self.tolerance), []
         for discounts in (most, np.minimum(most, self.discounts)):
