@@ -159,9 +159,10 @@ def verify(instance: Any) -> None:
     Raises:
         ValueError: the first value that is of another type or out of its range.
     """
-    for name, convert in _converters(type(instance)).items():
+    own = _fields(type(instance))
+    for name, convert in own.converters.items():
         value = getattr(instance, name)
-        checked = convert(value, _named(type(instance)).get(name, name), None)
+        checked = convert(value, own.names[name], None)
         if checked is not value:
             object.__setattr__(instance, name, checked)
 
@@ -304,17 +305,21 @@ def shown_name(name: Any) -> str:
 
 
 class _Fields:
-    """The fields of a dataclass as documents have them."""
+    """The checks of a dataclass's fields by attribute, and the fields' names in documents."""
 
     def __init__(self, cls: type) -> None:
-        self.cls = cls
-        self.converters = _converters(cls)
-        self.attributes = {_named(cls).get(name, name): name for name in self.converters}
+        hints = get_type_hints(cls, include_extras=True)
+        given = [one for one in fields(cls) if one.init]
+        self.converters = {one.name: _converter(hints[one.name]) for one in given}
+        self.names = {one.name: one.name for one in given}
+        for attribute in self.names:
+            for rule in _rules(Named, getattr(hints[attribute], "__metadata__", ())):
+                self.names[attribute] = rule.name
         self.needed = [
-            _named(cls).get(one.name, one.name)
-            for one in fields(cls)
-            if one.init and one.default is MISSING and one.default_factory is MISSING
+            self.names[one.name] for one in given if one.default is MISSING and one.default_factory is MISSING
         ]
+        self.attributes = {name: attribute for attribute, name in self.names.items()}
+        self.accepted = ", ".join(self.attributes)
 
     def values(
         self, document: Any, path: str, unknown: set[str] | None, needed: Sequence[str] | None = None
@@ -322,25 +327,22 @@ class _Fields:
         """The checked values by attribute."""
         what = path or "the document"
         if not isinstance(document, Mapping):
-            raise ValueError(f"got {shown(document)} as {what}; accepted: a mapping of {', '.join(self.attributes)}")
+            raise ValueError(f"got {shown(document)} as {what}; accepted: a mapping of {self.accepted}")
         others = [name for name in document if name not in self.attributes]
         if others and unknown is None:
             place = f" in {path}" if path else ""
-            raise ValueError(f"got unknown fields {self._others(others)}{place}; accepted: {self._accepted()}")
+            raise ValueError(f"got unknown fields {self._others(others)}{place}; accepted: {self.accepted}")
         if others and unknown is not None:
             unknown.update(f"{path}.{shown_name(name)}".lstrip(".") for name in others)
         missing = [name for name in (self.needed if needed is None else needed) if name not in document]
         if missing:
-            raise ValueError(f"{what} lacks {', '.join(missing)}; accepted fields: {self._accepted()}")
+            raise ValueError(f"{what} lacks {', '.join(missing)}; accepted fields: {self.accepted}")
         prefix = f"{path}." if path else ""
         return {
             attribute: self.converters[attribute](document[name], prefix + name, unknown)
             for name, attribute in self.attributes.items()
             if name in document
         }
-
-    def _accepted(self) -> str:
-        return ", ".join(self.attributes)
 
     def _others(self, names: Sequence[Any]) -> str:
         parts = []
@@ -350,31 +352,11 @@ class _Fields:
         return ", ".join(parts)
 
 
-@cache
-def _fields(cls: type) -> _Fields:
-    return _Fields(cls)
+_fields = cache(_Fields)
 
 
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)
-
-
-@cache
-def _converters(cls: type) -> dict[str, Converter]:
-    hints = _hints(cls)
-    return {one.name: _converter(hints[one.name]) for one in fields(cls) if one.init}
-
-
-@cache
-def _named(cls: type) -> dict[str, str]:
-    """Names in documents of the attributes that have another name there."""
-    found = {}
-    for name, hint in _hints(cls).items():
-        for rule in getattr(hint, "__metadata__", ()):
-            if isinstance(rule, Named):
-                found[name] = rule.name
-    return found
+def _rules(kind: type[T], rules: Sequence[Any]) -> list[T]:
+    return [rule for rule in rules if isinstance(rule, kind)]
 
 
 def _dataclass(cls: type) -> Converter:
@@ -409,7 +391,7 @@ def _converter(hint: Any, rules: tuple[Any, ...] = ()) -> Converter:
         return _mapping(hint, rules)
     accepted = describe(hint, rules)
     fits = _fits(hint, rules)
-    as_text = hint is str and any(isinstance(rule, NumbersToo) for rule in rules)
+    as_text = hint is str and bool(_rules(NumbersToo, rules))
 
     def convert(value: Any, path: str, unknown: set[str] | None) -> Any:
         if as_text and isinstance(value, int) and not isinstance(value, bool):
@@ -432,7 +414,7 @@ def _fits(hint: Any, rules: tuple[Any, ...]) -> Callable[[Any], bool]:
         return lambda value: value is None
     if hint is bool:
         return lambda value: isinstance(value, bool)
-    ranges = [rule for rule in rules if isinstance(rule, Range)]
+    ranges = _rules(Range, rules)
     if hint is int:
         return lambda value: type(value) is int and all(one.holds(value) for one in ranges)
     if hint is float:
@@ -440,7 +422,7 @@ def _fits(hint: Any, rules: tuple[Any, ...]) -> Callable[[Any], bool]:
             type(value) in (int, float) and math.isfinite(value) and all(one.holds(value) for one in ranges)
         )
     if hint is str:
-        sizes = [rule for rule in rules if isinstance(rule, Size)]
+        sizes = _rules(Size, rules)
         return lambda value: isinstance(value, str) and all(one.holds(value) for one in sizes)
     return lambda value: isinstance(value, hint)
 
@@ -487,8 +469,8 @@ def _list(hint: Any, rules: tuple[Any, ...]) -> Converter:
     inner = [_converter(part) for part in (parts if fixed else parts[:1])]
     make = list if get_origin(hint) is list else tuple
     accepted = describe(hint, rules)
-    sizes = [rule for rule in rules if isinstance(rule, Size)]
-    distinct = any(isinstance(rule, Distinct) for rule in rules)
+    sizes = _rules(Size, rules)
+    distinct = bool(_rules(Distinct, rules))
 
     def convert(value: Any, path: str, unknown: set[str] | None) -> Any:
         if not isinstance(value, list | tuple):
@@ -512,7 +494,7 @@ def _mapping(hint: Any, rules: tuple[Any, ...]) -> Converter:
     parts = get_args(hint)
     inner = _converter(parts[1] if len(parts) == 2 else Any)
     accepted = describe(hint, rules)
-    sizes = [rule for rule in rules if isinstance(rule, Size)]
+    sizes = _rules(Size, rules)
 
     def convert(value: Any, path: str, unknown: set[str] | None) -> Any:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -534,7 +516,7 @@ def describe(hint: Any, rules: tuple[Any, ...] = ()) -> str:
         return " or ".join(dict.fromkeys(describe(member, rules) for member in members))
     if origin is Literal:
         return ", ".join(map(str, get_args(hint)))
-    sizes = [rule for rule in rules if isinstance(rule, Size)]
+    sizes = _rules(Size, rules)
     if origin in (tuple, list, Sequence):
         parts = get_args(hint)
         if origin is tuple and not (len(parts) == 2 and parts[1] is Ellipsis):
@@ -547,7 +529,7 @@ def describe(hint: Any, rules: tuple[Any, ...] = ()) -> str:
         return f"text of {sizes[0].of('characters')}"
     plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Any: "anything"}
     text = "nothing" if hint in (None, type(None)) else plain.get(hint) or f"a {getattr(hint, '__name__', hint)}"
-    return text + "".join(str(rule) for rule in rules if isinstance(rule, Range) and hint in (int, float))
+    return text + ("".join(map(str, _rules(Range, rules))) if hint in (int, float) else "")
 
 
 def _exponent_note(value: Any) -> str:
