@@ -329,12 +329,7 @@ class Session(Interceptor):
 
     @torch.no_grad()
     def _log_beta_of_all_layers(self, hidden_states: list[torch.Tensor]) -> torch.Tensor:
-        """log β of one token per row, fp32 `(layers, batch * num_kv_heads)`: a call per layer would take longer than
-        the attention.
-
-        Args:
-            hidden_states: `(batch, 1, hidden_size)` of each layer, in the order of the gates' layers.
-        """
+        """log β of one token a row, fp32 `(layers, batch * num_kv_heads)`, by one call: one a layer would be slower."""
         assert self.gates is not None and self._gate_steps is not None
         tokens = torch.cat(hidden_states, dim=1).transpose(0, 1)  # (layers, batch, hidden_size)
         return gate_log_beta(self.gates.config, tokens, self._gate_steps, self.gates.weight, self.gates.bias).flatten(1)
