@@ -70,15 +70,9 @@ class Examined:
 
 @torch.no_grad()
 def examine(
-    model: PreTrainedModel,
-    cases: Iterable[Case],
-    cells: Sequence[Cell],
-    gates: RetentionGates | None = None,
-    sinks: int = 4,
-    recent: int = 32,
-    most_queries: int = 64,
-    progress: Callable[[Examined], None] | None = None,
-) -> list[Examined]:
+    model: PreTrainedModel, cases: Iterable[Case], cells: Sequence[Cell], gates: RetentionGates | None = None,
+    sinks: int = 4, recent: int = 32, most_queries: int = 64, progress: Callable[[Examined], None] | None = None,
+) -> list[Examined]:  # fmt: skip
     """Every evicting cell on every case; a context is read once, as in `evaluate`, and layers are inspected in turn.
 
     Args:
@@ -130,14 +124,9 @@ def _views(cache: RaggedCache, queries: int) -> Iterable[LayerView]:
 def _coverage(
     full: RaggedCache, queries: int, length: int, masks: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the last queries' attention to the first `length` tokens that is on kept ones, layer by layer.
+    """Of the attention to the first `length` tokens, the share on kept ones: mean and least over queries and groups.
 
-    Args:
-        full: a cache that holds everything.
-        masks: of each cell, bool `(layers, heads, length)`.
-
-    Returns:
-        The mean and the least over queries and groups: two float64 `(cells, layers, heads)`.
+    `masks`: of each cell, bool `(layers, heads, length)`. Both results are float64 `(cells, layers, heads)`.
     """
     means, least = [], []
     for number, view in enumerate(_views(full, queries)):

@@ -59,13 +59,9 @@ class Cell:
 
     @classmethod
     def of(
-        cls,
-        policy: str | Policy,
-        budget: float | int = 1.0,
-        scope: str | None = None,
-        prefill_chunk: int | None = None,
-        aware: bool = False,
-    ) -> Cell:
+        cls, policy: str | Policy, budget: float | int = 1.0, scope: str | None = None,
+        prefill_chunk: int | None = None, aware: bool = False,
+    ) -> Cell:  # fmt: skip
         """A cell with the policy's default scope unless one is given.
 
         Raises:

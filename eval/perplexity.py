@@ -81,15 +81,10 @@ def draw_documents(
 
 @torch.no_grad()
 def stream(
-    model: PreTrainedModel,
-    documents: Iterable[Sequence[int]],
-    cells: Sequence[Cell],
-    gates: RetentionGates | None = None,
-    chunk: int = 128,
-    sinks: int = 4,
-    recent: int = 32,
+    model: PreTrainedModel, documents: Iterable[Sequence[int]], cells: Sequence[Cell],
+    gates: RetentionGates | None = None, chunk: int = 128, sinks: int = 4, recent: int = 32,
     progress: Callable[[Streamed], None] | None = None,
-) -> list[Streamed]:
+) -> list[Streamed]:  # fmt: skip
     """Reads every document with every cell.
 
     Args:

@@ -36,10 +36,7 @@ def agreed(
 
 
 def greedy_rows(
-    session: Session,
-    cache: RaggedCache,
-    before: Sequence[Sequence[int]],
-    ends: Callable[[list[int]], bool],
+    session: Session, cache: RaggedCache, before: Sequence[Sequence[int]], ends: Callable[[list[int]], bool]
 ) -> list[list[int]]:
     """Greedy generations of all rows at once, each behind the tokens it has generated already.
 

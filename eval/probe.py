@@ -30,16 +30,10 @@ class RetrievalProbe:
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        texts: Sequence[str],
-        tasks: Sequence[str] = ("needle", "phrase", "multikey"),
-        length: int = 512,
-        cases: int = 6,
-        budgets: Sequence[float] = (0.2,),
-        scope: str = "global",
+        self, tokenizer: Any, texts: Sequence[str], tasks: Sequence[str] = ("needle", "phrase", "multikey"),
+        length: int = 512, cases: int = 6, budgets: Sequence[float] = (0.2,), scope: str = "global",
         seed: int = 1_000_003,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.tasks = tuple(tasks)
         self.cells = [Cell.of("retention", budget, scope) for budget in budgets]

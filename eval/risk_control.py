@@ -309,13 +309,9 @@ class Resplits:
 
 
 def resplit(
-    losses: np.ndarray,
-    budgets: Sequence[float | int],
-    groups: Sequence[int],
-    control: RiskControl,
-    splits: int = 200,
+    losses: np.ndarray, budgets: Sequence[float | int], groups: Sequence[int], control: RiskControl, splits: int = 200,
     seed: int = 0,
-) -> Resplits:
+) -> Resplits:  # fmt: skip
     """Calibrates on a random half of the groups and judges the chosen budget on the others, `splits` times.
 
     Args:

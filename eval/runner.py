@@ -58,17 +58,10 @@ def check_inputs(
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    cases: Iterable[Case],
-    cells: Sequence[Cell],
-    gates: RetentionGates | None = None,
-    sinks: int = 4,
-    recent: int = 32,
-    progress: Progress | None = None,
-    inspect: Inspect | None = None,
-    together: int = 1,
-) -> list[Record]:
+    model: PreTrainedModel, tokenizer: Any, cases: Iterable[Case], cells: Sequence[Cell],
+    gates: RetentionGates | None = None, sinks: int = 4, recent: int = 32, progress: Progress | None = None,
+    inspect: Inspect | None = None, together: int = 1,
+) -> list[Record]:  # fmt: skip
     """Runs every cell on every case.
 
     Args:
@@ -194,11 +187,7 @@ class CaseRunner:
         return asked
 
     def _ask(self, cache: RaggedCache, question: torch.Tensor | None = None) -> _Asked:
-        """Reads question and gold answer after what `cache` holds; the answer on a fork, so that it can be undone.
-
-        Args:
-            question: the question's logits, if `cache` holds it already.
-        """
+        """Reads question (unless its logits are given) and gold answer after `cache`, the answer on a fork."""
         start = self._now()
         if question is None:
             question = self._read(cache, self.case.question_ids)

@@ -138,15 +138,9 @@ class RaggedLayer(CacheLayerMixin):
         return key_states, value_states
 
     def attend(
-        self,
-        base: AttentionCall,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, base: AttentionCall, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        attention_mask: Any, **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """The attention call of this layer. The first forward is the model's own attention, bit for bit."""
         step, store = self._step, self.store
         assert step is not None and store is not None, "update() came before attend()"

@@ -63,15 +63,8 @@ class CacheCounters:
         entries = sum(store.entries for store in stores)
         full = tokens * sum(store.num_kv_heads for store in stores)
         return Report(
-            entries=entries,
-            bytes=sum(store.nbytes for store in stores),
-            kept_bytes=sum(store.entries * store.entry_bytes for store in stores),
-            peak_entries=self.peak_entries,
-            peak_bytes=self.peak_bytes,
-            full_entries=full,
-            kept_share=entries / full if full else 1.0,
-            lengths=lengths,
-            layer_indices=layer_indices,
-            evictions=self.evictions,
-            evicted_entries=self.evicted_entries,
-        )
+            entries=entries, bytes=sum(store.nbytes for store in stores),
+            kept_bytes=sum(store.entries * store.entry_bytes for store in stores), peak_entries=self.peak_entries,
+            peak_bytes=self.peak_bytes, full_entries=full, kept_share=entries / full if full else 1.0, lengths=lengths,
+            layer_indices=layer_indices, evictions=self.evictions, evicted_entries=self.evicted_entries,
+        )  # fmt: skip

@@ -36,25 +36,14 @@ class LayerView:
     """
 
     def __init__(
-        self,
-        layer: RaggedLayer,
-        time: torch.Tensor,
-        recorded: torch.Tensor | None = None,
-        states: Mapping[str, str] | None = None,
-        window_size: int = 0,
-        budget: torch.Tensor | None = None,
+        self, layer: RaggedLayer, time: torch.Tensor, recorded: torch.Tensor | None = None,
+        states: Mapping[str, str] | None = None, window_size: int = 0, budget: torch.Tensor | None = None,
         horizon: torch.Tensor | None = None,
-    ) -> None:
-        """Views `layer`.
+    ) -> None:  # fmt: skip
+        """Views `layer`, which has entries.
 
-        Args:
-            layer: a layer that has entries.
-            time: see the attributes.
-            recorded: int64 `(batch, slots)`: positions of the recorded queries, -1 for none; for `queries`.
-            states: the policy's states and the names under which the layer stores them (`Policy.state_keys()`).
-            window_size: number of the last queries that the policy reads (`Policy.window_size`).
-            budget: see the attributes; None for 0.
-            horizon: see the attributes; None for `time`.
+        `recorded`: int64 `(batch, slots)`, the positions of the recorded queries, -1 for none; `states`: names of the
+        policy's states in the layer (`Policy.state_keys()`); the others as the attributes, `horizon` None for `time`.
         """
         assert layer.store is not None, "the layer has entries"
         self._layer, self._store = layer, layer.store
@@ -113,18 +102,12 @@ class LayerView:
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """`(num_heads, value_dim, hidden_size)`: W_O, a view of the layer's output projection.
-
-        For policies that need `output_weight`.
-        """
+        """`(num_heads, value_dim, hidden_size)`: W_O, a view; needs `output_weight`."""
         return output_weight(self._layer.attention)
 
     @cached_property
     def value_norms(self) -> torch.Tensor:
-        """fp32 `(batch, num_kv_heads, n)`: see `ops.value_norms`; for policies that need `output_weight`.
-
-        Computed once for forks of a cache that are compressed in several ways.
-        """
+        """fp32 `(batch, num_kv_heads, n)`: `ops.value_norms`, memoised for forks; needs `output_weight`."""
         return self._store.memoised("value_norms", lambda: value_norms(self.values, self.output_weight))
 
     @property

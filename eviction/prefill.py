@@ -128,11 +128,7 @@ class _ChunkedForwards:
 
 
 def _start_before_drafts(total: int, size: int, drafts: int) -> int:
-    """The first column of the last chunk of `total` columns, so that no draft is evicted before it can be removed.
-
-    Raises:
-        ValueError: the drafts and the token before them exceed a chunk.
-    """
+    """The first column of the last chunk of `total` columns, so that no draft is evicted before it can be removed."""
     if drafts >= size:
         raise ValueError(
             f"got {drafts} drafted tokens at once; accepted: at most {size - 1}, one less than prefill_chunk; raise "

@@ -56,18 +56,9 @@ class Observers:
         Raises:
             ValueError: position ids of another shape.
         """
-        if self.rotary is None:
-            return
-        batch, q_len = step.positions.shape
-        device = step.positions.device
-        if position_ids is None:
-            position_ids = torch.arange(columns, columns + q_len, device=device).unsqueeze(0)
-        elif position_ids.ndim != 2 or position_ids.shape[1] != q_len:
-            raise ValueError(
-                f"statistics of the queries need position_ids (batch, {q_len}), got {tuple(position_ids.shape)}"
-            )
-        positions = position_ids.to(device).long().expand(batch, q_len)
-        step.rope_positions, step.angles = positions, self.rotary.angles(positions)
+        if self.rotary is not None:
+            positions = _rope_positions(step, position_ids, columns, "statistics of the queries need")
+            step.rope_positions, step.angles = positions, self.rotary.angles(positions)
 
     @torch.no_grad()
     def observe(self, layer: RaggedLayer, queries: torch.Tensor, step: ForwardStep) -> None:
@@ -112,6 +103,17 @@ class Observers:
         return statistics
 
 
+def _rope_positions(step: ForwardStep, given: torch.Tensor | None, columns: int, purpose: str) -> torch.Tensor:
+    """int64 `(batch, q_len)`: the position ids as given to the model, or its default, which counts columns."""
+    batch, q_len = step.positions.shape
+    device = step.positions.device
+    if given is None:
+        given = torch.arange(columns, columns + q_len, device=device).unsqueeze(0)
+    elif given.ndim != 2 or given.shape[1] != q_len:
+        raise ValueError(f"{purpose} position_ids (batch, {q_len}), got {tuple(given.shape)}")
+    return given.to(device).long().expand(batch, q_len)
+
+
 class InputRecorder:
     """Records the inputs of the attention layers; no cost if no policy needs hidden states.
 
@@ -125,26 +127,10 @@ class InputRecorder:
         self._step: ForwardStep | None = None
 
     def begin(self, step: ForwardStep, position_ids: torch.Tensor | None, columns: int) -> None:
-        """Opens a forward.
-
-        Args:
-            position_ids: `(batch or 1, q_len)` as given to the model; None for the model's default, which counts
-                columns.
-            columns: columns seen before this forward.
-
-        Raises:
-            ValueError: position ids of another shape.
-        """
-        if self.rotary is None:
-            return
-        batch, q_len = step.positions.shape
-        if position_ids is None:
-            position_ids = torch.arange(columns, columns + q_len).unsqueeze(0)
-        elif position_ids.ndim != 2 or position_ids.shape[1] != q_len:
-            raise ValueError(
-                f"hidden states are recorded with position_ids (batch, {q_len}), got {tuple(position_ids.shape)}"
-            )
-        self._step, self._positions = step, position_ids.to(step.positions.device).long().expand(batch, q_len)
+        """Opens a forward; arguments and errors as `Observers.begin`."""
+        if self.rotary is not None:
+            positions = _rope_positions(step, position_ids, columns, "hidden states are recorded with")
+            self._step, self._positions = step, positions
 
     def record(self, layer: RaggedLayer, hidden_states: torch.Tensor) -> None:
         """Records the input of `layer`'s attention, `(batch, q_len, hidden_size)`, before it runs."""

@@ -27,13 +27,9 @@ def layout_of(layers: Sequence[RaggedLayer]) -> BudgetLayout:
 
 @torch.no_grad()
 def choose(
-    layers: Sequence[RaggedLayer],
-    plan: EvictionPlan,
-    tokens: Sequence[int],
-    due: Sequence[bool],
-    query_positions: torch.Tensor | None,
-    horizon: Sequence[int] | None = None,
-) -> list[torch.Tensor]:
+    layers: Sequence[RaggedLayer], plan: EvictionPlan, tokens: Sequence[int], due: Sequence[bool],
+    query_positions: torch.Tensor | None, horizon: Sequence[int] | None = None,
+) -> list[torch.Tensor]:  # fmt: skip
     """Selects the entries to keep under `plan`.
 
     Args:

@@ -67,19 +67,11 @@ class Session(Interceptor):
         self.observers = Observers(policies, Rotary(model) if "query_statistics" in self._needs else None)
         self._recorder = InputRecorder(Rotary(model) if "hidden_states" in self._needs else None)
         self.recording = Recording(
-            model=model,
-            gates=gates,
-            policies=policies,
-            window_size=self.window_size,
-            observers=self.observers,
-            entry_states=("log_beta",) * (self._gate_steps is not None) + self.observers.state_keys,
-            layout=self.layout,
-            new_cache=self.new_cache,
-            require=self.require_recorded,
-            track=self.track,
-            save=save_cache,
+            model=model, gates=gates, policies=policies, window_size=self.window_size, observers=self.observers,
+            entry_states=("log_beta",) * (self._gate_steps is not None) + self.observers.state_keys, layout=self.layout,
+            new_cache=self.new_cache, require=self.require_recorded, track=self.track, save=save_cache,
             rollback=RollbackConfig(),
-        )
+        )  # fmt: skip
         self.logits_to_keep: Any = 0
         self._inputs: list[torch.Tensor] | None = None  # of a one-token forward, until its end
 
@@ -161,13 +153,9 @@ class Session(Interceptor):
 
     @torch.no_grad()
     def extend(
-        self,
-        cache: RaggedCache,
-        ids: torch.Tensor | Sequence[int],
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        logits_to_keep: int = 0,
-    ) -> torch.Tensor:
+        self, cache: RaggedCache, ids: torch.Tensor | Sequence[int], attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None, logits_to_keep: int = 0,
+    ) -> torch.Tensor:  # fmt: skip
         """Reads more tokens into `cache` by one call of the model, evicting as its plan says, and returns the logits.
 
         Inputs longer than the plan's `prefill_chunk` are read in chunks. Call it within the block.
@@ -233,11 +221,7 @@ class Session(Interceptor):
 
     @property
     def last_cache(self) -> RaggedCache:
-        """The cache made or used last, for example by `generate`; the session keeps it alive.
-
-        Raises:
-            ValueError: there is none yet.
-        """
+        """The cache of the last forward; ValueError if there was none."""
         if self._last is None:
             raise ValueError("no cache to report on: run the model first")
         return self._last
@@ -345,12 +329,7 @@ class Session(Interceptor):
 
     @torch.no_grad()
     def _log_beta_of_all_layers(self, hidden_states: list[torch.Tensor]) -> torch.Tensor:
-        """log β of one token per row, fp32 `(layers, batch * num_kv_heads)`: a call per layer would take longer than
-        the attention.
-
-        Args:
-            hidden_states: `(batch, 1, hidden_size)` of each layer, in the order of the gates' layers.
-        """
+        """log β of one token a row, fp32 `(layers, batch * num_kv_heads)`, by one call: one a layer would be slower."""
         assert self.gates is not None and self._gate_steps is not None
         tokens = torch.cat(hidden_states, dim=1).transpose(0, 1)  # (layers, batch, hidden_size)
         return gate_log_beta(self.gates.config, tokens, self._gate_steps, self.gates.weight, self.gates.bias).flatten(1)

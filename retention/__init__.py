@@ -15,23 +15,7 @@ from .segments import Segments
 from .soft_eviction import SoftEviction
 
 __all__ = [
-    "Attached",
-    "Calibration",
-    "Capacity",
-    "CheckpointError",
-    "CheckpointInfo",
-    "Prompt",
-    "RetentionConfig",
-    "RetentionGates",
-    "Segments",
-    "SoftEviction",
-    "TriedBudget",
-    "UnsupportedModelError",
-    "attach",
-    "attach_after",
-    "capacity_loss",
-    "fingerprint",
-    "gated_attention",
-    "occupancy",
-    "read_prompt",
-]
+    "Attached", "Calibration", "Capacity", "CheckpointError", "CheckpointInfo", "Prompt", "RetentionConfig",
+    "RetentionGates", "Segments", "SoftEviction", "TriedBudget", "UnsupportedModelError", "attach", "attach_after",
+    "capacity_loss", "fingerprint", "gated_attention", "occupancy", "read_prompt",
+]  # fmt: skip

@@ -60,16 +60,9 @@ def attention_call(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, f
     """A call that computes attention by `attend(query, key, value, scaling)`, `(batch, num_heads, q_len, dim)`."""
 
     def call(
-        base: AttentionFunction,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
+        base: AttentionFunction, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        attention_mask: Any, scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
         if dropout:
             raise ValueError(f"attention dropout is {dropout}; gated attention accepts 0 (set attention_dropout=0)")
         output = attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)

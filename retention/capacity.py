@@ -29,13 +29,9 @@ class Capacity:
 
 
 def capacity_loss(
-    log_beta: torch.Tensor,
-    segments: Segments,
-    budget: float | torch.Tensor,
-    scope: Scope = "global",
-    samples: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Capacity:
+    log_beta: torch.Tensor, segments: Segments, budget: float | torch.Tensor, scope: Scope = "global",
+    samples: int | None = None, generator: torch.Generator | None = None,
+) -> Capacity:  # fmt: skip
     """Mean relative excess of occupancy over the budget, over the positions that exceed it.
 
     local: `max(0, S-M) / max(1, p-M)` per layer, head and position; global: the same of the mean of S over layers and

@@ -81,12 +81,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def save_checkpoint(
-    folder: str | os.PathLike,
-    config: RetentionConfig,
-    state: dict[str, torch.Tensor],
-    info: CheckpointInfo,
+    folder: str | os.PathLike, config: RetentionConfig, state: dict[str, torch.Tensor], info: CheckpointInfo,
     dtype: torch.dtype = torch.float32,
-) -> None:
+) -> None:  # fmt: skip
     """Writes both files, each under a temporary name first; the configuration, renamed last, seals the weights.
 
     A calibration in the folder is removed: it belongs to the gates that were there before.

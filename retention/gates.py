@@ -36,12 +36,9 @@ GateStep = nn.Module | tuple[torch.Tensor, torch.Tensor]
 
 
 def gate_log_beta(
-    config: RetentionConfig,
-    hidden_states: torch.Tensor,
-    steps: Iterable[GateStep],
-    weight: torch.Tensor,
+    config: RetentionConfig, hidden_states: torch.Tensor, steps: Iterable[GateStep], weight: torch.Tensor,
     bias: torch.Tensor,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """log β of every token, by the gate of one layer or by those of all layers at once.
 
     `log β = logsigmoid(W · MLP(x) + b)` (TRIM-KV, retention gate; DBTrimKV, shared projection), in fp32 whatever the
@@ -249,9 +246,7 @@ class RetentionGates(nn.Module):
             self.save_pretrained(folder)
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message="Upload retention gates",
+                repo_id=repo_id, folder_path=folder, commit_message="Upload retention gates",
                 delete_patterns=CALIBRATION_FILE,
-            )
+            )  # fmt: skip
             return str(commit)

@@ -210,16 +210,9 @@ def _register(base: str) -> str:
         return name
 
     def attention(
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        dropout: float = 0.0,
-        *,
-        tenure: AttentionCall | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+        dropout: float = 0.0, *, tenure: AttentionCall | None = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         kwargs["dropout"] = dropout  # by position where kvpress has wrapped this function
         ordinary = _base_function(base, module)
         if tenure is None:

@@ -59,13 +59,9 @@ class Segments:
 
     @classmethod
     def from_inputs(
-        cls,
-        batch: int,
-        seq_len: int,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Segments:
+        cls, batch: int, seq_len: int, attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None, device: torch.device | str = "cpu",
+    ) -> Segments:  # fmt: skip
         """Reads documents off a model's inputs, as transformers does.
 
         Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .loading import Dtype, load_model
+from .loading import Dtype, load_with_gates, progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,7 +141,7 @@ def main(config: CalibrateConfig) -> int:
 
     console = Console()
     plan = _check(config)
-    model, tokenizer = _load(config, plan.gates, console)
+    model, tokenizer = load_with_gates(config, plan.gates, console, config.threads)
     texts = long_texts(config, tokenizer, plan.texts)
     held_out = long_texts(config, tokenizer, plan.held_out) if config.validate else []
     console.print(introduction(config, plan.cells, [text.name for text in texts]), markup=False)
@@ -164,12 +164,7 @@ def main(config: CalibrateConfig) -> int:
 
 
 def _check(config: CalibrateConfig) -> CalibrationPlan:
-    """Validates the configuration before the model is loaded.
-
-    Raises:
-        ValueError: a wrong loss, task, bound, budget, policy or scope; too few cases for a guarantee; documents beyond
-            the model's context; no gates, nowhere to store a calibration, or no texts.
-    """
+    """Validates the configuration, with a ValueError for whatever is wrong, before the model is loaded."""
     from ..eval import Cell, RiskControl, check_inputs, tasks_of
     from ..retention import RetentionGates
     from ..training.assets import resolve_model, resolve_texts
@@ -201,18 +196,6 @@ def _check(config: CalibrateConfig) -> CalibrationPlan:
     return CalibrationPlan(control, cells, tasks, gates, *halves)
 
 
-def _load(config: CalibrateConfig, gates: RetentionGates, console: Console) -> tuple[PreTrainedModel, Any]:
-    import torch
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    with console.status(f"loading model {config.model}"):
-        model, tokenizer = load_model(config.model, config.device, config.dtype)
-        gates.check_model(model)
-        gates.to(model.device)
-    return model, tokenizer
-
-
 def long_texts(config: CalibrateConfig, tokenizer: Any, texts: Sequence[Document]) -> list[Document]:
     """The texts that are long enough for a document.
 
@@ -231,24 +214,15 @@ def long_texts(config: CalibrateConfig, tokenizer: Any, texts: Sequence[Document
 
 
 def measure(
-    config: CalibrateConfig,
-    plan: CalibrationPlan,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    texts: Sequence[Document],
-    count: int,
-    seed: int,
-    console: Console,
-) -> MeasuredCases:
+    config: CalibrateConfig, plan: CalibrationPlan, model: PreTrainedModel, tokenizer: Any, texts: Sequence[Document],
+    count: int, seed: int, console: Console,
+) -> MeasuredCases:  # fmt: skip
     """Compresses `count` documents cut from `texts` to every budget and asks, under a progress bar."""
-    from rich import progress as bars  # importing it advances Python's random numbers
-
     from ..eval import draw_cases, evaluate, losses_of
 
     draws = draw_cases(tokenizer, [text.text for text in texts], count, config.length, plan.tasks, seed)
     numbers, cases = zip(*draws, strict=True)
-    columns = bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn()
-    with bars.Progress(bars.TextColumn("measuring"), *columns, console=console) as progress:
+    with progress_bar(console, "measuring") as progress:
         bar = progress.add_task("measuring", total=count * len(plan.cells))
         records = evaluate(
             model, tokenizer, cases, plan.cells, plan.gates, plan.sinks, plan.recent, lambda _: progress.advance(bar),
@@ -259,12 +233,9 @@ def measure(
 
 
 def _calibration(
-    config: CalibrateConfig,
-    plan: CalibrationPlan,
-    model: PreTrainedModel,
-    measured: MeasuredCases,
+    config: CalibrateConfig, plan: CalibrationPlan, model: PreTrainedModel, measured: MeasuredCases,
     outcome: BudgetDecision,
-) -> Calibration | None:
+) -> Calibration | None:  # fmt: skip
     """The calibration to store; None if no budget qualifies."""
     if outcome.budget is None:
         return None
@@ -275,28 +246,14 @@ def _calibration(
     cell = plan.cells[-1]
     names = sorted(set(measured.documents))
     return Calibration(
-        budget=outcome.budget,
-        loss=config.loss,
-        bound=config.bound,
-        max_loss=plan.control.max_loss,
-        confidence=config.confidence if config.method == "ltt" else None,
-        method=config.method,
-        policy=policy_text(cell.policy),
-        scope=cell.scope,
-        floor=cell.policy.default_floor,
-        sinks=plan.sinks,
-        recent=plan.recent,
-        model=str(model.config._name_or_path),
-        dtype=str(model.dtype).removeprefix("torch."),
-        tasks=plan.tasks,
-        lengths=(min(config.length), max(config.length)),
-        cases=len(measured.losses),
-        documents=len(names),
-        data=f"{Path(config.data).name}: {', '.join(names[:20])}{', …' * (len(names) > 20)}",
-        seed=config.seed,
-        weights=weights_digest(plan.gates.state_dict()),
-        table=outcome.table,
-    )
+        budget=outcome.budget, loss=config.loss, bound=config.bound, max_loss=plan.control.max_loss,
+        confidence=config.confidence if config.method == "ltt" else None, method=config.method,
+        policy=policy_text(cell.policy), scope=cell.scope, floor=cell.policy.default_floor, sinks=plan.sinks,
+        recent=plan.recent, model=str(model.config._name_or_path), dtype=str(model.dtype).removeprefix("torch."),
+        tasks=plan.tasks, lengths=(min(config.length), max(config.length)), cases=len(measured.losses),
+        documents=len(names), data=f"{Path(config.data).name}: {', '.join(names[:20])}{', …' * (len(names) > 20)}",
+        seed=config.seed, weights=weights_digest(plan.gates.state_dict()), table=outcome.table,
+    )  # fmt: skip
 
 
 def _store(config: CalibrateConfig, gates: RetentionGates, calibration: Calibration) -> Path:
@@ -380,13 +337,9 @@ def refusal(control: RiskControl, outcome: BudgetDecision, cases: int) -> str:
 
 
 def show_validation(
-    console: Console,
-    config: CalibrateConfig,
-    control: RiskControl,
-    outcome: BudgetDecision,
-    measured: MeasuredCases,
+    console: Console, config: CalibrateConfig, control: RiskControl, outcome: BudgetDecision, measured: MeasuredCases,
     validation: MeasuredCases,
-) -> None:
+) -> None:  # fmt: skip
     """Tests the chosen budget on held-out documents, and the guarantee on random splits of all documents."""
     import numpy as np
     from rich.table import Table
@@ -431,12 +384,9 @@ def _split_cells(found: Resplits, promised: str) -> list[str]:
 
 
 def write_result(
-    path: Path,
-    calibration: Calibration | None,
-    outcome: BudgetDecision,
-    measured: MeasuredCases,
+    path: Path, calibration: Calibration | None, outcome: BudgetDecision, measured: MeasuredCases,
     validation: MeasuredCases | None,
-) -> None:
+) -> None:  # fmt: skip
     """Writes the calibration (null if there is none), the table, and all cases of both sets."""
     from ..retention.checkpoint import write_atomic
 

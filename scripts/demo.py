@@ -8,13 +8,12 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .loading import Dtype, find_gates, load_model
+from .loading import Dtype, find_gates, load_with_gates, progress_bar, run_versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,7 +135,7 @@ def main(config: DemoConfig) -> int:
     plan = DemoPlan.of(config)
     started = time.perf_counter()
     cells, gates, texts = _check(config, plan)
-    model, tokenizer = _load(config, gates, console)
+    model, tokenizer = load_with_gates(config, gates, console, config.threads)
     builders = [CaseBuilder(tokenizer, texts, length, config.seed) for length in plan.lengths]
     cases = [case for builder in builders for case in builder.cases(plan.tasks, plan.cases)]
     console.print(introduction(config.model, plan, cells))
@@ -159,12 +158,7 @@ def main(config: DemoConfig) -> int:
 
 
 def _check(config: DemoConfig, plan: DemoPlan) -> tuple[list[Cell], RetentionGates | None, list[str]]:
-    """Validates the configuration before the model is loaded.
-
-    Raises:
-        ValueError: unknown policy, scope or task; a budget out of range; documents beyond the model's context; no
-            gates; no texts.
-    """
+    """Validates the configuration, with a ValueError for whatever is wrong, before the model is loaded."""
     from ..eval import RETRIEVAL, check_inputs, get_task, parse_cells
     from ..retention import RetentionGates
     from ..training.assets import resolve_model, resolve_texts
@@ -184,34 +178,13 @@ def _check(config: DemoConfig, plan: DemoPlan) -> tuple[list[Cell], RetentionGat
     return cells, gates, texts
 
 
-def _load(config: DemoConfig, gates: RetentionGates | None, console: Console) -> tuple[PreTrainedModel, Any]:
-    import torch
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    with console.status(f"loading model {config.model}"):
-        model, tokenizer = load_model(config.model, config.device, config.dtype)
-        if gates is not None:
-            gates.check_model(model)
-            gates.to(model.device)
-    return model, tokenizer
-
-
 def _evaluate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    cases: Sequence[Case],
-    cells: Sequence[Cell],
-    gates: RetentionGates | None,
-    console: Console,
-    look: Inspect,
-) -> list[Record]:
-    from rich import progress as bars
-
+    model: PreTrainedModel, tokenizer: Any, cases: Sequence[Case], cells: Sequence[Cell], gates: RetentionGates | None,
+    console: Console, look: Inspect,
+) -> list[Record]:  # fmt: skip
     from ..eval import evaluate
 
-    columns = bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn()
-    with bars.Progress(bars.TextColumn("{task.description}"), *columns, console=console) as progress:
+    with progress_bar(console, "{task.description}") as progress:
         bar = progress.add_task("asking", total=len(cases) * len(cells))
 
         def advance(record: Record) -> None:
@@ -234,19 +207,9 @@ def _train_a_few_steps(config: DemoConfig, steps: int, console: Console) -> None
     console.print(f"\nNow {steps} steps of training fresh gates; the shipped ones took hundreds.")
     train_gates(
         TrainConfig(
-            model=config.model,
-            texts=config.data,
-            output_dir=str(folder),
-            gate_width=64,
-            initial_bias=12.0,
-            lengths=(256,),
-            steps=steps,
-            learning_rate=1e-3,
-            warmup_steps=1,
-            gradient_checkpointing=False,
-            log_every=1,
-            save_every=steps,
-            seed=config.seed,
+            model=config.model, texts=config.data, output_dir=str(folder), gate_width=64, initial_bias=12.0,
+            lengths=(256,), steps=steps, learning_rate=1e-3, warmup_steps=1, gradient_checkpointing=False, log_every=1,
+            save_every=steps, seed=config.seed,
         )
     )
 
@@ -315,14 +278,11 @@ def _table(
     for (policy, scope), group in rows.items():
         style = "bold green" if (policy, scope) == ("retention", "global") else "dim" if policy == "full" else ""
         table.add_row(
-            label(policy, scope),
-            *map(accuracy_text, group),
+            label(policy, scope), *map(accuracy_text, group),
             f"{kl[(length, policy, scope, group[0]['budget'], group[0]['aware'])].value:.3f}",
-            f"{mean_over_tasks(group, 'entries'):,.0f}",
-            f"{mean_over_tasks(group, 'bytes') / 1e6:.1f}",
-            f"{mean_over_tasks(group, 'seconds') * 1e3:.0f}",
-            style=style,
-        )
+            f"{mean_over_tasks(group, 'entries'):,.0f}", f"{mean_over_tasks(group, 'bytes') / 1e6:.1f}",
+            f"{mean_over_tasks(group, 'seconds') * 1e3:.0f}", style=style,
+        )  # fmt: skip
     return table
 
 
@@ -381,8 +341,7 @@ def run_settings(
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
-        "versions": {name: version(name) for name in ("tenure", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": run_versions() | {"python": platform.python_version()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "evaluation_seconds": round(seconds, 1),
     }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .loading import Dtype, load_model, pick_device
+from .loading import Dtype, load_with_gates, pick_device, progress_bar, run_versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,11 +88,7 @@ def main(config: FidelityConfig) -> int:
     started = time.perf_counter()
     cells, gates, texts = _check(config)
     config.out.mkdir(parents=True, exist_ok=True)  # fail now if the folder cannot be written
-    with console.status(f"loading model {config.model}"):
-        model, tokenizer = load_model(config.model, config.device, config.dtype)
-    if gates is not None:
-        gates.check_model(model)
-        gates.to(model.device)
+    model, tokenizer = load_with_gates(config, gates, console)
     result: dict[str, Any] = {"stream": [], "attention": []}
     if config.documents:
         documents = draw_documents(tokenizer, texts, config.documents, config.length, config.seed)
@@ -111,12 +109,7 @@ def main(config: FidelityConfig) -> int:
 
 
 def _check(config: FidelityConfig) -> tuple[list[Cell], RetentionGates | None, list[str]]:
-    """Validates the configuration before the model is loaded.
-
-    Raises:
-        ValueError: unknown policy, scope or task; a budget out of range; nothing to do; contexts too long or too short;
-            no gates, or gates of another shape; no such model, device or texts.
-    """
+    """Validates the configuration, with a ValueError for whatever is wrong, before the model is loaded."""
     from ..eval import CaseBuilder, check_inputs, get_task, parse_cells
     from ..eval.harness.options import Options, check_config, find_config
     from ..retention import RetentionGates
@@ -148,22 +141,12 @@ def _check(config: FidelityConfig) -> tuple[list[Cell], RetentionGates | None, l
     return cells, gates, texts
 
 
-class _bar:
+@contextmanager
+def _bar(console: Console, name: str, total: int) -> Iterator[Callable[[Any], None]]:
     """A progress bar; the value of the `with` block is a callback that advances it and ignores its argument."""
-
-    def __init__(self, console: Console, name: str, total: int) -> None:
-        from rich import progress as bars
-
-        columns = bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn()
-        self._progress = bars.Progress(bars.TextColumn(name), *columns, console=console)
-        self._task = self._progress.add_task(name, total=total)
-
-    def __enter__(self) -> Callable[[Any], None]:
-        self._progress.start()
-        return lambda _: self._progress.advance(self._task)
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+    with progress_bar(console, name) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda _: progress.advance(task)
 
 
 def _stream_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -209,16 +192,12 @@ def _interval_text(found: dict[str, float]) -> str:
 
 
 def _settings(config: FidelityConfig, model: Any, seconds: float) -> dict[str, Any]:
-    import platform
-    from importlib.metadata import version
-
     return {
         "config": asdict(config) | {"out": str(config.out)},
         "model": model.config._name_or_path,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {name: version(name) for name in ("tenure", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": run_versions() | {"python": platform.python_version()},
         "seconds": round(seconds, 1),
     }
 

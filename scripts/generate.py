@@ -94,14 +94,8 @@ def main(config: GenerateConfig) -> int:
     torch.manual_seed(config.seed)
     context, rest = _encode(config, tokenizer, prompt)
     with evict(
-        model,
-        policy=policy,
-        budget=config.budget,
-        scope=None if config.scope == "auto" else config.scope,
-        gates=gates.to(model.device) if gates else None,
-        sinks=config.sinks,
-        recent=config.recent,
-        buffer=config.buffer,
+        model, policy=policy, budget=config.budget, scope=None if config.scope == "auto" else config.scope,
+        gates=gates.to(model.device) if gates else None, sinks=config.sinks, recent=config.recent, buffer=config.buffer,
         prefill_chunk=config.prefill_chunk,
     ) as session:
         started = time.perf_counter()
@@ -159,14 +153,10 @@ def _stream(
         sampling = {"do_sample": True, "temperature": config.temperature}
     prompt = _row([*context, *rest], model)
     output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        max_new_tokens=config.max_new_tokens,
+        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=config.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **sampling,
-    )
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), **sampling,
+    )  # fmt: skip
     return output.shape[1] - prompt.shape[1]
 
 

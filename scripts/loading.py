@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
+    from rich.progress import Progress
     from transformers import PreTrainedModel
+
+    from ..retention import RetentionGates
 
 SHIPPED_GATES = Path("examples") / "smollm2-135m-gates"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -38,7 +43,8 @@ def pick_device(device: str = "auto") -> torch.device:
     """`auto` is the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: the device is not available."""
+        ValueError: the device is not available.
+    """
     import torch
 
     if device != "auto":
@@ -76,6 +82,42 @@ def load_model(
     if name == "demo":  # so that gates trained on it name the model, not this machine's cache folder
         model.config._name_or_path = DEMO_MODEL_ID
     return model.to(target).eval(), tokenizer
+
+
+def load_with_gates(
+    config: Any, gates: RetentionGates | None, console: Console, threads: int | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """`load_model` of a command's `model`, `device` and `dtype`, with a status line; gates are checked and moved to it.
+
+    Args:
+        threads: CPU threads; None: torch decides.
+
+    Raises:
+        ValueError, AssetError: as `load_model`; gates of another model.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with console.status(f"loading model {config.model}"):
+        model, tokenizer = load_model(config.model, config.device, config.dtype)
+        if gates is not None:
+            gates.check_model(model)
+            gates.to(model.device)
+    return model, tokenizer
+
+
+def progress_bar(console: Console, description: str) -> Progress:
+    """A bar with the number of steps done, and the times elapsed and remaining."""
+    from rich import progress as bars  # importing it advances Python's random numbers
+
+    columns = bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn()
+    return bars.Progress(bars.TextColumn(description), *columns, console=console)
+
+
+def run_versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    return {name: version(name) for name in ("tenure", "torch", "transformers")}
 
 
 def find_gates(model: str, gates: str | None) -> str | Path:

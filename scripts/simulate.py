@@ -283,24 +283,17 @@ def _table(comparison: PolicyComparison) -> Table:
     table = Table(
         Column("policy", no_wrap=True),
         *(Column(f"vs {baseline} (paper)", no_wrap=True) for baseline in comparison.setup.baselines),
-        Column("makespan s", justify="right", no_wrap=True),
-        Column("hits", justify="right", no_wrap=True),
-        Column("stall s", justify="right", no_wrap=True),
-        Column("GB, wasted", justify="right", no_wrap=True),
-        Column("TTFT p50, p99", justify="right", no_wrap=True),
-        title=comparison.cell.name,
-        title_justify="left",
-    )
+        Column("makespan s", justify="right", no_wrap=True), Column("hits", justify="right", no_wrap=True),
+        Column("stall s", justify="right", no_wrap=True), Column("GB, wasted", justify="right", no_wrap=True),
+        Column("TTFT p50, p99", justify="right", no_wrap=True), title=comparison.cell.name, title_justify="left",
+    )  # fmt: skip
     for policy, outcomes in comparison.outcomes.items():
         table.add_row(
-            policy,
-            *(_ratio(comparison, policy, baseline) for baseline in comparison.setup.baselines),
-            _mean(outcomes, "makespan_s", ".1f"),
-            _mean(outcomes, "hit_rate", ".2f"),
-            _mean(outcomes, "stall_s", ".1f"),
+            policy, *(_ratio(comparison, policy, baseline) for baseline in comparison.setup.baselines),
+            _mean(outcomes, "makespan_s", ".1f"), _mean(outcomes, "hit_rate", ".2f"), _mean(outcomes, "stall_s", ".1f"),
             ", ".join(f"{statistics.fmean(getattr(o, f) for o in outcomes) / 1e9:.0f}" for f in BYTES),
             ", ".join(_mean(outcomes, field, ".3f") for field in ("ttft_p50_s", "ttft_p99_s")),
-        )
+        )  # fmt: skip
     return table
 
 

@@ -128,10 +128,9 @@ def _settings(
     sweep: SweepConfig, cells: Sequence[Cell], gates: RetentionGates | None, texts: Sequence[str], device: str,
     model_config: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    from importlib.metadata import version
-
     from ..eval.sweep import all_units
     from ..training.assets import DEMO_MODEL_ID, MODEL_WHEEL
+    from .loading import run_versions
 
     kind = device.split(":")[0]
     demo = sweep.model == "demo"
@@ -145,7 +144,7 @@ def _settings(
         "texts": {"documents": len(texts), "sha256": _sha256(text.encode() for text in texts)},
         "device": kind,
         "dtype": dtype,
-        "versions": {name: version(name) for name in ("tenure", "torch", "transformers")},
+        "versions": run_versions(),
         "units": len(all_units(sweep)),
         "cells": [[*cell.key, cell.aware] for cell in cells],
     }

@@ -66,28 +66,14 @@ def build_source(config: TrainConfig, tokenizer: Any) -> ExampleSource:
             raise ValueError("pack is for data sets; synthetic documents are made at their full length already")
         texts = [document.text for document in resolve_texts(config.texts, "train")]
         return RetrievalDocuments(
-            texts,
-            tokenizer,
-            lengths=config.lengths,
-            seed=config.seed,
-            facts=config.facts,
-            questions=config.questions,
-            group_share=config.group_share,
-            text_share=config.text_share,
-            prompt_share=config.prompt_share,
-            dialogue_share=config.dialogue_share,
-            repetition_share=config.repetition_share,
-        )
+            texts, tokenizer, lengths=config.lengths, seed=config.seed, facts=config.facts, questions=config.questions,
+            group_share=config.group_share, text_share=config.text_share, prompt_share=config.prompt_share,
+            dialogue_share=config.dialogue_share, repetition_share=config.repetition_share,
+        )  # fmt: skip
     source = load_examples(
-        config.data,
-        tokenizer,
-        max_length=max(config.lengths),
-        min_length=max(2, config.min_length),
-        format=config.format,
-        loss_on=config.loss_on,
-        split=config.split,
-        seed=config.seed,
-    )
+        config.data, tokenizer, max_length=max(config.lengths), min_length=max(2, config.min_length),
+        format=config.format, loss_on=config.loss_on, split=config.split, seed=config.seed,
+    )  # fmt: skip
     return PackedSource(source, max(config.lengths)) if config.pack else source
 
 

@@ -11,16 +11,6 @@ from .train_config import TrainConfig
 from .trainer import NotFiniteError, train
 
 __all__ = [
-    "Batch",
-    "Example",
-    "ExampleSource",
-    "GateObjective",
-    "Losses",
-    "NotFiniteError",
-    "PackedSource",
-    "RetrievalDocuments",
-    "TrainConfig",
-    "collate",
-    "load_examples",
-    "train",
-]
+    "Batch", "Example", "ExampleSource", "GateObjective", "Losses", "NotFiniteError", "PackedSource",
+    "RetrievalDocuments", "TrainConfig", "collate", "load_examples", "train",
+]  # fmt: skip

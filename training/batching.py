@@ -28,12 +28,9 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         mask = None if self.attention_mask is None else self.attention_mask.to(device)
         return Batch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            mask,
-            self.loss_mask.to(device),
+            self.input_ids.to(device), self.position_ids.to(device), mask, self.loss_mask.to(device),
             self.prompt_tokens,
-        )
+        )  # fmt: skip
 
     def row(self, index: int) -> "Batch":
         """One row as a batch, without its padding."""
@@ -77,12 +74,9 @@ def collate(examples: Sequence[Example], pad_token_id: int, padding_side: Litera
     if not packed:
         # A packed document's first token is at position 0, and so is padding: in both cases nothing predicts it.
         return Batch(
-            input_ids,
-            position_ids,
-            None if min(lengths) == shape[1] else attention_mask,
-            loss_mask & (position_ids > 0),
-            tuple(example.prompt_tokens for example in examples),
-        )
+            input_ids, position_ids, None if min(lengths) == shape[1] else attention_mask,
+            loss_mask & (position_ids > 0), tuple(example.prompt_tokens for example in examples),
+        )  # fmt: skip
     return Batch(input_ids, position_ids, None, loss_mask & (position_ids > 0))
 
 

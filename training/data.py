@@ -79,16 +79,9 @@ class DatasetSource:
 
 
 def load_examples(
-    data: str,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    min_length: int = 2,
-    format: Format = "auto",
-    loss_on: LossOn = "completion",
-    split: str = "train",
-    seed: int = 0,
-) -> DatasetSource:
+    data: str, tokenizer: Any, *, max_length: int, min_length: int = 2, format: Format = "auto",
+    loss_on: LossOn = "completion", split: str = "train", seed: int = 0,
+) -> DatasetSource:  # fmt: skip
     """Reads and tokenises `data` (tokenised data is cached on disk by `datasets`).
 
     Args:

@@ -56,11 +56,8 @@ class Losses:
 class _Forward:
     """A batch, or one row of it, through teacher and student.
 
-    Attributes:
-        teacher, student: last hidden states of the tokens after the prompt (of all tokens without one).
-        input_ids, loss_mask: of the same tokens.
-        log_beta: `(layers, batch, num_kv_heads, seq_len)`, of all tokens.
-        segments: the documents of all tokens.
+    The first four are of the tokens after the prompt (of all without one), the last two of all tokens; teacher and
+    student are last hidden states, log β is `(layers, batch, num_kv_heads, seq_len)`.
     """
 
     teacher: torch.Tensor
@@ -91,17 +88,10 @@ class GateObjective(nn.Module):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        gates: RetentionGates,
-        budget: float,
-        scope: Scope = "global",
-        weight: float = 1.0,
-        samples: int | None = 64,
-        chunk: int = 8192,
-        implementation: Implementation = "auto",
+        self, model: PreTrainedModel, gates: RetentionGates, budget: float, scope: Scope = "global",
+        weight: float = 1.0, samples: int | None = 64, chunk: int = 8192, implementation: Implementation = "auto",
         evictions: Sequence[SoftEviction] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if budget <= 0:
             raise ValueError(f"the training budget is {budget}; a positive number is accepted")

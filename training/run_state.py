@@ -26,25 +26,16 @@ STATE_FILE = "state.json"
 
 @dataclass(frozen=True)
 class _RunState:
-    """The file of a checkpoint that is neither gates nor optimizer.
-
-    Attributes:
-        step: optimizer steps that are done.
-        settings: those that change the loss curve.
-    """
+    """The steps that are done, and the settings that change the loss curve."""
 
     step: Annotated[int, Range(0)]
     settings: dict[str, Any]
 
 
 def save_state(
-    folder: Path,
-    step: int,
-    gates: RetentionGates,
-    optimizer: torch.optim.Optimizer,
-    settings: dict[str, Any],
+    folder: Path, step: int, gates: RetentionGates, optimizer: torch.optim.Optimizer, settings: dict[str, Any],
     keep: int = 2,
-) -> Path:
+) -> Path:  # fmt: skip
     """Writes `folder/step-NNNNNNNN` as one atomic step and drops all but the last `keep` checkpoints.
 
     No random state is stored: data and sampling depend on the seed and the step alone.

@@ -65,12 +65,9 @@ Encode = Callable[[str], list[int]]
 
 
 def turns(
-    stream: Iterator[Sentence],
-    speakers: tuple[str, str],
-    encode: Encode,
-    rng: random.Random,
+    stream: Iterator[Sentence], speakers: tuple[str, str], encode: Encode, rng: random.Random,
     sentences_of_turn: tuple[int, int],
-) -> Iterator[Sentence]:
+) -> Iterator[Sentence]:  # fmt: skip
     """The text as turns of two speakers, each a piece that begins on a line of its own."""
     number = 0
     while True:
@@ -374,10 +371,7 @@ class RetrievalDocuments:
     def _draw_facts(
         self, first: list[Sentence], room: float, rng: random.Random, speakers: tuple[str, str] | None
     ) -> tuple[list[Fact], list[list[Sentence]]]:
-        """Facts whose passages take `room` tokens at most, and those passages tokenised; `first` may be quoted.
-
-        With speakers, the first of them states the facts.
-        """
+        """Facts (a speaker's, if any) whose passages take up to `room` tokens, and those; `first` may be quoted."""
         facts: list[Fact] = []
         passages: list[list[Sentence]] = []
         used: set[str] = set()

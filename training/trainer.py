@@ -39,13 +39,9 @@ class NotFiniteError(FloatingPointError):
 
 
 def train(
-    config: TrainConfig,
-    model: PreTrainedModel,
-    source: ExampleSource,
-    pad_token_id: int = 0,
-    evaluate: Evaluate | None = None,
-    progress: Callable[[int, dict[str, float]], None] | None = None,
-) -> RetentionGates:
+    config: TrainConfig, model: PreTrainedModel, source: ExampleSource, pad_token_id: int = 0,
+    evaluate: Evaluate | None = None, progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> RetentionGates:  # fmt: skip
     """Trains gates for `model` and saves them to `config.output_dir/gates`.
 
     Resumes from the newest checkpoint in `config.output_dir/checkpoints` if there is one. Micro-batch `m` of process
@@ -87,15 +83,10 @@ class _TrainingRun:
         torch.manual_seed(config.seed)
         self.gates = _initial_gates(config, model)
         objective = GateObjective(
-            model.eval(),
-            self.gates,
-            config.budget,
-            config.scope,
-            config.capacity_weight,
-            config.capacity_samples,
+            model.eval(), self.gates, config.budget, config.scope, config.capacity_weight, config.capacity_samples,
             config.logits_chunk,
             evictions=[SoftEviction(budget, config.eviction_temperature) for budget in config.eviction_budgets],
-        )
+        )  # fmt: skip
         if config.gradient_checkpointing:
             objective.enable_gradient_checkpointing()
         self.optimizer = torch.optim.AdamW(
@@ -200,11 +191,9 @@ class _TrainingRun:
 
     def finish(self) -> RetentionGates:
         self.gates.info = CheckpointInfo.for_model(
-            self.model,
-            base_model=DEMO_MODEL_ID if self.config.model == "demo" else self.config.model,
-            training=self.config.to_dict(),
-            metrics=self.metrics,
-        )
+            self.model, base_model=DEMO_MODEL_ID if self.config.model == "demo" else self.config.model,
+            training=self.config.to_dict(), metrics=self.metrics,
+        )  # fmt: skip
         if self.accelerator.is_main_process:
             self.gates.save_pretrained(self.output_dir / "gates")
         self.accelerator.wait_for_everyone()

@@ -81,11 +81,7 @@ class Scorer:
     def _continue(
         self, cache: RaggedCache, first: torch.Tensor, asked: Sequence[Scored]
     ) -> list[tuple[float, bool]]:
-        """Reads the tokens after the contexts and scores the continuations.
-
-        A piece ends where the next eviction is due, so that every token sees what it would see if the tokens before it
-        had been generated one by one.
-        """
+        """Reads what follows the contexts in pieces that end where an eviction is due, as generating would."""
         device = first.device
         totals = torch.zeros(len(asked), dtype=torch.float64, device=device)
         greedy = torch.ones(len(asked), dtype=torch.bool, device=device)

@@ -9,13 +9,6 @@ from .page import report_page
 from .run_folder import RecordedRun, load_run
 
 __all__ = [
-    "Difference",
-    "MethodResult",
-    "RecordedRun",
-    "SettingResults",
-    "compare_runs",
-    "load_run",
-    "report_markdown",
-    "report_page",
-    "settings_of",
-]
+    "Difference", "MethodResult", "RecordedRun", "SettingResults", "compare_runs", "load_run", "report_markdown",
+    "report_page", "settings_of",
+]  # fmt: skip

@@ -86,11 +86,7 @@ def is_whole_failure(lines: Sequence[Mapping[str, Any]]) -> bool:
 
 @dataclass(frozen=True)
 class _SweepSettings:
-    """The part of settings.json that reading the records needs.
-
-    Attributes:
-        cells: policy, scope, budget and awareness of every cell, in the order of a unit's lines.
-    """
+    """Of settings.json: policy, scope, budget and awareness of every cell, in the order of a unit's lines."""
 
     cells: tuple[tuple[str, str, float | int, bool], ...]
 

@@ -149,11 +149,7 @@ class UnitRunner:
         return self._builders[place].case(unit.task, unit.index)
 
     def _measure(self, unit: Unit, case: Case, cells: list[Cell], found: dict[_Key, Record | Failure]) -> None:
-        """Fills `found`; after an error the cells that were not reached are tried again in smaller groups.
-
-        Raises:
-            Exception: the context cannot even be read with the full cache.
-        """
+        """Fills `found`; after an error the cells that were not reached are tried again in smaller groups."""
         before = len(found)
 
         def note(record: Record) -> None:

@@ -65,11 +65,9 @@ class TaskLayout:
 
 
 INSERTED = TaskLayout(
-    inserted=True,
-    intro="Read the following text and remember it. You will be asked a question about it afterwards.",
-    low=0.08,
-    high=0.92,
-)
+    inserted=True, intro="Read the following text and remember it. You will be asked a question about it afterwards.",
+    low=0.08, high=0.92,
+)  # fmt: skip
 FITTED = TaskLayout(inserted=False, intro="", low=0.05, high=0.95)
 
 

@@ -63,13 +63,9 @@ class Dialogue:
         head = "This is a conversation between a user and an assistant.\n\n"
         facts = [(self.early * depth, turn) for depth, turn in zip(depths, turns, strict=False)]
         return Draft(
-            document=planted(head, filler, facts, "\n"),
-            question=f"The user asks at last: {question}",
-            reply=reply,
-            answers=(answer,),
-            key=question,
-            evidence=(statement.format(value=answer),),
-        )
+            document=planted(head, filler, facts, "\n"), question=f"The user asks at last: {question}", reply=reply,
+            answers=(answer,), key=question, evidence=(statement.format(value=answer),),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,12 +92,9 @@ class AssociativeRecall:
         line = f"{key}: {value}"
         return Draft(
             document=planted("Remember the number of every key in this list.\n\n", pairs, [(depths[0], line)], "\n"),
-            question=f"Which number does the list give for {key}?",
-            reply=f"{key}:",
-            answers=(value,),
-            key=key,
+            question=f"Which number does the list give for {key}?", reply=f"{key}:", answers=(value,), key=key,
             evidence=(line,),
-        )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,10 +125,6 @@ class Repetition:
 
         answer = " ".join(turned[self.shown :])
         return Draft(
-            document=document,
-            question="Write the words once more in the same order, from a place of your choice.",
-            reply=" ".join(turned[: self.shown]),
-            answers=(answer,),
-            key=" ".join(turned[: self.shown]),
-            evidence=(),
-        )
+            document=document, question="Write the words once more in the same order, from a place of your choice.",
+            reply=" ".join(turned[: self.shown]), answers=(answer,), key=" ".join(turned[: self.shown]), evidence=(),
+        )  # fmt: skip

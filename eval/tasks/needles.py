@@ -62,21 +62,14 @@ class RulerNeedles:
         joint = " " if self.haystack == "text" else "\n"
         facts = list(zip(depths, sentences, strict=False))
         return Draft(
-            document=planted(head, self._filler(rng, source, new_key, needle), facts, joint),
-            question=question,
-            reply=reply,
-            answers=tuple(answers),
-            key=query,
-            evidence=tuple(sentences[: len(answers)]),
-        )
+            document=planted(head, self._filler(rng, source, new_key, needle), facts, joint), question=question,
+            reply=reply, answers=tuple(answers), key=query, evidence=tuple(sentences[: len(answers)]),
+        )  # fmt: skip
 
     def _filler(
-        self,
-        rng: random.Random,
-        source: SourceTexts,
-        new_key: Callable[[], str],
+        self, rng: random.Random, source: SourceTexts, new_key: Callable[[], str],
         needle: Callable[[str], tuple[str, str]],
-    ) -> Callable[[int], Sequence[str]]:
+    ) -> Callable[[int], Sequence[str]]:  # fmt: skip
         if self.haystack == "text":
             return source.run(rng)
         if self.haystack == "noise":

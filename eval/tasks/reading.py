@@ -99,18 +99,12 @@ class Verbatim:
         return Draft(
             document=document,
             question=f"How does the sentence go on that begins with \"{' '.join(start)}\"? Quote it word by word.",
-            reply=" ".join(start),
-            answers=(answer,),
-            key=" ".join(start),
-            evidence=(sentence,),
-        )
+            reply=" ".join(start), answers=(answer,), key=" ".join(start), evidence=(sentence,),
+        )  # fmt: skip
 
 
 def _documents(
-    rng: random.Random,
-    source: SourceTexts,
-    facts: Sequence[tuple[float, str]],
-    header: Callable[[], str] = lambda: "",
+    rng: random.Random, source: SourceTexts, facts: Sequence[tuple[float, str]], header: Callable[[], str] = lambda: ""
 ) -> Callable[[int], str]:
     """Numbered documents: other passages of the texts with those of `facts`, `(depth, text)`, among them."""
     taken = [text for _, text in facts]

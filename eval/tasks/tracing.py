@@ -35,9 +35,7 @@ class VariableTracking:
         return Draft(
             document=planted(
                 "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n",
-                lambda count: [noise] * count,
-                list(zip(places, lines, strict=True)),
-                "\n",
+                lambda count: [noise] * count, list(zip(places, lines, strict=True)), "\n",
             ),
             question=f"Question: Find all variables that are assigned the value {value} in the text above.",
             reply=(
@@ -86,13 +84,10 @@ class CommonWords:
             )
 
         return Draft(
-            document=document,
-            question="Question: What are the 10 most common words in the above list?",
-            reply="Answer: The top 10 words that appear most often in the list are:",
-            answers=tuple(common),
-            key="the 10 most common words",
-            evidence=(),
-        )
+            document=document, question="Question: What are the 10 most common words in the above list?",
+            reply="Answer: The top 10 words that appear most often in the list are:", answers=tuple(common),
+            key="the 10 most common words", evidence=(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

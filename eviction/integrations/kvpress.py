@@ -305,10 +305,7 @@ def kept_by(press: Any, given: PressInput) -> torch.Tensor:
 
 
 def _fingerprints(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """A hash of the bits of each entry, int64 `(1, num_kv_heads, n)`; entries that differ collide only by chance.
-
-    Bits times random odd factors, modulo 2⁶⁴.
-    """
+    """A hash of the bits of each entry (times random odd factors, modulo 2⁶⁴): int64 `(1, num_kv_heads, n)`."""
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(keys.shape[:3], dtype=torch.long, device=keys.device)
     for states in (keys, values):
@@ -320,10 +317,7 @@ def _fingerprints(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _found(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
-    """Marks the elements of `before` `(1, heads, n)` that are in `after` `(1, heads, k)`; None if one is missing.
-
-    Among equal elements as many are marked as there are in `after`.
-    """
+    """Marks the elements of `before` that are in `after`, equal ones as often as there; None if one is missing."""
     n, count = before.shape[-1], after.shape[-1]
     ordered, order = before.sort(-1)
     wanted = after.sort(-1).values
@@ -411,11 +405,7 @@ class PressPolicy(Policy):
         return scores.masked_fill(scores == 0, LOWEST)  # on ties the newer entries are kept
 
     def _press_input(self, view: LayerView, row: int) -> PressInput | None:
-        """The input of the press; None if it has scored the row already, or the row is empty.
-
-        Raises:
-            ValueError: entries of the row were evicted before the press scored them.
-        """
+        """The input of the press; None if it has scored the row already, or the row is empty."""
         inputs = view.inputs
         before = None if inputs is None else inputs.evicted_by[row]
         if before == self:
@@ -437,11 +427,7 @@ class PressPolicy(Policy):
         return given
 
     def _press_scores(self, given: PressInput, budget: int, layer_idx: int) -> torch.Tensor:
-        """The press's scores, fp32 `(1, num_kv_heads, n)`, none of them 0, which marks entries without a score.
-
-        Raises:
-            ValueError: the press refuses the prompt, or does not return valid scores.
-        """
+        """The press's scores, fp32 `(1, num_kv_heads, n)`, none of them 0, which marks entries without a score."""
         shape = given.keys.shape[:3]
         try:
             with press_attributes(given):

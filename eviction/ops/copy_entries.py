@@ -83,11 +83,9 @@ def _(sources, targets, source_slots, target_slots, count):
 
 
 def copy_entries(
-    sources: Sequence[torch.Tensor],
-    targets: Sequence[torch.Tensor],
-    source_slots: torch.Tensor | None,
+    sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], source_slots: torch.Tensor | None,
     target_slots: torch.Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     """Copies the entries at `source_slots` of every source to `target_slots` of the corresponding target.
 
     No host sync; runs on the current stream. Sources must not share memory with targets.

@@ -277,11 +277,7 @@ def norms_by_parts(values: torch.Tensor, output_weight: torch.Tensor) -> torch.T
 
 
 def attention_over(
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    queries: torch.Tensor,
-    query_positions: torch.Tensor,
-    scaling: float,
+    keys: torch.Tensor, positions: torch.Tensor, queries: torch.Tensor, query_positions: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """Causal softmax of each query over all entries of its key/value head.
 

@@ -210,14 +210,9 @@ def _(query, key_pages, value_pages, table, lengths, hidden, scaling):
 
 
 def ragged_decode(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    table: torch.Tensor,
-    lengths: torch.Tensor,
-    scaling: float,
-    hidden: torch.Tensor | None = None,
-) -> torch.Tensor:
+    query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor,
+    scaling: float, hidden: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention of the newest tokens, whose entries have been appended, over everything in their segments.
 
     Designed for up to 16 tokens per call; more are split into tiles that read the entries again. fp32 inputs are

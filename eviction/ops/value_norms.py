@@ -80,14 +80,8 @@ def _(values, output_weight):
 
 
 def value_norms_by_kernel(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
-    """`‖v_i W_O‖₁`, mean over the query heads of a group (CriticalKV, section 4); no product is stored.
+    """`value_norms` of fp16, bf16 or fp32 values by the kernel, W_O in their dtype; no product is stored.
 
-    Args:
-        values: `(batch, num_kv_heads, n, value_dim)`, fp16, bf16 or fp32.
-        output_weight: `(num_heads, value_dim, hidden_size)`; taken in the values' dtype.
-
-    Returns:
-        fp32 `(batch, num_kv_heads, n)`.
     Raises:
         ValueError: shapes or dtypes that the operation does not take.
     """

@@ -247,15 +247,9 @@ def _(queries, keys, positions, query_positions, limit, scaling, kernel, mean):
 
 
 def window_risk(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    query_positions: torch.Tensor,
-    limit: torch.Tensor,
-    scaling: float,
-    kernel: int,
-    mean: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, query_positions: torch.Tensor,
+    limit: torch.Tensor, scaling: float, kernel: int, mean: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """The worst case of a window's pooled attention (DefensiveKV, section 4), in two passes over the keys.
 
     Args:
@@ -307,26 +301,13 @@ def _check(queries: torch.Tensor, keys: torch.Tensor) -> None:
 
 
 def window_risk_by_heads(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    query_positions: torch.Tensor,
-    limit: torch.Tensor,
-    scaling: float,
-    kernel: int | None,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The same as `attention_over`, then `pool_and_renormalise` and `worst_case`, and `mean_over_queries`.
+    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, query_positions: torch.Tensor,
+    limit: torch.Tensor, scaling: float, kernel: int | None,
+) -> tuple[torch.Tensor | None, torch.Tensor]:  # fmt: skip
+    """`window_risk` with its mean by `naive`'s formulas, one key/value head at a time.
 
-    Args:
-        queries: `(batch, num_heads, window, head_dim)`, post-RoPE.
-        keys: `(batch, num_kv_heads, n, head_dim)`.
-        positions: int64 `(batch, num_kv_heads, n)`, ascending; -1 after a head's last entry.
-        query_positions: int64 `(batch, window)`, -1 for no query.
-        limit: int64 `(batch,)`: entries at positions from here on are the window's own and not counted.
-        kernel: width of the pooling, odd; None to skip the worst case.
-
-    Returns:
-        The worst case (None if skipped) and the mean, both fp32 `(batch, num_kv_heads, n)`.
+    Arguments and results as there, but positions are int64, dtypes and kernel width free; `kernel` None skips the worst
+    case, which is None then.
     """
     batch, heads, n, _ = keys.shape
     group, window = queries.shape[1] // heads, queries.shape[2]
@@ -355,21 +336,13 @@ def window_risk_by_heads(
 
 
 def received_by_heads(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    query_positions: torch.Tensor,
-    scaling: float,
+    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, query_positions: torch.Tensor, scaling: float,
     held: int,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Attention that each entry receives: `attention_over`, summed over all queries, mean over the heads of a group.
 
-    Args:
-        queries, keys, positions, query_positions, scaling: as in `window_risk_by_heads`.
-        held: attention weights materialised at a time; entries that none of these queries sees are skipped.
-
-    Returns:
-        fp32 `(batch, num_kv_heads, n)`.
+    `held` attention weights are materialised at a time; entries that none of these queries sees are skipped. The other
+    arguments as in `window_risk`; returns fp32 `(batch, num_kv_heads, n)`.
     """
     batch, heads, n, _ = keys.shape
     group, q_len = queries.shape[1] // heads, queries.shape[2]
@@ -399,22 +372,12 @@ def received_by_heads(
 
 
 def _attention(
-    queries: torch.Tensor,
-    query_positions: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    common: int,
+    queries: torch.Tensor, query_positions: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, common: int,
     scratch: torch.Tensor,
-) -> torch.Tensor:
-    """Causal softmax in one head: fp32 `(group * window, n)`.
+) -> torch.Tensor:  # fmt: skip
+    """Causal softmax in one head, fp32 `(group * window, n)`, of scaled queries; all see the first `common` keys.
 
-    Args:
-        queries: fp32 `(group * window, head_dim)`, scaled.
-        query_positions: int64 `(window,)`, -1 for no query.
-        keys: `(n, head_dim)`.
-        positions: int64 `(n,)`.
-        common: number of first entries that every query sees.
-        scratch: fp32 `(2, group * window * n)` or more: for the logits and the result.
+    `scratch`: fp32 `(2, group * window * n)` or more, for the logits and the result.
     """
     shape = len(queries), len(positions)
     logits, attention = scratch[:, : shape[0] * shape[1]].unflatten(1, shape)

@@ -16,34 +16,20 @@ from .lagkv import LagKV
 from .policy import Policy
 from .pyramidkv import PyramidKV
 from .random import Random
-from .registry import get_policy, policy_names, policy_text
+from .registry import get_policy, policy_names, policy_text, register
 from .retention import Retention
 from .retention_defensive import RetentionDefensive
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
 from .tova import TOVA
 
+register(
+    H2O, TOVA, AdaCriticalKV, AdaKV, CriticalKV, Defensive, ExpectedAttention, Full, KeyDiff, Knorm, LagKV,
+    LayerDefensive, PyramidKV, Random, Retention, RetentionDefensive, SnapKV, StreamingLLM,
+)  # fmt: skip
+
 __all__ = [
-    "H2O",
-    "TOVA",
-    "AdaCriticalKV",
-    "AdaKV",
-    "CriticalKV",
-    "Defensive",
-    "ExpectedAttention",
-    "Full",
-    "KeyDiff",
-    "Knorm",
-    "LagKV",
-    "LayerDefensive",
-    "Policy",
-    "PyramidKV",
-    "Random",
-    "Retention",
-    "RetentionDefensive",
-    "SnapKV",
-    "StreamingLLM",
-    "get_policy",
-    "policy_names",
-    "policy_text",
-]
+    "H2O", "TOVA", "AdaCriticalKV", "AdaKV", "CriticalKV", "Defensive", "ExpectedAttention", "Full", "KeyDiff", "Knorm",
+    "LagKV", "LayerDefensive", "Policy", "PyramidKV", "Random", "Retention", "RetentionDefensive", "SnapKV",
+    "StreamingLLM", "get_policy", "policy_names", "policy_text",
+]  # fmt: skip

@@ -17,15 +17,7 @@ def check_window(policy: str, window: int, kernel: int) -> None:
 
 
 def window_attention(view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> torch.Tensor:
-    """Causal softmax of each query over all entries of its key/value head.
-
-    Args:
-        queries: `(batch, num_heads, w, head_dim)`, post-RoPE.
-        query_positions: int64 `(batch, w)`, -1 for no query.
-
-    Returns:
-        fp32 `(batch, num_kv_heads, num_kv_groups, w, n)`; zeros for a query that is missing or sees nothing.
-    """
+    """`ops.naive.attention_over` of the view's entries, with its arguments and result."""
     return attention_over(view.keys, view.positions, queries, query_positions, view.scaling)
 
 

@@ -63,13 +63,9 @@ class LagKV(Policy):
 
 
 def _spread(states: torch.Tensor, lag: int) -> torch.Tensor:
-    """Softmax over each partition of the standard deviations of its entries, scaled by the next partition's range.
+    """Softmax over each partition of its entries' standard deviations, scaled by the next one's range.
 
-    Args:
-        states: `(batch, num_kv_heads, n, dim)`.
-
-    Returns:
-        fp32 `(batch, num_kv_heads, n // lag - 1, lag)`.
+    From `(batch, num_kv_heads, n, dim)` to fp32 `(batch, num_kv_heads, n // lag - 1, lag)`.
     """
     whole = states.shape[2] // lag * lag
     parts = states[:, :, :whole].float().unflatten(2, (-1, lag))

@@ -93,12 +93,8 @@ class Policy(ABC):
         return {state: self.state_key(state) for state in self.states}
 
     def view(
-        self,
-        layer: RaggedLayer,
-        time: torch.Tensor,
-        recorded: torch.Tensor | None = None,
-        budget: torch.Tensor | None = None,
-        horizon: torch.Tensor | None = None,
-    ) -> LayerView:
+        self, layer: RaggedLayer, time: torch.Tensor, recorded: torch.Tensor | None = None,
+        budget: torch.Tensor | None = None, horizon: torch.Tensor | None = None,
+    ) -> LayerView:  # fmt: skip
         """The view of `layer` that `observe`, `conclude` and `score` take; see `LayerView`."""
         return LayerView(layer, time, recorded, self.state_keys(), self.window_size, budget, horizon)

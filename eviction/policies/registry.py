@@ -7,50 +7,19 @@ from ast import literal_eval
 from dataclasses import fields, replace
 from typing import Any
 
-from .ada_criticalkv import AdaCriticalKV
-from .adakv import AdaKV
-from .criticalkv import CriticalKV
-from .defensive import Defensive, LayerDefensive
-from .expected_attention import ExpectedAttention
-from .full import Full
-from .h2o import H2O
-from .keydiff import KeyDiff
-from .knorm import Knorm
-from .lagkv import LagKV
 from .policy import Policy
-from .pyramidkv import PyramidKV
-from .random import Random
-from .retention import Retention
-from .retention_defensive import RetentionDefensive
-from .snapkv import SnapKV
-from .streaming_llm import StreamingLLM
-from .tova import TOVA
 
-_CLASSES: tuple[type[Policy], ...] = (
-    AdaCriticalKV,
-    AdaKV,
-    CriticalKV,
-    Defensive,
-    ExpectedAttention,
-    Full,
-    H2O,
-    KeyDiff,
-    Knorm,
-    LagKV,
-    LayerDefensive,
-    PyramidKV,
-    Random,
-    Retention,
-    RetentionDefensive,
-    SnapKV,
-    StreamingLLM,
-    TOVA,
-)
+_CLASSES: dict[str, type[Policy]] = {}  # by name; filled by the package, before any of its modules can be imported
+
+
+def register(*classes: type[Policy]) -> None:
+    """Makes policies known by their names."""
+    _CLASSES.update((policy.name, policy) for policy in classes)
 
 
 def policy_names() -> tuple[str, ...]:
     """The names that `get_policy` accepts."""
-    return tuple(sorted(policy.name for policy in _CLASSES))
+    return tuple(sorted(_CLASSES))
 
 
 def get_policy(policy: str | Policy, **options: Any) -> Policy:
@@ -64,7 +33,9 @@ def get_policy(policy: str | Policy, **options: Any) -> Policy:
     """
     if isinstance(policy, str):
         name, given = _parsed(policy)
-        chosen, options = _by_name(name), given | options
+        if name not in _CLASSES:
+            raise ValueError(f"unknown policy {name!r}; known: {', '.join(policy_names())}, or an instance of Policy")
+        chosen, options = _CLASSES[name](), given | options
     else:
         chosen = policy
     known = [field.name for field in fields(chosen)]  # type: ignore[arg-type]  # policies are dataclasses
@@ -100,10 +71,3 @@ def _parsed(text: str) -> tuple[str, dict[str, Any]]:
         except (ValueError, SyntaxError):
             options[option] = value
     return match[1], options
-
-
-def _by_name(name: str) -> Policy:
-    for known in _CLASSES:
-        if name == known.name:
-            return known()
-    raise ValueError(f"unknown policy {name!r}; known: {', '.join(policy_names())}, or an instance of Policy")

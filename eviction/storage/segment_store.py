@@ -111,12 +111,7 @@ class SegmentStore:
     spare = 1  # entries per segment that may be allocated in addition to `config.slack`
 
     def __init__(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        buffers: dict[str, torch.Tensor],
-        lengths: list[int],
-        reserved: list[int],
+        self, batch: int, num_kv_heads: int, buffers: dict[str, torch.Tensor], lengths: list[int], reserved: list[int]
     ) -> None:
         self.batch, self.num_kv_heads = batch, num_kv_heads
         self.shared = False
@@ -248,10 +243,7 @@ class SegmentStore:
         self._gather_ranges(self.starts, self.lengths, [length + slack for length in lengths])
 
     def _gather_ranges(self, starts: Sequence[int], lengths: Sequence[int], reserved: Sequence[int]) -> None:
-        """Makes new segments: `s` gets the entries of the flat range `starts[s] + [0, lengths[s])`.
-
-        The old buffers are unchanged until all is copied, so ranges may overlap or repeat (beams).
-        """
+        """Makes segments of the flat ranges `starts[s] + [0, lengths[s])`, which may overlap or repeat (beams)."""
         source = sources_of_ranges(starts, lengths, reserved, self.key.device)
         self._gather(source, list(lengths), list(reserved))
 

@@ -8,10 +8,5 @@ from .gated_attention import Implementation, gated_attention
 from .occupancy import occupancy, occupancy_at
 
 __all__ = [
-    "Implementation",
-    "biased_attention",
-    "gated_attention",
-    "gated_attention_after",
-    "occupancy",
-    "occupancy_at",
-]
+    "Implementation", "biased_attention", "gated_attention", "gated_attention_after", "occupancy", "occupancy_at",
+]  # fmt: skip

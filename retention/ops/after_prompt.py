@@ -13,13 +13,9 @@ from .kernel_choice import Kernels, chosen_kernels
 
 
 def gated_attention_after(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_beta: torch.Tensor,
-    scaling: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
     kernels: Kernels = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """`gated_attention` of the last `q_len` queries of a sequence, one document a row: the others were read before.
 
     Args:
@@ -42,13 +38,9 @@ def gated_attention_after(
 
 
 def biased_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor,
-    scaling: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float,
     kernels: Kernels = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Causal attention of the last `q_len` queries of a sequence with `bias_i` added to every logit of key i.
 
     Args:

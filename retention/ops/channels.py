@@ -17,13 +17,9 @@ CHANNEL_MULTIPLE = 8  # fused CPU and CUDA kernels want head dimensions that are
 
 
 def channels(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_beta: torch.Tensor,
-    scaling: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
     segments: Segments,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Same contract as `gated_attention`, in fp32 (fp64 for fp64 inputs)."""
     if segments.dense:
         return channels_after(query, key, value, log_beta, scaling)
@@ -70,14 +66,9 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
         past = torch.ones(q_len, seq_len, dtype=torch.bool, device=query.device).tril(seq_len - q_len)
     with torch.autocast(query.device.type, enabled=False):
         output = F.scaled_dot_product_attention(
-            _widen(query, width),
-            _widen(key, width),
-            _widen(value, width),
-            attn_mask=past,
-            is_causal=past is None,
-            scale=1.0,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+            _widen(query, width), _widen(key, width), _widen(value, width), attn_mask=past, is_causal=past is None,
+            scale=1.0, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
     return output[..., :value_dim]
 
 

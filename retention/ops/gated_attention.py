@@ -19,14 +19,9 @@ Implementation = Literal["auto", "channels", "flex", "naive", "triton"]
 
 
 def gated_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_beta: torch.Tensor,
-    scaling: float,
-    segments: Segments | None = None,
-    implementation: Implementation = "auto",
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
+    segments: Segments | None = None, implementation: Implementation = "auto",
+) -> torch.Tensor:  # fmt: skip
     """Causal attention whose logits decay with the age of the key, at the rate its gate chose.
 
     Args:
@@ -75,13 +70,9 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, l
 
 
 def triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_beta: torch.Tensor,
-    scaling: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
     segments: Segments,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Our kernels, see `gated_attention_triton`; they are loaded here."""
     chosen_kernels(query.device, "triton")
     from .gated_attention_triton import gated_attention as launch
@@ -90,13 +81,9 @@ def triton(
 
 
 def flex(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_beta: torch.Tensor,
-    scaling: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
     segments: Segments,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """FlexAttention with the bias in fp32 inside the kernel; q·k stays in the model's dtype."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

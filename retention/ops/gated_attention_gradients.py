@@ -12,21 +12,9 @@ from .triton_language import dot, jit, tl
 
 @jit
 def delta_kernel(
-    output,
-    grad,
-    delta,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_gb,
-    stride_gh,
-    stride_gt,
-    heads,
-    q_len,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    output, grad, delta, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, heads, q_len,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """`delta[t] = output[t] · grad[t]`, fp32. Grid: (query tiles, batch · heads)."""
     row = tl.program_id(1).to(tl.int64)
     b, h = row // heads, row % heads
@@ -40,45 +28,12 @@ def delta_kernel(
 
 @jit
 def query_grad_kernel(
-    query,
-    key,
-    value,
-    log_beta,
-    start,
-    grad,
-    lse,
-    delta,
-    query_grad,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_gb,
-    stride_gh,
-    stride_gt,
-    stride_db,
-    stride_dh,
-    stride_dt,
-    heads,
-    q_len,
-    seq_len,
-    scale,
-    scaling,
-    GROUPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DECAYS: tl.constexpr,
-):
+    query, key, value, log_beta, start, grad, lse, delta, query_grad, stride_qb, stride_qh, stride_qt, stride_kb,
+    stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt, stride_db, stride_dh,
+    stride_dt, heads, q_len, seq_len, scale, scaling, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DECAYS: tl.constexpr,
+):  # fmt: skip
     """Gradient of one tile of queries of one head. Grid: (query tiles, batch · heads)."""
     t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     row = tl.program_id(1).to(tl.int64)
@@ -112,50 +67,12 @@ def query_grad_kernel(
 
 @jit
 def key_grad_kernel(
-    query,
-    key,
-    value,
-    log_beta,
-    end,
-    grad,
-    lse,
-    delta,
-    key_grad,
-    value_grad,
-    beta_grad,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_gb,
-    stride_gh,
-    stride_gt,
-    stride_db,
-    stride_dh,
-    stride_dt,
-    stride_eb,
-    stride_eh,
-    stride_et,
-    kv_heads,
-    q_len,
-    seq_len,
-    scale,
-    scaling,
-    GROUPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DECAYS: tl.constexpr,
-):
+    query, key, value, log_beta, end, grad, lse, delta, key_grad, value_grad, beta_grad, stride_qb, stride_qh,
+    stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt,
+    stride_db, stride_dh, stride_dt, stride_eb, stride_eh, stride_et, kv_heads, q_len, seq_len, scale, scaling,
+    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DECAYS: tl.constexpr,
+):  # fmt: skip
     """Gradients of one tile of keys, their values and log β, over all query heads of the group.
 
     Strides: `d` of key_grad, `e` of value_grad. Grid: (key tiles, batch · kv_heads).

@@ -62,39 +62,11 @@ def tile_logits(dots, t, t0, i, i0, first, greatest, bias, scale, BLOCK_N: tl.co
 
 @jit
 def forward_kernel(
-    query,
-    key,
-    value,
-    log_beta,
-    start,
-    output,
-    lse,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    heads,
-    q_len,
-    seq_len,
-    scale,
-    GROUPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DECAYS: tl.constexpr,
-):
+    query, key, value, log_beta, start, output, lse, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, heads, q_len, seq_len, scale,
+    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DECAYS: tl.constexpr,
+):  # fmt: skip
     """Output and `lse` of one tile of queries of one head. Grid: (query tiles, batch · heads).
 
     Args:

@@ -43,10 +43,9 @@ class Tiles:
 
     @classmethod
     def choose(cls, width: int, dtype: torch.dtype, capability: int | None, decays: bool) -> Tiles:
-        """Args:
-        width: the larger head dimension, rounded up to a power of two.
-        capability: of the card, e.g. 90; None in the interpreter, where small tiles let short sequences have many.
-        decays: see `forward_op`.
+        """For the larger head dimension `width`, rounded up to a power of two, and a card's capability, e.g. 90.
+
+        None is the interpreter, where small tiles let short sequences have many.
         """
         if capability is None:
             return cls(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
@@ -66,13 +65,9 @@ class Tiles:
 
 
 def gated_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_beta: torch.Tensor,
-    scaling: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
     segments: Segments,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Same contract as `retention.ops.gated_attention`: q·k in the model's dtype, the bias in fp32.
 
     Under autocast query, key and value are cast to its dtype. Every gradient has one owner: no atomics, the same bits
@@ -93,14 +88,9 @@ def attention_after(
 
 
 def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor,
-    scaling: float,
-    bounds: tuple[torch.Tensor, torch.Tensor],
-    decays: bool,
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float,
+    bounds: tuple[torch.Tensor, torch.Tensor], decays: bool,
+) -> torch.Tensor:  # fmt: skip
     device, dtype = query.device.type, query.dtype
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
@@ -119,15 +109,9 @@ def _attend(
 
 @torch.library.custom_op("tenure::gated_attention", mutates_args=())
 def forward_op(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_beta: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    scaling: float,
-    decays: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, start: torch.Tensor,
+    end: torch.Tensor, scaling: float, decays: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Output, and `lse` `(batch, num_heads, q_len)` fp32: log2 of each row's sum, 0 where a row has no key.
 
     Args:
@@ -157,19 +141,10 @@ def _(query, key, value, log_beta, start, end, scaling, decays):
 
 @torch.library.custom_op("tenure::gated_attention_backward", mutates_args=())
 def backward_op(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_beta: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    scaling: float,
-    decays: bool,
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor,
+    start: torch.Tensor, end: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, scaling: float, decays: bool,
     with_query: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of query (empty without `with_query`), key, value and log_beta."""
     query, key, value, grad = (_last_contiguous(x) for x in (query, key, value, grad))
     grads = query_grad, key_grad, value_grad, beta_grad = _gradients(query, key, value, log_beta, with_query)
@@ -259,14 +234,9 @@ def _numbers(
 
 
 def launch_numbers(
-    kernel: str,
-    head_dim: int,
-    value_dim: int,
-    groups: int,
-    dtype: torch.dtype,
-    capability: int | None,
+    kernel: str, head_dim: int, value_dim: int, groups: int, dtype: torch.dtype, capability: int | None,
     decays: bool = True,
-) -> tuple[Tile, dict[str, Any]]:
+) -> tuple[Tile, dict[str, Any]]:  # fmt: skip
     """The tile of `forward`, `query_grad` or `key_grad`, and the keyword arguments of its launch."""
     block_d, block_v = (max(LEAST_BLOCK, 1 << (width - 1).bit_length()) for width in (head_dim, value_dim))
     tile: Tile = getattr(Tiles.choose(max(block_d, block_v), dtype, capability, decays), kernel)

@@ -21,13 +21,9 @@ def distance(segments: Segments) -> torch.Tensor:
 
 
 def gated_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_beta: torch.Tensor,
-    scaling: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
     segments: Segments,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Same contract as `retention.ops.gated_attention`, computed with the explicit bias."""
     groups = query.shape[1] // key.shape[1]
     key, value, log_beta = (x.repeat_interleave(groups, dim=1) for x in (key, value, log_beta))

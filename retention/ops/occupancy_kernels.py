@@ -17,18 +17,9 @@ TINY = constexpr(1e-30)
 
 @jit
 def forward_kernel(
-    log_beta,
-    index,
-    start,
-    output,
-    batch,
-    heads,
-    seq_len,
-    samples,
-    CHOSEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    log_beta, index, start, output, batch, heads, seq_len, samples, CHOSEN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """Occupancy of one row at one tile of queries. Grid: (layers · batch · heads, query tiles).
 
     Args:
@@ -55,19 +46,9 @@ def forward_kernel(
 
 @jit
 def backward_kernel(
-    log_beta,
-    index,
-    end,
-    grad,
-    beta_grad,
-    batch,
-    heads,
-    seq_len,
-    samples,
-    CHOSEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    log_beta, index, end, grad, beta_grad, batch, heads, seq_len, samples, CHOSEN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """Gradient of one row at one tile of keys: `Σ_t grad_t · (t-i) · exp((t-i)·log β_i)`. Grid: (rows, key tiles).
 
     Args:

@@ -96,13 +96,9 @@ def launch_numbers(chosen: bool) -> dict[str, Any]:
 
 
 def _launch(
-    kernel: Any,
-    tiles: int,
-    log_beta: torch.Tensor,
-    query_index: torch.Tensor | None,
-    tensors: tuple[torch.Tensor, ...],
-    numbers: dict[str, Any],
-) -> None:
+    kernel: Any, tiles: int, log_beta: torch.Tensor, query_index: torch.Tensor | None,
+    tensors: tuple[torch.Tensor, ...], numbers: dict[str, Any],
+) -> None:  # fmt: skip
     """One program for each row and tile. `tensors`: the kernel's arguments between `index` and the sizes."""
     layers, batch, heads, seq_len = log_beta.shape
     index = log_beta if query_index is None else query_index.to(torch.int32).contiguous()  # not read if None
