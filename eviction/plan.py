@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from tenure.checked import read
+
 from ..retention.calibration import Calibration, weights_digest
-from ..retention.checked import read
 from ..retention.gates import RetentionGates
 from .policies.policy import Policy
 from .policies.registry import get_policy, policy_text

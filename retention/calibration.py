@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from .checked import Range, parse_json, read, read_fields, shown, verify
+from tenure.checked import Range, parse_json, read, read_fields, shown, verify
+
 from .checkpoint import CALIBRATION_FILE, CheckpointError, write_atomic
 
 SCHEMA_VERSION = 1

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from transformers import PreTrainedModel
 
-from .checked import Range, Size, read, verify
+from tenure.checked import Range, Size, read, verify
+
 from .seams import full_attention_layers, text_config
 
 Projection = Literal["per_layer", "shared", "shared_heads"]

@@ -3,7 +3,8 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.serving', not {__name__!r}: a second name would give duplicate classes")
 
-from .engine import Engine
+from typing import TYPE_CHECKING, Any
+
 from .hints import Hint, HintConfig, HintReader, hint_formats, request_fields
 from .kvcache.base import KVPayload, PhantomPayload, Status, TensorPayload, Tier, Urgency
 from .kvcache.belady import Belady
@@ -33,7 +34,6 @@ from .kvcache.transfer_threads import ThreadedTransfer
 from .metrics import SchedulerMetrics
 from .prediction import NextCallPredictor, PredictionConfig, PredictionMode
 from .prefetch import PrefetchConfig, Prefetcher, PrefetchMetrics
-from .prompt_cache import Compression, PromptKV
 from .request import FinishReason, Request, RequestOutput, RequestTimes, StorePolicy
 from .scheduler.request_state import ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .scheduler.scheduler import Scheduler
@@ -54,6 +54,10 @@ from .workflow.plot import draw_svg
 from .workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 from .workflow.workflow import Workflow
 
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .prompt_cache import Compression, PromptKV
+
 __all__ = [
     "LFU", "LRU", "AgentSpec", "AllocStatus", "ArenaConfig", "Belady", "CacheHandle", "Compression", "DiskPool",
     "EagerWriteBackConfig", "EdgeSpec", "Engine", "Estimates", "EvictionPolicy", "ExpectedTime", "FinishReason",
@@ -68,3 +72,15 @@ __all__ = [
     "tier_policy_names", "workflow_from_dict", "workflow_from_json", "workflow_from_langgraph",
     "workflow_from_networkx", "workflow_from_yaml",
 ]  # fmt: skip
+
+# These need torch and transformers; a simulation or a scheduler of another engine does not.
+_LAZY = {"Engine": "engine", "Compression": "prompt_cache", "PromptKV": "prompt_cache"}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    return value

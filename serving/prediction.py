@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from ..retention.checked import Count, Positive, verify
+from tenure.checked import Count, Positive, verify
+
 from .hints.hint import Hint, HintConfig, HintStore, SessionAction
 from .kvcache.radix_tree import TOKEN_BYTES, Pages, common_pages
 from .kvcache.tiered_cache import TieredCache

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any
 
-from ..retention.checked import Count, Positive, Range, verify
+from tenure.checked import Count, Positive, Range, verify
+
 from .kvcache.base import Tier, Urgency
 from .kvcache.estimates import Estimates
 from .kvcache.radix_tree import TOKEN_BYTES, Node, Pages, encode

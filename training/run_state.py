@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tenure.checked import Range, load_json, read
+
 from ..retention import RetentionGates
-from ..retention.checked import Range, load_json, read
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ...retention.checked import load_yaml, parse_json, shown
+from tenure.checked import load_yaml, parse_json, shown
+
 from ..runner import find_device
 from .boundary import FAMILIES, KNOWN
 from .generated_tasks import PREFIX, GeneratedCases, check_kinds, kinds_of, task_files

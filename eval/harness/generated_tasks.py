@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from ...retention.checked import Range, verify
+from tenure.checked import Range, verify
+
 from ..cases import answer_score
 from ..tasks.builder import GENERATED, CaseBuilder, get_task
 from .registration import tasks_folder

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import torch
 
+from tenure.checked import verify
+
 from ...eviction import Budget, Policy, get_policy, policy_text
 from ...eviction.plan import CALIBRATED, EvictionPlan, calibrated
 from ...retention import RetentionGates
-from ...retention.checked import verify
 from .boundary import Boundaries
 
 DTYPES = ("dtype", "softmax_dtype", "mixed_precision_dtype")

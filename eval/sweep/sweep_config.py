@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ...retention.checked import Distinct, Range, Size, load_yaml, read, verify
+from tenure.checked import Distinct, Range, Size, load_yaml, read, verify
+
 from ..cells import Cell, parse_cells
 
 QUESTIONS = {"agnostic": (False,), "aware": (True,), "both": (False, True)}

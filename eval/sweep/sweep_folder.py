@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...retention.checked import load_json, read
+from tenure.checked import load_json, read
+
 from ...retention.checkpoint import write_atomic
 from ..cases import Record
 from .units import Failure, Unit

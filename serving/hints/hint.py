@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ...retention.checked import Count, Positive, verify
+from tenure.checked import Count, Positive, verify
+
 from ..lazy_heap import LazyHeap
 from ..request import StorePolicy
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...retention.checked import Count, Positive, verify
+from tenure.checked import Count, Positive, verify
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from ...retention.checked import Count, NotNegative, Range, read, shown, verify
+from tenure.checked import Count, NotNegative, Range, read, shown, verify
+
 from ..workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
 Share = Annotated[float, Range(0, 1)]

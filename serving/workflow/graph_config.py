@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from ...retention.checked import Count, OrInfinite, Positive, Range, verify
+from tenure.checked import Count, OrInfinite, Positive, Range, verify
 
 
 @dataclass(frozen=True)

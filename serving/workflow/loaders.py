@@ -25,7 +25,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...retention.checked import DocumentLimits, NotNegative, parse_json, parse_yaml, read
+from tenure.checked import DocumentLimits, NotNegative, parse_json, parse_yaml, read
+
 from .spec import AgentSpec, EdgeSpec, Join, Name, WorkflowSpec
 
 if TYPE_CHECKING:

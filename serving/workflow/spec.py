@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from ...retention.checked import Named, NotNegative, Range, Size, verify
+from tenure.checked import Named, NotNegative, Range, Size, verify
+
 from ..request import MAX_NAME, check_name, shown
 
 JOINS = ("or", "and")
 Join = Literal["or", "and"]
 Name = Annotated[str, Size(1, MAX_NAME)]
+
+
+def _is_name(value: object) -> bool:
+    return type(value) is str and 0 < len(value) <= MAX_NAME
+
+
+def _is_duration(value: object) -> bool:
+    return type(value) is float and 0 <= value < math.inf
 
 
 def check_probability(probability: object) -> float:
@@ -46,6 +56,10 @@ class AgentSpec:
     pause_spread_s: NotNegative | None = None
 
     def __post_init__(self) -> None:
+        # Clients add agents at any rate, so whatever a quick look finds right is not verified field by field.
+        times = (self.call_s, self.call_spread_s, self.pause_s, self.pause_spread_s)
+        if _is_name(self.name) and self.join in JOINS and all(t is None or _is_duration(t) for t in times):
+            return
         verify(self, f"agents.{str(self.name)[:60]}" if isinstance(self.name, str) else "agent")
 
 
@@ -65,7 +79,9 @@ class EdgeSpec:
     probability: Annotated[float, Range(0, 1, above=True)] = 1.0
 
     def __post_init__(self) -> None:
-        verify(self, "edge")
+        named = _is_name(self.source) and _is_name(self.target)
+        if not (named and type(self.probability) is float and 0 < self.probability <= 1):
+            verify(self, "edge")
 
     @staticmethod
     def shorthand(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +30,7 @@ class Mirror:
     """One workflow, solved by brute force."""
 
     def __init__(self) -> None:
-        self.joins: dict[str, str] = {}
+        self.joins: dict[str, Any] = {}
         self.edges: dict[tuple[str, str], float] = {}
         self.running: list[str] = []
         self.expected: set[str] = set()

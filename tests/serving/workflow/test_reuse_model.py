@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -330,7 +331,7 @@ def test_another_law_of_durations_matters_little():
         assert computed(BRANCHES, "plan")[name] == pytest.approx(value, abs=NOISE + 0.01), name
 
 
-def fork(join: str) -> WorkflowSpec:
+def fork(join: Any) -> WorkflowSpec:
     """Two ways of unequal length that meet, the shorter of which may be retried, and a way back."""
     workers = agents("plan", "left", "right", "more")
     names = [

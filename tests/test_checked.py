@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenure.retention.checked import (
+from tenure.checked import (
     Distinct,
     DocumentLimits,
     Named,
