@@ -1,4 +1,4 @@
-"""What the built site has beyond the Markdown pages: navigation, and references that are generated from the code.
+"""Adds to the built site: navigation, and references that are generated from the code.
 
 * The navigation is added to the index here, so that the page on GitHub shows links and no directives.
 * `reference/cli` gets the help text of every command, `reference/config` the fields of the configuration dataclasses.

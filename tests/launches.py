@@ -1,4 +1,4 @@
-"""What launchers launch, seen without a card: tensors on `meta` have shapes and no data, and no kernel runs on them."""
+"""Records kernel launches without a card: tensors on `meta` have shapes and no data, and no kernel runs on them."""
 
 from __future__ import annotations
 

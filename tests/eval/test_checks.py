@@ -1,4 +1,4 @@
-"""What `tenure eval` and its model refuse: one sentence each, before the model is loaded."""
+"""Refusals of `tenure eval` and its model: one sentence each, before the model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a budget comes to in entries, how it is shared out, and that bytes are never exceeded."""
+"""Budgets in entries, their allocation, and that bytes are never exceeded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which form runs: the argument, then the environment, then the device; and the documents as kernels read them."""
+"""The choice of a form: the argument, then the environment, then the device; and the documents as kernels read them."""
 
 from __future__ import annotations
 

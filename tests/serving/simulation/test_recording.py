@@ -1,4 +1,4 @@
-"""What a recorder writes, line by line, and what a replay makes of calls that follow each other."""
+"""The lines that a recorder writes, and the replay of calls that follow each other."""
 
 from __future__ import annotations
 

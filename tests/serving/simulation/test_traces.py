@@ -1,4 +1,4 @@
-"""What is recorded is read back, and a replay gives what the original gave."""
+"""Recorded traces are read back, and a replay gives the original's numbers."""
 
 from __future__ import annotations
 
