@@ -17,25 +17,28 @@ class AgentGroup:
     Attributes:
         agents: the set, as the keys of a mapping; only `AgentIndex` changes it.
         num_nodes: nodes in the group.
+        value: larger = keep; meaningless without an agent.
     """
 
-    __slots__ = ("_values", "agents", "num_nodes")
+    __slots__ = ("_values", "agents", "num_nodes", "value")
 
     def __init__(self) -> None:
         self._values: LazyHeap[Agent] = LazyHeap()  # by minus the value: the largest first
         self.agents: Mapping[Agent, Any] = self._values.entries
         self.num_nodes = 0
+        self.value = 0.0
 
     def set_value(self, agent: Agent, value: float) -> None:
         """Adds `agent`, or gives it another value."""
         self._values.push(agent, -value)
+        self.value = value if len(self.agents) == 1 else self._largest()
 
     def remove(self, agent: Agent) -> None:
         self._values.discard(agent)
+        if self.agents:
+            self.value = self._largest()
 
-    @property
-    def value(self) -> float:
-        """Larger = keep; the group must have an agent."""
+    def _largest(self) -> float:
         return -self._values.peek_priority()  # pyright: ignore[reportOptionalOperand]
 
 
