@@ -462,7 +462,8 @@ def plan_to_json(plan: EvictionPlan) -> dict[str, Any]:
     """The plan as JSON values; ValueError if its policy has an option that is not a plain value."""
     plain = {each.name: getattr(plan, each.name) for each in fields(PlanDocument)}
     protect = None if plan.protect is None else vars(plan.protect)
-    return plain | {"policy": _policy_to_json(plan.policy), "budget": plan.budget.amount, "protect": protect}
+    first = {"policy": _policy_to_json(plan.policy), "budget": plan.budget.amount, "protect": protect}
+    return first | {name: value for name, value in plain.items() if name not in first}
 
 
 def plan_from_json(document: dict[str, Any], known: Iterable[Policy]) -> EvictionPlan:

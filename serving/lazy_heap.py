@@ -79,11 +79,16 @@ class LazyHeap(Generic[Item]):
 
     def peek_priority(self) -> Any | None:
         """The priority of the first item; None if the heap is empty."""
+        first = self.peek_entry()
+        return None if first is None else first[0]
+
+    def peek_entry(self) -> tuple[Any, int, Item] | None:
+        """The entry of the first item, as in `entries`; None if the heap is empty."""
         heap, entries = self._heap, self.entries
         while heap:
             first = heap[0]
             if entries.get(first[2]) is first:
-                return first[0]
+                return first
             heappop(heap)
         return None
 

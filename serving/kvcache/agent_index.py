@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterable
+from typing import Protocol
 
 from ..lazy_heap import LazyHeap
 
@@ -15,31 +15,42 @@ class AgentGroup:
     agent that needs it most.
 
     Attributes:
-        agents: the set, as the keys of a mapping; only `AgentIndex` changes it.
+        agents: the set, with the agents' values; only `AgentIndex` changes it.
         num_nodes: nodes in the group.
         value: larger = keep; meaningless without an agent.
     """
 
-    __slots__ = ("_values", "agents", "num_nodes", "value")
+    __slots__ = ("_heap", "agents", "num_nodes", "value")
 
     def __init__(self) -> None:
-        self._values: LazyHeap[Agent] = LazyHeap()  # by minus the value: the largest first
-        self.agents: Mapping[Agent, Any] = self._values.entries
+        self.agents: dict[Agent, float] = {}
+        self._heap: LazyHeap[Agent] | None = None  # by minus the value; most groups have one agent and need none
         self.num_nodes = 0
         self.value = 0.0
 
     def set_value(self, agent: Agent, value: float) -> None:
         """Adds `agent`, or gives it another value."""
-        self._values.push(agent, -value)
-        self.value = value if len(self.agents) == 1 else self._largest()
+        self.agents[agent] = value
+        if self._heap is not None:
+            self._heap.push(agent, -value)
+        elif len(self.agents) == 1:
+            self.value = value
+            return
+        else:
+            self._heap = LazyHeap()
+            for each, its_value in self.agents.items():
+                self._heap.push(each, -its_value)
+        self._take_largest(self._heap)
 
     def remove(self, agent: Agent) -> None:
-        self._values.discard(agent)
-        if self.agents:
-            self.value = self._largest()
+        self.agents.pop(agent, None)
+        if self._heap is not None:
+            self._heap.discard(agent)
+            if self.agents:
+                self._take_largest(self._heap)
 
-    def _largest(self) -> float:
-        return -self._values.peek_priority()  # pyright: ignore[reportOptionalOperand]
+    def _take_largest(self, heap: LazyHeap[Agent]) -> None:
+        self.value = -heap.peek_priority()  # pyright: ignore[reportOptionalOperand]
 
 
 class Grouped(Protocol):

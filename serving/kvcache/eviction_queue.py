@@ -106,13 +106,14 @@ class EvictionQueue:
         return best
 
     def _first_owned(self) -> tuple[Rank, Node] | None:
-        groups, entries = self._groups, self._groups.entries
-        while (group := groups.peek()) is not None:
+        groups = self._groups
+        while (bound := groups.peek_entry()) is not None:
+            group = bound[2]
             top = self._top(group)
             if top is None:
                 continue  # the group is empty, and left the heap
             rank = self.policy.rank(group.value, top[0])
-            if rank == entries[group][0]:
+            if rank == bound[0]:
                 return rank, top[2]
             groups.push(group, rank)
         return None
