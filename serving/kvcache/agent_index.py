@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, Protocol
 
 from ..lazy_heap import LazyHeap
 
@@ -15,42 +15,22 @@ class AgentGroup:
     agent that needs it most.
 
     Attributes:
-        agents: the set, with the agents' values; only `AgentIndex` changes it.
+        values: the agents by minus their values: the largest first. Only `AgentIndex` changes it.
+        agents: the set, as the keys of a mapping.
         num_nodes: nodes in the group.
-        value: larger = keep; meaningless without an agent.
     """
 
-    __slots__ = ("_heap", "agents", "num_nodes", "value")
+    __slots__ = ("agents", "num_nodes", "values")
 
     def __init__(self) -> None:
-        self.agents: dict[Agent, float] = {}
-        self._heap: LazyHeap[Agent] | None = None  # by minus the value; most groups have one agent and need none
+        self.values: LazyHeap[Agent] = LazyHeap()
+        self.agents: Mapping[Agent, Any] = self.values.entries
         self.num_nodes = 0
-        self.value = 0.0
 
-    def set_value(self, agent: Agent, value: float) -> None:
-        """Adds `agent`, or gives it another value."""
-        self.agents[agent] = value
-        if self._heap is not None:
-            self._heap.push(agent, -value)
-        elif len(self.agents) == 1:
-            self.value = value
-            return
-        else:
-            self._heap = LazyHeap()
-            for each, its_value in self.agents.items():
-                self._heap.push(each, -its_value)
-        self._take_largest(self._heap)
-
-    def remove(self, agent: Agent) -> None:
-        self.agents.pop(agent, None)
-        if self._heap is not None:
-            self._heap.discard(agent)
-            if self.agents:
-                self._take_largest(self._heap)
-
-    def _take_largest(self, heap: LazyHeap[Agent]) -> None:
-        self.value = -heap.peek_priority()  # pyright: ignore[reportOptionalOperand]
+    @property
+    def value(self) -> float:
+        """Larger = keep; the group must have an agent. Computed when read, as values change far more often."""
+        return -self.values.peek_priority()  # pyright: ignore[reportOptionalOperand]
 
 
 class Grouped(Protocol):
@@ -120,7 +100,7 @@ class AgentIndex:
         if agent not in group.agents:
             return
         if len(group.agents) > 2 and group.num_nodes == 1:
-            group.remove(agent)
+            group.values.discard(agent)
             self._leave(group, agent)
             return
         self.move(node, self._group_of(tuple(other for other in group.agents if other != agent)))
@@ -141,7 +121,7 @@ class AgentIndex:
         if agent not in self._values:
             self._values[agent] = self._value(agent)
         self._groups.setdefault(agent, set()).add(group)
-        group.set_value(agent, self._values[agent])
+        group.values.push(agent, -self._values[agent])
 
     def refresh(self, agents: Iterable[Agent] | None = None) -> list[AgentGroup]:
         """Reads the values of these agents (None: of all) again.
@@ -158,7 +138,7 @@ class AgentIndex:
                 continue
             self._values[agent] = value
             for group in self._groups[agent]:
-                group.set_value(agent, value)
+                group.values.push(agent, -value)
                 groups.append(group)
         return groups
 
