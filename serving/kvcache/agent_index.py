@@ -10,27 +10,29 @@ from ..lazy_heap import LazyHeap
 Agent = Hashable
 
 
-class AgentGroup:
-    """The nodes of one set of agents. Its value is the largest of its agents' values: a shared node is kept for the
-    agent that needs it most.
+class AgentGroup(LazyHeap[Agent]):
+    """The nodes of one set of agents: a heap of the agents by minus their values, the largest value first. The largest
+    is the group's value: a shared node is kept for the agent that needs it most.
+
+    It is the heap, and does not have one, as there are as many groups as prompts: what Python's collector walks over
+    shows in the time of each change. Only `AgentIndex` changes it.
 
     Attributes:
-        values: the agents by minus their values: the largest first. Only `AgentIndex` changes it.
         agents: the set, as the keys of a mapping.
         num_nodes: nodes in the group.
     """
 
-    __slots__ = ("agents", "num_nodes", "values")
+    __slots__ = ("agents", "num_nodes")
 
     def __init__(self) -> None:
-        self.values: LazyHeap[Agent] = LazyHeap()
-        self.agents: Mapping[Agent, Any] = self.values.entries
+        super().__init__()
+        self.agents: Mapping[Agent, Any] = self.entries
         self.num_nodes = 0
 
     @property
     def value(self) -> float:
         """Larger = keep; the group must have an agent. Computed when read, as values change far more often."""
-        return -self.values.peek_priority()  # pyright: ignore[reportOptionalOperand]
+        return -self.peek_priority()  # pyright: ignore[reportOptionalOperand]
 
 
 class Grouped(Protocol):
@@ -100,7 +102,7 @@ class AgentIndex:
         if agent not in group.agents:
             return
         if len(group.agents) > 2 and group.num_nodes == 1:
-            group.values.discard(agent)
+            group.discard(agent)
             self._leave(group, agent)
             return
         self.move(node, self._group_of(tuple(other for other in group.agents if other != agent)))
@@ -121,7 +123,7 @@ class AgentIndex:
         if agent not in self._values:
             self._values[agent] = self._value(agent)
         self._groups.setdefault(agent, set()).add(group)
-        group.values.push(agent, -self._values[agent])
+        group.push(agent, -self._values[agent])
 
     def refresh(self, agents: Iterable[Agent] | None = None) -> list[AgentGroup]:
         """Reads the values of these agents (None: of all) again.
@@ -138,7 +140,7 @@ class AgentIndex:
                 continue
             self._values[agent] = value
             for group in self._groups[agent]:
-                group.values.push(agent, -value)
+                group.push(agent, -value)
                 groups.append(group)
         return groups
 

@@ -32,7 +32,7 @@ class Copy:
 def suffix(agent: str, nbytes: int = 20) -> Node:
     """Ten tokens behind the fixed prompt of `agent`: 100 ms to compute, 20 ms to reload."""
     group = AgentGroup()
-    group.values.push(agent, -0.0)
+    group.push(agent, -0.0)
     root = Node(None, b"", 0, 0, AgentGroup())
     prompt = Node(root, b"p", 0, 10, group)
     node = Node(prompt, b"s", 10, 20, AgentGroup())
