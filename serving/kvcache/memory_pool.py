@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from .base import KVPayload, PhantomPayload, TensorPayload
+from .free_ranges import FreeRanges
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ _SLAB_STRIDE = 2**48  # distance between the addresses of two slabs, so that the
 
 
 class PinnedArena:
-    """Blocks of page-locked memory: best fit, and neighbouring free ranges are joined.
+    """Blocks of page-locked memory, by `FreeRanges`.
 
     Whoever holds a tensor that shares a block's storage owns the block; when the last one is gone, it is free again, so
     nobody frees a block that is still being read. Blocks are allocated by one thread at a time and may be freed on any.
@@ -160,9 +160,7 @@ class PinnedArena:
         self.used = self.locked = 0
         self._lock_pages = lock_pages
         self._slabs: list[torch.Tensor] = []
-        self._sizes: list[tuple[int, int]] = []  # free ranges: bytes, address; ascending
-        self._end_of: dict[int, int] = {}  # the same ranges: end by beginning
-        self._begin_of: dict[int, int] = {}  # beginning by end
+        self._free = FreeRanges()
         # Blocks that were freed: the collector may do so at any moment, also while this thread is in here.
         self._returned: deque[tuple[int, int]] = deque()
         self._busy = threading.Lock()
@@ -186,14 +184,10 @@ class PinnedArena:
     def _cut(self, size: int) -> int:
         if size > self.capacity - self.used:
             raise MemoryError(f"{size} bytes are asked for, {self.capacity - self.used} are free")
-        place = bisect_left(self._sizes, (size, 0))
-        if place == len(self._sizes):
+        if self._free.longest < size:
             self._add_slab(size)
-            place = bisect_left(self._sizes, (size, 0))
-        length, start = self._sizes[place]
-        self._remove(start, start + length)
-        if length > size:
-            self._insert(start + size, start + length)
+        start = self._free.take(size)
+        assert start is not None, "there is a range as long as that"
         self.used += size
         return start
 
@@ -206,28 +200,13 @@ class PinnedArena:
         self._slabs.append(self._lock_pages(nbytes))
         self.locked += nbytes
         start = (len(self._slabs) - 1) * _SLAB_STRIDE
-        self._insert(start, start + nbytes)
+        self._free.add(start, start + nbytes)
 
     def _collect_returned(self) -> None:
         while self._returned:
             start, size = self._returned.popleft()
             self.used -= size
-            end = start + size
-            before, after = self._begin_of.get(start), self._end_of.get(end)
-            if before is not None:
-                self._remove(before, start)
-            if after is not None:
-                self._remove(end, after)
-            start, end = start if before is None else before, end if after is None else after
-            self._insert(start, end)
-
-    def _insert(self, start: int, end: int) -> None:
-        insort(self._sizes, (end - start, start))
-        self._end_of[start], self._begin_of[end] = end, start
-
-    def _remove(self, start: int, end: int) -> None:
-        del self._sizes[bisect_left(self._sizes, (end - start, start))]
-        del self._end_of[start], self._begin_of[end]
+            self._free.add(start, start + size)
 
 
 def page_locked(nbytes: int) -> torch.Tensor:
