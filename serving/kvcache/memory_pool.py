@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from .base import KVPayload, PhantomPayload, TensorPayload
 from .free_ranges import FreeRanges
+from .page_pool import PageBuilder, PagePayload, PagePool, pages_for
 
 if TYPE_CHECKING:
     import torch
@@ -225,6 +226,8 @@ class MemoryPool(Pool):
         pinned: page-locked, so that a GPU copies at full speed and asynchronously; needs a GPU. Each layer is then
             charged what it takes of a `PinnedArena`.
         arena: sizes of that arena.
+    Attributes:
+        pages: what an engine has bound it to: copies are then lists of pages; None: tensors of their own.
 
     Raises:
         ValueError: a negative capacity, or pinned memory where there is no GPU.
@@ -235,6 +238,7 @@ class MemoryPool(Pool):
     ) -> None:
         super().__init__(capacity)
         self.device, self.pinned = device, pinned
+        self.pages: PagePool | None = None
         self._arena = None
         if pinned:
             try:
@@ -243,11 +247,33 @@ class MemoryPool(Pool):
                 raise ValueError("pinned=True needs a GPU that torch sees; without one, pinned=False") from error
             self._arena = PinnedArena(capacity, page_locked, arena)
 
+    def bind(self, pages: PagePool) -> None:
+        """Holds its copies in `pages` from now on.
+
+        Raises:
+            ValueError: it holds something already.
+        """
+        if self.pages is not None or self.used:
+            raise ValueError("got a pool that is in use; accepted: one pool for each engine, empty when that is made")
+        self.pages, self.device, self.capacity = pages, pages.device, pages.nbytes
+
+    def validate(self, payload: KVPayload) -> None:
+        if self.pages is not None:
+            pages_for(payload, self.pages.geometry)
+
     def charge(self, payload: KVPayload) -> int:
+        if self.pages is not None:
+            return pages_for(payload, self.pages.geometry) * self.pages.geometry.page_bytes
         return payload.nbytes if self._arena is None else sum(map(self._arena.config.rounded, payload.layers))
 
     def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+        if self.pages is not None:
+            return PageBuilder(self.pages, payload)
         return _TensorBuilder(TensorPayload.empty_like(payload, self._memory, self._memory_of_parts))
+
+    def discard(self, payload: KVPayload) -> None:
+        if isinstance(payload, PagePayload):  # somebody may hold the payload a little longer, but not its pages
+            payload.held.release()
 
     def _memory(self, nbytes: int) -> torch.Tensor:
         import torch

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
 
+import numpy as np
+
 from ..kvcache.base import KVPayload
 from ..kvcache.radix_tree import TOKEN_BYTES, Pages, encode
 from ..kvcache.tiered_cache import CacheHandle
@@ -118,7 +120,24 @@ class RequestState:
     def bytes_to_reserve(self) -> int:
         """Bytes of KV computed for it, outside the cache, beyond what its handle covers."""
         covered = 0 if self.handle is None else self.handle.length
-        return (self.num_prompt_tokens + self.request.max_new_tokens - covered) * self.bytes_per_token
+        total = self.num_prompt_tokens + self.request.max_new_tokens
+        total += -total % self.page_size
+        return (total - covered) * self.bytes_per_token
+
+    @property
+    def ended(self) -> bool:
+        return self.status is RequestStatus.ENDED
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return self.num_prompt_tokens + self.num_output_tokens
+
+    def token_ids(self, start: int, stop: int) -> np.ndarray:
+        """The tokens `[start, stop)` of prompt and answer, int64."""
+        whole = np.asarray(self.request.prompt[start : min(stop, self.num_prompt_tokens)], np.int64)
+        after = self.output_tokens[max(0, start - self.num_prompt_tokens) : max(0, stop - self.num_prompt_tokens)]
+        return np.concatenate([whole, np.asarray(after, np.int64)])
 
     def storable_end(self, num_output_tokens: int) -> int:
         """The end of the token range to store once the answer has that many tokens, in whole pages.
