@@ -10,21 +10,6 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class PackedConfig:
-    """How the attention on a CPU reads pages.
-
-    Attributes:
-        view_entries: pages that follow each other are read in place if they have at least so many entries; shorter runs
-            are copied together. About where a copy costs as much as a call of the attention.
-        padding: sequences whose scattered pages are copied together have at most this many times the pages of the
-            shortest of them, as they are padded to the longest.
-    """
-
-    view_entries: int = 256
-    padding: float = 2.0
-
-
-@dataclass(frozen=True)
 class RaggedPages:
     """A compressed prompt, of which the heads keep different numbers of entries.
 
@@ -119,11 +104,3 @@ class PageLists:
         joined = (np.diff(table, axis=2) == 1).all((0, 1)) & aligned[1:] & aligned[:-1]
         ends = [0, *(np.flatnonzero(~joined) + 1).tolist(), table.shape[2]]
         return [Run(a, b, table[:, 0, a].tolist(), stride[:, a].tolist()) for a, b in pairwise(ends) if aligned[a]]
-
-    def scattered(self, min_pages: int) -> tuple[list[Run], np.ndarray]:
-        """The runs of at least `min_pages`, and the pages of all others, int32 `(segments, n)`, in order."""
-        long = [run for run in self.runs if run.stop - run.first >= min_pages]
-        columns = np.ones(self._count, bool)
-        for run in long:
-            columns[run.first : run.stop] = False
-        return long, self.table[:, columns]

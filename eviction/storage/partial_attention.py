@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
-Part = tuple[torch.Tensor, torch.Tensor]  # output (batch, heads, n, value_dim); log of the denominator, fp32 (batch, heads, n)
+HIDDEN = float("-inf")
+# Output `(…, n, value_dim)`, and the logarithm of its softmax denominator, fp32 `(…, n)`.
+Part = tuple[torch.Tensor, torch.Tensor]
 
 
 def attend_part(
@@ -20,7 +22,7 @@ def attend_part(
     Args:
         query: `(batch, heads, n, head_dim)`.
         key, value: `(batch, heads, entries, dim)`, of the same dtype; may be expanded views.
-        mask: added to the logits, broadcast to `(batch, heads, n, entries)`, the query's dtype; None: nothing is hidden.
+        mask: added to the logits, broadcast to `(batch, heads, n, entries)`, the query's dtype.
         causal: query i sees the first i + 1 entries; needs as many entries as queries.
     """
     if query.device.type == "cpu" and key.shape[-1] == value.shape[-1]:
@@ -30,7 +32,7 @@ def attend_part(
     logits = (query.float() @ key.float().transpose(-1, -2)) * scaling
     if causal:
         hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
-        logits.masked_fill_(hidden, float("-inf"))
+        logits.masked_fill_(hidden, HIDDEN)
     if mask is not None:
         logits += mask
     log_sum = logits.logsumexp(-1)
