@@ -21,6 +21,7 @@ class SchedulerMetrics:
         stalled_s: seconds that requests waited for loads.
         admissions_refused: admission attempts that found no memory.
         stores, stores_refused: payloads that were stored in the cache, and those that found no room.
+        stores_failed: payloads that were not stored because of an error, which is logged; the request went on.
         events: arrivals, admissions, loads, chunks, decoded tokens, stores and ends.
     """
 
@@ -38,4 +39,5 @@ class SchedulerMetrics:
     admissions_refused: int = 0
     stores: int = 0
     stores_refused: int = 0
+    stores_failed: int = 0
     events: int = 0

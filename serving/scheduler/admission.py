@@ -6,7 +6,7 @@ admitted request can therefore always finish, and none holds part of its memory 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from itertools import islice
 
@@ -119,6 +119,7 @@ class Admission:
 
     Args:
         predictor: notified of the waiting requests, and of each lookup just before it is made for the first time.
+        fail: ends a request that could not be admitted because of an error.
     Attributes:
         queue: waiting requests in fair order.
         overdue: requests without memory for longer than `allocation_patience_s`. They precede the queue; while one of
@@ -130,10 +131,10 @@ class Admission:
 
     def __init__(
         self, tiers: TieredCache, estimates: Estimates, config: SchedulerConfig, metrics: SchedulerMetrics,
-        timers: RequestTimers, predictor: NextCallPredictor,
+        timers: RequestTimers, predictor: NextCallPredictor, fail: Callable[[RequestState, Exception], None],
     ) -> None:  # fmt: skip
         self.tiers, self.estimates, self.config = tiers, estimates, config
-        self.metrics, self.timers, self.predictor = metrics, timers, predictor
+        self.metrics, self.timers, self.predictor, self._fail = metrics, timers, predictor, fail
         self.queue = FairQueue(config.priority_window_s, config.max_idle_branches)
         self.overdue: dict[RequestState, None] = {}
         self.loading = PendingLoads()
@@ -206,7 +207,11 @@ class Admission:
             state = self._next(deferred_overdue)
             if state is None:
                 break
-            result = self._try_admit(state, idle and not ready and not self.loading)
+            try:
+                result = self._try_admit(state, idle and not ready and not self.loading)
+            except Exception as error:
+                self._fail(state, error)
+                continue
             if result is AdmissionResult.DEFERRED:
                 self._defer(state, refused, deferred_overdue)
                 continue
@@ -262,7 +267,7 @@ class Admission:
         request, handle = state.request, state.handle
         assert handle is not None
         answer = min(request.expected_tokens or request.max_new_tokens, request.max_new_tokens)
-        weighted = state.num_prompt_tokens - handle.length + self.config.output_token_weight * answer
+        weighted = state.prefill_end - handle.length + self.config.output_token_weight * answer
         self.queue.charge(state, weighted - state.charged_tokens)
 
     def _try_admit(self, state: RequestState, alone: bool) -> AdmissionResult:
@@ -280,19 +285,24 @@ class Admission:
             self._release_refused(state)
             return AdmissionResult.DEFERRED
         to_load = tiers.bytes_to_load(missing)
-        room = tiers.reserve(state.bytes_to_reserve, to_load)
-        wanted = state.bytes_to_reserve + to_load
+        room = tiers.reserve(self._bytes_to_reserve(state), to_load)
+        wanted = self._bytes_to_reserve(state) + to_load
         cancelled = room is AllocStatus.REFUSED and tiers.cancel_prefetches(wanted)
         if room is AllocStatus.REFUSED and not cancelled and alone and handle.length:
             handle.truncate(handle.node.root)  # its own cached prefix occupies the memory it needs
             missing = []
-            room = tiers.reserve(state.bytes_to_reserve)
+            room = tiers.reserve(self._bytes_to_reserve(state))
         if room is not AllocStatus.READY:
             self._release_refused(state)
             return AdmissionResult.REFUSED
-        state.reserved_bytes = state.bytes_to_reserve
+        state.reserved_bytes = self._bytes_to_reserve(state)
         self.metrics.events += 1
         return self._begin(state, handle, missing, found, choice)
+
+    def _bytes_to_reserve(self, state: RequestState) -> int:
+        """Bytes of KV computed for a request, outside the cache, beyond what its handle covers."""
+        covered = 0 if state.handle is None else state.handle.length
+        return (state.num_prompt_tokens + state.request.max_new_tokens - covered) * state.bytes_per_token
 
     def _release_refused(self, state: RequestState) -> None:
         """As `withdraw`, for a refused request: that frees no memory for others."""
@@ -305,7 +315,7 @@ class Admission:
         chain = handle.nodes()
         assert chain is not None, "what was just opened is whole"
         queued = self._running + len(self)
-        choice = self.estimates.choose(chain, state.num_prompt_tokens, state.force_recompute, queued)
+        choice = self.estimates.choose(chain, state.prefill_end, state.force_recompute, queued)
         found = handle.length
         if choice.nodes < len(chain):
             handle.truncate(chain[choice.nodes - 1] if choice.nodes else handle.node.root)
@@ -331,8 +341,9 @@ class Admission:
         return AdmissionResult.LOADING if missing else AdmissionResult.ADMITTED
 
     def _count(self, state: RequestState, handle: CacheHandle, missing: list[Node], found: int) -> None:
-        state.cached_tokens = handle.length
-        state.loaded_tokens = sum(node.covers for node in missing)
+        if not state.num_preemptions:
+            state.cached_tokens, state.loaded_tokens = handle.length, 0
+        state.loaded_tokens += sum(node.covers for node in missing)
         state.recomputed_tokens = found - handle.length
         if state.recomputed_tokens:
             self.metrics.recomputed_refused += state.force_recompute
@@ -343,16 +354,22 @@ class Admission:
     def _collect_loads(self) -> None:
         """Advances the requests of which a transfer has ended: complete, still loading, or to be tried again."""
         for state in self.loading.take_updated():
-            assert state.handle is not None and state.status is RequestStatus.LOADING, "a loading request has a handle"
-            failed = state.load_failures >= self.config.max_load_failures
-            load_state = LoadState.NO_ROOM if failed else state.handle.load(Urgency.DEMAND, state.times.arrived)
-            if load_state is LoadState.READY:
-                self._record_stall(state)
-                self.loading.complete(state)
-            elif load_state is not LoadState.LOADING:
-                self._retry(state, recompute=failed)
-            elif self.tiers.clock() >= state.load_deadline:  # `give_up` left the decision to this
-                self._retry(state, recompute=True)
+            try:
+                self._collect_load(state)
+            except Exception as error:
+                self._fail(state, error)
+
+    def _collect_load(self, state: RequestState) -> None:
+        assert state.handle is not None and state.status is RequestStatus.LOADING, "a loading request has a handle"
+        failed = state.load_failures >= self.config.max_load_failures
+        load_state = LoadState.NO_ROOM if failed else state.handle.load(Urgency.DEMAND, state.times.arrived)
+        if load_state is LoadState.READY:
+            self._record_stall(state)
+            self.loading.complete(state)
+        elif load_state is not LoadState.LOADING:
+            self._retry(state, recompute=failed)
+        elif self.tiers.clock() >= state.load_deadline:  # `give_up` left the decision to this
+            self._retry(state, recompute=True)
 
     def give_up(self, state: RequestState) -> None:
         """Its loads have passed their deadline. If a transfer has just ended, `_collect_loads` decides instead."""
