@@ -38,7 +38,7 @@ def check_name(name: object, what: str) -> str:
 
 
 def check_namespace(namespace: object) -> Hashable:
-    """Returns `namespace`; ValueError unless it is a string, a whole number, None, or a tuple of these, of bounded size.
+    """Returns `namespace`; ValueError unless it is a string, a whole number, None, or a tuple of these, all bounded.
 
     Only these are known to be hashable, and equal only to what is meant to be the same: `True == 1 == 1.0`.
     """

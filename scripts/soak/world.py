@@ -97,6 +97,9 @@ class World:
                 max_queued_requests=8,
                 timeout_s=60,
                 allocation_patience_s=3,
+                answer_headroom_tokens=1,
+                page_patience_s=2.0,
+                max_prefill_tokens_per_step=5,
             ),
             prefetch_config=PrefetchConfig(look_ahead_s=20.0, max_in_flight=2),
             learn=True,
@@ -127,7 +130,7 @@ class World:
     # Requests ---------------------------------------------------------------------------------------------------
 
     def submit(self, suffix: Sequence[int], agent: str | None, number: int, options: dict[str, Any]) -> None:
-        """A request of up to `number % 5 + 1` tokens; what can never fit is refused, clearly."""
+        """A request for `number % 10 + 1` tokens; what can never fit is refused, clearly."""
         label = f"r{self.submitted % 3}"  # clients use labels again
         self.submitted += 1
         prompt = [*(FIXED[agent] if agent else []), *suffix]
@@ -135,7 +138,7 @@ class World:
         marked = len(FIXED[agent]) if agent and number % 3 else 0
         try:
             request = Request(
-                label, prompt, 1 + number % 5, workflow=workflow, agent=agent, fixed_tokens=marked, **options
+                label, prompt, 1 + number % 10, workflow=workflow, agent=agent, fixed_tokens=marked, **options
             )
             name = self.scheduler.submit(request)
         except ValueError as error:
@@ -153,6 +156,8 @@ class World:
         self.out = self.scheduler.next_batch(max_steps)
         if self.out is None:
             return
+        assert self.out.num_tokens <= 9 or max_steps > 1, "a batch keeps within its budget"
+        assert all(state.handle is None and not state.reserved_bytes for state in self.out.preempted)
         for item in self.out.prefills:
             assert item.start < item.end and item.start >= item.handle.length
             if item.first:

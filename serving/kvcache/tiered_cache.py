@@ -229,18 +229,21 @@ class TieredCache:
         """Bytes of the device that are reserved for requests."""
         return self.pools[Tier.DEVICE].reserved
 
-    def reserve(self, nbytes: int, extra: int = 0) -> AllocStatus:
+    def reserve(self, nbytes: int, extra: int = 0, headroom: int = 0) -> AllocStatus:
         """Reserves `nbytes` of the device for a request's KV, evicting if necessary; the caller owns them until
         `unreserve`.
 
         Args:
             extra: bytes that must be available as well, e.g. for what the request will load.
+            headroom: bytes beyond these that could be made available later; nothing is evicted for them yet.
 
         Returns:
             READY: they are reserved. Otherwise nothing is; after PENDING there will be room when transfers have ended.
         """
         with self.lock:
             self.poll()
+            if headroom and nbytes + extra + headroom > self.transfers.reclaimable(Tier.DEVICE):
+                return AllocStatus.REFUSED
             status = self.evictor.make_room(Tier.DEVICE, nbytes + extra, urgent=True)
             if status is AllocStatus.READY:
                 self.pools[Tier.DEVICE].reserve(nbytes)

@@ -7,11 +7,13 @@ that a driver hands back is stored in the cache, in memory that was reserved for
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Iterator
 
 from ..kvcache.base import KVPayload
 from ..kvcache.eviction_policy import AllocStatus
 from ..kvcache.tiered_cache import CacheHandle, TieredCache
 from ..metrics import SchedulerMetrics
+from .request_memory import RequestMemory
 from .request_state import RequestState, RequestStatus, ScheduledBatch, ScheduledDecode, ScheduledPrefill, TokenRange
 from .scheduler_config import SchedulerConfig
 
@@ -25,13 +27,19 @@ class RunningRequests:
         prefilling: in the order of admission. decoding: with the item that is scheduled for each in every batch.
     """
 
-    def __init__(self, tiers: TieredCache, config: SchedulerConfig, metrics: SchedulerMetrics) -> None:
-        self.tiers, self.config, self.metrics = tiers, config, metrics
+    def __init__(
+        self, tiers: TieredCache, config: SchedulerConfig, metrics: SchedulerMetrics, memory: RequestMemory
+    ) -> None:
+        self.tiers, self.config, self.metrics, self.memory = tiers, config, metrics, memory
         self.prefilling: dict[RequestState, None] = {}
         self.decoding: dict[RequestState, ScheduledDecode] = {}
 
     def __len__(self) -> int:
         return len(self.prefilling) + len(self.decoding)
+
+    def __iter__(self) -> Iterator[RequestState]:
+        yield from self.prefilling
+        yield from self.decoding
 
     def add(self, state: RequestState, now: float) -> None:
         """Starts a request whose memory is reserved and whose cached prefix is on the device."""
@@ -53,10 +61,18 @@ class RunningRequests:
         self.prefilling.pop(state, None)
         self.decoding.pop(state, None)
 
-    def schedule(self, number: int, max_steps: int) -> ScheduledBatch | None:
-        """Forms batch `number`; None if no request is running. Decodes get `max_steps` tokens if nothing prefills."""
-        decodes = list(self.decoding.values())
-        budget = self.config.max_num_batched_tokens - len(decodes)
+    def schedule(
+        self, number: int, max_steps: int, stalled: Collection[RequestState], preempted: list[RequestState]
+    ) -> ScheduledBatch | None:
+        """Forms batch `number`; None if there is nothing to do. Decodes get up to `max_steps` tokens if nothing prefills.
+
+        Args:
+            stalled: decoding requests that skip this batch. preempted: requests whose memory the driver drops.
+        """
+        decodes = [item for state, item in self.decoding.items() if state not in stalled]
+        budget, config = self.config.max_num_batched_tokens - len(decodes), self.config
+        if decodes and config.max_prefill_tokens_per_step is not None:
+            budget = min(budget, config.max_prefill_tokens_per_step)
         prefills = []
         for state in self.prefilling:
             if budget <= 0:
@@ -64,14 +80,15 @@ class RunningRequests:
             item = self._chunk(state, budget)
             budget -= item.end - item.start
             prefills.append(item)
-        if not prefills and not decodes:
+        if not (prefills or decodes or preempted):
             return None
         steps = 1
-        if max_steps > 1 and not prefills:
-            steps = min(max_steps, min(item.remaining for item in decodes))
-        for state in (*(item.state for item in prefills), *self.decoding):
-            state.in_batch = True
-        return ScheduledBatch(number, prefills, decodes, steps)
+        if max_steps > 1 and decodes and not prefills:
+            each = (min(item.remaining, self.memory.available_steps(item.state)) for item in decodes)
+            steps = min(max_steps, min(each))
+        for item in (*prefills, *decodes):
+            item.state.in_batch = True
+        return ScheduledBatch(number, prefills, decodes, steps, preempted)
 
     def _chunk(self, state: RequestState, budget: int) -> ScheduledPrefill:
         """The next chunk of a prompt. It ends at the fixed prompt's end, so that this part is stored by itself."""
@@ -87,7 +104,7 @@ class RunningRequests:
     def complete_prefill(self, item: ScheduledPrefill, now: float) -> bool:
         """Takes the results of a chunk; True if the request's answer ends with it."""
         state, new = item.state, item.end - item.start
-        state.num_computed_tokens, state.computing = item.end, True
+        state.num_computed_tokens, state.computing, state.progressed_at = item.end, True, now
         state.num_prefilled_tokens += new
         self.metrics.prefill_tokens += new
         self.metrics.events += 1
@@ -126,13 +143,19 @@ class RunningRequests:
         with self.tiers.lock:
             reserved = self.tiers.reserved_bytes
             paid = min(state.reserved_bytes, (end - handle.length) * state.bytes_per_token)
+            copied = int(not payload.divisible) or state.copied_pages
+            paid = max(0, paid - (copied - state.copied_pages) * state.page_bytes)
             try:
                 status = self.tiers.store(handle, state.pages(end), payload, agent, state.num_fixed_tokens, paid)
             except Exception as error:  # a cache may forget
                 logger.warning("the KV of the request %r is not stored: %r", state.request.id, error)
                 status = None
             finally:
-                state.reserved_bytes -= reserved - self.tiers.reserved_bytes
+                passed = reserved - self.tiers.reserved_bytes
+                state.reserved_bytes -= passed
+            if status is AllocStatus.READY:
+                state.copied_pages = copied
+                state.duplicate_bytes += paid - passed
         self.metrics.stores += status is AllocStatus.READY
         self.metrics.stores_refused += status is not AllocStatus.READY and status is not None
         self.metrics.stores_failed += status is None

@@ -49,6 +49,9 @@ class RequestState:
         num_prefilled_tokens: tokens computed in prefills for this request.
         reserved_bytes: bytes reserved in the device pool: for the KV computed beyond what `handle` covers, and for what
             is still to be computed.
+        duplicate_bytes: of these, bytes of stored KV that the cache had already: the request goes on with its own copy.
+        copied_pages: pages reserved for copies of part-filled ones: 1 behind a compressed prompt, whose heads end anywhere
+            in a page; plain prompts are stored in whole pages.
         charged_tokens: weighted tokens charged to its client and workflow in the fair queue.
         load_failures: failed loads. force_recompute: nothing is loaded any more; what is not on the device is computed.
         agent: the agent whose call it counts as; None if the request names another client's agent.
@@ -57,7 +60,9 @@ class RequestState:
         announced: the predictor knows it as waiting.
         deferred: it needs a load while the limit of concurrent loads is reached.
         refused_since: when it first found no memory. load_started, load_deadline: of its current loads, in seconds.
-        num_preemptions: how often its memory was given to others.
+        num_preemptions: how often its memory was given to others. preemptible: not since it got its last token.
+        progressed_at: when it was admitted, or its last chunk was computed, in seconds.
+        waits_for_pages: it may wait for pages that another request computes; False once it has done so in vain.
         computing: a chunk has been computed since it was admitted.
         in_batch: part of the batch in flight. pending_outcome: how it ends once that batch is complete.
         offered_end: end of the token range of the answer that was last to be stored.
@@ -79,6 +84,8 @@ class RequestState:
     num_computed_tokens: int = 0
     num_prefilled_tokens: int = 0
     reserved_bytes: int = 0
+    duplicate_bytes: int = 0
+    copied_pages: int = 0
     charged_tokens: float = 0.0
     load_failures: int = 0
     force_recompute: bool = False
@@ -92,6 +99,9 @@ class RequestState:
     load_started: float = 0.0
     load_deadline: float = math.inf
     num_preemptions: int = 0
+    preemptible: bool = True
+    progressed_at: float = 0.0
+    waits_for_pages: bool = True
     computing: bool = False
     in_batch: bool = False
     pending_outcome: tuple[FinishReason, str | None] | None = None
@@ -121,7 +131,8 @@ class RequestState:
         self.prefill_end = self.num_prompt_tokens + self.num_output_tokens
         known = min(self.num_known_tokens, self.prefill_end - 1)
         self.lookup_key = self.pages(known - known % self.page_size)
-        self.computing, self.offered_end = False, 0
+        self.num_computed_tokens = self.offered_end = 0
+        self.computing = False
 
     @property
     def account(self) -> tuple[str, str]:
@@ -132,6 +143,11 @@ class RequestState:
     def num_known_tokens(self) -> int:
         """Tokens of the prompt, and of the answer up to the first one that was not reported."""
         return len(self.encoded) // TOKEN_BYTES
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of its KV."""
+        return self.page_size * self.bytes_per_token
 
     @property
     def num_remaining_tokens(self) -> int:
@@ -158,9 +174,10 @@ class RequestState:
             tokens: None: `steps` tokens that are not reported.
         """
         if tokens is None:
-            self.tokens_known = False
+            self.tokens_known, self.preemptible = False, True
             self.num_output_tokens += (new := min(steps, self.num_remaining_tokens))
             return new
+        self.preemptible = True
         given = [int(token) for token in list(tokens)[: self.num_remaining_tokens]]
         if self.tokens_known:
             self.encoded += read_token_ids(given).tobytes()

@@ -17,6 +17,8 @@ from ..prefetch import Prefetcher
 from ..request import FinishReason, Request, RequestOutput, shown
 from .admission import Admission
 from .batch import RunningRequests
+from .preemption import Preemption
+from .request_memory import RequestMemory
 from .request_state import RequestState, RequestStatus, RequestTimers, ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .scheduler_config import SchedulerConfig
 
@@ -60,11 +62,13 @@ class Scheduler:
         self.config, self.bytes_per_token, self.batch_waits = config or SchedulerConfig(), bytes_per_token, batch_waits
         self.metrics, self.vocab_size = SchedulerMetrics(), None
         self._timers = RequestTimers()
+        self._memory = RequestMemory(tiers, self.config)
         self._admission = Admission(
-            tiers, estimates, self.config, self.metrics, self._timers, predictor,
-            lambda state, error: self._fail(state, "admitting", error),
+            tiers, estimates, self.config, self.metrics, self._timers, predictor, self._memory,
+            lambda state, error: self._fail(state, "admitting", error), self._end_outgrown,
         )  # fmt: skip
-        self._running = RunningRequests(tiers, self.config, self.metrics)
+        self._running = RunningRequests(tiers, self.config, self.metrics, self._memory)
+        self._preemption = Preemption(self._memory, self._running, self._admission)
         self._numbers = count(1)
         self._requests: dict[int, RequestState] = {}  # by number, from arrival to end
         self._finished: deque[RequestOutput] = deque()  # not taken yet
@@ -115,12 +119,13 @@ class Scheduler:
             raise ValueError(f"got the token id {largest} in a prompt; accepted: 0 to {self.vocab_size - 1}")
 
     def _require_memory(self, state: RequestState) -> None:
-        capacity, answer = self.tiers.capacity(), state.request.max_new_tokens
-        needed = (state.num_prompt_tokens + answer) * state.bytes_per_token
+        capacity, end = self.tiers.capacity(), self._memory.least_end(state)
+        needed = self._memory.required(state, end)
         if needed > capacity:
+            prompt = state.num_prompt_tokens
             raise ValueError(
-                f"the request {state.request.id!r} needs {needed} bytes for {state.num_prompt_tokens} + {answer} "
-                f"tokens; the device's pool has {capacity}"
+                f"the request {state.request.id!r} needs {needed} bytes for {prompt} + {end - prompt} tokens, in whole "
+                f"pages; the device's pool has {capacity}"
             )
 
     def _take(self, state: RequestState) -> None:
@@ -196,7 +201,7 @@ class Scheduler:
             self._expire()
             now, slots = self.tiers.clock(), self.config.max_num_seqs - len(self._running)
             room = self._admission.changed
-            for state in self._admission.admit(slots, idle=not self._running):
+            for state in self._admission.admit(slots, list(self._running)):
                 try:
                     self._running.add(state, now)
                 except Exception as error:
@@ -206,8 +211,11 @@ class Scheduler:
             self.tiers.write_back_eagerly()
             if self.batch_waits and self._admission.loading:
                 return None
+            growth = self._preemption.grow()
+            for state in growth.outgrown:
+                self._end_outgrown(state)
             self._batches += 1
-            self._in_flight = self._running.schedule(self._batches, max_steps)
+            self._in_flight = self._running.schedule(self._batches, max_steps, growth.stalled, growth.preempted)
             return self._in_flight
 
     def _push_predictions(self) -> None:
@@ -225,6 +233,8 @@ class Scheduler:
                 self._end(state, FinishReason.TIMED_OUT, error)
             elif state.status is RequestStatus.LOADING and now >= state.load_deadline:
                 self._admission.give_up(state)
+            else:
+                self._admission.check_patience(state)
 
     def _timeout_s(self, state: RequestState) -> float:
         own = state.request.timeout_s
@@ -261,6 +271,7 @@ class Scheduler:
                 raise error
             if isinstance(item, ScheduledPrefill):
                 answered = self._running.complete_prefill(item, self.tiers.clock())
+                self._admission.computed(state)
             else:
                 answered = self._running.complete_decode(item, steps)
         except Exception as failure:
@@ -268,6 +279,13 @@ class Scheduler:
             return
         if answered:
             self._end(state, FinishReason.ANSWERED, None)
+
+    def _end_outgrown(self, state: RequestState) -> None:
+        error = (
+            f"the answer was cut short after {state.num_output_tokens} tokens: with the {state.num_prompt_tokens} of the "
+            f"prompt it needs more than the {self.tiers.capacity()} bytes of the device's pool"
+        )
+        self._end(state, FinishReason.LENGTH, error)
 
     def _fail(self, state: RequestState, doing: str, error: BaseException) -> None:
         self._end(state, FinishReason.FAILED, f"{doing} it failed: {type(error).__name__}: {error}")
@@ -358,7 +376,7 @@ class Scheduler:
 
     def _check_requests(self) -> None:
         admission, running, states = self._admission, self._running, list(self._requests.values())
-        waiting = [*admission.queue, *admission.overdue, *admission.loading, *admission.loading.ready]
+        waiting = [*admission.queue, *admission.overdue, *admission.shared, *admission.loading, *admission.loading.ready]
         places = [*waiting, *running.prefilling, *running.decoding]
         assert len(places) == len(set(places)) and set(places) == set(states), "a request is in one place"
         reserved = sum(state.reserved_bytes for state in states)
@@ -366,6 +384,9 @@ class Scheduler:
         handles = {state.handle.id for state in states if state.handle is not None}
         assert handles <= self.tiers.handles.keys(), "handles of requests are live"
         assert len(running) <= self.config.max_num_seqs, "no more are computed than may be"
+        for state in running:
+            required = self._memory.required(state, state.num_computed_tokens)
+            assert state.reserved_bytes >= required, "what has been computed has memory"
         for state in running.prefilling:
             assert state.status is RequestStatus.PREFILL and state.handle is not None
         for state in running.decoding:
