@@ -104,6 +104,7 @@ class Engine:
         if compression is not None:
             session.require_recorded(get_policy(compression.policy))
         self.pages = self._bind()
+        system.scheduler.vocab_size = session.model.get_input_embeddings().num_embeddings
         self._ends = end_tokens(session.model)
         self._sequences: dict[RequestState, PagedSequence] = {}
 
@@ -121,8 +122,8 @@ class Engine:
         pool.bind(pages)
         return pages
 
-    def submit(self, request: Request) -> None:
-        """Submits a request.
+    def submit(self, request: Request) -> int:
+        """Submits a request; returns its number, see `Scheduler.submit`.
 
         Raises:
             ValueError: see `Scheduler.submit`; prompt and answer exceed the model's context.
@@ -135,7 +136,7 @@ class Engine:
         if boundary:
             namespace = self._namespace(request.namespace, boundary)
             request = replace(request, namespace=namespace, fixed_tokens=boundary)
-        self.system.scheduler.submit(request)
+        return self.system.scheduler.submit(request)
 
     # Fixed prompts before their first request ---------------------------------------------------------------------
 
@@ -198,7 +199,7 @@ class Engine:
             return finished
         begun = time.perf_counter()
         try:
-            self._drop_ended()
+            self._drop(batch.preempted)
             self._compute(batch)
         except BaseException as error:
             scheduler.complete(batch, error=error)
@@ -219,12 +220,12 @@ class Engine:
         yield from self._take_finished()
 
     def _take_finished(self) -> list[RequestOutput]:
-        self._drop_ended()
+        self._drop([])
         return self.system.scheduler.take_finished()
 
-    def _drop_ended(self) -> None:
-        """Gives up the pages of requests that have ended: the scheduler has freed their bytes."""
-        for state in [state for state in self._sequences if state.ended]:
+    def _drop(self, preempted: Sequence[RequestState]) -> None:
+        """Gives up the pages of requests that have ended or were preempted: the scheduler has freed their bytes."""
+        for state in [state for state in self._sequences if state.ended or state in preempted]:
             self._sequences.pop(state).release()
 
     @torch.no_grad()
@@ -257,14 +258,15 @@ class Engine:
     def _new_item(self, scheduled: Scheduled) -> StepItem:
         state = scheduled.state
         if isinstance(scheduled, ScheduledDecode):
-            sequence, ids, wanted = self._sequences[state], state.token_ids(state.num_tokens - 1, state.num_tokens), True
+            sequence, wanted = self._sequences[state], True
+            ids = state.token_ids(state.num_computed_tokens, state.num_computed_tokens + 1)
         else:
             if scheduled.first:
                 self._sequences[state] = PagedSequence(self.pages, scheduled.handle.payloads())
             sequence, wanted = self._sequences[state], scheduled.last
             ids = state.token_ids(scheduled.start, scheduled.end)
         sequence.reserve(sequence.end + len(ids))
-        return StepItem(scheduled, sequence, ids, wanted)
+        return StepItem(scheduled, sequence, ids.astype(np.int64), wanted)
 
     def _forward(self, items: list[StepItem]) -> dict[StepItem, torch.Tensor]:
         """Logits `(vocab,)` of the items whose next token is wanted; if the forward fails, each is tried alone."""
@@ -315,7 +317,7 @@ class Engine:
         how = self.compression
         assert how is not None
         policy = policy_text(get_policy(how.policy))
-        return namespace, policy, how.budget, how.scope, how.sinks, how.recent, boundary
+        return namespace, policy, str(how.budget), how.scope, how.sinks, how.recent, boundary
 
     def _boundary(self, request: Request) -> int:
         """Length of the compressed part of the prompt in tokens; 0 if nothing is compressed."""
