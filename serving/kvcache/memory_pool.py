@@ -15,17 +15,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .base import KVPayload, PhantomPayload, TensorPayload
+from .base import KVPayload, PhantomPayload, PromptKey, TensorPayload
 
 if TYPE_CHECKING:
     import torch
 
 
 class PayloadBuilder(Protocol):
-    """A copy of a payload in the making, written layer by layer by one thread at a time."""
+    """A copy of a payload in the making, written layer by layer by one thread at a time.
+
+    Attributes:
+        device: where the copy's tensors are; None: in a file, or nowhere.
+    """
+
+    @property
+    def device(self) -> torch.device | None: ...
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies the contents of one layer, in order; on a GPU the work may still be queued on the stream."""
+        """Copies the contents of one layer, in order.
+
+        On a GPU the work may still be queued on the current stream, which must have waited for the copy's memory.
+        """
 
     def commit(self) -> KVPayload:
         """The finished copy, after every layer has been written."""
@@ -63,9 +73,18 @@ class Pool(ABC):
     def available(self) -> int:
         return self.capacity - self.used
 
+    @property
+    def persistent(self) -> bool:
+        """Whether copies outlive the cache: closing it leaves them, and `new_builder` is given their prompts."""
+        return False
+
     def charge(self, payload: KVPayload) -> int:
-        """Bytes that a copy of `payload` takes here."""
+        """Bytes that a copy of `payload` takes here, without those of `prompt_bytes`."""
         return payload.nbytes
+
+    def prompt_bytes(self, tokens: int) -> int:
+        """Bytes that a new copy takes here for the ids of its prompt, `tokens` from the beginning of that on."""
+        return 0
 
     def validate(self, payload: KVPayload) -> None:  # noqa: B027  # memory holds everything
         """Raises ValueError if the tier cannot hold such a payload, whatever its size."""
@@ -91,16 +110,24 @@ class Pool(ABC):
         self.reserved -= nbytes
         assert self.reserved >= 0, "what is unreserved was reserved"
 
+    def can_free(self) -> bool:
+        """Whether discarding copies makes bytes available; False while what was discarded cannot be removed."""
+        return True
+
     @abstractmethod
-    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+    def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
         """Allocates memory for a copy of `payload`, whose bytes have been counted.
+
+        Args:
+            prompt: whose last tokens the payload holds; given to persistent pools.
 
         Raises:
             OSError, RuntimeError, MemoryError: there is less memory than the capacity promises.
         """
 
     def discard(self, payload: KVPayload) -> None:  # noqa: B027  # reference counting frees memory
-        """Called when a copy leaves the tier, to free what reference counting does not."""
+        """Called when a copy, or a part of one that was split, leaves the tier, to free what reference counting does
+        not. Does not raise."""
 
     def close(self) -> None:  # noqa: B027
         """Called once, when the cache is closed."""
@@ -267,7 +294,7 @@ class MemoryPool(Pool):
     def charge(self, payload: KVPayload) -> int:
         return payload.nbytes if self._arena is None else sum(map(self._arena.config.rounded, payload.layers))
 
-    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+    def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
         return _TensorBuilder(TensorPayload.empty_like(payload, self._memory, self._memory_of_parts))
 
     def _memory(self, nbytes: int) -> torch.Tensor:
@@ -291,6 +318,10 @@ class MemoryPool(Pool):
 class _TensorBuilder:
     result: TensorPayload
 
+    @property
+    def device(self) -> torch.device:
+        return self.result.device
+
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         from ...eviction.storage.packing import copy_all
 
@@ -307,7 +338,7 @@ class _TensorBuilder:
 class PhantomPool(Pool):
     """Counts bytes and holds no data: any tier of the simulator."""
 
-    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+    def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
         assert isinstance(payload, PhantomPayload), "a pool without memory holds payloads without data"
         return _PhantomBuilder(payload)
 
@@ -315,6 +346,7 @@ class PhantomPool(Pool):
 @dataclass
 class _PhantomBuilder:
     payload: PhantomPayload
+    device: None = None
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         pass
