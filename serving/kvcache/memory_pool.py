@@ -11,11 +11,11 @@ import weakref
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .base import KVPayload, PhantomPayload, PromptKey, TensorPayload
+from .base import KVPayload, PhantomPayload, PromptKey, TensorPayload, Tier
 
 if TYPE_CHECKING:
     import torch
@@ -291,6 +291,13 @@ class MemoryPool(Pool):
                 raise ValueError("pinned=True needs a GPU that torch sees; without one, pinned=False") from error
             self._arena = PinnedArena(capacity, page_locked, arena)
 
+    def holds(self, device: torch.device) -> bool:
+        """Whether the pool's tensors are on `device`; without an index, a GPU is the first one."""
+        import torch
+
+        own = torch.device(self.device)
+        return own.type == device.type and (own.index or 0) == (device.index or 0)
+
     def charge(self, payload: KVPayload) -> int:
         return payload.nbytes if self._arena is None else sum(map(self._arena.config.rounded, payload.layers))
 
@@ -333,6 +340,20 @@ class _TensorBuilder:
 
     def abort(self) -> None:
         pass  # the memory is freed with the tensors
+
+
+def check_devices(pools: Mapping[Tier, Pool], device: torch.device) -> None:
+    """Raises ValueError unless the memory pools are where a model on `device` needs them: the device tier on `device`,
+    the tiers below it in the memory of the CPU."""
+    import torch
+
+    for tier, pool in pools.items():
+        wanted = device if tier == Tier.DEVICE else torch.device("cpu")
+        if isinstance(pool, MemoryPool) and not pool.holds(wanted):
+            raise ValueError(
+                f"got a pool of Tier.{tier.name} on {pool.device} for a model on {device}; "
+                f"accepted: MemoryPool(…, device={str(wanted)!r})"
+            )
 
 
 class PhantomPool(Pool):

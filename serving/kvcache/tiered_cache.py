@@ -14,7 +14,7 @@ from .base import KVPayload, PromptKey, Tier, Urgency
 from .disk_pool import DiskPool
 from .eviction_policy import AllocStatus, TierPolicy
 from .evictor import EagerWriteBack, Evictor
-from .memory_pool import Pool
+from .memory_pool import MemoryPool, Pool
 from .prompt_file import FilePayload
 from .radix_tree import TOKEN_BYTES, Match, Node, PrefixTree, encode
 from .tier_storage import TierStorage
@@ -148,8 +148,8 @@ class TieredCache:
             transfers have ended.
 
         Raises:
-            ValueError: the payload is not of that length, or of a type that a pool cannot hold; the prompt does not
-                begin with what the handle covers.
+            ValueError: the payload is not of that length, of a type that a pool cannot hold, or elsewhere than the
+                memory of the device tier; the prompt does not begin with what the handle covers.
         """
         key = encode(token_ids, self.tree.page_size)
         end, new = len(key) // TOKEN_BYTES, len(key) // TOKEN_BYTES - handle.length
@@ -159,6 +159,7 @@ class TieredCache:
         if payload is not None:
             for pool in self.pools.values():
                 pool.validate(payload)
+            self._check_device(payload)
         with self.lock:
             self.poll()
             if not self.tree.spells(key, handle.node):
@@ -172,6 +173,11 @@ class TieredCache:
             if self._eager is not None and status is AllocStatus.READY:
                 self._eager.on_store(handle.node)
             return status
+
+    def _check_device(self, payload: KVPayload) -> None:
+        pool = self.pools[Tier.DEVICE]
+        if isinstance(pool, MemoryPool) and payload.device is not None and not pool.holds(payload.device):
+            raise ValueError(f"got a payload on {payload.device}; accepted: on {pool.device}, as the device tier's pool")
 
     def _store(self, handle: CacheHandle, key: bytes, payload: KVPayload) -> AllocStatus:
         needed = self.pools[Tier.DEVICE].charge(payload)
