@@ -7,7 +7,7 @@ without tensors, so the simulator runs the same code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -183,8 +183,9 @@ class TensorPayload:
         return {n: (self.tensors[n].dtype, tuple(self.tensors[n].shape)) for names in self.groups for n in names}
 
     def read(self, layer: int) -> dict[str, torch.Tensor]:
-        wait_event(self.written, self.device)
-        return {name: self.tensors[name] for name in self.groups[layer]}
+        tensors = {name: self.tensors[name] for name in self.groups[layer]}
+        use_on_stream(self.device, tensors.values(), self.written)
+        return tensors
 
     @classmethod
     def empty_like(cls, payload: KVPayload, memory: Memory, memory_of_parts: Memory) -> TensorPayload:
@@ -220,7 +221,7 @@ class TensorPayload:
             kinds[name] = tensor.dtype, tuple(shape)
         result = TensorPayload(_pack_layers(kinds, self._memory()), tokens, dim, self.memory)
         for _, piece, _ in pieces:
-            wait_event(piece.written, piece.device)
+            use_on_stream(piece.device, piece.tensors.values(), piece.written)
         for name, target in result.tensors.items():
             for into, piece, start in pieces:
                 length = min(piece.tokens - start, tokens - into)
@@ -277,12 +278,20 @@ def record_event(device: torch.device | None) -> Any:
     return torch.cuda.current_stream(device).record_event()
 
 
-def wait_event(event: Any, device: torch.device) -> None:
-    """Makes the current stream of `device` wait for an event of `record_event`, without blocking the caller."""
-    if event is not None:
-        import torch
+def use_on_stream(device: torch.device, tensors: Iterable[torch.Tensor], event: Any) -> None:
+    """Prepares the current stream of a GPU for reading or writing `tensors` there; does nothing if `event` is None.
 
-        torch.cuda.current_stream(device).wait_event(event)
+    The stream waits for `event`, one of `record_event`; and if the tensors are freed before the stream has used them,
+    their memory is not given to anybody until then.
+    """
+    if event is None:
+        return
+    import torch
+
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(event)
+    for tensor in tensors:
+        tensor.record_stream(stream)
 
 
 def group_layers(names: Mapping[str, object]) -> tuple[tuple[str, ...], ...]:

@@ -75,6 +75,9 @@ class GpuTensor(torch.Tensor):
     gpu: Gpu
     device = torch.device("cuda:0")  # type: ignore[assignment]
 
+    def record_stream(self, stream) -> None:
+        self.gpu.users.add((self.untyped_storage().data_ptr(), stream))
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
@@ -95,6 +98,7 @@ class Gpu:
     def __init__(self) -> None:
         self.default = Stream()
         self.streams = [self.default]
+        self.users: set[tuple[int, Stream]] = set()  # (address, stream): what an allocator has been told
         self._local = threading.local()
 
     @property
@@ -253,9 +257,12 @@ def test_parts_of_a_split_prompt_are_read_after_they_were_written(start, gpu):
     """Split by a thread with another current stream than those that computed the prompt and that read it."""
     tiers = start(device=8)
     store(tiers, gpu, A)
-    with gpu.on(gpu.new_stream()):
+    (node,) = tiers.tree
+    source, splitting = node.copies[Tier.DEVICE].tensors["layers.0.key"].untyped_storage().data_ptr(), gpu.new_stream()
+    with gpu.on(splitting):
         handle = tiers.open([1, 1, 9, 9])
     assert handle.length == 2
+    assert (source, splitting) in gpu.users, "the source, freed now, is still being read"
     with gpu.on(gpu.new_stream()), handle:
         got = handle.payloads()[0].read(0)["layers.0.key"].cpu()
         assert got.flatten().tolist() == [1, 1]
