@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import KVPayload, LostPayloadError, PromptKey
-from .disk_store import DiskConfig, DiskStore, create_store, digest_of, open_store
+from .disk_store import DiskConfig, create_store, digest_of, open_store
 from .memory_pool import Pool
 from .prompt_file import (
     DIGEST_BYTES,
@@ -221,7 +221,7 @@ class DiskPool(Pool):
         """Opens a new file for writing in the pool's folder, which is created again if it is gone."""
         path = self.folder / name
         try:
-            return open(path, "wb"), path  # noqa: SIM115  # open until the builder commits or aborts
+            return open(path, "wb"), path
         except FileNotFoundError:
             with self._changing:
                 if self._closed or self._store.path.exists():
@@ -230,7 +230,7 @@ class DiskPool(Pool):
                 gone, self._store = self._store, create_store(self._parent, self._store.fingerprint)
                 gone.remove()
         path = self.folder / name
-        return open(path, "wb"), path  # noqa: SIM115
+        return open(path, "wb"), path
 
     def close(self) -> None:
         with self._changing:

@@ -309,12 +309,9 @@ def _header(layout: FileLayout, prompt: PromptKey | None, fingerprint: str | Non
         "prompt_tokens": layout.prompt_tokens, "tensors": _described(layout.kinds),
     }  # fmt: skip
     if prompt is not None and fingerprint is not None:
-        try:
+        with contextlib.suppress(ValueError):  # other namespaces live no longer than the process
             label |= {"fingerprint": fingerprint, "namespace": _to_json(prompt.namespace)}
-        except ValueError:
-            pass  # such a namespace lives no longer than the process
-        agents = [agent for agent in prompt.agents if isinstance(agent, str)]
-        label["agents"] = agents
+        label["agents"] = [agent for agent in prompt.agents if isinstance(agent, str)]
     return json.dumps(label, separators=(",", ":")).encode()
 
 

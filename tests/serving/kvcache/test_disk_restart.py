@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tenure.serving import (
     LRU,
@@ -235,7 +237,8 @@ def test_the_files_used_last_fit_a_smaller_capacity(start, kv):
         to_disk(first)
     size = max(path.stat().st_size for path in files_in(first))
     for age, path in enumerate(sorted(files_in(first), key=lambda path: int(path.stem), reverse=True)):
-        os.utime(path, (time.time() - age * 100,) * 2)
+        used = time.time() - age * 100
+        os.utime(path, (used, used))
     serve(first, kv, prompts[0])  # reading it is a use
     first.close()
     second = start(capacity=3 * size)
@@ -282,6 +285,49 @@ def test_two_processes_on_one_folder(start, kv):
     assert serve(first, kv, A) == 4
 
 
+def test_pools_opened_and_closed_by_many_at_once(tmp_path: Path):
+    """None fails, and no two own one folder at the same time."""
+    owned, failures, guard = set(), [], threading.Lock()
+
+    def process(number: int) -> None:
+        try:
+            for turn in range(15):
+                pool = DiskPool(10**4, tmp_path, (None, "weights")[(number + turn) % 2])
+                with guard:
+                    assert pool.folder not in owned and pool.folder.exists()
+                    owned.add(pool.folder)
+                (pool.folder / ".7.kv.tmp").write_bytes(b"half")
+                pool.restored()
+                with guard:
+                    owned.remove(pool.folder)
+                    pool.close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=process, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def test_a_start_does_not_wait_for_ever_for_another(tmp_path: Path, caplog):
+    with FileLock(tmp_path / "tenure-kv.lock"):
+        pool = DiskPool(10**4, tmp_path, "weights", DiskConfig(claim_timeout_s=0.05))
+    assert pool.folder.exists() and "has been starting" in caplog.text
+    pool.close()
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        DiskPool(10**4, tmp_path / "file" / "below", "weights")
+    with pytest.raises(ValueError, match="label_bytes of 256 or more"):
+        DiskConfig(label_bytes=10)
+
+
 PROCESS = """
 import json, sys, time
 from pathlib import Path
@@ -308,9 +354,10 @@ def test_processes_start_together_and_are_killed_and_their_files_are_found(tmp_p
         for _ in range(2)
     ]
     try:
-        folders = {json.loads(process.stdout.readline())[0] for process in processes}
+        outputs = [process.stdout for process in processes if process.stdout is not None]
+        folders = {json.loads(output.readline())[0] for output in outputs}
         assert len(folders) == 2
-        assert all(process.stdout.readline() == "busy\n" for process in processes)
+        assert all(output.readline() == "busy\n" for output in outputs)
     finally:
         for process in processes:
             process.kill()

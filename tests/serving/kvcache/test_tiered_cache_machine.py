@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections import Counter
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -36,6 +36,7 @@ from tenure.serving import (
     VirtualClock,
     WriteBack,
 )
+from tenure.serving.kvcache.disk_store import DiskConfig
 from tenure.serving.kvcache.memory_pool import Pool
 from tenure.serving.kvcache.transfer_threads import WorkerDiedError
 
@@ -51,6 +52,7 @@ agents = st.sampled_from("abc")
 class TierMachine(RuleBasedStateMachine):
     kv: Any  # set by the test
     steps = 0
+    restarts: ClassVar[Counter[bool]] = Counter()
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,16 +70,20 @@ class TierMachine(RuleBasedStateMachine):
         costs = LinearCosts(100.0, (1000.0, 500.0))
         by_agent = {"ste": StepsToExecution(self.values), "expected": ExpectedTime(self.values, costs)}
         made = {"lru": LRU(), "lfu": LFU(), **by_agent}[order]
+        eager = EagerWriteBackConfig() if eager and write_back is not WriteBack.NOTHING else None
+        self.below, self.policy = below, TierPolicy(made, write_back, eager=eager)
+        self.start()
+
+    def start(self):
+        """A process begins on the folder of the disk."""
         pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(12 * self.kv.token_bytes)}
-        if "host" in below:
+        if "host" in self.below:
             pools[Tier.HOST] = MemoryPool(10 * self.kv.token_bytes)
-        if "disk" in below:
-            pools[Tier.DISK] = DiskPool(4500, self.folder.name)
+        if "disk" in self.below:
+            pools[Tier.DISK] = DiskPool(4500, self.folder.name, "kv", DiskConfig(block_tokens=4, label_bytes=256))
         self.clock = VirtualClock()
         self.copies = self.kv.FaultyTransfer(self.clock, self.kv.links)
-        eager = EagerWriteBackConfig() if eager and write_back is not WriteBack.NOTHING else None
-        policy = TierPolicy(made, write_back, eager=eager)
-        self.tiers = TieredCache(pools, self.copies, policy, PAGE, self.clock)
+        self.tiers = TieredCache(pools, self.copies, self.policy, PAGE, self.clock)
 
     def pick(self, data) -> tuple[CacheHandle, list[int]]:
         return self.handles[data.draw(st.integers(0, len(self.handles) - 1))]
@@ -202,6 +208,30 @@ class TierMachine(RuleBasedStateMachine):
     def merge_spans(self):
         self.tiers.merge_spans()
 
+    @rule(prompt=prompts, chance=st.integers(0, 3))
+    def flush(self, prompt, chance):
+        """Rarely, or the tiers would stay empty."""
+        if chance == 0:
+            self.tiers.flush("kv")
+            assert self.tiers.lookup(prompt).length == 0 and not self.tiers.tree.prompt_ends
+
+    @rule(close=st.booleans(), chance=st.integers(0, 3))
+    def restart(self, close, chance):
+        """The next process finds what the disk has: of a pool that was closed, or of a process that was killed."""
+        if chance or "disk" not in self.below:
+            return
+        on_disk = [node for node in self.tiers.tree if node.copies[Tier.DISK] is not None and not node.root.retired]
+        if close:
+            self.tiers.close()
+            self.tiers.check()
+        else:
+            self.tiers.pools[Tier.DISK]._store._lock.release()  # all that the system does
+        self.handles.clear()
+        self.start()
+        restored = sum(node.copies[Tier.DISK] is not None for node in self.tiers.tree)
+        assert on_disk or not restored
+        self.restarts[restored > 0] += 1
+
     @invariant()
     def everything_is_counted(self):
         type(self).steps += 1
@@ -225,7 +255,7 @@ class TierMachine(RuleBasedStateMachine):
 
 
 def test_random_steps_with_faults(kv):
-    machine = type("Machine", (TierMachine,), {"kv": kv, "steps": 0})
+    machine = type("Machine", (TierMachine,), {"kv": kv, "steps": 0, "restarts": Counter()})
     run(
         machine,
         settings=settings(
@@ -238,6 +268,7 @@ def test_random_steps_with_faults(kv):
         ),
     )
     assert machine.steps >= STEPS
+    assert all(machine.restarts[found] > 0 for found in (False, True)), machine.restarts
 
 
 def test_bursts_of_requests_with_faults(kv):

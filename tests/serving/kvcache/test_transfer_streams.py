@@ -75,8 +75,8 @@ class GpuTensor(torch.Tensor):
     gpu: Gpu
     device = torch.device("cuda:0")  # type: ignore[assignment]
 
-    def record_stream(self, stream) -> None:
-        self.gpu.users.add((self.untyped_storage().data_ptr(), stream))
+    def record_stream(self, s) -> None:
+        self.gpu.users.add((self.untyped_storage().data_ptr(), s))
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -319,9 +319,9 @@ def test_pools_that_do_not_fit_the_model_are_refused(gpu, kv):
     message = r"got a pool of Tier.DEVICE on cpu for a model on cuda:0; accepted: MemoryPool\(…, device='cuda:0'\)"
     with pytest.raises(ValueError, match=message):
         check_devices({Tier.DEVICE: MemoryPool(10)}, cuda)
-    with pytest.raises(ValueError, match="got a pool of Tier.HOST on cuda for a model on cpu"):
+    with pytest.raises(ValueError, match=r"got a pool of Tier\.HOST on cuda for a model on cpu"):
         check_devices({Tier.DEVICE: MemoryPool(10), Tier.HOST: GpuPool(10, gpu)}, cpu)
-    with pytest.raises(ValueError, match="got a pool of Tier.DEVICE on cuda for a model on cuda:1"):
+    with pytest.raises(ValueError, match=r"got a pool of Tier\.DEVICE on cuda for a model on cuda:1"):
         check_devices({Tier.DEVICE: GpuPool(10, gpu)}, torch.device("cuda:1"))
     clock = VirtualClock()
     with pytest.raises(ValueError, match=message):
@@ -333,6 +333,9 @@ def test_pools_that_do_not_fit_the_model_are_refused(gpu, kv):
 
 def test_a_payload_elsewhere_than_the_device_tier_is_refused(gpu, kv, start):
     tiers = start()
-    with tiers.open(A) as handle, pytest.raises(ValueError, match="got a payload on cpu; accepted: on cuda, as the dev"):
+    with (
+        tiers.open(A) as handle,
+        pytest.raises(ValueError, match="got a payload on cpu; accepted: on cuda, as the dev"),
+    ):
         tiers.store(handle, A, kv.of(A, 0, 4))
     assert tiers.tree.size == 0 and tiers.pools[Tier.DEVICE].used == 0
