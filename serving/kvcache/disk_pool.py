@@ -221,7 +221,7 @@ class DiskPool(Pool):
         """Opens a new file for writing in the pool's folder, which is created again if it is gone."""
         path = self.folder / name
         try:
-            return open(path, "wb"), path
+            return open(path, "wb", buffering=0), path
         except FileNotFoundError:
             with self._changing:
                 if self._closed or self._store.path.exists():
@@ -230,7 +230,7 @@ class DiskPool(Pool):
                 gone, self._store = self._store, create_store(self._parent, self._store.fingerprint)
                 gone.remove()
         path = self.folder / name
-        return open(path, "wb"), path
+        return open(path, "wb", buffering=0), path
 
     def close(self) -> None:
         with self._changing:
@@ -268,16 +268,14 @@ class FileBuilder:
         if self._file is None:
             self._file, self._temporary = self._pool._open(f".{self._name}{TEMPORARY_SUFFIX}")
         for block, (at, content) in enumerate(pack_layer(self._layout, layer, tensors)):
-            self._file.seek(at)
-            self._file.write(content)
+            _write(self._file, content, at)
             place = (block * len(self._layout.groups) + layer) * DIGEST_BYTES
             self._digests[place : place + DIGEST_BYTES] = hashlib.sha256(content).digest()
 
     def commit(self) -> FilePayload:
         assert self._temporary is not None, "all layers have been written"
         digests = bytes(self._digests)
-        self._file.seek(0)
-        self._file.write(index_of(self._layout, digests, self._prompt, self._fingerprint))
+        _write(self._file, index_of(self._layout, digests, self._prompt, self._fingerprint), 0)
         self._file.close()
         path = self._temporary.with_name(self._name)
         os.replace(self._temporary, path)
@@ -289,7 +287,7 @@ class FileBuilder:
             return
         try:
             self._file.close()
-        except OSError as error:  # the disk was too full for what was buffered
+        except OSError as error:
             logger.debug("closing %s: %s", self._temporary, error)
         self._pool._remove(self._temporary, _size(self._temporary))
 
@@ -297,6 +295,14 @@ class FileBuilder:
 def _check(fingerprint: str | None) -> None:
     if fingerprint == "":
         raise ValueError("got an empty fingerprint; accepted: a text that names what makes the KV, or None")
+
+
+def _write(file: Any, content: bytes, at: int) -> None:
+    """Writes all of `content` at byte `at`; the system may take it in parts, e.g. as the disk fills up."""
+    file.seek(at)
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _unlinked(path: Path) -> OSError | None:

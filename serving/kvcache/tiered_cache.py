@@ -253,13 +253,14 @@ class TieredCache:
     def flush(self, fingerprint: str | None = None) -> None:
         """Nothing stored so far is ever found again, in no tier: what makes the KV has changed.
 
-        Handles keep what they cover, and requests in progress may go on with it and store what follows, which is not
-        found either; it is discarded as soon as nothing references it. Loads that handles wait for go on, other
-        transfers are cancelled. What is opened from now on is computed anew.
+        Handles keep what they cover, and requests in progress can use it and store what follows, which is not found
+        either; it is discarded as soon as nothing references it. Loads that handles wait for continue, other transfers
+        are cancelled. Handles opened from now on cover only what is stored through them or other new ones.
 
         Args:
             fingerprint: of what makes the KV from now on, see `DiskPool`; None: what is stored on disk from now on is
-                not found after a restart.
+                not found after a restart. If it is the one from before, a process that starts after this one was killed
+                may find what handles still cover.
 
         Raises:
             ValueError: an empty fingerprint.

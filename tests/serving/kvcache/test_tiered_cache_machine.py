@@ -43,6 +43,7 @@ from tenure.serving.kvcache.transfer_threads import WorkerDiedError
 STEPS = int(os.environ.get("TENURE_TIER_STEPS", "3000"))
 STEPS_EACH = 60  # at most: many examples are shorter
 PAGE = 2
+SMALL = DiskConfig(block_tokens=4, label_bytes=256)
 ORDERS = ("lru", "lfu", "ste", "expected")
 BELOW = ("host", "host and disk", "disk", "nothing")
 prompts = st.lists(st.integers(0, 1), max_size=10)
@@ -71,6 +72,7 @@ class TierMachine(RuleBasedStateMachine):
         by_agent = {"ste": StepsToExecution(self.values), "expected": ExpectedTime(self.values, costs)}
         made = {"lru": LRU(), "lfu": LFU(), **by_agent}[order]
         eager = EagerWriteBackConfig() if eager and write_back is not WriteBack.NOTHING else None
+        self.fingerprint = "kv"
         self.below, self.policy = below, TierPolicy(made, write_back, eager=eager)
         self.start()
 
@@ -80,7 +82,7 @@ class TierMachine(RuleBasedStateMachine):
         if "host" in self.below:
             pools[Tier.HOST] = MemoryPool(10 * self.kv.token_bytes)
         if "disk" in self.below:
-            pools[Tier.DISK] = DiskPool(4500, self.folder.name, "kv", DiskConfig(block_tokens=4, label_bytes=256))
+            pools[Tier.DISK] = DiskPool(4500, self.folder.name, self.fingerprint, SMALL)
         self.clock = VirtualClock()
         self.copies = self.kv.FaultyTransfer(self.clock, self.kv.links)
         self.tiers = TieredCache(pools, self.copies, self.policy, PAGE, self.clock)
@@ -212,7 +214,8 @@ class TierMachine(RuleBasedStateMachine):
     def flush(self, prompt, chance):
         """Rarely, or the tiers would stay empty."""
         if chance == 0:
-            self.tiers.flush("kv")
+            self.fingerprint += "!"
+            self.tiers.flush(self.fingerprint)
             assert self.tiers.lookup(prompt).length == 0 and not self.tiers.tree.prompt_ends
 
     @rule(close=st.booleans(), chance=st.integers(0, 3))
