@@ -10,11 +10,11 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .base import KVPayload, PhantomPayload, TensorPayload
+from .base import KVPayload, PhantomPayload, PromptKey, TensorPayload, Tier
 from .free_ranges import FreeRanges
 from .page_pool import PageBuilder, PagePayload, PagePool, pages_for
 
@@ -23,10 +23,20 @@ if TYPE_CHECKING:
 
 
 class PayloadBuilder(Protocol):
-    """A copy of a payload in the making, written layer by layer by one thread at a time."""
+    """A copy of a payload in the making, written layer by layer by one thread at a time.
+
+    Attributes:
+        device: where the copy's tensors are; None: in a file, or nowhere.
+    """
+
+    @property
+    def device(self) -> torch.device | None: ...
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies the contents of one layer, in order; on a GPU the work may still be queued on the stream."""
+        """Copies the contents of one layer, in order.
+
+        On a GPU the work may still be queued on the current stream, which must have waited for the copy's memory.
+        """
 
     def commit(self) -> KVPayload:
         """The finished copy, after every layer has been written."""
@@ -67,9 +77,18 @@ class Pool(ABC):
     def available(self) -> int:
         return self.capacity - self.used
 
+    @property
+    def persistent(self) -> bool:
+        """Whether copies outlive the cache: closing it leaves them, and `new_builder` is given their prompts."""
+        return False
+
     def charge(self, payload: KVPayload) -> int:
-        """Bytes that a copy of `payload` takes here."""
+        """Bytes that a copy of `payload` takes here, without those of `prompt_bytes`."""
         return payload.nbytes
+
+    def prompt_bytes(self, tokens: int) -> int:
+        """Bytes that a new copy takes here for the ids of its prompt, `tokens` from the beginning of that on."""
+        return 0
 
     def validate(self, payload: KVPayload) -> None:  # noqa: B027  # memory holds everything
         """Raises ValueError if the tier cannot hold such a payload, whatever its size."""
@@ -95,16 +114,24 @@ class Pool(ABC):
         self.reserved -= nbytes
         assert self.reserved >= 0, "what is unreserved was reserved"
 
+    def can_free(self) -> bool:
+        """Whether discarding copies makes bytes available; False while what was discarded cannot be removed."""
+        return True
+
     @abstractmethod
-    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+    def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
         """Allocates memory for a copy of `payload`, whose bytes have been counted.
+
+        Args:
+            prompt: whose last tokens the payload holds; given to persistent pools.
 
         Raises:
             OSError, RuntimeError, MemoryError: there is less memory than the capacity promises.
         """
 
     def discard(self, payload: KVPayload) -> None:  # noqa: B027  # reference counting frees memory
-        """Called when a copy leaves the tier, to free what reference counting does not."""
+        """Called when a copy, or a part of one that was split, leaves the tier, to free what reference counting does
+        not. Does not raise."""
 
     def close(self) -> None:  # noqa: B027
         """Called once, when the cache is closed."""
@@ -263,13 +290,19 @@ class MemoryPool(Pool):
     def validate(self, payload: KVPayload) -> None:
         if self.pages is not None:
             pages_for(payload, self.pages.geometry)
+    def holds(self, device: torch.device) -> bool:
+        """Whether the pool's tensors are on `device`; without an index, a GPU is the first one."""
+        import torch
+
+        own = torch.device(self.device)
+        return own.type == device.type and (own.index or 0) == (device.index or 0)
 
     def charge(self, payload: KVPayload) -> int:
         if self.pages is not None:
             return pages_for(payload, self.pages.geometry) * self.pages.geometry.page_bytes
         return payload.nbytes if self._arena is None else sum(map(self._arena.config.rounded, payload.layers))
 
-    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+    def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
         if self.pages is not None:
             return PageBuilder(self.pages, payload)
         return _TensorBuilder(TensorPayload.empty_like(payload, self._memory, self._memory_of_parts))
@@ -299,6 +332,10 @@ class MemoryPool(Pool):
 class _TensorBuilder:
     result: TensorPayload
 
+    @property
+    def device(self) -> torch.device:
+        return self.result.device
+
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         from ...eviction.storage.packing import copy_all
 
@@ -312,12 +349,26 @@ class _TensorBuilder:
         pass  # the memory is freed with the tensors
 
 
+def check_devices(pools: Mapping[Tier, Pool], device: torch.device) -> None:
+    """Raises ValueError unless the memory pools are where a model on `device` needs them: the device tier on `device`,
+    the tiers below it in the memory of the CPU."""
+    import torch
+
+    for tier, pool in pools.items():
+        wanted = device if tier == Tier.DEVICE else torch.device("cpu")
+        if isinstance(pool, MemoryPool) and not pool.holds(wanted):
+            raise ValueError(
+                f"got a pool of Tier.{tier.name} on {pool.device} for a model on {device}; "
+                f"accepted: MemoryPool(…, device={str(wanted)!r})"
+            )
+
+
 class PhantomPool(Pool):
     """Counts bytes and holds no data: any tier of the simulator."""
 
     whole_pages = False
 
-    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+    def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
         assert isinstance(payload, PhantomPayload), "a pool without memory holds payloads without data"
         return _PhantomBuilder(payload)
 
@@ -325,6 +376,7 @@ class PhantomPool(Pool):
 @dataclass
 class _PhantomBuilder:
     payload: PhantomPayload
+    device: None = None
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         pass

@@ -10,12 +10,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import Kind, KVPayload
+from .base import Kind, KVPayload, record_event, use_on_stream
 from .free_ranges import FreeRanges
 
 if TYPE_CHECKING:
@@ -205,6 +205,7 @@ class PagePayload:
             the other, `(pages,)`.
         tokens: tokens that it stands for.
         lengths: int32 `(segments,)`: entries of each segment of a compressed prompt; None: a plain span.
+        written: an event of the stream that wrote the entries; None on a CPU.
     """
 
     pool: PagePool
@@ -212,10 +213,18 @@ class PagePayload:
     table: np.ndarray
     tokens: int
     lengths: np.ndarray | None = None
+    written: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "written", record_event(self.pool.device))  # the dataclass is frozen
 
     @property
     def nbytes(self) -> int:
         return self.table.size * self.pool.geometry.page_bytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
 
     @property
     def divisible(self) -> bool:
@@ -260,6 +269,7 @@ class PagePayload:
     def read(self, layer: int) -> dict[str, torch.Tensor]:
         import torch
 
+        use_on_stream(self.pool.device, self.pool.buffers.values(), self.written)
         geometry, heads = self.pool.geometry, self.pool.geometry.num_kv_heads
         start = f"layers.{geometry.layers[layer]}."
         if self.lengths is None:
