@@ -53,7 +53,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
     ],
     "serving": [
         ("lazy_heap", "metrics", "request"),
-        ("kvcache/base", "kvcache/agent_index"),
+        ("kvcache/base", "kvcache/agent_index", "sampling"),
         ("kvcache/radix_tree",),
         ("kvcache/eviction_policy", "kvcache/belady"),
         ("kvcache/eviction_queue", "kvcache/memory_pool", "kvcache/disk_pool"),
