@@ -289,7 +289,7 @@ class Hook:
 
 def test_numbers_as_keys_are_digits_in_documents() -> None:
     assert read(Hook, {"weights": {"7": 1, 8: 2.5}}).weights == {7: 1, 8: 2.5}
-    for given, message in (
+    for weights, message in (
         ({"7": 1, "07": 2}, "got a number twice as a key of weights; accepted: a mapping, none twice"),
         ({"-7": 1}, "got -7 as a key of weights; accepted: a whole number of 0 or more"),
         ({"9" * 21: 1}, "as a key of weights; accepted: a whole number"),
@@ -299,7 +299,7 @@ def test_numbers_as_keys_are_digits_in_documents() -> None:
         ({"1": 1, "2": 2, "3": 3}, "got 3 fields as weights; accepted: 0 to 2 fields"),
     ):
         with pytest.raises(ValueError) as error:
-            read(Hook, {"weights": given})
+            read(Hook, {"weights": weights})
         assert message in str(error.value)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,24 @@ from .row import SamplerRow
 
 _BLOCK = 128  # columns whose weights are summed at once when a cumulative sum is searched
 _BELOW_ONE = 1 - 2.0**-52
+_FEW = 256  # the largest top_k for which a selection is faster than a sort
+
+
+class _Method(IntEnum):
+    """How a row's token is found; rows are computed in this order."""
+
+    TOP_K = 0  # drawn from the few nearest
+    RANKED = 1  # drawn from the first of all in order of probability
+    ANY = 2  # drawn from all
+    GREEDY = 3
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> _Method:
+        if params.greedy:
+            return cls.GREEDY
+        if 0 < params.top_k <= _FEW:
+            return cls.TOP_K
+        return cls.RANKED if params.top_k > 0 or params.top_p < 1 else cls.ANY
 
 
 class SamplingError(RuntimeError):
@@ -101,12 +121,12 @@ class Sampler:
         errors: list[Exception | None] = [None] * len(rows)
         if all(row.plain for row in rows):
             order, logged = range(len(rows)), []
-            tokens, top = _largest(logits)
+            tokens, top = _largest(self._float(logits))
             packed = [tokens.int(), _bits(top), _bits(top)]
         else:
             masks = self._masks(rows, errors)
-            order = sorted(range(len(rows)), key=lambda place: _kind(rows[place].params))
-            logged = [place for place in order if rows[place].params.logprobs is not None]
+            order = sorted(range(len(rows)), key=lambda place: _Method.of(rows[place].params))
+            logged = [number for number, place in enumerate(order) if rows[place].params.logprobs is not None]
             packed = self._choose(logits, rows, order, logged, masks)
         host = torch.cat(packed).cpu().numpy()  # the one copy; before it, the host has not waited for the device
         return self._append(host, rows, order, logged, errors)
@@ -136,22 +156,21 @@ class Sampler:
         """Chooses tokens on the device.
 
         Args:
-            order: rows with filters, then those drawn without, then greedy ones.
-            logged: rows with log-probabilities, in that order.
+            order: the rows in the order of their methods.
+            logged: places in `order` of rows with log-probabilities.
 
         Returns:
             int32 vectors: tokens, largest logit of the model and largest changed logit of each row in `order`; with
             `logged`, what `_logprobs` returns.
         """
         device, ordered = logits.device, [rows[place] for place in order]
-        scores = self._buffer("scores", len(rows), device)
-        if list(order) == list(range(len(rows))):
-            scores[:, : self.vocab_size].copy_(logits)
-        else:
-            scores[:, : self.vocab_size].copy_(logits.index_select(0, _upload(np.array(order), device)))
+        if list(order) != list(range(len(rows))):
+            logits = logits.index_select(0, _upload(np.array(order), device))
+        scores = self._buffer("scores", len(rows), self._width, device)
+        scores[:, : self.vocab_size].copy_(logits)
         scores[:, self.vocab_size :] = -torch.inf
         model_top = scores.amax(-1)
-        self._mask(scores, {order.index(place): words for place, words in masks.items()})
+        self._mask(scores, {number: masks[place] for number, place in enumerate(order) if place in masks})
         _change(scores, ordered)
         tokens, top = _largest(scores)
         drawn = sum(not row.params.greedy for row in ordered)
@@ -159,9 +178,10 @@ class Sampler:
             tokens[:drawn] = self._draw(scores[:drawn], top[:drawn], ordered[:drawn])
         packed = [tokens.int(), _bits(model_top), _bits(top)]
         if logged:
-            places = {place: number for number, place in enumerate(order)}
-            of = _upload(np.array([[place, places[place]] for place in logged]).T.copy(), device)
-            packed += _logprobs(logits.index_select(0, of[0]).float(), tokens[of[1]])
+            if len(logged) < len(rows):
+                places = _upload(np.array(logged), device)
+                logits, tokens = logits.index_select(0, places), tokens[places]
+            packed.append(self._logprobs(logits, tokens))
         return packed
 
     def _mask(self, scores: torch.Tensor, masks: dict[int, np.ndarray]) -> None:
@@ -178,7 +198,12 @@ class Sampler:
         scores.index_copy_(0, places, changed)
 
     def _draw(self, scores: torch.Tensor, top: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
-        """Draws tokens from `scores`, which are overwritten; rows with `top_k` or `top_p` are first."""
+        """Draws tokens from `scores`, which are overwritten.
+
+        Args:
+            scores: `(rows, width)` float32; `top`, `(rows,)`, is the largest of each row.
+            rows: in the order of their methods.
+        """
         options = [row.params for row in rows]
         with np.errstate(divide="ignore"):
             values = np.array(
@@ -190,55 +215,65 @@ class Sampler:
                     [row.uniform() for row in rows],
                 ]
             )
-        temperature, farthest, top_p, top_k, uniform = _upload(values, scores.device)
+        values = _upload(values, scores.device)
         # Distances from the largest score: the probability is proportional to exp(-distance).
-        distances = scores.sub_(top[:, None]).div_(-temperature.float()[:, None])
-        if any(one.min_p for one in options):
-            distances.masked_fill_(distances > farthest.float()[:, None], torch.inf)
-        ranked = sum(_kind(one) == 0 for one in options)
-        tokens = []
-        if ranked:
-            k = top_k[:ranked] if any(one.top_k > 0 for one in options[:ranked]) else None
-            tokens.append(self._draw_ranked(distances[:ranked], k, top_p[:ranked], uniform[:ranked]))
-        if ranked < len(rows):
-            sums = _CumulativeSums(distances[ranked:].neg_().exp_())
-            tokens.append(sums.find(uniform[ranked:] * sums.total, right=True)[0])
+        distances = scores.sub_(top[:, None]).div_(-values[0].float()[:, None])
+        tokens, begin = [], 0
+        for method, group in groupby(options, _Method.of):
+            group = list(group)
+            end = begin + len(group)
+            farthest, top_p, top_k, uniform = values[1:, begin:end]
+            if method is _Method.ANY:
+                limit = farthest if any(one.min_p for one in group) else None
+                tokens.append(_draw_any(distances[begin:end], limit, uniform))
+            else:
+                few = max(one.top_k for one in group) if method is _Method.TOP_K else None
+                near = self._nearest(distances[begin:end], few)
+                weights = torch.neg(near, out=self._buffer("weights", *near.shape, near.device)).exp_()
+                tokens.append(_draw_ranked(distances[begin:end], near, weights, farthest, top_p, top_k, uniform))
+            begin = end
         return torch.cat(tokens).clamp_(max=self.vocab_size - 1)  # a row that isn't finite may give any place
 
-    def _draw_ranked(
-        self, distances: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor, uniform: torch.Tensor
-    ) -> torch.Tensor:
-        """Draws from the first `top_k` tokens in order of `distances`, of these from the nucleus of share `top_p`."""
-        near = self._sorted(distances)
-        if top_k is not None:
-            near.masked_fill_(torch.arange(self._width, device=near.device) >= top_k[:, None], torch.inf)
-        sums = _CumulativeSums(torch.neg(near, out=self._buffer("weights", len(near), near.device)).exp_())
-        end, kept = sums.find(top_p * sums.total, right=False)
-        place = torch.minimum(sums.find(uniform * kept, right=True)[0], end)
-        distance = near.gather(1, place[:, None])
-        # Of the tokens at this distance the one with as many before it as in the sorted order.
-        before = place - torch.searchsorted(near, distance).squeeze(1)
-        return _CumulativeSums(distances.eq_(distance)).find(before.double(), right=True)[0]
-
-    def _sorted(self, distances: torch.Tensor) -> torch.Tensor:
-        """A copy of each row in rising order."""
-        if distances.device.type != "cpu":
-            return distances.sort(-1).values
-        near = self._buffer("near", len(distances), distances.device).copy_(distances)
-        near.numpy().sort(axis=-1)  # vectorised, and without indices: 20 to 30 times faster than torch's here
+    def _nearest(self, distances: torch.Tensor, few: int | None) -> torch.Tensor:
+        """Each row in rising order, or the `few` least distances of it; filled up with infinity to whole blocks."""
+        rows, width = distances.shape
+        if few is not None:
+            few = min(few, self.vocab_size)
+            near = self._buffer("near", rows, -(-few // _BLOCK) * _BLOCK, distances.device)
+            near[:, :few] = distances.topk(few, largest=False).values
+            near[:, few:] = torch.inf
+        elif distances.device.type == "cpu":
+            near = self._buffer("near", rows, width, distances.device).copy_(distances)
+            near.numpy().sort(axis=-1)  # vectorised, and without indices: 20 to 30 times faster than torch's here
+        else:
+            near = distances.sort(-1).values
         return near
 
-    def _buffer(self, name: str, rows: int, device: torch.device) -> torch.Tensor:
+    def _logprobs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Per row the log-probability of its token, those of the most likely ones, and their ids; one int32 vector."""
+        values = self._buffer("logprobs", *logits.shape, logits.device).copy_(logits)
+        top = values.topk(min(MAX_LOGPROBS, self.vocab_size))
+        chosen = torch.cat([values.gather(1, tokens[:, None]), top.values], dim=1)
+        largest = top.values[:, :1]
+        total = values.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
+        return torch.cat([_bits(chosen - total), top.indices.int()], dim=1).view(-1)
+
+    def _float(self, logits: torch.Tensor) -> torch.Tensor:
+        if logits.dtype is torch.float32:
+            return logits
+        return self._buffer("scores", *logits.shape, logits.device).copy_(logits)
+
+    def _buffer(self, name: str, rows: int, width: int, device: torch.device) -> torch.Tensor:
         """Memory for `(rows, width)` float32; the sampler owns it and uses it again at the next step.
 
         Fresh memory would cost more than the computation: every page of it is first cleared by the system.
         """
         found = self._buffers.get((name, device))
-        if found is None or len(found) < rows:
+        if found is None or len(found) < rows * width:
             with torch.inference_mode(False):  # may be written in either mode
-                found = torch.empty(rows, self._width, dtype=torch.float32, device=device)
+                found = torch.empty(rows * width, dtype=torch.float32, device=device)
             self._buffers[name, device] = found
-        return found[:rows]
+        return found[: rows * width].view(rows, width)
 
     def _append(
         self,
@@ -271,7 +306,7 @@ class Sampler:
             width = min(MAX_LOGPROBS, self.vocab_size)
             table = host[3 * count :].reshape(len(logged), 1 + 2 * width)
             ids, values = table[:, 1 + width :].tolist(), table[:, : 1 + width].view(np.float32).tolist()
-            for number, place in enumerate(logged):
+            for number, place in enumerate(order[one] for one in logged):
                 wanted = min(rows[place].params.logprobs or 0, width)
                 if errors[place] is None:
                     top_ids, top_logprobs = tuple(ids[number][:wanted]), tuple(values[number][1 : 1 + wanted])
@@ -304,30 +339,65 @@ class _CumulativeSums:
         """
         target = target[:, None]
         block = torch.searchsorted(self._blocks, target, right=right).clamp_(max=self._blocks.shape[1] - 1)
-        before = torch.nn.functional.pad(self._blocks, (1, 0)).gather(1, block)
-        weights = self._weights.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
-        inside = weights.double().cumsum(-1)
+        before, inside = self._inside(block)
         target = torch.minimum(target - before, inside[:, -1:] * _BELOW_ONE)
         place = torch.searchsorted(inside, target, right=right).clamp_(max=_BLOCK - 1)
         return (block * _BLOCK + place).squeeze(1), (before + inside.gather(1, place)).squeeze(1)
 
+    def at(self, place: torch.Tensor) -> torch.Tensor:
+        """The sums, float64 `(rows,)`, up to and with a place of each row, int64 `(rows,)`."""
+        before, inside = self._inside(place[:, None] // _BLOCK)
+        return (before + inside.gather(1, place[:, None] % _BLOCK)).squeeze(1)
 
-def _kind(params: SamplingParams) -> int:
-    """0: drawn from the ranked tokens, 1: drawn from all, 2: greedy."""
-    if params.greedy:
-        return 2
-    return 0 if params.top_k > 0 or params.top_p < 1 else 1
+    def _inside(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum before a block of each row, `(rows, 1)`, and the cumulative sums inside it, `(rows, _BLOCK)`."""
+        before = torch.nn.functional.pad(self._blocks, (1, 0)).gather(1, block)
+        weights = self._weights.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
+        return before, weights.double().cumsum(-1)
+
+
+def _draw_any(distances: torch.Tensor, farthest: torch.Tensor | None, uniform: torch.Tensor) -> torch.Tensor:
+    """Draws from all tokens, or those that are no farther; `distances` are overwritten."""
+    if farthest is not None:
+        distances.masked_fill_(distances > farthest.float()[:, None], torch.inf)
+    sums = _CumulativeSums(distances.neg_().exp_())
+    return sums.find(uniform * sums.total, right=True)[0]
+
+
+def _draw_ranked(
+    distances: torch.Tensor,
+    near: torch.Tensor,
+    weights: torch.Tensor,
+    farthest: torch.Tensor,
+    top_p: torch.Tensor,
+    top_k: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """Draws from the nucleus of share `top_p` of the `top_k` nearest tokens that are no farther than `farthest`.
+
+    Args:
+        distances: `(rows, width)`, of all tokens; overwritten.
+        near, weights: `(rows, width of these)`, the least distances in rising order, and `exp(-near)`.
+        farthest, top_p, top_k, uniform: float64 `(rows,)`.
+    """
+    within = torch.searchsorted(near, farthest.float()[:, None], right=True).squeeze(1)
+    last = torch.minimum(within, top_k.long()).sub_(1).clamp_(min=0)
+    sums = _CumulativeSums(weights)
+    mass = sums.at(last)
+    end, kept = sums.find(top_p * mass, right=False)
+    # Sums of a block and inside it are rounded differently; neither may lead past the end.
+    end, kept = torch.minimum(end, last), torch.minimum(kept, mass)
+    place = torch.minimum(sums.find(uniform * kept, right=True)[0], end)[:, None]
+    distance = near.gather(1, place)
+    # Of the tokens at this distance the one with as many before it as in the sorted order.
+    before = (place - torch.searchsorted(near, distance)).squeeze(1)
+    return _CumulativeSums(distances.eq_(distance)).find(before.double(), right=True)[0]
 
 
 def _largest(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Place and value of each row's largest score, the first of equal ones; the value is NaN if any score is."""
-    if scores.device.type != "cpu":
-        places = scores.argmax(-1)
-    elif scores.dtype is torch.float32:
-        places = torch.from_numpy(scores.numpy().argmax(-1))  # 20 times faster than torch's here
-    else:
-        top = scores.amax(-1, keepdim=True)
-        return torch.from_numpy((scores == top).numpy().argmax(-1)), top.squeeze(1)
+    """Place and value of each row's largest score, of equal ones the first; scores are float32, NaN is the largest."""
+    on_cpu = scores.device.type == "cpu"  # there numpy is 20 times faster
+    places = torch.from_numpy(scores.numpy().argmax(-1)) if on_cpu else scores.argmax(-1)
     return places, scores.gather(1, places[:, None]).squeeze(1)
 
 
@@ -342,13 +412,6 @@ def _change(scores: torch.Tensor, rows: Sequence[SamplerRow]) -> None:
     flat = scores.view(-1)
     changed = flat.index_select(0, places).add_(bias)
     flat.index_copy_(0, places, torch.where(changed > 0, changed / factor, changed * factor).sub_(penalty))
-
-
-def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Per row the log-probability of its token, those of the most likely ones, and their ids; as one int32 vector."""
-    top = logits.topk(min(MAX_LOGPROBS, logits.shape[1]))
-    chosen = torch.cat([logits.gather(1, tokens[:, None]), top.values], dim=1)
-    return [torch.cat([_bits(chosen - logits.logsumexp(-1, keepdim=True)), top.indices.int()], dim=1).view(-1)]
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:

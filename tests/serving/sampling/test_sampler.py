@@ -73,21 +73,32 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+LARGE: list[dict[str, Any]] = [
+    {"temperature": 1.0, "top_k": 200},
+    {"temperature": 3.0, "top_k": 300, "top_p": 0.99, "min_p": 1e-3},
+    {"temperature": 3.0, "top_p": 0.97, "min_p": 1e-3},
+]  # of more than a block
+
+
+@pytest.mark.parametrize(
+    ("options", "vocab"), [(each, VOCAB) for each in OPTIONS] + [(each, 700) for each in LARGE], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_distribution_is_that_of_transformers(options, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_distribution_is_that_of_transformers(options, vocab, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """With evenly spaced numbers in place of random ones each token is drawn in proportion, to one draw."""
     count, output = 1000, [8, 8, 9, 5]
-    logits = logits_of(1, seed=len(str(options))).to(dtype)
+    logits = logits_of(1, vocab, seed=len(str(options)))
     if dtype is torch.bfloat16:  # no ties, of which transformers keeps more than top_k
-        logits = (torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1)) / 16)[None].to(dtype)
+        ranks = torch.randperm(vocab, generator=torch.Generator().manual_seed(1))
+        logits = (ranks.to(torch.int16) + 0x3F80).view(torch.bfloat16)[None]  # one after the other from 1
+    assert len(logits.unique()) == vocab
     monkeypatch.setattr(SamplerRow, "uniform", lambda row: (row.seed + 0.5) / count)
-    sampler = Sampler(VOCAB)
+    sampler = Sampler(vocab)
     rows = [sampler.new_row(SamplingParams(seed=number, **options), PROMPT, output) for number in range(count)]
     result = sampler.sample(logits.expand(count, -1), rows)
     assert result.errors == [None] * count
     wanted = expected(logits[0], SamplingParams(**options), PROMPT, output)
-    drawn = np.bincount(result.tokens, minlength=VOCAB) / count
+    drawn = np.bincount(result.tokens, minlength=vocab) / count
     assert np.abs(drawn - wanted).max() < 1.01 / count
     assert not drawn[wanted == 0].any()
 
