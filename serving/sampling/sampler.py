@@ -166,7 +166,7 @@ class Sampler:
         device, ordered = logits.device, [rows[place] for place in order]
         if list(order) != list(range(len(rows))):
             logits = logits.index_select(0, _upload(np.array(order), device))
-        scores = self._buffer("scores", len(rows), self._width, device)
+        scores = self._buffer("scores", (len(rows), self._width), device)
         scores[:, : self.vocab_size].copy_(logits)
         scores[:, self.vocab_size :] = -torch.inf
         model_top = scores.amax(-1)
@@ -229,21 +229,21 @@ class Sampler:
             else:
                 few = max(one.top_k for one in group) if method is _Method.TOP_K else None
                 near = self._nearest(distances[begin:end], few)
-                weights = torch.neg(near, out=self._buffer("weights", *near.shape, near.device)).exp_()
+                weights = torch.neg(near, out=self._buffer("weights", near.shape, near.device)).exp_()
                 tokens.append(_draw_ranked(distances[begin:end], near, weights, farthest, top_p, top_k, uniform))
             begin = end
         return torch.cat(tokens).clamp_(max=self.vocab_size - 1)  # a row that isn't finite may give any place
 
     def _nearest(self, distances: torch.Tensor, few: int | None) -> torch.Tensor:
         """Each row in rising order, or the `few` least distances of it; filled up with infinity to whole blocks."""
-        rows, width = distances.shape
+        rows = len(distances)
         if few is not None:
             few = min(few, self.vocab_size)
-            near = self._buffer("near", rows, -(-few // _BLOCK) * _BLOCK, distances.device)
+            near = self._buffer("near", (rows, -(-few // _BLOCK) * _BLOCK), distances.device)
             near[:, :few] = distances.topk(few, largest=False).values
             near[:, few:] = torch.inf
         elif distances.device.type == "cpu":
-            near = self._buffer("near", rows, width, distances.device).copy_(distances)
+            near = self._buffer("near", distances.shape, distances.device).copy_(distances)
             near.numpy().sort(axis=-1)  # vectorised, and without indices: 20 to 30 times faster than torch's here
         else:
             near = distances.sort(-1).values
@@ -251,7 +251,7 @@ class Sampler:
 
     def _logprobs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Per row the log-probability of its token, those of the most likely ones, and their ids; one int32 vector."""
-        values = self._buffer("logprobs", *logits.shape, logits.device).copy_(logits)
+        values = self._buffer("logprobs", logits.shape, logits.device).copy_(logits)
         top = values.topk(min(MAX_LOGPROBS, self.vocab_size))
         chosen = torch.cat([values.gather(1, tokens[:, None]), top.values], dim=1)
         largest = top.values[:, :1]
@@ -261,19 +261,20 @@ class Sampler:
     def _float(self, logits: torch.Tensor) -> torch.Tensor:
         if logits.dtype is torch.float32:
             return logits
-        return self._buffer("scores", *logits.shape, logits.device).copy_(logits)
+        return self._buffer("scores", logits.shape, logits.device).copy_(logits)
 
-    def _buffer(self, name: str, rows: int, width: int, device: torch.device) -> torch.Tensor:
-        """Memory for `(rows, width)` float32; the sampler owns it and uses it again at the next step.
+    def _buffer(self, name: str, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Memory for a float32 tensor, `(rows, columns)`; the sampler owns it and uses it again at the next step.
 
         Fresh memory would cost more than the computation: every page of it is first cleared by the system.
         """
+        rows, columns = shape
         found = self._buffers.get((name, device))
-        if found is None or len(found) < rows * width:
+        if found is None or len(found) < rows * columns:
             with torch.inference_mode(False):  # may be written in either mode
-                found = torch.empty(rows * width, dtype=torch.float32, device=device)
+                found = torch.empty(rows * columns, dtype=torch.float32, device=device)
             self._buffers[name, device] = found
-        return found[: rows * width].view(rows, width)
+        return found[: rows * columns].view(rows, columns)
 
     def _append(
         self,
