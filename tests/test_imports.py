@@ -53,7 +53,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
     ],
     "serving": [
         ("lazy_heap",),
-        ("kvcache/base", "kvcache/agent_index"),
+        ("kvcache/base", "kvcache/agent_index", "sampling"),
         ("kvcache/radix_tree",),
         ("request", "metrics"),
         ("kvcache/eviction_policy", "kvcache/belady"),
