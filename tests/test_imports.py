@@ -52,7 +52,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("__init__",),
     ],
     "serving": [
-        ("lazy_heap", "metrics", "request"),
+        ("lazy_heap", "metrics", "request", "errors", "events"),
         ("kvcache/base", "kvcache/agent_index"),
         ("kvcache/radix_tree",),
         ("kvcache/eviction_policy", "kvcache/belady"),
@@ -73,7 +73,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("prefetch",),
         ("scheduler",),
         ("system",),
-        ("prompt_cache", "engine"),
+        ("prompt_cache", "engine", "client"),
         ("server", "integrations"),
         ("simulation",),
         ("__init__",),
