@@ -69,6 +69,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("workflow/graph",),
         ("workflow/markov", "workflow/plot", "workflow/__init__"),
         ("hints",),
+        ("conversations",),
         ("prediction",),
         ("prefetch",),
         ("scheduler",),

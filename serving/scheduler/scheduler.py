@@ -223,6 +223,8 @@ class Scheduler:
         if state.in_batch:
             state.pending_outcome = state.pending_outcome or (reason, error)
             return
+        if reason is FinishReason.ANSWERED and state.handle is not None:
+            self.predictor.on_answer(state.request, state.handle.node)
         self._admission.remove(state)
         self._running.remove(state)
         self._admission.settle_charge(state)

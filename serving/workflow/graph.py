@@ -52,6 +52,11 @@ class StepGraph:
         """From now on `lock`, the reentrant lock of the cache that reads the values, guards the graph."""
         self._state.lock = lock
 
+    def separate_clients(self, agent_key: Callable[[str, str], str]) -> None:
+        """From now on `agent_key(agent, client)` names the agent that a client means by a name in its workflows;
+        without it, agents of one name are the same agent for all clients."""
+        self._state.agent_key = agent_key
+
     # Workflows --------------------------------------------------------------------------------------------------
 
     @locked
@@ -61,8 +66,8 @@ class StepGraph:
         If a limit is reached, workflows without an event for `silence_s` are removed first.
 
         Args:
-            client: the client that the workflow belongs to: calls by others are not counted. "": the first client that
-                calls an agent in it.
+            client: the client that the workflow belongs to: its agents are that client's, and calls by others are not
+                counted. "": it will be that of the first client that calls an agent in it.
 
         Raises:
             ValueError: an invalid or known name, or a limit is reached.
@@ -79,8 +84,13 @@ class StepGraph:
         if lack is not None:
             raise ValueError(f"the workflow {name!r} does not fit: {lack} are accepted in all")
         workflow = self._workflows[name] = Workflow(name, self._state, client)
-        for agent in spec.agents:
-            workflow.add_agent(agent)
+        try:
+            for agent in spec.agents:
+                workflow.add_agent(agent)
+        except ValueError:  # a name with that of the client is too long
+            workflow.close()
+            del self._workflows[name]
+            raise
         for edge in spec.edges:
             workflow.add_edge(edge)
         for agent in spec.start:

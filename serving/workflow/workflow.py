@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -183,6 +183,7 @@ class GraphState:
 
     Attributes:
         lock: guards graph and workflows; reentrant.
+        agent_key: the name of the agent that a client means by a name, see `StepGraph.separate_clients`.
         durations: by agent, whichever workflow calls it; kept when the last of them ends, while there is room.
         calls, pauses: durations of all agents together.
         steps_changes, reuse_changes: one log for each of the two readers.
@@ -199,6 +200,7 @@ class GraphState:
     steps_changes: ChangeLog = field(default_factory=ChangeLog)
     reuse_changes: ChangeLog = field(default_factory=ChangeLog)
     lock: Any = field(default_factory=threading.RLock, repr=False)
+    agent_key: Callable[[str, str], str] = field(default=lambda agent, client: agent, repr=False)
 
     def __post_init__(self) -> None:
         self.calls = Duration(0.0, 0.0, config=self.config.durations)
@@ -262,7 +264,7 @@ class Workflow:
     Methods that change it may be called from any thread.
 
     Attributes:
-        client: the client that it belongs to, whose calls are counted; "": those of all that share its agents.
+        client: the client that it belongs to, whose calls are counted; "": nobody yet (`bind`).
         ids: number of each agent in the solver; the number of a removed agent is reused.
         branches: for each number, the successors' numbers and the probabilities of the edges.
         running: for each number with calls in progress, the start of each call in seconds.
@@ -302,14 +304,17 @@ class Workflow:
 
     @locked
     def add_agent(self, agent: str | AgentSpec) -> None:
-        """Adds an agent without edges.
+        """Adds an agent without edges; in a client's workflow, the agent that the client means by the name.
 
         Raises:
             ValueError: there is one of that name, the name is invalid, or the graph is full.
         """
         spec = agent if isinstance(agent, AgentSpec) else AgentSpec(agent)
-        if spec.name in self.ids:
+        if self.current_name(spec.name) is not None:
             raise ValueError(f"the workflow {self.name!r} has an agent {spec.name!r} already")
+        if self.client and (name := self.graph_state.agent_key(spec.name, self.client)) != spec.name:
+            self._renamed[spec.name] = name
+            spec = replace(spec, name=name)
         self.graph_state.add_agent(self, spec)
         node = self.solver.add_node(spec.join == "and")
         self.ids[spec.name], self.names[node], self.branches[node] = node, spec.name, {}
@@ -335,22 +340,25 @@ class Workflow:
         self._record_structure()
 
     @locked
-    def rename_agent(self, agent: str, name: str) -> None:
-        """Gives an agent another name, as of another client's agent; methods accept the old one as well.
+    def bind(self, client: str) -> None:
+        """Makes a workflow of nobody that of `client`: its agents are those that the client means by their names, and
+        have other names if other clients use these. All methods accept the declared names as well.
 
         Raises:
-            ValueError: an unknown agent, an invalid name, or one that another agent of the workflow has.
+            ValueError: the workflow belongs to another client, or a new name is too long; then nothing has changed.
         """
-        node, old = self._node(agent), self.names[self._node(agent)]
-        check_name(name, "an agent")
-        if name == old:
-            return
-        if name in self.ids:
-            raise ValueError(f"the workflow {self.name!r} has an agent {name!r} already")
-        self.graph_state.rename_agent(self, old, name)
-        self.ids = {name if each == old else each: number for each, number in self.ids.items()}
-        self.names[node] = self._renamed[agent] = name
-        self._record_structure(name)
+        if self.client not in ("", client):
+            raise ValueError(f"the workflow {self.name!r} belongs to the client {self.client!r}, not to {client!r}")
+        names = {agent: self.graph_state.agent_key(agent, client) for agent in self.ids}
+        for name in names.values():
+            check_name(name, "an agent")
+        self.client = client
+        for agent, name in names.items():
+            if name != agent:
+                self.graph_state.rename_agent(self, agent, name)
+                self.names[self.ids[agent]] = self._renamed[agent] = name
+                self._record_structure(name)
+        self.ids = {names[agent]: node for agent, node in self.ids.items()}
 
     @locked
     def close(self) -> None:
