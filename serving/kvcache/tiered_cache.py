@@ -296,7 +296,7 @@ class TieredCache:
             self._set_agent_prompt(agent, None)
 
     def demote(self, token_ids: Sequence[int] | Any, namespace: Hashable = None) -> None:
-        """Ranks the end of a prompt as if it had never been used, as far as no other prompt goes on from there and it
+        """Ranks the end of a prompt as if it had never been used, as far as no other prompt continues it and it
         belongs to no agent's fixed prompt; the next use ranks it as usual.
 
         Raises:
