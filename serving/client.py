@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 from tenure.checked import Count, Positive, Range, verify
@@ -128,7 +128,7 @@ class AnswerStream:
     ended. One thread or task reads a stream at a time.
 
     Attributes:
-        request: as it was submitted, with a copy of the prompt.
+        request: as it was submitted.
     """
 
     def __init__(self, client: EngineClient, request: Request, detokenizer: Detokenizer | None) -> None:
@@ -336,7 +336,7 @@ class EngineClient:
             QueueFull: too many requests have not ended.
             EngineDead: the engine's thread has died.
         """
-        stream = AnswerStream(self, replace(request, prompt=_copied(request.prompt)), detokenizer)
+        stream = AnswerStream(self, request, detokenizer)
         with self._lock:
             self._require_alive()
             if self._refusal is not None:
@@ -597,11 +597,3 @@ def _refusal_of(request: Request, error: Exception) -> ServingError:
     refusal = kind(f"the request {request.id!r} was refused: {reason}")
     refusal.__cause__ = error
     return refusal
-
-
-def _copied(prompt: Any) -> Any:
-    """A prompt that its sender can no longer change; whether it is one at all is for the engine to say."""
-    for copy in ("clone", "copy"):  # of a tensor; of an array or a list
-        if callable(make := getattr(prompt, copy, None)):
-            return make()
-    return prompt

@@ -234,13 +234,13 @@ class Engine:
         cache, start, boundary = self._caches[request.id], item.start, self._boundary(request)
         logits = None
         if item.start < boundary <= item.end:
-            logits = self.kv.forward(cache, request.prompt[start:boundary])
+            logits = self.kv.forward(cache, item.state.token_ids(start, boundary))
             assert self.compression is not None
             self.kv.compress(cache, self.compression)
             self._compressed[request.id] = self.kv.export_compressed(cache)
             start = boundary
         if start < item.end:
-            logits = self.kv.forward(cache, request.prompt[start : item.end])
+            logits = self.kv.forward(cache, item.state.token_ids(start, item.end))
         if item.store is not None:
             # Offered once only: after a refusal the next chunk would have to begin with it.
             item.payload = (
@@ -282,7 +282,7 @@ class Engine:
         how = self.compression
         assert how is not None
         policy = policy_text(get_policy(how.policy))
-        return namespace, policy, how.budget, how.scope, how.sinks, how.recent, boundary
+        return namespace, policy, str(how.budget), how.scope, how.sinks, how.recent, boundary
 
     def _boundary(self, request: Request) -> int:
         """Length of the compressed part of the prompt in tokens; 0 if nothing is compressed."""

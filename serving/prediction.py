@@ -368,8 +368,11 @@ class NextCallPredictor:
 
     # Events -----------------------------------------------------------------------------------------------------
 
-    def on_request(self, request: Request) -> tuple[str | None, bool]:
+    def on_request(self, request: Request, number: int) -> tuple[str | None, bool]:
         """A request has arrived.
+
+        Args:
+            number: identifies it; `request.id` does not.
 
         Returns:
             The agent whose call it is (`ClientQuotas.key`); and whether a workflow counts it as a call in progress, so
@@ -389,7 +392,7 @@ class NextCallPredictor:
         self._on_call(agent)
         try:
             if workflow is not None:
-                workflow.start(agent, request.id)
+                workflow.start(agent, number)
                 return agent, True
             if self.learned is not None:
                 self.learned.observe((client, request.session or name or ""), agent)
@@ -446,12 +449,12 @@ class NextCallPredictor:
                 del self._waiting[agent]
             self._changed.add(agent)
 
-    def on_finish(self, request: Request, seconds: float, succeeded: bool) -> None:
+    def on_finish(self, request: Request, number: int, seconds: float, succeeded: bool) -> None:
         """A call that a workflow counts has ended after `seconds`; without success, no successor is predicted."""
         assert request.workflow is not None and request.agent is not None, "a started call has both"
         self.step.observe(seconds)
         try:
-            self.graph[request.workflow].finish(request.agent, request.id, None if succeeded else ())
+            self.graph[request.workflow].finish(request.agent, number, None if succeeded else ())
         except ValueError as error:  # the workflow has ended or changed meanwhile
             logger.debug("the end of the request %s: %s", request.id, error)
 

@@ -52,9 +52,10 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("__init__",),
     ],
     "serving": [
-        ("lazy_heap", "metrics", "request", "errors", "events"),
+        ("lazy_heap",),
         ("kvcache/base", "kvcache/agent_index"),
         ("kvcache/radix_tree",),
+        ("request", "metrics", "errors", "events"),
         ("kvcache/eviction_policy", "kvcache/belady"),
         ("kvcache/eviction_queue", "kvcache/memory_pool", "kvcache/disk_pool"),
         ("kvcache/tier_storage",),

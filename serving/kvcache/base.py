@@ -66,6 +66,8 @@ class KVPayload(Protocol):
         divisible: whether `split` is possible. A payload that was compressed as a whole is not divisible, because the
             entries kept at its beginning depend on its end.
         token_dim: the tensor dimension that runs over tokens, if there is one.
+        joins_freely: `join` and `split` copy no data, so that nodes of such payloads are merged whenever nothing
+            separates them.
     """
 
     @property
@@ -82,6 +84,10 @@ class KVPayload(Protocol):
 
     @property
     def token_dim(self) -> int | None: ...
+
+    @property
+    def joins_freely(self) -> bool:
+        return False
 
     def kinds(self) -> dict[str, Kind]:
         """Dtype and shape of each tensor by name, layer by layer; empty for a payload without data."""
@@ -145,6 +151,10 @@ class TensorPayload:
     def divisible(self) -> bool:
         return self.token_dim is not None
 
+    @property
+    def joins_freely(self) -> bool:
+        return False
+
     def kinds(self) -> dict[str, Kind]:
         return {n: (self.tensors[n].dtype, tuple(self.tensors[n].shape)) for names in self.groups for n in names}
 
@@ -206,6 +216,10 @@ class PhantomPayload:
     divisible: bool = True
     token_dim: int | None = None
     layers: tuple[int, ...] = field(init=False)
+
+    @property
+    def joins_freely(self) -> bool:
+        return self.divisible
 
     def __post_init__(self) -> None:
         each, more = divmod(self.nbytes, self.num_layers)

@@ -55,6 +55,7 @@ class FilePayload:
     layers: tuple[int, ...] = field(init=False)
     nbytes: int = field(init=False)
     divisible: bool = field(default=False, init=False)  # a file stays whole; once loaded, it may be split
+    joins_freely: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         groups = group_layers(self.tensors)

@@ -44,6 +44,7 @@ class Pool(ABC):
 
     Attributes:
         capacity: bytes.
+        whole_pages: memory for the KV of requests is handed out in whole pages of the prefix tree, not by the token.
         used: bytes allocated, for copies or reserved.
         reserved: of these, the bytes of requests in progress, which do not belong to the tree.
         evictable: of these, the bytes of copies of unreferenced nodes.
@@ -52,6 +53,8 @@ class Pool(ABC):
     Raises:
         ValueError: a negative capacity.
     """
+
+    whole_pages = True
 
     def __init__(self, capacity: int) -> None:
         if capacity < 0:
@@ -306,6 +309,8 @@ class _TensorBuilder:
 
 class PhantomPool(Pool):
     """Counts bytes and holds no data: any tier of the simulator."""
+
+    whole_pages = False
 
     def new_builder(self, payload: KVPayload) -> PayloadBuilder:
         assert isinstance(payload, PhantomPayload), "a pool without memory holds payloads without data"

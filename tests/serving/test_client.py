@@ -32,10 +32,12 @@ from tenure.serving import (
     Request,
     RequestFailed,
     RequestOutput,
+    SchedulerConfig,
     ServingError,
     ThreadedTransfer,
     Tier,
     TokenEvent,
+    TooLarge,
     WorkflowSpec,
     build_system,
 )
@@ -56,20 +58,20 @@ class SteppedEngine:
         self.engine, self.system = engine, engine.system
         self.flushed, self.threads = 0, set()
         self.between: Any = lambda: None
-        self._numbers = itertools.count(1)
-        self._requests: dict[int, Request] = {}
-        self._reported: dict[int, int] = {}
+        self._labels = itertools.count(1)
+        self._requests: dict[int, Request] = {}  # by number
+        self._reported: dict[int, int] = {}  # tokens by number
         self._events: list[TokenEvent] = []
         self._woken = threading.Event()
 
     def submit(self, request: Request) -> int:
-        number = next(self._numbers)
-        self.engine.submit(replace(request, id=str(number)))
+        self.engine.submit(replace(request, id=f"{request.id} {next(self._labels)}"))
+        number = next(reversed(self.system.scheduler._requests))
         self._requests[number], self._reported[number] = request, 0
         return number
 
     def cancel(self, number: int) -> None:
-        self.system.scheduler.cancel(str(number))
+        self.system.scheduler.cancel(number)
 
     def hint(self, hint: Hint) -> None:
         self.system.scheduler.hint(hint)
@@ -84,15 +86,12 @@ class SteppedEngine:
         self.threads.add(threading.get_ident())
         self.between()
         outputs = self.engine.step(0.0)
-        for number in list(self._requests):
-            state = self.system.scheduler._requests.get(str(number))
-            if state is not None:
-                self._report(number, state.output_tokens, None)
+        for number, state in self.system.scheduler._requests.items():
+            self._report(number, state.output_tokens, None)
         for output in outputs:
-            number = int(output.request.id)
-            finished = replace(output, request=self._requests[number])
-            self._report(number, output.tokens, finished)
-            del self._requests[number], self._reported[number]
+            request = self._requests.pop(output.number)
+            self._report(output.number, output.tokens, replace(output, request=request))
+            del self._reported[output.number]
         if not outputs and not len(self.system.scheduler):
             self._woken.wait(patience_s)
             self._woken.clear()
@@ -115,15 +114,21 @@ def session(tiny_llama) -> Iterator[Session]:
         yield session
 
 
+def make_engine(session: Session, tokens: int = 4000, **options: Any) -> SteppedEngine:
+    rate = PromptKV(session).bytes_per_token()
+    pools: dict[Tier, Any] = {Tier.DEVICE: MemoryPool(rate * tokens), Tier.HOST: MemoryPool(rate * tokens)}
+    system = build_system(
+        "expected_time", pools, ThreadedTransfer(), costs=LinearCosts(2000.0, (1e8, 1e8), 0.0), bytes_per_token=rate,
+        clock=time.monotonic, page_size=PAGE, **options,
+    )  # fmt: skip
+    return SteppedEngine(Engine(session, system))
+
+
 @pytest.fixture
 def loop_engine(session) -> Iterator[SteppedEngine]:
-    rate = PromptKV(session).bytes_per_token()
-    system = build_system(
-        "expected_time", {Tier.DEVICE: MemoryPool(rate * 4000), Tier.HOST: MemoryPool(rate * 4000)}, ThreadedTransfer(),
-        costs=LinearCosts(2000.0, (1e8, 1e8), 0.0), bytes_per_token=rate, clock=time.monotonic, page_size=PAGE,
-    )  # fmt: skip
-    yield SteppedEngine(Engine(session, system))
-    system.close()
+    loop_engine = make_engine(session)
+    yield loop_engine
+    loop_engine.system.close()
 
 
 @pytest.fixture
@@ -241,33 +246,73 @@ def test_a_submit_does_not_wait_for_a_step(loop_engine, client):
     assert future.result(10) is None and "w" in loop_engine.system.graph
 
 
-def test_the_prompt_is_the_one_that_was_submitted(session, loop_engine, client):
-    prompt = tokens(3, 30)
-    wanted = greedy_answer(session, prompt, 5)
-    arrays: list[Any] = [list(prompt), torch.tensor(prompt), torch.tensor(prompt).numpy()]
-    _, go_on = hold(loop_engine)
-    streams = []
-    for array in arrays:
-        streams.append(client.submit(Request("r", array, 5)))
-        for place in range(30):
-            array[place] = 5
-    go_on.set()
-    assert [stream.result(10).tokens for stream in streams] == [wanted] * 3
-
-
 def test_refusals_are_raised_by_the_stream_and_concern_that_request_only(session, client):
     good = client.submit(Request("good", tokens(1, 10), 4))
-    empty, much = client.submit(Request("empty", [], 4)), client.submit(Request("much", tokens(1, 10), 600))
-    text = client.submit(Request("text", "not ids", 4))
-    for stream, match in ((empty, "an empty prompt"), (much, "got 610 tokens of prompt and answer"), (text, "text")):
-        with pytest.raises(BadRequest, match=match):
-            next(stream)
-        with pytest.raises(ValueError, match=match):
-            stream.result()
+    much, other = (client.submit(Request("much", tokens(1, 10), count)) for count in (600, 700))
+    with pytest.raises(BadRequest, match="the request 'much' was refused: got 610 tokens of prompt and answer"):
+        next(much)
+    with pytest.raises(ValueError, match="got 710 tokens of prompt and answer; accepted: the model's 512"):
+        other.result(10)
     assert good.result(10).tokens == greedy_answer(session, tokens(1, 10), 4)
     with pytest.raises(ValueError, match="there is no workflow 'none'"):
         client.remove_workflow("none").result(10)
     assert client.health().alive
+
+
+def test_refusals_of_the_scheduler_have_their_kinds(session):
+    loop_engine = make_engine(session, 100, scheduler_config=SchedulerConfig(max_queued_requests=2))
+    with EngineClient(loop_engine) as client:
+        with pytest.raises(TooLarge, match="the device's pool has"):
+            client.submit(Request("large", tokens(1, 200), 4)).result(10)
+        _, go_on = hold(loop_engine)
+        streams = [client.submit(Request(f"r{n}", [3, 4], 1)) for n in range(3)]
+        go_on.set()
+        with pytest.raises(QueueFull, match="at most 2 requests may wait"):
+            streams[2].result(10)
+        assert streams[0].result(10).tokens and streams[1].result(10).tokens
+        loop_engine.system.close("maintenance")
+        with pytest.raises(Draining, match="the scheduler is closed: maintenance"):
+            client.submit(Request("late", [3], 1)).result(10)
+
+
+def test_a_system_that_is_closed_during_a_step_ends_the_requests_and_not_the_thread(session):
+    loop_engine = make_engine(session)
+    forward, begun, go_on = loop_engine.engine.session.extend, threading.Event(), threading.Event()
+
+    def extend(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        assert go_on.wait(10)
+        return forward(*args, **kwargs)
+
+    loop_engine.engine.session.extend = extend  # type: ignore[method-assign]
+    try:
+        with EngineClient(loop_engine) as client:
+            _, submitted = hold(loop_engine)
+            streams = [client.submit(Request(f"r{n}", tokens(n, 20), 30)) for n in range(3)]
+            submitted.set()
+            assert begun.wait(10)
+            closing = threading.Thread(target=loop_engine.system.close, args=("shutting down",))
+            closing.start()
+            while loop_engine.system.scheduler._closed is None:
+                time.sleep(0.001)
+            go_on.set()
+            for stream in streams:
+                with pytest.raises(Gone, match="shutting down"):
+                    stream.result(10)
+            closing.join(10)
+            assert client.health().alive and client.health().error is None
+    finally:
+        loop_engine.engine.session.extend = forward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", [TooLarge, QueueFull, Draining])
+def test_the_engines_own_errors_are_passed_on(loop_engine, client, kind):
+    def refuse(request: Request) -> int:
+        raise kind("not this one")
+
+    loop_engine.submit = refuse
+    with pytest.raises(kind, match="not this one"):
+        client.submit(Request("r", [3], 1)).result(10)
 
 
 def test_an_engine_that_cannot_take_a_request_goes_on(loop_engine, client):

@@ -164,7 +164,7 @@ def test_agents_of_two_clients_with_the_same_names_are_two(make_driver, prompt_o
     }
     driver.submit("b", [*prompts["B", "planner"], 1], 2, workflow="run B", agent="planner", client="B")
     assert workflow.running and not graph["run A"].running
-    driver.scheduler.cancel("b")
+    driver.cancel("b")
     assert not workflow.running
     graph.remove_workflow("run B")
     assert graph.steps("writer@B") == math.inf and graph.agents == 3
@@ -253,7 +253,7 @@ def test_the_workflow_follows_calls_and_their_ends(make_driver, ring, prompt_of)
     driver.run()
     assert (graph.steps("b"), graph.steps("c")) == (0, 1), "its successor is ready"
     driver.submit("s", [*prompt_of("b"), 1], 2, workflow="ring", agent="b", fixed_tokens=20)
-    driver.scheduler.cancel("s")
+    driver.cancel("s")
     assert graph.steps("c") == math.inf, "a call that was cancelled leads nowhere"
     driver.submit("t", [*prompt_of("c"), 1], 2, workflow="ring", agent="c", fixed_tokens=20)
     graph.remove_workflow("ring")
