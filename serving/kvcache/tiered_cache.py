@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -402,6 +403,23 @@ class TieredCache:
         """`agent` no longer has a fixed prompt; its nodes remain until they are evicted."""
         with self.lock:
             self._set_agent_prompt(agent, None)
+
+    def demote(self, token_ids: Sequence[int] | Any, namespace: Hashable = None) -> None:
+        """Ranks the end of a prompt as if it had never been used, as far as no other prompt continues it and it
+        belongs to no agent's fixed prompt; the next use ranks it as usual.
+
+        Raises:
+            ValueError: see `encode`.
+        """
+        key = encode(token_ids, self.tree.page_size)
+        with self.lock:
+            found = self.tree.find(key, namespace)
+            below = 0
+            for node in reversed(found.nodes[: -1 if found.part else None]):
+                if node.fixed or len(node.children) > below:
+                    break
+                node.last_used, below = -math.inf, 1
+                self.storage.refresh(node)
 
     def values_changed(self, agents: Iterable[Agent] | None = None) -> None:
         """Reads the policy's values of these agents (None: of all) again: O(log n) each, however many nodes it has."""
