@@ -9,6 +9,7 @@ from .hints import Hint, HintConfig, HintReader, hint_formats, request_fields
 from .kvcache.base import KVPayload, PhantomPayload, Status, TensorPayload, Tier, Urgency
 from .kvcache.belady import Belady
 from .kvcache.disk_pool import DiskPool
+from .kvcache.disk_store import DiskConfig
 from .kvcache.estimates import Estimates
 from .kvcache.eviction_policy import (
     LFU,
@@ -59,12 +60,12 @@ if TYPE_CHECKING:
     from .prompt_cache import Compression, PromptKV
 
 __all__ = [
-    "LFU", "LRU", "AgentSpec", "AllocStatus", "ArenaConfig", "Belady", "CacheHandle", "Compression", "DiskPool",
-    "EagerWriteBackConfig", "EdgeSpec", "Engine", "Estimates", "EvictionPolicy", "ExpectedTime", "FinishReason",
-    "GraphConfig", "Hint", "HintConfig", "HintReader", "KVPayload", "LearnedTransitions", "LinearCosts", "LinkSpeed",
-    "LoadState", "MarkovConfig", "Match", "MemoryPool", "NextCallPredictor", "PhantomPayload", "PhantomPool",
-    "PredictionConfig", "PredictionMode", "PrefetchConfig", "PrefetchMetrics", "Prefetcher", "PromptKV", "Request",
-    "RequestOutput", "RequestTimes", "ScheduledBatch", "ScheduledDecode", "ScheduledPrefill", "Scheduler",
+    "LFU", "LRU", "AgentSpec", "AllocStatus", "ArenaConfig", "Belady", "CacheHandle", "Compression", "DiskConfig",
+    "DiskPool", "EagerWriteBackConfig", "EdgeSpec", "Engine", "Estimates", "EvictionPolicy", "ExpectedTime",
+    "FinishReason", "GraphConfig", "Hint", "HintConfig", "HintReader", "KVPayload", "LearnedTransitions", "LinearCosts",
+    "LinkSpeed", "LoadState", "MarkovConfig", "Match", "MemoryPool", "NextCallPredictor", "PhantomPayload",
+    "PhantomPool", "PredictionConfig", "PredictionMode", "PrefetchConfig", "PrefetchMetrics", "Prefetcher", "PromptKV",
+    "Request", "RequestOutput", "RequestTimes", "ScheduledBatch", "ScheduledDecode", "ScheduledPrefill", "Scheduler",
     "SchedulerConfig", "SchedulerMetrics", "Status", "StepGraph", "StepsToExecution", "StorePolicy", "SuffixReuse",
     "SuffixReuseConfig", "System", "TensorPayload", "ThreadedTransfer", "Tier", "TierMetrics", "TierPolicy",
     "TieredCache", "Urgency", "VirtualClock", "VirtualTransfer", "Workflow", "WorkflowSpec", "WriteBack",
