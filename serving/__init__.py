@@ -36,6 +36,7 @@ from .metrics import SchedulerMetrics
 from .prediction import NextCallPredictor, PredictionConfig, PredictionMode
 from .prefetch import PrefetchConfig, Prefetcher, PrefetchMetrics
 from .request import FinishReason, Request, RequestOutput, RequestTimes, StorePolicy
+from .sampling.params import FinishedBy, SamplingParams, TokenMask
 from .scheduler.request_state import ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .scheduler.scheduler import Scheduler
 from .scheduler.scheduler_config import SchedulerConfig
@@ -60,17 +61,18 @@ if TYPE_CHECKING:
     from .prompt_cache import Compression, PromptKV
 
 __all__ = [
-    "LFU", "LRU", "AgentSpec", "AllocStatus", "ArenaConfig", "Belady", "CacheHandle", "Compression", "DiskConfig",
-    "DiskPool", "EagerWriteBackConfig", "EdgeSpec", "Engine", "Estimates", "EvictionPolicy", "ExpectedTime",
-    "FinishReason", "GraphConfig", "Hint", "HintConfig", "HintReader", "KVPayload", "LearnedTransitions", "LinearCosts",
+    "LFU", "LRU", "AgentSpec", "AllocStatus", "ArenaConfig", "Belady", "CacheHandle", "Compression",
+    "DiskConfig", "DiskPool",
+    "EagerWriteBackConfig", "EdgeSpec", "Engine", "Estimates", "EvictionPolicy", "ExpectedTime", "FinishReason",
+    "FinishedBy", "GraphConfig", "Hint", "HintConfig", "HintReader", "KVPayload", "LearnedTransitions", "LinearCosts",
     "LinkSpeed", "LoadState", "MarkovConfig", "Match", "MemoryPool", "NextCallPredictor", "PhantomPayload",
     "PhantomPool", "PredictionConfig", "PredictionMode", "PrefetchConfig", "PrefetchMetrics", "Prefetcher", "PromptKV",
-    "Request", "RequestOutput", "RequestTimes", "ScheduledBatch", "ScheduledDecode", "ScheduledPrefill", "Scheduler",
-    "SchedulerConfig", "SchedulerMetrics", "Status", "StepGraph", "StepsToExecution", "StorePolicy", "SuffixReuse",
-    "SuffixReuseConfig", "System", "TensorPayload", "ThreadedTransfer", "Tier", "TierMetrics", "TierPolicy",
-    "TieredCache", "Urgency", "VirtualClock", "VirtualTransfer", "Workflow", "WorkflowSpec", "WriteBack",
-    "build_system", "draw_svg", "get_tier_policy", "hint_formats", "request_fields", "system_names",
-    "tier_policy_names", "workflow_from_dict", "workflow_from_json", "workflow_from_langgraph",
+    "Request", "RequestOutput", "RequestTimes", "SamplingParams", "ScheduledBatch", "ScheduledDecode",
+    "ScheduledPrefill", "Scheduler", "SchedulerConfig", "SchedulerMetrics", "Status", "StepGraph", "StepsToExecution",
+    "StorePolicy", "SuffixReuse", "SuffixReuseConfig", "System", "TensorPayload", "ThreadedTransfer", "Tier",
+    "TierMetrics", "TierPolicy", "TieredCache", "TokenMask", "Urgency", "VirtualClock", "VirtualTransfer", "Workflow",
+    "WorkflowSpec", "WriteBack", "build_system", "draw_svg", "get_tier_policy", "hint_formats", "request_fields",
+    "system_names", "tier_policy_names", "workflow_from_dict", "workflow_from_json", "workflow_from_langgraph",
     "workflow_from_networkx", "workflow_from_yaml",
 ]  # fmt: skip
 

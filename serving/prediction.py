@@ -326,8 +326,11 @@ class NextCallPredictor:
 
     # Events -----------------------------------------------------------------------------------------------------
 
-    def on_request(self, request: Request) -> tuple[str | None, bool]:
+    def on_request(self, request: Request, number: int) -> tuple[str | None, bool]:
         """A request has arrived.
+
+        Args:
+            number: identifies it; `request.id` does not.
 
         Returns:
             The agent whose call it is, None for an agent of another client; and whether a workflow counts it as a call
@@ -346,7 +349,7 @@ class NextCallPredictor:
         name = request.workflow
         try:
             if name is not None and name in self.graph and agent in self.graph[name].ids:
-                self.graph[name].start(agent, request.id)
+                self.graph[name].start(agent, number)
                 return agent, True
             if self.learned is not None:
                 self.learned.observe((request.client, request.session or name or ""), agent)
@@ -372,12 +375,12 @@ class NextCallPredictor:
                 del self._waiting[agent]
             self._changed.add(agent)
 
-    def on_finish(self, request: Request, seconds: float, succeeded: bool) -> None:
+    def on_finish(self, request: Request, number: int, seconds: float, succeeded: bool) -> None:
         """A call that a workflow counts has ended after `seconds`; without success, no successor is predicted."""
         assert request.workflow is not None and request.agent is not None, "a started call has both"
         self.step.observe(seconds)
         try:
-            self.graph[request.workflow].finish(request.agent, request.id, None if succeeded else ())
+            self.graph[request.workflow].finish(request.agent, number, None if succeeded else ())
         except ValueError as error:  # the workflow has ended or changed meanwhile
             logger.debug("the end of the request %s: %s", request.id, error)
 

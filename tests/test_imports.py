@@ -52,9 +52,10 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("__init__",),
     ],
     "serving": [
-        ("lazy_heap", "metrics", "request"),
-        ("kvcache/base", "kvcache/agent_index"),
+        ("lazy_heap",),
+        ("kvcache/base", "kvcache/agent_index", "sampling"),
         ("kvcache/radix_tree",),
+        ("request", "metrics"),
         ("kvcache/eviction_policy", "kvcache/belady"),
         ("kvcache/eviction_queue", "kvcache/memory_pool", "kvcache/prompt_file", "kvcache/disk_store"),
         ("kvcache/disk_pool",),

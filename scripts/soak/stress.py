@@ -155,11 +155,11 @@ class Stress:
             agent = random.choice(AGENTS)
             fixed = [ord(agent), *range(11)]
             prompt = [*fixed, *(random.randrange(3) for _ in range(random.randrange(1, 12)))]
-            name = f"{number}/{mine}"
+            name = f"{number}/{mine % 3}"  # labels are used again
             mine += 1
             workflow = "ring" if random.random() < 0.7 else None
             try:
-                self.system.scheduler.submit(
+                request_number = self.system.scheduler.submit(
                     Request(name, prompt, random.randint(1, 6), workflow, agent, 12, client=client)
                 )
             except ValueError as error:
@@ -171,7 +171,7 @@ class Stress:
             with self._counting:
                 self.submitted += 1
             if random.random() < 0.05:
-                self.system.scheduler.cancel(name)
+                self.system.scheduler.cancel(request_number)
             if random.random() < 0.1:
                 self.system.scheduler.hint(reader.read(*random.choice(HINTS), client))
                 with self._counting:
@@ -196,12 +196,12 @@ class Stress:
 
     def _engine(self) -> None:
         scheduler, random = self.system.scheduler, Random(self.seed)
-        tokens: dict[str, list[int]] = {}
+        tokens: dict[int, list[int]] = {}
         while not self.stop.is_set() or len(scheduler):
             work = scheduler.next_batch()
             for ended in scheduler.take_finished():
                 assert bool(ended.error) == (ended.finish_reason is not FinishReason.ANSWERED)
-                tokens.pop(ended.request.id, None)
+                tokens.pop(ended.number, None)
                 self.ended[ended.finish_reason] += 1
                 self.last_end = time.monotonic()
             if work is None:
@@ -215,9 +215,9 @@ class Stress:
         for ended in scheduler.take_finished():
             self.ended[ended.finish_reason] += 1
 
-    def _compute(self, work: ScheduledBatch, tokens: dict[str, list[int]], random: Random) -> None:
+    def _compute(self, work: ScheduledBatch, tokens: dict[int, list[int]], random: Random) -> None:
         for item in (*work.prefills, *work.decodes):
-            prompt, name = item.request.prompt, item.request.id
+            prompt, name = item.request.prompt, item.state.number
             known = tokens.setdefault(name, [])
             if isinstance(item, ScheduledPrefill):
                 if item.first:

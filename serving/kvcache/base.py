@@ -81,6 +81,8 @@ class KVPayload(Protocol):
         divisible: whether `split` is possible. A payload that was compressed as a whole is not divisible, because the
             entries kept at its beginning depend on its end.
         token_dim: the tensor dimension that runs over tokens, if there is one.
+        joins_freely: `join` and `split` copy no data, so that nodes of such payloads are merged whenever nothing
+            separates them.
         device: where its tensors are; None: in a file, or nowhere.
     """
 
@@ -98,6 +100,10 @@ class KVPayload(Protocol):
 
     @property
     def token_dim(self) -> int | None: ...
+
+    @property
+    def joins_freely(self) -> bool:
+        return False
 
     @property
     def device(self) -> torch.device | None: ...
@@ -173,6 +179,10 @@ class TensorPayload:
         return self.token_dim is not None
 
     @property
+    def joins_freely(self) -> bool:
+        return False
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.tensors.values())).device
 
@@ -246,6 +256,10 @@ class PhantomPayload:
     token_dim: int | None = None
     device: None = field(default=None, init=False)
     layers: tuple[int, ...] = field(init=False)
+
+    @property
+    def joins_freely(self) -> bool:
+        return self.divisible
 
     def __post_init__(self) -> None:
         each, more = divmod(self.nbytes, self.num_layers)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from .base import KVPayload, PhantomPayload, PromptKey, TensorPayload, Tier
+from .free_ranges import FreeRanges
+from .page_pool import PageBuilder, PagePayload, PagePool, pages_for
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ class Pool(ABC):
 
     Attributes:
         capacity: bytes.
+        whole_pages: memory for the KV of requests is handed out in whole pages of the prefix tree, not by the token.
         used: bytes allocated, for copies or reserved.
         reserved: of these, the bytes of requests in progress, which do not belong to the tree.
         evictable: of these, the bytes of copies of unreferenced nodes.
@@ -62,6 +64,8 @@ class Pool(ABC):
     Raises:
         ValueError: a negative capacity.
     """
+
+    whole_pages = True
 
     def __init__(self, capacity: int) -> None:
         if capacity < 0:
@@ -166,7 +170,7 @@ _SLAB_STRIDE = 2**48  # distance between the addresses of two slabs, so that the
 
 
 class PinnedArena:
-    """Blocks of page-locked memory: best fit, and neighbouring free ranges are joined.
+    """Blocks of page-locked memory, by `FreeRanges`.
 
     Whoever holds a tensor that shares a block's storage owns the block; when the last one is gone, it is free again, so
     nobody frees a block that is still being read. Blocks are allocated by one thread at a time and may be freed on any.
@@ -187,9 +191,7 @@ class PinnedArena:
         self.used = self.locked = 0
         self._lock_pages = lock_pages
         self._slabs: list[torch.Tensor] = []
-        self._sizes: list[tuple[int, int]] = []  # free ranges: bytes, address; ascending
-        self._end_of: dict[int, int] = {}  # the same ranges: end by beginning
-        self._begin_of: dict[int, int] = {}  # beginning by end
+        self._free = FreeRanges()
         # Blocks that were freed: the collector may do so at any moment, also while this thread is in here.
         self._returned: deque[tuple[int, int]] = deque()
         self._busy = threading.Lock()
@@ -213,14 +215,10 @@ class PinnedArena:
     def _cut(self, size: int) -> int:
         if size > self.capacity - self.used:
             raise MemoryError(f"{size} bytes are asked for, {self.capacity - self.used} are free")
-        place = bisect_left(self._sizes, (size, 0))
-        if place == len(self._sizes):
+        if self._free.longest < size:
             self._add_slab(size)
-            place = bisect_left(self._sizes, (size, 0))
-        length, start = self._sizes[place]
-        self._remove(start, start + length)
-        if length > size:
-            self._insert(start + size, start + length)
+        start = self._free.take(size)
+        assert start is not None, "there is a range as long as that"
         self.used += size
         return start
 
@@ -233,28 +231,13 @@ class PinnedArena:
         self._slabs.append(self._lock_pages(nbytes))
         self.locked += nbytes
         start = (len(self._slabs) - 1) * _SLAB_STRIDE
-        self._insert(start, start + nbytes)
+        self._free.add(start, start + nbytes)
 
     def _collect_returned(self) -> None:
         while self._returned:
             start, size = self._returned.popleft()
             self.used -= size
-            end = start + size
-            before, after = self._begin_of.get(start), self._end_of.get(end)
-            if before is not None:
-                self._remove(before, start)
-            if after is not None:
-                self._remove(end, after)
-            start, end = start if before is None else before, end if after is None else after
-            self._insert(start, end)
-
-    def _insert(self, start: int, end: int) -> None:
-        insort(self._sizes, (end - start, start))
-        self._end_of[start], self._begin_of[end] = end, start
-
-    def _remove(self, start: int, end: int) -> None:
-        del self._sizes[bisect_left(self._sizes, (end - start, start))]
-        del self._end_of[start], self._begin_of[end]
+            self._free.add(start, start + size)
 
 
 def page_locked(nbytes: int) -> torch.Tensor:
@@ -273,6 +256,8 @@ class MemoryPool(Pool):
         pinned: page-locked, so that a GPU copies at full speed and asynchronously; needs a GPU. Each layer is then
             charged what it takes of a `PinnedArena`.
         arena: sizes of that arena.
+    Attributes:
+        pages: what an engine has bound it to: copies are then lists of pages; None: tensors of their own.
 
     Raises:
         ValueError: a negative capacity, or pinned memory where there is no GPU.
@@ -283,6 +268,7 @@ class MemoryPool(Pool):
     ) -> None:
         super().__init__(capacity)
         self.device, self.pinned = device, pinned
+        self.pages: PagePool | None = None
         self._arena = None
         if pinned:
             try:
@@ -291,6 +277,19 @@ class MemoryPool(Pool):
                 raise ValueError("pinned=True needs a GPU that torch sees; without one, pinned=False") from error
             self._arena = PinnedArena(capacity, page_locked, arena)
 
+    def bind(self, pages: PagePool) -> None:
+        """Holds its copies in `pages` from now on.
+
+        Raises:
+            ValueError: it holds something already.
+        """
+        if self.pages is not None or self.used:
+            raise ValueError("got a pool that is in use; accepted: one pool for each engine, empty when that is made")
+        self.pages, self.device, self.capacity = pages, pages.device, pages.nbytes
+
+    def validate(self, payload: KVPayload) -> None:
+        if self.pages is not None:
+            pages_for(payload, self.pages.geometry)
     def holds(self, device: torch.device) -> bool:
         """Whether the pool's tensors are on `device`; without an index, a GPU is the first one."""
         import torch
@@ -299,10 +298,18 @@ class MemoryPool(Pool):
         return own.type == device.type and (own.index or 0) == (device.index or 0)
 
     def charge(self, payload: KVPayload) -> int:
+        if self.pages is not None:
+            return pages_for(payload, self.pages.geometry) * self.pages.geometry.page_bytes
         return payload.nbytes if self._arena is None else sum(map(self._arena.config.rounded, payload.layers))
 
     def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
+        if self.pages is not None:
+            return PageBuilder(self.pages, payload)
         return _TensorBuilder(TensorPayload.empty_like(payload, self._memory, self._memory_of_parts))
+
+    def discard(self, payload: KVPayload) -> None:
+        if isinstance(payload, PagePayload):  # somebody may hold the payload a little longer, but not its pages
+            payload.held.release()
 
     def _memory(self, nbytes: int) -> torch.Tensor:
         import torch
@@ -358,6 +365,8 @@ def check_devices(pools: Mapping[Tier, Pool], device: torch.device) -> None:
 
 class PhantomPool(Pool):
     """Counts bytes and holds no data: any tier of the simulator."""
+
+    whole_pages = False
 
     def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
         assert isinstance(payload, PhantomPayload), "a pool without memory holds payloads without data"

@@ -176,6 +176,10 @@ class FilePayload:
         return self.file.layout.token_dim
 
     @property
+    def joins_freely(self) -> bool:
+        return True  # with a part of the same file; with another it is not joined
+
+    @property
     def divisible(self) -> bool:
         return self.token_dim is not None
 

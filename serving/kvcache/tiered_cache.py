@@ -131,9 +131,12 @@ class TieredCache:
 
     def store(
         self, handle: CacheHandle, token_ids: Sequence[int] | Any, payload: KVPayload | None,
-        agent: Agent | None = None, fixed_tokens: int = 0,
+        agent: Agent | None = None, fixed_tokens: int = 0, reserved: int = 0,
     ) -> AllocStatus:  # fmt: skip
         """Stores the KV of a prompt beyond its first `handle.length` tokens; the handle then covers all of it.
+
+        The leaf that the handle ends at is extended if nobody else needs its end and the payloads join freely;
+        otherwise it gets a child. KV that is cached already is not stored again.
 
         Args:
             handle: from `open` with the same prompt.
@@ -142,6 +145,8 @@ class TieredCache:
                 cache owns it if it is stored. None if there are no such tokens.
             agent, fixed_tokens: the first `fixed_tokens` (rounded down to pages) are the fixed prompt of `agent`; 0:
                 nobody's.
+            reserved: of the bytes that the caller has reserved, those that `payload` takes. If it is stored they are
+                unreserved, except the bytes of what was cached already: that part of `payload` stays the caller's.
 
         Returns:
             READY: it is stored. Otherwise it is not, and the handle is unchanged; after PENDING there will be room when
@@ -149,7 +154,8 @@ class TieredCache:
 
         Raises:
             ValueError: the payload is not of that length, of a type that a pool cannot hold, or elsewhere than the
-                memory of the device tier; the prompt does not begin with what the handle covers.
+                memory of the device tier; the prompt does not begin with what the handle covers. Nothing is changed
+                then.
         """
         key = encode(token_ids, self.tree.page_size)
         end, new = len(key) // TOKEN_BYTES, len(key) // TOKEN_BYTES - handle.length
@@ -164,7 +170,7 @@ class TieredCache:
             self.poll()
             if not self.tree.spells(key, handle.node):
                 raise ValueError("the prompt does not begin with what the handle covers")
-            status = AllocStatus.READY if payload is None else self._store(handle, key, payload)
+            status = AllocStatus.READY if payload is None else self._store(handle, key, payload, reserved)
             if status is AllocStatus.READY and agent is not None and fixed_tokens and not handle.node.root.retired:
                 fixed = key[: self.whole_pages(fixed_tokens) * TOKEN_BYTES]
                 self._set_agent_prompt(agent, self.storage.get_or_create(fixed, handle.node.root))
@@ -181,20 +187,41 @@ class TieredCache:
                 f"got a payload on {payload.device}; accepted: on {pool.device}, as the device tier's pool"
             )
 
-    def _store(self, handle: CacheHandle, key: bytes, payload: KVPayload) -> AllocStatus:
-        needed = self.pools[Tier.DEVICE].charge(payload)
-        status = self.evictor.make_room(Tier.DEVICE, needed, urgent=True)
-        if status is not AllocStatus.READY:
-            return status
-        node = self.storage.get_or_create(key, handle.node)
-        self.storage.acquire(node, above=handle.node)
-        self.storage.store(node, {Tier.DEVICE: payload}, node.end - handle.length)
-        if node.chain() is None:  # parts of the prompt were cached, and an indivisible payload cannot fill the gaps
-            self.storage.release(node, above=handle.node)
+    def _store(self, handle: CacheHandle, key: bytes, payload: KVPayload, reserved: int) -> AllocStatus:
+        pool = self.pools[Tier.DEVICE]
+        needed, kept = pool.charge(payload), reserved
+        pool.unreserve(reserved)
+        try:
+            status = self.evictor.make_room(Tier.DEVICE, needed, urgent=True)
+            if status is AllocStatus.READY:
+                used = pool.used
+                status = self._attach(handle, key, payload)
+                if status is AllocStatus.READY:
+                    kept = min(reserved, needed) - max(0, pool.used - used)  # what was cached already
+        finally:
+            pool.reserve(max(0, min(kept, pool.available)))
+        return status
+
+    def _attach(self, handle: CacheHandle, key: bytes, payload: KVPayload) -> AllocStatus:
+        """Makes `payload`, for which there is room, the KV of `key` beyond the handle, and the handle cover it."""
+        begin = handle.node
+        if self.storage.extend(begin, key[begin.end * TOKEN_BYTES :], payload):
+            begin.last_used = self.clock()
+            return AllocStatus.READY
+        node = self.storage.get_or_create(key, begin)
+        self.storage.acquire(node, above=begin)
+        try:
+            self.storage.store(node, {Tier.DEVICE: payload}, node.end - begin.end)
+        finally:
+            if node.chain() is None:  # parts of the prompt were cached, and an indivisible payload cannot fill the gaps
+                self.storage.release(node, above=begin)
+            else:
+                handle.node = node
+        if handle.node is begin:
             return AllocStatus.REFUSED
         node.last_used = self.clock()
-        handle.node = node
-        return status
+        self.storage.merge_path(node)
+        return AllocStatus.READY
 
     def merge_spans(self) -> int:
         """Merges unreferenced nodes that no branch separates any more. Copies data, so it is for idle times.
@@ -274,17 +301,6 @@ class TieredCache:
                 if not job.waiters:
                     self.transfers.backend.cancel(job)
             self.storage.retire()
-            self._drop_retired_roots()
-
-    def _drop_retired_roots(self) -> None:
-        """Removes the retired roots that have no nodes, and none to come from handles."""
-        storage = self.storage
-        if storage.retired:
-            used = {id(handle.node.root) for handle in self.handles.values()}
-            empty = [root for root in storage.retired if not root.children and id(root) not in used]
-            for root in empty:
-                storage.retired.remove(root)
-                self.tree.drop_root(root)
 
     # Device memory ----------------------------------------------------------------------------------------------
 
@@ -293,18 +309,21 @@ class TieredCache:
         """Bytes of the device that are reserved for requests."""
         return self.pools[Tier.DEVICE].reserved
 
-    def reserve(self, nbytes: int, extra: int = 0) -> AllocStatus:
+    def reserve(self, nbytes: int, extra: int = 0, headroom: int = 0) -> AllocStatus:
         """Reserves `nbytes` of the device for a request's KV, evicting if necessary; the caller owns them until
         `unreserve`.
 
         Args:
             extra: bytes that must be available as well, e.g. for what the request will load.
+            headroom: bytes beyond these that could be made available later; nothing is evicted for them yet.
 
         Returns:
             READY: they are reserved. Otherwise nothing is; after PENDING there will be room when transfers have ended.
         """
         with self.lock:
             self.poll()
+            if headroom and nbytes + extra + headroom > self.transfers.reclaimable(Tier.DEVICE):
+                return AllocStatus.REFUSED
             status = self.evictor.make_room(Tier.DEVICE, nbytes + extra, urgent=True)
             if status is AllocStatus.READY:
                 self.pools[Tier.DEVICE].reserve(nbytes)
@@ -403,8 +422,7 @@ class TieredCache:
         with self.lock:
             ended = self.transfers.poll()
             if ended:
-                self._drop_retired_roots()
-                self.write_back_eagerly()
+                    self.write_back_eagerly()
             return ended
 
     def write_back_eagerly(self) -> None:
@@ -613,7 +631,7 @@ class CacheHandle:
             if self._cache.handles.pop(self.id, None) is not None:
                 self.cancel_loads()
                 self._cache.storage.release(self.node)
-                self._cache._drop_retired_roots()
+                self._cache.storage.merge_path(self.node)
                 self._cache.write_back_eagerly()
 
     def _require_live(self) -> None:

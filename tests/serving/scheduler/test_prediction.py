@@ -147,7 +147,7 @@ def test_the_workflow_follows_calls_and_their_ends(make_driver, ring, prompt_of)
     driver.run()
     assert (graph.steps("b"), graph.steps("c")) == (0, 1), "its successor is ready"
     driver.submit("s", [*prompt_of("b"), 1], 2, workflow="ring", agent="b", fixed_tokens=20)
-    driver.scheduler.cancel("s")
+    driver.cancel("s")
     assert graph.steps("c") == math.inf, "a call that was cancelled leads nowhere"
     driver.submit("t", [*prompt_of("c"), 1], 2, workflow="ring", agent="c", fixed_tokens=20)
     graph.remove_workflow("ring")

@@ -137,10 +137,11 @@ def test_cancelled_in_every_state(make_driver):
         driver.submit(name, prompt, 5)
     batch = driver.begin()
     assert [item.request.id for item in batch.prefills] == ["prefill"]
-    driver.scheduler.cancel("prefill")
+    driver.cancel("prefill")
     assert not driver.scheduler.take_finished(), "it is being computed: it ends when the batch is back"
-    for name in ("loading", "waiting", "nobody"):
-        driver.scheduler.cancel(name)
+    for name in ("loading", "waiting"):
+        driver.cancel(name)
+    driver.scheduler.cancel(1000)  # nobody's
     driver.finish(batch)
     assert {e.request.id: e.finish_reason for e in driver.ended[-3:]} == dict.fromkeys(
         ("loading", "waiting", "prefill"), FinishReason.CANCELLED
@@ -152,7 +153,7 @@ def test_cancelled_in_every_state(make_driver):
     driver.step()
     batch = driver.begin()
     assert batch.decodes
-    driver.scheduler.cancel("decode")
+    driver.cancel("decode")
     driver.finish(batch)
     assert driver.answer("decode").num_output_tokens == 1 and pool.reserved == 0
 
@@ -197,13 +198,24 @@ def test_a_failed_item_ends_its_request_and_a_failed_batch_all_of_it(make_driver
     driver.take()
     assert driver.answer("b").finish_reason is FinishReason.FAILED
     assert driver.answer("b").error == "computing it failed: MemoryError: no memory"
-    driver.submit("c", C, 1)
+    driver.scheduler.check()
+
+
+def test_a_payload_that_cannot_be_stored_costs_nobody_an_answer(make_driver, caplog):
+    """A cache may forget: the request goes on, and the next chunk offers more."""
+    driver = make_driver(scheduler_config=SchedulerConfig(max_num_batched_tokens=65, prefill_chunk_size=20))
+    driver.submit("c", C, 2)
     batch = driver.begin()
+    assert batch.prefills[0].store == (0, 20)
     batch.prefills[0].payload = PhantomPayload(3, 3)
     driver.scheduler.complete(batch)
-    driver.take()
-    assert "got a payload of 3 tokens; accepted: one of the 40 tokens in [0, 40)" in driver.answer("c").error
-    driver.scheduler.check()
+    assert "'c' is not stored: ValueError('got a payload of 3 tokens; accepted: one of the 20 tokens" in caplog.text
+    batch = driver.begin()
+    assert batch.prefills[0].store == (0, 40) and driver.cached(C) == 0
+    driver.finish(batch)
+    driver.run()
+    assert driver.answer("c").finish_reason is FinishReason.ANSWERED and driver.cached(C) == 40
+    assert (driver.scheduler.metrics.stores, driver.scheduler.metrics.stores_failed) == (1, 1)
 
 
 def test_closing_ends_everything(make_driver):
@@ -267,8 +279,6 @@ def test_what_can_never_be_is_refused_at_once(make_driver):
     with pytest.raises(ValueError, match="accepted: one row of integers"):
         driver.submit("r", [[1], [2]])
     driver.submit("r", A)
-    with pytest.raises(ValueError, match="the id 'r' is in use by a request that has not ended"):
-        driver.submit("r", A)
     driver.submit("s", B)
     with pytest.raises(ValueError, match="the queue is full: at most 2 requests"):
         driver.submit("t", C)

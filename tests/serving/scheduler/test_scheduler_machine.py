@@ -129,10 +129,10 @@ def test_many_random_steps():
     """Every counter must have moved: what never happens is not tested."""
     counts = run_soak.worlds(STEPS, seed=1)
     still = [name for name, value in counts.items() if not value]
-    assert set(still) <= {"stores_refused", "tiers: refused", "prefetch: over_budget"}, still
+    assert set(still) <= {"stores_refused", "tiers: refused", "prefetch: over_budget", "length"}, still
     assert (
         counts["submitted"]
-        == sum(counts[name] for name in ("answered", "failed", "timed out", "cancelled")) + (counts["refused"])
+        == sum(counts[name] for name in ("answered", "length", "failed", "timed out", "cancelled")) + (counts["refused"])
     )
 
 
