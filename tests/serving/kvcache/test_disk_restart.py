@@ -16,6 +16,7 @@ from filelock import FileLock
 from tenure.serving import (
     LRU,
     AllocStatus,
+    DiskConfig,
     DiskPool,
     LoadState,
     MemoryPool,
@@ -26,7 +27,6 @@ from tenure.serving import (
     VirtualTransfer,
     WriteBack,
 )
-from tenure.serving.kvcache.disk_store import DiskConfig
 
 POLICY = TierPolicy(LRU(), WriteBack.ALL)
 A, B, C = [1, 1, 2, 2], [1, 1, 3, 3], [4, 4, 4, 4]

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenure.serving import DiskPool, TensorPayload
+from tenure.serving import DiskConfig, DiskPool, TensorPayload
 from tenure.serving.kvcache.base import LostPayloadError, PromptKey
-from tenure.serving.kvcache.disk_store import DiskConfig
 from tenure.serving.kvcache.prompt_file import read_index
 
 KEY = bytes(range(200)) * 4  # 200 tokens

@@ -22,6 +22,7 @@ from tenure.serving import (
     LRU,
     AllocStatus,
     CacheHandle,
+    DiskConfig,
     DiskPool,
     EagerWriteBackConfig,
     ExpectedTime,
@@ -36,7 +37,6 @@ from tenure.serving import (
     VirtualClock,
     WriteBack,
 )
-from tenure.serving.kvcache.disk_store import DiskConfig
 from tenure.serving.kvcache.memory_pool import Pool
 from tenure.serving.kvcache.transfer_threads import WorkerDiedError
 

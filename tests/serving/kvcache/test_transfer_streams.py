@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ class GpuTensor(torch.Tensor):
     gpu: Gpu
     device = torch.device("cuda:0")  # type: ignore[assignment]
 
-    def record_stream(self, s) -> None:
+    def record_stream(self, s: Any) -> None:
         self.gpu.users.add((self.untyped_storage().data_ptr(), s))
 
     @classmethod
