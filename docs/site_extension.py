@@ -37,6 +37,7 @@ CONFIGURATIONS = (
     ("tenure.retention", "RetentionConfig"),
     ("tenure.eval.sweep", "SweepConfig"),
     ("tenure.serving", "SchedulerConfig"),
+    ("tenure.serving", "SamplingParams"),
     ("tenure.serving", "PrefetchConfig"),
     ("tenure.serving", "GraphConfig"),
     ("tenure.serving", "SuffixReuseConfig"),

@@ -24,6 +24,7 @@ from .cache_layer import RaggedLayer
 from .cache_report import Report
 from .forward_state import RollbackConfig, SequenceState, new_tokens
 from .model_adapters import ROTARY_TYPES, Rotary, has_output_weight, rotates_queries
+from .packed import PackedCache
 from .plan import BudgetLayout, EvictionPlan
 from .policies.policy import Policy
 from .recorders import InputRecorder, Observers
@@ -60,7 +61,7 @@ class Session(Interceptor):
         self.policies = policies = (plan.policy, *observe)
         self._needs = frozenset().union(*(policy.needs for policy in policies))
         self.window_size = max(policy.window_size for policy in policies)
-        self._running: RaggedCache | None = None
+        self._running: RaggedCache | PackedCache | None = None
         self._last: RaggedCache | None = None
         self._check(model)
         self._gate_steps = stacked_steps(gates) if gates is not None and "log_beta" in self._needs else None
@@ -254,6 +255,9 @@ class Session(Interceptor):
 
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._running = None
+        if isinstance(kwargs.get("past_key_values"), PackedCache):
+            self._running = kwargs["past_key_values"]
+            return kwargs
         if not self.uses_cache(kwargs):
             return kwargs
         cache = self.cache_for(kwargs.get("past_key_values"))
@@ -306,6 +310,11 @@ class Session(Interceptor):
         if self._running is None:
             return None
         state: dict[str, torch.Tensor] = {}
+        if isinstance(self._running, PackedCache):
+            if self._running.gated is not None and self.gates is not None:
+                hidden_states = hidden_states[:, self._running.gated]
+                state["log_beta"] = self.gates.log_beta(layer.layer_idx, hidden_states)
+            return self._running.open_layer(layer.layer_idx, state)
         if self._inputs is not None:
             self._inputs.append(hidden_states)
         elif self._gate_steps is not None:
@@ -321,7 +330,7 @@ class Session(Interceptor):
         inputs, self._inputs = self._inputs, None
         if cache is None:
             return
-        if completed and inputs:
+        if completed and inputs and isinstance(cache, RaggedCache):
             for layer, values in zip(cache.ragged, self._log_beta_of_all_layers(inputs), strict=True):
                 assert layer.store is not None
                 layer.store.fill("log_beta", values)

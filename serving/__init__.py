@@ -22,6 +22,7 @@ from .hints import Hint, HintConfig, HintReader, hint_formats, request_fields
 from .kvcache.base import KVPayload, PhantomPayload, Status, TensorPayload, Tier, Urgency
 from .kvcache.belady import Belady
 from .kvcache.disk_pool import DiskPool
+from .kvcache.disk_store import DiskConfig
 from .kvcache.estimates import Estimates
 from .kvcache.eviction_policy import (
     LFU,
@@ -48,6 +49,7 @@ from .metrics import SchedulerMetrics
 from .prediction import NextCallPredictor, PredictionConfig, PredictionMode
 from .prefetch import PrefetchConfig, Prefetcher, PrefetchMetrics
 from .request import FinishReason, Request, RequestOutput, RequestTimes, StorePolicy
+from .sampling.params import FinishedBy, SamplingParams, TokenMask
 from .scheduler.request_state import ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .scheduler.scheduler import Scheduler
 from .scheduler.scheduler_config import SchedulerConfig
@@ -73,19 +75,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LFU", "LRU", "AgentSpec", "AllocStatus", "AnswerEvent", "AnswerStream", "ArenaConfig", "BadRequest", "Belady",
-    "CacheHandle", "Compression", "Detokenizer", "DiskPool", "Draining", "EagerWriteBackConfig", "EdgeSpec", "Engine",
-    "EngineClient", "EngineClientConfig", "EngineDead", "EngineHealth", "EngineLoop", "Estimates", "EvictionPolicy",
-    "ExpectedTime", "FinishReason", "Gone", "GraphConfig", "Hint", "HintConfig", "HintReader", "KVPayload",
-    "LearnedTransitions", "LinearCosts", "LinkSpeed", "LoadState", "MarkovConfig", "Match", "MemoryPool",
-    "NextCallPredictor", "PhantomPayload", "PhantomPool", "PredictionConfig", "PredictionMode", "PrefetchConfig",
-    "PrefetchMetrics", "Prefetcher", "PromptKV", "QueueFull", "Request", "RequestEnded", "RequestFailed",
-    "RequestOutput", "RequestTimes", "ScheduledBatch", "ScheduledDecode", "ScheduledPrefill", "Scheduler",
-    "SchedulerConfig", "SchedulerMetrics", "ServingError", "Status", "StepGraph", "StepsToExecution", "StorePolicy",
-    "SuffixReuse", "SuffixReuseConfig", "System", "TensorPayload", "ThreadedTransfer", "Tier", "TierMetrics",
-    "TierPolicy", "TieredCache", "TokenEvent", "TooLarge", "Urgency", "VirtualClock", "VirtualTransfer", "Workflow",
-    "WorkflowSpec", "WriteBack", "build_system", "draw_svg", "get_tier_policy", "hint_formats", "request_fields",
-    "system_names", "tier_policy_names", "workflow_from_dict", "workflow_from_json", "workflow_from_langgraph",
-    "workflow_from_networkx", "workflow_from_yaml",
+    "CacheHandle", "Compression", "Detokenizer", "DiskConfig", "DiskPool", "Draining", "EagerWriteBackConfig",
+    "EdgeSpec", "Engine", "EngineClient", "EngineClientConfig", "EngineDead", "EngineHealth", "EngineLoop", "Estimates",
+    "EvictionPolicy", "ExpectedTime", "FinishReason", "FinishedBy", "Gone", "GraphConfig", "Hint", "HintConfig",
+    "HintReader", "KVPayload", "LearnedTransitions", "LinearCosts", "LinkSpeed", "LoadState", "MarkovConfig", "Match",
+    "MemoryPool", "NextCallPredictor", "PhantomPayload", "PhantomPool", "PredictionConfig", "PredictionMode",
+    "PrefetchConfig", "PrefetchMetrics", "Prefetcher", "PromptKV", "QueueFull", "Request", "RequestEnded",
+    "RequestFailed", "RequestOutput", "RequestTimes", "SamplingParams", "ScheduledBatch", "ScheduledDecode",
+    "ScheduledPrefill", "Scheduler", "SchedulerConfig", "SchedulerMetrics", "ServingError", "Status", "StepGraph",
+    "StepsToExecution", "StorePolicy", "SuffixReuse", "SuffixReuseConfig", "System", "TensorPayload",
+    "ThreadedTransfer", "Tier", "TierMetrics", "TierPolicy", "TieredCache", "TokenEvent", "TokenMask", "TooLarge",
+    "Urgency", "VirtualClock", "VirtualTransfer", "Workflow", "WorkflowSpec", "WriteBack", "build_system", "draw_svg",
+    "get_tier_policy", "hint_formats", "request_fields", "system_names", "tier_policy_names", "workflow_from_dict",
+    "workflow_from_json", "workflow_from_langgraph", "workflow_from_networkx", "workflow_from_yaml",
 ]  # fmt: skip
 
 # These need torch and transformers; a simulation or a scheduler of another engine does not.

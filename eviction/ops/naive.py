@@ -189,13 +189,14 @@ def copy_entries(
 def ragged_decode(
     query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, table: torch.Tensor,
     lengths: torch.Tensor, hidden: torch.Tensor | None, scaling: float,
-) -> torch.Tensor:  # fmt: skip
-    """Same contract as `ops.paged_attention.ragged_decode`, in fp32 (fp64 for fp64 inputs)."""
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Same contract as `ops.paged_attention.ragged_decode_part`, in fp32 (fp64 for fp64 inputs)."""
     batch, num_heads, q_len, _ = query.shape
     heads, size = len(lengths) // batch, key_pages.shape[1]
     group = num_heads // heads
     wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(batch, q_len, num_heads, value_pages.shape[2])
+    log_total = query.new_zeros(batch, q_len, num_heads, dtype=torch.float32)
     if hidden is None:
         hidden = torch.arange(q_len - 1, -1, -1, device=query.device).expand(batch, -1)
     for segment, length in enumerate(lengths.tolist()):
@@ -209,7 +210,8 @@ def ragged_decode(
         logits = (query[row, own].to(wide) @ key.T * scaling).masked_fill(~seen, -torch.inf)
         weights = logits.softmax(-1).masked_fill(~seen.any(1, keepdim=True), 0.0)
         out[row, :, own] = (weights @ value).transpose(0, 1).to(query.dtype)
-    return out
+        log_total[row, :, own] = logits.logsumexp(-1).T.float()
+    return out, log_total
 
 
 def window_risk(

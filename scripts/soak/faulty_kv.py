@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...serving import TensorPayload, Tier, VirtualTransfer
-from ...serving.kvcache.disk_pool import FilePayload
+from ...serving.kvcache.prompt_file import FilePayload
 from ...serving.kvcache.radix_tree import Node
 from ...serving.kvcache.transfer_queue import TransferJob
 

@@ -30,7 +30,7 @@ from ...serving import (
     WorkflowSpec,
     build_system,
 )
-from ...serving.kvcache.base import KVPayload
+from ...serving.kvcache.base import KVPayload, PromptKey
 from ...serving.kvcache.memory_pool import PayloadBuilder, Pool
 from .faulty_kv import TOKEN_BYTES, assert_holds, kv_of
 from .world import HINTS
@@ -47,8 +47,8 @@ class FlakyPool(MemoryPool):
         super().__init__(capacity)
         self.random = Random(seed)
 
-    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
-        builder, luck = super().new_builder(payload), self.random.random()
+    def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
+        builder, luck = super().new_builder(payload, prompt), self.random.random()
         if luck < 0.011:
             error: BaseException = RuntimeError("a bit flipped") if luck < 0.01 else SystemExit()
 

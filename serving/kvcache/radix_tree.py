@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .agent_index import Agent, AgentGroup, AgentIndex
-from .base import TIERS, KVPayload, Link, Status, Tier
+from .base import TIERS, KVPayload, Link, PromptKey, Status, Tier
 
 TOKEN = np.dtype("<i4")
 TOKEN_BYTES = TOKEN.itemsize
@@ -207,8 +207,8 @@ class Node:
         """Whether, after a split, the upper part would get its share of the data."""
         if self.in_transfer or self.covers != self.length:
             return False
-        memory = [copy for tier, copy in enumerate(self.copies) if copy is not None and tier != Tier.DISK]
-        return bool(memory) and all(copy.divisible for copy in memory)
+        copies = [copy for copy in self.copies if copy is not None]
+        return bool(copies) and all(copy.divisible for copy in copies)
 
     def evictable(self, tier: Tier) -> bool:
         """Whether it is unreferenced and has a copy in `tier`, and no descendant has one there."""
@@ -222,10 +222,11 @@ class Node:
             node = node.parent
 
     @property
-    def root(self) -> Node:
+    def root(self) -> RootNode:
         node = self
         while node.parent is not None:
             node = node.parent
+        assert isinstance(node, RootNode), "paths begin at a root"
         return node
 
     def chain(self) -> list[Node] | None:
@@ -250,6 +251,21 @@ class Node:
         return self._chain_hash
 
 
+class RootNode(Node):
+    """The node above the prompts of a namespace: no span and no data. It counts the references in its tree.
+
+    Attributes:
+        namespace: that its prompts are found under.
+        retired: nobody finds its prompts any more (`PrefixTree.retire_roots`).
+    """
+
+    __slots__ = ("namespace", "retired")
+
+    def __init__(self, namespace: Hashable, group: AgentGroup) -> None:
+        super().__init__(None, b"", 0, 0, group)
+        self.namespace, self.retired = namespace, False
+
+
 @dataclass(frozen=True)
 class Match:
     """The longest cached prefix of a prompt.
@@ -268,7 +284,8 @@ class Match:
 class PrefixTree:
     """Roots by namespace; below a root, every path spells a prompt.
 
-    A namespace separates KV that must not be shared although the tokens agree: adapters, compression settings.
+    A namespace separates KV that must not be shared although the tokens agree: adapters, compression settings. It is
+    hashable; after a restart, prompts are found again whose namespace is None, a str, a number, or a tuple of these.
     Splitting keeps the given node as the lower part, so a reference to a node keeps meaning the prompt that ends there.
 
     Not locked: `TieredCache` calls it under its lock.
@@ -289,26 +306,27 @@ class PrefixTree:
             raise ValueError(f"got page_size={page_size}; accepted: 1 or more tokens")
         self.page_size, self.page_bytes = page_size, page_size * TOKEN_BYTES
         self.agent_index = agent_index
-        self.roots: dict[Hashable, Node] = {}
-        self._namespaces: dict[Node, Hashable] = {}  # by root
+        self.roots: dict[Hashable, RootNode] = {}
         self.prompt_ends: dict[Agent, Node] = {}
         self.moved_agents: deque[Agent] = deque(maxlen=max_moved)
         self.size = 0
 
-    def root(self, namespace: Hashable = None) -> Node:
+    def root(self, namespace: Hashable = None) -> RootNode:
         """The root of `namespace`, created if there is none; the caller references it or adds a child."""
         if namespace not in self.roots:
-            root = self.roots[namespace] = self._new_node(None, b"", 0)
-            self._namespaces[root] = namespace
+            self.agent_index.unowned.num_nodes += 1
+            self.roots[namespace] = RootNode(namespace, self.agent_index.unowned)
         return self.roots[namespace]
 
     def remove_root_if_empty(self, root: Node) -> None:
         """Removes a root without children and references; clients may use a namespace for a single request."""
-        if not (root.children or root.ref_count) and root in self._namespaces:
-            del self.roots[self._namespaces.pop(root)]
+        if root.children or root.ref_count or not isinstance(root, RootNode):
+            return
+        if self.roots.get(root.namespace) is root:
+            del self.roots[root.namespace]
             self.agent_index.unowned.num_nodes -= 1
 
-    def _new_node(self, parent: Node | None, span: bytes, start: int) -> Node:
+    def _new_node(self, parent: Node, span: bytes, start: int) -> Node:
         unowned = self.agent_index.unowned
         unowned.num_nodes += 1
         return Node(parent, span, start, start + len(span) // TOKEN_BYTES, unowned)
@@ -358,17 +376,27 @@ class PrefixTree:
         """Whether `key` begins with the prompt that ends at `node`."""
         return all(key.startswith(each.span, each.start * TOKEN_BYTES) for each in node.path())
 
+    def prompt_of(self, node: Node) -> PromptKey:
+        """The prompt that ends at `node`."""
+        spans = [each.span for each in node.path()]
+        agents = tuple(agent for agent in node.group.agents if self.prompt_ends.get(agent) is node)
+        return PromptKey(node.root.namespace, b"".join(reversed(spans)), agents)
+
     def next_child(self, node: Node, key: bytes) -> Node:
         at = node.end * TOKEN_BYTES
         return node.children[key[at : at + self.page_bytes]]
 
     def __iter__(self) -> Iterator[Node]:
         """All nodes without the roots, parents before children."""
-        pending = list(self.roots.values())
+        return self.below(*self.roots.values())
+
+    @staticmethod
+    def below(*nodes: Node) -> Iterator[Node]:
+        """The descendants of `nodes`, parents before children."""
+        pending = [child for node in nodes for child in node.children.values()]
         while pending:
             node = pending.pop()
-            if node.parent is not None:
-                yield node
+            yield node
             pending += node.children.values()
 
     # Structure --------------------------------------------------------------------------------------------------
@@ -449,6 +477,21 @@ class PrefixTree:
         self.size -= 1
         return lower
 
+    def retire_roots(self) -> list[RootNode]:
+        """No prompt stored so far is found any more, nor is it any agent's; nodes and copies stay.
+
+        Returns:
+            The roots of these prompts, which stay in `roots` as long as others, each under itself.
+        """
+        for agent in list(self.prompt_ends):
+            self.set_agent_prompt(agent, None)
+        roots = [root for root in self.roots.values() if not root.retired]
+        for root in roots:
+            del self.roots[root.namespace]
+            root.namespace, root.retired = root, True
+            self.roots[root] = root
+        return roots
+
     # Agents -----------------------------------------------------------------------------------------------------
 
     def set_agent_prompt(self, agent: Agent, node: Node | None) -> list[Node]:
@@ -479,7 +522,7 @@ class PrefixTree:
         """Raises AssertionError unless spans, children, agents and counts agree."""
         nodes = list(self)
         assert self.size == len(nodes), "nodes are counted"
-        assert {name: root for root, name in self._namespaces.items()} == self.roots, "roots are found both ways"
+        assert all(root.namespace == name for name, root in self.roots.items()), "roots are found both ways"
         for node in nodes:
             assert node.parent is not None
             assert node.parent.children[node.span[: self.page_bytes]] is node, "a child is found by its first page"

@@ -9,7 +9,7 @@ from .base import TIERS, KVPayload, Tier
 from .eviction_policy import EvictionPolicy
 from .eviction_queue import EvictionQueue
 from .memory_pool import Pool
-from .radix_tree import TOKEN_BYTES, Node, PrefixTree
+from .radix_tree import TOKEN_BYTES, Node, PrefixTree, RootNode
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,8 @@ class TierStorage:
     `free`, `evict` and `clear` free them. It keeps spans and copies together when nodes are split and merged, and
     removes nodes that nothing needs. It does not decide what is evicted: that is the `Evictor`'s.
 
-    Splitting and joining copy the data within a tier; meanwhile, a node's bytes exist twice.
+    Splitting and joining copy the data within a tier, where a node's bytes exist twice meanwhile; parts of a file on
+    disk stay in that file.
 
     Called under the cache's lock.
     """
@@ -30,7 +31,13 @@ class TierStorage:
         self, tree: PrefixTree, pools: Mapping[Tier, Pool], policy: EvictionPolicy, now: Callable[[], float]
     ) -> None:
         self.tree, self.pools = tree, dict(pools)
+        self.retired: list[RootNode] = []  # with nodes below, or with handles that may add some
         self.queues = {tier: EvictionQueue(tier, policy, tree.agent_index, now) for tier in self.pools}
+
+    def needed_bytes(self, node: Node, tier: Tier, payload: KVPayload) -> int:
+        """Bytes that a new copy of the node's `payload` takes in `tier`."""
+        pool = self.pools[tier]
+        return pool.charge(payload) + pool.prompt_bytes(node.end)
 
     # References -------------------------------------------------------------------------------------------------
 
@@ -63,6 +70,8 @@ class TierStorage:
                     pool.evictable += each.allocated[tier]
                 self.refresh(each)
         self.prune(node)
+        if self.retired:
+            self.free_retired()
 
     def refresh(self, node: Node) -> None:
         """Ranks `node` anew: it was used, or its agents have changed."""
@@ -116,7 +125,7 @@ class TierStorage:
     def store(self, node: Node, copies: Mapping[Tier, KVPayload], covers: int) -> None:
         """Stores copies of the `covers` tokens that end with `node`, and the ancestors' parts of them with these.
 
-        A part that a node has already, or that a pool has no room for, is not stored.
+        A part that a node has already, or that a pool has no room for, is discarded.
         """
         alike = not node.has_data or node.covers == covers
         if not node.in_transfer and alike:
@@ -125,13 +134,19 @@ class TierStorage:
                     node.covers = covers
                 if node.copies[tier] is None:
                     self._allocate(node, tier, payload)
+                else:
+                    self.pools[tier].discard(payload)
             self.split_if_possible(node)
             return
-        if covers > node.length and all(payload.divisible for payload in copies.values()):
+        heads = {}
+        for tier, payload in copies.items():
+            rest = payload
+            if covers > node.length and all(each.divisible for each in copies.values()):
+                heads[tier], rest = payload.split(covers - node.length)
+            self.pools[tier].discard(rest)
+        if heads:
             assert node.parent is not None
-            cut = covers - node.length
-            halves = {tier: _split(payload, cut) for tier, payload in copies.items()}
-            self.store(node.parent, {tier: both[0] for tier, both in halves.items() if both is not None}, cut)
+            self.store(node.parent, heads, covers - node.length)
 
     def _allocate(self, node: Node, tier: Tier, payload: KVPayload) -> None:
         pool = self.pools[tier]
@@ -139,7 +154,9 @@ class TierStorage:
         if pool.can_allocate(nbytes):
             pool.allocate(nbytes)
             self.attach(node, tier, payload, nbytes)
-        elif not node.has_data:
+            return
+        pool.discard(payload)
+        if not node.has_data:
             node.covers = node.length
 
     def extend(self, node: Node, span: bytes, payload: KVPayload) -> bool:
@@ -158,6 +175,8 @@ class TierStorage:
             return False
         nbytes = pool.charge(whole)
         pool.allocate(nbytes - node.allocated[Tier.DEVICE])
+        pool.discard(copy)
+        pool.discard(payload)
         node.copies[Tier.DEVICE], node.allocated[Tier.DEVICE] = whole, nbytes
         self.tree.extend_leaf(node, span)
         return True
@@ -187,24 +206,21 @@ class TierStorage:
     def split_if_possible(self, node: Node) -> None:
         """Splits copies that cover ancestors' spans as well and hands the parts to these, if all can be split.
 
-        Payloads in transfer are left alone. Files are not split: a file is discarded if memory has the data too.
+        Payloads in transfer are left alone.
         """
-        memory = [tier for tier in self.pools if tier != Tier.DISK and node.copies[tier] is not None]
-        whole = [copy for copy in (node.copies[tier] for tier in memory) if copy is not None]
-        if node.covers == node.length or node.in_transfer or not whole:
+        copies = {tier: copy for tier in self.pools if (copy := node.copies[tier]) is not None}
+        if node.covers == node.length or node.in_transfer or not copies:
             return
-        if not all(copy.divisible for copy in whole):
+        if not all(copy.divisible for copy in copies.values()):
             return
         cut = node.covers - node.length
         parts = {}
-        for tier, copy in zip(memory, whole, strict=True):
+        for tier, copy in copies.items():
             pool, halves = self.pools[tier], _split(copy, cut)
             if halves is None or sum(map(pool.charge, halves)) > node.allocated[tier] + pool.available:
                 return  # rounding makes two halves larger than the whole
             parts[tier] = halves
-        if node.copies[Tier.DISK] is not None:
-            self.free(node, Tier.DISK)
-        for tier in memory:
+        for tier in copies:
             self.detach(node, tier)
         node.covers = node.length
         for tier, (_, tail) in parts.items():
@@ -216,8 +232,8 @@ class TierStorage:
         """Merges `upper` with its only child if no reference ends at it and both have the same agents and tiers.
 
         Args:
-            copying: also if both have data that has to be copied together, which needs both to be unreferenced; never
-                if any of it is on disk.
+            copying: also if both have data that has to be copied together, which needs both to be unreferenced; on
+                disk, only parts of one file are joined.
         """
         if upper.parent is None or len(upper.children) != 1:
             return False
@@ -259,8 +275,8 @@ class TierStorage:
         """The copies of both nodes in one, for each tier; None if they cannot be joined, or only by copying."""
         if lower.in_transfer:
             return None
-        tiers = [tier for tier in TIERS if upper.copies[tier] is not None]
-        if Tier.DISK in tiers or tiers != [tier for tier in TIERS if lower.copies[tier] is not None]:
+        tiers = [tier for tier in reversed(TIERS) if upper.copies[tier] is not None]
+        if tiers != [tier for tier in reversed(TIERS) if lower.copies[tier] is not None]:
             return None
         if (upper.covers, lower.covers) != (upper.length, lower.length):
             return None
@@ -315,12 +331,35 @@ class TierStorage:
         elif removed and not node.has_data and len(node.children) == 1:
             self.merge(node)
 
+    def retire(self) -> None:
+        """All prompts stored so far are never found again; what nothing references is discarded, the rest later."""
+        self.retired += self.tree.retire_roots()
+        self.free_retired()
+
+    def free_retired(self) -> None:
+        """Discards the copies of retired prompts that nothing references any more."""
+        for root in self.retired:
+            for node in reversed(list(self.tree.below(root))):
+                if not node.ref_count:
+                    for tier in self.pools:
+                        if node.copies[tier] is not None:
+                            self.free(node, tier)
+                    if not node.children:
+                        self.tree.remove_leaf(node)
+            self.tree.remove_root_if_empty(root)
+        self.retired = [root for root in self.retired if self.tree.roots.get(root) is root]
+
     def clear(self) -> None:
-        """Discards all copies and removes the unreferenced nodes, whose links to each other form reference cycles."""
+        """Drops all copies, and the unreferenced nodes, whose links to each other form reference cycles.
+
+        Copies in persistent pools stay where they are.
+        """
         for node in reversed(list(self.tree)):
-            for tier in self.pools:
+            for tier, pool in self.pools.items():
                 if node.copies[tier] is not None:
-                    self.free(node, tier)
+                    payload = self.detach(node, tier)
+                    if not pool.persistent:
+                        pool.discard(payload)
             node.covers = node.length
             if not (node.children or node.ref_count):
                 self.tree.remove_leaf(node)

@@ -11,10 +11,12 @@ from itertools import count
 from typing import Any
 
 from .agent_index import Agent, AgentIndex
-from .base import KVPayload, Tier, Urgency
+from .base import KVPayload, PromptKey, Tier, Urgency
+from .disk_pool import DiskPool
 from .eviction_policy import AllocStatus, TierPolicy
 from .evictor import EagerWriteBack, Evictor
-from .memory_pool import Pool
+from .memory_pool import MemoryPool, Pool
+from .prompt_file import FilePayload
 from .radix_tree import TOKEN_BYTES, Match, Node, PrefixTree, encode
 from .tier_storage import TierStorage
 from .transfer import TierMetrics, TransferManager
@@ -55,6 +57,7 @@ class TieredCache:
         self._eager = None if policy.eager is None else EagerWriteBack(self.storage, self.transfers, policy.eager)
         self.handles: dict[int, CacheHandle] = {}
         self._ids = count(1)
+        self.restore_disk()
 
     @property
     def pools(self) -> dict[Tier, Pool]:
@@ -151,8 +154,9 @@ class TieredCache:
             transfers have ended.
 
         Raises:
-            ValueError: the payload is not of that length, or of a type that a pool cannot hold; the prompt does not
-                begin with what the handle covers. Nothing is changed then.
+            ValueError: the payload is not of that length, of a type that a pool cannot hold, or elsewhere than the
+                memory of the device tier; the prompt does not begin with what the handle covers. Nothing is changed
+                then.
         """
         key = encode(token_ids, self.tree.page_size)
         end, new = len(key) // TOKEN_BYTES, len(key) // TOKEN_BYTES - handle.length
@@ -162,12 +166,13 @@ class TieredCache:
         if payload is not None:
             for pool in self.pools.values():
                 pool.validate(payload)
+            self._check_device(payload)
         with self.lock:
             self.poll()
             if not self.tree.spells(key, handle.node):
                 raise ValueError("the prompt does not begin with what the handle covers")
             status = AllocStatus.READY if payload is None else self._store(handle, key, payload, reserved)
-            if status is AllocStatus.READY and agent is not None and fixed_tokens:
+            if status is AllocStatus.READY and agent is not None and fixed_tokens and not handle.node.root.retired:
                 fixed = key[: self.whole_pages(fixed_tokens) * TOKEN_BYTES]
                 self._set_agent_prompt(agent, self.storage.get_or_create(fixed, handle.node.root))
             self.statistics.inserted += payload is not None and status is AllocStatus.READY
@@ -175,6 +180,13 @@ class TieredCache:
             if self._eager is not None and status is AllocStatus.READY:
                 self._eager.on_store(handle.node)
             return status
+
+    def _check_device(self, payload: KVPayload) -> None:
+        pool = self.pools[Tier.DEVICE]
+        if isinstance(pool, MemoryPool) and payload.device is not None and not pool.holds(payload.device):
+            raise ValueError(
+                f"got a payload on {payload.device}; accepted: on {pool.device}, as the device tier's pool"
+            )
 
     def _store(self, handle: CacheHandle, key: bytes, payload: KVPayload, reserved: int) -> AllocStatus:
         pool = self.pools[Tier.DEVICE]
@@ -222,6 +234,74 @@ class TieredCache:
             self.poll()
             # The tree iterates over parents first; from the last node up, a chain of any length becomes one node.
             return sum(self.storage.merge(node) for node in reversed(list(self.tree)))
+
+    def restore_disk(self) -> int:
+        """Adds the prompts that an earlier process has left on disk to the tree; called when the cache is created.
+
+        To be called again after a `DiskPool` was bound to a fingerprint. Those used last are kept, as far as the pool
+        has room; the others are removed. A prompt whose beginning is not on disk is kept as well: it is found again
+        when the beginning has been computed.
+
+        Returns:
+            The number of tokens on disk.
+        """
+        pool = self.pools.get(Tier.DISK)
+        if not isinstance(pool, DiskPool):
+            return 0
+        with self.lock:
+            now, tokens = self.clock(), 0
+            for prompt, payload, last_use in pool.restored():
+                age = max(0.0, time.time() - last_use)
+                tokens += self._restore(pool, prompt, payload, now - age)
+            return tokens
+
+    def _restore(self, pool: DiskPool, prompt: PromptKey, payload: FilePayload, last_used: float) -> int:
+        end = len(prompt.key) // TOKEN_BYTES
+        start = end - payload.file.layout.tokens
+        tokens = self.whole_pages(start + payload.tokens) - start  # the end may be lost, or pages have another size
+        if start % self.page_size or tokens <= 0 or (tokens < payload.tokens and not payload.divisible):
+            pool.discard(payload)
+            return 0
+        if tokens < payload.tokens:
+            payload, rest = payload.split(tokens)
+            pool.discard(rest)
+        root = self.tree.root(prompt.namespace)
+        self.storage.get_or_create(prompt.key[: start * TOKEN_BYTES], root)
+        node = self.storage.get_or_create(prompt.key[: (start + tokens) * TOKEN_BYTES], root)
+        self.storage.store(node, {Tier.DISK: payload}, tokens)
+        for each in node.path():
+            each.last_used = max(each.last_used or last_used, last_used)
+            self.storage.refresh(each)
+        for agent in prompt.agents if start + tokens == end and node.has_data else ():
+            if agent not in self.tree.prompt_ends:
+                self._set_agent_prompt(agent, node)
+        self.storage.prune(node)
+        return tokens if node.has_data else 0
+
+    def flush(self, fingerprint: str | None = None) -> None:
+        """Nothing stored so far is ever found again, in no tier: what makes the KV has changed.
+
+        Handles keep what they cover, and requests in progress can use it and store what follows, which is not found
+        either; it is discarded as soon as nothing references it. Loads that handles wait for continue, other transfers
+        are cancelled. Handles opened from now on cover only what is stored through them or other new ones.
+
+        Args:
+            fingerprint: of what makes the KV from now on, see `DiskPool`; None: what is stored on disk from now on is
+                not found after a restart. If it is the one from before, a process that starts after this one was killed
+                may find what handles still cover.
+
+        Raises:
+            ValueError: an empty fingerprint.
+        """
+        with self.lock:
+            self.poll()
+            disk = self.pools.get(Tier.DISK)
+            if isinstance(disk, DiskPool):
+                disk.bind(fingerprint)
+            for job in list(self.transfers.jobs.values()):
+                if not job.waiters:
+                    self.transfers.backend.cancel(job)
+            self.storage.retire()
 
     # Device memory ----------------------------------------------------------------------------------------------
 
@@ -360,7 +440,7 @@ class TieredCache:
         with self.lock:
             ended = self.transfers.poll()
             if ended:
-                self.write_back_eagerly()
+                    self.write_back_eagerly()
             return ended
 
     def write_back_eagerly(self) -> None:
@@ -392,7 +472,10 @@ class TieredCache:
         return self.transfers.backend.next_time()
 
     def close(self) -> None:
-        """Ends all transfers, discards all copies and closes the pools; handles are useless afterwards."""
+        """Ends all transfers, drops all copies and closes the pools; handles are useless afterwards.
+
+        What is on disk stays there for the next process, if the pool has a fingerprint. May be called from any thread.
+        """
         self.transfers.backend.close()
         with self.lock:
             self.transfers.poll()  # `self.poll` might start more

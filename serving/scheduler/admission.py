@@ -186,7 +186,7 @@ class Admission:
             state.handle = None
         if state.reserved_bytes:
             self.tiers.unreserve(state.reserved_bytes)
-        state.reserved_bytes = state.duplicate_bytes = state.copied_pages = 0
+        state.reserved_bytes = 0
         self.changed = True
 
     def preempt(self, state: RequestState) -> None:
@@ -340,7 +340,6 @@ class Admission:
             self.shared.follow(state, *found_leader)
             self.metrics.waits_for_pages += 1
             return AdmissionResult.FOLLOWS
-        state.copied_pages = int(any(map(_is_indivisible, chain)))
         to_load = tiers.bytes_to_load(missing)
         wanted = self.memory.required(state, self.memory.wanted_end(state))
         room = tiers.reserve(wanted, to_load, self.memory.headroom(admitted))
@@ -349,7 +348,7 @@ class Admission:
             room = tiers.reserve(wanted, to_load)
             if room is AllocStatus.REFUSED and handle.length:
                 handle.truncate(handle.node.root)  # its own cached prefix may occupy the memory it needs
-                missing, state.copied_pages = [], 0
+                missing = []
                 wanted = self.memory.required(state, self.memory.least_end(state))
                 room = tiers.reserve(wanted)
         if room is not AllocStatus.READY:
@@ -453,9 +452,3 @@ class Admission:
         for state in (*self.queue, *self.overdue, *self.shared):
             assert state.status is RequestStatus.WAITING and state.announced, "the predictor knows what waits"
             assert state.handle is None and not state.reserved_bytes, "waiting requests hold nothing"
-
-
-def _is_indivisible(node: Node) -> bool:
-    """Whether a node's KV was compressed as a whole. A plain prompt in a file only cannot be split as long as it is."""
-    payload = next(copy for copy in node.copies if copy is not None)
-    return not payload.divisible and payload.token_dim is None

@@ -143,8 +143,6 @@ class RunningRequests:
         with self.tiers.lock:
             reserved = self.tiers.reserved_bytes
             paid = min(state.reserved_bytes, (end - handle.length) * state.bytes_per_token)
-            copied = int(not payload.divisible) or state.copied_pages
-            paid = max(0, paid - (copied - state.copied_pages) * state.page_bytes)
             try:
                 status = self.tiers.store(handle, state.pages(end), payload, agent, state.num_fixed_tokens, paid)
             except Exception as error:  # a cache may forget
@@ -154,8 +152,9 @@ class RunningRequests:
                 passed = reserved - self.tiers.reserved_bytes
                 state.reserved_bytes -= passed
             if status is AllocStatus.READY:
-                state.copied_pages = copied
-                state.duplicate_bytes += paid - passed
+                # What was cached already: the driver goes on with the stored pages instead of its own copy.
+                self.tiers.unreserve(paid - passed)
+                state.reserved_bytes -= paid - passed
         self.metrics.stores += status is AllocStatus.READY
         self.metrics.stores_refused += status is not AllocStatus.READY and status is not None
         self.metrics.stores_failed += status is None

@@ -26,7 +26,7 @@ class RequestMemory:
         covered = 0 if state.handle is None else state.handle.length
         unit = state.page_size if self.tiers.pools[Tier.DEVICE].whole_pages else 1
         tokens = -(-max(0, end - covered) // unit) * unit
-        return tokens * state.bytes_per_token + state.copied_pages * state.page_bytes + state.duplicate_bytes
+        return tokens * state.bytes_per_token
 
     def least_end(self, state: RequestState) -> int:
         """The token up to which a request must have memory to be admitted: one of the answer, so that it makes progress.
@@ -58,8 +58,7 @@ class RequestMemory:
     def available_steps(self, state: RequestState) -> int:
         """Tokens that a decoding request can compute in the memory that it has reserved."""
         assert state.handle is not None, "a decoding request has a handle"
-        free = state.reserved_bytes - state.duplicate_bytes - state.copied_pages * state.page_bytes
-        return state.handle.length + free // state.bytes_per_token - state.num_computed_tokens
+        return state.handle.length + state.reserved_bytes // state.bytes_per_token - state.num_computed_tokens
 
     def grow(self, state: RequestState) -> AllocStatus:
         """Reserves the page that the request's next token needs, evicting for it; READY if it has it already."""

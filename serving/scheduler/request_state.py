@@ -49,9 +49,6 @@ class RequestState:
         num_prefilled_tokens: tokens computed in prefills for this request.
         reserved_bytes: bytes reserved in the device pool: for the KV computed beyond what `handle` covers, and for what
             is still to be computed.
-        duplicate_bytes: of these, bytes of stored KV that the cache had already: the request goes on with its own copy.
-        copied_pages: pages reserved for copies of part-filled ones: 1 behind a compressed prompt, whose heads end anywhere
-            in a page; plain prompts are stored in whole pages.
         charged_tokens: weighted tokens charged to its client and workflow in the fair queue.
         load_failures: failed loads. force_recompute: nothing is loaded any more; what is not on the device is computed.
         agent: the agent whose call it counts as; None if the request names another client's agent.
@@ -84,8 +81,6 @@ class RequestState:
     num_computed_tokens: int = 0
     num_prefilled_tokens: int = 0
     reserved_bytes: int = 0
-    duplicate_bytes: int = 0
-    copied_pages: int = 0
     charged_tokens: float = 0.0
     load_failures: int = 0
     force_recompute: bool = False
@@ -143,6 +138,10 @@ class RequestState:
     def num_known_tokens(self) -> int:
         """Tokens of the prompt, and of the answer up to the first one that was not reported."""
         return len(self.encoded) // TOKEN_BYTES
+
+    @property
+    def ended(self) -> bool:
+        return self.status is RequestStatus.ENDED
 
     @property
     def page_bytes(self) -> int:

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections import Counter
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -22,6 +22,7 @@ from tenure.serving import (
     LRU,
     AllocStatus,
     CacheHandle,
+    DiskConfig,
     DiskPool,
     EagerWriteBackConfig,
     ExpectedTime,
@@ -42,6 +43,7 @@ from tenure.serving.kvcache.transfer_threads import WorkerDiedError
 STEPS = int(os.environ.get("TENURE_TIER_STEPS", "3000"))
 STEPS_EACH = 60  # at most: many examples are shorter
 PAGE = 2
+SMALL = DiskConfig(block_tokens=4, label_bytes=256)
 ORDERS = ("lru", "lfu", "ste", "expected")
 BELOW = ("host", "host and disk", "disk", "nothing")
 prompts = st.lists(st.integers(0, 1), max_size=10)
@@ -51,6 +53,7 @@ agents = st.sampled_from("abc")
 class TierMachine(RuleBasedStateMachine):
     kv: Any  # set by the test
     steps = 0
+    restarts: ClassVar[Counter[bool]] = Counter()
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,16 +71,21 @@ class TierMachine(RuleBasedStateMachine):
         costs = LinearCosts(100.0, (1000.0, 500.0))
         by_agent = {"ste": StepsToExecution(self.values), "expected": ExpectedTime(self.values, costs)}
         made = {"lru": LRU(), "lfu": LFU(), **by_agent}[order]
+        eager = EagerWriteBackConfig() if eager and write_back is not WriteBack.NOTHING else None
+        self.fingerprint = "kv"
+        self.below, self.policy = below, TierPolicy(made, write_back, eager=eager)
+        self.start()
+
+    def start(self):
+        """A process begins on the folder of the disk."""
         pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(12 * self.kv.token_bytes)}
-        if "host" in below:
+        if "host" in self.below:
             pools[Tier.HOST] = MemoryPool(10 * self.kv.token_bytes)
-        if "disk" in below:
-            pools[Tier.DISK] = DiskPool(4500, self.folder.name)
+        if "disk" in self.below:
+            pools[Tier.DISK] = DiskPool(4500, self.folder.name, self.fingerprint, SMALL)
         self.clock = VirtualClock()
         self.copies = self.kv.FaultyTransfer(self.clock, self.kv.links)
-        eager = EagerWriteBackConfig() if eager and write_back is not WriteBack.NOTHING else None
-        policy = TierPolicy(made, write_back, eager=eager)
-        self.tiers = TieredCache(pools, self.copies, policy, PAGE, self.clock)
+        self.tiers = TieredCache(pools, self.copies, self.policy, PAGE, self.clock)
 
     def pick(self, data) -> tuple[CacheHandle, list[int]]:
         return self.handles[data.draw(st.integers(0, len(self.handles) - 1))]
@@ -202,6 +210,31 @@ class TierMachine(RuleBasedStateMachine):
     def merge_spans(self):
         self.tiers.merge_spans()
 
+    @rule(prompt=prompts, chance=st.integers(0, 3))
+    def flush(self, prompt, chance):
+        """Rarely, or the tiers would stay empty."""
+        if chance == 0:
+            self.fingerprint += "!"
+            self.tiers.flush(self.fingerprint)
+            assert self.tiers.lookup(prompt).length == 0 and not self.tiers.tree.prompt_ends
+
+    @rule(close=st.booleans(), chance=st.integers(0, 3))
+    def restart(self, close, chance):
+        """The next process finds what the disk has: of a pool that was closed, or of a process that was killed."""
+        if chance or "disk" not in self.below:
+            return
+        on_disk = [node for node in self.tiers.tree if node.copies[Tier.DISK] is not None and not node.root.retired]
+        if close:
+            self.tiers.close()
+            self.tiers.check()
+        else:
+            self.tiers.pools[Tier.DISK]._store._lock.release()  # all that the system does
+        self.handles.clear()
+        self.start()
+        restored = sum(node.copies[Tier.DISK] is not None for node in self.tiers.tree)
+        assert on_disk or not restored
+        self.restarts[restored > 0] += 1
+
     @invariant()
     def everything_is_counted(self):
         type(self).steps += 1
@@ -225,7 +258,7 @@ class TierMachine(RuleBasedStateMachine):
 
 
 def test_random_steps_with_faults(kv):
-    machine = type("Machine", (TierMachine,), {"kv": kv, "steps": 0})
+    machine = type("Machine", (TierMachine,), {"kv": kv, "steps": 0, "restarts": Counter()})
     run(
         machine,
         settings=settings(
@@ -238,6 +271,7 @@ def test_random_steps_with_faults(kv):
         ),
     )
     assert machine.steps >= STEPS
+    assert all(machine.restarts[found] > 0 for found in (False, True)), machine.restarts
 
 
 def test_bursts_of_requests_with_faults(kv):
