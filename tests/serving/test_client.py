@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +41,7 @@ from tenure.serving import (
 )
 from tenure.serving.engine import Engine
 from tenure.serving.prompt_cache import PromptKV
+from tenure.serving.sampling.stop import StopChecker
 
 PAGE = 8
 
@@ -58,16 +57,13 @@ class SteppedEngine:
         self.engine, self.system = engine, engine.system
         self.flushed, self.threads = 0, set()
         self.between: Any = lambda: None
-        self._labels = itertools.count(1)
-        self._requests: dict[int, Request] = {}  # by number
         self._reported: dict[int, int] = {}  # tokens by number
         self._events: list[TokenEvent] = []
         self._woken = threading.Event()
 
     def submit(self, request: Request) -> int:
-        self.engine.submit(replace(request, id=f"{request.id} {next(self._labels)}"))
-        number = next(reversed(self.system.scheduler._requests))
-        self._requests[number], self._reported[number] = request, 0
+        number = self.engine.submit(request)
+        self._reported[number] = 0
         return number
 
     def cancel(self, number: int) -> None:
@@ -89,8 +85,7 @@ class SteppedEngine:
         for number, state in self.system.scheduler._requests.items():
             self._report(number, state.output_tokens, None)
         for output in outputs:
-            request = self._requests.pop(output.number)
-            self._report(output.number, output.tokens, replace(output, request=request))
+            self._report(output.number, output.tokens, output)
             del self._reported[output.number]
         if not outputs and not len(self.system.scheduler):
             self._woken.wait(patience_s)
@@ -277,14 +272,13 @@ def test_refusals_of_the_scheduler_have_their_kinds(session):
 
 def test_a_system_that_is_closed_during_a_step_ends_the_requests_and_not_the_thread(session):
     loop_engine = make_engine(session)
-    forward, begun, go_on = loop_engine.engine.session.extend, threading.Event(), threading.Event()
+    begun, go_on = threading.Event(), threading.Event()
 
-    def extend(*args: Any, **kwargs: Any) -> Any:
+    def wait_for_close(*_: Any) -> None:
         begun.set()
         assert go_on.wait(10)
-        return forward(*args, **kwargs)
 
-    loop_engine.engine.session.extend = extend  # type: ignore[method-assign]
+    hook = session.model.get_input_embeddings().register_forward_pre_hook(wait_for_close)
     try:
         with EngineClient(loop_engine) as client:
             _, submitted = hold(loop_engine)
@@ -302,7 +296,7 @@ def test_a_system_that_is_closed_during_a_step_ends_the_requests_and_not_the_thr
             closing.join(10)
             assert client.health().alive and client.health().error is None
     finally:
-        loop_engine.engine.session.extend = forward  # type: ignore[method-assign]
+        hook.remove()
 
 
 @pytest.mark.parametrize("kind", [TooLarge, QueueFull, Draining])
@@ -376,26 +370,18 @@ def test_a_task_that_is_cancelled_leaves_the_stream_to_the_next_reader(loop_engi
     assert asyncio.run(run())
 
 
-class Letters:
-    """A detokenizer of letters that never lets a letter out before the next one has come."""
-
-    def __init__(self) -> None:
-        self.held, self.thread = "", threading.get_ident()
-
-    def push(self, tokens: Sequence[int]) -> str:
-        assert threading.get_ident() == self.thread, "it runs in the reader's thread"
-        text = self.held + "".join(chr(97 + token % 26) for token in tokens)
-        self.held = text[-1]
-        return text[:-1]
-
-    def finish(self) -> str:
-        return self.held
-
-
 def test_text_is_made_by_the_reader(client):
-    events = list(client.submit(Request("r", tokens(1, 10), 9), Letters()))
-    text = "".join(event.text or "" for event in events)
-    assert text == "".join(chr(97 + token % 26) for token in events[-1].output.tokens)  # type: ignore[union-attr]
+    """In its own thread, in whole characters."""
+    threads = set()
+
+    def decode(ids: list[int]) -> str:
+        threads.add(threading.get_ident())
+        return bytes(ids).decode(errors="replace")
+
+    events = list(client.submit(Request("r", tokens(1, 10), 30), StopChecker(decode)))
+    output = events[-1].output
+    assert output is not None and threads == {threading.get_ident()}
+    assert "".join(event.text or "" for event in events) == bytes(output.tokens).decode(errors="replace")
 
 
 def test_logprobs_and_the_engines_text_are_collected_with_the_tokens():
@@ -548,7 +534,7 @@ def test_a_submit_from_an_event_loop_takes_no_time_with_a_hundred_workflows(clie
         held: list[float] = []
 
         async def talk(w: int) -> None:
-            for n in range(4):
+            for n in range(2):
                 begun = time.perf_counter()
                 call = {"workflow": f"w{w}", "agent": f"w{w}a{n}", "fixed_tokens": 64}
                 stream = client.submit(Request("r", tokens(100 * w + n, 64) + tokens(n, 8), 4, **call))
