@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -521,6 +523,14 @@ def test_errors_are_those_that_callers_expect():
         assert issubclass(kind, ServingError) and issubclass(kind, ValueError)
     for kind in (Gone, RequestFailed, EngineDead):
         assert issubclass(kind, ServingError) and issubclass(kind, RuntimeError)
+
+
+def test_the_example_of_the_guide_runs(loop_engine):
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "serve-agents.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "EngineClient(" in block]
+    scope = {"engine": loop_engine, "prompt": tokens(1, 20)}
+    exec(code, scope)  # our own documentation
+    assert scope["tokens"] == scope["output"].tokens and not scope["client"].health().alive  # type: ignore[attr-defined]
 
 
 def test_a_submit_from_an_event_loop_takes_no_time_with_a_hundred_workflows(client):
