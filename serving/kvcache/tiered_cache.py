@@ -206,22 +206,20 @@ class TieredCache:
     def _attach(self, handle: CacheHandle, key: bytes, payload: KVPayload) -> AllocStatus:
         """Makes `payload`, for which there is room, the KV of `key` beyond the handle, and the handle cover it."""
         begin = handle.node
-        if self.storage.extend(begin, key[begin.end * TOKEN_BYTES :], payload):
-            begin.last_used = self.clock()
-            return AllocStatus.READY
-        node = self.storage.get_or_create(key, begin)
-        self.storage.acquire(node, above=begin)
-        try:
-            self.storage.store(node, {Tier.DEVICE: payload}, node.end - begin.end)
-        finally:
-            if node.chain() is None:  # parts of the prompt were cached, and an indivisible payload cannot fill the gaps
-                self.storage.release(node, above=begin)
-            else:
-                handle.node = node
-        if handle.node is begin:
-            return AllocStatus.REFUSED
-        node.last_used = self.clock()
-        self.storage.merge_path(node)
+        if not self.storage.extend(begin, key[begin.end * TOKEN_BYTES :], payload):
+            node = self.storage.get_or_create(key, begin)
+            self.storage.acquire(node, above=begin)
+            try:
+                self.storage.store(node, {Tier.DEVICE: payload}, node.end - begin.end)
+            finally:
+                if node.chain() is None:
+                    self.storage.release(node, above=begin)
+                else:
+                    handle.node = node
+            if handle.node is begin:  # parts were cached, and an indivisible payload cannot fill the gaps
+                return AllocStatus.REFUSED
+        handle.node.last_used = self.clock()
+        self.storage.merge_path(handle.node)
         return AllocStatus.READY
 
     def merge_spans(self) -> int:

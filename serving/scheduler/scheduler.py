@@ -166,6 +166,19 @@ class Scheduler:
             self._changed = True
         self.tiers.interrupt()
 
+    def drop_admitted(self, reason: str) -> None:
+        """Ends every request that has KV, computed or cached, as CANCELLED; not while a batch is in flight.
+
+        Those that wait to be admitted go on. `reason` becomes the error of the others.
+        """
+        with self.tiers.lock:
+            if self._in_flight is not None:
+                raise ValueError(f"the batch {self._in_flight.number} is still in flight: complete it first")
+            loading = self._admission.loading
+            for state in [*self._running, *loading, *loading.ready]:
+                self._end(state, FinishReason.CANCELLED, reason)
+            self._changed = True
+
     def hint(self, hint: Hint) -> None:
         """Takes a client's hint. Hints influence what is cached and prefetched, never an answer."""
         with self.tiers.lock:
