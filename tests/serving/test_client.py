@@ -6,7 +6,7 @@ import asyncio
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from tenure.serving import (
     RequestOutput,
     SchedulerConfig,
     ServingError,
+    System,
     ThreadedTransfer,
     Tier,
     TokenEvent,
@@ -48,61 +49,28 @@ from tenure.serving.sampling.stop import StopChecker
 PAGE = 8
 
 
-class SteppedEngine:
-    """An `Engine` as an `EngineLoop`: its scheduler's states as events.
+class WatchedEngine(Engine):
+    """An engine that can be stopped between two steps.
 
     Attributes:
         between: called before each step; what it raises ends the engine's thread.
+        threads: those that have called `step`.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.system = engine, engine.system
-        self.flushed, self.threads = 0, set()
+    def __init__(self, session: Session, system: System) -> None:
+        super().__init__(session, system)
         self.between: Any = lambda: None
-        self._reported: dict[int, int] = {}  # tokens by number
-        self._events: list[TokenEvent] = []
-        self._woken = threading.Event()
+        self.threads: set[int] = set()
+        self.flushed = 0
 
-    def submit(self, request: Request) -> int:
-        number = self.engine.submit(request)
-        self._reported[number] = 0
-        return number
-
-    def cancel(self, number: int) -> None:
-        self.system.scheduler.cancel(number)
-
-    def hint(self, hint: Hint) -> None:
-        self.system.scheduler.hint(hint)
+    def step(self, patience_s: float = 0.1) -> list[RequestOutput]:
+        self.threads.add(threading.get_ident())
+        self.between()
+        return super().step(patience_s)
 
     def flush(self) -> None:
         self.flushed += 1
-
-    def wake(self) -> None:
-        self._woken.set()
-
-    def step(self, patience_s: float) -> Sequence[RequestOutput]:
-        self.threads.add(threading.get_ident())
-        self.between()
-        outputs = self.engine.step(0.0)
-        for number, state in self.system.scheduler._requests.items():
-            self._report(number, state.output_tokens, None)
-        for output in outputs:
-            self._report(output.number, output.tokens, output)
-            del self._reported[output.number]
-        if not outputs and not len(self.system.scheduler):
-            self._woken.wait(patience_s)
-            self._woken.clear()
-        return outputs
-
-    def _report(self, number: int, tokens: list[int], finished: RequestOutput | None) -> None:
-        new = list(tokens[self._reported[number] :])
-        self._reported[number] += len(new)
-        if new or finished is not None:
-            self._events.append(TokenEvent(number, new, None, finished))
-
-    def take_events(self) -> list[TokenEvent]:
-        events, self._events = self._events, []
-        return events
+        super().flush()
 
 
 @pytest.fixture
@@ -111,18 +79,18 @@ def session(tiny_llama) -> Iterator[Session]:
         yield session
 
 
-def make_engine(session: Session, tokens: int = 4000, **options: Any) -> SteppedEngine:
+def make_engine(session: Session, tokens: int = 4000, **options: Any) -> WatchedEngine:
     rate = PromptKV(session).bytes_per_token()
     pools: dict[Tier, Any] = {Tier.DEVICE: MemoryPool(rate * tokens), Tier.HOST: MemoryPool(rate * tokens)}
     system = build_system(
         "expected_time", pools, ThreadedTransfer(), costs=LinearCosts(2000.0, (1e8, 1e8), 0.0), bytes_per_token=rate,
         clock=time.monotonic, page_size=PAGE, **options,
     )  # fmt: skip
-    return SteppedEngine(Engine(session, system))
+    return WatchedEngine(session, system)
 
 
 @pytest.fixture
-def loop_engine(session) -> Iterator[SteppedEngine]:
+def loop_engine(session) -> Iterator[WatchedEngine]:
     loop_engine = make_engine(session)
     yield loop_engine
     loop_engine.system.close()
@@ -148,7 +116,7 @@ def greedy_answer(session: Session, prompt: list[int], count: int) -> list[int]:
     return answer
 
 
-def hold(loop_engine: SteppedEngine) -> tuple[threading.Event, threading.Event]:
+def hold(loop_engine: WatchedEngine) -> tuple[threading.Event, threading.Event]:
     """Stops the engine before its next step: set when it has stopped, and to be set to let it go on."""
     reached, go_on = threading.Event(), threading.Event()
 
@@ -246,10 +214,12 @@ def test_a_submit_does_not_wait_for_a_step(loop_engine, client):
 def test_refusals_are_raised_by_the_stream_and_concern_that_request_only(session, client):
     good = client.submit(Request("good", tokens(1, 10), 4))
     much, other = (client.submit(Request("much", tokens(1, 10), count)) for count in (600, 700))
-    with pytest.raises(BadRequest, match="the request 'much' was refused: got 610 tokens of prompt and answer"):
+    with pytest.raises(TooLarge, match="got 610 tokens of prompt and answer; accepted: the model's 512"):
         next(much)
     with pytest.raises(ValueError, match="got 710 tokens of prompt and answer; accepted: the model's 512"):
         other.result(10)
+    with pytest.raises(BadRequest, match="got the token id 5000 in a prompt; accepted: 0 to 127"):
+        client.submit(Request("unknown", [3, 5000], 4)).result(10)
     assert good.result(10).tokens == greedy_answer(session, tokens(1, 10), 4)
     with pytest.raises(ValueError, match="there is no workflow 'none'"):
         client.remove_workflow("none").result(10)
