@@ -49,9 +49,9 @@ class RequestState:
         num_prefilled_tokens: tokens computed in prefills for this request.
         reserved_bytes: bytes reserved in the device pool: for the KV computed beyond what `handle` covers, and for what
             is still to be computed.
-        duplicate_bytes: of these, bytes of stored KV that the cache had already: the request goes on with its own copy.
-        copied_pages: pages reserved for copies of part-filled ones: 1 behind a compressed prompt, whose heads end anywhere
-            in a page; plain prompts are stored in whole pages.
+        duplicate_bytes: of these, bytes of stored KV that the cache had already: the request keeps its own copy.
+        copied_pages: pages reserved for copies of part-filled ones: 1 behind a compressed prompt, whose heads end
+            anywhere in a page; plain prompts are stored in whole pages.
         charged_tokens: weighted tokens charged to its client and workflow in the fair queue.
         load_failures: failed loads. force_recompute: nothing is loaded any more; what is not on the device is computed.
         agent: the agent whose call it counts as; None if the request names another client's agent.
@@ -280,7 +280,7 @@ class ScheduledBatch:
         number: counts batches from 1.
         steps: tokens of each decode; the driver may lower it, to no less than 1, before completing the batch.
         preempted: requests that have lost their memory to others since the last batch: before anything else, the driver
-            drops all it holds of them. They wait again and go on later, with a prefill that is `first`. A batch may
+            drops all it holds of them. They wait again and continue later, with a prefill that is `first`. A batch may
             consist of these alone.
     """
 
