@@ -51,6 +51,11 @@ def chosen_kernels(device: torch.device | str, kernels: Kernels = "auto") -> Lit
     return "reference"
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether `device` is a CPU with instructions for products of bf16 numbers, AVX512-BF16 or AMX."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # every CPU with AMX has these too
+
+
 def require_triton() -> None:
     """Raises ImportError, saying what to install, if Triton is missing."""
     if not _installed():
