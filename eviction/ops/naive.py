@@ -212,6 +212,22 @@ def ragged_decode(
     return out
 
 
+def segment_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:  # fmt: skip
+    """Same contract as `ops.segment_attention.segment_attention`; fp64 for fp64 inputs."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_zeros(*query.shape[:3], value.shape[1])
+    for of_segment, result, start, end in zip(
+        query.flatten(0, 1), out.flatten(0, 1), starts.tolist(), ends.tolist(), strict=True
+    ):
+        if end > start:
+            logits = of_segment.to(wide) @ key[start:end].to(wide).T * scaling
+            result.copy_(logits.softmax(1) @ value[start:end].to(wide))
+    return out
+
+
 def window_risk(
     queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, query_positions: torch.Tensor,
     limit: torch.Tensor, scaling: float, kernel: int, mean: bool,
