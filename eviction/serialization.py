@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
+from transformers.cache_utils import DynamicLayer
 
 from ..retention.checkpoint import fingerprint, write_atomic
+from ..retention.decoder_layers import replaces_tensors
 from .cache import RaggedCache, Recording
 from .cache_layer import RaggedLayer
 from .forward_state import SequenceState
 from .plan import plan_from_json, plan_to_json
 from .recorded import QueryStatistics
-from .rollback import replaces_tensors
 from .storage.packing import entries_at
 from .storage.paged_store import store_of
 from .storage.segment_store import SegmentStore
@@ -306,7 +307,8 @@ def _fill_foreign(layer: Any, numbers: Any, own: dict[str, torch.Tensor], rows: 
         return
     keys, values = own["keys"], own["values"]
     for tensor in (keys, values):
-        if tensor.ndim != 4 or tensor.shape[0] != len(rows.tokens) or tensor.shape[2] > rows.columns:
+        bounded = type(layer) is not DynamicLayer  # which holds an image (cross-attention), of any length
+        if tensor.ndim != 4 or len(tensor) != len(rows.tokens) or (bounded and tensor.shape[2] > rows.columns):
             raise ValueError(f"a layer that does not evict has {tuple(tensor.shape)} for {len(rows.tokens)} rows")
     wanted = {name: kind for name, kind in FOREIGN_NUMBERS.items() if hasattr(layer, name)}
     if not isinstance(numbers, dict) or {name: type(value) for name, value in numbers.items()} != wanted:
