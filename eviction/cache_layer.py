@@ -16,6 +16,7 @@ from .forward_state import ForwardStep
 from .model_adapters import Rotary
 from .recorded import QueryStatistics, RecordedInputs
 from .storage.attention import ragged_attention
+from .storage.latent_attention import latent_attention
 from .storage.paged_store import store_class
 from .storage.segment_store import SegmentStore, is_frozen
 
@@ -161,7 +162,8 @@ class RaggedLayer(CacheLayerMixin):
         assert step is not None and store is not None, "update() came before attend()"
         refuse_unknown(module, kwargs)
         given, self._given = self._given, None
-        if given is None or key is not given[0] or value is not given[1]:
+        unchanged = given is not None and key is given[0] and value is given[1]
+        if not unchanged and not self.attention.latent:
             raise UnsupportedModelError(
                 f"{type(module).__name__} is not supported: it attends over other keys and values than it caches"
             )
@@ -170,16 +172,24 @@ class RaggedLayer(CacheLayerMixin):
         if self.observers.observed_keys:
             self._before[2].update((name, store.buffers[name]) for name in self.observers.observed_keys)
         with without_autocast(query.device):
-            stored = query.to(store.key.dtype)
-            self._observe_step(stored, step)
-            if not step.first:
-                refuse_dropout(kwargs)
-                step.require_causal(attention_mask)
-                output = ragged_attention(store, stored, scaling, step).contiguous().to(query.dtype)
-                if output.requires_grad:
-                    output.register_hook(_refuse_backward)
-                return output, None
-        return base(module, query, key, value, attention_mask, **kwargs)
+            self._observe_step(query.to(store.key.dtype), step)
+        if step.first:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        refuse_dropout(kwargs)
+        step.require_causal(attention_mask)
+        output = self._attend_to_entries(store, query, scaling, step).contiguous().to(query.dtype)
+        if output.requires_grad:
+            output.register_hook(_refuse_backward)
+        return output, None
+
+    def _attend_to_entries(
+        self, store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep
+    ) -> torch.Tensor:
+        if self.attention.latent:
+            expand: Any = self.attention.module.expand_kv  # a part of the model, in its dtype, or autocast's
+            return latent_attention(store, expand, query, scaling, step)
+        with without_autocast(query.device):
+            return ragged_attention(store, query.to(store.key.dtype), scaling, step)
 
     def _observe_step(self, query: torch.Tensor, step: ForwardStep) -> None:
         """Records and observes the queries of the running forward, the deferred ones later."""

@@ -406,7 +406,9 @@ def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[Att
                 f"the output projection as a linear layer 'o_proj' with a floating-point weight, which {without[0]} "
                 "does not have"
             )
-    if policy.needs & {"query_statistics", "hidden_states"} and not rotates_queries(model):
+    if policy.needs - {"log_beta"} and any(layer.latent for layer in layers):
+        reason = "keys and values of every head, where this model's cache holds one latent for all of them"
+    elif policy.needs & {"query_statistics", "hidden_states"} and not rotates_queries(model):
         reason = (
             f"queries before RoPE, which are known for the model types {', '.join(ROTARY_TYPES)}; this one is "
             f"{text_config(model).model_type!r}"

@@ -85,6 +85,14 @@ class GatedInterceptor(Interceptor):
         return torch.stack([self._log_beta[index].to(device) for index in self.gates.layer_indices])
 
 
+def _for_heads(per_entry: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """A number for each entry, `(batch, num_kv_heads, seq_len)`, for the heads of `key`.
+
+    They differ for latent attention (MLA): one gate for all heads that are expanded from a latent.
+    """
+    return per_entry.expand(-1, key.shape[1], -1) if per_entry.shape[1] == 1 else per_entry
+
+
 class Attached(GatedInterceptor):
     """A model with attached gates, as `attach` yields it.
 
@@ -122,7 +130,8 @@ class Attached(GatedInterceptor):
         segments, implementation = self.segments, self.implementation
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-            return gated_attention(query, key, value, log_beta, scaling, segments, implementation)
+            gates = _for_heads(log_beta, key)
+            return gated_attention(query, key, value, gates, scaling, segments, implementation)
 
         return self.attention_call(attend)
 
@@ -222,8 +231,8 @@ class AttachedAfter(GatedInterceptor):
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
             if bias is None:
-                return gated_attention_after(query, key, value, log_beta, scaling)
-            return biased_attention(query, key, value, bias, scaling)
+                return gated_attention_after(query, key, value, _for_heads(log_beta, key), scaling)
+            return biased_attention(query, key, value, _for_heads(bias, key), scaling)
 
         return self.attention_call(attend)
 

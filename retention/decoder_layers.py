@@ -38,6 +38,8 @@ class AttentionLayer:
         name: dotted module name, e.g. `model.layers.0.self_attn`.
         module: the attention module.
         num_heads, num_kv_heads, head_dim: query heads, key/value heads and the key's head dimension.
+        latent: the cache holds one latent a token, from which the module's `expand_kv` makes keys and values of all
+            heads (MLA). Then `num_kv_heads` is 1 and `head_dim` is the latent's.
     """
 
     layer_idx: int
@@ -46,6 +48,7 @@ class AttentionLayer:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    latent: bool = False
 
 
 def plain_model(model: Any) -> PreTrainedModel:
@@ -110,10 +113,7 @@ def full_attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         reason = _reason_against(module, cache_layers[index], config)
         if reason:
             raise unsupported(model, reason)
-        num_heads = int(config.num_attention_heads)
-        groups = int(getattr(module, "num_key_value_groups", 1))
-        head_dim = int(getattr(module, "head_dim", None) or getattr(module, "qk_head_dim", None) or 0)
-        layers.append(AttentionLayer(index, name, module, num_heads, num_heads // groups, head_dim))
+        layers.append(_attention_layer(index, name, module, config))
     if not layers:
         raise unsupported(model, "no causal full-attention layer that uses the attention interface was found")
     repeated = [index for index, count in Counter(layer.layer_idx for layer in layers).items() if count > 1]
@@ -150,6 +150,14 @@ def _is_attention(module: nn.Module, config: Any) -> bool:
     return takes_kwargs and uses_interface and takes_cache
 
 
+def _attention_layer(index: int, name: str, module: nn.Module, config: Any) -> AttentionLayer:
+    num_heads = int(config.num_attention_heads)
+    if hasattr(module, "expand_kv"):
+        return AttentionLayer(index, name, module, num_heads, 1, int(module.kv_lora_rank), latent=True)  # type: ignore[arg-type]
+    groups = int(getattr(module, "num_key_value_groups", 1))
+    return AttentionLayer(index, name, module, num_heads, num_heads // groups, int(getattr(module, "head_dim", 0) or 0))
+
+
 def _reason_against(module: nn.Module, cache_layer: Any, config: Any) -> str:
     """Why an attention layer cannot be evicted from; empty if it can."""
     if getattr(module, "is_kv_shared_layer", False) or type(cache_layer).__name__ == "DummyLayer":
@@ -158,8 +166,6 @@ def _reason_against(module: nn.Module, cache_layer: Any, config: Any) -> str:
         return f"its attention layers use the cache {type(cache_layer).__name__}"
     if hasattr(module, "sinks"):
         return "its attention has learned sinks"
-    if hasattr(module, "expand_kv"):
-        return "its cache holds compressed latents, from which keys and values are expanded (MLA)"
     return CHANGES_KV.get(config.model_type, "")
 
 
