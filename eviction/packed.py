@@ -18,7 +18,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..retention.attention_arguments import refuse_dropout, refuse_unknown
-from ..retention.seams import AttentionCall, UnsupportedModelError
+from ..retention.decoder_layers import UnsupportedModelError
+from ..retention.seams import AttentionCall
 from .storage.page_lists import PageLists
 from .storage.page_reads import ReadsConfig, read_pages
 from .storage.partial_attention import attend_part, merged
