@@ -86,7 +86,8 @@ class PackedCache(Cache):
         self, buffers: Mapping[str, torch.Tensor], layer_indices: Sequence[int], tokens: Sequence[PackedTokens],
         gated: Sequence[int] = (), config: ReadsConfig | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(layers=[PackedLayer() for _ in range(max(layer_indices) + 1)])
+        self.packed_layers = [PackedLayer() for _ in range(max(layer_indices) + 1)]
+        super().__init__(layers=list(self.packed_layers))
         self.buffers, self._place = buffers, {index: i for i, index in enumerate(layer_indices)}
         # Single tokens first: they are attended for together.
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i].ids) > 1)
@@ -128,7 +129,7 @@ class PackedCache(Cache):
         ) -> tuple[torch.Tensor, None]:  # fmt: skip
             refuse_unknown(module, kwargs)
             refuse_dropout(kwargs)
-            given = self.layers[layer_idx].given
+            given = self.packed_layers[layer_idx].given
             if given is None or key is not given[0] or value is not given[1]:
                 raise UnsupportedModelError(
                     f"{type(module).__name__} is not supported: it attends over other keys and values than it caches"

@@ -126,8 +126,10 @@ class Engine:
         if compression is not None:
             session.require_recorded(get_policy(compression.policy))
         self.pages = self._bind()
-        vocab_size = session.model.get_output_embeddings().weight.shape[0]
-        system.scheduler.vocab_size = session.model.get_input_embeddings().num_embeddings
+        inputs, outputs = session.model.get_input_embeddings(), session.model.get_output_embeddings()
+        if not (isinstance(inputs, torch.nn.Embedding) and isinstance(outputs, torch.nn.Linear)):
+            raise ValueError(f"got a {type(session.model).__name__}; accepted: models with token embeddings and logits")
+        vocab_size, system.scheduler.vocab_size = outputs.out_features, inputs.num_embeddings
         self._sampler = Sampler(vocab_size, sorted(end_tokens(session.model)))
         self._decode = None if tokenizer is None else partial(
             tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -372,7 +374,7 @@ class Engine:
         sampling = request.sampling
         answering.row = self._sampler.new_row(sampling, request.prompt)
         if self._decode is not None:
-            context = request.prompt[-4:].tolist()
+            context = [int(token) for token in request.prompt[-4:]]
             answering.stop = StopChecker(self._decode, sampling.stop, sampling.min_new_tokens, context)
 
     def _forward(self, items: list[StepItem]) -> list[tuple[list[StepItem], torch.Tensor]]:

@@ -76,7 +76,7 @@ class TableReads:
     def __init__(self, buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int) -> None:
         lists, self._rows = sequences[0], len(sequences)
         size, self._device = lists.page_size, buffers["key"].device
-        self._pages = tuple(buffers[name].unflatten(0, (-1, size)) for name in ("key", "value"))
+        self._keys, self._values = (buffers[name].unflatten(0, (-1, size)) for name in ("key", "value"))
         self._layers = lists.layers
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         if any(each.ragged is not None for each in sequences):
@@ -105,12 +105,14 @@ class TableReads:
     def attend(self, layer: int, query: torch.Tensor, scaling: float, more: int = 0) -> Part:
         """See `PageReads.attend`."""
         shape = (self.num_parts + more, *query.shape[:3])
-        outputs = query.new_zeros(*shape, self._pages[1].shape[-1])
+        outputs = query.new_zeros(*shape, self._values.shape[-1])
         log_sums = query.new_full(shape, HIDDEN, dtype=torch.float32)
         # Every query sees all entries: none of the newest is hidden from it.
         hidden = torch.zeros(query.shape[0], query.shape[2], dtype=torch.int32, device=self._device)
         for part, (table, lengths) in enumerate(self._tables):
-            result, log_sum = ragged_decode_part(query, *self._pages, table[layer], lengths[layer], scaling, hidden)
+            result, log_sum = ragged_decode_part(
+                query, self._keys, self._values, table[layer], lengths[layer], scaling, hidden
+            )
             outputs[part], log_sums[part] = result.transpose(1, 2), log_sum.transpose(1, 2)
         return outputs, log_sums
 

@@ -55,7 +55,7 @@ class Preemption:
 
     def _grow(self, state: RequestState, growth: Growth) -> None:
         while (status := self.memory.grow(state)) is not AllocStatus.READY:
-            if status is AllocStatus.REFUSED and self.memory.exceeds_device(state, state.num_computed_tokens + 1):
+            if status is AllocStatus.REFUSED and self.memory.exceeds_device(state):
                 self.running.remove(state)
                 growth.outgrown.append(state)
                 return

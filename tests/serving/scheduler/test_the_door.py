@@ -80,7 +80,7 @@ class Text(enum.Enum):
 
 @pytest.mark.parametrize(
     "namespace",
-    [["tenant"], {"a": 1}, {1}, True, 1.0, b"x", "x" * 257, 2**64, ("a", ["b"]), ("a",) * 65, Text.SALT, object()],
+    [["tenant"], {"a": 1}, {1}, True, 1.0, b"x", "x" * 257, 2**64, ("a", ["b"]), ("a",) * 65, Text.SALT, object],
     ids=repr,
 )
 def test_other_namespaces_are_refused(namespace):
