@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..retention.attention_arguments import refuse_dropout, refuse_unknown
+from ..retention.attention_arguments import SOFTMAX, refuse_dropout, refuse_unknown, softmax_of
 from ..retention.decoder_layers import AttentionLayer, UnsupportedModelError
+from ..retention.ops.softmax import Softmax
 from ..retention.seams import AttentionCall
 from .forward_state import ForwardStep
 from .model_adapters import Rotary
 from .recorded import QueryStatistics, RecordedInputs
 from .storage.attention import ragged_attention
-from .storage.latent_attention import latent_attention
+from .storage.dense_attention import explicit_attention, latent_attention
 from .storage.paged_store import store_class
 from .storage.segment_store import SegmentStore, is_frozen
 
@@ -161,6 +162,13 @@ class RaggedLayer(CacheLayerMixin):
         step, store = self._step, self.store
         assert step is not None and store is not None, "update() came before attend()"
         refuse_unknown(module, kwargs)
+        softmax = softmax_of(kwargs)
+        if not softmax.ordinary and not self.attention.softmax:
+            given = " and ".join(sorted(SOFTMAX & kwargs.keys()))
+            raise UnsupportedModelError(
+                f"{type(module).__name__} is not supported: it passes {given} to its attention function, which its "
+                "configuration does not announce"
+            )
         given, self._given = self._given, None
         unchanged = given is not None and key is given[0] and value is given[1]
         if not unchanged and not self.attention.latent:
@@ -177,19 +185,22 @@ class RaggedLayer(CacheLayerMixin):
             return base(module, query, key, value, attention_mask, **kwargs)
         refuse_dropout(kwargs)
         step.require_causal(attention_mask)
-        output = self._attend_to_entries(store, query, scaling, step).contiguous().to(query.dtype)
+        output = self._attend_to_entries(store, query, scaling, step, softmax).contiguous().to(query.dtype)
         if output.requires_grad:
             output.register_hook(_refuse_backward)
         return output, None
 
     def _attend_to_entries(
-        self, store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep
+        self, store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep, softmax: Softmax
     ) -> torch.Tensor:
         if self.attention.latent:
             expand: Any = self.attention.module.expand_kv  # a part of the model, in its dtype, or autocast's
             return latent_attention(store, expand, query, scaling, step)
         with without_autocast(query.device):
-            return ragged_attention(store, query.to(store.key.dtype), scaling, step)
+            query = query.to(store.key.dtype)
+            if softmax.ordinary:
+                return ragged_attention(store, query, scaling, step)
+            return explicit_attention(store, query, scaling, step, softmax)
 
     def _observe_step(self, query: torch.Tensor, step: ForwardStep) -> None:
         """Records and observes the queries of the running forward, the deferred ones later."""

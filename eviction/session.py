@@ -409,7 +409,7 @@ def _refuse_repeated_prompt(position_ids: Any, columns: int) -> None:
 
 def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[AttentionLayer]) -> None:
     """Raises UnsupportedModelError, naming what is missing, unless `policy` can run on `model` with these layers."""
-    reason = ""
+    reason, softmaxes = "", {layer.softmax for layer in layers} - {""}
     if "output_weight" in policy.needs:
         without = [layer.name for layer in layers if not has_output_weight(layer)]
         if without:
@@ -419,6 +419,8 @@ def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[Att
             )
     if policy.needs - {"log_beta"} and any(layer.latent for layer in layers):
         reason = "keys and values of every head, where this model's cache holds one latent for all of them"
+    elif softmaxes and (policy.observes or policy.needs & {"queries", "query_statistics", "hidden_states"}):
+        reason = f"the weights of an ordinary softmax, where this model's attention has {softmaxes.pop()}"
     elif policy.needs & {"query_statistics", "hidden_states"} and not rotates_queries(model):
         reason = (
             f"queries before RoPE, which are known for the model types {', '.join(ROTARY_TYPES)}; this one is "

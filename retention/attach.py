@@ -18,12 +18,13 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
-from .attention_arguments import is_causal, padding_mask, refuse_dropout, refuse_unknown
+from .attention_arguments import is_causal, padding_mask, refuse_dropout, refuse_unknown, softmax_of
 from .decoder_layers import AttentionLayer, DifferentiableStates, copy_cache_layer, text_config, text_decoder
 from .gates import RetentionGates
 from .ops import gated_attention
 from .ops.after_prompt import biased_attention, gated_attention_after
 from .ops.gated_attention import Implementation
+from .ops.softmax import Softmax
 from .seams import AttentionCall, AttentionFunction, Interceptor, intercept, is_intercepted
 from .segments import Segments
 from .soft_eviction import SoftEviction
@@ -49,7 +50,9 @@ class GatedInterceptor(Interceptor):
         self._causal_mask = None
 
     def attention_call(self, attend: Callable[..., torch.Tensor]) -> AttentionCall:
-        """A call that computes attention by `attend(query, key, value, scaling)`, `(batch, num_heads, q_len, dim)`.
+        """A call that computes attention by `attend(query, key, value, scaling, softmax)`.
+
+        Its result is `(batch, num_heads, q_len, dim)`.
 
         It raises ValueError for arguments that `attend` does not take into account, and for masks that are not causal.
         """
@@ -66,7 +69,8 @@ class GatedInterceptor(Interceptor):
                     "that attends in both directions); accepted under gates: causal masks"
                 )
             self._causal_mask = attention_mask
-            output = attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            output = attend(query, key, value, scaling, softmax_of(kwargs))
             return output.transpose(1, 2).contiguous(), None
 
         return call
@@ -129,9 +133,11 @@ class Attached(GatedInterceptor):
         assert self.segments is not None
         segments, implementation = self.segments, self.implementation
 
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        def attend(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softmax: Softmax
+        ) -> torch.Tensor:
             gates = _for_heads(log_beta, key)
-            return gated_attention(query, key, value, gates, scaling, segments, implementation)
+            return gated_attention(query, key, value, gates, scaling, segments, implementation, softmax)
 
         return self.attention_call(attend)
 
@@ -229,10 +235,12 @@ class AttachedAfter(GatedInterceptor):
         if self._log_weight:
             bias = nn.functional.pad(self._log_weight[index], (0, hidden_states.shape[1]))
 
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        def attend(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softmax: Softmax
+        ) -> torch.Tensor:
             if bias is None:
-                return gated_attention_after(query, key, value, _for_heads(log_beta, key), scaling)
-            return biased_attention(query, key, value, _for_heads(bias, key), scaling)
+                return gated_attention_after(query, key, value, _for_heads(log_beta, key), scaling, softmax=softmax)
+            return biased_attention(query, key, value, _for_heads(bias, key), scaling, softmax=softmax)
 
         return self.attention_call(attend)
 

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .ops.softmax import ORDINARY, Softmax
+
+# Arguments for variants of the softmax, which tenure computes (`ops.softmax`): capped logits and learned sinks.
+SOFTMAX = frozenset({"softcap", "s_aux"})
 # Known arguments that do not change the attention over the given queries, keys, values and mask, or are handled by the
 # caller (`scaling`, `dropout`). Positions are applied before; the others are for the model around the attention.
 NEUTRAL = frozenset(
@@ -18,16 +22,23 @@ NEUTRAL = frozenset(
 )
 
 
+def softmax_of(kwargs: dict[str, Any]) -> Softmax:
+    """The softmax that an attention call requests."""
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    return ORDINARY if softcap is None and sinks is None else Softmax(softcap, sinks)
+
+
 def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raises ValueError if an attention call requests something that only the model's own attention function computes.
 
     An argument that is None or False requests nothing, except `is_causal=False`.
     """
-    given = [name for name, value in kwargs.items() if name not in NEUTRAL and _requests(name, value)]
+    known = NEUTRAL | SOFTMAX
+    given = [name for name, value in kwargs.items() if name not in known and _requests(name, value)]
     if given:
         raise ValueError(
             f"{type(module).__name__} passes {', '.join(sorted(given))} to its attention function, which attention "
-            f"under attach() or evict() does not compute; accepted: {', '.join(sorted(NEUTRAL))}"
+            f"under attach() or evict() does not compute; accepted: {', '.join(sorted(known))}"
         )
 
 

@@ -40,6 +40,7 @@ class AttentionLayer:
         num_heads, num_kv_heads, head_dim: query heads, key/value heads and the key's head dimension.
         latent: the cache holds one latent a token, from which the module's `expand_kv` makes keys and values of all
             heads (MLA). Then `num_kv_heads` is 1 and `head_dim` is the latent's.
+        softmax: names what its softmax has in addition ("capped logits", "learned sinks"); empty for the ordinary one.
     """
 
     layer_idx: int
@@ -49,6 +50,7 @@ class AttentionLayer:
     num_kv_heads: int
     head_dim: int
     latent: bool = False
+    softmax: str = ""
 
 
 def plain_model(model: Any) -> PreTrainedModel:
@@ -97,8 +99,6 @@ def full_attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     takes_cache = getattr(model, "_supports_default_dynamic_cache", None)
     if takes_cache is not None and not takes_cache():
         raise unsupported(model, "it does not take transformers' DynamicCache")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise unsupported(model, "it caps its attention logits (attn_logit_softcapping)")
     cache_layers = DynamicCache(config=config).layers
     layers = []
     for name, module in model.named_modules():
@@ -154,8 +154,11 @@ def _attention_layer(index: int, name: str, module: nn.Module, config: Any) -> A
     num_heads = int(config.num_attention_heads)
     if hasattr(module, "expand_kv"):
         return AttentionLayer(index, name, module, num_heads, 1, int(module.kv_lora_rank), latent=True)  # type: ignore[arg-type]
-    groups = int(getattr(module, "num_key_value_groups", 1))
-    return AttentionLayer(index, name, module, num_heads, num_heads // groups, int(getattr(module, "head_dim", 0) or 0))
+    groups, head_dim = int(getattr(module, "num_key_value_groups", 1)), int(getattr(module, "head_dim", 0) or 0)
+    softmax = "capped logits" if getattr(config, "attn_logit_softcapping", None) is not None else ""
+    if getattr(module, "sinks", None) is not None:
+        softmax = "learned sinks"
+    return AttentionLayer(index, name, module, num_heads, num_heads // groups, head_dim, softmax=softmax)
 
 
 def _reason_against(module: nn.Module, cache_layer: Any, config: Any) -> str:
@@ -164,8 +167,6 @@ def _reason_against(module: nn.Module, cache_layer: Any, config: Any) -> str:
         return "some of its attention layers reuse the keys and values of another layer"
     if type(cache_layer) is not DynamicLayer:
         return f"its attention layers use the cache {type(cache_layer).__name__}"
-    if hasattr(module, "sinks"):
-        return "its attention has learned sinks"
     return CHANGES_KV.get(config.model_type, "")
 
 

@@ -107,7 +107,7 @@ class GateObjective(nn.Module):
         self.evictions = tuple(evictions)
         self._student: Attached | None = None
         self._recomputes = False
-        self._checkpointed: list[nn.Module] = []
+        self._checkpointed: Sequence[nn.Module] = ()
         self._packs = self._continues = False  # the model was seen to separate documents, to continue prompts
 
     def enable_gradient_checkpointing(self) -> None:

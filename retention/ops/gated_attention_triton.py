@@ -66,7 +66,7 @@ class Tiles:
 
 def gated_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
-    segments: Segments,
+    segments: Segments, sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Same contract as `retention.ops.gated_attention`: q·k in the model's dtype, the bias in fp32.
 
@@ -76,20 +76,21 @@ def gated_attention(
     Raises:
         ValueError: a dtype other than bf16, fp16, fp32, unequal dtypes, or a head dimension above 256.
     """
-    return _attend(query, key, value, log_beta, scaling, segments.bounds, decays=True)
+    return _attend(query, key, value, log_beta, scaling, segments.bounds, True, sinks)
 
 
 def attention_after(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float, decays: bool
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float, decays: bool,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`gated_attention_after`, bias being log β, or without `decays` `biased_attention`: the same kernels."""
     start = torch.zeros(key.shape[0], key.shape[2], dtype=torch.int32, device=key.device)
-    return _attend(query, key, value, bias, scaling, (start, torch.full_like(start, key.shape[2])), decays)
+    return _attend(query, key, value, bias, scaling, (start, torch.full_like(start, key.shape[2])), decays, sinks)
 
 
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float,
-    bounds: tuple[torch.Tensor, torch.Tensor], decays: bool,
+    bounds: tuple[torch.Tensor, torch.Tensor], decays: bool, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     device, dtype = query.device.type, query.dtype
     if torch.is_autocast_enabled(device):
@@ -103,21 +104,24 @@ def _attend(
     if width > MAX_HEAD_DIM:
         raise ValueError(f"gated attention in Triton: a head dimension is {width}; up to {MAX_HEAD_DIM} is accepted")
     with torch.autocast(device, enabled=False):
-        output, _ = forward_op(query, key, value, bias.float(), *bounds, scaling, decays)
+        output, _ = forward_op(query, key, value, bias.float(), *bounds, scaling, decays, sinks)
     return output.to(dtype)
 
 
 @torch.library.custom_op("tenure::gated_attention", mutates_args=())
 def forward_op(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, start: torch.Tensor,
-    end: torch.Tensor, scaling: float, decays: bool,
+    end: torch.Tensor, scaling: float, decays: bool, sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Output, and `lse` `(batch, num_heads, q_len)` fp32: log2 of each row's sum, 0 where a row has no key.
+    """Output, and `lse` `(batch, num_heads, q_len)` fp32: log2 of each row's sum, its sink included.
+
+    Without a sink it is 0 where a row has no key.
 
     Args:
         query: of the last `q_len` tokens of the sequence.
         start, end: `Segments.bounds` of the whole sequence.
         decays: whether log_beta decays with the age of a key, or is the bias of its logits as it is.
+        sinks: `(num_heads,)`, as in `softmax.Softmax`.
     """
     query, key, value = (_last_contiguous(x) for x in (query, key, value))
     output, lse = _outputs(query, value)
@@ -131,11 +135,21 @@ def forward_op(
             query, key, value, log_beta.contiguous(), start, output, lse,
             *_strides(query, key, value, output), heads, q_len, key.shape[2], scaling * LOG2_E, **numbers,
         )  # fmt: skip
+    if sinks is not None:
+        # One more entry of value zero: a larger sum. With it, the kernels of the backward give the right gradients.
+        whole = torch.logaddexp2(lse, _sink_levels(sinks))
+        output.mul_(torch.exp2(lse - whole).unsqueeze(-1))
+        lse = whole
     return output, lse
 
 
+def _sink_levels(sinks: torch.Tensor) -> torch.Tensor:
+    """fp32 `(num_heads, 1)`: sinks in powers of two."""
+    return sinks.float().mul(LOG2_E).unsqueeze(-1)
+
+
 @forward_op.register_fake
-def _(query, key, value, log_beta, start, end, scaling, decays):
+def _(query, key, value, log_beta, start, end, scaling, decays, sinks=None):
     return _outputs(query, value)
 
 
@@ -183,15 +197,25 @@ def _(grad, query, key, value, log_beta, start, end, output, lse, scaling, decay
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.scaling, ctx.decays = inputs[6:]
+    *tensors, ctx.scaling, ctx.decays, sinks = inputs
+    ctx.save_for_backward(*tensors, *output, sinks)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     with_query = ctx.needs_input_grad[0]  # not in a model's first layer, whose gates see what no gate has touched
-    grads = backward_op(grad, *ctx.saved_tensors, ctx.scaling, ctx.decays, with_query)
-    return (grads[0] if with_query else None, *grads[1:], None, None, None, None)
+    *saved, sinks = ctx.saved_tensors
+    grads = backward_op(grad, *saved, ctx.scaling, ctx.decays, with_query)
+    of_sinks = _sink_gradient(grad, *saved[-2:], sinks) if ctx.needs_input_grad[8] else None
+    return (grads[0] if with_query else None, *grads[1:], None, None, None, None, of_sinks)
+
+
+def _sink_gradient(
+    grad: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    weight = torch.exp2(_sink_levels(sinks) - lse)
+    delta = (grad.float() * output.float()).sum(-1)
+    return -(weight * delta).sum((0, 2)).to(sinks.dtype)
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)

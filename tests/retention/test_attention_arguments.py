@@ -7,15 +7,21 @@ import torch
 from torch import nn
 
 from tenure.eviction import evict
-from tenure.retention import RetentionGates, attach
-from tenure.retention.attention_arguments import is_causal, padding_mask, refuse_dropout, refuse_unknown
+from tenure.retention import RetentionGates, UnsupportedModelError, attach
+from tenure.retention.attention_arguments import (
+    is_causal,
+    padding_mask,
+    refuse_dropout,
+    refuse_unknown,
+    softmax_of,
+)
 from tenure.scripts.bench.tiny_vision_models import VISION_MODELS
 
 TOKENS = torch.randint(3, 128, (2, 23), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(
-    "given", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"sliding_window": 8}, {"position_bias": torch.zeros(1)},
+    "given", [{"sliding_window": 8}, {"position_bias": torch.zeros(1)}, {"sinks": torch.zeros(4)},
               {"output_attentions": True}, {"is_causal": False}, {"invented": 1}]
 )  # fmt: skip
 def test_arguments_that_change_the_attention_are_refused(given: dict) -> None:
@@ -29,6 +35,18 @@ def test_arguments_that_change_nothing_pass() -> None:
     refuse_dropout({"dropout": 0.0})
     with pytest.raises(ValueError, match=r"got attention dropout 0.1; accepted: 0"):
         refuse_dropout({"dropout": 0.1})
+
+
+def test_variants_of_the_softmax() -> None:
+    sinks = torch.zeros(4)
+    given = softmax_of({"softcap": 30.0, "s_aux": sinks, "scaling": 1.0})
+    assert given.softcap == 30.0 and given.sinks is sinks
+    assert softmax_of({"softcap": None, "scaling": 1.0}).ordinary
+
+
+def test_a_softmax_that_the_configuration_does_not_announce_is_refused(tiny_llama) -> None:
+    with evict(tiny_llama, "knorm"), pytest.raises(UnsupportedModelError, match="which its configuration does not ann"):
+        tiny_llama(TOKENS, softcap=30.0)
 
 
 def test_unknown_arguments_are_refused_before_any_layer_is_done(tiny_llama) -> None:
