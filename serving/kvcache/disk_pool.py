@@ -122,7 +122,7 @@ class DiskPool(Pool):
             return []
         self._used = True
         found, lost = [], 0
-        for path in list(self.folder.iterdir()):
+        for path in sorted(self.folder.iterdir(), key=_number, reverse=True):
             if path.suffix == TEMPORARY_SUFFIX:
                 self._remove(path, 0)
             elif path.suffix == SUFFIX:
@@ -141,8 +141,7 @@ class DiskPool(Pool):
 
     def _first_number(self) -> int:
         """Above those of the files in the folder."""
-        names = (path.stem for path in self.folder.glob(f"*{SUFFIX}"))
-        return 1 + max((int(name) for name in names if name.isdecimal()), default=-1)
+        return 1 + max(map(_number, self.folder.glob(f"*{SUFFIX}")), default=-1)
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
@@ -295,6 +294,11 @@ class FileBuilder:
 def _check(fingerprint: str | None) -> None:
     if fingerprint == "":
         raise ValueError("got an empty fingerprint; accepted: a text that names what makes the KV, or None")
+
+
+def _number(path: Path) -> int:
+    """The number of a file, higher for those written later; -1 for other files."""
+    return int(path.stem) if path.stem.isdecimal() else -1
 
 
 def _write(file: Any, content: bytes, at: int) -> None:
