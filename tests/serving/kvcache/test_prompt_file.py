@@ -52,7 +52,7 @@ def read(payload) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert list(got) == list(wanted)
+    assert list(got) == list(wanted) and all(tensor.is_contiguous() for tensor in got.values())
     for name, tensor in wanted.items():
         assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor)
 
