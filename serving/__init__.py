@@ -5,6 +5,19 @@ if not __name__.startswith("tenure."):
 
 from typing import TYPE_CHECKING, Any
 
+from .client import AnswerStream, EngineClient, EngineClientConfig, EngineHealth, EngineLoop
+from .errors import (
+    BadRequest,
+    Draining,
+    EngineDead,
+    Gone,
+    QueueFull,
+    RequestEnded,
+    RequestFailed,
+    ServingError,
+    TooLarge,
+)
+from .events import AnswerEvent, Detokenizer, TokenEvent
 from .hints import Hint, HintConfig, HintReader, hint_formats, request_fields
 from .kvcache.base import KVPayload, PhantomPayload, Status, TensorPayload, Tier, Urgency
 from .kvcache.belady import Belady
@@ -61,19 +74,20 @@ if TYPE_CHECKING:
     from .prompt_cache import Compression, PromptKV
 
 __all__ = [
-    "LFU", "LRU", "AgentSpec", "AllocStatus", "ArenaConfig", "Belady", "CacheHandle", "Compression",
-    "DiskConfig", "DiskPool",
-    "EagerWriteBackConfig", "EdgeSpec", "Engine", "Estimates", "EvictionPolicy", "ExpectedTime", "FinishReason",
-    "FinishedBy", "GraphConfig", "Hint", "HintConfig", "HintReader", "KVPayload", "LearnedTransitions", "LinearCosts",
-    "LinkSpeed", "LoadState", "MarkovConfig", "Match", "MemoryPool", "NextCallPredictor", "PhantomPayload",
-    "PhantomPool", "PredictionConfig", "PredictionMode", "PrefetchConfig", "PrefetchMetrics", "Prefetcher", "PromptKV",
-    "Request", "RequestOutput", "RequestTimes", "SamplingParams", "ScheduledBatch", "ScheduledDecode",
-    "ScheduledPrefill", "Scheduler", "SchedulerConfig", "SchedulerMetrics", "Status", "StepGraph", "StepsToExecution",
-    "StorePolicy", "SuffixReuse", "SuffixReuseConfig", "System", "TensorPayload", "ThreadedTransfer", "Tier",
-    "TierMetrics", "TierPolicy", "TieredCache", "TokenMask", "Urgency", "VirtualClock", "VirtualTransfer", "Workflow",
-    "WorkflowSpec", "WriteBack", "build_system", "draw_svg", "get_tier_policy", "hint_formats", "request_fields",
-    "system_names", "tier_policy_names", "workflow_from_dict", "workflow_from_json", "workflow_from_langgraph",
-    "workflow_from_networkx", "workflow_from_yaml",
+    "LFU", "LRU", "AgentSpec", "AllocStatus", "AnswerEvent", "AnswerStream", "ArenaConfig", "BadRequest", "Belady",
+    "CacheHandle", "Compression", "Detokenizer", "DiskConfig", "DiskPool", "Draining", "EagerWriteBackConfig",
+    "EdgeSpec", "Engine", "EngineClient", "EngineClientConfig", "EngineDead", "EngineHealth", "EngineLoop", "Estimates",
+    "EvictionPolicy", "ExpectedTime", "FinishReason", "FinishedBy", "Gone", "GraphConfig", "Hint", "HintConfig",
+    "HintReader", "KVPayload", "LearnedTransitions", "LinearCosts", "LinkSpeed", "LoadState", "MarkovConfig", "Match",
+    "MemoryPool", "NextCallPredictor", "PhantomPayload", "PhantomPool", "PredictionConfig", "PredictionMode",
+    "PrefetchConfig", "PrefetchMetrics", "Prefetcher", "PromptKV", "QueueFull", "Request", "RequestEnded",
+    "RequestFailed", "RequestOutput", "RequestTimes", "SamplingParams", "ScheduledBatch", "ScheduledDecode",
+    "ScheduledPrefill", "Scheduler", "SchedulerConfig", "SchedulerMetrics", "ServingError", "Status", "StepGraph",
+    "StepsToExecution", "StorePolicy", "SuffixReuse", "SuffixReuseConfig", "System", "TensorPayload",
+    "ThreadedTransfer", "Tier", "TierMetrics", "TierPolicy", "TieredCache", "TokenEvent", "TokenMask", "TooLarge",
+    "Urgency", "VirtualClock", "VirtualTransfer", "Workflow", "WorkflowSpec", "WriteBack", "build_system", "draw_svg",
+    "get_tier_policy", "hint_formats", "request_fields", "system_names", "tier_policy_names", "workflow_from_dict",
+    "workflow_from_json", "workflow_from_langgraph", "workflow_from_networkx", "workflow_from_yaml",
 ]  # fmt: skip
 
 # These need torch and transformers; a simulation or a scheduler of another engine does not.

@@ -11,7 +11,8 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,13 +20,22 @@ import torch
 from ..eviction import get_policy, policy_text
 from ..eviction.packed import PackedCache, PackedTokens, forward
 from ..retention.seams import end_tokens
+from .errors import BadRequest, TooLarge
+from .events import TokenEvent
+from .fingerprint import fingerprint, version_of, weights_of
+from .hints.hint import Hint
 from .kvcache.base import KVPayload, Tier
+from .kvcache.disk_pool import DiskPool
 from .kvcache.eviction_policy import AllocStatus
 from .kvcache.memory_pool import MemoryPool
 from .kvcache.page_pool import PagePool
 from .kvcache.paged_sequence import PagedSequence
 from .prompt_cache import Compression, PromptKV, in_pages
 from .request import Request, RequestOutput
+from .sampling.params import FinishedBy
+from .sampling.row import SamplerRow
+from .sampling.sampler import Sampler, TokenLogprobs
+from .sampling.stop import StopChecker
 from .scheduler.request_state import RequestState, ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .system import System
 
@@ -33,13 +43,22 @@ if TYPE_CHECKING:
     from ..eviction import Session
 
 logger = logging.getLogger(__name__)
-Sampler = Callable[[Request, torch.Tensor], int]
 Scheduled = ScheduledPrefill | ScheduledDecode
 
 
-def greedy(request: Request, logits: torch.Tensor) -> int:
-    """The most likely token of `logits`, `(vocab,)`."""
-    return int(logits.argmax())
+@dataclass(eq=False)
+class Answering:
+    """What the engine keeps of a request from its first step to its end.
+
+    Attributes:
+        sequence: its pages; None while it waits after a preemption.
+        row: its sampling, from its first token on.
+        stop: finds its stop texts; None without a tokenizer.
+    """
+
+    sequence: PagedSequence | None = None
+    row: SamplerRow | None = None
+    stop: StopChecker | None = None
 
 
 @dataclass(eq=False)
@@ -50,13 +69,13 @@ class StepItem:
         scheduled: what the scheduler asks for, and where its results go.
         sequence: the request's pages.
         ids: its new tokens, int64.
-        wanted: the token that follows them is needed.
+        row: its sampling; None if the token that follows is not needed.
     """
 
     scheduled: Scheduled
     sequence: PagedSequence
     ids: np.ndarray
-    wanted: bool
+    row: SamplerRow | None
 
     @property
     def request(self) -> Request:
@@ -73,15 +92,18 @@ class Engine:
     it is stored as it is. Plain and compressed prompts, and prompts compressed at different lengths, are never mixed:
     they are kept in different namespaces.
 
-    `submit` may be called from any thread; `step` and `run` from one thread only. `prepare` and `store` run the model
-    or copy into the cache, and belong to the same thread.
+    One thread calls it; `wake` may be called from any. `EngineClient` is for many threads and for asyncio.
+
+    KV is bound to what made it. Prompts on disk are read back by an engine with the same weights, gates and dtype only;
+    a change of weights in place is noticed before the next step, and flushes the cache; any other (another adapter) has
+    to be told by `flush`.
 
     Args:
         session: inside an `evict(model, "full", observe=[...])` block that records what the compression's policy needs.
         system: from `build_system`; its device pool, an empty `MemoryPool`, becomes pages on the model's device. The
             caller closes it.
         compression: of fixed prompts; None: they are stored as they are.
-        sampler: picks the next token of a request from its logits `(vocab,)`.
+        tokenizer: of transformers; needed for stop texts, and for events with text.
     Attributes:
         pages: of the device pool.
         busy_s: seconds spent on batches so far.
@@ -91,22 +113,31 @@ class Engine:
     """
 
     def __init__(
-        self, session: Session, system: System, compression: Compression | None = None, sampler: Sampler = greedy
+        self, session: Session, system: System, compression: Compression | None = None, tokenizer: Any = None
     ) -> None:
         if session.plan.evicts:
             raise ValueError(
                 f"got a session under policy {session.plan.policy.name!r}; accepted: evict(model, 'full', observe=…), "
                 "as the engine itself decides what is compressed"
             )
-        self.session, self.system, self.compression, self.sampler = session, system, compression, sampler
+        self.session, self.system, self.compression = session, system, compression
         self.kv = PromptKV(session, system.tiers.page_size)
         self.busy_s = 0.0
         if compression is not None:
             session.require_recorded(get_policy(compression.policy))
         self.pages = self._bind()
+        vocab_size = session.model.get_output_embeddings().weight.shape[0]
         system.scheduler.vocab_size = session.model.get_input_embeddings().num_embeddings
-        self._ends = end_tokens(session.model)
-        self._sequences: dict[RequestState, PagedSequence] = {}
+        self._sampler = Sampler(vocab_size, sorted(end_tokens(session.model)))
+        self._decode = None if tokenizer is None else partial(
+            tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )  # fmt: skip
+        self._answering: dict[RequestState, Answering] = {}
+        self._events: list[TokenEvent] = []
+        self._woken = False
+        self._weights = weights_of(session)
+        self._version = version_of(self._weights)
+        self._bind_disk()
 
     def _bind(self) -> PagePool:
         system, needed = self.system, self.kv.bytes_per_token()
@@ -122,21 +153,66 @@ class Engine:
         pool.bind(pages)
         return pages
 
+    def _bind_disk(self) -> None:
+        """Prompts that an engine of the same kind has left on disk are found again."""
+        disk = self.system.tiers.pools.get(Tier.DISK)
+        if isinstance(disk, DiskPool):
+            disk.bind(fingerprint(self.session))
+            self.system.tiers.restore_disk()
+
+    # Requests -----------------------------------------------------------------------------------------------------
+
     def submit(self, request: Request) -> int:
         """Submits a request; returns its number, see `Scheduler.submit`.
 
         Raises:
-            ValueError: see `Scheduler.submit`; prompt and answer exceed the model's context.
+            ValueError: see `Scheduler.submit`. TooLarge: prompt and answer exceed the model's context. BadRequest: its
+                sampling asks for what this engine cannot do.
         """
         limit = getattr(self.session.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         wanted = len(request.prompt) + request.max_new_tokens
         if limit is not None and wanted > limit:
-            raise ValueError(f"got {wanted} tokens of prompt and answer; accepted: the model's {limit}")
+            raise TooLarge(f"got {wanted} tokens of prompt and answer; accepted: the model's {limit}")
+        sampling = request.sampling
+        if sampling.n != 1:
+            raise BadRequest(f"got n={sampling.n} for one request; accepted: a request for each `sampling.for_choice(i)`")
+        if sampling.stop and self._decode is None:
+            raise BadRequest("got stop texts for an engine without a tokenizer; accepted: Engine(…, tokenizer=…)")
+        try:
+            sampling.check_vocab(self._sampler.vocab_size)
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
         boundary = self._boundary(request)
         if boundary:
             namespace = self._namespace(request.namespace, boundary)
             request = replace(request, namespace=namespace, fixed_tokens=boundary)
         return self.system.scheduler.submit(request)
+
+    def cancel(self, number: int) -> None:
+        """Ends a request; numbers that are unknown or have ended are ignored."""
+        self.system.scheduler.cancel(number)
+
+    def hint(self, hint: Hint) -> None:
+        """Takes a client's hint; it influences what is cached, never an answer."""
+        self.system.scheduler.hint(hint)
+
+    def flush(self) -> None:
+        """Discards all cached KV, and ends the requests that have computed some: the weights have changed."""
+        self.system.scheduler.drop_admitted("the cache was flushed, as what made its KV has changed")
+        self._drop([])
+        disk = isinstance(self.system.tiers.pools.get(Tier.DISK), DiskPool)
+        self.system.tiers.flush(fingerprint(self.session) if disk else None)
+        self._version = version_of(self._weights)
+
+    def wake(self) -> None:
+        """Makes the step that waits, or else the next one, return without waiting; from any thread, at once."""
+        self._woken = True
+        self.system.tiers.interrupt()
+
+    def take_events(self) -> list[TokenEvent]:
+        """What the last step has added to answers, and the outputs of the requests that ended with it."""
+        events, self._events = self._events, []
+        return events
 
     # Fixed prompts before their first request ---------------------------------------------------------------------
 
@@ -190,13 +266,18 @@ class Engine:
         Args:
             patience_s: seconds to wait for something to change if there is nothing to compute.
         """
-        scheduler = self.system.scheduler
+        scheduler, self._events = self.system.scheduler, []
+        if self._version != version_of(self._weights):
+            logger.warning("the weights have changed: the cache is flushed")
+            self.flush()
         batch = scheduler.next_batch()
         if batch is None:
             finished = self._take_finished()
-            if not finished:
+            if not finished and not self._woken:
                 scheduler.wait(patience_s)
+            self._woken = False
             return finished
+        self._woken = False
         begun = time.perf_counter()
         try:
             self._drop(batch.preempted)
@@ -209,8 +290,9 @@ class Engine:
         offered = [each.state for each in (*batch.prefills, *batch.decodes) if each.payload is not None]
         scheduler.complete(batch)
         for state in offered:
-            if state.handle is not None:
-                self._sequences[state].share_stored(state.handle.payloads())
+            sequence = self._answering[state].sequence
+            if state.handle is not None and sequence is not None:
+                sequence.share_stored(state.handle.payloads())
         return self._take_finished()
 
     def run(self) -> Iterator[RequestOutput]:
@@ -221,20 +303,34 @@ class Engine:
 
     def _take_finished(self) -> list[RequestOutput]:
         self._drop([])
-        return self.system.scheduler.take_finished()
+        finished = self.system.scheduler.take_finished()
+        self._events += [TokenEvent(each.number, [], finished=each) for each in finished]
+        return finished
 
     def _drop(self, preempted: Sequence[RequestState]) -> None:
         """Gives up the pages of requests that have ended or were preempted: the scheduler has freed their bytes."""
-        for state in [state for state in self._sequences if state.ended or state in preempted]:
-            self._sequences.pop(state).release()
+        for state in preempted:
+            self._set_sequence(state, None)
+        for state in [state for state in self._answering if state.ended]:
+            self._set_sequence(state, None)
+            del self._answering[state]
+
+    def _set_sequence(self, state: RequestState, sequence: PagedSequence | None) -> None:
+        answering = self._answering.get(state)
+        if answering is not None:
+            if answering.sequence is not None:
+                answering.sequence.release()
+            answering.sequence = sequence
 
     @torch.no_grad()
     def _compute(self, batch: ScheduledBatch) -> None:
         items = [item for one in (*batch.decodes, *batch.prefills) if (item := self._begin(one)) is not None]
-        logits = self._forward(items)
+        sampled = self._forward(items)
         for item in items:
-            if item.scheduled.error is None:
-                self._guard(item.scheduled, lambda item=item: self._finish(item, logits.get(item)))
+            if isinstance(item.scheduled, ScheduledPrefill) and item.scheduled.error is None:
+                self._guard(item.scheduled, partial(self._offer_prompt, item))
+        for group, logits in sampled:
+            self._sample(group, logits)
 
     def _guard(self, scheduled: Scheduled, call: Callable[[], object]) -> None:
         """Runs `call`; an exception ends this item's request only."""
@@ -257,60 +353,103 @@ class Engine:
 
     def _new_item(self, scheduled: Scheduled) -> StepItem:
         state = scheduled.state
+        answering = self._answering.setdefault(state, Answering())
         if isinstance(scheduled, ScheduledDecode):
-            sequence, wanted = self._sequences[state], True
-            ids = state.token_ids(state.num_computed_tokens, state.num_computed_tokens + 1)
+            start, end, wanted = state.num_computed_tokens, state.num_computed_tokens + 1, True
         else:
+            start, end, wanted = scheduled.start, scheduled.end, scheduled.last
             if scheduled.first:
-                self._sequences[state] = PagedSequence(self.pages, scheduled.handle.payloads())
-            sequence, wanted = self._sequences[state], scheduled.last
-            ids = state.token_ids(scheduled.start, scheduled.end)
-        sequence.reserve(sequence.end + len(ids))
-        return StepItem(scheduled, sequence, ids.astype(np.int64), wanted)
+                self._set_sequence(state, PagedSequence(self.pages, scheduled.handle.payloads()))
+        sequence = answering.sequence
+        assert sequence is not None and sequence.end == start, "what has been computed is on the device"
+        sequence.reserve(end)
+        if wanted and answering.row is None:
+            self._begin_answer(scheduled.request, answering)
+        return StepItem(scheduled, sequence, state.token_ids(start, end).astype(np.int64), answering.row if wanted else None)
 
-    def _forward(self, items: list[StepItem]) -> dict[StepItem, torch.Tensor]:
-        """Logits `(vocab,)` of the items whose next token is wanted; if the forward fails, each is tried alone."""
+    def _begin_answer(self, request: Request, answering: Answering) -> None:
+        sampling = request.sampling
+        answering.row = self._sampler.new_row(sampling, request.prompt)
+        if self._decode is not None:
+            context = request.prompt[-4:].tolist()
+            answering.stop = StopChecker(self._decode, sampling.stop, sampling.min_new_tokens, context)
+
+    def _forward(self, items: list[StepItem]) -> list[tuple[list[StepItem], torch.Tensor]]:
+        """Logits `(items, vocab)` of the items whose next token is wanted; if the forward fails, each is tried alone."""
         if not items:
-            return {}
+            return []
         gated = [i for i, item in enumerate(items) if self._to_compress(item)]
-        wanted = [i for i, item in enumerate(items) if item.wanted]
-        tokens = [PackedTokens(item.sequence, item.ids) for item in items]
-        cache = PackedCache(self.pages.buffers, self.kv.geometry.layers, tokens, gated)
+        wanted = [i for i, item in enumerate(items) if item.row is not None]
         try:
+            tokens = [PackedTokens(item.sequence, item.ids) for item in items]
+            cache = PackedCache(self.pages.buffers, self.kv.geometry.layers, tokens, gated)
             logits = forward(self.session, cache, wanted)
         except Exception as error:
             if len(items) == 1:
                 self._fail(items[0].scheduled, error)
-                return {}
+                return []
             logger.warning("a forward of %d requests failed, each is tried alone: %r", len(items), error)
-            return {item: row for one in items for item, row in self._forward([one]).items()}
-        return {items[i]: row for i, row in zip(wanted, logits, strict=True)}
+            return [group for item in items for group in self._forward([item])]
+        return [([items[i] for i in wanted], logits)] if wanted else []
 
     def _to_compress(self, item: StepItem) -> bool:
         """Whether the item's tokens are part of a fixed prompt that will be compressed."""
         return isinstance(item.scheduled, ScheduledPrefill) and item.scheduled.start < self._boundary(item.request)
 
-    def _finish(self, item: StepItem, logits: torch.Tensor | None) -> None:
-        scheduled, state = item.scheduled, item.scheduled.state
-        if isinstance(scheduled, ScheduledPrefill):
-            span, boundary = scheduled.store, self._boundary(item.request)
-            if scheduled.start < boundary:
-                if scheduled.end == boundary:
-                    assert self.compression is not None
-                    payload = self.kv.compress_pages(item.sequence, self.compression)
-                    self._sequences[state] = PagedSequence(self.pages, [payload])
-                    scheduled.payload = payload if span is not None else None
-                span = None
-            if span is not None:
-                scheduled.payload = item.sequence.span(*span)
-        if logits is None:
+    def _offer_prompt(self, item: StepItem) -> None:
+        """Compresses a fixed prompt that is complete, and offers the whole pages of a chunk to the cache.
+
+        A failure to store ends nothing: a cache may forget.
+        """
+        scheduled = item.scheduled
+        assert isinstance(scheduled, ScheduledPrefill)
+        boundary = self._boundary(item.request)
+        if scheduled.start < boundary:
+            if scheduled.end == boundary:
+                assert self.compression is not None
+                payload = self.kv.compress_pages(item.sequence, self.compression)
+                self._set_sequence(scheduled.state, PagedSequence(self.pages, [payload]))
+                scheduled.payload = payload if scheduled.store is not None else None
+        elif scheduled.store is not None:
+            scheduled.payload = item.sequence.span(*scheduled.store)
+
+    def _sample(self, items: list[StepItem], logits: torch.Tensor) -> None:
+        live = [i for i, item in enumerate(items) if item.scheduled.error is None]
+        if len(live) < len(items):
+            items, logits = [items[i] for i in live], logits[live]
+        if not items:
             return
-        token = self.sampler(item.request, logits)
-        scheduled.tokens, scheduled.finished = [token], token in self._ends
+        sampled = self._sampler.sample(logits, [item.row for item in items if item.row is not None])
+        for i, item in enumerate(items):
+            error = sampled.errors[i]
+            if error is not None:
+                self._fail(item.scheduled, error)
+            else:
+                found = sampled.tokens[i], sampled.finished[i], sampled.logprobs[i]
+                self._guard(item.scheduled, partial(self._append, item, *found))
+
+    def _append(
+        self, item: StepItem, token: int, finished: FinishedBy | None, logprobs: TokenLogprobs | None
+    ) -> None:
+        """The answer continues with `token`; its KV is offered to the cache where a page has filled, or at its end."""
+        scheduled, state, text = item.scheduled, item.scheduled.state, None
+        stop = self._answering[state].stop
+        scheduled.tokens = [token]
+        if stop is not None:
+            ends = finished is not None or len(state.output_tokens) + 1 >= item.request.max_new_tokens
+            delta = stop.push(token)
+            text = delta.text
+            if delta.stopped_by is not None:
+                finished = finished or FinishedBy.STOP_TEXT
+            elif ends:
+                text += stop.finish().text
+        scheduled.finished = finished is not None
+        state.finished_by = finished
         if isinstance(scheduled, ScheduledDecode):
             span = scheduled.store_span()
             if span is not None:
                 scheduled.payload = item.sequence.span(*span)
+        self._events.append(TokenEvent(state.number, [token], None if logprobs is None else [logprobs], None, text))
 
     def _namespace(self, namespace: Hashable, boundary: int) -> Hashable:
         """Separates fixed prompts by how, and up to which token, they were compressed."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from .kvcache.radix_tree import read_token_ids
+from .sampling.params import FinishedBy, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,6 +93,7 @@ class Request:
         bytes_per_token: bytes of KV per computed token; None: the scheduler's value.
         expected_tokens: expected length of the answer, charged by the fair queue until the real length is known;
             None: `max_new_tokens`.
+        sampling: how an engine chooses the answer's tokens, and what ends it; greedy by default.
 
     Raises:
         ValueError: a field is outside these ranges.
@@ -111,6 +113,7 @@ class Request:
     store_policy: StorePolicy = StorePolicy.NEUTRAL
     bytes_per_token: int | None = None
     expected_tokens: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
         check_name(self.id, "a request")
@@ -134,6 +137,8 @@ class Request:
             raise ValueError(f"got timeout_s={shown(self.timeout_s)} for a request; accepted: seconds above 0")
         if not isinstance(self.store_policy, StorePolicy):
             raise ValueError(f"got store_policy={shown(self.store_policy)} for a request; accepted: a StorePolicy")
+        if not isinstance(self.sampling, SamplingParams):
+            raise ValueError(f"got sampling={shown(self.sampling)} for a request; accepted: SamplingParams")
         prompt = read_token_ids(self.prompt)
         if not len(prompt):
             raise ValueError(f"the request {self.id!r} has an empty prompt; accepted: one token or more")
@@ -185,6 +190,7 @@ class RequestOutput:
         loaded_tokens: tokens that were loaded to the device for this request.
         recomputed_tokens: tokens that were cached below the device but recomputed, as that was faster than loading.
         num_preemptions: how often its memory was given to other requests, and it was computed anew later.
+        finished_by: how the answer ended by itself; None: it did not, e.g. it has `max_new_tokens`.
     """
 
     request: Request
@@ -199,3 +205,4 @@ class RequestOutput:
     loaded_tokens: int
     recomputed_tokens: int
     num_preemptions: int
+    finished_by: FinishedBy | None = None

@@ -161,6 +161,7 @@ def build_system(
     eager = EagerWriteBackConfig() if preset.eager_write_back else None
     policy = TierPolicy(eviction, preset.write_back, suffixes, eager)
     tiers = TieredCache(used, backend, policy, page_size, clock)
+    graph.share_lock(tiers.lock)
     estimates = Estimates(costs, tiers)
     prefetcher = None
     if preset.prefetch:

@@ -70,17 +70,18 @@ class World:
     Args:
         name: of the system. below: which of `BELOW` there is below the device.
         folder: of the disk tier.
+        compressed: fixed prompts are stored compressed. pages: KV is joined and split like lists of pages.
     Attributes:
         out: the work that is being computed. ended: how often requests ended, by outcome.
     """
 
-    def __init__(self, name: str, below: str, folder: str, compressed: bool = False) -> None:
+    def __init__(self, name: str, below: str, folder: str, compressed: bool = False, pages: bool = False) -> None:
         pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(24 * TOKEN_BYTES)}
         if "host" in below:
             pools[Tier.HOST] = MemoryPool(20 * TOKEN_BYTES)
         if "disk" in below:
             pools[Tier.DISK] = DiskPool(4500, folder)
-        self.clock, self.compressed = VirtualClock(), compressed
+        self.clock, self.compressed, self.pages = VirtualClock(), compressed, pages
         self.copies = FaultyTransfer(self.clock, LINKS)
         self.system = build_system(
             name,
@@ -190,7 +191,7 @@ class World:
                 span = None if isinstance(item, ScheduledPrefill) else item.store_span()
                 if span is not None and not isinstance(item, ScheduledPrefill):
                     if not (self.compressed and span[0] < item.state.num_fixed_tokens):
-                        item.payload = kv_of([*item.request.prompt, *self.answers[name]], *span)
+                        item.payload = kv_of([*item.request.prompt, *self.answers[name]], *span, pages=self.pages)
         if fails == "item":
             random.choice(items).error = RuntimeError("NaN")
         elif fails == "payload":
@@ -204,7 +205,7 @@ class World:
         fixed = item.state.num_fixed_tokens if self.compressed else 0
         if start < fixed:
             return kv_of(item.state.token_ids(0, end), 0, end, compressed=True) if (start, end) == (0, fixed) else None
-        return kv_of(item.state.token_ids(0, end), start, end)
+        return kv_of(item.state.token_ids(0, end), start, end, pages=self.pages)
 
     # The rest of the world --------------------------------------------------------------------------------------
 

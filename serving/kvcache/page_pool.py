@@ -67,7 +67,6 @@ class PagePool:
         device: of the buffers.
     Attributes:
         buffers: by name, `(num_pages * page_size, width)`, or `(num_pages * page_size,)` for a state.
-            They begin as zeros, as masked entries must be finite.
         num_pages: pages in all.
 
     Raises:
@@ -82,7 +81,7 @@ class PagePool:
             raise ValueError(f"got {nbytes} bytes for pages of {geometry.page_bytes}; accepted: one page or more")
         slots = self.num_pages * geometry.page_size
         self.buffers: dict[str, torch.Tensor] = {
-            name: torch.zeros((slots, width) if width else (slots,), dtype=dtype, device=device)
+            name: torch.empty((slots, width) if width else (slots,), dtype=dtype, device=device)
             for name, dtype, width in geometry.entry
         }
         self.device = torch.device(device)
@@ -168,7 +167,15 @@ class PagePool:
         device = self.device
         slots = torch.from_numpy(self.slots(pages).ravel()).to(device, non_blocking=True)
         for name, buffer in self.buffers.items():
-            buffer.index_copy_(0, slots, entries[name].to(device, non_blocking=True).view(len(slots), *buffer.shape[1:]))
+            buffer.index_copy_(0, slots, entries[name].to(device, non_blocking=True).reshape(len(slots), *buffer.shape[1:]))
+
+    def clear(self, pages: np.ndarray) -> None:
+        """Fills `pages` `(n,)` with zeros: a masked entry must be finite, and somebody's may not have been."""
+        import torch
+
+        index = torch.from_numpy(pages.astype(np.int64)).to(self.device)
+        for buffer in self.buffers.values():
+            buffer.view(self.num_pages, -1).index_fill_(0, index, 0)
 
     def check(self) -> None:
         """Raises AssertionError unless every page is held or free."""
@@ -341,6 +348,7 @@ class PageBuilder:
     def __init__(self, pool: PagePool, payload: KVPayload) -> None:
         self._pool, self._tokens, self._plain = pool, payload.tokens, payload.token_dim is not None
         self._held = pool.allocate(pages_for(payload, pool.geometry))
+        self.device = pool.device
         self._at = 0
         self._lengths: list[torch.Tensor] = []
         geometry = pool.geometry

@@ -50,6 +50,7 @@ class PagedSequence(PageLists):
         if missing > 0:
             segments = self.pool.geometry.segments
             pages = self.pool.allocate(missing * segments)
+            self.pool.clear(pages.numbers)
             self.held.append(pages)
             self.add(pages.numbers.reshape(segments, missing))
 

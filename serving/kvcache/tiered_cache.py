@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -205,22 +206,20 @@ class TieredCache:
     def _attach(self, handle: CacheHandle, key: bytes, payload: KVPayload) -> AllocStatus:
         """Makes `payload`, for which there is room, the KV of `key` beyond the handle, and the handle cover it."""
         begin = handle.node
-        if self.storage.extend(begin, key[begin.end * TOKEN_BYTES :], payload):
-            begin.last_used = self.clock()
-            return AllocStatus.READY
-        node = self.storage.get_or_create(key, begin)
-        self.storage.acquire(node, above=begin)
-        try:
-            self.storage.store(node, {Tier.DEVICE: payload}, node.end - begin.end)
-        finally:
-            if node.chain() is None:  # parts of the prompt were cached, and an indivisible payload cannot fill the gaps
-                self.storage.release(node, above=begin)
-            else:
-                handle.node = node
-        if handle.node is begin:
-            return AllocStatus.REFUSED
-        node.last_used = self.clock()
-        self.storage.merge_path(node)
+        if not self.storage.extend(begin, key[begin.end * TOKEN_BYTES :], payload):
+            node = self.storage.get_or_create(key, begin)
+            self.storage.acquire(node, above=begin)
+            try:
+                self.storage.store(node, {Tier.DEVICE: payload}, node.end - begin.end)
+            finally:
+                if node.chain() is None:
+                    self.storage.release(node, above=begin)
+                else:
+                    handle.node = node
+            if handle.node is begin:  # parts were cached, and an indivisible payload cannot fill the gaps
+                return AllocStatus.REFUSED
+        handle.node.last_used = self.clock()
+        self.storage.merge_path(handle.node)
         return AllocStatus.READY
 
     def merge_spans(self) -> int:
@@ -402,6 +401,23 @@ class TieredCache:
         """`agent` no longer has a fixed prompt; its nodes remain until they are evicted."""
         with self.lock:
             self._set_agent_prompt(agent, None)
+
+    def demote(self, token_ids: Sequence[int] | Any, namespace: Hashable = None) -> None:
+        """Ranks the end of a prompt as if it had never been used, as far as no other prompt continues it and it
+        belongs to no agent's fixed prompt; the next use ranks it as usual.
+
+        Raises:
+            ValueError: see `encode`.
+        """
+        key = encode(token_ids, self.tree.page_size)
+        with self.lock:
+            found = self.tree.find(key, namespace)
+            below = 0
+            for node in reversed(found.nodes[: -1 if found.part else None]):
+                if node.fixed or len(node.children) > below:
+                    break
+                node.last_used, below = -math.inf, 1
+                self.storage.refresh(node)
 
     def values_changed(self, agents: Iterable[Agent] | None = None) -> None:
         """Reads the policy's values of these agents (None: of all) again: O(log n) each, however many nodes it has."""

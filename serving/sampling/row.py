@@ -59,7 +59,6 @@ class LogitChanges:
                 self._ids = np.concatenate([self._ids, np.zeros(spare, np.int64)])
                 self._values = np.concatenate([self._values, np.zeros((3, spare), np.float32)], axis=1)
             self._ids[place] = token
-            self._values[0, place] = 0.0
         self._counts[token] += 1
         self._values[1, place] = params.repetition_penalty
         self._values[2, place] = params.presence_penalty + params.frequency_penalty * self._counts[token]

@@ -117,7 +117,6 @@ class Sampler:
                 f"got logits of shape {tuple(logits.shape)} and {logits.dtype}; accepted: ({len(rows)}, "
                 f"{self.vocab_size}) of a floating-point dtype"
             )
-        logits = logits.detach()
         errors: list[Exception | None] = [None] * len(rows)
         if all(row.plain for row in rows):
             order, logged = range(len(rows)), []

@@ -15,6 +15,7 @@ from ..kvcache.base import KVPayload
 from ..kvcache.radix_tree import TOKEN, TOKEN_BYTES, Pages, read_token_ids
 from ..kvcache.tiered_cache import CacheHandle
 from ..request import FinishReason, Request, RequestOutput, RequestTimes, StorePolicy
+from ..sampling.params import FinishedBy
 
 TokenRange = tuple[int, int]  # [start, end) in the prompt followed by the answer
 
@@ -63,6 +64,7 @@ class RequestState:
         computing: a chunk has been computed since it was admitted.
         in_batch: part of the batch in flight. pending_outcome: how it ends once that batch is complete.
         offered_end: end of the token range of the answer that was last to be stored.
+        finished_by: how the answer ended by itself, as the driver found.
         output_tokens: the answer as far as its tokens were reported; tokens_known: all of them were.
     """
 
@@ -104,6 +106,7 @@ class RequestState:
     output_tokens: list[int] = field(default_factory=list)
     tokens_known: bool = True
     num_output_tokens: int = 0
+    finished_by: FinishedBy | None = None
     stalled_s: float = 0.0
     cached_tokens: int = 0
     loaded_tokens: int = 0
@@ -197,6 +200,7 @@ class RequestState:
         return RequestOutput(
             self.request, self.number, finish_reason, error, self.output_tokens, self.num_output_tokens, self.times,
             self.stalled_s, self.cached_tokens, self.loaded_tokens, self.recomputed_tokens, self.num_preemptions,
+            self.finished_by,
         )  # fmt: skip
 
 

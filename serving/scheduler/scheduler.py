@@ -10,10 +10,12 @@ import numpy as np
 
 from ..hints.hint import Hint
 from ..kvcache.estimates import Estimates
+from ..kvcache.radix_tree import Node
 from ..kvcache.tiered_cache import TieredCache
 from ..metrics import SchedulerMetrics
 from ..prediction import NextCallPredictor
 from ..prefetch import Prefetcher
+from ..errors import BadRequest, Draining, QueueFull, TooLarge
 from ..request import FinishReason, Request, RequestOutput, shown
 from .admission import Admission
 from .batch import RunningRequests
@@ -91,8 +93,8 @@ class Scheduler:
             Its number, by which it is cancelled, and which its output carries.
 
         Raises:
-            ValueError: it can never be computed, the queue is full, or the scheduler is closed. Nothing is changed
-                then, neither here nor in the predictions.
+            BadRequest, TooLarge: it can never be computed. QueueFull: too many wait. Draining: the scheduler is closed.
+                All are ValueErrors. Nothing is changed then, neither here nor in the predictions.
         """
         with self.tiers.lock:
             self._require_acceptable(request)
@@ -112,18 +114,18 @@ class Scheduler:
 
     def _require_acceptable(self, request: Request) -> None:
         if self._closed is not None:
-            raise ValueError(f"the scheduler is closed: {self._closed}")
+            raise Draining(f"the scheduler is closed: {self._closed}")
         if len(self._admission) >= self.config.max_queued_requests:
-            raise ValueError(f"the queue is full: at most {self.config.max_queued_requests} requests may wait")
+            raise QueueFull(f"the queue is full: at most {self.config.max_queued_requests} requests may wait")
         if self.vocab_size is not None and (largest := int(np.max(request.prompt))) >= self.vocab_size:
-            raise ValueError(f"got the token id {largest} in a prompt; accepted: 0 to {self.vocab_size - 1}")
+            raise BadRequest(f"got the token id {largest} in a prompt; accepted: 0 to {self.vocab_size - 1}")
 
     def _require_memory(self, state: RequestState) -> None:
         capacity, end = self.tiers.capacity(), self._memory.least_end(state)
         needed = self._memory.required(state, end)
         if needed > capacity:
             prompt = state.num_prompt_tokens
-            raise ValueError(
+            raise TooLarge(
                 f"the request {state.request.id!r} needs {needed} bytes for {prompt} + {end - prompt} tokens, in whole "
                 f"pages; the device's pool has {capacity}"
             )
@@ -163,6 +165,19 @@ class Scheduler:
                 self._end(state, FinishReason.CANCELLED, "the request was cancelled")
             self._changed = True
         self.tiers.interrupt()
+
+    def drop_admitted(self, reason: str) -> None:
+        """Ends every request that has KV, computed or cached, as CANCELLED; not while a batch is in flight.
+
+        Those that wait to be admitted go on. `reason` becomes the error of the others.
+        """
+        with self.tiers.lock:
+            if self._in_flight is not None:
+                raise ValueError(f"the batch {self._in_flight.number} is still in flight: complete it first")
+            loading = self._admission.loading
+            for state in [*self._running, *loading, *loading.ready]:
+                self._end(state, FinishReason.CANCELLED, reason)
+            self._changed = True
 
     def hint(self, hint: Hint) -> None:
         """Takes a client's hint. Hints influence what is cached and prefetched, never an answer."""
@@ -247,9 +262,11 @@ class Scheduler:
             error: the whole batch failed; its requests end as FAILED.
 
         Raises:
-            ValueError: this batch is not in flight.
+            ValueError: this batch is not in flight; not after `close`, which ended its requests.
         """
         with self.tiers.lock:
+            if self._closed is not None and self._in_flight is None:
+                return  # its requests were ended meanwhile
             if batch is not self._in_flight:
                 raise ValueError(f"the batch {batch.number} is not in flight")
             self._in_flight = None
@@ -295,6 +312,7 @@ class Scheduler:
         if state.in_batch:
             state.pending_outcome = state.pending_outcome or (reason, error)
             return
+        end = None if state.handle is None else state.handle.node
         self._admission.remove(state)
         self._running.remove(state)
         self._admission.settle_charge(state)
@@ -304,16 +322,17 @@ class Scheduler:
         self._timers.ended()
         self._count(state, reason)
         self._finished.append(state.output(reason, error))
-        self._notify_finish(state, reason in (FinishReason.ANSWERED, FinishReason.LENGTH))
+        self._notify_finish(state, reason in (FinishReason.ANSWERED, FinishReason.LENGTH), end)
 
-    def _notify_finish(self, state: RequestState, succeeded: bool) -> None:
-        """Tells the predictor; what fails there does no harm to any request."""
-        if not state.in_workflow:
-            return
-        state.in_workflow = False
-        seconds = self.tiers.clock() - state.times.arrived
+    def _notify_finish(self, state: RequestState, succeeded: bool, end: Node | None = None) -> None:
+        """Tells the predictor; what fails there does no harm to any request. `end`: where its cached KV ends."""
+        counted, state.in_workflow = state.in_workflow, False
         try:
-            self.predictor.on_finish(state.request, state.number, seconds, succeeded)
+            if succeeded and end is not None:
+                self.predictor.on_answer(state.request, end)
+            if counted:
+                seconds = self.tiers.clock() - state.times.arrived
+                self.predictor.on_finish(state.request, state.number, seconds, succeeded)
         except Exception:
             logger.exception("the end of the request %r is not counted in its workflow", state.request.id)
 
@@ -376,7 +395,13 @@ class Scheduler:
 
     def _check_requests(self) -> None:
         admission, running, states = self._admission, self._running, list(self._requests.values())
-        waiting = [*admission.queue, *admission.overdue, *admission.shared, *admission.loading, *admission.loading.ready]
+        waiting = [
+            *admission.queue,
+            *admission.overdue,
+            *admission.shared,
+            *admission.loading,
+            *admission.loading.ready,
+        ]
         places = [*waiting, *running.prefilling, *running.decoding]
         assert len(places) == len(set(places)) and set(places) == set(states), "a request is in one place"
         reserved = sum(state.reserved_bytes for state in states)

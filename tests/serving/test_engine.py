@@ -19,6 +19,7 @@ from tenure.serving import (
     LinearCosts,
     MemoryPool,
     Request,
+    SamplingParams,
     ThreadedTransfer,
     Tier,
     WorkflowSpec,
@@ -110,7 +111,7 @@ def close(engine: Engine) -> None:
     tiers.transfers.check()
     if engine.system.name != "expected_time":  # whose values are other ones at every moment
         tiers.check()
-    assert not engine._sequences
+    assert not engine._answering
     check_memory(engine)
     tiers.close()
     engine.pages.check()
@@ -158,8 +159,10 @@ def test_requests_that_run_together_do_not_disturb_each_other(session, name, how
     disk = None if name == "lru" else tmp_path
     engine = make_engine(session, name, how, prompts=3.7 if how is None else 2.7, host=1.5, disk=disk)
     wanted = {f"call{n}": answer_without_cache(session, prompt, how) for n, (_, prompt) in enumerate(calls())}
-    for number, (agent, prompt) in enumerate(calls()):
+    numbers = [
         engine.submit(request(number, agent, prompt, session=f"s{number}"))
+        for number, (agent, prompt) in enumerate(calls())
+    ]
     ended = []
     for turn in range(1000):
         if turn % 4 == 3:
@@ -263,15 +266,21 @@ def test_prompts_of_other_lengths_and_kinds_are_not_mixed(session):
     close(engine)
 
 
-def test_one_that_fails_ends_alone(session):
-    def choose(one: Request, logits: torch.Tensor) -> int:
-        if one.id == "call1":
-            raise RuntimeError("no token")
-        return int(logits.argmax())
+class BrokenMask:
+    is_finished = False
 
-    engine = make_engine(session, "lru_reactive", prompts=6.0, sampler=choose)
+    def allowed(self, tokens):
+        raise RuntimeError("no token")
+
+    def accept(self, token):
+        pass
+
+
+def test_one_that_fails_ends_alone(session):
+    engine = make_engine(session, "lru_reactive", prompts=6.0)
     for number, (agent, prompt) in enumerate(calls(1)[:3]):
-        engine.submit(request(number, agent, prompt))
+        sampling = SamplingParams(make_mask=BrokenMask if number == 1 else None)
+        engine.submit(request(number, agent, prompt, sampling=sampling))
     ended = {each.request.id: each for each in engine.run()}
     assert ended["call1"].finish_reason is FinishReason.FAILED and "no token" in (ended["call1"].error or "")
     for number in (0, 2):

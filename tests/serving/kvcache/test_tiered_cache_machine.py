@@ -97,15 +97,15 @@ class TierMachine(RuleBasedStateMachine):
         assert handle.length == known.length and handle.length % PAGE == 0 and handle.length <= len(prompt)
         self.handles.append((handle, prompt))
 
-    @rule(prompt=prompts, agent=st.none() | agents, fixed=st.integers(0, 14), compressed=st.booleans())
-    def serve(self, prompt, agent, fixed, compressed):
+    @rule(prompt=prompts, agent=st.none() | agents, fixed=st.integers(0, 14), compressed=st.booleans(), pages=st.booleans())
+    def serve(self, prompt, agent, fixed, compressed, pages=False):
         """Serves a request as an engine does, as far as there is room."""
         with self.tiers.open(prompt) as handle:
             if handle.wait(1e6) is not LoadState.READY:
                 return
             self.kv.assert_holds(handle.payloads(), prompt[: handle.length])
             end = self.tiers.whole_pages(len(prompt))
-            payload = self.kv.of(prompt, handle.length, end, compressed) if end > handle.length else None
+            payload = self.kv.of(prompt, handle.length, end, compressed, pages) if end > handle.length else None
             if self.tiers.store(handle, prompt, payload, agent, fixed) is AllocStatus.PENDING:
                 self.time_passes(1e6)
                 self.tiers.store(handle, prompt, payload, agent, fixed)
@@ -136,7 +136,7 @@ class TierMachine(RuleBasedStateMachine):
             self.plan_a_fault(RuntimeError("failed"))
         for _ in range(6):
             prompt = [random.randrange(2) for _ in range(random.randrange(11))]
-            self.serve(prompt, random.choice("abc"), random.randrange(10), random.random() < 0.3)
+            self.serve(prompt, random.choice("abc"), random.randrange(10), random.random() < 0.3, random.random() < 0.5)
             if random.random() < 0.2:
                 self.give_up(list(self.tiers.tree), random)
             on_disk = [node for node in self.tiers.tree if node.copies[Tier.DISK] is not None]
@@ -153,13 +153,19 @@ class TierMachine(RuleBasedStateMachine):
             self.handles.append((handle, self.kv.ids_of(handle.node)))
 
     @precondition(lambda self: self.handles)
-    @rule(agent=st.none() | agents, fixed=st.integers(0, 12), compressed=st.booleans(), data=st.data())
-    def insert(self, agent, fixed, compressed, data):
+    @rule(agent=st.none() | agents, fixed=st.integers(0, 12), compressed=st.booleans(), pages=st.booleans(), data=st.data())
+    def insert(self, agent, fixed, compressed, pages, data):
         handle, prompt = self.pick(data)
-        end, before = self.tiers.whole_pages(len(prompt)), handle.length
-        payload = self.kv.of(prompt, before, end, compressed) if end > before else None
-        stored = self.tiers.store(handle, prompt, payload, agent, fixed) is AllocStatus.READY
+        before = handle.length
+        end = data.draw(st.sampled_from(range(before, len(prompt) + 1, PAGE)))
+        payload = self.kv.of(prompt, before, end, compressed, pages) if end > before else None
+        reserved = data.draw(st.booleans()) and payload is not None and self.tiers.try_reserve(payload.nbytes)
+        status = self.tiers.store(handle, prompt[:end], payload, agent, min(fixed, end), payload.nbytes if reserved else 0)
+        stored = status is AllocStatus.READY
         assert handle.length == (end if stored else before)
+        kept = self.tiers.reserved_bytes
+        assert kept <= (payload.nbytes if reserved else 0) and (stored or not reserved or kept == payload.nbytes)
+        self.tiers.unreserve(kept)
 
     @precondition(lambda self: self.handles)
     @rule(urgency=st.sampled_from(Urgency), only_lower_ranked=st.booleans(), data=st.data())

@@ -21,7 +21,7 @@ from transformers import (
 
 from tenure.serving.sampling.params import FinishedBy, SamplingParams
 from tenure.serving.sampling.row import SamplerRow
-from tenure.serving.sampling.sampler import Sampler, SamplingError
+from tenure.serving.sampling.sampler import Sampler, SamplingError, _CumulativeSums
 
 VOCAB, EOS = 131, 2  # no multiple of the block size
 PROMPT = [5, 6, 7, 7, 100]
@@ -75,6 +75,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 LARGE: list[dict[str, Any]] = [
     {"temperature": 1.0, "top_k": 200},
+    {"temperature": 3.0, "top_k": 128},
+    {"temperature": 2.0, "top_k": 256},
     {"temperature": 3.0, "top_k": 300, "top_p": 0.99, "min_p": 1e-3},
     {"temperature": 3.0, "top_p": 0.97, "min_p": 1e-3},
 ]  # of more than a block
@@ -240,6 +242,39 @@ def test_a_token_without_probability_is_never_drawn(monkeypatch: pytest.MonkeyPa
             in_rank_order = "top_p" in options or "top_k" in options
             ends = [vocab - 1, vocab // 2] if in_rank_order else [vocab // 2, vocab - 1]
             assert result.tokens[:2] == ends, (vocab, options)
+
+
+def test_cumulative_sums_are_searched_by_blocks() -> None:
+    """As if all sums were there, up to rounding, and never to a place without weight."""
+    weights = torch.rand(300, 512, generator=torch.Generator().manual_seed(0))
+    weights[:, 100:128] = weights[:, 250:300] = weights[:, 500:] = 0.0
+    sums, whole = _CumulativeSums(weights), weights.double().cumsum(-1)
+    assert torch.allclose(sums.total, whole[:, -1], rtol=1e-6)
+    places = torch.arange(300)
+    assert torch.allclose(sums.at(places), whole[places, places], rtol=1e-6)
+    below = 1 - 2.0**-52
+    for name, target in {
+        "anywhere": torch.rand(300, dtype=torch.float64) * sums.total,
+        "block": sums.at(torch.full((300,), 127)),
+        "rounded": sums._blocks[:, 1] * below,
+        "last": sums.total * below,
+    }.items():
+        for right in (False, True):
+            found, total = sums.find(target, right)
+            assert (weights.gather(1, found[:, None]) > 0).all(), name
+            assert torch.allclose(whole.gather(1, found[:, None]).squeeze(1), total, rtol=1e-6)
+            assert (total >= target * (1 - 1e-6)).all()
+            assert (total - weights.gather(1, found[:, None]).squeeze(1) <= target * (1 + 1e-6)).all()
+
+
+def test_rounding_leads_to_no_token_beyond_top_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SamplerRow, "uniform", lambda row: 1 - 2.0**-52)
+    sampler, logits = Sampler(700), logits_of(500, 700, scale=0.1)
+    for top_k in (127, 128, 256, 384):
+        rows = [sampler.new_row(SamplingParams(temperature=1.0, top_k=top_k), ()) for _ in range(500)]
+        tokens = torch.tensor(sampler.sample(logits, rows).tokens)[:, None]
+        ranks = (logits > logits.gather(1, tokens)).sum(-1)
+        assert ranks.tolist() == [top_k - 1] * 500
 
 
 def test_log_probabilities_are_of_the_models_own_distribution() -> None:

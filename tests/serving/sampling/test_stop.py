@@ -161,6 +161,9 @@ def test_the_first_tokens_cannot_complete_a_stop_text() -> None:
     for least, wanted in ((0, ("", "ab")), (1, ("ab", "ab")), (2, ("ab", "ab")), (3, ("ababc", None))):
         deltas, found = streamed(StopChecker(decode, ["ab"], least), ids)
         assert (found, deltas[-1].stopped_by) == wanted, least
+    decode, ids = pieces("ab", "a", "ba")
+    deltas, found = streamed(StopChecker(decode, ["aba"], 2), ids)
+    assert (found, deltas[-1].stopped_by) == ("ab", "aba"), "it overlaps with one that was too early"
 
 
 def test_an_unfinished_character_is_shown_at_the_end() -> None:
@@ -196,6 +199,9 @@ def test_bytes_without_end_cost_the_same_at_every_token(name: str) -> None:
     after = tokenizer.encode("a b你c", add_special_tokens=False).ids
     _, found = streamed(StopChecker(decode), [*[byte] * 1000, *after])
     assert max(lengths) <= 2 * MAX_OPEN_TOKENS
+    lengths.clear()
+    streamed(StopChecker(decode), after * 20)
+    assert max(lengths) <= 8, "of a text only the last tokens"
     assert found.rstrip("a b你c") == REPLACEMENT * 1000 and found.endswith("a b你c")
 
 

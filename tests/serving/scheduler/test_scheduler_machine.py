@@ -36,9 +36,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
 
-    @initialize(name=st.sampled_from(SYSTEMS), below=st.sampled_from(BELOW), compressed=st.booleans())
-    def begin(self, name, below, compressed):
-        self.world = World(name, below, self.folder.name, compressed)
+    @initialize(name=st.sampled_from(SYSTEMS), below=st.sampled_from(BELOW), compressed=st.booleans(), pages=st.booleans())
+    def begin(self, name, below, compressed, pages):
+        self.world = World(name, below, self.folder.name, compressed, pages)
 
     @rule(
         suffix=st.lists(st.integers(0, 2), max_size=6),
