@@ -211,10 +211,10 @@ class FilePayload:
                 for block in range(first // layout.block_rows, -(-last // layout.block_rows)):
                     content, rows = self._read_block(file, block, layer)
                     kinds = {name: (rest.dtype, (rows, *rest.shape[1:])) for name, rest in rows_first.items()}
-                    flat = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+                    flat = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0)
                     begin = block * layout.block_rows
                     low, high = max(first, begin), min(last, begin + rows)
-                    for name, found in views(flat, kinds).items():
+                    for name, found in views(flat.view(torch.uint8), kinds).items():
                         rows_first[name][low - first : high - first].copy_(found[low - begin : high - begin])
         except OSError as error:
             raise LostPayloadError(f"{self.path} cannot be read: {error}") from error
