@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..retention.seams import AttentionCall
@@ -22,9 +22,6 @@ from .storage.attention import refuse_unsupported
 from .storage.page_lists import PageLists
 from .storage.page_reads import ReadsConfig, read_pages
 from .storage.partial_attention import attend_part, merged
-
-if TYPE_CHECKING:
-    from .session import Session
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,8 @@ class PackedCache(Cache):
         slots = [each.slots(each.tokens, each.tokens + size) for each, size in zip(sequences, sizes, strict=True)]
         flat = np.concatenate(slots, axis=1).reshape(-1, self._heads, int(ends[-1]))
         self._slots = torch.from_numpy(flat).to(device)
-        chosen = [np.arange(ends[place] - sizes[place], ends[place]) for place, i in enumerate(order) if i in set(gated)]
+        wanted = set(gated)
+        chosen = [np.arange(end - size, end) for i, size, end in zip(order, sizes, ends, strict=True) if i in wanted]
         self.gated = torch.from_numpy(np.concatenate(chosen)).to(device) if chosen else None
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +145,7 @@ class PackedCache(Cache):
     def _attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Attention of all new tokens; query `(1, num_heads, tokens, head_dim)`; `(1, tokens, num_heads, value_dim)`."""
+        """Attention of all new tokens: `(1, num_heads, tokens, dim)` in, `(1, tokens, num_heads, value_dim)` out."""
         num_heads, count, dim = query.shape[1:]
         group = num_heads // self._heads
         out = query.new_empty(count, num_heads, value.shape[-1])
@@ -167,8 +165,8 @@ class PackedCache(Cache):
         return out.unsqueeze(0)
 
 
-def forward(session: Session, cache: PackedCache, rows: Sequence[int]) -> torch.Tensor:
-    """Runs the model over the new tokens of a packed cache, inside the session's `evict` block.
+def forward(model: PreTrainedModel, cache: PackedCache, rows: Sequence[int]) -> torch.Tensor:
+    """Runs a model over the new tokens of a packed cache, inside its `evict` block.
 
     Args:
         rows: indices of the sequences, in the order in which they were given to the cache, whose next token is wanted.
@@ -178,7 +176,6 @@ def forward(session: Session, cache: PackedCache, rows: Sequence[int]) -> torch.
     """
     ids, positions = cache.inputs()
     keep = torch.tensor([cache.last[row] for row in rows], dtype=torch.long, device=ids.device)
-    model = session.model
     return model(
         input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep
     ).logits[0]

@@ -85,12 +85,12 @@ class StepItem:
 class Engine:
     """A transformers model behind the scheduler.
 
-    An answer's tokens are those of the model without any cache, up to the rounding of a prompt computed in chunks and of
-    attention computed in parts: reused KV is bit for bit the KV that was computed, wherever it has been stored meanwhile.
+    An answer's tokens are those of the model without any cache, up to the rounding of a prompt computed in chunks and
+    of attention computed in parts: reused KV is bit for bit the KV that was computed, wherever it was stored meanwhile.
 
-    With a `compression`, the fixed prompt of every request that names an agent is compressed and stored so; what follows
-    it is stored as it is. Plain and compressed prompts, and prompts compressed at different lengths, are never mixed:
-    they are kept in different namespaces.
+    With a `compression`, the fixed prompt of every request that names an agent is compressed and stored so; what
+    follows it is stored as it is. Plain and compressed prompts, and prompts compressed at different lengths, are never
+    mixed: they are kept in different namespaces.
 
     One thread calls it; `wake` may be called from any. `EngineClient` is for many threads and for asyncio.
 
@@ -175,7 +175,7 @@ class Engine:
             raise TooLarge(f"got {wanted} tokens of prompt and answer; accepted: the model's {limit}")
         sampling = request.sampling
         if sampling.n != 1:
-            raise BadRequest(f"got n={sampling.n} for one request; accepted: a request for each `sampling.for_choice(i)`")
+            raise BadRequest(f"got n={sampling.n} for one request; accepted: a request for each sampling.for_choice(i)")
         if sampling.stop and self._decode is None:
             raise BadRequest("got stop texts for an engine without a tokenizer; accepted: Engine(…, tokenizer=…)")
         try:
@@ -365,7 +365,8 @@ class Engine:
         sequence.reserve(end)
         if wanted and answering.row is None:
             self._begin_answer(scheduled.request, answering)
-        return StepItem(scheduled, sequence, state.token_ids(start, end).astype(np.int64), answering.row if wanted else None)
+        ids = state.token_ids(start, end).astype(np.int64)
+        return StepItem(scheduled, sequence, ids, answering.row if wanted else None)
 
     def _begin_answer(self, request: Request, answering: Answering) -> None:
         sampling = request.sampling
@@ -375,7 +376,7 @@ class Engine:
             answering.stop = StopChecker(self._decode, sampling.stop, sampling.min_new_tokens, context)
 
     def _forward(self, items: list[StepItem]) -> list[tuple[list[StepItem], torch.Tensor]]:
-        """Logits `(items, vocab)` of the items whose next token is wanted; if the forward fails, each is tried alone."""
+        """The items whose next token is wanted, and logits `(items, vocab)`; if that fails, each is tried alone."""
         if not items:
             return []
         gated = [i for i, item in enumerate(items) if self._to_compress(item)]
@@ -383,7 +384,7 @@ class Engine:
         try:
             tokens = [PackedTokens(item.sequence, item.ids) for item in items]
             cache = PackedCache(self.pages.buffers, self.kv.geometry.layers, tokens, gated)
-            logits = forward(self.session, cache, wanted)
+            logits = forward(self.session.model, cache, wanted)
         except Exception as error:
             if len(items) == 1:
                 self._fail(items[0].scheduled, error)
@@ -428,9 +429,7 @@ class Engine:
                 found = sampled.tokens[i], sampled.finished[i], sampled.logprobs[i]
                 self._guard(item.scheduled, partial(self._append, item, *found))
 
-    def _append(
-        self, item: StepItem, token: int, finished: FinishedBy | None, logprobs: TokenLogprobs | None
-    ) -> None:
+    def _append(self, item: StepItem, token: int, finished: FinishedBy | None, logprobs: TokenLogprobs | None) -> None:
         """The answer continues with `token`; its KV is offered to the cache where a page has filled, or at its end."""
         scheduled, state, text = item.scheduled, item.scheduled.state, None
         stop = self._answering[state].stop

@@ -1,4 +1,4 @@
-"""Prompts between the caches of an eviction session and the pages of the device: how they are computed and compressed."""
+"""Computes and compresses prompts, between the caches of an eviction session and the pages of the device."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from itertools import count
 
 import numpy as np
 
+from ..errors import BadRequest, Draining, QueueFull, TooLarge
 from ..hints.hint import Hint
 from ..kvcache.estimates import Estimates
 from ..kvcache.radix_tree import Node
@@ -15,7 +16,6 @@ from ..kvcache.tiered_cache import TieredCache
 from ..metrics import SchedulerMetrics
 from ..prediction import NextCallPredictor
 from ..prefetch import Prefetcher
-from ..errors import BadRequest, Draining, QueueFull, TooLarge
 from ..request import FinishReason, Request, RequestOutput, shown
 from .admission import Admission
 from .batch import RunningRequests

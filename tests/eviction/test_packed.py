@@ -45,7 +45,7 @@ def test_logits_are_those_of_each_sequence_alone(tiny_model, monkeypatch, kernel
                 sequence.reserve(sequence.end + size)
                 new.append(PackedTokens(sequence, prompts[i][sequence.end : sequence.end + size]))
             cache = PackedCache(pool.buffers, pool.geometry.layers, new, config=ReadsConfig(view_entries=view))
-            logits = forward(session, cache, range(len(new)))
+            logits = forward(session.model, cache, range(len(new)))
             for sequence, prompt, got in zip(sequences, prompts, logits, strict=True):
                 alone = session.extend(session.new_cache(), prompt[: sequence.end].tolist(), logits_to_keep=1)
                 torch.testing.assert_close(got, alone[0, -1], rtol=1e-4, atol=1e-4)
@@ -71,7 +71,7 @@ def test_compressed_prompts_are_read_with_whole_tokens_behind_them(tiny_model, m
         sequence = PagedSequence(pool)
         sequence.reserve(len(prompt))
         tokens = [PackedTokens(sequence, prompt)]
-        forward(session, PackedCache(pool.buffers, pool.geometry.layers, tokens, gated=[0]), [])
+        forward(session.model, PackedCache(pool.buffers, pool.geometry.layers, tokens, gated=[0]), [])
         payload = kv.compress_pages(sequence, how)
         cache = session.new_cache()
         kv.forward(cache, prompt)
@@ -88,7 +88,7 @@ def test_compressed_prompts_are_read_with_whole_tokens_behind_them(tiny_model, m
                 each.reserve(each.end + size)
             new = [PackedTokens(each, own) for each, own in zip(sequences, ids, strict=True)]
             config = ReadsConfig(view_entries=view)
-            logits = forward(session, PackedCache(pool.buffers, pool.geometry.layers, new, config=config), range(3))
+            logits = forward(session.model, PackedCache(pool.buffers, pool.geometry.layers, new, config=config), range(3))
             for got, own, alone in zip(logits, ids, caches, strict=True):
                 torch.testing.assert_close(got, kv.forward(alone, own), rtol=1e-4, atol=1e-4)
 
@@ -103,8 +103,8 @@ def test_a_forward_that_raises_leaves_the_sequences_as_they_were(tiny_model):
         new = [PackedTokens(sequence, np.arange(3, 12))]
         hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            forward(session, PackedCache(pool.buffers, pool.geometry.layers, new), [0])
+            forward(session.model, PackedCache(pool.buffers, pool.geometry.layers, new), [0])
         hook.remove()
         assert sequence.tokens == 0
-        again = forward(session, PackedCache(pool.buffers, pool.geometry.layers, new), [0])
+        again = forward(session.model, PackedCache(pool.buffers, pool.geometry.layers, new), [0])
         torch.testing.assert_close(again[0], session.extend(session.new_cache(), list(range(3, 12)))[0, -1])
