@@ -27,11 +27,11 @@ PAGE, ANSWER = 8, 3
 
 def tiny_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, num_key_value_heads=2, max_position_embeddings=256, **sizes, **special)
-    ).eval()
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
 
 
 def prompt(seed: int, length: int) -> list[int]:
