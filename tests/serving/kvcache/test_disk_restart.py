@@ -268,6 +268,7 @@ def test_stores_nobody_uses_are_removed_when_stale_or_when_space_is_needed(start
     assert not old.exists() and new.exists()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**4}))
     start("third", capacity=10**4).close()
+    start(None, capacity=10**5).close()
     assert new.exists()
     start("third", capacity=10**5).close()
     assert not new.exists()
