@@ -12,11 +12,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..retention.seams import AttentionLayer, full_attention_layers, text_config, text_decoder
+from ..retention.decoder_layers import AttentionLayer, full_attention_layers, text_config, text_decoder
 
 # Model types whose attention code was reviewed: every full-attention layer rotates the whole query by
 # `apply_rotary_pos_emb(q, k, cos, sin)` with the decoder's `rotary_emb` and one position a token.
 ROTARY_TYPES = ("gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
+
+# Kinds of RoPE whose frequencies depend on the length of the input, so that a prompt's chunks would get others.
+LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
+
+
+def rope_types(config: Any) -> set[str]:
+    """The kinds of RoPE in a decoder's configuration, one or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [part for part in parameters.values() if isinstance(part, dict)]
+    return {str(part["rope_type"]) for part in nested or [parameters] if "rope_type" in part}
 
 
 def rotates_queries(model: PreTrainedModel) -> bool:
@@ -78,10 +88,12 @@ class Rotary:
 
 
 def has_output_weight(layer: AttentionLayer) -> bool:
-    """Whether `output_weight` is available: the module's `o_proj` is a linear layer with a floating-point weight."""
+    """Whether `output_weight` is available: `o_proj` is a linear layer with a floating-point weight in memory."""
     projection = getattr(layer.module, "o_proj", None)
     if not isinstance(projection, nn.Linear) or not projection.weight.is_floating_point():
         return False
+    if type(projection.weight.data) is not torch.Tensor or projection.weight.is_meta:
+        return False  # quantized by a tensor subclass, or offloaded
     return projection.weight.shape[1] % layer.num_heads == 0
 
 

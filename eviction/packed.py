@@ -17,8 +17,9 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from ..retention.attention_arguments import refuse_dropout, refuse_unknown
+from ..retention.decoder_layers import UnsupportedModelError
 from ..retention.seams import AttentionCall
-from .storage.attention import refuse_unsupported
 from .storage.page_lists import PageLists
 from .storage.page_reads import ReadsConfig, read_pages
 from .storage.partial_attention import attend_part, merged
@@ -38,14 +39,19 @@ class PackedTokens:
 
 
 class PackedLayer(CacheLayerMixin):
-    """What transformers asks of a cache layer: the packed attention reads the pages itself."""
+    """A cache layer as transformers needs it: the packed attention reads the pages itself."""
 
     is_sliding = is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values of the running forward
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.given = key_states, value_states
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -120,7 +126,13 @@ class PackedCache(Cache):
             base: AttentionCall, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
             attention_mask: Any, **kwargs: Any,
         ) -> tuple[torch.Tensor, None]:  # fmt: skip
-            refuse_unsupported(kwargs)
+            refuse_unknown(module, kwargs)
+            refuse_dropout(kwargs)
+            given = self.layers[layer_idx].given
+            if given is None or key is not given[0] or value is not given[1]:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} is not supported: it attends over other keys and values than it caches"
+                )
             scaling = kwargs.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
             self._write(layer, key, value, state)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from tenure.checked import Range, Size, read, verify
 
-from .seams import full_attention_layers, text_config
+from .decoder_layers import full_attention_layers, text_config
 
 Projection = Literal["per_layer", "shared", "shared_heads"]
 

@@ -48,7 +48,7 @@ Scheduled = ScheduledPrefill | ScheduledDecode
 
 @dataclass(eq=False)
 class Answering:
-    """What the engine keeps of a request from its first step to its end.
+    """The engine's part of a request, from its first step to its end.
 
     Attributes:
         sequence: its pages; None while it waits after a preemption.
@@ -95,8 +95,8 @@ class Engine:
     One thread calls it; `wake` may be called from any. `EngineClient` is for many threads and for asyncio.
 
     KV is bound to what made it. Prompts on disk are read back by an engine with the same weights, gates and dtype only;
-    a change of weights in place is noticed before the next step, and flushes the cache; any other (another adapter) has
-    to be told by `flush`.
+    a change of weights in place is noticed before the next step, and flushes the cache; after any other (another
+    adapter), call `flush`.
 
     Args:
         session: inside an `evict(model, "full", observe=[...])` block that records what the compression's policy needs.

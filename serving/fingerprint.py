@@ -1,4 +1,4 @@
-"""What made the KV of an engine: KV must never be read by another model, nor by the same one with other weights."""
+"""Fingerprints of everything that makes KV, which no other model, and no other weights, may read."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ FOLDERS = [folder for folder in MAY_IMPORT if (ROOT / folder).is_dir()]
 LAYERS: dict[str, list[tuple[str, ...]]] = {
     "eviction": [
         ("ops", "model_adapters", "forward_state"),
-        ("storage", "recorded"),
+        ("mrope", "storage", "recorded"),
         ("cache_layer",),
         ("layer_view",),
         ("policies",),

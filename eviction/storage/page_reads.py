@@ -71,7 +71,7 @@ def read_pages(
 
 
 class TableReads:
-    """What the paged kernels read: a table of the compressed prompts, and one of the whole tokens."""
+    """Page tables for the kernels: one of the compressed prompts, and one of the whole tokens."""
 
     def __init__(self, buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int) -> None:
         lists, self._rows = sequences[0], len(sequences)
@@ -131,7 +131,7 @@ class View:
     """Entries that a call of the attention reads where they are.
 
     Attributes:
-        row: index of the sequence among those that are read together. part: where its result goes.
+        row: index of the sequence among those that are read together. part: place of its result.
         heads: the heads that are read: all, or one.
         offset: first slot of the first of them. stride: slots from a head to the next.
         entries: of each head.
@@ -150,7 +150,7 @@ class Gathered:
     """Scattered pages of several sequences, which are copied together.
 
     Attributes:
-        rows: int64, indices of the sequences. parts: int64, where their results go.
+        rows: int64, indices of the sequences. parts: int64, places of their results.
         pages: int64 `(layers, rows * heads * width)`.
         mask: `(1 or layers, rows, 1 or heads, 1, entries)`, the model's dtype: 0, or -inf for free slots and padding.
     """
@@ -163,7 +163,7 @@ class Gathered:
 
 @dataclass(eq=False)
 class ViewReads:
-    """What the attention reads on a CPU.
+    """Views and copies of pages, for the attention on a CPU.
 
     Attributes:
         buffers: of all pages.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PageGeometry:
-    """What a model stores for each token: the same in every layer and head.
+    """The entries that a model stores for each token: the same in every layer and head.
 
     Attributes:
         layers: indices of the layers in the decoder.

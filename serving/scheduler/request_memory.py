@@ -1,4 +1,4 @@
-"""The device memory of requests: how much each reserves at admission, and needs as it goes on.
+"""The device memory of requests: how much each reserves at admission, and needs as it continues.
 
 A request's KV is what its handle covers, whose bytes belong to the cache, and what it has computed beyond that, whose
 bytes it has reserved. When pages are stored, they pass from the one to the other.
@@ -29,7 +29,7 @@ class RequestMemory:
         return tokens * state.bytes_per_token
 
     def least_end(self, state: RequestState) -> int:
-        """The token up to which a request must have memory to be admitted: one of the answer, so that it makes progress.
+        """The token up to which a request must have memory to be admitted: one of the answer, for some progress.
 
         With `reserve_answers`, all of the answer.
         """

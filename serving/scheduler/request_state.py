@@ -283,7 +283,7 @@ class ScheduledBatch:
         number: counts batches from 1.
         steps: tokens of each decode; the driver may lower it, to no less than 1, before completing the batch.
         preempted: requests that have lost their memory to others since the last batch: before anything else, the driver
-            drops all it holds of them. They wait again and go on later, with a prefill that is `first`. A batch may
+            drops all it holds of them. They wait again and continue later, with a prefill that is `first`. A batch may
             consist of these alone.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from itertools import count
 
 import numpy as np
@@ -212,7 +213,7 @@ class Scheduler:
             self._changed = False
             self._transfers_seen = self.tiers.num_events
             self.tiers.poll()
-            self._push_predictions()
+            self._predict(self._push_predictions)
             self._expire()
             now, slots = self.tiers.clock(), self.config.max_num_seqs - len(self._running)
             room = self._admission.changed
@@ -221,8 +222,7 @@ class Scheduler:
                     self._running.add(state, now)
                 except Exception as error:
                     self._fail(state, "starting", error)
-            if self.prefetcher is not None:
-                self.prefetcher.start_prefetches(paused=self._admission.starved, room_freed=room)
+            self._predict(self._start_prefetches, room)
             self.tiers.write_back_eagerly()
             if self.batch_waits and self._admission.loading:
                 return None
@@ -232,6 +232,18 @@ class Scheduler:
             self._batches += 1
             self._in_flight = self._running.schedule(self._batches, max_steps, growth.stalled, growth.preempted)
             return self._in_flight
+
+    def _predict(self, update: Callable[..., None], *args: bool) -> None:
+        """Calls `update`. Predictions never influence an answer, so no request ends for an error there."""
+        try:
+            update(*args)
+        except Exception:
+            logger.exception("predictions or prefetches were not updated")
+            self.metrics.predictions_failed += 1
+
+    def _start_prefetches(self, room_freed: bool) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.start_prefetches(paused=self._admission.starved, room_freed=room_freed)
 
     def _push_predictions(self) -> None:
         changed = self.predictor.push_values(self.tiers)
@@ -299,8 +311,8 @@ class Scheduler:
 
     def _end_outgrown(self, state: RequestState) -> None:
         error = (
-            f"the answer was cut short after {state.num_output_tokens} tokens: with the {state.num_prompt_tokens} of the "
-            f"prompt it needs more than the {self.tiers.capacity()} bytes of the device's pool"
+            f"the answer was cut short after {state.num_output_tokens} tokens: with the {state.num_prompt_tokens} of "
+            f"the prompt it needs more than the {self.tiers.capacity()} bytes of the device's pool"
         )
         self._end(state, FinishReason.LENGTH, error)
 
@@ -395,14 +407,8 @@ class Scheduler:
 
     def _check_requests(self) -> None:
         admission, running, states = self._admission, self._running, list(self._requests.values())
-        waiting = [
-            *admission.queue,
-            *admission.overdue,
-            *admission.shared,
-            *admission.loading,
-            *admission.loading.ready,
-        ]
-        places = [*waiting, *running.prefilling, *running.decoding]
+        places = [*admission.queue, *admission.overdue, *admission.shared, *admission.loading, *admission.loading.ready]
+        places += running
         assert len(places) == len(set(places)) and set(places) == set(states), "a request is in one place"
         reserved = sum(state.reserved_bytes for state in states)
         assert self.tiers.reserved_bytes == reserved, "reserved bytes belong to requests"

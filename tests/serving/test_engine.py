@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -81,7 +82,8 @@ def answer_without_cache(session: Session, prompt: list[int], how: Compression |
 def make_engine(session, name, how=None, prompts=1.7, host=20.0, disk=None, speed=None, **options) -> Engine:
     """An engine whose device pool holds so many of the fixed prompts uncompressed, beside one request."""
     rate = PromptKV(session).bytes_per_token()
-    pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(int(rate * (prompts * FIXED + FIXED + SUFFIX + ANSWER + PAGE)))}
+    pages = math.ceil((prompts * FIXED + FIXED + SUFFIX + ANSWER) / PAGE)
+    pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(rate * pages * PAGE)}
     if host:
         pools[Tier.HOST] = MemoryPool(int(rate * host * FIXED))
     if disk is not None:

@@ -48,6 +48,7 @@ ORDERS = ("lru", "lfu", "ste", "expected")
 BELOW = ("host", "host and disk", "disk", "nothing")
 prompts = st.lists(st.integers(0, 1), max_size=10)
 agents = st.sampled_from("abc")
+flags = st.booleans()
 
 
 class TierMachine(RuleBasedStateMachine):
@@ -97,7 +98,7 @@ class TierMachine(RuleBasedStateMachine):
         assert handle.length == known.length and handle.length % PAGE == 0 and handle.length <= len(prompt)
         self.handles.append((handle, prompt))
 
-    @rule(prompt=prompts, agent=st.none() | agents, fixed=st.integers(0, 14), compressed=st.booleans(), pages=st.booleans())
+    @rule(prompt=prompts, agent=st.none() | agents, fixed=st.integers(0, 14), compressed=flags, pages=flags)
     def serve(self, prompt, agent, fixed, compressed, pages=False):
         """Serves a request as an engine does, as far as there is room."""
         with self.tiers.open(prompt) as handle:
@@ -153,18 +154,19 @@ class TierMachine(RuleBasedStateMachine):
             self.handles.append((handle, self.kv.ids_of(handle.node)))
 
     @precondition(lambda self: self.handles)
-    @rule(agent=st.none() | agents, fixed=st.integers(0, 12), compressed=st.booleans(), pages=st.booleans(), data=st.data())
+    @rule(agent=st.none() | agents, fixed=st.integers(0, 12), compressed=flags, pages=flags, data=st.data())
     def insert(self, agent, fixed, compressed, pages, data):
         handle, prompt = self.pick(data)
         before = handle.length
         end = data.draw(st.sampled_from(range(before, len(prompt) + 1, PAGE)))
         payload = self.kv.of(prompt, before, end, compressed, pages) if end > before else None
-        reserved = data.draw(st.booleans()) and payload is not None and self.tiers.try_reserve(payload.nbytes)
-        status = self.tiers.store(handle, prompt[:end], payload, agent, min(fixed, end), payload.nbytes if reserved else 0)
+        nbytes = 0 if payload is None else payload.nbytes
+        reserved = nbytes if data.draw(st.booleans()) and self.tiers.try_reserve(nbytes) else 0
+        status = self.tiers.store(handle, prompt[:end], payload, agent, min(fixed, end), reserved)
         stored = status is AllocStatus.READY
         assert handle.length == (end if stored else before)
         kept = self.tiers.reserved_bytes
-        assert kept <= (payload.nbytes if reserved else 0) and (stored or not reserved or kept == payload.nbytes)
+        assert kept <= reserved and (stored or kept == reserved)
         self.tiers.unreserve(kept)
 
     @precondition(lambda self: self.handles)

@@ -184,6 +184,15 @@ def test_what_cannot_be_counted_in_its_workflow_is_answered_all_the_same(make_dr
     assert "the end of the request 'r' is not counted in its workflow" in caplog.text
 
 
+def test_errors_in_predictions_and_prefetches_end_nothing(make_driver, monkeypatch, caplog):
+    driver = make_driver("expected_time", device=1000)
+    for part, name in ((driver.system.predictor, "push_values"), (driver.system.prefetcher, "start_prefetches")):
+        monkeypatch.setattr(part, name, lambda *_, **__: 1 / 0)
+    assert driver.serve("r", A, 2).finish_reason is FinishReason.ANSWERED
+    assert driver.scheduler.metrics.predictions_failed > 0
+    assert "predictions or prefetches were not updated" in caplog.text
+
+
 def test_results_of_a_driver_that_make_no_sense_end_their_request_alone(make_driver):
     driver = make_driver(device=1000)
     for name, prompt in (("a", A), ("b", B), ("c", C)):
