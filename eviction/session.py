@@ -375,7 +375,9 @@ class Session(Interceptor):
         inputs, self._inputs = self._inputs, None
         if cache is None:
             return
-        if completed and inputs and isinstance(cache, RaggedCache):
+        if isinstance(cache, PackedCache):
+            return cache.end_step(completed)
+        if completed and inputs:
             for layer, values in zip(cache.ragged, self._log_beta_of_all_layers(inputs), strict=True):
                 assert layer.store is not None
                 layer.store.fill("log_beta", values)
