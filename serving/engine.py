@@ -20,7 +20,7 @@ import torch
 from ..eviction import get_policy, policy_text
 from ..eviction.packed import PackedCache, PackedTokens, forward
 from ..retention.seams import end_tokens
-from .errors import BadRequest, TooLarge
+from .errors import BadRequest, Draining, TooLarge
 from .events import TokenEvent
 from .fingerprint import fingerprint, version_of, weights_of
 from .hints.hint import Hint
@@ -290,7 +290,10 @@ class Engine:
         finally:
             self.busy_s += time.perf_counter() - begun
         offered = [each.state for each in (*batch.prefills, *batch.decodes) if each.payload is not None]
-        scheduler.complete(batch)
+        try:
+            scheduler.complete(batch)
+        except Draining:  # another thread has closed the scheduler, which ended the requests of the batch
+            return self._take_finished()
         for state in offered:
             sequence = self._answering[state].sequence
             if state.handle is not None and sequence is not None:

@@ -274,11 +274,11 @@ class Scheduler:
             error: the whole batch failed; its requests end as FAILED.
 
         Raises:
-            ValueError: this batch is not in flight; not after `close`, which ended its requests.
+            ValueError: this batch is not in flight. Draining, which is one: `close` has ended its requests meanwhile.
         """
         with self.tiers.lock:
-            if self._closed is not None and self._in_flight is None:
-                return  # its requests were ended meanwhile
+            if batch is not self._in_flight and self._closed is not None:
+                raise Draining(f"the batch {batch.number} is not in flight: the scheduler is closed: {self._closed}")
             if batch is not self._in_flight:
                 raise ValueError(f"the batch {batch.number} is not in flight")
             self._in_flight = None
