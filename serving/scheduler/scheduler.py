@@ -63,7 +63,8 @@ class Scheduler:
             raise ValueError(f"got bytes_per_token={bytes_per_token}; accepted: 1 or more")
         self.tiers, self.predictor, self.prefetcher = tiers, predictor, prefetcher
         self.config, self.bytes_per_token, self.batch_waits = config or SchedulerConfig(), bytes_per_token, batch_waits
-        self.metrics, self.vocab_size = SchedulerMetrics(), None
+        self.metrics = SchedulerMetrics()
+        self.vocab_size: int | None = None
         self._timers = RequestTimers()
         self._memory = RequestMemory(tiers, self.config)
         self._admission = Admission(
