@@ -76,6 +76,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("prefetch",),
         ("scheduler",),
         ("system",),
+        ("packable", "prompt_beginnings"),
         ("prompt_cache", "engine", "client"),
         ("server", "integrations"),
         ("simulation",),
