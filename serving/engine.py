@@ -30,10 +30,10 @@ from .kvcache.eviction_policy import AllocStatus
 from .kvcache.memory_pool import MemoryPool
 from .kvcache.page_pool import PagePool
 from .kvcache.paged_sequence import PagedSequence
+from .kvcache.radix_tree import read_token_ids
 from .packable import check_packable, max_tokens
 from .prompt_beginnings import PromptBeginnings
 from .prompt_cache import Compression, PromptKV, in_pages
-from .kvcache.radix_tree import read_token_ids
 from .request import Request, RequestOutput
 from .sampling.params import FinishedBy
 from .sampling.row import SamplerRow
@@ -88,11 +88,12 @@ class StepItem:
 class Engine:
     """A transformers model behind the scheduler.
 
-    An answer's tokens are those of the model without any cache, up to the rounding of a prompt computed in chunks and of
-    attention computed in parts: reused KV is bit for bit the KV that was computed, wherever it has been stored meanwhile.
+    An answer's tokens are those of the model without any cache, up to the rounding of a prompt computed in chunks and
+    of attention computed in parts: reused KV is bit for bit the KV that was computed, wherever it has been stored
+    meanwhile.
 
-    With a `compression`, the fixed prompt of every request that names an agent is compressed and stored so; what follows
-    it is stored as it is. Plain and compressed prompts, and prompts compressed at different lengths, are never mixed:
+    With a `compression`, the fixed prompt of every request that names an agent is compressed and stored so; what
+    follows it is stored as it is. Plain and compressed prompts, and prompts compressed at different lengths, are never mixed:
     they are kept in different namespaces. What a request had computed of a fixed prompt before it was cancelled is kept
     for the next one, see `PromptBeginnings`.
 
@@ -179,7 +180,9 @@ class Engine:
         self._require_length(len(request.prompt) + request.max_new_tokens, "prompt and answer")
         sampling = request.sampling
         if sampling.n != 1:
-            raise BadRequest(f"got n={sampling.n} for one request; accepted: a request for each `sampling.for_choice(i)`")
+            raise BadRequest(
+                f"got n={sampling.n} for one request; accepted: a request for each `sampling.for_choice(i)`"
+            )
         if sampling.stop and self._decode is None:
             raise BadRequest("got stop texts for an engine without a tokenizer; accepted: Engine(…, tokenizer=…)")
         try:
@@ -391,7 +394,9 @@ class Engine:
         sequence.reserve(end)
         if wanted and answering.row is None:
             self._begin_answer(scheduled.request, answering)
-        return StepItem(scheduled, sequence, state.token_ids(start, end).astype(np.int64), answering.row if wanted else None)
+        return StepItem(
+            scheduled, sequence, state.token_ids(start, end).astype(np.int64), answering.row if wanted else None
+        )
 
     def _cached(self, scheduled: ScheduledPrefill) -> PagedSequence:
         """A sequence with what is cached of the request's prompt."""
@@ -410,7 +415,10 @@ class Engine:
             answering.stop = StopChecker(self._decode, sampling.stop, sampling.min_new_tokens, context)
 
     def _forward(self, items: list[StepItem]) -> list[tuple[list[StepItem], torch.Tensor]]:
-        """Logits `(items, vocab)` of the items whose next token is wanted; if the forward fails, each is tried alone."""
+        """Logits `(items, vocab)` of the items whose next token is wanted; if the forward fails, each is tried alone.
+
+        Items without tokens are left out: all of theirs were computed before.
+        """
         items = [item for item in items if len(item.ids)]
         if not items:
             return []
@@ -469,9 +477,7 @@ class Engine:
                 found = sampled.tokens[i], sampled.finished[i], sampled.logprobs[i]
                 self._guard(item.scheduled, partial(self._append, item, *found))
 
-    def _append(
-        self, item: StepItem, token: int, finished: FinishedBy | None, logprobs: TokenLogprobs | None
-    ) -> None:
+    def _append(self, item: StepItem, token: int, finished: FinishedBy | None, logprobs: TokenLogprobs | None) -> None:
         """The answer continues with `token`; its KV is offered to the cache where a page has filled, or at its end."""
         scheduled, state, text = item.scheduled, item.scheduled.state, None
         stop = self._answering[state].stop
@@ -493,9 +499,9 @@ class Engine:
         self._events.append(TokenEvent(state.number, [token], None if logprobs is None else [logprobs], None, text))
 
     def _namespace(self, namespace: Hashable, boundary: int) -> tuple[Hashable, ...]:
-        """Separates plain prompts, and fixed ones by how and up to which token they were compressed; [1] is the request's.
+        """Separates plain prompts, and fixed ones by how, and up to which token, they were compressed.
 
-        All of them are marked, so that no client can name the namespace of another kind.
+        All of them are marked, so that no client can name the namespace of another kind; [1] is the request's.
         """
         how = self.compression
         if how is None or not boundary:

@@ -1,4 +1,4 @@
-"""What made the KV of an engine: KV of one model must never be read by another, nor by the same one with other weights."""
+"""What made the KV of an engine: it must not be read by another model, nor by the same one with other weights."""
 
 from __future__ import annotations
 
@@ -53,5 +53,6 @@ def version_of(weights: Iterable[torch.Tensor]) -> int:
 
 
 def _tensors(session: Session) -> Iterator[tuple[str, torch.Tensor]]:
-    gates = () if session.gates is None else (("gates." + name, one) for name, one in session.gates.state_dict().items())
-    return chain(session.model.state_dict().items(), gates)
+    yield from session.model.state_dict().items()
+    for name, one in () if session.gates is None else session.gates.state_dict().items():
+        yield "gates." + name, one

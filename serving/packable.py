@@ -25,25 +25,26 @@ def check_packable(model: PreTrainedModel) -> None:
     missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
     if missing:
         raise ValueError(
-            f"got a {kind}, whose forward takes no {' and no '.join(missing)}; accepted: models that are given the position "
-            "of each token, (1, n), and the indices of the logits to compute"
+            f"got a {kind}, whose forward takes no {' and no '.join(missing)}; accepted: models that are given the "
+            "position of each token, (1, n), and the indices of the logits to compute"
         )
     if shared := getattr(config, "num_kv_shared_layers", 0):
         raise ValueError(
-            f"got a {kind} with num_kv_shared_layers={shared}; accepted: models whose layers keep keys and values of their own"
+            f"got a {kind} with num_kv_shared_layers={shared}; accepted: models whose layers keep keys and "
+            "values of their own"
         )
     if any(rope.get("mrope_section") for rope in _ropes(config)):
         raise ValueError(
-            f"got a {kind} whose rope_parameters have an mrope_section; accepted: models with one position for each token, "
-            "position_ids (1, n)"
+            f"got a {kind} whose rope_parameters have an mrope_section; accepted: models with one position for each "
+            "token, position_ids (1, n)"
         )
 
 
 def max_tokens(model: PreTrainedModel) -> tuple[int | None, str]:
-    """The longest sequence that a packed forward computes as the model does alone, in tokens, and where that comes from.
+    """The longest sequence that a packed forward computes as the model does alone, in tokens, and where that is from.
 
-    None: the configuration has no bound. Where RoPE depends on the longest sequence of a forward, it is the length up to
-    which all have the original frequencies.
+    None: the configuration has no bound. Where RoPE depends on the longest sequence of a forward, it is the length up
+    to which all have the original frequencies.
     """
     config = model.config.get_text_config(decoder=True)
     limit, source = getattr(config, "max_position_embeddings", None), "the model's"

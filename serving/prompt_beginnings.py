@@ -47,7 +47,7 @@ class PromptBeginnings:
                 if handle.length < end:
                     self.tiers.store(handle, prompt[:end], sequence.span(handle.length, end))
         except Exception as error:
-            logger.warning("the beginning of a fixed prompt is not stored: %r", error)
+            logger.warning("the beginning of a fixed prompt is not stored: %r", error.with_traceback(None))
 
     @staticmethod
     def _namespace(namespace: Hashable) -> Hashable:

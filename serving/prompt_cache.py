@@ -1,4 +1,4 @@
-"""Prompts between the caches of an eviction session and the pages of the device: how they are computed and compressed."""
+"""Prompts between the caches of an eviction session and the device's pages: how they are computed and compressed."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("prefetch",),
         ("scheduler",),
         ("system",),
-        ("packable", "prompt_beginnings"),
+        ("packable", "prompt_beginnings", "engine_loop"),
         ("prompt_cache", "engine", "client"),
         ("server", "integrations"),
         ("simulation",),

@@ -167,7 +167,8 @@ class PagePool:
         device = self.device
         slots = torch.from_numpy(self.slots(pages).ravel()).to(device, non_blocking=True)
         for name, buffer in self.buffers.items():
-            buffer.index_copy_(0, slots, entries[name].to(device, non_blocking=True).reshape(len(slots), *buffer.shape[1:]))
+            given = entries[name].to(device, non_blocking=True)
+            buffer.index_copy_(0, slots, given.reshape(len(slots), *buffer.shape[1:]))
 
     def clear(self, pages: np.ndarray) -> None:
         """Fills `pages` `(n,)` with zeros: a masked entry must be finite, and somebody's may not have been."""
@@ -297,7 +298,9 @@ class PagePayload:
         return plain_payload(self.pool, first), plain_payload(self.pool, rest)
 
     def join(self, other: KVPayload) -> PagePayload | None:
-        if not isinstance(other, PagePayload) or not (self.divisible and other.divisible) or other.pool is not self.pool:
+        if not isinstance(other, PagePayload) or other.pool is not self.pool:
+            return None
+        if not (self.divisible and other.divisible):
             return None
         return plain_payload(self.pool, np.concatenate([self.table, other.table], axis=1))
 
@@ -324,7 +327,8 @@ def pages_for(payload: KVPayload, geometry: PageGeometry) -> int:
     kinds, total = payload.kinds(), 0
     entry = {name: (dtype, max(1, width)) for name, dtype, width in geometry.entry}
     plain = payload.token_dim is not None
-    names = {f"layers.{layer}.{name}" for layer in geometry.layers for name in (*entry, *(() if plain else ("lengths",)))}
+    kept = (*entry,) if plain else (*entry, "lengths")
+    names = {f"layers.{layer}.{name}" for layer in geometry.layers for name in kept}
     if names != set(kinds):
         differ = ", ".join(sorted(names ^ set(kinds))[:4])
         raise ValueError(f"got a payload that differs from the engine's pages in {differ}")
@@ -374,7 +378,8 @@ class PageBuilder:
         size = self._pool.geometry.page_size
         if lengths is not None and (filled := int(pages_of(lengths, size).sum())) != self._table.size:
             raise ValueError(
-                f"got a compressed prompt of {self._table.size} pages whose heads fill {filled}; accepted: pages of {size}"
+                f"got a compressed prompt of {self._table.size} pages whose heads fill {filled}; accepted: pages of "
+                f"{size} entries"
             )
         return PagePayload(self._pool, self._held, self._table, self._tokens, lengths)
 

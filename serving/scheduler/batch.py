@@ -64,7 +64,9 @@ class RunningRequests:
     def schedule(
         self, number: int, max_steps: int, stalled: Collection[RequestState], preempted: list[RequestState]
     ) -> ScheduledBatch | None:
-        """Forms batch `number`; None if there is nothing to do. Decodes get up to `max_steps` tokens if nothing prefills.
+        """Forms batch `number`; None if there is nothing to do.
+
+        Decodes get up to `max_steps` tokens if nothing prefills.
 
         Args:
             stalled: decoding requests that skip this batch. preempted: requests whose memory the driver drops.
@@ -148,7 +150,8 @@ class RunningRequests:
             try:
                 status = self.tiers.store(handle, state.pages(end), payload, agent, state.num_fixed_tokens, paid)
             except Exception as error:  # a cache may forget
-                logger.warning("the KV of the request %r is not stored: %r", state.request.id, error)
+                # Whoever keeps the record would keep the pages alive, through the traceback.
+                logger.warning("the KV of the request %r is not stored: %r", state.request.id, error.with_traceback(None))
                 status = None
             finally:
                 passed = reserved - self.tiers.reserved_bytes

@@ -29,7 +29,7 @@ class RequestMemory:
         return tokens * state.bytes_per_token
 
     def least_end(self, state: RequestState) -> int:
-        """The token up to which a request must have memory to be admitted: one of the answer, so that it makes progress.
+        """The token up to which a request must have memory to be admitted: one of the answer, so that it gets on.
 
         With `reserve_answers`, all of the answer.
         """

@@ -8,6 +8,7 @@ from itertools import count
 
 import numpy as np
 
+from ..errors import BadRequest, Draining, QueueFull, TooLarge
 from ..hints.hint import Hint
 from ..kvcache.estimates import Estimates
 from ..kvcache.radix_tree import Node
@@ -15,7 +16,6 @@ from ..kvcache.tiered_cache import TieredCache
 from ..metrics import SchedulerMetrics
 from ..prediction import NextCallPredictor
 from ..prefetch import Prefetcher
-from ..errors import BadRequest, Draining, QueueFull, TooLarge
 from ..request import FinishReason, Request, RequestOutput, shown
 from .admission import Admission
 from .batch import RunningRequests
@@ -303,8 +303,8 @@ class Scheduler:
 
     def _end_outgrown(self, state: RequestState) -> None:
         error = (
-            f"the answer was cut short after {state.num_output_tokens} tokens: with the {state.num_prompt_tokens} of the "
-            f"prompt it needs more than the {self.tiers.capacity()} bytes of the device's pool"
+            f"the answer was cut short after {state.num_output_tokens} tokens: with the {state.num_prompt_tokens} of "
+            f"the prompt it needs more than the {self.tiers.capacity()} bytes of the device's pool"
         )
         self._end(state, FinishReason.LENGTH, error)
 

@@ -1,4 +1,4 @@
-"""Pages that several requests need and one of them computes: the others wait for these instead of computing them again."""
+"""Pages that several requests need and one of them computes: the others wait for them."""
 
 from __future__ import annotations
 
