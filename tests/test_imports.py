@@ -77,6 +77,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("prefetch",),
         ("scheduler",),
         ("system",),
+        ("packable", "prompt_beginnings", "engine_loop"),
         ("prompt_cache", "fingerprint", "engine", "client"),
         ("server", "integrations"),
         ("simulation",),

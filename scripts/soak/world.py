@@ -192,9 +192,9 @@ class World:
                 missing = self.compressed and span is not None and span[0] < item.state.num_fixed_tokens
                 if span is not None and not missing:
                     item.payload = kv_of([*item.request.prompt, *self.answers[name]], *span, pages=self.pages)
-        if fails == "item":
+        if fails == "item" and items:
             random.choice(items).error = RuntimeError("NaN")
-        elif fails == "payload":
+        elif fails == "payload" and items:
             random.choice(items).payload = kv_of([1, 2, 3], 0, 3)
         self.scheduler.complete(work)
 

@@ -375,6 +375,12 @@ class PageBuilder:
         import torch
 
         lengths = None if self._plain else torch.cat(self._lengths).to(torch.int32).numpy()
+        size = self._pool.geometry.page_size
+        if lengths is not None and (filled := int(pages_of(lengths, size).sum())) != self._table.size:
+            raise ValueError(
+                f"got a compressed prompt of {self._table.size} pages whose heads fill {filled}; accepted: pages of "
+                f"{size} entries"
+            )
         return PagePayload(self._pool, self._held, self._table, self._tokens, lengths)
 
     def abort(self) -> None:

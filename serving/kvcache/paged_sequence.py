@@ -55,8 +55,15 @@ class PagedSequence(PageLists):
             self.add(pages.numbers.reshape(segments, missing))
 
     def span(self, start: int, stop: int) -> PagePayload:
-        """The tokens at positions `[start, stop)`, whole pages, as a payload that shares them."""
-        first, last = ((position - self.start) // self.page_size for position in (start, stop))
+        """The tokens at positions `[start, stop)`, whole pages, as a payload that shares them.
+
+        Raises:
+            ValueError: some of them have no pages here, such as those of a compressed prompt, or a part of a page.
+        """
+        (first, odd), (last, more) = (divmod(position - self.start, self.page_size) for position in (start, stop))
+        if odd or more or not 0 <= first < last <= self.table.shape[1]:
+            end = self.start + self.table.shape[1] * self.page_size
+            raise ValueError(f"got the span [{start}, {stop}); accepted: whole pages within [{self.start}, {end})")
         return plain_payload(self.pool, self.table[:, first:last])
 
     def share_stored(self, payloads: Sequence[KVPayload]) -> None:

@@ -103,9 +103,11 @@ class RunningRequests:
 
     def complete_prefill(self, item: ScheduledPrefill, now: float) -> bool:
         """Takes the results of a chunk; True if the request's answer ends with it."""
-        state, new = item.state, item.end - item.start
-        state.num_computed_tokens, state.computing, state.progressed_at = item.end, True, now
+        state, end = item.state, max(item.end, item.start + item.reused)
+        new = end - item.start - item.reused
+        state.num_computed_tokens, state.computing, state.progressed_at = end, True, now
         state.num_prefilled_tokens += new
+        state.cached_tokens += 0 if state.num_preemptions else item.reused
         self.metrics.prefill_tokens += new
         self.metrics.events += 1
         if item.store is not None and item.payload is not None:
@@ -146,7 +148,8 @@ class RunningRequests:
             try:
                 status = self.tiers.store(handle, state.pages(end), payload, agent, state.num_fixed_tokens, paid)
             except Exception as error:  # a cache may forget
-                logger.warning("the KV of the request %r is not stored: %r", state.request.id, error)
+                # Whoever keeps the record would keep the pages alive, through the traceback.
+                logger.warning("the KV of the request %r is not stored: %r", state.request.id, error.with_traceback(None))
                 status = None
             finally:
                 passed = reserved - self.tiers.reserved_bytes

@@ -119,7 +119,11 @@ class Scheduler:
             raise Draining(f"the scheduler is closed: {self._closed}")
         if len(self._admission) >= self.config.max_queued_requests:
             raise QueueFull(f"the queue is full: at most {self.config.max_queued_requests} requests may wait")
-        if self.vocab_size is not None and (largest := int(np.max(request.prompt))) >= self.vocab_size:
+        self.require_vocabulary(request.prompt)
+
+    def require_vocabulary(self, prompt: np.ndarray) -> None:
+        """Raises BadRequest if `prompt`, token ids `(tokens,)`, has one beyond `vocab_size`."""
+        if self.vocab_size is not None and (largest := int(np.max(prompt))) >= self.vocab_size:
             raise BadRequest(f"got the token id {largest} in a prompt; accepted: 0 to {self.vocab_size - 1}")
 
     def _require_memory(self, state: RequestState) -> None:
