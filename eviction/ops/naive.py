@@ -214,6 +214,22 @@ def ragged_decode(
     return out, log_total
 
 
+def segment_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:  # fmt: skip
+    """Same contract as `ops.segment_attention.segment_attention`; fp64 for fp64 inputs."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_zeros(*query.shape[:3], value.shape[1])
+    for of_segment, result, start, end in zip(
+        query.flatten(0, 1), out.flatten(0, 1), starts.tolist(), ends.tolist(), strict=True
+    ):
+        if end > start:
+            logits = of_segment.to(wide) @ key[start:end].to(wide).T * scaling
+            result.copy_(logits.softmax(1) @ value[start:end].to(wide))
+    return out
+
+
 def window_risk(
     queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, query_positions: torch.Tensor,
     limit: torch.Tensor, scaling: float, kernel: int, mean: bool,
@@ -259,22 +275,22 @@ def worst_case(pooled: torch.Tensor) -> torch.Tensor:
 PROJECTED = 2**18  # numbers of a projection that are held at a time, to fit into a CPU's cache
 
 
-def norms_by_parts(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
-    """`value_norms` in plain torch, in fp32; a few entries are projected at a time.
-
-    16-bit numbers are multiplied in fp32 too: CPUs without 16-bit arithmetic take four times as long otherwise.
-    """
+def norms_by_parts(
+    values: torch.Tensor, output_weight: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """`value_norms` in plain torch with products in `dtype`, summed in fp32; a few entries are projected at a time."""
     batch, heads, n, _ = values.shape
     group = output_weight.shape[0] // heads
-    flat = values.transpose(0, 1).flatten(1, 2).float()  # (heads, batch * n, value_dim)
-    weight = output_weight.float().unflatten(0, (heads, group)).transpose(1, 2).flatten(2)
+    flat = values.transpose(0, 1).flatten(1, 2).to(dtype)  # (heads, batch * n, value_dim)
+    weight = output_weight.to(dtype).unflatten(0, (heads, group)).transpose(1, 2).flatten(2)
     columns = weight.shape[2]  # those of all query heads of a group
     norms = values.new_empty(heads, batch * n, dtype=torch.float32)
     size = max(1, PROJECTED // columns)
-    projected = norms.new_empty(min(size, batch * n), columns)
+    projected = flat.new_empty(min(size, batch * n), columns)
     for of_head, matrix, out in zip(flat, weight, norms, strict=True):
         for part, sums in zip(of_head.split(size), out.split(size), strict=True):
-            torch.sum(torch.mm(part, matrix, out=projected[: len(part)]).abs_(), 1, out=sums)
+            products = torch.mm(part, matrix, out=projected[: len(part)])
+            torch.sum(products.abs_(), 1, dtype=torch.float32, out=sums)
     return (norms / group).view(heads, batch, n).transpose(0, 1)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenure.eviction import Defensive, LayerDefensive, LayerView, SnapKV, evict
-from tenure.eviction.ops.naive import pool_and_renormalise, worst_case
+from tenure.eviction.ops.naive import norms_by_parts, pool_and_renormalise, worst_case
 from tenure.eviction.ops.value_norms import value_norms
 from tenure.eviction.policies.common import own_entries, window_attention
 from tenure.eviction.policies.defensive import defensive_aggregate, flat_prior, mass_protection
@@ -62,6 +62,20 @@ def test_value_norms_equal_the_projection_of_everything_at_once(monkeypatch):
     values, weight = torch.randn(2, 3, 11, 5), torch.randn(6, 5, 7)
     projected = torch.einsum("bhnd,hgdo->bhgno", values, weight.view(3, 2, 5, 7))
     torch.testing.assert_close(value_norms(values, weight), projected.abs().sum(-1).mean(2))
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_value_norms_of_a_cpu_that_multiplies_bf16(monkeypatch, supported):
+    """Its products are rounded to bf16, which changes a sum of hundreds of them by less than 0.1 %."""
+    monkeypatch.setattr("tenure.eviction.ops.value_norms.multiplies_bf16", lambda device: supported)
+    torch.manual_seed(0)
+    values, weight = torch.randn(1, 2, 50, 16).bfloat16(), torch.randn(6, 16, 100).bfloat16()
+    exact = norms_by_parts(values, weight)
+    norms = value_norms(values, weight)
+    assert norms.dtype == torch.float32
+    torch.testing.assert_close(norms, exact, rtol=1e-3, atol=0)
+    assert torch.equal(norms, exact) is not supported
+    assert torch.equal(value_norms(values.float(), weight), exact), "fp32 values are never rounded"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""Attention over segments in C against its plain twin, and what decoding does where it cannot run."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from tenure.eviction import evict
+from tenure.eviction.ops import naive, segment_attention
+from tenure.eviction.storage import attention
+
+compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+
+@pytest.fixture
+def uncached():
+    """Kernels are compiled anew in the test, and again after it."""
+    segment_attention._kernel.cache_clear()
+    yield
+    segment_attention._kernel.cache_clear()
+
+
+def segments(lengths: list[int], batch: int, group: int, dims: tuple[int, int], dtype: torch.dtype):
+    """Queries, keys and values of these segments, each followed by two free slots of NaN."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0) + 2 * torch.arange(len(lengths))
+    ends = starts + torch.tensor(lengths)
+    query = (3 * torch.randn(batch, len(lengths) // batch, group, dims[0], generator=generator)).to(dtype)
+    key, value = (torch.full((int(ends[-1]) + 2, dim), torch.nan, dtype=dtype) for dim in dims)
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        for buffer in (key, value):
+            buffer[start:end] = torch.randn(end - start, buffer.shape[1], generator=generator)
+    return query, key, value, starts, ends, 0.3
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("group", "dims"), [(1, (8, 8)), (3, (64, 64)), (2, (16, 48)), (7, (32, 64)), (8, (96, 128)), (5, (80, 80))]
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_segments_attend_like_their_twin(dtype, group, dims, threads):
+    given = segments([1, 200, 63, 0, 64, 65], 2, group, dims, dtype)
+    assert segment_attention.can_attend(*given[:3])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = segment_attention.segment_attention(*given)
+    finally:
+        torch.set_num_threads(before)
+    assert got.dtype == dtype and not got[1, 0].any(), "an empty segment gives zeros"
+    exact = naive.segment_attention(*(tensor.double() for tensor in given[:3]), *given[3:])
+    tolerance = {"atol": 5e-6, "rtol": 0} if dtype == torch.float32 else {"atol": 5e-6, "rtol": 2**-8}
+    torch.testing.assert_close(got.double(), exact, **tolerance)
+
+
+@compiled
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 200.0])
+def test_logits_of_any_size_have_exact_weights(scale):
+    """Rising logits move the running maximum in every block; far below it a weight is 0."""
+    query, key, value = torch.full((1, 1, 1, 8), scale), torch.zeros(300, 8), torch.randn(300, 8)
+    key[:, 0] = torch.linspace(-1, 1, 300)
+    given = query, key, value, torch.tensor([0]), torch.tensor([300]), 1.0
+    expected = (key.double() @ query.double().view(8)).softmax(0) @ value.double()
+    got = segment_attention.segment_attention(*given).view(8)
+    torch.testing.assert_close(got.double(), expected, atol=1e-6 + scale * 2e-7, rtol=0)  # logits are rounded
+
+
+@compiled
+def test_what_is_not_a_number_stays_so():
+    given = segments([5, 9], 1, 2, (16, 16), torch.float32)
+    given[1][2] = torch.nan
+    got = segment_attention.segment_attention(*given)
+    assert bool(got[0, 0].isnan().all()) and not got[0, 1].isnan().any()
+
+
+def test_what_the_kernel_does_not_take(monkeypatch):
+    query, key, value = segments([4], 1, 2, (16, 16), torch.float32)[:3]
+    assert not segment_attention.can_attend(query.requires_grad_(), key, value), "no gradient is recorded"
+    query = query.detach()
+    assert not segment_attention.can_attend(query.half(), key.half(), value.half())
+    assert not segment_attention.can_attend(query[..., :12], key[:, :12], value)
+    monkeypatch.setenv("TENURE_KERNELS", "reference")
+    assert not segment_attention.can_attend(query, key, value)
+    monkeypatch.setenv("TENURE_KERNELS", "fast")
+    with pytest.raises(ValueError, match="TENURE_KERNELS is 'fast'; accepted: auto, triton, reference"):
+        segment_attention.can_attend(query, key, value)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("no-such-compiler", "No such file"), ("cc -DKEY_DIM=nothing", "nothing|KEY_DIM")]
+)
+def test_without_a_compiler_sdpa_is_used_and_the_log_says_why(monkeypatch, caplog, uncached, compiler, reason):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(segment_attention, "FLAGS", ("-Werror", *segment_attention.FLAGS))
+    given = segments([4], 1, 2, (16, 16), torch.float32)
+    with caplog.at_level("INFO"):
+        assert not segment_attention.can_attend(*given[:3])
+    (record,) = caplog.records
+    assert "decoding on the CPU uses SDPA" in record.message
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scope", "kept"), [("global", 0.3), ("head", 0.3), ("global", 1.0)])
+def test_decoding_is_that_of_sdpa(tiny_model, prompt, monkeypatch, dtype, scope, kept):
+    model = tiny_model("llama").to(dtype)
+    calls = []
+    real = attention.segment_attention
+    monkeypatch.setattr(attention, "segment_attention", lambda *given: calls.append(0) or real(*given))
+    logits = []
+    with torch.no_grad(), evict(model, "random", kept, scope, recent=4) as session:
+        for kernels in ("auto", "reference"):
+            monkeypatch.setenv("TENURE_KERNELS", kernels)
+            cache = session.new_cache()
+            session.extend(cache, prompt(2, 40))
+            logits.append([session.extend(cache, prompt(2, 1, seed=seed)) for seed in range(3)])
+            cache.check()
+    assert len(calls) == 3 * len(cache.ragged)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.2  # rounded in every layer
+    torch.testing.assert_close(logits[0], logits[1], atol=tolerance, rtol=tolerance)
