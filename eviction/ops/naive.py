@@ -218,7 +218,7 @@ def segment_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Same contract as `ops.segment_attention.segment_attention`; fp64 for fp64 inputs."""
+    """Same contract as `ops.segment_attention.segment_attention`, which takes its kernel too; fp64 for fp64 inputs."""
     wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*query.shape[:3], value.shape[1])
     for of_segment, result, start, end in zip(

@@ -65,6 +65,10 @@ static inline float widen(number x) { return x; }
 static inline number narrow(float x) { return x; }
 #endif
 
+static inline void prefetch(const number *from, int count) {
+    for (int d = 0; d < count; d += 64 / (int)sizeof(number)) __builtin_prefetch(from + d);
+}
+
 static inline float sum_lanes(vec x) {
 #if LANES == 16
     x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -112,6 +116,7 @@ static void attend(const number *query, const number *key, const number *value, 
         float weights[GROUP][BLOCK]; // first the logits
         for (int i = 0; i < count; i++) {
             const number *k = key + (start + i) * KEY_DIM;
+            prefetch(value + (start + i) * VALUE_DIM, VALUE_DIM);
             vec logits[GROUP];
             memset(logits, 0, sizeof logits);
             for (int d = 0; d < KEY_DIM / LANES; d += 2) {
@@ -144,6 +149,7 @@ static void attend(const number *query, const number *key, const number *value, 
             memset(added, 0, sizeof added);
             for (int i = 0; i < count; i++) {
                 const number *v = value + (start + i) * VALUE_DIM + tile;
+                if (tile == 0) prefetch(key + (start + BLOCK + i) * KEY_DIM, KEY_DIM);
                 for (int d = 0; d < TILE / LANES; d += 2) {
                     vec first, second;
                     load(v + d * LANES, &first, &second);

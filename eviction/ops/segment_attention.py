@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ...retention.ops.kernel_choice import compiles_for_cpu
+from ...retention.ops.kernel_choice import VARIABLE, compiles_for_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -30,23 +30,31 @@ DTYPES = (torch.float32, torch.bfloat16)
 DIM_MULTIPLE = 8  # of the head dimensions that the kernel takes
 
 
-def can_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `segment_attention` takes these tensors, on this machine and without recording a gradient.
+Kernel = Callable[..., None]
 
-    The first question for a shape compiles the kernel, which takes about 0.3 s.
+
+def find_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Kernel | None:
+    """The kernel for the arguments of `segment_attention`, or None.
+
+    None where it cannot be compiled or does not record what is needed: another device, dtype or head dimension, a
+    query with a gradient, or `TENURE_KERNELS` asks for another form. The first call for a shape takes about 0.3 s.
+
+    Raises:
+        ValueError: `TENURE_KERNELS` is unknown.
     """
-    if key.dtype not in DTYPES or query.requires_grad or not compiles_for_cpu(key.device):
-        return False
-    return _kernel(key.dtype, query.shape[2], key.shape[1], value.shape[1]) is not None
+    if key.device.type != "cpu" or query.requires_grad:
+        return None
+    return _kernel(os.environ.get(VARIABLE), key.dtype, query.shape[2], key.shape[1], value.shape[1])
 
 
 def segment_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor,
-    scaling: float,
+    kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor,
+    ends: torch.Tensor, scaling: float,
 ) -> torch.Tensor:  # fmt: skip
     """Softmax attention of every segment's queries over its entries; products and sums are in fp32.
 
     Args:
+        kernel: what `find_kernel` returned for these tensors.
         query: `(batch, num_kv_heads, group, head_dim)`: one query per head, those that share a key/value head together.
         key, value: `(capacity, head_dim)` and `(capacity, value_dim)`, contiguous, the query's dtype.
         starts, ends: contiguous int64 `(batch * num_kv_heads,)`: segment s is the entries `[starts[s], ends[s])`.
@@ -55,23 +63,20 @@ def segment_attention(
     Returns:
         `(batch, num_kv_heads, group, value_dim)`; zeros for an empty segment.
     """
-    batch, heads, group, head_dim = query.shape
-    kernel = _kernel(key.dtype, group, head_dim, value.shape[1])
-    assert kernel is not None, "can_attend was asked first"
-    assert key.is_contiguous() and value.is_contiguous(), "entries are rows of the storage"
+    assert key.is_contiguous() and value.is_contiguous() and query.dtype == key.dtype, "entries are rows of the storage"
     query = query.contiguous()
-    out = query.new_empty(batch, heads, group, value.shape[1])
+    out = query.new_empty(*query.shape[:3], value.shape[1])
     kernel(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), starts.data_ptr(), ends.data_ptr(), batch * heads, scaling,
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), starts.data_ptr(), ends.data_ptr(), starts.numel(), scaling,
         torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
     return out
 
 
 @cache
-def _kernel(dtype: torch.dtype, group: int, head_dim: int, value_dim: int) -> Callable[..., None] | None:
-    """The kernel of one shape, or None if it cannot be compiled or loaded here."""
-    if head_dim % DIM_MULTIPLE or value_dim % DIM_MULTIPLE:
+def _kernel(kernels: str | None, dtype: torch.dtype, group: int, head_dim: int, value_dim: int) -> Kernel | None:
+    """The kernel of one shape, or None if it cannot be compiled or loaded here; `kernels` is `TENURE_KERNELS`."""
+    if not compiles_for_cpu() or dtype not in DTYPES or head_dim % DIM_MULTIPLE or value_dim % DIM_MULTIPLE:
         return None
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     shape = [f"-DGROUP={group}", f"-DKEY_DIM={head_dim}", f"-DVALUE_DIM={value_dim}"]

@@ -22,6 +22,12 @@ def uncached():
     segment_attention._kernel.cache_clear()
 
 
+def attend(given) -> torch.Tensor:
+    kernel = segment_attention.find_kernel(*given[:3])
+    assert kernel is not None
+    return segment_attention.segment_attention(kernel, *given)
+
+
 def segments(lengths: list[int], batch: int, group: int, dims: tuple[int, int], dtype: torch.dtype):
     """Queries, keys and values of these segments, each followed by two free slots of NaN."""
     generator = torch.Generator().manual_seed(len(lengths))
@@ -43,11 +49,10 @@ def segments(lengths: list[int], batch: int, group: int, dims: tuple[int, int], 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_segments_attend_like_their_twin(dtype, group, dims, threads):
     given = segments([1, 200, 63, 0, 64, 65], 2, group, dims, dtype)
-    assert segment_attention.can_attend(*given[:3])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = segment_attention.segment_attention(*given)
+        got = attend(given)
     finally:
         torch.set_num_threads(before)
     assert got.dtype == dtype and not got[1, 0].any(), "an empty segment gives zeros"
@@ -64,7 +69,7 @@ def test_logits_of_any_size_have_exact_weights(scale):
     key[:, 0] = torch.linspace(-1, 1, 300)
     given = query, key, value, torch.tensor([0]), torch.tensor([300]), 1.0
     expected = (key.double() @ query.double().view(8)).softmax(0) @ value.double()
-    got = segment_attention.segment_attention(*given).view(8)
+    got = attend(given).view(8)
     torch.testing.assert_close(got.double(), expected, atol=1e-6 + scale * 2e-7, rtol=0)  # logits are rounded
 
 
@@ -72,21 +77,21 @@ def test_logits_of_any_size_have_exact_weights(scale):
 def test_what_is_not_a_number_stays_so():
     given = segments([5, 9], 1, 2, (16, 16), torch.float32)
     given[1][2] = torch.nan
-    got = segment_attention.segment_attention(*given)
+    got = attend(given)
     assert bool(got[0, 0].isnan().all()) and not got[0, 1].isnan().any()
 
 
 def test_what_the_kernel_does_not_take(monkeypatch):
     query, key, value = segments([4], 1, 2, (16, 16), torch.float32)[:3]
-    assert not segment_attention.can_attend(query.requires_grad_(), key, value), "no gradient is recorded"
+    assert segment_attention.find_kernel(query.requires_grad_(), key, value) is None, "no gradient is recorded"
     query = query.detach()
-    assert not segment_attention.can_attend(query.half(), key.half(), value.half())
-    assert not segment_attention.can_attend(query[..., :12], key[:, :12], value)
+    assert segment_attention.find_kernel(query.half(), key.half(), value.half()) is None
+    assert segment_attention.find_kernel(query[..., :12], key[:, :12], value) is None
     monkeypatch.setenv("TENURE_KERNELS", "reference")
-    assert not segment_attention.can_attend(query, key, value)
+    assert segment_attention.find_kernel(query, key, value) is None
     monkeypatch.setenv("TENURE_KERNELS", "fast")
     with pytest.raises(ValueError, match="TENURE_KERNELS is 'fast'; accepted: auto, triton, reference"):
-        segment_attention.can_attend(query, key, value)
+        segment_attention.find_kernel(query, key, value)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_without_a_compiler_sdpa_is_used_and_the_log_says_why(monkeypatch, caplo
     monkeypatch.setattr(segment_attention, "FLAGS", ("-Werror", *segment_attention.FLAGS))
     given = segments([4], 1, 2, (16, 16), torch.float32)
     with caplog.at_level("INFO"):
-        assert not segment_attention.can_attend(*given[:3])
+        assert segment_attention.find_kernel(*given[:3]) is None
     (record,) = caplog.records
     assert "decoding on the CPU uses SDPA" in record.message
 
