@@ -20,7 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..retention.seams import AttentionCall
 from .storage.attention import refuse_unsupported
 from .storage.page_lists import PageLists
-from .storage.page_reads import ReadsConfig, read_pages
+from .storage.page_reads import PageReads, ReadsConfig, read_pages
 from .storage.partial_attention import attend_part, merged
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ class PackedCache(Cache):
         self._heads, device = tokens[0].sequence.heads, buffers["key"].device
         self._single = sum(size == 1 for size in sizes)
         sequences = [one.sequence for one in self.tokens]
-        self._decodes = read_pages(buffers, sequences[: self._single], 1, config) if self._single else None
+        self._decoding, self._config = sequences[: self._single], config
+        self._decodes: PageReads | None = None  # of the single tokens, once a query is known
         self._prefills = [
             (int(end) - size, int(end), read_pages(buffers, [sequence], 0, config))
             for sequence, size, end in zip(sequences, sizes, ends, strict=True)
@@ -151,8 +152,10 @@ class PackedCache(Cache):
         num_heads, count, dim = query.shape[1:]
         group = num_heads // self._heads
         out = query.new_empty(count, num_heads, value.shape[-1])
-        if self._decodes is not None:
+        if self._single:
             rows = query[0, :, : self._single].transpose(0, 1).reshape(self._single, self._heads, group, dim)
+            if self._decodes is None:
+                self._decodes = read_pages(self.buffers, self._decoding, 1, self._config, rows)
             outputs, log_sums = self._decodes.attend(layer, rows, scaling)
             out[: self._single] = merged(outputs, log_sums).reshape(self._single, num_heads, -1)
         for start, end, reads in self._prefills:

@@ -17,9 +17,9 @@ compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C comp
 @pytest.fixture
 def uncached():
     """Kernels are compiled anew in the test, and again after it."""
-    segment_attention._kernel.cache_clear()
+    segment_attention._compiled.cache_clear()
     yield
-    segment_attention._kernel.cache_clear()
+    segment_attention._compiled.cache_clear()
 
 
 def attend(given) -> torch.Tensor:
