@@ -224,15 +224,22 @@ typedef struct {
     int64_t stride, tokens;
 } sequence;
 
-// The segments [first, first + heads) of every sequence.
-void paged_attention(const number *query, const number *key, const number *value, const sequence *sequences,
-                     int64_t rows, int64_t first, int64_t heads, int64_t page_size, float scaling, int threads,
-                     number *out, float *log_sums) {
+// The segments [first, first + heads) of every sequence. Unless new_key is null, the last of the `tokens` entries of each
+// segment is written first: no two segments share the page in which it is.
+void paged_attention(const number *query, number *key, number *value, const sequence *sequences, int64_t rows,
+                     int64_t first, int64_t heads, int64_t page_size, float scaling, int threads, const number *new_key,
+                     const number *new_value, number *out, float *log_sums) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
     for (int64_t i = 0; i < rows * heads; i++) {
         const sequence *from = sequences + i / heads;
         int64_t s = first + i % heads;
-        list lists[2] = {{0, 0, 0}, {from->table + s * from->stride, 0, from->tokens}};
+        const int32_t *pages = from->table + s * from->stride;
+        list lists[2] = {{0, 0, 0}, {pages, 0, from->tokens}};
+        if (new_key) {
+            int64_t last = from->tokens - 1, slot = pages[last / page_size] * page_size + last % page_size;
+            memcpy(key + slot * KEY_DIM, new_key + i * KEY_DIM, KEY_DIM * sizeof(number));
+            memcpy(value + slot * VALUE_DIM, new_value + i * VALUE_DIM, VALUE_DIM * sizeof(number));
+        }
         if (from->ragged) lists[0] = (list){from->ragged + from->bounds[s], 0, from->lengths[s]};
         attend(query + i * GROUP * KEY_DIM, key, value, lists, page_size, scaling, out + i * GROUP * VALUE_DIM,
                log_sums + i * GROUP);

@@ -110,7 +110,7 @@ class PageAddresses:
 
 def paged_attention(
     kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pages: PageAddresses, layer: int,
-    scaling: float, out: torch.Tensor, log_sums: torch.Tensor,
+    scaling: float, out: torch.Tensor, log_sums: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Softmax attention of every sequence's queries over its entries of a layer; products and sums are in fp32.
 
@@ -121,6 +121,8 @@ def paged_attention(
             + place.
         layer: counted from 0, in the order of the segments.
         scaling: factor of the logits.
+        new: keys `(rows, num_kv_heads, head_dim)` and values of each sequence's last token, which are written first; None:
+            they have been written.
         out, log_sums: the results, contiguous: `(rows, num_kv_heads, group, value_dim)`, the query's dtype; fp32 `(rows,
             num_kv_heads, group)`, the logarithm of the softmax denominator. Without entries zeros, and -inf.
     """
@@ -129,9 +131,15 @@ def paged_attention(
     assert key.is_contiguous() and value.is_contiguous() and query.dtype == key.dtype, "entries are rows of the storage"
     assert out.is_contiguous() and log_sums.is_contiguous() and out.dtype == query.dtype, "results are written in order"
     query = query.contiguous()
+    written = (None, None)
+    if new is not None:
+        new = new[0].contiguous(), new[1].contiguous()
+        assert new[0].shape == (rows, heads, key.shape[1]) and new[1].shape == (rows, heads, value.shape[1])
+        assert new[0].dtype == key.dtype and new[1].dtype == value.dtype, "entries are written as they are"
+        written = new[0].data_ptr(), new[1].data_ptr()
     kernel(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), pages.rows.ctypes.data, rows, layer * heads, heads,
-        pages.page_size, scaling, torch.get_num_threads(), out.data_ptr(), log_sums.data_ptr(),
+        pages.page_size, scaling, torch.get_num_threads(), *written, out.data_ptr(), log_sums.data_ptr(),
     )  # fmt: skip
 
 
@@ -157,6 +165,6 @@ def _compiled(kernels: str | None, dtype: torch.dtype, group: int, head_dim: int
             return None
     pointer, count, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     loaded.segment_attention.argtypes = [*[pointer] * 5, count, number, threads, pointer]
-    loaded.paged_attention.argtypes = [*[pointer] * 4, *[count] * 4, number, threads, pointer, pointer]
+    loaded.paged_attention.argtypes = [*[pointer] * 4, *[count] * 4, number, threads, *[pointer] * 4]
     loaded.segment_attention.restype = loaded.paged_attention.restype = None
     return Kernels(loaded.segment_attention, loaded.paged_attention)

@@ -72,7 +72,7 @@ def read_pages(
     if chosen_kernels(buffers["key"].device) == "triton":
         return TableReads(buffers, sequences, new)
     kernels = None if query is None else find_kernels(query, buffers["key"], buffers["value"])
-    if kernels is not None:
+    if kernels is not None and query is not None and query.dtype == buffers["key"].dtype:
         return ListReads(kernels.paged, buffers, sequences, new)
     return ViewReadsBuilder(buffers, sequences[0], config or ReadsConfig()).build(sequences, new)
 
@@ -104,6 +104,24 @@ class ListReads:
             self._kernel, query, self._key, self._value, self._pages, layer, scaling, outputs[0], log_sums[0]
         )
         return outputs, log_sums
+
+    def write_and_attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attention after the keys and values `(rows, heads, dim)` of the only new tokens have been written.
+
+        Args:
+            query: `(rows, heads, n, head_dim)`.
+
+        Returns:
+            `(rows, heads, n, value_dim)`.
+        """
+        out = query.new_empty(*query.shape[:3], self._value.shape[-1])
+        log_sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        paged_attention(
+            self._kernel, query, self._key, self._value, self._pages, layer, scaling, out, log_sums, (key, value)
+        )
+        return out
 
 
 _LIST_KINDS = np.int32, np.int64, np.int32  # pages, bounds and lengths of a compressed prompt

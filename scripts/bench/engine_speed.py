@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ def _decode_row(
 ) -> BenchRow:
     ours, theirs = [], []
     for turn in range(1 + bench.runs):
-        both = decoding_speed(bench, engine, requests), peer.speed(bench)
+        both = decoding_speed(bench, engine, requests), peer.speed(bench.clock)
         if turn:
             ours.append(both[0])
             theirs.append(both[1])
@@ -94,7 +94,7 @@ class Generating:
                 content = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
                 self.cache.update(*content, layer)
 
-    def speed(self, bench: EngineBench) -> float:
+    def speed(self, clock: Callable[[], float]) -> float:
         """Tokens per second after the first token of each answer."""
         import torch
         from transformers import StoppingCriteriaList
@@ -102,7 +102,7 @@ class Generating:
         times: list[float] = []
 
         def stop(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            times.append(bench.clock())
+            times.append(clock())
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         with torch.no_grad():
