@@ -1,9 +1,10 @@
 """Attention of one query per head over ragged segments on a CPU, by a C kernel that is compiled at its first use.
 
-The entries of a segment are contiguous, or in pages. SDPA needs a call per segment, and its products with the few queries of a group take several times as long as reading
-keys and values from memory. The kernel computes all segments of a layer in one call and reads them once, close to the
-memory's bandwidth. It needs a C compiler with OpenMP, the one that `CC` names or `cc`; where there is none, callers
-keep to SDPA. Twins: `naive.segment_attention`, `naive.paged_attention`.
+The entries of a segment are contiguous, or in pages. SDPA needs a call per segment, and its products with the few
+queries of a group take several times as long as reading keys and values from memory. The kernel computes all segments
+of a layer in one call and reads them once, close to the memory's bandwidth. It needs a C compiler with OpenMP, the one
+that `CC` names or `cc`; where there is none, callers keep to SDPA. Twins: `naive.segment_attention`,
+`naive.paged_attention`.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ class PageAddresses:
     """Where the kernel finds the pages of some sequences, in CPU memory.
 
     Attributes:
-        rows: int64 `(rows, 6)`, a row for each sequence. Addresses of three arrays of its compressed prompt, or 0: int32
-            pages, int64 index of each segment's first page, int32 entries of each segment; then the address of int32
-            pages of whole tokens, a row for each segment, how many numbers such a row has, and how many tokens.
+        rows: int64 `(rows, 6)`, a row for each sequence. Addresses of three arrays of its compressed prompt, or 0:
+            int32 pages, int64 index of each segment's first page, int32 entries of each segment. Then the address of
+            the int32 pages of whole tokens, a row for each segment; how many numbers such a row has; and the tokens.
         arrays: what lies at the addresses.
         heads: segments of a layer.
         page_size: entries per page.
@@ -121,10 +122,10 @@ def paged_attention(
             + place.
         layer: counted from 0, in the order of the segments.
         scaling: factor of the logits.
-        new: keys `(rows, num_kv_heads, head_dim)` and values of each sequence's last token, which are written first; None:
-            they have been written.
-        out, log_sums: the results, contiguous: `(rows, num_kv_heads, group, value_dim)`, the query's dtype; fp32 `(rows,
-            num_kv_heads, group)`, the logarithm of the softmax denominator. Without entries zeros, and -inf.
+        out, log_sums: the results, contiguous: `(rows, num_kv_heads, group, value_dim)`, the query's dtype, and fp32
+            `(rows, num_kv_heads, group)`, the logarithm of the softmax denominator. Without entries zeros, and -inf.
+        new: keys `(rows, num_kv_heads, head_dim)` and values of each sequence's last token, which are written first;
+            None: they have been written.
     """
     rows, heads = query.shape[:2]
     assert (rows, heads) == (len(pages.rows), pages.heads), "a row of queries for each sequence"

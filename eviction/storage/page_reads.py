@@ -1,8 +1,8 @@
 """How the attention reads the pages of several sequences: in place where they follow each other, or by page tables.
 
-On a GPU the kernels read page tables, and on a CPU a kernel in C reads the page lists for a token of each sequence.
-Otherwise pages that follow each other are read through views, and only scattered pages are copied together, those of all
-sequences at once.
+On a GPU the kernels read page tables; on a CPU a kernel in C reads the page lists, for one token of each sequence.
+Otherwise pages that follow each other are read through views, and only scattered pages are copied together, those of
+all sequences at once.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ ROWS: dict[str, Callable[[EngineBench], BenchRow | Iterator[BenchRow]]] = {
 class EngineBenchConfig:
     """Measure the serving engine: decoding, joins, memory, shared and retried prompts, overcommitted memory, submits.
 
-    Prompts are random tokens. Where what the KV contains does not matter, it is random and not computed. Times are those
-    of the sides in turn, medians; counts are of one run.
+    Prompts are random tokens. Where what the KV contains does not matter, it is random and not computed. Times are
+    medians of runs in which the sides take turns; counts are of one run.
     """
 
     model: str = "demo"
@@ -72,7 +72,7 @@ class EngineBenchConfig:
         if strange := sorted({*self.only} - {*ROWS}):
             raise ValueError(f"got --only {' '.join(strange)}; accepted: {', '.join(ROWS)}")
         if self.cpu_time and self.threads > 1:
-            raise ValueError(f"got --cpu-time with --threads {self.threads}; accepted: 1 thread, as those of all add up")
+            raise ValueError(f"got --cpu-time with --threads {self.threads}; accepted: --threads 1")
 
 
 def main(config: EngineBenchConfig) -> int:

@@ -1,4 +1,4 @@
-"""Rows of `tenure bench engine` that are counts: bytes held, and tokens computed for shared, retried and growing prompts."""
+"""Rows of `tenure bench engine` that are counts: bytes held, and tokens computed for related prompts."""
 
 from __future__ import annotations
 

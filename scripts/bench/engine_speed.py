@@ -1,4 +1,4 @@
-"""Rows of `tenure bench engine` that are times: decoding, joining, short prompts, overcommitted memory, the event loop."""
+"""Rows of `tenure bench engine` that are times: decoding, joins, short prompts, overcommitted memory, submits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def decode_rows(bench: EngineBench) -> Iterator[BenchRow]:
         prompts = [bench.prompt(i, sizes.short) for i in range(sizes.batch)]
         requests = [request(f"r{i}", prompt, sizes.tokens) for i, prompt in enumerate(prompts)]
         peer = Generating(bench.plain, prompts, sizes.tokens)
-        yield _decode_row(f"decode/b{sizes.batch}/ctx{sizes.short}/vs_generate", bench, engine, requests, peer, ">= 1.0")
+        name = f"decode/b{sizes.batch}/ctx{sizes.short}/vs_generate"
+        yield _decode_row(name, bench, engine, requests, peer, ">= 1.0")
     share = f"kept{round(100 * sizes.kept)}"
     tokens = sizes.batch * (sizes.context * (sizes.kept + 0.1) + sizes.tokens + 4 * PAGE)
     with bench.engine(max(tokens, sizes.context + 8 * PAGE), bench.compression) as engine:
@@ -132,7 +133,8 @@ def join_row(bench: EngineBench) -> BenchRow:
 
         for _ in range(2):
             step(engine)
-        seconds = alternate({"before": lambda: step(engine), "join": join, "after": lambda: step(engine)}, joins, 1, bench.clock)
+        sides = {"before": lambda: step(engine), "join": join, "after": lambda: step(engine)}
+        seconds = alternate(sides, joins, 1, bench.clock)
     without = [(a + b) / 2 for a, b in zip(seconds["before"], seconds["after"], strict=True)]
     longer = [join - step for join, step in zip(seconds["join"], without, strict=True)]
     medians = statistics.median(longer), statistics.median(without)
@@ -231,7 +233,7 @@ def overcommit_row(bench: EngineBench) -> BenchRow:
 
 
 def submit_row(bench: EngineBench) -> BenchRow:
-    """Milliseconds that a `submit` holds an event loop while all workflows run; one client each calls agent by agent."""
+    """Milliseconds that a `submit` holds an event loop while all workflows run, each with a client of its own."""
     from ...serving import AgentSpec, EdgeSpec, Request, SamplingParams, WorkflowSpec
     from ...serving.client import EngineClient
 

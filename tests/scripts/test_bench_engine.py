@@ -98,7 +98,7 @@ def test_the_peer_decodes_from_the_same_context(tiny_llama, monkeypatch):
         ({"threads": 0}, "got --threads 0 --runs 5; accepted: 1 or more"),
         ({"kept": 1.0}, "got --kept 1.0; accepted: a number between 0 and 1"),
         ({"only": ("decoding",)}, "got --only decoding; accepted: decode, join, memory"),
-        ({"cpu_time": True, "threads": 2}, "got --cpu-time with --threads 2; accepted: 1 thread"),
+        ({"cpu_time": True, "threads": 2}, "got --cpu-time with --threads 2; accepted: --threads 1"),
     ],
 )
 def test_what_cannot_be_is_refused(values, message):

@@ -132,7 +132,7 @@ def test_decoding_is_that_of_sdpa(tiny_model, prompt, monkeypatch, dtype, scope,
 
 
 def page_lists(layers: int, heads: int, size: int, lengths: list[int], tokens: int, pool: list[int]) -> PageLists:
-    """A sequence on pages taken from `pool`: a compressed prompt of so many entries a segment, if any, and whole tokens."""
+    """A sequence on pages of `pool`: a compressed prompt with so many entries a segment, if any, and whole tokens."""
 
     def take(count: int) -> np.ndarray:
         return np.array([pool.pop() for _ in range(count)], np.int32)
