@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .benching import BenchRow
@@ -15,17 +16,27 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-def storages() -> dict[int, int]:
-    """Bytes of every storage that a tensor in Python has, by address."""
+@contextmanager
+def watched_storages() -> Iterator[Callable[[], dict[int, int]]]:
+    """Yields a function that returns the bytes of every storage made in the block that a tensor has, by address."""
     import torch
 
     gc.collect()
-    found = {}
-    for one in gc.get_objects():
-        if issubclass(type(one), torch.Tensor):
-            storage = one.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
+    kept = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]  # so that no address is used again
+    known = {one.untyped_storage().data_ptr() for one in kept}
+    gc.freeze()  # what there is now is neither collected nor looked at again: a collection takes no time
+
+    def storages() -> dict[int, int]:
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+        found = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+        return {address: nbytes for address, nbytes in found.items() if address not in known}
+
+    try:
+        yield storages
+    finally:
+        kept.clear()
+        gc.unfreeze()
 
 
 def memory_rows(bench: EngineBench) -> Iterator[BenchRow]:
@@ -37,9 +48,8 @@ def memory_rows(bench: EngineBench) -> Iterator[BenchRow]:
     sizes = bench.sizes
     for name, compression in (("", None), ("/compressed", bench.compression)):
         payload: Any = None if compression is None else bench.compressed()
-        before = storages()
         room = 2 * sizes.context + 2 * sizes.batch * (sizes.tokens + 5 * PAGE)
-        with bench.engine(room, compression) as engine:
+        with watched_storages() as storages, bench.engine(room, compression) as engine:
             prompt = bench.prompt(0, sizes.context)
             store(engine, "agent", prompt, payload or random_payload(engine.kv, sizes.context))
             lengths = [sizes.tokens // 2 + i % 4 * (sizes.tokens // 2) // 3 for i in range(sizes.batch * 3 // 2)]
@@ -53,21 +63,20 @@ def memory_rows(bench: EngineBench) -> Iterator[BenchRow]:
                     engine.submit(waiting.pop())
                 step(engine)
                 measured += 1
-                most = max(most, _held_and_counted(engine, before), key=lambda both: both[0] / both[1])
+                most = max(most, _held_and_counted(engine, storages()), key=lambda both: both[0] / both[1])
         held, counted = (value / MIB for value in most)
         yield BenchRow(f"memory/held_vs_counted{name}", held, counted, held / counted, "MiB", measured, "<= 1.02")
 
 
-def _held_and_counted(engine: Engine, before: dict[int, int]) -> tuple[int, int]:
+def _held_and_counted(engine: Engine, storages: dict[int, int]) -> tuple[int, int]:
     """Bytes that the engine's tensors hold, of its pool only the pages in use, and those that the pool counts."""
     from ...serving import Tier
 
     pages, pool = engine.pages, engine.system.tiers.pools[Tier.DEVICE]
-    ours = {address: nbytes for address, nbytes in storages().items() if address not in before}
-    for buffer in pages.buffers.values():
-        del ours[buffer.untyped_storage().data_ptr()]
+    buffers = {buffer.untyped_storage().data_ptr() for buffer in pages.buffers.values()}
+    others = sum(nbytes for address, nbytes in storages.items() if address not in buffers)
     held = (pages.num_pages - pages.num_free) * pages.geometry.page_bytes
-    return sum(ours.values()) + held, pool.used
+    return others + held, pool.used
 
 
 def fanout_rows(bench: EngineBench) -> Iterator[BenchRow]:
