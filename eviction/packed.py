@@ -162,8 +162,9 @@ class PackedCache(Cache):
         if not isinstance(reads, ListReads):
             self._write(layer, key, value, {})
             return self._attend(layer, query, key, value, scaling)
-        kept = (new[0].transpose(0, 1).to(self.buffers["key"].dtype) for new in (key, value))
-        return reads.write_and_attend(layer, rows, *kept, scaling).view(1, count, num_heads, -1)
+        dtype = self.buffers["key"].dtype
+        new_key, new_value = key[0].transpose(0, 1).to(dtype), value[0].transpose(0, 1).to(dtype)
+        return reads.write_and_attend(layer, rows, new_key, new_value, scaling).view(1, count, num_heads, -1)
 
     def _attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float

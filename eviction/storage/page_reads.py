@@ -133,7 +133,7 @@ class TableReads:
     def __init__(self, buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int) -> None:
         lists, self._rows = sequences[0], len(sequences)
         size, self._device = lists.page_size, buffers["key"].device
-        self._pages = tuple(buffers[name].unflatten(0, (-1, size)) for name in ("key", "value"))
+        self._pages = buffers["key"].unflatten(0, (-1, size)), buffers["value"].unflatten(0, (-1, size))
         self._layers = lists.layers
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         if any(each.ragged is not None for each in sequences):

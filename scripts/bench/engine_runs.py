@@ -93,9 +93,9 @@ class EngineBench:
         """Random token ids; equal numbers give equal ids."""
         import torch
 
-        vocab_size = self.session.model.get_input_embeddings().num_embeddings
+        embeddings: Any = self.session.model.get_input_embeddings()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        return torch.randint(vocab_size, (count,), generator=generator).tolist()
+        return torch.randint(embeddings.num_embeddings, (count,), generator=generator).tolist()
 
     def compressed(self) -> TensorPayload:
         """The KV of a prompt of `sizes.context` tokens, compressed; computed once."""
