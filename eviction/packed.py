@@ -21,7 +21,7 @@ from ..retention.attention_arguments import refuse_dropout, refuse_unknown
 from ..retention.decoder_layers import UnsupportedModelError
 from ..retention.seams import AttentionCall
 from .storage.page_lists import PageLists
-from .storage.page_reads import ReadsConfig, read_pages
+from .storage.page_reads import ListReads, PageReads, ReadsConfig, read_pages
 from .storage.partial_attention import attend_part, merged
 
 
@@ -98,7 +98,8 @@ class PackedCache(Cache):
         self._heads, device = tokens[0].sequence.heads, buffers["key"].device
         self._single = sum(size == 1 for size in sizes)
         sequences = [one.sequence for one in self.tokens]
-        self._decodes = read_pages(buffers, sequences[: self._single], 1, config) if self._single else None
+        self._decoding, self._config = sequences[: self._single], config
+        self._decodes: PageReads | None = None  # of the single tokens, once a query is known
         self._prefills = [
             (int(end) - size, int(end), read_pages(buffers, [sequence], 0, config))
             for sequence, size, end in zip(sequences, sizes, ends, strict=True)
@@ -136,6 +137,8 @@ class PackedCache(Cache):
                 )
             scaling = kwargs.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+            if self._single == query.shape[2] and not state:
+                return self._decode(layer, query, key, value, scaling), None
             self._write(layer, key, value, state)
             return self._attend(layer, query, key, value, scaling), None
 
@@ -155,6 +158,25 @@ class PackedCache(Cache):
         for name, new in state.items():
             self.buffers[name].index_copy_(0, self._slots[layer][:, self.gated].flatten(), new.flatten())
 
+    def _single_reads(self, query: torch.Tensor) -> PageReads:
+        """How the context of the single tokens is read; query `(rows, heads, group, head_dim)`."""
+        if self._decodes is None:
+            self._decodes = read_pages(self.buffers, self._decoding, 1, self._config, query)
+        return self._decodes
+
+    def _decode(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Writes and attends where every sequence has one new token; as `_attend`."""
+        num_heads, count, dim = query.shape[1:]
+        reads = self._single_reads(rows := query[0].transpose(0, 1).reshape(count, self._heads, -1, dim))
+        if not isinstance(reads, ListReads):
+            self._write(layer, key, value, {})
+            return self._attend(layer, query, key, value, scaling)
+        dtype = self.buffers["key"].dtype
+        new_key, new_value = key[0].transpose(0, 1).to(dtype), value[0].transpose(0, 1).to(dtype)
+        return reads.write_and_attend(layer, rows, new_key, new_value, scaling).view(1, count, num_heads, -1)
+
     def _attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
@@ -162,9 +184,9 @@ class PackedCache(Cache):
         num_heads, count, dim = query.shape[1:]
         group = num_heads // self._heads
         out = query.new_empty(count, num_heads, value.shape[-1])
-        if self._decodes is not None:
+        if self._single:
             rows = query[0, :, : self._single].transpose(0, 1).reshape(self._single, self._heads, group, dim)
-            outputs, log_sums = self._decodes.attend(layer, rows, scaling)
+            outputs, log_sums = self._single_reads(rows).attend(layer, rows, scaling)
             out[: self._single] = merged(outputs, log_sums).reshape(self._single, num_heads, -1)
         for start, end, reads in self._prefills:
             own = query[0, :, start:end].reshape(self._heads, group, end - start, dim)

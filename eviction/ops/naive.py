@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .segment_attention import PageAddresses
 
 
 def top_of_rows(scores: torch.Tensor, k: list[int], order: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -218,7 +222,7 @@ def segment_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Same contract as `ops.segment_attention.segment_attention`; fp64 for fp64 inputs."""
+    """Same contract as `ops.segment_attention.segment_attention`, which takes its kernel too; fp64 for fp64 inputs."""
     wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*query.shape[:3], value.shape[1])
     for of_segment, result, start, end in zip(
@@ -228,6 +232,31 @@ def segment_attention(
             logits = of_segment.to(wide) @ key[start:end].to(wide).T * scaling
             result.copy_(logits.softmax(1) @ value[start:end].to(wide))
     return out
+
+
+def paged_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pages: PageAddresses, layer: int, scaling: float,
+    out: torch.Tensor, log_sums: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Same contract as `ops.segment_attention.paged_attention`, which takes its kernel too; fp64 for fp64 inputs."""
+    size, arrays = pages.page_size, iter(pages.arrays)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    for row, (ragged, *_, tokens) in enumerate(pages.rows.tolist()):
+        compressed = [next(arrays) for _ in range(3)] if ragged else None
+        table = next(arrays)
+        for head in range(pages.heads):
+            segment = layer * pages.heads + head
+            lists = [(torch.from_numpy(table[segment].astype("int64")), tokens)]
+            if compressed is not None:
+                listed, bounds, lengths = compressed
+                own = listed[bounds[segment] : bounds[segment + 1]]
+                lists.insert(0, (torch.from_numpy(own.astype("int64")), int(lengths[segment])))
+            slots = torch.cat([entry_slots(own, 0, count, size) for own, count in lists])
+            if new is not None:
+                key[slots[-1]], value[slots[-1]] = new[0][row, head], new[1][row, head]
+            logits = query[row, head].to(wide) @ key[slots].to(wide).T * scaling
+            log_sums[row, head] = logits.logsumexp(1)
+            out[row, head] = logits.softmax(1).to(wide) @ value[slots].to(wide)
 
 
 def window_risk(

@@ -1,8 +1,10 @@
-// Attention of one query per head over ragged segments of contiguous entries; compiled and called by segment_attention.py.
+// Attention of one query per head over ragged segments, whose entries are contiguous or in pages; compiled and called by
+// segment_attention.py.
 //
 // One compilation serves one shape: GROUP query heads share a key/value head, KEY_DIM and VALUE_DIM numbers of a head.
 // With BF16, queries, keys, values and results are bf16, else fp32; sums and weights are fp32 in both cases.
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -65,6 +67,10 @@ static inline float widen(number x) { return x; }
 static inline number narrow(float x) { return x; }
 #endif
 
+static inline void prefetch(const number *from, int count) {
+    for (int d = 0; d < count; d += 64 / (int)sizeof(number)) __builtin_prefetch(from + d);
+}
+
 static inline float sum_lanes(vec x) {
 #if LANES == 16
     x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -96,8 +102,36 @@ static inline float exponential(float x) {
     return x < -87.0f ? 0.0f : series * two_to_power;
 }
 
-// Softmax of a group's queries over n entries, block by block with a running maximum: keys and values are read once.
-static void attend(const number *query, const number *key, const number *value, int64_t n, float scaling, number *out) {
+// Entries of a segment, from the place `first` on: places in `pages`, or slots if there are no pages.
+typedef struct {
+    const int32_t *pages;
+    int64_t first, length;
+} list;
+
+// Takes up to BLOCK entries from two lists, one after the other, and returns how many; writes their slots.
+static inline int take(list *lists, int64_t page_size, int64_t *slots) {
+    int count = 0;
+    for (list *from = lists; from < lists + 2; from++)
+        while (from->length > 0 && count < BLOCK) {
+            int64_t start = from->first, room = from->length;
+            if (from->pages) {
+                int64_t place = start % page_size;
+                if (room > page_size - place) room = page_size - place;
+                start = from->pages[start / page_size] * page_size + place;
+            }
+            if (room > BLOCK - count) room = BLOCK - count;
+            for (int i = 0; i < (int)room; i++) slots[count + i] = start + i;
+            count += (int)room;
+            from->first += room;
+            from->length -= room;
+        }
+    return count;
+}
+
+// Softmax of a group's queries over the entries of two lists, block by block with a running maximum: keys and values are
+// read once. log_sum: the logarithms of the denominators.
+static void attend(const number *query, const number *key, const number *value, list *lists, int64_t page_size,
+                   float scaling, number *out, float *log_sum) {
     vec scaled[GROUP][KEY_DIM / LANES], sums[GROUP][VALUE_DIM / LANES];
     float total[GROUP], highest[GROUP];
     memset(sums, 0, sizeof sums);
@@ -107,11 +141,15 @@ static void attend(const number *query, const number *key, const number *value, 
         for (int d = 0; d < KEY_DIM; d++)
             scaled[g][PLACE(d) / LANES][PLACE(d) % LANES] = widen(query[g * KEY_DIM + d]) * scaling;
     }
-    for (int64_t start = 0; start < n; start += BLOCK) {
-        int count = n - start < BLOCK ? (int)(n - start) : BLOCK;
+    int64_t slots[2][BLOCK];
+    int count = take(lists, page_size, slots[0]), following;
+    for (int turn = 0; count; turn = !turn, count = following) {
+        const int64_t *at = slots[turn], *next = slots[!turn];
+        following = take(lists, page_size, slots[!turn]);
         float weights[GROUP][BLOCK]; // first the logits
         for (int i = 0; i < count; i++) {
-            const number *k = key + (start + i) * KEY_DIM;
+            const number *k = key + at[i] * KEY_DIM;
+            prefetch(value + at[i] * VALUE_DIM, VALUE_DIM);
             vec logits[GROUP];
             memset(logits, 0, sizeof logits);
             for (int d = 0; d < KEY_DIM / LANES; d += 2) {
@@ -143,7 +181,8 @@ static void attend(const number *query, const number *key, const number *value, 
             vec added[GROUP][TILE / LANES];
             memset(added, 0, sizeof added);
             for (int i = 0; i < count; i++) {
-                const number *v = value + (start + i) * VALUE_DIM + tile;
+                const number *v = value + at[i] * VALUE_DIM + tile;
+                if (tile == 0 && i < following) prefetch(key + next[i] * KEY_DIM, KEY_DIM);
                 for (int d = 0; d < TILE / LANES; d += 2) {
                     vec first, second;
                     load(v + d * LANES, &first, &second);
@@ -158,7 +197,8 @@ static void attend(const number *query, const number *key, const number *value, 
         }
     }
     for (int g = 0; g < GROUP; g++) {
-        float inverse = n > 0 ? 1 / total[g] : 0;
+        float inverse = total[g] != 0 ? 1 / total[g] : 0;
+        log_sum[g] = total[g] != 0 ? highest[g] + logf(total[g]) : -INFINITY;
         for (int d = 0; d < VALUE_DIM; d++)
             out[g * VALUE_DIM + d] = narrow(sums[g][PLACE(d) / LANES][PLACE(d) % LANES] * inverse);
     }
@@ -166,9 +206,42 @@ static void attend(const number *query, const number *key, const number *value, 
 
 // Segment s is the entries [starts[s], ends[s]); its queries and results are the s-th GROUP ones.
 void segment_attention(const number *query, const number *key, const number *value, const int64_t *starts,
-                   const int64_t *ends, int64_t segments, float scaling, int threads, number *out) {
+                       const int64_t *ends, int64_t segments, float scaling, int threads, number *out) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
-    for (int64_t s = 0; s < segments; s++)
-        attend(query + s * GROUP * KEY_DIM, key + starts[s] * KEY_DIM, value + starts[s] * VALUE_DIM,
-               ends[s] - starts[s], scaling, out + s * GROUP * VALUE_DIM);
+    for (int64_t s = 0; s < segments; s++) {
+        list lists[2] = {{0, starts[s], ends[s] - starts[s]}, {0, 0, 0}};
+        float log_sum[GROUP];
+        attend(query + s * GROUP * KEY_DIM, key, value, lists, 1, scaling, out + s * GROUP * VALUE_DIM, log_sum);
+    }
+}
+
+// The pages of a sequence: those of its compressed prompt, if it has one, in which segment s has lengths[s] entries from
+// page bounds[s] on; then a table with a row of `stride` pages for each segment, which has `tokens` entries in it.
+typedef struct {
+    const int32_t *ragged;
+    const int64_t *bounds;
+    const int32_t *lengths, *table;
+    int64_t stride, tokens;
+} sequence;
+
+// The segments [first, first + heads) of every sequence. Unless new_key is null, the last of the `tokens` entries of each
+// segment is written first: no two segments share the page in which it is.
+void paged_attention(const number *query, number *key, number *value, const sequence *sequences, int64_t rows,
+                     int64_t first, int64_t heads, int64_t page_size, float scaling, int threads, const number *new_key,
+                     const number *new_value, number *out, float *log_sums) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+    for (int64_t i = 0; i < rows * heads; i++) {
+        const sequence *from = sequences + i / heads;
+        int64_t s = first + i % heads;
+        const int32_t *pages = from->table + s * from->stride;
+        list lists[2] = {{0, 0, 0}, {pages, 0, from->tokens}};
+        if (new_key) {
+            int64_t last = from->tokens - 1, slot = pages[last / page_size] * page_size + last % page_size;
+            memcpy(key + slot * KEY_DIM, new_key + i * KEY_DIM, KEY_DIM * sizeof(number));
+            memcpy(value + slot * VALUE_DIM, new_value + i * VALUE_DIM, VALUE_DIM * sizeof(number));
+        }
+        if (from->ragged) lists[0] = (list){from->ragged + from->bounds[s], 0, from->lengths[s]};
+        attend(query + i * GROUP * KEY_DIM, key, value, lists, page_size, scaling, out + i * GROUP * VALUE_DIM,
+               log_sums + i * GROUP);
+    }
 }

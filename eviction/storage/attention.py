@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..forward_state import ForwardStep
-from ..ops.segment_attention import can_attend, segment_attention
+from ..ops.segment_attention import find_kernel, segment_attention
 from .paged_store import PagedStore
 from .segment_store import SegmentStore
 
@@ -39,9 +39,10 @@ def _one_query(store: SegmentStore, query: torch.Tensor, scaling: float | None) 
     batch, num_heads, _, head_dim = query.shape
     heads = store.num_kv_heads
     packed = query.reshape(batch, heads, num_heads // heads, head_dim)
-    if can_attend(packed, store.key, store.value):
+    kernel = find_kernel(packed, store.key, store.value)
+    if kernel is not None:
         factor = head_dim**-0.5 if scaling is None else scaling
-        out = segment_attention(packed, store.key, store.value, *store.bounds(), factor)
+        out = segment_attention(kernel, packed, store.key, store.value, *store.bounds(), factor)
         return out.view(batch, 1, num_heads, -1)
     if store.uniform:
         out = scaled_dot_product_attention(packed, store.dense(store.key), store.dense(store.value), scale=scaling)

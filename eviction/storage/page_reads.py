@@ -1,7 +1,8 @@
 """How the attention reads the pages of several sequences: in place where they follow each other, or by page tables.
 
-On a CPU, pages that follow each other are read through views; only scattered pages are copied together, those of all
-sequences at once. Where the kernels run, they read the page tables.
+On a GPU the kernels read page tables; on a CPU a kernel in C reads the page lists, for one token of each sequence.
+Otherwise pages that follow each other are read through views, and only scattered pages are copied together, those of
+all sequences at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from ...retention.ops.kernel_choice import chosen_kernels
 from ..ops.paged_attention import ragged_decode_part
+from ..ops.segment_attention import Kernel, PageAddresses, find_kernels, paged_attention
 from .page_lists import PageLists, RaggedPages
 from .partial_attention import HIDDEN, Part, attend_part
 
@@ -58,16 +60,71 @@ class PageReads(Protocol):
 
 
 def read_pages(
-    buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int, config: ReadsConfig | None = None
-) -> PageReads:
+    buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int, config: ReadsConfig | None = None,
+    query: torch.Tensor | None = None,
+) -> PageReads:  # fmt: skip
     """The entries of `sequences`, with `new` more of each, which will have been written when they are read.
 
     Args:
         buffers: `key` and `value` `(slots, dim)`; slot = page * page_size + place.
+        query: like those of every layer, `(rows, heads, n, head_dim)`, if there is one query per head and sequence.
     """
     if chosen_kernels(buffers["key"].device) == "triton":
         return TableReads(buffers, sequences, new)
+    kernels = None if query is None else find_kernels(query, buffers["key"], buffers["value"])
+    if kernels is not None and query is not None and query.dtype == buffers["key"].dtype:
+        return ListReads(kernels.paged, buffers, sequences, new)
     return ViewReadsBuilder(buffers, sequences[0], config or ReadsConfig()).build(sequences, new)
+
+
+class ListReads:
+    """The page lists themselves, as the CPU's kernel reads them: one part. No list may change until they are read."""
+
+    num_parts = 1
+
+    def __init__(
+        self, kernel: Kernel, buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int
+    ) -> None:
+        self._kernel, self._key, self._value = kernel, buffers["key"], buffers["value"]
+        rows, arrays = np.zeros((len(sequences), 6), np.int64), []
+        for row, sequence in zip(rows, sequences, strict=True):
+            ragged, table = sequence.ragged, sequence.table
+            lists = [] if ragged is None else [ragged.pages, ragged.bounds(sequence.page_size), ragged.lengths]
+            lists = [np.ascontiguousarray(each, kind) for each, kind in zip(lists, _LIST_KINDS, strict=False)]
+            row[: len(lists)] = [each.ctypes.data for each in lists]
+            row[3:] = table.ctypes.data, table.strides[0] // table.itemsize, sequence.tokens + new
+            arrays += [*lists, table]
+        self._pages = PageAddresses(rows, arrays, sequences[0].heads, sequences[0].page_size)
+
+    def attend(self, layer: int, query: torch.Tensor, scaling: float, more: int = 0) -> Part:
+        """See `PageReads.attend`."""
+        outputs = query.new_empty(1 + more, *query.shape[:3], self._value.shape[-1])
+        log_sums = query.new_empty(1 + more, *query.shape[:3], dtype=torch.float32)
+        paged_attention(
+            self._kernel, query, self._key, self._value, self._pages, layer, scaling, outputs[0], log_sums[0]
+        )
+        return outputs, log_sums
+
+    def write_and_attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attention after the keys and values `(rows, heads, dim)` of the only new tokens have been written.
+
+        Args:
+            query: `(rows, heads, n, head_dim)`.
+
+        Returns:
+            `(rows, heads, n, value_dim)`.
+        """
+        out = query.new_empty(*query.shape[:3], self._value.shape[-1])
+        log_sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        paged_attention(
+            self._kernel, query, self._key, self._value, self._pages, layer, scaling, out, log_sums, (key, value)
+        )
+        return out
+
+
+_LIST_KINDS = np.int32, np.int64, np.int32  # pages, bounds and lengths of a compressed prompt
 
 
 class TableReads:

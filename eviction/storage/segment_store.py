@@ -215,7 +215,7 @@ class SegmentStore:
         self.position.index_copy_(0, slots, step.flat_positions(heads))
         for name, tensor in new.items():
             tensor = tensor.detach() if tensor.requires_grad else tensor
-            rows = tensor.reshape(-1, *tensor.shape[3:]) if chosen is None else tensor[chosen]
+            rows = tensor.flatten(0, 2) if chosen is None else tensor[chosen]
             self.buffers[name].index_copy_(0, slots, rows)
         if step.valid is not None:
             self.set_lengths(lengths)

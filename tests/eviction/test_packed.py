@@ -26,7 +26,7 @@ def pool_for(session, tokens: int) -> PagePool:
     return PagePool(geometry, -(-tokens // 16) * 16 * geometry.token_bytes, "cpu")
 
 
-@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("kernels", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("view", [10_000, 32, 1], ids=["copied together", "both", "in place"])
 @torch.no_grad()
 def test_logits_are_those_of_each_sequence_alone(tiny_model, monkeypatch, kernels, view):
@@ -61,7 +61,7 @@ def test_logits_are_those_of_each_sequence_alone(tiny_model, monkeypatch, kernel
             holes.release()
 
 
-@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("kernels", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("budget", [0.05, 0.5])
 @pytest.mark.parametrize("view", [10_000, 8])
 @torch.no_grad()

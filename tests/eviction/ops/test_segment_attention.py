@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from tenure.eviction import evict
 from tenure.eviction.ops import naive, segment_attention
 from tenure.eviction.storage import attention
+from tenure.eviction.storage.page_lists import PageLists, RaggedPages
+from tenure.eviction.storage.page_reads import ListReads
 
 compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -17,9 +20,15 @@ compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C comp
 @pytest.fixture
 def uncached():
     """Kernels are compiled anew in the test, and again after it."""
-    segment_attention._kernel.cache_clear()
+    segment_attention._compiled.cache_clear()
     yield
-    segment_attention._kernel.cache_clear()
+    segment_attention._compiled.cache_clear()
+
+
+def attend(given) -> torch.Tensor:
+    kernel = segment_attention.find_kernel(*given[:3])
+    assert kernel is not None
+    return segment_attention.segment_attention(kernel, *given)
 
 
 def segments(lengths: list[int], batch: int, group: int, dims: tuple[int, int], dtype: torch.dtype):
@@ -43,11 +52,10 @@ def segments(lengths: list[int], batch: int, group: int, dims: tuple[int, int], 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_segments_attend_like_their_twin(dtype, group, dims, threads):
     given = segments([1, 200, 63, 0, 64, 65], 2, group, dims, dtype)
-    assert segment_attention.can_attend(*given[:3])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = segment_attention.segment_attention(*given)
+        got = attend(given)
     finally:
         torch.set_num_threads(before)
     assert got.dtype == dtype and not got[1, 0].any(), "an empty segment gives zeros"
@@ -64,7 +72,7 @@ def test_logits_of_any_size_have_exact_weights(scale):
     key[:, 0] = torch.linspace(-1, 1, 300)
     given = query, key, value, torch.tensor([0]), torch.tensor([300]), 1.0
     expected = (key.double() @ query.double().view(8)).softmax(0) @ value.double()
-    got = segment_attention.segment_attention(*given).view(8)
+    got = attend(given).view(8)
     torch.testing.assert_close(got.double(), expected, atol=1e-6 + scale * 2e-7, rtol=0)  # logits are rounded
 
 
@@ -72,21 +80,21 @@ def test_logits_of_any_size_have_exact_weights(scale):
 def test_what_is_not_a_number_stays_so():
     given = segments([5, 9], 1, 2, (16, 16), torch.float32)
     given[1][2] = torch.nan
-    got = segment_attention.segment_attention(*given)
+    got = attend(given)
     assert bool(got[0, 0].isnan().all()) and not got[0, 1].isnan().any()
 
 
 def test_what_the_kernel_does_not_take(monkeypatch):
     query, key, value = segments([4], 1, 2, (16, 16), torch.float32)[:3]
-    assert not segment_attention.can_attend(query.requires_grad_(), key, value), "no gradient is recorded"
+    assert segment_attention.find_kernel(query.requires_grad_(), key, value) is None, "no gradient is recorded"
     query = query.detach()
-    assert not segment_attention.can_attend(query.half(), key.half(), value.half())
-    assert not segment_attention.can_attend(query[..., :12], key[:, :12], value)
+    assert segment_attention.find_kernel(query.half(), key.half(), value.half()) is None
+    assert segment_attention.find_kernel(query[..., :12], key[:, :12], value) is None
     monkeypatch.setenv("TENURE_KERNELS", "reference")
-    assert not segment_attention.can_attend(query, key, value)
+    assert segment_attention.find_kernel(query, key, value) is None
     monkeypatch.setenv("TENURE_KERNELS", "fast")
     with pytest.raises(ValueError, match="TENURE_KERNELS is 'fast'; accepted: auto, triton, reference"):
-        segment_attention.can_attend(query, key, value)
+        segment_attention.find_kernel(query, key, value)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,7 @@ def test_without_a_compiler_sdpa_is_used_and_the_log_says_why(monkeypatch, caplo
     monkeypatch.setattr(segment_attention, "FLAGS", ("-Werror", *segment_attention.FLAGS))
     given = segments([4], 1, 2, (16, 16), torch.float32)
     with caplog.at_level("INFO"):
-        assert not segment_attention.can_attend(*given[:3])
+        assert segment_attention.find_kernel(*given[:3]) is None
     (record,) = caplog.records
     assert "decoding on the CPU uses SDPA" in record.message
 
@@ -121,3 +129,64 @@ def test_decoding_is_that_of_sdpa(tiny_model, prompt, monkeypatch, dtype, scope,
     assert len(calls) == 3 * len(cache.ragged)
     tolerance = 1e-5 if dtype == torch.float32 else 0.2  # rounded in every layer
     torch.testing.assert_close(logits[0], logits[1], atol=tolerance, rtol=tolerance)
+
+
+def page_lists(layers: int, heads: int, size: int, lengths: list[int], tokens: int, pool: list[int]) -> PageLists:
+    """A sequence on pages of `pool`: a compressed prompt with so many entries a segment, if any, and whole tokens."""
+
+    def take(count: int) -> np.ndarray:
+        return np.array([pool.pop() for _ in range(count)], np.int32)
+
+    ragged = None
+    if lengths:
+        ragged = RaggedPages(take(sum(-(-n // size) for n in lengths)), np.array(lengths, np.int32), 100)
+    sequence = PageLists(layers, heads, size, ragged)
+    for _ in range(-(-(tokens + 1) // size)):
+        sequence.add(take(layers * heads).reshape(-1, 1))
+    sequence.tokens = tokens
+    return sequence
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 8, 16])
+@pytest.mark.parametrize("writes", [False, True])
+def test_pages_are_read_where_they_are(dtype, size, writes):
+    """Compressed prompts, empty heads, page ends and scattered pages; what is written is what is read."""
+    layers, heads, group, dims = 2, 2, 3, (32, 16)
+    generator = torch.Generator().manual_seed(size)
+    pool = torch.randperm(1200, generator=generator).tolist()
+    sequences = [
+        page_lists(layers, heads, size, *given, pool)
+        for given in (([], 0), ([], 70), ([5, 0, 130, 16], 0), ([64, 1, 3, 8], 15), ([], size - 1))
+    ]
+    # Entries that nobody holds are not read.
+    key, value = (torch.full((1200 * size, dim), torch.nan, dtype=dtype) for dim in dims)
+    for each in sequences:
+        used = each.slots(0, each.tokens + (not writes)).ravel()
+        if each.ragged is not None:
+            bounds = each.ragged.bounds(size)
+            for first, n in zip(bounds, each.ragged.lengths, strict=False):
+                place = np.arange(n)
+                held = each.ragged.pages[first + place // size] * size + place % size
+                used = np.concatenate([used, held])
+        for buffer in (key, value):
+            buffer[used] = torch.randn(len(used), buffer.shape[1], generator=generator).to(dtype)
+    rows = len(sequences)
+    query = torch.randn(rows, heads, group, dims[0], generator=generator).to(dtype)
+    new = tuple(torch.randn(rows, heads, dim, generator=generator).to(dtype) for dim in dims) if writes else None
+    kernels = segment_attention.find_kernels(query, key, value)
+    assert kernels is not None
+    pages = ListReads(kernels.paged, {"key": key, "value": value}, sequences, 1)._pages
+    for layer in range(layers):
+        twins = key.double(), value.double()
+        out, log_sums = query.new_full((rows, heads, group, dims[1]), torch.nan), torch.empty(rows, heads, group)
+        exact, exact_sums = out.double(), log_sums.double()
+        segment_attention.paged_attention(kernels.paged, query, key, value, pages, layer, 0.3, out, log_sums, new)
+        doubles = None if new is None else (new[0].double(), new[1].double())
+        naive.paged_attention(query.double(), *twins, pages, layer, 0.3, exact, exact_sums, doubles)
+        atol = 2e-6 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(out.double(), exact, atol=atol, rtol=atol)
+        torch.testing.assert_close(log_sums.double(), exact_sums, atol=1e-5, rtol=1e-5)
+        assert torch.equal(key.double().nan_to_num(), twins[0].nan_to_num()), "the entries are written as they are"
+        assert torch.equal(value.double().nan_to_num(), twins[1].nan_to_num())
