@@ -74,6 +74,9 @@ class _DecoderHooks:
         self.names = list(inspect.signature(decoder.forward).parameters)
         self.thread: int | None = None  # the one that runs a forward
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _DecoderHooks:
+        raise ValueError("got a copy of a model inside an attach() or evict() block; copy it outside")
+
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self.config._attn_implementation != self.implementation:
             raise ValueError(

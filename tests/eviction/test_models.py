@@ -153,3 +153,36 @@ def test_several_tokens_after_a_cache_are_contiguous() -> None:
         cache = session.new_cache()
         model(ids[:, :20], past_key_values=cache)
         torch.testing.assert_close(model(ids[:, 20:], past_key_values=cache).logits, want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_report_names_what_is_not_evicted(tiny_llama: PreTrainedModel) -> None:
+    """Mllama's images are keys and values of layers of their own; they stay whole, and text is removed around them."""
+    model, inputs = VISION_MODELS["mllama"]()
+    with evict(model, "knorm", 0.3, sinks=1, recent=2) as session:
+        cache = session.new_cache()
+        model(**inputs, past_key_values=cache)
+        images = cache.layers[1].keys
+        report = session.report()
+        assert report.layer_indices == (0, 2)
+        assert report.other_bytes == {"DynamicLayer": 4 * images.nbytes}  # keys and values of two layers
+        seen = cache.columns_seen
+        model(QUESTION[:, :2], past_key_values=cache, cross_attention_mask=inputs["cross_attention_mask"][:, -2:])
+        cache.crop(-2)
+        assert cache.columns_seen == seen and torch.equal(cache.layers[1].keys, images)
+    with evict(tiny_llama, "knorm") as session:
+        tiny_llama(words().clamp(max=127))
+        assert session.report().other_bytes == {}
+
+
+@torch.no_grad()
+def test_images_of_cross_attention_are_saved(tmp_path: Path) -> None:
+    model, inputs = VISION_MODELS["mllama"]()
+    seen = inputs["cross_attention_mask"][:, -1:].expand(-1, 5, -1, -1)
+    with evict(model, "knorm", 0.5, sinks=1, recent=2) as session:
+        cache = session.new_cache()
+        model(**inputs, past_key_values=cache)
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = session.load_cache(tmp_path / "cache.safetensors")
+        want = model(QUESTION, past_key_values=cache, cross_attention_mask=seen).logits
+        assert torch.equal(model(QUESTION, past_key_values=loaded, cross_attention_mask=seen).logits, want)
