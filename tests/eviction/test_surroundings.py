@@ -88,6 +88,16 @@ def test_an_interrupted_forward_is_undone_by_the_next(tiny_llama: LlamaForCausal
     with evict(tiny_llama, "knorm", 1.0, prefill_chunk=8):
         interrupted(tiny_llama, 4, input_ids=ids[:, :30])  # in the last chunk
         assert tiny_llama(ids[:, :30]).logits.shape[1] == 30
+    with evict(tiny_llama, "knorm", 1.0, prefill_chunk=8) as session:
+        cache = session.new_cache()
+        tiny_llama(ids[:, :10], past_key_values=cache)
+        interrupted(tiny_llama, 2, input_ids=ids[:, 10:], past_key_values=cache)  # in a chunk before the last
+        assert cache.columns_seen == 10
+        cache.check()
+        torch.testing.assert_close(
+            tiny_llama(ids[:, 10:], past_key_values=cache).logits, tiny_llama(ids, use_cache=False).logits[:, 10:],
+            rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
 
 
 def test_another_thread_is_refused_while_a_forward_runs(tiny_llama: LlamaForCausalLM, prompt) -> None:
