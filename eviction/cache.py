@@ -157,7 +157,8 @@ class RaggedCache(Cache):
     def report(self) -> Report:
         """Counts the stored and the evicted entries."""
         layer_indices = tuple(layer.layer_idx for layer in self.ragged)
-        return self.counters.report(self.stores, sum(self.rows.tokens), self.lengths(), layer_indices)
+        others = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
+        return self.counters.report(self.stores, sum(self.rows.tokens), self.lengths(), layer_indices, others)
 
     def check(self) -> None:
         """Checks the cache's invariants, under `python -O` too.

@@ -85,6 +85,7 @@ class _ChunkedForwards:
                 output = module(**_part(bound, seen, start, min(start + size, last)))
                 self._keep(output[0])
         except BaseException:
+            self.session.end(completed=False)  # not closed yet if Ctrl-C ended it
             self._finish(completed=False)
             raise
         finally:
@@ -109,11 +110,8 @@ class _ChunkedForwards:
     def _check_arguments(self, bound: dict[str, Any]) -> None:
         """Raises ValueError for arguments, and settings, that cannot be split into chunks."""
         config = text_config(self.session.model)
-        requested = [
-            name
-            for name in ("output_hidden_states", "output_attentions")
-            if bound.get(name, getattr(config, name, False))
-        ]
+        given = {name: bound.get(name) for name in ("output_hidden_states", "output_attentions")}
+        requested = [name for name, value in given.items() if (getattr(config, name, None) if value is None else value)]
         known = (*SPLIT, *WHOLE)
         requested += [name for name, value in bound.items() if name not in known and _holds_tensor(value)]
         if requested:

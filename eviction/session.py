@@ -30,6 +30,7 @@ from .cache_report import Report
 from .forward_state import RollbackConfig, SequenceState, new_tokens
 from .model_adapters import (
     LENGTH_DEPENDENT,
+    OUTPUT_PROJECTIONS,
     ROTARY_TYPES,
     Rotary,
     has_output_weight,
@@ -92,6 +93,7 @@ class Session(Interceptor):
         )  # fmt: skip
         self.logits_to_keep: Any = 0
         self.call_mask: Any = None
+        self._in_call = False  # of the model; False while its decoder is called directly
         # The caches that replace those given to the model, which stay empty.
         self._replaced: WeakKeyDictionary[Cache, RaggedCache] = WeakKeyDictionary()
         self._inputs: list[torch.Tensor] | None = None  # of a one-token forward, until its end
@@ -268,16 +270,17 @@ class Session(Interceptor):
 
     # Called by the hooks.
 
-    def begin_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def begin_call(self, kwargs: dict[str, Any]) -> None:
+        self._in_call = True
         self.logits_to_keep, self.call_mask = kwargs.get("logits_to_keep", 0), kwargs.get("attention_mask")
         cache = kwargs.get("past_key_values")
         filled = cache.rows if isinstance(cache, RaggedCache) and cache.rows.tokens else None
         if filled is not None:
             _refuse_repeated_prompt(kwargs.get("position_ids"), filled.columns)
         self.rope_deltas.load(filled, positions_given=kwargs.get("position_ids") is not None)
-        return kwargs
 
     def end_call(self) -> None:
+        self._in_call = False
         self.logits_to_keep, self.call_mask = 0, None
 
     def uses_cache(self, kwargs: dict[str, Any]) -> bool:
@@ -382,7 +385,7 @@ class Session(Interceptor):
                 assert layer.store is not None
                 layer.store.fill("log_beta", values)
         cache.end_step(completed)
-        if completed:
+        if completed and self._in_call:
             self.rope_deltas.store(cache.rows)
 
     @torch.no_grad()
@@ -413,9 +416,10 @@ def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[Att
     if "output_weight" in policy.needs:
         without = [layer.name for layer in layers if not has_output_weight(layer)]
         if without:
+            names = ", ".join(OUTPUT_PROJECTIONS)
             reason = (
-                f"the output projection as a linear layer 'o_proj' with a floating-point weight, which {without[0]} "
-                "does not have"
+                f"the output projection as a linear layer ({names}) with a floating-point weight in memory, which "
+                f"{without[0]} does not have"
             )
     if policy.needs - {"log_beta"} and any(layer.latent for layer in layers):
         reason = "keys and values of every head, where this model's cache holds one latent for all of them"

@@ -39,9 +39,8 @@ class GatedInterceptor(Interceptor):
         self._call_mask: Any = None  # `attention_mask` of the running call of the model
         self._causal_mask: Any = None  # the 4-D mask that was found to be causal in this forward
 
-    def begin_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def begin_call(self, kwargs: dict[str, Any]) -> None:
         self._call_mask = kwargs.get("attention_mask")
-        return kwargs
 
     def end_call(self) -> None:
         self._call_mask = None

@@ -44,9 +44,8 @@ class Interceptor(ABC):
     is one `begin` … `end`. A decoder that is called directly has no call around it.
     """
 
-    def begin_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Called before the model's forward with its arguments by name; returns those to use instead."""
-        return kwargs
+    def begin_call(self, kwargs: dict[str, Any]) -> None:  # noqa: B027 - most handlers need nothing here
+        """Called before the model's forward with its arguments by name."""
 
     def end_call(self) -> None:  # noqa: B027 - most handlers need nothing here
         """Called after the model's forward, also if it raised."""
@@ -73,6 +72,9 @@ class _DecoderHooks:
         self.interceptor, self.config, self.implementation = interceptor, config, implementation
         self.names = list(inspect.signature(decoder.forward).parameters)
         self.thread: int | None = None  # the one that runs a forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _DecoderHooks:
+        raise ValueError("got a copy of a model inside an attach() or evict() block; copy it outside")
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self.config._attn_implementation != self.implementation:
@@ -165,8 +167,8 @@ def named_arguments(names: list[str], args: tuple, kwargs: dict[str, Any]) -> di
 def _call_hooks(model: PreTrainedModel, interceptor: Interceptor) -> list[Any]:
     names = list(inspect.signature(model.forward).parameters)
 
-    def before_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return (), interceptor.begin_call(named_arguments(names, args, kwargs))
+    def before_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        interceptor.begin_call(named_arguments(names, args, kwargs))
 
     def after_model(module: nn.Module, args: tuple, output: Any) -> None:
         interceptor.end_call()

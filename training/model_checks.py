@@ -16,13 +16,13 @@ def require_packing(model: PreTrainedModel) -> None:
     """Checks, by its layers and by two short documents, that a model reads packed documents as it reads each alone.
 
     Raises:
-        ValueError: it does not: its positions or its state-space layers go on from one document to the next.
+        ValueError: it does not: its positions or its state-space layers continue from one document into the next.
     """
     kinds = [type(layer).__name__ for layer in DynamicCache(config=text_config(model)).layers
              if not replaces_tensors(layer)]  # fmt: skip
     refusal = f"{type(model).__name__} does not separate packed documents: {{}}; set pack to false"
     if kinds:
-        raise ValueError(refusal.format(f"the state in its {kinds[0]}s goes on from one to the next"))
+        raise ValueError(refusal.format(f"the state in its {kinds[0]}s passes from one document to the next"))
     decoder, ids = text_decoder(model), _token_ids(model)
     position_ids = torch.arange(TOKENS, device=ids.device)[None]
     alone = decoder(input_ids=ids[:, TOKENS:], position_ids=position_ids, use_cache=False).last_hidden_state

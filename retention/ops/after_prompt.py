@@ -23,7 +23,7 @@ def gated_attention_after(
     Args:
         query: `(batch, num_heads, q_len, head_dim)`, after RoPE.
         key, value, log_beta: of the whole sequence, as in `gated_attention`.
-        kernels: see `kernel_choice.chosen_kernels`. With a cap on logits plain torch runs, whatever they are.
+        kernels: see `kernel_choice.chosen_kernels`.
         softmax: the model's own variant of it.
 
     Returns:
@@ -33,13 +33,13 @@ def gated_attention_after(
         ValueError: shapes that do not belong together; with Triton, what `gated_attention` raises.
     """
     _check_shapes("log_beta", query, key, value, log_beta)
-    if softmax.softcap is not None:
-        return naive.gated_attention_after(query, key, value, log_beta, scaling, softmax)
     if chosen_kernels(query.device, kernels) == "reference":
+        if softmax.softcap is not None:
+            return naive.gated_attention_after(query, key, value, log_beta, scaling, softmax)
         return channels_after(query, key, value, log_beta, scaling, softmax.sinks)
     from .gated_attention_triton import attention_after
 
-    return attention_after(query, key, value, log_beta, scaling, decays=True, sinks=softmax.sinks)
+    return attention_after(query, key, value, log_beta, scaling, decays=True, softmax=softmax)
 
 
 def biased_attention(
@@ -57,13 +57,13 @@ def biased_attention(
     Returns, raises: as `gated_attention_after`.
     """
     _check_shapes("bias", query, key, value, bias)
-    if softmax.softcap is not None:
-        return naive.biased_attention(query, key, value, bias, scaling, softmax)
     if chosen_kernels(query.device, kernels) == "reference":
+        if softmax.softcap is not None:
+            return naive.biased_attention(query, key, value, bias, scaling, softmax)
         return bias_channel(query, key, value, bias, scaling, softmax.sinks)
     from .gated_attention_triton import attention_after
 
-    return attention_after(query, key, value, bias, scaling, decays=False, sinks=softmax.sinks)
+    return attention_after(query, key, value, bias, scaling, decays=False, softmax=softmax)
 
 
 def _check_shapes(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> None:

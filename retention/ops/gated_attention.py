@@ -34,7 +34,7 @@ def gated_attention(
         segments: documents and padding; None means every row is one document.
         implementation: `auto` is `triton` on CUDA and `channels` on CPU. `TENURE_KERNELS=reference` in the environment
             makes it `flex` on CUDA, `TENURE_KERNELS=triton` makes it `triton` wherever that runs. With a cap on
-            logits it is `naive` on CPU and `flex` on CUDA; with sinks `naive` takes the place of `flex`.
+            logits `naive` takes the place of `channels`, with sinks that of `flex`.
         softmax: the model's own variant of it.
 
     Returns:
@@ -59,16 +59,16 @@ def gated_attention(
         if softmax.sinks is not None:
             raise ValueError("got sinks for implementation 'flex'; accepted with sinks: channels, naive, triton")
         return flex(*given, softmax)
+    if implementation == "triton":
+        return triton(*given, softmax)
     if softmax.softcap is not None:
-        raise ValueError(
-            f"got a cap on logits for implementation {implementation!r}; accepted with a cap: flex, naive"
-        )
-    return (channels if implementation == "channels" else triton)(*given, softmax.sinks)
+        raise ValueError("got a cap on logits for implementation 'channels'; accepted with a cap: flex, naive, triton")
+    return channels(*given, softmax.sinks)
 
 
 def _chosen(device: torch.device, softmax: Softmax) -> Implementation:
     """The fastest implementation that has this softmax."""
-    if chosen_kernels(device) == "triton" and softmax.softcap is None:
+    if chosen_kernels(device) == "triton":
         return "triton"
     if device.type == "cuda":
         return "flex" if softmax.sinks is None else "naive"
@@ -90,13 +90,13 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, l
 
 def triton(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
-    segments: Segments, sinks: torch.Tensor | None = None,
+    segments: Segments, softmax: Softmax = ORDINARY,
 ) -> torch.Tensor:  # fmt: skip
     """Our kernels, see `gated_attention_triton`; they are loaded here."""
     chosen_kernels(query.device, "triton")
     from .gated_attention_triton import gated_attention as launch
 
-    return launch(query, key, value, log_beta, scaling, segments, sinks)
+    return launch(query, key, value, log_beta, scaling, segments, softmax)
 
 
 def flex(

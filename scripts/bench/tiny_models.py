@@ -42,7 +42,8 @@ SIZES: dict[str, Any] = {
     # embeddings for each layer
     "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
 }  # fmt: skip
-LATENT = {"num_key_value_heads": 4, "head_dim": None}  # heads of their own for every query, from a shared latent
+UNSET = object()  # leaves a field of `SIZES` at the configuration's default
+LATENT = {"num_key_value_heads": 4, "head_dim": UNSET}  # heads of their own for every query, from a shared latent
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class Architecture:
 
     Attributes:
         model_type: key of transformers' mapping of causal language models.
-        settings: fields of the configuration in addition to `SIZES`, or instead of them; None leaves a field of
-            `SIZES` at its default.
+        settings: fields of the configuration in addition to `SIZES`, or instead of them.
     """
 
     model_type: str
@@ -64,7 +64,7 @@ class Architecture:
         known = _fields(cls)
         sizes = {name: value for name, value in SIZES.items() if name in known or name.endswith("_token_id")}
         settings: dict[str, Any] = sizes | self.settings
-        settings = {name: value for name, value in settings.items() if value is not None or name not in SIZES}
+        settings = {name: value for name, value in settings.items() if value is not UNSET}
         if "layer_types" in known and "layer_types" not in settings:
             # Every kind of layer that the architecture has by default occurs.
             kinds = list(dict.fromkeys(getattr(cls(), "layer_types", None) or ()))

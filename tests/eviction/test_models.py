@@ -9,7 +9,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from tenure.eviction import evict
+from tenure.eviction.model_adapters import has_output_weight, output_weight
 from tenure.eviction.mrope import RopeDeltas
+from tenure.retention.decoder_layers import full_attention_layers, text_decoder
 from tenure.scripts.bench.tiny_models import TEXT_ARCHITECTURES
 from tenure.scripts.bench.tiny_vision_models import VISION_MODELS
 
@@ -153,3 +155,63 @@ def test_several_tokens_after_a_cache_are_contiguous() -> None:
         cache = session.new_cache()
         model(ids[:, :20], past_key_values=cache)
         torch.testing.assert_close(model(ids[:, 20:], past_key_values=cache).logits, want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_report_names_what_is_not_evicted(tiny_llama: PreTrainedModel) -> None:
+    """Mllama's images are keys and values of layers of their own; they stay whole, and text is removed around them."""
+    model, inputs = VISION_MODELS["mllama"]()
+    with evict(model, "knorm", 0.3, sinks=1, recent=2) as session:
+        cache = session.new_cache()
+        model(**inputs, past_key_values=cache)
+        images = cache.layers[1].keys
+        report = session.report()
+        assert report.layer_indices == (0, 2)
+        assert report.other_bytes == {"DynamicLayer": 4 * images.nbytes}  # keys and values of two layers
+        seen = cache.columns_seen
+        model(QUESTION[:, :2], past_key_values=cache, cross_attention_mask=inputs["cross_attention_mask"][:, -2:])
+        cache.crop(-2)
+        assert cache.columns_seen == seen and torch.equal(cache.layers[1].keys, images)
+    with evict(tiny_llama, "knorm") as session:
+        tiny_llama(words().clamp(max=127))
+        assert session.report().other_bytes == {}
+
+
+@torch.no_grad()
+def test_images_of_cross_attention_are_saved(tmp_path: Path) -> None:
+    model, inputs = VISION_MODELS["mllama"]()
+    seen = inputs["cross_attention_mask"][:, -1:].expand(-1, 5, -1, -1)
+    with evict(model, "knorm", 0.5, sinks=1, recent=2) as session:
+        cache = session.new_cache()
+        model(**inputs, past_key_values=cache)
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = session.load_cache(tmp_path / "cache.safetensors")
+        want = model(QUESTION, past_key_values=cache, cross_attention_mask=seen).logits
+        assert torch.equal(model(QUESTION, past_key_values=loaded, cross_attention_mask=seen).logits, want)
+
+
+@pytest.mark.parametrize(("name", "projection"), [("opt", "out_proj"), ("phi", "dense"), ("gpt2", "c_proj")])
+@torch.no_grad()
+def test_output_projections_by_other_names(name: str, projection: str) -> None:
+    """W_O by head, applied to the heads' outputs, is the module's own projection; policies that read it run."""
+    model = TEXT_ARCHITECTURES[name].build()
+    layer = full_attention_layers(model)[0]
+    assert has_output_weight(layer)
+    module, heads = getattr(layer.module, projection), torch.randn(3, layer.num_heads, 8)
+    want = module(heads.flatten(1)) - module(torch.zeros(3, layer.num_heads * 8))
+    got = torch.einsum("thv,hvo->to", heads, output_weight(layer))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with evict(model, "criticalkv", 0.3, sinks=1, recent=2) as session:
+        model(words())
+        assert session.report().kept_share < 0.4
+
+
+@torch.no_grad()
+def test_a_decoder_called_directly_has_no_offsets_of_another_prompt() -> None:
+    model, inputs = VISION_MODELS["qwen2_vl"]()
+    with evict(model, "knorm", 1.0) as session:
+        model(**inputs, past_key_values=session.new_cache())
+        cache = session.new_cache()
+        text_decoder(model)(input_ids=words(1), past_key_values=cache, use_cache=True)
+        assert cache.rows.rope_deltas is None
+        cache.check()

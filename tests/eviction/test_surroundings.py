@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,16 @@ def test_an_interrupted_forward_is_undone_by_the_next(tiny_llama: LlamaForCausal
     with evict(tiny_llama, "knorm", 1.0, prefill_chunk=8):
         interrupted(tiny_llama, 4, input_ids=ids[:, :30])  # in the last chunk
         assert tiny_llama(ids[:, :30]).logits.shape[1] == 30
+    with evict(tiny_llama, "knorm", 1.0, prefill_chunk=8) as session:
+        cache = session.new_cache()
+        tiny_llama(ids[:, :10], past_key_values=cache)
+        interrupted(tiny_llama, 2, input_ids=ids[:, 10:], past_key_values=cache)  # in a chunk before the last
+        assert cache.columns_seen == 10
+        cache.check()
+        torch.testing.assert_close(
+            tiny_llama(ids[:, 10:], past_key_values=cache).logits, tiny_llama(ids, use_cache=False).logits[:, 10:],
+            rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
 
 
 def test_another_thread_is_refused_while_a_forward_runs(tiny_llama: LlamaForCausalLM, prompt) -> None:
@@ -311,3 +322,54 @@ def test_a_block_that_cannot_be_entered_leaves_no_trace(tiny_llama: LlamaForCaus
     with pytest.raises(RuntimeError, match="no"), evict(tiny_llama, "knorm"):
         pass
     assert not tiny_llama.model._forward_pre_hooks and not is_intercepted(tiny_llama)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_lora_adapters(tiny_llama: LlamaForCausalLM, prompt, merged: bool) -> None:
+    peft = pytest.importorskip("peft")
+    ids = prompt(1, 60)
+    base = tiny_llama.generate(ids, **GREEDY)
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny_llama, config).eval()
+    if merged:
+        model = model.merge_and_unload()
+    want = model.generate(input_ids=ids, **GREEDY)
+    assert not torch.equal(want, base)
+    with evict(model, "knorm", 1.0):
+        assert torch.equal(model.generate(input_ids=ids, **GREEDY), want)
+    with evict(model, "knorm", 0.3, recent=4, buffer=2) as session:
+        model.generate(input_ids=ids, **GREEDY)
+        assert session.report().kept_share < 0.5
+    if not merged:  # W_O is the layer's weight and the adapter's
+        with pytest.raises(UnsupportedModelError, match="'criticalkv' does not support"), evict(model, "criticalkv"):
+            pass
+        with model.disable_adapter(), evict(model, "knorm", 1.0):
+            assert torch.equal(model.generate(input_ids=ids, **GREEDY), base)
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_embeddings_instead_of_tokens(tiny_llama: LlamaForCausalLM, prompt, chunk: int | None) -> None:
+    embeds = tiny_llama.get_input_embeddings()(prompt(1, 40)).detach()
+    want = tiny_llama.generate(inputs_embeds=embeds, **GREEDY)
+    with evict(tiny_llama, "knorm", 1.0, prefill_chunk=chunk):
+        assert torch.equal(tiny_llama.generate(inputs_embeds=embeds, **GREEDY), want)
+
+
+@pytest.mark.parametrize("policy", ["knorm", "snapkv", "h2o", "defensive", "retention"])
+def test_float16(tiny_llama: LlamaForCausalLM, prompt, policy: str) -> None:
+    model, ids = tiny_llama.half(), prompt(1, 60)
+    gates = RetentionGates.for_model(model, gate_width=8)
+    want = model.generate(ids, **GREEDY)
+    with evict(model, policy, 1.0, gates=gates):
+        assert torch.equal(model.generate(ids, **GREEDY), want)
+    with evict(model, policy, 0.3, recent=4, buffer=2, gates=gates) as session:
+        model.generate(ids, **GREEDY)
+        session.last_cache.check()
+
+
+def test_models_are_not_copied_inside_a_block(tiny_llama: LlamaForCausalLM) -> None:
+    """A copy would share the block's session, or carry a copy of all its caches."""
+    with evict(tiny_llama, "knorm"), pytest.raises(ValueError, match="got a copy of a model inside an attach"):
+        copy.deepcopy(tiny_llama)
+    copy.deepcopy(tiny_llama)

@@ -80,29 +80,49 @@ def test_sinks_after_a_prompt(function, q_len: int) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-9)
 
 
+KINDS = {"sinks": (None, True), "cap": (0.7, False), "sinks and cap": (0.7, True)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["whole", "padded", "packed"])
 @pytest.mark.parametrize("seq_len", [5, 67])
-def test_sinks_in_triton(seq_len: int, layout: str, nan_outputs) -> None:
+def test_triton(seq_len: int, layout: str, kind: str, nan_outputs) -> None:
     tensors, sinks = inputs(seq_len, torch.float32)
+    cap, with_sinks = KINDS[kind]
     rows, results = segments(seq_len, layout), []
     real = (rows.document >= 0)[:, None, :, None]
+    wanted = (*tensors, sinks) if with_sinks else tensors
     for implementation in ("naive", "triton"):
-        output = gated_attention(*tensors, SCALE, rows, implementation, Softmax(sinks=sinks))
-        gradients = torch.autograd.grad((output * real).square().sum(), (*tensors, sinks))
-        results.append((output, *gradients))
+        softmax = Softmax(cap, sinks if with_sinks else None)
+        output = gated_attention(*tensors, SCALE, rows, implementation, softmax)
+        results.append((output, *torch.autograd.grad((output * real).square().sum(), wanted)))
     for ours, twin in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("function", [gated_attention_after, biased_attention])
-def test_sinks_after_a_prompt_in_triton(function, nan_outputs) -> None:
+def test_triton_after_a_prompt(function, kind: str, nan_outputs) -> None:
     (query, key, value, bias), sinks = inputs(45, torch.float32)
+    cap, with_sinks = KINDS[kind]
+    wanted = (query, key, value, bias, sinks) if with_sinks else (query, key, value, bias)
     results = []
     for kernels in ("reference", "triton"):
-        output = function(query[:, :, -13:], key, value, bias, SCALE, kernels, Softmax(sinks=sinks))
-        results.append((output, *torch.autograd.grad(output.square().sum(), (query, key, value, bias, sinks))))
+        softmax = Softmax(cap, sinks if with_sinks else None)
+        output = function(query[:, :, -13:], key, value, bias, SCALE, kernels, softmax)
+        results.append((output, *torch.autograd.grad(output.square().sum(), wanted)))
     for ours, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_large_logits_in_triton_stay_finite() -> None:
+    """The cap's exponential overflows and vanishes where tanh is 1 and -1."""
+    (query, key, value, log_beta), _ = inputs(20, torch.float32)
+    given = (query.detach() * 1e3).requires_grad_(), key, value, log_beta
+    output = gated_attention(*given, SCALE, None, "triton", Softmax(softcap=2.0))
+    twin = gated_attention(*given, SCALE, None, "naive", Softmax(softcap=2.0))
+    torch.testing.assert_close(output, twin, rtol=1e-4, atol=1e-4)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.sum(), given))
 
 
 def test_caps_run_where_they_can() -> None:
@@ -114,8 +134,7 @@ def test_caps_run_where_they_can() -> None:
         assert torch.equal(gated_attention(*tensors, SCALE, softmax=capped), twin)
         flex = gated_attention(*(x.detach() for x in tensors), SCALE, None, "flex", capped)
         torch.testing.assert_close(flex, twin, rtol=1e-5, atol=1e-6)
-    for implementation in ("channels", "triton"):
-        with pytest.raises(ValueError, match=f"a cap on logits for implementation '{implementation}'; accepted"):
-            gated_attention(*tensors, SCALE, None, implementation, capped)
+    with pytest.raises(ValueError, match="a cap on logits for implementation 'channels'; accepted with a cap: flex"):
+        gated_attention(*tensors, SCALE, None, "channels", capped)
     with pytest.raises(ValueError, match="got sinks for implementation 'flex'; accepted with sinks: channels"):
         gated_attention(*tensors, SCALE, None, "flex", Softmax(sinks=sinks))
