@@ -1,50 +1,43 @@
-"""Attention of one query per head over ragged segments on a CPU, by a C kernel that is compiled at its first use.
+"""Attention of one query per head over ragged segments on a CPU, by a C kernel.
 
 SDPA needs a call per segment, and its products with the few queries of a group take several times as long as reading
 keys and values from memory. The kernel computes all segments of a layer in one call and reads them once, close to the
-memory's bandwidth. It needs a C compiler with OpenMP, the one that `CC` names or `cc`; where there is none, callers
-keep to SDPA. Twin: `naive.segment_attention`.
+memory's bandwidth. Twin: `naive.segment_attention`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import os
-import shlex
-import subprocess
-import tempfile
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 
-from ...retention.ops.kernel_choice import VARIABLE, compiles_for_cpu
+from . import c_kernels
+from .c_kernels import COUNT, FLOAT, POINTER, THREADS, Kernel
 
-logger = logging.getLogger(__name__)
-
-SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 DTYPES = (torch.float32, torch.bfloat16)
 DIM_MULTIPLE = 8  # of the head dimensions that the kernel takes
-
-
-Kernel = Callable[..., None]
+ARGUMENTS = (*[POINTER] * 5, COUNT, FLOAT, THREADS, POINTER)
 
 
 def find_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Kernel | None:
-    """The kernel for the arguments of `segment_attention`, or None.
+    """The kernel for these arguments of `segment_attention`, or None.
 
-    None where it cannot be compiled or does not record what is needed: another device, dtype or head dimension, a
-    query with a gradient, or `TENURE_KERNELS` asks for another form. The first call for a shape takes about 0.3 s.
-
-    Raises:
-        ValueError: `TENURE_KERNELS` is unknown.
+    None where C kernels cannot run (see `c_kernels`), on another device, for another dtype or head dimension, and for a
+    query whose gradient is recorded.
     """
     if key.device.type != "cpu" or query.requires_grad:
         return None
-    return _kernel(os.environ.get(VARIABLE), key.dtype, query.shape[2], key.shape[1], value.shape[1])
+    macros = _macros(key.dtype, query.shape[2], key.shape[1], value.shape[1])
+    return c_kernels.find_kernel("segment_attention", ARGUMENTS, macros) if macros else None
+
+
+@cache  # asked in every layer of every token
+def _macros(dtype: torch.dtype, group: int, head_dim: int, value_dim: int) -> tuple[str, ...]:
+    """Those that the kernel is compiled with; none if it does not take such tensors."""
+    if dtype not in DTYPES or head_dim % DIM_MULTIPLE or value_dim % DIM_MULTIPLE:
+        return ()
+    macros = f"GROUP={group}", f"KEY_DIM={head_dim}", f"VALUE_DIM={value_dim}"
+    return (*macros, "BF16") if dtype == torch.bfloat16 else macros
 
 
 def segment_attention(
@@ -71,29 +64,3 @@ def segment_attention(
         torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
     return out
-
-
-@cache
-def _kernel(kernels: str | None, dtype: torch.dtype, group: int, head_dim: int, value_dim: int) -> Kernel | None:
-    """The kernel of one shape, or None if it cannot be compiled or loaded here; `kernels` is `TENURE_KERNELS`."""
-    if not compiles_for_cpu() or dtype not in DTYPES or head_dim % DIM_MULTIPLE or value_dim % DIM_MULTIPLE:
-        return None
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    shape = [f"-DGROUP={group}", f"-DKEY_DIM={head_dim}", f"-DVALUE_DIM={value_dim}"]
-    if dtype == torch.bfloat16:
-        shape.append("-DBF16")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "segment_attention.so")
-        command = [*compiler, *FLAGS, *shape, str(SOURCE), "-o", str(library)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise OSError((done.stderr.strip().splitlines() or ["no output"])[-1])
-            kernel = ctypes.CDLL(str(library)).segment_attention  # it stays loaded without its file
-        except OSError as error:
-            logger.info("decoding on the CPU uses SDPA: %s could not compile its kernel: %s", compiler[0], error)
-            return None
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    kernel.argtypes = [pointer] * 5 + [count, ctypes.c_float, ctypes.c_int, pointer]
-    kernel.restype = None
-    return kernel

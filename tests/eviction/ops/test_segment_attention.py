@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tenure.eviction import evict
-from tenure.eviction.ops import naive, segment_attention
+from tenure.eviction.ops import c_kernels, naive, segment_attention
 from tenure.eviction.storage import attention
 
 compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -17,9 +17,9 @@ compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C comp
 @pytest.fixture
 def uncached():
     """Kernels are compiled anew in the test, and again after it."""
-    segment_attention._kernel.cache_clear()
+    c_kernels._kernel.cache_clear()
     yield
-    segment_attention._kernel.cache_clear()
+    c_kernels._kernel.cache_clear()
 
 
 def attend(given) -> torch.Tensor:
@@ -57,8 +57,8 @@ def test_segments_attend_like_their_twin(dtype, group, dims, threads):
         torch.set_num_threads(before)
     assert got.dtype == dtype and not got[1, 0].any(), "an empty segment gives zeros"
     exact = naive.segment_attention(*(tensor.double() for tensor in given[:3]), *given[3:])
-    tolerance = {"atol": 5e-6, "rtol": 0} if dtype == torch.float32 else {"atol": 5e-6, "rtol": 2**-8}
-    torch.testing.assert_close(got.double(), exact, **tolerance)
+    rtol = 0 if dtype == torch.float32 else 2**-8  # results are rounded
+    torch.testing.assert_close(got.double(), exact, atol=5e-6, rtol=rtol)
 
 
 @compiled
@@ -94,17 +94,14 @@ def test_what_the_kernel_does_not_take(monkeypatch):
         segment_attention.find_kernel(query, key, value)
 
 
-@pytest.mark.parametrize(
-    ("compiler", "reason"), [("no-such-compiler", "No such file"), ("cc -DKEY_DIM=nothing", "nothing|KEY_DIM")]
-)
-def test_without_a_compiler_sdpa_is_used_and_the_log_says_why(monkeypatch, caplog, uncached, compiler, reason):
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "cc --no-such-flag"])
+def test_without_a_compiler_there_is_no_kernel_and_the_log_says_why(monkeypatch, caplog, uncached, compiler):
     monkeypatch.setenv("CC", compiler)
-    monkeypatch.setattr(segment_attention, "FLAGS", ("-Werror", *segment_attention.FLAGS))
     given = segments([4], 1, 2, (16, 16), torch.float32)
     with caplog.at_level("INFO"):
         assert segment_attention.find_kernel(*given[:3]) is None
     (record,) = caplog.records
-    assert "decoding on the CPU uses SDPA" in record.message
+    assert "segment_attention runs in plain torch" in record.message
 
 
 @compiled
