@@ -18,6 +18,7 @@
 #endif
 
 #define BLOCK 64 // entries whose keys are read together, and then their values
+#define WORTH_THREADS 4096 // entries, some 30 us of one thread: fewer take less time than starting others
 #define LOWEST -3.0e38f
 
 // The sums over a block are taken for TILE numbers at a time, as many as registers hold for all queries.
@@ -173,7 +174,9 @@ static void attend(const number *query, const number *key, const number *value, 
 // Segment s is the entries [starts[s], ends[s]); its queries and results are the s-th GROUP ones.
 void segment_attention(const number *query, const number *key, const number *value, const int64_t *starts,
                    const int64_t *ends, int64_t segments, float scaling, int threads, number *out) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+    int64_t entries = 0;
+    for (int64_t s = 0; s < segments; s++) entries += ends[s] - starts[s];
+#pragma omp parallel for num_threads(threads) if (threads > 1 && entries >= WORTH_THREADS) schedule(dynamic)
     for (int64_t s = 0; s < segments; s++)
         attend(query + s * GROUP * KEY_DIM, key + starts[s] * KEY_DIM, value + starts[s] * VALUE_DIM,
                ends[s] - starts[s], scaling, out + s * GROUP * VALUE_DIM);
