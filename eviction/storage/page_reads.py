@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from ...retention.ops.kernel_choice import chosen_kernels
+from ..ops.c_kernels import Kernel
 from ..ops.paged_attention import ragged_decode_part
-from ..ops.segment_attention import Kernel, PageAddresses, find_kernels, paged_attention
+from ..ops.segment_attention import PageAddresses, find_paged_kernel, paged_attention
 from .page_lists import PageLists, RaggedPages
 from .partial_attention import HIDDEN, Part, attend_part
 
@@ -71,9 +72,9 @@ def read_pages(
     """
     if chosen_kernels(buffers["key"].device) == "triton":
         return TableReads(buffers, sequences, new)
-    kernels = None if query is None else find_kernels(query, buffers["key"], buffers["value"])
-    if kernels is not None and query is not None and query.dtype == buffers["key"].dtype:
-        return ListReads(kernels.paged, buffers, sequences, new)
+    kernel = None if query is None else find_paged_kernel(query, buffers["key"], buffers["value"])
+    if kernel is not None and query is not None and query.dtype == buffers["key"].dtype:
+        return ListReads(kernel, buffers, sequences, new)
     return ViewReadsBuilder(buffers, sequences[0], config or ReadsConfig()).build(sequences, new)
 
 
