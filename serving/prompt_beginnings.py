@@ -1,4 +1,4 @@
-"""The beginnings of fixed prompts that were given up before they could be compressed: a retry goes on from there.
+"""The beginnings of fixed prompts that were given up before they could be compressed: a retry continues from there.
 
 A compressed prompt is stored when it is complete. What a request has computed of it before it is cancelled, or times
 out, is plain KV, whole pages of which are stored in a namespace of their own.

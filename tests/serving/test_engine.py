@@ -71,8 +71,10 @@ def test_requests_that_run_together_do_not_disturb_each_other(session, name, how
     disk = None if name == "lru" else tmp_path
     engine = make_engine(session, name, how, prompts=3.7 if how is None else 2.7, host=1.5, disk=disk)
     wanted = {f"call{n}": answer_without_cache(session, prompt, how) for n, (_, prompt) in enumerate(calls())}
-    for number, (agent, prompt) in enumerate(calls()):
+    numbers = [
         engine.submit(request(number, agent, prompt, session=f"s{number}"))
+        for number, (agent, prompt) in enumerate(calls())
+    ]
     ended = []
     for turn in range(1000):
         if turn % 4 == 3:
