@@ -20,6 +20,7 @@ NEUTRAL = frozenset(
     {"scaling", "dropout", "position_ids", "cache_position", "use_cache", "return_dict", "logits_to_keep"}
     | {"num_items_in_batch", "output_hidden_states", "output_router_logits"}
 )
+KNOWN = NEUTRAL | SOFTMAX
 
 
 def softmax_of(kwargs: dict[str, Any]) -> Softmax:
@@ -33,12 +34,13 @@ def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
     An argument that is None or False requests nothing, except `is_causal=False`.
     """
-    known = NEUTRAL | SOFTMAX
-    given = [name for name, value in kwargs.items() if name not in known and _requests(name, value)]
+    if kwargs.keys() <= KNOWN:
+        return
+    given = [name for name, value in kwargs.items() if name not in KNOWN and _requests(name, value)]
     if given:
         raise ValueError(
             f"{type(module).__name__} passes {', '.join(sorted(given))} to its attention function, which attention "
-            f"under attach() or evict() does not compute; accepted: {', '.join(sorted(known))}"
+            f"under attach() or evict() does not compute; accepted: {', '.join(sorted(KNOWN))}"
         )
 
 

@@ -152,7 +152,7 @@ def intercept(model: PreTrainedModel, interceptor: Interceptor) -> Iterator[list
 def _is_compiled(model: nn.Module) -> bool:
     """Whether `model`, a part of it or its forward is compiled by torch.compile."""
     return any(
-        isinstance(module, torch._dynamo.OptimizedModule)
+        hasattr(module, "_orig_mod")  # torch.compile's wrapper; importing its class would take seconds
         or getattr(module, "_compiled_call_impl", None) is not None
         or hasattr(module.forward, "_torchdynamo_orig_callable")
         for module in model.modules()

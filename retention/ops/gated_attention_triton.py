@@ -207,10 +207,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     with_query = ctx.needs_input_grad[0]  # not in a model's first layer, whose gates see what no gate has touched
-    *saved, sinks = ctx.saved_tensors
-    grads = backward_op(grad, *saved, ctx.scaling, ctx.decays, with_query, ctx.softcap)
+    *inputs, output, lse, sinks = ctx.saved_tensors
+    grads = backward_op(grad, *inputs, output, lse, ctx.scaling, ctx.decays, with_query, ctx.softcap)
     wanted = ctx.needs_input_grad  # without trailing arguments that have their default
-    of_sinks = _sink_gradient(grad, *saved[-2:], sinks) if any(wanted[8:]) else None
+    of_sinks = _sink_gradient(grad, output, lse, sinks) if any(wanted[8:]) else None
     return (grads[0] if with_query else None, *grads[1:], None, None, None, None, of_sinks, None)[: len(wanted)]
 
 

@@ -166,6 +166,29 @@ def _gemma3() -> tuple[PreTrainedModel, Inputs]:
     return _square("Gemma3ForConditionalGeneration", config, 4, types="token_type_ids")
 
 
+def _gemma4() -> tuple[PreTrainedModel, Inputs]:
+    text = {
+        "head_dim": 8, "sliding_window": 16, "layer_types": [SLIDING, FULL] * 2, "hidden_size_per_layer_input": 8,
+        "use_bidirectional_attention": "vision", "vocab_size_per_layer_input": VOCABULARY,
+    }  # fmt: skip
+    tower = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 16, "patch_size": PATCH, "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+    }  # fmt: skip
+    config = LIBRARY.Gemma4Config(
+        text_config=SIZES | text, vision_config=tower, audio_config=None, image_token_id=IMAGE, video_token_id=VIDEO,
+        boi_token_id=BEGIN, eoi_token_id=END, audio_token_id=155, boa_token_id=156, eoa_token_index=157,
+    )  # fmt: skip
+    model, inputs = _square("Gemma4ForConditionalGeneration", config, 4, types="mm_token_type_ids")
+    side = SIDE // PATCH
+    split = inputs["pixel_values"].reshape(3, 3, side, PATCH, side, PATCH).permute(0, 2, 4, 3, 5, 1)
+    places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1)
+    inputs["pixel_values"] = split.reshape(3, side * side, -1)
+    inputs["image_position_ids"] = places.reshape(1, side * side, 2).repeat(3, 1, 1)
+    return model, inputs
+
+
 def _internvl() -> tuple[PreTrainedModel, Inputs]:
     tower = TOWER | {"image_size": (SIDE, SIDE), "patch_size": (PATCH, PATCH)}
     config = LIBRARY.InternVLConfig(
@@ -246,6 +269,7 @@ def _mllama() -> tuple[PreTrainedModel, Inputs]:
 # By name: functions that make a model and the arguments of its `generate`.
 VISION_MODELS: dict[str, Callable[[], tuple[PreTrainedModel, Inputs]]] = {
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "glm4v": _glm4v,
     "internvl": _internvl,
     "llama4": _llama4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def test_the_step_after_an_eviction_sees_the_kept_entries(scope: str) -> None:
         kept = [cache.kept(layer)[0][0] for layer in range(4)]
         ours = model(ids[:, 39:], past_key_values=cache).logits
     assert len({len(positions) for positions in kept}) > 1 or scope == "layer"
-    for layer, positions in zip(plain.layers, kept, strict=True):
+    layers: list[Any] = plain.layers
+    for layer, positions in zip(layers, kept, strict=True):
         layer.keys, layer.values = layer.keys[:, :, positions.long()], layer.values[:, :, positions.long()]
     at = torch.tensor([[39]])
     torch.testing.assert_close(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache
 
 from tenure.eviction import evict
 from tenure.eviction.model_adapters import has_output_weight
@@ -36,7 +36,7 @@ def defaults(dtype: torch.dtype | None = None, device: str | None = None) -> Ite
 
 
 @torch.no_grad()
-def test_the_same_dynamic_cache_in_two_calls(tiny_llama: LlamaForCausalLM, prompt) -> None:
+def test_the_same_dynamic_cache_in_two_calls(tiny_llama, prompt) -> None:
     ids = prompt(1, 30)
     want = tiny_llama(ids).logits[:, 20:]
     with evict(tiny_llama, "knorm", 1.0):
@@ -48,7 +48,7 @@ def test_the_same_dynamic_cache_in_two_calls(tiny_llama: LlamaForCausalLM, promp
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_another_attention_implementation_inside_a_block(tiny_llama: LlamaForCausalLM, prompt) -> None:
+def test_another_attention_implementation_inside_a_block(tiny_llama, prompt) -> None:
     with evict(tiny_llama, "knorm"):
         tiny_llama.set_attn_implementation("sdpa")
         with pytest.raises(ValueError, match="got the attention implementation 'sdpa', set inside"):
@@ -67,7 +67,7 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
-def interrupted(model: LlamaForCausalLM, at: int = 1, **arguments) -> None:
+def interrupted(model, at: int = 1, **arguments) -> None:
     handle = model.model.layers[1].mlp.register_forward_hook(Interrupt(at))
     with pytest.raises(KeyboardInterrupt):
         model(**arguments)
@@ -75,7 +75,7 @@ def interrupted(model: LlamaForCausalLM, at: int = 1, **arguments) -> None:
 
 
 @torch.no_grad()
-def test_an_interrupted_forward_is_undone_by_the_next(tiny_llama: LlamaForCausalLM, prompt) -> None:
+def test_an_interrupted_forward_is_undone_by_the_next(tiny_llama, prompt) -> None:
     """torch runs no hooks for a KeyboardInterrupt."""
     ids = prompt(1, 40)
     with evict(tiny_llama, "knorm", 1.0) as session:
@@ -100,7 +100,7 @@ def test_an_interrupted_forward_is_undone_by_the_next(tiny_llama: LlamaForCausal
         )  # fmt: skip
 
 
-def test_another_thread_is_refused_while_a_forward_runs(tiny_llama: LlamaForCausalLM, prompt) -> None:
+def test_another_thread_is_refused_while_a_forward_runs(tiny_llama, prompt) -> None:
     inside, leave, errors = threading.Event(), threading.Event(), []
 
     def stop(*_) -> None:
@@ -147,7 +147,7 @@ def test_context_in_inference_mode_and_question_outside(tiny_llama, prompt, poli
 
 @pytest.mark.parametrize("policy", ["knorm", "h2o", "tova", "snapkv", "defensive", "expected_attention"])
 @pytest.mark.parametrize("chunk", [None, 8])
-def test_autocast(tiny_llama: LlamaForCausalLM, prompt, policy: str, chunk: int | None, tmp_path: Path) -> None:
+def test_autocast(tiny_llama, prompt, policy: str, chunk: int | None, tmp_path: Path) -> None:
     """Also what accelerate's mixed_precision puts around a model: entries have autocast's dtype, scores are fp32."""
     ids = prompt(2, 40)
     mask = torch.ones_like(ids)
@@ -167,7 +167,7 @@ def test_autocast(tiny_llama: LlamaForCausalLM, prompt, policy: str, chunk: int 
 
 
 @pytest.mark.parametrize("policy", ["h2o", "defensive", "layer_defensive", "expected_attention", "lagkv", "retention"])
-def test_default_dtype(tiny_llama: LlamaForCausalLM, prompt, policy: str, tmp_path: Path) -> None:
+def test_default_dtype(tiny_llama, prompt, policy: str, tmp_path: Path) -> None:
     model, ids = tiny_llama.to(torch.bfloat16), prompt(1, 40)
     RetentionGates.for_model(model, gate_width=8).save_pretrained(tmp_path)
     gates = tmp_path if policy == "retention" else None
@@ -178,7 +178,7 @@ def test_default_dtype(tiny_llama: LlamaForCausalLM, prompt, policy: str, tmp_pa
 
 
 @torch.no_grad()
-def test_default_device(tiny_llama: LlamaForCausalLM, prompt, tmp_path: Path) -> None:
+def test_default_device(tiny_llama, prompt, tmp_path: Path) -> None:
     ids = prompt(2, 20)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
@@ -193,7 +193,7 @@ def test_default_device(tiny_llama: LlamaForCausalLM, prompt, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("chunk", [None, 8])
-def test_gradients_through_stored_entries_are_refused(tiny_llama: LlamaForCausalLM, prompt, chunk: int | None) -> None:
+def test_gradients_through_stored_entries_are_refused(tiny_llama, prompt, chunk: int | None) -> None:
     ids = prompt(1, 40)
     tiny_llama(ids, labels=ids).loss.backward()
     want = tiny_llama.lm_head.weight.grad.clone()
@@ -215,7 +215,7 @@ def test_gradients_through_stored_entries_are_refused(tiny_llama: LlamaForCausal
             out.sum().backward()
 
 
-def test_compiled_models_run_uncompiled_inside(tiny_llama: LlamaForCausalLM, prompt) -> None:
+def test_compiled_models_run_uncompiled_inside(tiny_llama, prompt) -> None:
     ids, compiled = prompt(1, 20), 0
 
     def backend(module, inputs):
@@ -232,7 +232,7 @@ def test_compiled_models_run_uncompiled_inside(tiny_llama: LlamaForCausalLM, pro
     assert compiled > 0
 
 
-def test_a_wrapper_may_draft(tiny_llama: LlamaForCausalLM, prompt) -> None:
+def test_a_wrapper_may_draft(tiny_llama, prompt) -> None:
     ids = torch.cat([prompt(1, 10)] * 6, 1)
     options = {"do_sample": False, "max_new_tokens": 20, "prompt_lookup_num_tokens": 4}
     want = tiny_llama.generate(ids, **options)
@@ -265,7 +265,7 @@ class Quantized(torch.Tensor):
     """A weight that says that it is floating point, as torchao's do."""
 
 
-def test_quantized_weights_cannot_be_read(tiny_llama: LlamaForCausalLM) -> None:
+def test_quantized_weights_cannot_be_read(tiny_llama) -> None:
     layer = full_attention_layers(tiny_llama)[0]
     assert has_output_weight(layer)
     projection = layer.module.o_proj
@@ -276,7 +276,7 @@ def test_quantized_weights_cannot_be_read(tiny_llama: LlamaForCausalLM) -> None:
         pass
 
 
-def test_gradient_checkpointing_in_train_mode(tiny_llama: LlamaForCausalLM, prompt) -> None:
+def test_gradient_checkpointing_in_train_mode(tiny_llama, prompt) -> None:
     tiny_llama.train().gradient_checkpointing_enable()
     with evict(tiny_llama, "knorm"):
         with pytest.raises(ValueError, match="in training mode with gradient checkpointing"):
@@ -285,13 +285,13 @@ def test_gradient_checkpointing_in_train_mode(tiny_llama: LlamaForCausalLM, prom
         tiny_llama.generate(prompt(1, 20), **GREEDY)
 
 
-def test_hidden_states_by_the_configuration_do_not_run_in_chunks(tiny_llama: LlamaForCausalLM, prompt) -> None:
+def test_hidden_states_by_the_configuration_do_not_run_in_chunks(tiny_llama, prompt) -> None:
     tiny_llama.config.output_hidden_states = True
     with evict(tiny_llama, "knorm", prefill_chunk=8), pytest.raises(ValueError, match="which output_hidden_states"):
         tiny_llama(prompt(1, 20))
 
 
-def test_gates_in_another_dtype(tiny_llama: LlamaForCausalLM) -> None:
+def test_gates_in_another_dtype(tiny_llama) -> None:
     gates = RetentionGates.for_model(tiny_llama, gate_width=8).to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"got gates in torch.bfloat16; accepted: torch.float32"), evict(
         tiny_llama, gates=gates
@@ -300,7 +300,7 @@ def test_gates_in_another_dtype(tiny_llama: LlamaForCausalLM) -> None:
 
 
 @torch.no_grad()
-def test_a_prompt_that_its_cache_holds_already(tiny_llama: LlamaForCausalLM, prompt) -> None:
+def test_a_prompt_that_its_cache_holds_already(tiny_llama, prompt) -> None:
     """transformers would read all of it again, after itself."""
     ids = prompt(1, 40)
     want = tiny_llama.generate(ids, **GREEDY)
@@ -313,7 +313,7 @@ def test_a_prompt_that_its_cache_holds_already(tiny_llama: LlamaForCausalLM, pro
         assert torch.equal(tiny_llama.generate(ids, past_key_values=cache, **GREEDY), want)
 
 
-def test_a_block_that_cannot_be_entered_leaves_no_trace(tiny_llama: LlamaForCausalLM, monkeypatch) -> None:
+def test_a_block_that_cannot_be_entered_leaves_no_trace(tiny_llama, monkeypatch) -> None:
     def fail(*_, **__):
         raise RuntimeError("no")
 
@@ -325,7 +325,7 @@ def test_a_block_that_cannot_be_entered_leaves_no_trace(tiny_llama: LlamaForCaus
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_lora_adapters(tiny_llama: LlamaForCausalLM, prompt, merged: bool) -> None:
+def test_lora_adapters(tiny_llama, prompt, merged: bool) -> None:
     peft = pytest.importorskip("peft")
     ids = prompt(1, 60)
     base = tiny_llama.generate(ids, **GREEDY)
@@ -349,7 +349,7 @@ def test_lora_adapters(tiny_llama: LlamaForCausalLM, prompt, merged: bool) -> No
 
 
 @pytest.mark.parametrize("chunk", [None, 8])
-def test_embeddings_instead_of_tokens(tiny_llama: LlamaForCausalLM, prompt, chunk: int | None) -> None:
+def test_embeddings_instead_of_tokens(tiny_llama, prompt, chunk: int | None) -> None:
     embeds = tiny_llama.get_input_embeddings()(prompt(1, 40)).detach()
     want = tiny_llama.generate(inputs_embeds=embeds, **GREEDY)
     with evict(tiny_llama, "knorm", 1.0, prefill_chunk=chunk):
@@ -357,7 +357,7 @@ def test_embeddings_instead_of_tokens(tiny_llama: LlamaForCausalLM, prompt, chun
 
 
 @pytest.mark.parametrize("policy", ["knorm", "snapkv", "h2o", "defensive", "retention"])
-def test_float16(tiny_llama: LlamaForCausalLM, prompt, policy: str) -> None:
+def test_float16(tiny_llama, prompt, policy: str) -> None:
     model, ids = tiny_llama.half(), prompt(1, 60)
     gates = RetentionGates.for_model(model, gate_width=8)
     want = model.generate(ids, **GREEDY)
@@ -368,7 +368,7 @@ def test_float16(tiny_llama: LlamaForCausalLM, prompt, policy: str) -> None:
         session.last_cache.check()
 
 
-def test_models_are_not_copied_inside_a_block(tiny_llama: LlamaForCausalLM) -> None:
+def test_models_are_not_copied_inside_a_block(tiny_llama) -> None:
     """A copy would share the block's session, or carry a copy of all its caches."""
     with evict(tiny_llama, "knorm"), pytest.raises(ValueError, match="got a copy of a model inside an attach"):
         copy.deepcopy(tiny_llama)
