@@ -221,6 +221,8 @@ def test_a_request_is_cancelled_in_every_state(session, how, status, tmp_path):
     for i, one in enumerate([prompt, *(tokens(90 + i, 61) for i in range(3))]):
         engine.submit(Request("before", one, 1, agent=f"a{i}" if i else "a", fixed_tokens=40))
         list(engine.run())
+    while engine.system.tiers.has_transfers:  # what has made room
+        engine.step(0.01)
     busy = status is RequestStatus.WAITING
     greedy = SamplingParams(ignore_eos=True)
     others = [engine.submit(Request("other", tokens(5 + i, 9), 30, sampling=greedy)) for i in range(2 if busy else 1)]
