@@ -150,8 +150,8 @@ class TieredCache:
                 unreserved, except the bytes of what was cached already: that part of `payload` stays the caller's.
 
         Returns:
-            READY: it is stored. Otherwise it is not, and the handle is unchanged; after PENDING there will be room when
-            transfers have ended.
+            READY: it is stored, and on the device. Otherwise it is not, or only a beginning of it, which the handle covers
+            then; after PENDING there will be room when transfers have ended.
 
         Raises:
             ValueError: the payload is not of that length, of a type that a pool cannot hold, or elsewhere than the
@@ -197,8 +197,8 @@ class TieredCache:
             if status is AllocStatus.READY:
                 used = pool.used
                 status = self._attach(handle, key, payload)
-                if status is AllocStatus.READY:
-                    kept = min(reserved, needed) - max(0, pool.used - used)  # what was cached already
+                taken = max(0, pool.used - used)
+                kept = (min(reserved, needed) if status is AllocStatus.READY else reserved) - taken
         finally:
             pool.reserve(max(0, min(kept, pool.available)))
         return status
@@ -209,18 +209,30 @@ class TieredCache:
         if not self.storage.extend(begin, key[begin.end * TOKEN_BYTES :], payload):
             node = self.storage.get_or_create(key, begin)
             self.storage.acquire(node, above=begin)
+            before = {each for each in node.path(begin) if each.copies[Tier.DEVICE] is not None}
             try:
                 self.storage.store(node, {Tier.DEVICE: payload}, node.end - begin.end)
             finally:
-                if node.chain() is None:
-                    self.storage.release(node, above=begin)
-                else:
-                    handle.node = node
-            if handle.node is begin:  # parts were cached, and an indivisible payload cannot fill the gaps
+                # Parts may be cached already: an indivisible payload cannot fill the gaps between them, and one that is
+                # in transfer takes no copy. The handle covers what is on the device, as its owner goes on with that;
+                # what was stored behind a gap is not kept, as its bytes remain the owner's.
+                reached = next((each for each in node.path(begin) if self._on_device(each, begin)), begin)
+                for each in list(node.path(reached)):
+                    if each.copies[Tier.DEVICE] is not None and each not in before:
+                        self.storage.free(each, Tier.DEVICE)
+                self.storage.release(node, above=reached)
+                handle.node = reached
+            if handle.node is not node:
                 return AllocStatus.REFUSED
         handle.node.last_used = self.clock()
         self.storage.merge_path(handle.node)
         return AllocStatus.READY
+
+    @staticmethod
+    def _on_device(node: Node, begin: Node) -> bool:
+        """Whether the device holds the KV of the prompt that ends at `node`, as far as it is below `begin`."""
+        chain = node.chain()
+        return chain is not None and all(each.copies[Tier.DEVICE] for each in chain if each.end > begin.end)
 
     def merge_spans(self) -> int:
         """Merges unreferenced nodes that no branch separates any more. Copies data, so it is for idle times.
