@@ -41,7 +41,7 @@ class PackedTokens:
 
 
 class PackedLayer(CacheLayerMixin):
-    """What transformers asks of a cache layer: the packed attention reads the pages itself."""
+    """A cache layer without entries, for transformers: the packed attention reads the pages itself."""
 
     is_sliding = is_compileable = False
 

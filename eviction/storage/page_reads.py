@@ -128,7 +128,7 @@ _LIST_KINDS = np.int32, np.int64, np.int32  # pages, bounds and lengths of a com
 
 
 class TableReads:
-    """What the paged kernels read: a table of the compressed prompts, and one of the whole tokens."""
+    """Page tables, as the paged kernels read them: one of the compressed prompts, and one of the whole tokens."""
 
     def __init__(self, buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int) -> None:
         lists, self._rows = sequences[0], len(sequences)
