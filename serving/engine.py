@@ -339,7 +339,7 @@ class Engine:
         for state in [state for state in self._answering if state.ended]:
             sequence, boundary = self._answering[state].sequence, self._boundary(state.request)
             if sequence is not None and sequence.ragged is None and 0 < sequence.tokens < boundary:
-                self._beginnings.keep(state.request.prompt[:boundary], state.request.namespace[1], sequence)
+                self._beginnings.keep(state.request.prompt[:boundary], _own_namespace(state.request), sequence)
             self._set_sequence(state, None)
             del self._answering[state]
 
@@ -405,7 +405,7 @@ class Engine:
         if scheduled.start < boundary:
             # Its last page is computed in any case: the prompt is compressed with the chunk that completes it.
             known = request.prompt[: boundary - self.system.tiers.page_size]
-            return self._beginnings.begin(self.pages, known, request.namespace[1])
+            return self._beginnings.begin(self.pages, known, _own_namespace(request))
         return PagedSequence(self.pages, scheduled.handle.payloads())
 
     def _begin_answer(self, request: Request, answering: Answering) -> None:
@@ -515,3 +515,9 @@ class Engine:
         if self.compression is None or request.agent is None:
             return 0
         return self.system.tiers.whole_pages(min(request.fixed_tokens, len(request.prompt) - 1))
+
+
+def _own_namespace(request: Request) -> Hashable:
+    """The namespace of a request as its client gave it; the engine has put it into one of its own."""
+    assert isinstance(request.namespace, tuple), "submit has done so"
+    return request.namespace[1]

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +122,7 @@ class Scheduler:
             raise QueueFull(f"the queue is full: at most {self.config.max_queued_requests} requests may wait")
         self.require_vocabulary(request.prompt)
 
-    def require_vocabulary(self, prompt: np.ndarray) -> None:
+    def require_vocabulary(self, prompt: Any) -> None:
         """Raises BadRequest if `prompt`, token ids `(tokens,)`, has one beyond `vocab_size`."""
         if self.vocab_size is not None and (largest := int(np.max(prompt))) >= self.vocab_size:
             raise BadRequest(f"got the token id {largest} in a prompt; accepted: 0 to {self.vocab_size - 1}")

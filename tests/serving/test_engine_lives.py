@@ -28,7 +28,16 @@ from tenure.serving.fingerprint import fingerprint
 from tenure.serving.sampling.params import FinishedBy
 from tenure.serving.scheduler.request_state import RequestStatus
 
-from .engines import FIXED, PAGE, RETENTION, answer_without_cache, check_memory, close, fixed_prompt, make_engine, tokens
+from .engines import (
+    PAGE,
+    RETENTION,
+    answer_without_cache,
+    check_memory,
+    close,
+    fixed_prompt,
+    make_engine,
+    tokens,
+)
 
 both = pytest.mark.parametrize("how", [None, RETENTION], ids=["plain", "compressed"])
 ROOMY = SchedulerConfig(answer_headroom_tokens=1, page_patience_s=0.0)
@@ -62,7 +71,7 @@ def stepped(engine: Engine, most: int = 2000) -> Iterator:
     yield from engine._take_finished()
 
 
-# Preemption -------------------------------------------------------------------------------------------------------------
+# Preemption -----------------------------------------------------------------------------------------------------------
 
 
 @both
@@ -107,7 +116,7 @@ def test_an_answer_that_fills_the_device_ends_with_what_there_is(session, how):
     close(engine)
 
 
-# Restarts, flushes, weights -----------------------------------------------------------------------------------------------
+# Restarts, flushes, weights -------------------------------------------------------------------------------------------
 
 
 def first_life(session: Session, how: Compression | None, folder) -> list[int]:
@@ -207,7 +216,7 @@ def test_new_weights_in_the_middle(session, how, told, tmp_path):
     close(engine)
 
 
-# Cancellation -------------------------------------------------------------------------------------------------------------
+# Cancellation ---------------------------------------------------------------------------------------------------------
 
 
 @both
@@ -254,7 +263,7 @@ def test_a_request_is_cancelled_in_every_state(session, how, status, tmp_path):
     close(engine)
 
 
-# Sampling -----------------------------------------------------------------------------------------------------------------
+# Sampling -------------------------------------------------------------------------------------------------------------
 
 
 def test_stop_texts_end_answers_before_them(session):
@@ -301,7 +310,7 @@ def test_seeds_give_the_same_answers_whatever_else_is_computed(session, how):
     assert len({tuple(one) for one in answers[1].values()}) == len(answers[1])
 
 
-# Clients ------------------------------------------------------------------------------------------------------------------
+# Clients --------------------------------------------------------------------------------------------------------------
 
 
 @both

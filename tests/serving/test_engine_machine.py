@@ -1,4 +1,4 @@
-"""A state machine over an engine with little room: whatever happens in whichever order, memory and answers are right."""
+"""A state machine over an engine with little room: whatever happens in any order, memory and answers are right."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def run_machine(model, examples: int = 12) -> None:
         run_state_machine_as_test(
             Machine,
             settings=settings(
-                max_examples=examples, stateful_step_count=25, deadline=None, suppress_health_check=checks, database=None
+                max_examples=examples, stateful_step_count=25, deadline=None,
+                suppress_health_check=checks, database=None
             ),
         )
 
