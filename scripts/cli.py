@@ -96,6 +96,9 @@ COMMANDS: dict[str, Command] = {
     "bench trace": Command(
         "bench.bench_trace", "TraceBenchConfig", "Record runs on a real model and compare the simulator's predictions"
     ),
+    "bench models": Command(
+        "bench.bench_models", "ModelsBenchConfig", "Check every architecture on a tiny model; make the table of models"
+    ),
     "bench kernels": Command(
         "bench.bench_kernels", "KernelsBenchConfig", "Compile the Triton kernels for A100 and H100: registers, spills"
     ),

@@ -5,7 +5,8 @@ if not __name__.startswith("tenure."):
 
 from typing import TYPE_CHECKING, Any
 
-from .client import AnswerStream, EngineClient, EngineClientConfig, EngineHealth, EngineLoop
+from .client import AnswerStream, EngineClient, EngineClientConfig, EngineHealth
+from .engine_loop import EngineLoop
 from .errors import (
     BadRequest,
     Draining,

@@ -14,66 +14,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 from tenure.checked import Count, Positive, Range, verify
 
+from .engine_loop import EngineLoop
 from .errors import BadRequest, Draining, EngineDead, Gone, QueueFull, RequestFailed, ServingError
 from .events import AnswerEvent, Detokenizer, TokenEvent
 from .hints.hint import Hint
 from .request import FinishReason, Request, RequestOutput
-from .workflow.graph import StepGraph
 from .workflow.spec import WorkflowSpec
 
 logger = logging.getLogger(__name__)
-
-
-class HasGraph(Protocol):
-    """A serving system, as far as this module uses it."""
-
-    @property
-    def graph(self) -> StepGraph: ...
-
-
-class EngineLoop(Protocol):
-    """An engine as its thread drives it. Everything but `wake` is called by that thread alone, between two steps."""
-
-    @property
-    def system(self) -> HasGraph: ...
-
-    def submit(self, request: Request) -> int:
-        """Takes a request and returns its number, which no other request has.
-
-        Raises:
-            ValueError: it cannot be answered; a `ServingError` says which kind of refusal it is.
-        """
-        ...
-
-    def cancel(self, number: int) -> None:
-        """Ends a request; its last event follows in the next step. Unknown and ended numbers are ignored."""
-        ...
-
-    def hint(self, hint: Hint) -> None: ...
-
-    def flush(self) -> None:
-        """Discards all cached KV, and what runs on it."""
-        ...
-
-    def step(self, patience_s: float) -> Sequence[RequestOutput]:
-        """Computes the next batch, or waits up to `patience_s` seconds for something to do; returns what has ended.
-
-        An exception ends the engine: whatever concerns a single request must end that request only.
-        """
-        ...
-
-    def wake(self) -> None:
-        """Makes the step that waits, or else the next one, return without waiting; from any thread, at once."""
-        ...
-
-    def take_events(self) -> Sequence[TokenEvent]:
-        """The events since the last call, in order; every request gets exactly one with `finished`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -232,9 +185,9 @@ class AnswerStream:
     def _detokenized(self, event: AnswerEvent) -> AnswerEvent:
         """Runs the detokenizer, in the reader's thread."""
         if self._detokenizer is not None:
-            event.text = self._detokenizer.push(event.tokens) if event.tokens else ""
+            event.text = "".join(self._detokenizer.push(token).text for token in event.tokens)
             if event.output is not None:
-                event.text += self._detokenizer.finish()
+                event.text += self._detokenizer.finish().text
         return event
 
     # The engine's thread ----------------------------------------------------------------------------------------
@@ -329,7 +282,7 @@ class EngineClient:
         """Hands a request to the engine and returns its stream at once; a refusal by the engine is raised there.
 
         Args:
-            detokenizer: of this answer alone; it runs in the reader's thread.
+            detokenizer: of this answer alone, e.g. a `StopChecker`; it runs in the reader's thread.
 
         Raises:
             Draining: no new requests are taken.
@@ -351,6 +304,30 @@ class EngineClient:
         if first:
             self._engine.wake()
         return stream
+
+    def submit_choices(self, request: Request, detokenizers: Sequence[Detokenizer] = ()) -> list[AnswerStream]:
+        """Hands over a request for each of the `n` answers of `request.sampling`, and returns their streams in order.
+
+        The prompt is computed once: the others find its whole pages in the cache. All are taken, or none.
+
+        Args:
+            detokenizers: one for each answer; or none at all.
+
+        Raises:
+            ValueError: another number of detokenizers. As `submit`.
+        """
+        n = request.sampling.n
+        if len(detokenizers) not in (0, n):
+            raise ValueError(f"got {len(detokenizers)} detokenizers for n={n}; accepted: one for each answer, or none")
+        streams: list[AnswerStream] = []
+        try:
+            for i, detokenizer in enumerate(detokenizers or [None] * n):
+                streams.append(self.submit(replace(request, sampling=request.sampling.for_choice(i)), detokenizer))
+        except ServingError:
+            for stream in streams:
+                self.cancel(stream)
+            raise
+        return streams
 
     def cancel(self, stream: AnswerStream) -> None:
         """Ends a request, whose stream then raises `Gone`; no effect on one that has ended."""

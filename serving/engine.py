@@ -20,7 +20,7 @@ import torch
 from ..eviction import get_policy, policy_text
 from ..eviction.packed import PackedCache, PackedTokens, forward
 from ..retention.seams import end_tokens
-from .errors import BadRequest, TooLarge
+from .errors import BadRequest, Draining, TooLarge
 from .events import TokenEvent
 from .fingerprint import fingerprint, version_of, weights_of
 from .hints.hint import Hint
@@ -30,13 +30,16 @@ from .kvcache.eviction_policy import AllocStatus
 from .kvcache.memory_pool import MemoryPool
 from .kvcache.page_pool import PagePool
 from .kvcache.paged_sequence import PagedSequence
+from .kvcache.radix_tree import read_token_ids
+from .packable import check_packable, max_tokens
+from .prompt_beginnings import PromptBeginnings
 from .prompt_cache import Compression, PromptKV, in_pages
 from .request import Request, RequestOutput
 from .sampling.params import FinishedBy
 from .sampling.row import SamplerRow
 from .sampling.sampler import Sampler, TokenLogprobs
 from .sampling.stop import StopChecker
-from .scheduler.request_state import RequestState, ScheduledBatch, ScheduledDecode, ScheduledPrefill
+from .scheduler.request_state import RequestState, ScheduledBatch, ScheduledDecode, ScheduledPrefill, TokenRange
 from .system import System
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ Scheduled = ScheduledPrefill | ScheduledDecode
 
 @dataclass(eq=False)
 class Answering:
-    """What the engine keeps of a request from its first step to its end.
+    """The engine's part of a request, from its first step to its end.
 
     Attributes:
         sequence: its pages; None while it waits after a preemption.
@@ -85,18 +88,19 @@ class StepItem:
 class Engine:
     """A transformers model behind the scheduler.
 
-    An answer's tokens are those of the model without any cache, up to the rounding of a prompt computed in chunks and of
-    attention computed in parts: reused KV is bit for bit the KV that was computed, wherever it has been stored meanwhile.
+    An answer's tokens are those of the model without any cache, up to the rounding of a prompt computed in chunks and
+    of attention computed in parts: reused KV is bit for bit the KV that was computed, wherever it was stored meanwhile.
 
-    With a `compression`, the fixed prompt of every request that names an agent is compressed and stored so; what follows
-    it is stored as it is. Plain and compressed prompts, and prompts compressed at different lengths, are never mixed:
-    they are kept in different namespaces.
+    With a `compression`, the fixed prompt of every request that names an agent is compressed and stored so; what
+    follows it is stored as it is. Plain and compressed prompts, and prompts compressed at different lengths, are never
+    mixed: they are kept in different namespaces. What a request had computed of a fixed prompt before it was cancelled
+    is kept for the next one, see `PromptBeginnings`.
 
     One thread calls it; `wake` may be called from any. `EngineClient` is for many threads and for asyncio.
 
     KV is bound to what made it. Prompts on disk are read back by an engine with the same weights, gates and dtype only;
-    a change of weights in place is noticed before the next step, and flushes the cache; any other (another adapter) has
-    to be told by `flush`.
+    a change of weights in place is noticed before the next step, and flushes the cache; after any other (another
+    adapter), call `flush`.
 
     Args:
         session: inside an `evict(model, "full", observe=[...])` block that records what the compression's policy needs.
@@ -108,8 +112,8 @@ class Engine:
         pages: of the device pool.
         busy_s: seconds spent on batches so far.
     Raises:
-        ValueError: the session evicts by itself, the model or the policy cannot be used (see `PromptKV`), or the system
-            was built for KV of another size.
+        ValueError: the session evicts by itself, the model or the policy cannot be used (see `check_packable` and
+            `PromptKV`), or the system was built for KV of another size.
     """
 
     def __init__(
@@ -120,18 +124,23 @@ class Engine:
                 f"got a session under policy {session.plan.policy.name!r}; accepted: evict(model, 'full', observe=…), "
                 "as the engine itself decides what is compressed"
             )
+        check_packable(session.model)
         self.session, self.system, self.compression = session, system, compression
         self.kv = PromptKV(session, system.tiers.page_size)
         self.busy_s = 0.0
         if compression is not None:
             session.require_recorded(get_policy(compression.policy))
         self.pages = self._bind()
-        vocab_size = session.model.get_output_embeddings().weight.shape[0]
-        system.scheduler.vocab_size = session.model.get_input_embeddings().num_embeddings
+        inputs, outputs = session.model.get_input_embeddings(), session.model.get_output_embeddings()
+        if not (isinstance(inputs, torch.nn.Embedding) and isinstance(outputs, torch.nn.Linear)):
+            raise ValueError(f"got a {type(session.model).__name__}; accepted: models with token embeddings and logits")
+        vocab_size, system.scheduler.vocab_size = outputs.out_features, inputs.num_embeddings
+        self._max_tokens, self._max_tokens_of = max_tokens(session.model)
         self._sampler = Sampler(vocab_size, sorted(end_tokens(session.model)))
         self._decode = None if tokenizer is None else partial(
             tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )  # fmt: skip
+        self._beginnings = PromptBeginnings(system.tiers)
         self._answering: dict[RequestState, Answering] = {}
         self._events: list[TokenEvent] = []
         self._woken = False
@@ -169,13 +178,10 @@ class Engine:
             ValueError: see `Scheduler.submit`. TooLarge: prompt and answer exceed the model's context. BadRequest: its
                 sampling asks for what this engine cannot do.
         """
-        limit = getattr(self.session.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        wanted = len(request.prompt) + request.max_new_tokens
-        if limit is not None and wanted > limit:
-            raise TooLarge(f"got {wanted} tokens of prompt and answer; accepted: the model's {limit}")
+        self._require_length(len(request.prompt) + request.max_new_tokens, "prompt and answer")
         sampling = request.sampling
         if sampling.n != 1:
-            raise BadRequest(f"got n={sampling.n} for one request; accepted: a request for each `sampling.for_choice(i)`")
+            raise BadRequest(f"got n={sampling.n} for one request; accepted: a request for each sampling.for_choice(i)")
         if sampling.stop and self._decode is None:
             raise BadRequest("got stop texts for an engine without a tokenizer; accepted: Engine(…, tokenizer=…)")
         try:
@@ -183,10 +189,13 @@ class Engine:
         except ValueError as error:
             raise BadRequest(str(error)) from None
         boundary = self._boundary(request)
-        if boundary:
-            namespace = self._namespace(request.namespace, boundary)
-            request = replace(request, namespace=namespace, fixed_tokens=boundary)
-        return self.system.scheduler.submit(request)
+        namespace = self._namespace(request.namespace, boundary)
+        fixed_tokens = boundary or request.fixed_tokens
+        return self.system.scheduler.submit(replace(request, namespace=namespace, fixed_tokens=fixed_tokens))
+
+    def _require_length(self, wanted: int, what: str) -> None:
+        if self._max_tokens is not None and wanted > self._max_tokens:
+            raise TooLarge(f"got {wanted} tokens of {what}; accepted: {self._max_tokens_of} {self._max_tokens}")
 
     def cancel(self, number: int) -> None:
         """Ends a request; numbers that are unknown or have ended are ignored."""
@@ -220,13 +229,17 @@ class Engine:
         """Computes the KV of a fixed prompt's whole pages, compressed as for its requests, outside the pool.
 
         Raises:
-            ValueError: the prompt is shorter than a page.
+            ValueError: the prompt is shorter than a page, longer than the model's context, or has other tokens than the
+                model.
         """
-        tokens = self.system.tiers.whole_pages(len(prompt))
+        ids = read_token_ids(prompt)
+        tokens = self.system.tiers.whole_pages(len(ids))
         if not tokens:
             page = self.system.tiers.page_size
-            raise ValueError(f"got a fixed prompt of {len(prompt)} tokens; accepted: a page of {page} at the least")
-        return self.kv.compute(prompt[:tokens], self.compression)
+            raise ValueError(f"got a fixed prompt of {len(ids)} tokens; accepted: a page of {page} at the least")
+        self._require_length(tokens, "a fixed prompt")
+        self.system.scheduler.require_vocabulary(ids)
+        return self.kv.compute(ids[:tokens].tolist(), self.compression)
 
     def store(self, agent: str, prompt: Sequence[int], payload: KVPayload, namespace: Hashable = None) -> AllocStatus:
         """Stores an agent's fixed prompt before its first request.
@@ -236,10 +249,16 @@ class Engine:
 
         Returns:
             READY if the whole prompt is cached now; otherwise why not, see `TieredCache.store`.
+
+        Raises:
+            ValueError: the payload is another model's, or not of this prompt's whole pages.
         """
         tiers = self.system.tiers
-        if self.compression is not None:
-            namespace = self._namespace(namespace, payload.tokens)
+        if payload.tokens > len(prompt) or payload.tokens % tiers.page_size:
+            raise ValueError(
+                f"got a payload of {payload.tokens} tokens for a prompt of {len(prompt)}; accepted: `prepare(prompt)`"
+            )
+        namespace = self._namespace(namespace, payload.tokens if self.compression is not None else 0)
         fixed = list(prompt[: payload.tokens])
         if self.system.prefetcher is not None:
             self.system.prefetcher.register(agent, fixed, namespace)
@@ -254,8 +273,10 @@ class Engine:
                 status = tiers.reserve(nbytes)
                 if status is not AllocStatus.READY:
                     return status
-                paged = in_pages(self.pages, rest)
-                tiers.unreserve(nbytes)
+                try:
+                    paged = in_pages(self.pages, rest)
+                finally:
+                    tiers.unreserve(nbytes)
                 return tiers.store(handle, fixed, paged, agent, len(fixed))
 
     # Steps --------------------------------------------------------------------------------------------------------
@@ -270,6 +291,7 @@ class Engine:
         if self._version != version_of(self._weights):
             logger.warning("the weights have changed: the cache is flushed")
             self.flush()
+        self._drop([])
         batch = scheduler.next_batch()
         if batch is None:
             finished = self._take_finished()
@@ -288,7 +310,10 @@ class Engine:
         finally:
             self.busy_s += time.perf_counter() - begun
         offered = [each.state for each in (*batch.prefills, *batch.decodes) if each.payload is not None]
-        scheduler.complete(batch)
+        try:
+            scheduler.complete(batch)
+        except Draining:  # another thread has closed the scheduler, which ended the requests of the batch
+            return self._take_finished()
         for state in offered:
             sequence = self._answering[state].sequence
             if state.handle is not None and sequence is not None:
@@ -312,6 +337,9 @@ class Engine:
         for state in preempted:
             self._set_sequence(state, None)
         for state in [state for state in self._answering if state.ended]:
+            sequence, boundary = self._answering[state].sequence, self._boundary(state.request)
+            if sequence is not None and sequence.ragged is None and 0 < sequence.tokens < boundary:
+                self._beginnings.keep(state.request.prompt[:boundary], state.request.namespace[1], sequence)
             self._set_sequence(state, None)
             del self._answering[state]
 
@@ -359,23 +387,40 @@ class Engine:
         else:
             start, end, wanted = scheduled.start, scheduled.end, scheduled.last
             if scheduled.first:
-                self._set_sequence(state, PagedSequence(self.pages, scheduled.handle.payloads()))
+                self._set_sequence(state, self._cached(scheduled))
         sequence = answering.sequence
-        assert sequence is not None and sequence.end == start, "what has been computed is on the device"
+        assert sequence is not None and sequence.end >= start, "what has been computed is on the device"
+        if isinstance(scheduled, ScheduledPrefill):
+            scheduled.reused = sequence.end - start
+        start = min(sequence.end, end)
         sequence.reserve(end)
         if wanted and answering.row is None:
             self._begin_answer(scheduled.request, answering)
-        return StepItem(scheduled, sequence, state.token_ids(start, end).astype(np.int64), answering.row if wanted else None)
+        ids = state.token_ids(start, end).astype(np.int64)
+        return StepItem(scheduled, sequence, ids, answering.row if wanted else None)
+
+    def _cached(self, scheduled: ScheduledPrefill) -> PagedSequence:
+        """A sequence with what is cached of the request's prompt."""
+        boundary, request = self._boundary(scheduled.request), scheduled.request
+        if scheduled.start < boundary:
+            # Its last page is computed in any case: the prompt is compressed with the chunk that completes it.
+            known = request.prompt[: boundary - self.system.tiers.page_size]
+            return self._beginnings.begin(self.pages, known, request.namespace[1])
+        return PagedSequence(self.pages, scheduled.handle.payloads())
 
     def _begin_answer(self, request: Request, answering: Answering) -> None:
         sampling = request.sampling
         answering.row = self._sampler.new_row(sampling, request.prompt)
         if self._decode is not None:
-            context = request.prompt[-4:].tolist()
+            context = [int(token) for token in request.prompt[-4:]]
             answering.stop = StopChecker(self._decode, sampling.stop, sampling.min_new_tokens, context)
 
     def _forward(self, items: list[StepItem]) -> list[tuple[list[StepItem], torch.Tensor]]:
-        """Logits `(items, vocab)` of the items whose next token is wanted; if the forward fails, each is tried alone."""
+        """The items whose next token is wanted, and logits `(items, vocab)`; if that fails, each is tried alone.
+
+        Items without tokens are left out: all of theirs were computed before.
+        """
+        items = [item for item in items if len(item.ids)]
         if not items:
             return []
         gated = [i for i, item in enumerate(items) if self._to_compress(item)]
@@ -383,7 +428,7 @@ class Engine:
         try:
             tokens = [PackedTokens(item.sequence, item.ids) for item in items]
             cache = PackedCache(self.pages.buffers, self.kv.geometry.layers, tokens, gated)
-            logits = forward(self.session, cache, wanted)
+            logits = forward(self.session.model, cache, wanted)
         except Exception as error:
             if len(items) == 1:
                 self._fail(items[0].scheduled, error)
@@ -411,7 +456,12 @@ class Engine:
                 self._set_sequence(scheduled.state, PagedSequence(self.pages, [payload]))
                 scheduled.payload = payload if scheduled.store is not None else None
         elif scheduled.store is not None:
-            scheduled.payload = item.sequence.span(*scheduled.store)
+            scheduled.payload = self._span(item, scheduled.store)
+
+    @staticmethod
+    def _span(item: StepItem, span: TokenRange) -> KVPayload | None:
+        """The KV of a token range; None if it begins with a compressed prompt, which the cache did not take."""
+        return item.sequence.span(*span) if span[0] >= item.sequence.start else None
 
     def _sample(self, items: list[StepItem], logits: torch.Tensor) -> None:
         live = [i for i, item in enumerate(items) if item.scheduled.error is None]
@@ -428,9 +478,7 @@ class Engine:
                 found = sampled.tokens[i], sampled.finished[i], sampled.logprobs[i]
                 self._guard(item.scheduled, partial(self._append, item, *found))
 
-    def _append(
-        self, item: StepItem, token: int, finished: FinishedBy | None, logprobs: TokenLogprobs | None
-    ) -> None:
+    def _append(self, item: StepItem, token: int, finished: FinishedBy | None, logprobs: TokenLogprobs | None) -> None:
         """The answer continues with `token`; its KV is offered to the cache where a page has filled, or at its end."""
         scheduled, state, text = item.scheduled, item.scheduled.state, None
         stop = self._answering[state].stop
@@ -448,15 +496,19 @@ class Engine:
         if isinstance(scheduled, ScheduledDecode):
             span = scheduled.store_span()
             if span is not None:
-                scheduled.payload = item.sequence.span(*span)
+                scheduled.payload = self._span(item, span)
         self._events.append(TokenEvent(state.number, [token], None if logprobs is None else [logprobs], None, text))
 
-    def _namespace(self, namespace: Hashable, boundary: int) -> Hashable:
-        """Separates fixed prompts by how, and up to which token, they were compressed."""
+    def _namespace(self, namespace: Hashable, boundary: int) -> tuple[Hashable, ...]:
+        """Separates plain prompts, and fixed ones by how, and up to which token, they were compressed.
+
+        All of them are marked, so that no client can name the namespace of another kind; [1] is the request's.
+        """
         how = self.compression
-        assert how is not None
-        policy = policy_text(get_policy(how.policy))
-        return namespace, policy, str(how.budget), how.scope, how.sinks, how.recent, boundary
+        if how is None or not boundary:
+            return "plain", namespace
+        policy, size = policy_text(get_policy(how.policy)), self.pages.geometry.page_size
+        return "compressed", namespace, policy, str(how.budget), how.scope, how.sinks, how.recent, size, boundary
 
     def _boundary(self, request: Request) -> int:
         """Length of the compressed part of the prompt in tokens; 0 if nothing is compressed."""

@@ -1,10 +1,11 @@
-"""What made the KV of an engine: KV of one model must never be read by another, nor by the same one with other weights."""
+"""Fingerprints of everything that makes KV, which no other model, and no other weights, may read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from ..eviction import Session
 
 # Counted up when the same weights begin to give other KV, or pages another layout.
-KV_VERSION = 1
+KV_VERSION = 2
 
 
 def fingerprint(session: Session) -> str:
@@ -30,7 +31,9 @@ def fingerprint(session: Session) -> str:
     digest = hashlib.sha256()
     model = session.model
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
-    about = [KV_VERSION, type(model).__name__, str(model.dtype), config, list(session.entry_states)]
+    gates = None if session.gates is None else asdict(session.gates.config)
+    attention = str(model.config.get_text_config(decoder=True)._attn_implementation)
+    about = [KV_VERSION, type(model).__name__, str(model.dtype), attention, config, list(session.entry_states), gates]
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in _tensors(session):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -50,5 +53,6 @@ def version_of(weights: Iterable[torch.Tensor]) -> int:
 
 
 def _tensors(session: Session) -> Iterator[tuple[str, torch.Tensor]]:
-    gates = () if session.gates is None else (("gates." + name, one) for name, one in session.gates.state_dict().items())
+    own = {} if session.gates is None else session.gates.state_dict()
+    gates = ((f"gates.{name}", tensor) for name, tensor in own.items())
     return chain(session.model.state_dict().items(), gates)

@@ -301,26 +301,51 @@ def worst_case(pooled: torch.Tensor) -> torch.Tensor:
     return pooled.amax(dim=(2, 3))
 
 
-PROJECTED = 2**18  # numbers of a projection that are held at a time, to fit into a CPU's cache
+PROJECTED_BYTES = 2**20  # of a projection that are held at a time, to fit into a CPU's cache
 
 
-def norms_by_parts(
-    values: torch.Tensor, output_weight: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """`value_norms` in plain torch with products in `dtype`, summed in fp32; a few entries are projected at a time."""
+def by_head(values: torch.Tensor, output_weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The arguments of `value_norms` by key/value head, contiguous: `(heads, batch * n, dim)`, `(heads, dim, columns)`.
+
+    The columns are those of all query heads of a group.
+    """
+    heads = values.shape[1]
+    flat = values.transpose(0, 1).flatten(1, 2).to(dtype)
+    weight = output_weight.to(dtype).unflatten(0, (heads, output_weight.shape[0] // heads))
+    return flat.contiguous(), weight.transpose(1, 2).flatten(2).contiguous()
+
+
+def norms_by_parts(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    """`value_norms` in plain torch, in fp32; a few entries are projected at a time.
+
+    16-bit numbers are multiplied in fp32 too: CPUs without 16-bit arithmetic take four times as long otherwise.
+    """
+
+    def norms_of(products: torch.Tensor, out: torch.Tensor) -> None:
+        torch.sum(products.abs_(), 1, out=out)
+
+    return project_by_parts(values, output_weight, torch.float32, norms_of)
+
+
+def project_by_parts(
+    values: torch.Tensor, output_weight: torch.Tensor, dtype: torch.dtype,
+    norms_of: Callable[[torch.Tensor, torch.Tensor], None],
+) -> torch.Tensor:  # fmt: skip
+    """`value_norms` with products in `dtype`, so many entries at a time that they fit into a CPU's cache.
+
+    `norms_of(products, out)` writes the sums of magnitudes of `products` `(entries, columns)` to `out`, fp32
+    `(entries,)`, and may overwrite the products.
+    """
     batch, heads, n, _ = values.shape
-    group = output_weight.shape[0] // heads
-    flat = values.transpose(0, 1).flatten(1, 2).to(dtype)  # (heads, batch * n, value_dim)
-    weight = output_weight.to(dtype).unflatten(0, (heads, group)).transpose(1, 2).flatten(2)
-    columns = weight.shape[2]  # those of all query heads of a group
+    flat, weight = by_head(values, output_weight, dtype)
+    columns = weight.shape[2]
     norms = values.new_empty(heads, batch * n, dtype=torch.float32)
-    size = max(1, PROJECTED // columns)
+    size = max(1, PROJECTED_BYTES // (columns * dtype.itemsize))
     projected = flat.new_empty(min(size, batch * n), columns)
     for of_head, matrix, out in zip(flat, weight, norms, strict=True):
         for part, sums in zip(of_head.split(size), out.split(size), strict=True):
-            products = torch.mm(part, matrix, out=projected[: len(part)])
-            torch.sum(products.abs_(), 1, dtype=torch.float32, out=sums)
-    return (norms / group).view(heads, batch, n).transpose(0, 1)
+            norms_of(torch.mm(part, matrix, out=projected[: part.shape[0]]), sums)
+    return norms.div_(output_weight.shape[0] // heads).view(heads, batch, n).transpose(0, 1)
 
 
 def attention_over(

@@ -20,6 +20,7 @@
 #endif
 
 #define BLOCK 64 // entries whose keys are read together, and then their values
+#define WORTH_THREADS 4096 // entries, some 30 us of one thread: fewer take less time than starting others
 #define LOWEST -3.0e38f
 
 // The sums over a block are taken for TILE numbers at a time, as many as registers hold for all queries.
@@ -207,7 +208,9 @@ static void attend(const number *query, const number *key, const number *value, 
 // Segment s is the entries [starts[s], ends[s]); its queries and results are the s-th GROUP ones.
 void segment_attention(const number *query, const number *key, const number *value, const int64_t *starts,
                        const int64_t *ends, int64_t segments, float scaling, int threads, number *out) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+    int64_t entries = 0;
+    for (int64_t s = 0; s < segments; s++) entries += ends[s] - starts[s];
+#pragma omp parallel for num_threads(threads) if (threads > 1 && entries >= WORTH_THREADS) schedule(dynamic)
     for (int64_t s = 0; s < segments; s++) {
         list lists[2] = {{0, starts[s], ends[s] - starts[s]}, {0, 0, 0}};
         float log_sum[GROUP];
@@ -229,7 +232,12 @@ typedef struct {
 void paged_attention(const number *query, number *key, number *value, const sequence *sequences, int64_t rows,
                      int64_t first, int64_t heads, int64_t page_size, float scaling, int threads, const number *new_key,
                      const number *new_value, number *out, float *log_sums) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+    int64_t entries = 0;
+    for (int64_t i = 0; i < rows * heads; i++) {
+        const sequence *from = sequences + i / heads;
+        entries += from->tokens + (from->ragged ? from->lengths[first + i % heads] : 0);
+    }
+#pragma omp parallel for num_threads(threads) if (threads > 1 && entries >= WORTH_THREADS) schedule(dynamic)
     for (int64_t i = 0; i < rows * heads; i++) {
         const sequence *from = sequences + i / heads;
         int64_t s = first + i % heads;

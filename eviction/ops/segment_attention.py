@@ -1,67 +1,56 @@
-"""Attention of one query per head over ragged segments on a CPU, by a C kernel that is compiled at its first use.
+"""Attention of one query per head over ragged segments on a CPU, by C kernels.
 
 The entries of a segment are contiguous, or in pages. SDPA needs a call per segment, and its products with the few
-queries of a group take several times as long as reading keys and values from memory. The kernel computes all segments
-of a layer in one call and reads them once, close to the memory's bandwidth. It needs a C compiler with OpenMP, the one
-that `CC` names or `cc`; where there is none, callers keep to SDPA. Twins: `naive.segment_attention`,
+queries of a group take several times as long as reading keys and values from memory. The kernels compute all segments
+of a layer in one call and read them once, close to the memory's bandwidth. Twins: `naive.segment_attention`,
 `naive.paged_attention`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import os
-import shlex
-import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from ...retention.ops.kernel_choice import VARIABLE, compiles_for_cpu
+from . import c_kernels
+from .c_kernels import COUNT, FLOAT, POINTER, THREADS, Kernel
 
-logger = logging.getLogger(__name__)
-
-SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 DTYPES = (torch.float32, torch.bfloat16)
 DIM_MULTIPLE = 8  # of the head dimensions that the kernel takes
-
-
-Kernel = Callable[..., None]
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The kernels of one shape: of `segment_attention`, and of `paged_attention`."""
-
-    contiguous: Kernel
-    paged: Kernel
+ARGUMENTS = (*[POINTER] * 5, COUNT, FLOAT, THREADS, POINTER)
+PAGED_ARGUMENTS = (*[POINTER] * 4, *[COUNT] * 4, FLOAT, THREADS, *[POINTER] * 4)
 
 
 def find_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Kernel | None:
-    """The kernel for the arguments of `segment_attention`, or None, see `find_kernels`."""
-    found = find_kernels(query, key, value)
-    return None if found is None else found.contiguous
+    """The kernel for these arguments of `segment_attention`, or None.
 
-
-def find_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Kernels | None:
-    """The kernels for queries, keys and values as the two functions take them, or None.
-
-    None where it cannot be compiled or does not record what is needed: another device, dtype or head dimension, a
-    query with a gradient, or `TENURE_KERNELS` asks for another form. The first call for a shape takes about 0.3 s.
-
-    Raises:
-        ValueError: `TENURE_KERNELS` is unknown.
+    None where C kernels cannot run (see `c_kernels`), on another device, for another dtype or head dimension, and for a
+    query whose gradient is recorded.
     """
     if key.device.type != "cpu" or query.requires_grad:
         return None
-    return _compiled(os.environ.get(VARIABLE), key.dtype, query.shape[2], key.shape[1], value.shape[1])
+    macros = _macros(key.dtype, query.shape[2], key.shape[1], value.shape[1])
+    return c_kernels.find_kernel("segment_attention", ARGUMENTS, macros) if macros else None
+
+
+def find_paged_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Kernel | None:
+    """The kernel for these arguments of `paged_attention`, or None, as `find_kernel`."""
+    if key.device.type != "cpu" or query.requires_grad:
+        return None
+    macros = _macros(key.dtype, query.shape[2], key.shape[1], value.shape[1])
+    return c_kernels.find_kernel("paged_attention", PAGED_ARGUMENTS, macros, "segment_attention") if macros else None
+
+
+@cache  # asked in every layer of every token
+def _macros(dtype: torch.dtype, group: int, head_dim: int, value_dim: int) -> tuple[str, ...]:
+    """Those that the kernel is compiled with; none if it does not take such tensors."""
+    if dtype not in DTYPES or head_dim % DIM_MULTIPLE or value_dim % DIM_MULTIPLE:
+        return ()
+    macros = f"GROUP={group}", f"KEY_DIM={head_dim}", f"VALUE_DIM={value_dim}"
+    return (*macros, "BF16") if dtype == torch.bfloat16 else macros
 
 
 def segment_attention(
@@ -116,7 +105,7 @@ def paged_attention(
     """Softmax attention of every sequence's queries over its entries of a layer; products and sums are in fp32.
 
     Args:
-        kernel: what `find_kernels` returned for these tensors, the paged one.
+        kernel: what `find_paged_kernel` returned for these tensors.
         query: `(rows, num_kv_heads, group, head_dim)`: one query per head, those that share a key/value head together.
         key, value: `(slots, head_dim)` and `(slots, value_dim)`, contiguous, the query's dtype; slot = page * page_size
             + place.
@@ -142,30 +131,3 @@ def paged_attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), pages.rows.ctypes.data, rows, layer * heads, heads,
         pages.page_size, scaling, torch.get_num_threads(), *written, out.data_ptr(), log_sums.data_ptr(),
     )  # fmt: skip
-
-
-@cache
-def _compiled(kernels: str | None, dtype: torch.dtype, group: int, head_dim: int, value_dim: int) -> Kernels | None:
-    """The kernels of one shape, or None if they cannot be compiled or loaded here; `kernels` is `TENURE_KERNELS`."""
-    if not compiles_for_cpu() or dtype not in DTYPES or head_dim % DIM_MULTIPLE or value_dim % DIM_MULTIPLE:
-        return None
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    shape = [f"-DGROUP={group}", f"-DKEY_DIM={head_dim}", f"-DVALUE_DIM={value_dim}"]
-    if dtype == torch.bfloat16:
-        shape.append("-DBF16")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "segment_attention.so")
-        command = [*compiler, *FLAGS, *shape, str(SOURCE), "-o", str(library), "-lm"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise OSError((done.stderr.strip().splitlines() or ["no output"])[-1])
-            loaded = ctypes.CDLL(str(library))  # it stays loaded without its file
-        except OSError as error:
-            logger.info("decoding on the CPU uses SDPA: %s could not compile its kernel: %s", compiler[0], error)
-            return None
-    pointer, count, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    loaded.segment_attention.argtypes = [*[pointer] * 5, count, number, threads, pointer]
-    loaded.paged_attention.argtypes = [*[pointer] * 4, *[count] * 4, number, threads, *[pointer] * 4]
-    loaded.segment_attention.restype = loaded.paged_attention.restype = None
-    return Kernels(loaded.segment_attention, loaded.paged_attention)

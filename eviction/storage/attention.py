@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -11,20 +9,6 @@ from ..forward_state import ForwardStep
 from ..ops.segment_attention import find_kernel, segment_attention
 from .paged_store import PagedStore
 from .segment_store import SegmentStore
-
-# Attention arguments that change the result and that the ragged attention does not compute.
-UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "output_attentions")
-
-
-def refuse_unsupported(kwargs: dict[str, Any]) -> None:
-    """Raises ValueError if an attention call requests an option that attention over segments does not support."""
-    given = [name for name in UNSUPPORTED if kwargs.get(name) is not None and kwargs[name] is not False]
-    if given:
-        raise ValueError(f"attention over an evicted cache does not support {', '.join(given)}")
-    if kwargs.get("dropout"):
-        raise ValueError(
-            f"attention over an evicted cache has no dropout, got {kwargs['dropout']}; call model.eval()"
-        )
 
 
 def ragged_attention(

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from ...retention.ops.kernel_choice import chosen_kernels
+from ..ops.c_kernels import Kernel
 from ..ops.paged_attention import ragged_decode_part
-from ..ops.segment_attention import Kernel, PageAddresses, find_kernels, paged_attention
+from ..ops.segment_attention import PageAddresses, find_paged_kernel, paged_attention
 from .page_lists import PageLists, RaggedPages
 from .partial_attention import HIDDEN, Part, attend_part
 
@@ -71,9 +72,9 @@ def read_pages(
     """
     if chosen_kernels(buffers["key"].device) == "triton":
         return TableReads(buffers, sequences, new)
-    kernels = None if query is None else find_kernels(query, buffers["key"], buffers["value"])
-    if kernels is not None and query is not None and query.dtype == buffers["key"].dtype:
-        return ListReads(kernels.paged, buffers, sequences, new)
+    kernel = None if query is None else find_paged_kernel(query, buffers["key"], buffers["value"])
+    if kernel is not None and query is not None and query.dtype == buffers["key"].dtype:
+        return ListReads(kernel, buffers, sequences, new)
     return ViewReadsBuilder(buffers, sequences[0], config or ReadsConfig()).build(sequences, new)
 
 
@@ -128,12 +129,12 @@ _LIST_KINDS = np.int32, np.int64, np.int32  # pages, bounds and lengths of a com
 
 
 class TableReads:
-    """Page tables, as the paged kernels read them: one of the compressed prompts, and one of the whole tokens."""
+    """Page tables for the kernels: one of the compressed prompts, and one of the whole tokens."""
 
     def __init__(self, buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int) -> None:
         lists, self._rows = sequences[0], len(sequences)
         size, self._device = lists.page_size, buffers["key"].device
-        self._pages = buffers["key"].unflatten(0, (-1, size)), buffers["value"].unflatten(0, (-1, size))
+        self._keys, self._values = (buffers[name].unflatten(0, (-1, size)) for name in ("key", "value"))
         self._layers = lists.layers
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         if any(each.ragged is not None for each in sequences):
@@ -162,12 +163,14 @@ class TableReads:
     def attend(self, layer: int, query: torch.Tensor, scaling: float, more: int = 0) -> Part:
         """See `PageReads.attend`."""
         shape = (self.num_parts + more, *query.shape[:3])
-        outputs = query.new_zeros(*shape, self._pages[1].shape[-1])
+        outputs = query.new_zeros(*shape, self._values.shape[-1])
         log_sums = query.new_full(shape, HIDDEN, dtype=torch.float32)
         # Every query sees all entries: none of the newest is hidden from it.
         hidden = torch.zeros(query.shape[0], query.shape[2], dtype=torch.int32, device=self._device)
         for part, (table, lengths) in enumerate(self._tables):
-            result, log_sum = ragged_decode_part(query, *self._pages, table[layer], lengths[layer], scaling, hidden)
+            result, log_sum = ragged_decode_part(
+                query, self._keys, self._values, table[layer], lengths[layer], scaling, hidden
+            )
             outputs[part], log_sums[part] = result.transpose(1, 2), log_sum.transpose(1, 2)
         return outputs, log_sums
 
@@ -188,7 +191,7 @@ class View:
     """Entries that a call of the attention reads where they are.
 
     Attributes:
-        row: index of the sequence among those that are read together. part: where its result goes.
+        row: index of the sequence among those that are read together. part: place of its result.
         heads: the heads that are read: all, or one.
         offset: first slot of the first of them. stride: slots from a head to the next.
         entries: of each head.
@@ -207,7 +210,7 @@ class Gathered:
     """Scattered pages of several sequences, which are copied together.
 
     Attributes:
-        rows: int64, indices of the sequences. parts: int64, where their results go.
+        rows: int64, indices of the sequences. parts: int64, places of their results.
         pages: int64 `(layers, rows * heads * width)`.
         mask: `(1 or layers, rows, 1 or heads, 1, entries)`, the model's dtype: 0, or -inf for free slots and padding.
     """
@@ -220,7 +223,7 @@ class Gathered:
 
 @dataclass(eq=False)
 class ViewReads:
-    """What the attention reads on a CPU.
+    """Views and copies of pages, for the attention on a CPU.
 
     Attributes:
         buffers: of all pages.

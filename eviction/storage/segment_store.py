@@ -47,7 +47,8 @@ class SegmentLocations:
     device: torch.device
 
     def index(self, segments: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        parts = [torch.arange(self.starts[s], self.starts[s] + n) for s, n in zip(segments, lengths, strict=True)]
+        parts = [torch.arange(self.starts[s], self.starts[s] + n, device="cpu")
+                 for s, n in zip(segments, lengths, strict=True)]
         return torch.cat(parts).to(self.device)
 
 
@@ -197,8 +198,8 @@ class SegmentStore:
         else:
             added = [count for count in step.counts for _ in range(heads)]
             lengths = [length + more for length, more in zip(self.lengths, added, strict=True)]
-        if self.shared or n > self._free:
-            # The free slots are used up, or a fork may use them as well.
+        if self.shared or n > self._free or is_frozen(self.key):
+            # The free slots are used up, or a fork may use them as well, or none may be written to.
             self._reallocate(lengths)
         slots = self._next_slots()
         new = {"key": key, "value": value, **state}
@@ -388,6 +389,11 @@ class SegmentStore:
                 yield "positions do not ascend in every segment"
             if not bool(((position >= 0) | ~valid).all()):
                 yield "positions are negative"
+
+
+def is_frozen(tensor: torch.Tensor) -> bool:
+    """Whether torch forbids writing to `tensor`: it was made in inference mode, which has ended."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _flattened(tensor: torch.Tensor) -> torch.Tensor:

@@ -62,8 +62,13 @@ def compiles_for_cpu() -> bool:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether `device` is a CPU with instructions for products of bf16 numbers, AVX512-BF16 or AMX."""
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # every CPU with AMX has these too
+    """Whether `device` is a CPU with instructions for products of bf16 numbers, AVX512-BF16."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def multiplies_bf16_tiles(device: torch.device) -> bool:
+    """Whether `device` is a CPU with units for products of bf16 matrices, AMX."""
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def require_triton() -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PageGeometry:
-    """What a model stores for each token: the same in every layer and head.
+    """The entries that a model stores for each token: the same in every layer and head.
 
     Attributes:
         layers: indices of the layers in the decoder.
@@ -167,7 +167,8 @@ class PagePool:
         device = self.device
         slots = torch.from_numpy(self.slots(pages).ravel()).to(device, non_blocking=True)
         for name, buffer in self.buffers.items():
-            buffer.index_copy_(0, slots, entries[name].to(device, non_blocking=True).reshape(len(slots), *buffer.shape[1:]))
+            new = entries[name].to(device, non_blocking=True)
+            buffer.index_copy_(0, slots, new.reshape(len(slots), *buffer.shape[1:]))
 
     def clear(self, pages: np.ndarray) -> None:
         """Fills `pages` `(n,)` with zeros: a masked entry must be finite, and somebody's may not have been."""
@@ -297,7 +298,9 @@ class PagePayload:
         return plain_payload(self.pool, first), plain_payload(self.pool, rest)
 
     def join(self, other: KVPayload) -> PagePayload | None:
-        if not isinstance(other, PagePayload) or not (self.divisible and other.divisible) or other.pool is not self.pool:
+        if not isinstance(other, PagePayload) or other.pool is not self.pool:
+            return None
+        if not (self.divisible and other.divisible):
             return None
         return plain_payload(self.pool, np.concatenate([self.table, other.table], axis=1))
 
@@ -324,7 +327,8 @@ def pages_for(payload: KVPayload, geometry: PageGeometry) -> int:
     kinds, total = payload.kinds(), 0
     entry = {name: (dtype, max(1, width)) for name, dtype, width in geometry.entry}
     plain = payload.token_dim is not None
-    names = {f"layers.{layer}.{name}" for layer in geometry.layers for name in (*entry, *(() if plain else ("lengths",)))}
+    parts = [*entry, *([] if plain else ["lengths"])]
+    names = {f"layers.{layer}.{name}" for layer in geometry.layers for name in parts}
     if names != set(kinds):
         differ = ", ".join(sorted(names ^ set(kinds))[:4])
         raise ValueError(f"got a payload that differs from the engine's pages in {differ}")
@@ -371,6 +375,12 @@ class PageBuilder:
         import torch
 
         lengths = None if self._plain else torch.cat(self._lengths).to(torch.int32).numpy()
+        size = self._pool.geometry.page_size
+        if lengths is not None and (filled := int(pages_of(lengths, size).sum())) != self._table.size:
+            raise ValueError(
+                f"got a compressed prompt of {self._table.size} pages whose heads fill {filled}; accepted: pages of "
+                f"{size} entries"
+            )
         return PagePayload(self._pool, self._held, self._table, self._tokens, lengths)
 
     def abort(self) -> None:

@@ -27,7 +27,7 @@ class PagedSequence(PageLists):
     def __init__(self, pool: PagePool, payloads: Sequence[KVPayload] = ()) -> None:
         for place, payload in enumerate(payloads):
             if not isinstance(payload, PagePayload) or (payload.lengths is not None and place):
-                raise ValueError("got payloads that do not follow each other; accepted: pages, a compressed prompt first")
+                raise ValueError("got payloads that do not follow each other; accepted: pages, the compressed first")
         paged: list[PagePayload] = list(payloads)  # type: ignore[arg-type]
         ragged = None
         if paged and paged[0].lengths is not None:
@@ -55,8 +55,15 @@ class PagedSequence(PageLists):
             self.add(pages.numbers.reshape(segments, missing))
 
     def span(self, start: int, stop: int) -> PagePayload:
-        """The tokens at positions `[start, stop)`, whole pages, as a payload that shares them."""
-        first, last = ((position - self.start) // self.page_size for position in (start, stop))
+        """The tokens at positions `[start, stop)`, whole pages, as a payload that shares them.
+
+        Raises:
+            ValueError: some of them have no pages here, such as those of a compressed prompt, or a part of a page.
+        """
+        (first, odd), (last, more) = (divmod(position - self.start, self.page_size) for position in (start, stop))
+        if odd or more or not 0 <= first < last <= self.table.shape[1]:
+            end = self.start + self.table.shape[1] * self.page_size
+            raise ValueError(f"got the span [{start}, {stop}); accepted: whole pages within [{self.start}, {end})")
         return plain_payload(self.pool, self.table[:, first:last])
 
     def share_stored(self, payloads: Sequence[KVPayload]) -> None:

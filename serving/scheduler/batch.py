@@ -64,7 +64,7 @@ class RunningRequests:
     def schedule(
         self, number: int, max_steps: int, stalled: Collection[RequestState], preempted: list[RequestState]
     ) -> ScheduledBatch | None:
-        """Forms batch `number`; None if there is nothing to do. Decodes get up to `max_steps` tokens if nothing prefills.
+        """Forms batch `number`; None if there is nothing to do. Without prefills, decodes get up to `max_steps` tokens.
 
         Args:
             stalled: decoding requests that skip this batch. preempted: requests whose memory the driver drops.
@@ -103,9 +103,11 @@ class RunningRequests:
 
     def complete_prefill(self, item: ScheduledPrefill, now: float) -> bool:
         """Takes the results of a chunk; True if the request's answer ends with it."""
-        state, new = item.state, item.end - item.start
-        state.num_computed_tokens, state.computing, state.progressed_at = item.end, True, now
+        state, end = item.state, max(item.end, item.start + item.reused)
+        new = end - item.start - item.reused
+        state.num_computed_tokens, state.computing, state.progressed_at = end, True, now
         state.num_prefilled_tokens += new
+        state.cached_tokens += 0 if state.num_preemptions else item.reused
         self.metrics.prefill_tokens += new
         self.metrics.events += 1
         if item.store is not None and item.payload is not None:
@@ -136,7 +138,7 @@ class RunningRequests:
         return item.finished or not state.num_remaining_tokens
 
     def _store(self, state: RequestState, span: TokenRange, payload: KVPayload) -> None:
-        """Offers KV to the cache, which takes over the reserved bytes of `span`. If it fails, the request goes on."""
+        """Offers KV to the cache, which takes over the reserved bytes of `span`. If it fails, the request continues."""
         handle, (_, end) = state.handle, span
         assert handle is not None, "a running request has a handle"
         agent = state.agent if end >= state.num_fixed_tokens else None
@@ -146,6 +148,8 @@ class RunningRequests:
             try:
                 status = self.tiers.store(handle, state.pages(end), payload, agent, state.num_fixed_tokens, paid)
             except Exception as error:  # a cache may forget
+                # Whoever keeps the record would keep the pages alive, through the traceback.
+                error = error.with_traceback(None)
                 logger.warning("the KV of the request %r is not stored: %r", state.request.id, error)
                 status = None
             finally:

@@ -19,7 +19,7 @@ from tenure.eviction import (
     SnapKV,
     evict,
 )
-from tenure.retention.seams import UnsupportedModelError
+from tenure.retention.decoder_layers import UnsupportedModelError
 
 
 @dataclass(frozen=True)

@@ -90,12 +90,14 @@ def test_prefill_rows_have_the_names_others_read(tiny_llama, gates):
         "score/retention/ctx60",
         "score/defensive/ctx60",
         "score/snapkv/ctx60",
+        "score/criticalkv/ctx60",
         "evict/ctx60",
         "evict/ctx60/defensive",
         "evict/ctx60/snapkv",
         "bytes/overhead",
     ]
     assert all(row.ours > 0 and row.peer and row.ratio > 0 for row in rows)
+    assert [row.target for row in rows[1:5]] == ["<= 0.05 of the prefill"] * 3 + ["<= 0.03 of the prefill"]
     assert 1 <= rows[-1].ratio <= 1.08
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -10,119 +9,32 @@ import torch
 
 from tenure.eviction import Session, evict
 from tenure.retention import RetentionGates
-from tenure.serving import (
-    AgentSpec,
-    AllocStatus,
-    DiskPool,
-    EdgeSpec,
-    FinishReason,
-    LinearCosts,
-    MemoryPool,
-    Request,
-    SamplingParams,
-    ThreadedTransfer,
-    Tier,
-    WorkflowSpec,
-    build_system,
-    system_names,
-)
+from tenure.serving import AllocStatus, FinishReason, Request, SamplingParams, Tier, system_names
 from tenure.serving import engine as engine_module
-from tenure.serving.engine import Compression, Engine
-from tenure.serving.kvcache.memory_pool import Pool
-from tenure.serving.prompt_cache import PromptKV
+from tenure.serving.engine import Compression
 
-AGENTS, FIXED, SUFFIX, ANSWER, PAGE = 5, 48, 9, 6, 8
-RETENTION = Compression("retention", 0.4, sinks=2, recent=4)
+from .engines import (
+    ANSWER,
+    FIXED,
+    PAGE,
+    RETENTION,
+    SUFFIX,
+    answer_without_cache,
+    calls,
+    close,
+    fixed_prompt,
+    make_engine,
+    request,
+    tokens,
+)
 
 
 @pytest.fixture
-def model(tiny_llama):
-    return tiny_llama
-
-
-@pytest.fixture
-def session(model) -> Iterator[Session]:
+def session(tiny_llama) -> Iterator[Session]:
     torch.manual_seed(1)
-    gates = RetentionGates.for_model(model, gate_width=8, init_std=0.5, initial_bias=2.0)
-    with evict(model, "full", gates=gates, observe=["retention"]) as session:
+    gates = RetentionGates.for_model(tiny_llama, gate_width=8, init_std=0.5, initial_bias=2.0)
+    with evict(tiny_llama, "full", gates=gates, observe=["retention"]) as session:
         yield session
-
-
-def tokens(seed: int, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 128, (count,), generator=generator).tolist()
-
-
-def fixed_prompt(agent: int) -> list[int]:
-    """The first pages are common to all agents."""
-    return tokens(1000, 16) + tokens(agent, FIXED - 16)
-
-
-def calls(rounds: int = 3) -> list[tuple[int, list[int]]]:
-    """Agent and prompt of each call around the ring."""
-    return [(n % AGENTS, fixed_prompt(n % AGENTS) + tokens(100 + n, SUFFIX)) for n in range(rounds * AGENTS)]
-
-
-def answer_without_cache(session: Session, prompt: list[int], how: Compression | None, fixed: int = FIXED) -> list[int]:
-    """Greedy, on a fresh cache; the fixed prompt is computed and compressed on its own if `how` says so."""
-    kv = PromptKV(session)
-    cache = session.new_cache()
-    if how is not None:
-        kv.forward(cache, prompt[:fixed])
-        kv.compress(cache, how)
-        prompt = prompt[fixed:]
-    answer, following = [], prompt
-    while len(answer) < ANSWER and answer[-1:] != [2]:
-        answer.append(int(kv.forward(cache, following).argmax()))
-        following = answer[-1:]
-    return answer
-
-
-def make_engine(session, name, how=None, prompts=1.7, host=20.0, disk=None, speed=None, **options) -> Engine:
-    """An engine whose device pool holds so many of the fixed prompts uncompressed, beside one request."""
-    rate = PromptKV(session).bytes_per_token()
-    pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(int(rate * (prompts * FIXED + FIXED + SUFFIX + ANSWER + PAGE)))}
-    if host:
-        pools[Tier.HOST] = MemoryPool(int(rate * host * FIXED))
-    if disk is not None:
-        pools[Tier.DISK] = DiskPool(10**9, disk)
-    links = {(a, b): speed for a in Tier for b in Tier if a != b} if speed else None
-    known = [prompt for _, prompt in calls()] if name == "belady" else None
-    system = build_system(
-        name, pools, ThreadedTransfer(links), costs=LinearCosts(2000.0, (1e8, 1e8), 0.0), bytes_per_token=rate,
-        clock=time.monotonic, page_size=PAGE, prompts=known,
-    )  # fmt: skip
-    names = [f"agent{i}" for i in range(AGENTS)]
-    edges = [EdgeSpec(names[i], names[(i + 1) % AGENTS]) for i in range(AGENTS)]
-    system.graph.add_workflow(WorkflowSpec("ring", [AgentSpec(name) for name in names], edges))
-    return Engine(session, system, how, **options)
-
-
-def request(number: int, agent: int, prompt: list[int], **options) -> Request:
-    who = {"workflow": "ring", "agent": f"agent{agent}", "fixed_tokens": FIXED}
-    return Request(f"call{number}", prompt, ANSWER, **who, **options)
-
-
-def close(engine: Engine) -> None:
-    engine.system.scheduler.close("the test is over")
-    engine.step(0.0)
-    tiers = engine.system.tiers
-    tiers.tree.check()
-    tiers.transfers.check()
-    if engine.system.name != "expected_time":  # whose values are other ones at every moment
-        tiers.check()
-    assert not engine._answering
-    check_memory(engine)
-    tiers.close()
-    engine.pages.check()
-    assert engine.pages.num_free == engine.pages.num_pages, "nobody holds pages any more"
-
-
-def check_memory(engine: Engine) -> None:
-    """What the pool counts is what is held, but for pages that are reserved and not written to yet."""
-    pool, pages = engine.system.tiers.pools[Tier.DEVICE], engine.pages
-    held = (pages.num_pages - pages.num_free) * pages.geometry.page_bytes
-    assert pool.used - pool.reserved <= held <= pool.used <= pool.capacity
 
 
 @pytest.mark.parametrize("how", [None, RETENTION], ids=["plain", "compressed"])
@@ -166,7 +78,7 @@ def test_requests_that_run_together_do_not_disturb_each_other(session, name, how
     ended = []
     for turn in range(1000):
         if turn % 4 == 3:
-            engine.system.scheduler.cancel(turn + 1)
+            engine.cancel(numbers[turn] if turn < len(numbers) else 0)
         ended += engine.step()
         if len(ended) == len(wanted):
             break
@@ -204,10 +116,10 @@ def test_a_forward_that_fails_ends_the_request_that_makes_it_fail(session, monke
     engine = make_engine(session, "lru_reactive", prompts=6.0)
     real, bad = engine_module.forward, 0  # no prompt or answer here has it
 
-    def failing(session, cache, rows):
+    def failing(model, cache, rows):
         if any(bad in one.ids for one in cache.tokens):
             raise RuntimeError("this token breaks the device")
-        return real(session, cache, rows)
+        return real(model, cache, rows)
 
     monkeypatch.setattr(engine_module, "forward", failing)
     for number, (agent, prompt) in enumerate(calls(1)[:3]):
@@ -288,7 +200,7 @@ def test_one_that_fails_ends_alone(session):
     close(engine)
 
 
-def test_what_an_engine_refuses(session, model):
+def test_what_an_engine_refuses(session):
     engine = make_engine(session, "lru", host=0)
     with pytest.raises(ValueError, match=r"got 519 tokens of prompt and answer; accepted: the model's 512"):
         engine.submit(Request("long", tokens(1, 513), ANSWER))
@@ -301,7 +213,7 @@ def test_what_an_engine_refuses(session, model):
     close(engine)
 
 
-def test_an_engine_says_itself_what_is_compressed(model):
+def test_an_engine_says_itself_what_is_compressed(tiny_llama):
     wrong = pytest.raises(ValueError, match="got a session under policy 'keydiff'")
-    with evict(model, "keydiff", 0.5) as evicting, wrong:
+    with evict(tiny_llama, "keydiff", 0.5) as evicting, wrong:
         make_engine(evicting, "lru", host=0)

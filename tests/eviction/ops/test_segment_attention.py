@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tenure.eviction import evict
-from tenure.eviction.ops import naive, segment_attention
+from tenure.eviction.ops import c_kernels, naive, segment_attention
 from tenure.eviction.storage import attention
 from tenure.eviction.storage.page_lists import PageLists, RaggedPages
 from tenure.eviction.storage.page_reads import ListReads
@@ -20,9 +20,11 @@ compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C comp
 @pytest.fixture
 def uncached():
     """Kernels are compiled anew in the test, and again after it."""
-    segment_attention._compiled.cache_clear()
+    c_kernels._library.cache_clear()
+    c_kernels._kernel.cache_clear()
     yield
-    segment_attention._compiled.cache_clear()
+    c_kernels._library.cache_clear()
+    c_kernels._kernel.cache_clear()
 
 
 def attend(given) -> torch.Tensor:
@@ -51,7 +53,8 @@ def segments(lengths: list[int], batch: int, group: int, dims: tuple[int, int], 
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_segments_attend_like_their_twin(dtype, group, dims, threads):
-    given = segments([1, 200, 63, 0, 64, 65], 2, group, dims, dtype)
+    lengths = [1, 200, 63, 0, 64, 65 if threads == 1 else 4100]  # the many are divided between threads
+    given = segments(lengths, 2, group, dims, dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -60,8 +63,8 @@ def test_segments_attend_like_their_twin(dtype, group, dims, threads):
         torch.set_num_threads(before)
     assert got.dtype == dtype and not got[1, 0].any(), "an empty segment gives zeros"
     exact = naive.segment_attention(*(tensor.double() for tensor in given[:3]), *given[3:])
-    tolerance = {"atol": 5e-6, "rtol": 0} if dtype == torch.float32 else {"atol": 5e-6, "rtol": 2**-8}
-    torch.testing.assert_close(got.double(), exact, **tolerance)
+    rtol = 0 if dtype == torch.float32 else 2**-8  # results are rounded
+    torch.testing.assert_close(got.double(), exact, atol=5e-6, rtol=rtol)
 
 
 @compiled
@@ -97,17 +100,14 @@ def test_what_the_kernel_does_not_take(monkeypatch):
         segment_attention.find_kernel(query, key, value)
 
 
-@pytest.mark.parametrize(
-    ("compiler", "reason"), [("no-such-compiler", "No such file"), ("cc -DKEY_DIM=nothing", "nothing|KEY_DIM")]
-)
-def test_without_a_compiler_sdpa_is_used_and_the_log_says_why(monkeypatch, caplog, uncached, compiler, reason):
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "cc --no-such-flag"])
+def test_without_a_compiler_there_is_no_kernel_and_the_log_says_why(monkeypatch, caplog, uncached, compiler):
     monkeypatch.setenv("CC", compiler)
-    monkeypatch.setattr(segment_attention, "FLAGS", ("-Werror", *segment_attention.FLAGS))
     given = segments([4], 1, 2, (16, 16), torch.float32)
     with caplog.at_level("INFO"):
         assert segment_attention.find_kernel(*given[:3]) is None
     (record,) = caplog.records
-    assert "decoding on the CPU uses SDPA" in record.message
+    assert "segment_attention runs in plain torch" in record.message
 
 
 @compiled
@@ -175,14 +175,14 @@ def test_pages_are_read_where_they_are(dtype, size, writes):
     rows = len(sequences)
     query = torch.randn(rows, heads, group, dims[0], generator=generator).to(dtype)
     new = tuple(torch.randn(rows, heads, dim, generator=generator).to(dtype) for dim in dims) if writes else None
-    kernels = segment_attention.find_kernels(query, key, value)
-    assert kernels is not None
-    pages = ListReads(kernels.paged, {"key": key, "value": value}, sequences, 1)._pages
+    kernel = segment_attention.find_paged_kernel(query, key, value)
+    assert kernel is not None
+    pages = ListReads(kernel, {"key": key, "value": value}, sequences, 1)._pages
     for layer in range(layers):
         twins = key.double(), value.double()
         out, log_sums = query.new_full((rows, heads, group, dims[1]), torch.nan), torch.empty(rows, heads, group)
         exact, exact_sums = out.double(), log_sums.double()
-        segment_attention.paged_attention(kernels.paged, query, key, value, pages, layer, 0.3, out, log_sums, new)
+        segment_attention.paged_attention(kernel, query, key, value, pages, layer, 0.3, out, log_sums, new)
         doubles = None if new is None else (new[0].double(), new[1].double())
         naive.paged_attention(query.double(), *twins, pages, layer, 0.3, exact, exact_sums, doubles)
         atol = 2e-6 if dtype == torch.float32 else 1e-2
