@@ -65,7 +65,7 @@ QUICK = EngineBenchSizes(
 
 @dataclass
 class EngineBench:
-    """The model, sizes and clock that every row is measured with.
+    """The model, the session and the settings that every row is measured with.
 
     Attributes:
         session: inside an `evict(model, "full", observe=["retention"])` block.

@@ -221,7 +221,7 @@ def overcommit_row(bench: EngineBench) -> BenchRow:
         run(engine)
         return sum(lengths) / (bench.clock() - start)
 
-    with bench.engine(room) as engine, context_of(bench.session.model, sizes.own + most):
+    with context_of(bench.session.model, sizes.own + most), bench.engine(room) as engine:
         for counted in range(1 + bench.runs):
             for asked, values in speeds.items():
                 speed = turn(engine, asked)
