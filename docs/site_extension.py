@@ -28,7 +28,7 @@ NAVIGATION = {
     "Concepts": [f"concepts/{name}" for name in ("budgets", "ragged-cache", "tiers", "step-graph", "simulator")],
     "Reference": [f"reference/{name}" for name in ("api", "cli", "config", "models", "hints", "checkpoint")],
     "Results": [f"results/{name}" for name in (
-        "demo", "table", "gates", "studies", "benchmarks", "simulator", "kernels")],
+        "demo", "table", "gates", "studies", "benchmarks", "engine", "simulator", "kernels")],
 }  # fmt: skip
 API_PAGES = [f"api/{name}" for name in ("retention", "training", "eviction", "policies", "serving", "eval")]
 # The dataclasses on the reference page of configuration.
@@ -37,6 +37,7 @@ CONFIGURATIONS = (
     ("tenure.retention", "RetentionConfig"),
     ("tenure.eval.sweep", "SweepConfig"),
     ("tenure.serving", "SchedulerConfig"),
+    ("tenure.serving", "SamplingParams"),
     ("tenure.serving", "PrefetchConfig"),
     ("tenure.serving", "GraphConfig"),
     ("tenure.serving", "SuffixReuseConfig"),

@@ -93,7 +93,7 @@ class ForwardStep:
 
     def flat_positions(self, num_kv_heads: int) -> torch.Tensor:
         """Positions of the new entries, int32, in the order (row, head, real token)."""
-        if self._flat is None or self.valid is not None or len(self._flat) != num_kv_heads * self.positions.numel():
+        if self._flat is None or self.valid is not None or self._flat.numel() != num_kv_heads * self.positions.numel():
             batch, n = self.positions.shape
             spread = self.positions.unsqueeze(1).expand(batch, num_kv_heads, n)
             flat = spread.reshape(-1) if self.valid is None else spread[self.valid.unsqueeze(1).expand_as(spread)]

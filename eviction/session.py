@@ -38,6 +38,7 @@ from .model_adapters import (
     rotates_queries,
 )
 from .mrope import RopeDeltas
+from .packed import PackedCache
 from .plan import BudgetLayout, EvictionPlan
 from .policies.policy import Policy
 from .recorders import InputRecorder, Observers
@@ -75,7 +76,7 @@ class Session(Interceptor):
         self.policies = policies = (plan.policy, *observe)
         self._needs = frozenset().union(*(policy.needs for policy in policies))
         self.window_size = max(policy.window_size for policy in policies)
-        self._running: RaggedCache | None = None
+        self._running: RaggedCache | PackedCache | None = None
         self._last: RaggedCache | None = None
         self.rope_deltas = RopeDeltas(model)
         modules = text_decoder(model).modules()
@@ -290,6 +291,9 @@ class Session(Interceptor):
 
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._running = None
+        if isinstance(kwargs.get("past_key_values"), PackedCache):
+            self._running = kwargs["past_key_values"]
+            return kwargs
         if not self.uses_cache(kwargs):
             return kwargs
         if any(module.training and module.gradient_checkpointing for module in self._checkpointed):
@@ -354,6 +358,11 @@ class Session(Interceptor):
         if self._running is None:
             return None
         state: dict[str, torch.Tensor] = {}
+        if isinstance(self._running, PackedCache):
+            if self._running.gated is not None and self.gates is not None:
+                hidden_states = hidden_states[:, self._running.gated]
+                state["log_beta"] = self.gates.log_beta(layer.layer_idx, hidden_states)
+            return self._running.open_layer(layer.layer_idx, state)
         if self._inputs is not None:
             self._inputs.append(hidden_states)
         elif self._gate_steps is not None:
@@ -369,6 +378,8 @@ class Session(Interceptor):
         inputs, self._inputs = self._inputs, None
         if cache is None:
             return
+        if isinstance(cache, PackedCache):
+            return cache.end_step(completed)
         if completed and inputs:
             for layer, values in zip(cache.ragged, self._log_beta_of_all_layers(inputs), strict=True):
                 assert layer.store is not None

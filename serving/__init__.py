@@ -5,10 +5,25 @@ if not __name__.startswith("tenure."):
 
 from typing import TYPE_CHECKING, Any
 
+from .client import AnswerStream, EngineClient, EngineClientConfig, EngineHealth
+from .engine_loop import EngineLoop
+from .errors import (
+    BadRequest,
+    Draining,
+    EngineDead,
+    Gone,
+    QueueFull,
+    RequestEnded,
+    RequestFailed,
+    ServingError,
+    TooLarge,
+)
+from .events import AnswerEvent, Detokenizer, TokenEvent
 from .hints import Hint, HintConfig, HintReader, hint_formats, request_fields
 from .kvcache.base import KVPayload, PhantomPayload, Status, TensorPayload, Tier, Urgency
 from .kvcache.belady import Belady
 from .kvcache.disk_pool import DiskPool
+from .kvcache.disk_store import DiskConfig
 from .kvcache.estimates import Estimates
 from .kvcache.eviction_policy import (
     LFU,
@@ -35,6 +50,7 @@ from .metrics import SchedulerMetrics
 from .prediction import NextCallPredictor, PredictionConfig, PredictionMode
 from .prefetch import PrefetchConfig, Prefetcher, PrefetchMetrics
 from .request import FinishReason, Request, RequestOutput, RequestTimes, StorePolicy
+from .sampling.params import FinishedBy, SamplingParams, TokenMask
 from .scheduler.request_state import ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .scheduler.scheduler import Scheduler
 from .scheduler.scheduler_config import SchedulerConfig
@@ -59,18 +75,20 @@ if TYPE_CHECKING:
     from .prompt_cache import Compression, PromptKV
 
 __all__ = [
-    "LFU", "LRU", "AgentSpec", "AllocStatus", "ArenaConfig", "Belady", "CacheHandle", "Compression", "DiskPool",
-    "EagerWriteBackConfig", "EdgeSpec", "Engine", "Estimates", "EvictionPolicy", "ExpectedTime", "FinishReason",
-    "GraphConfig", "Hint", "HintConfig", "HintReader", "KVPayload", "LearnedTransitions", "LinearCosts", "LinkSpeed",
-    "LoadState", "MarkovConfig", "Match", "MemoryPool", "NextCallPredictor", "PhantomPayload", "PhantomPool",
-    "PredictionConfig", "PredictionMode", "PrefetchConfig", "PrefetchMetrics", "Prefetcher", "PromptKV", "Request",
-    "RequestOutput", "RequestTimes", "ScheduledBatch", "ScheduledDecode", "ScheduledPrefill", "Scheduler",
-    "SchedulerConfig", "SchedulerMetrics", "Status", "StepGraph", "StepsToExecution", "StorePolicy", "SuffixReuse",
-    "SuffixReuseConfig", "System", "TensorPayload", "ThreadedTransfer", "Tier", "TierMetrics", "TierPolicy",
-    "TieredCache", "Urgency", "VirtualClock", "VirtualTransfer", "Workflow", "WorkflowSpec", "WriteBack",
-    "build_system", "draw_svg", "get_tier_policy", "hint_formats", "request_fields", "system_names",
-    "tier_policy_names", "workflow_from_dict", "workflow_from_json", "workflow_from_langgraph",
-    "workflow_from_networkx", "workflow_from_yaml",
+    "LFU", "LRU", "AgentSpec", "AllocStatus", "AnswerEvent", "AnswerStream", "ArenaConfig", "BadRequest", "Belady",
+    "CacheHandle", "Compression", "Detokenizer", "DiskConfig", "DiskPool", "Draining", "EagerWriteBackConfig",
+    "EdgeSpec", "Engine", "EngineClient", "EngineClientConfig", "EngineDead", "EngineHealth", "EngineLoop", "Estimates",
+    "EvictionPolicy", "ExpectedTime", "FinishReason", "FinishedBy", "Gone", "GraphConfig", "Hint", "HintConfig",
+    "HintReader", "KVPayload", "LearnedTransitions", "LinearCosts", "LinkSpeed", "LoadState", "MarkovConfig", "Match",
+    "MemoryPool", "NextCallPredictor", "PhantomPayload", "PhantomPool", "PredictionConfig", "PredictionMode",
+    "PrefetchConfig", "PrefetchMetrics", "Prefetcher", "PromptKV", "QueueFull", "Request", "RequestEnded",
+    "RequestFailed", "RequestOutput", "RequestTimes", "SamplingParams", "ScheduledBatch", "ScheduledDecode",
+    "ScheduledPrefill", "Scheduler", "SchedulerConfig", "SchedulerMetrics", "ServingError", "Status", "StepGraph",
+    "StepsToExecution", "StorePolicy", "SuffixReuse", "SuffixReuseConfig", "System", "TensorPayload",
+    "ThreadedTransfer", "Tier", "TierMetrics", "TierPolicy", "TieredCache", "TokenEvent", "TokenMask", "TooLarge",
+    "Urgency", "VirtualClock", "VirtualTransfer", "Workflow", "WorkflowSpec", "WriteBack", "build_system", "draw_svg",
+    "get_tier_policy", "hint_formats", "request_fields", "system_names", "tier_policy_names", "workflow_from_dict",
+    "workflow_from_json", "workflow_from_langgraph", "workflow_from_networkx", "workflow_from_yaml",
 ]  # fmt: skip
 
 # These need torch and transformers; a simulation or a scheduler of another engine does not.

@@ -10,19 +10,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from tenure.checked import Count, Positive, verify
 
-from .hints.hint import Hint, HintConfig, HintStore, SessionAction
-from .kvcache.radix_tree import TOKEN_BYTES, Pages, common_pages
+from .conversations import Conversations
+from .hints.hint import SESSION, ActionKind, Hint, HintAction, HintConfig, HintStore, SessionAction, session_agent
+from .kvcache.radix_tree import TOKEN_BYTES, Node, Pages, common_pages
 from .kvcache.tiered_cache import TieredCache
 from .request import Request
 from .workflow.durations import Duration
 from .workflow.graph import MIN_CHANCE, StepGraph
 from .workflow.markov import LearnedTransitions
+from .workflow.workflow import Workflow
 
 logger = logging.getLogger(__name__)
 
@@ -33,22 +35,29 @@ class PredictionConfig:
 
     Attributes:
         step_s: seconds; guessed duration of one step, until calls have been observed.
-        capped_reuse: expected discounted reuse (0 to 1) of an agent over its client's quota, at most.
+        capped_reuse: expected discounted reuse (0 to 1) of an agent over its client's quota in every tier, at most.
+        held_reuse, held_steps: the same of an agent that is over the quota of the device only, and its steps to the
+            next call, at least.
         sight_margin: in 1/γ, and relative to the look-ahead; an agent that misses the thresholds of prefetching by no
             more than this counts as within them. Expected times stand still between two reads of the graph: without a
             margin an agent that misses by a rounding error would be checked again and again at the same time.
         silence_check_s: seconds between two checks for workflows without events.
         max_prefix_agents, max_prefix_bytes: agents and bytes of prompts stored by `LearnedPrefixes`.
         max_owned_agents: agents whose owner is stored by `ClientQuotas`.
+        max_sessions, max_session_bytes: sessions and bytes of their prompts stored by `Conversations`.
     """
 
     step_s: Positive = 5.0
     capped_reuse: Positive = 0.01
+    held_reuse: Positive = 0.05
+    held_steps: Positive = 32.0
     sight_margin: Positive = 0.1
     silence_check_s: Positive = 360.0
     max_prefix_agents: Count = 10_000
     max_prefix_bytes: Count = 1 << 28
     max_owned_agents: Count = 100_000
+    max_sessions: Count = 10_000
+    max_session_bytes: Count = 1 << 28
     hints: HintConfig = field(default_factory=HintConfig)
 
     def __post_init__(self) -> None:
@@ -90,64 +99,76 @@ class LearnedPrefixes:
 
 
 class ClientQuotas:
-    """Caps the agents of a client at its fair fraction of device memory, most valuable agents first.
+    """Separates the clients' agents, and caps those of a client at its fair fraction of memory, most valuable first.
 
-    The fraction is 1 / (number of clients with agents). Agents over it count as much as agents without a prediction, so
-    they stay while there is no demand for the memory. Agents of no client ("") are not capped, nor is a single client.
-    An agent is owned by the client that called it first, or else by the one that first sent a hint about it, until the
-    owner is forgotten.
+    An agent's name means the agent of the client that uses it. The first client to use a name has the agent of that
+    name; an agent that another client calls so is named `name@client` (`key`). A client that has only sent hints about
+    an agent gives the name up to one that calls it. Agents of no client ("") are everybody's that gives no client.
 
-    Args:
-        config: bounds.
+    The fraction is 1 / (number of clients with agents). Agents over it on the device are still to be held in the
+    largest tier, as far as the client's fraction of that, and what the other clients leave of theirs, has room for
+    them: they count as called in a long time. Those beyond count as much as agents without a prediction. All stay while
+    there is no demand for the memory. A single client is not capped, nor are agents of no client. Agents that share a
+    part of their prompts are charged equal shares of it.
+
     Args:
         value: of an agent, larger = keep.
+        config: bounds.
     Attributes:
-        capped: agents over their client's quota.
+        capped: agents over their client's quota of the device.
+        capped_everywhere: of these, the agents for which the largest tier has no room either.
     """
 
     def __init__(self, value: Callable[[str], float], config: PredictionConfig) -> None:
         self.capped: set[str] = set()
+        self.capped_everywhere: set[str] = set()
         self._value = value
         self._max_agents = config.max_owned_agents
         self._owner: dict[str, str] = {}
         self._agents: dict[str, set[str]] = {}
         self._hinted_only: set[str] = set()  # agents that their owners have never called
         self._num_clients = 0  # at the last update
+        self._used: dict[str, float] = {}  # bytes of the agents' prompts, by client, when they were last added up
 
-    def claim_by_call(self, agent: str, client: str) -> bool:
-        """`client` calls `agent`; returns whether it takes the agent from a client that only sent hints about it."""
+    def key(self, agent: str, client: str) -> str:
+        """The agent that `client` means by a name."""
+        while self._owner.get(agent, client) != client:
+            agent = f"{agent}@{client}"
+        return agent
+
+    def claim_by_call(self, agent: str, client: str) -> tuple[str, bool]:
+        """`client` calls an agent; returns its key, and whether the name was taken from a client that only sent hints
+        about it."""
         taken = agent in self._hinted_only and self._owner[agent] != client
         if taken:
             self._forget(agent)
-        self.claim(agent, client)
-        self._hinted_only.discard(agent)
-        return taken
+        key = self.key(agent, client)
+        self._claim(key, client)
+        self._hinted_only.discard(key)
+        return key, taken
 
-    def claim_by_hint(self, agent: str, client: str) -> bool:
-        """`client` sends a hint about `agent`; returns whether it owns the agent or nobody does."""
-        known = agent in self._owner
-        owns = self.claim(agent, client)
-        if not known and agent in self._owner:
-            self._hinted_only.add(agent)
-        return owns
+    def claim_by_hint(self, agent: str, client: str) -> str:
+        """`client` sends a hint about an agent; returns its key."""
+        key = self.key(agent, client)
+        if client and key not in self._owner:
+            self._claim(key, client)
+            self._hinted_only.add(key)
+        return key
 
-    def claim(self, agent: str, client: str) -> bool:
-        """Whether `client` owns `agent` or nobody does; an agent without an owner becomes the client's."""
-        owner = self._owner.get(agent)
-        if owner is not None or not client:
-            return owner is None or owner == client
+    def _claim(self, key: str, client: str) -> None:
+        if not client or key in self._owner:
+            return
         if len(self._owner) >= self._max_agents:
             self._forget(next(iter(self._owner)))
-        self._owner[agent] = client
-        self._agents.setdefault(client, set()).add(agent)
-        return True
+        self._owner[key] = client
+        self._agents.setdefault(client, set()).add(key)
 
     def owner(self, agent: str) -> str:
         """The client that owns `agent`, "" if there is none."""
         return self._owner.get(agent, "")
 
     def fraction(self, client: str) -> float:
-        """Fraction of device memory that `client` may protect, 0 to 1."""
+        """Fraction of a tier's memory that `client` may protect whatever others do, 0 to 1."""
         return 1 / max(1, len(self._agents)) if client else 1.0
 
     def update(self, agents: Collection[str], tiers: TieredCache) -> set[str]:
@@ -166,29 +187,39 @@ class ClientQuotas:
         changed: set[str] = set()
         for client in clients:
             owned = self._agents[client]
-            capped = self._over_quota(client, tiers) if len(self._agents) > 1 else set()
-            changed |= (self.capped & owned) ^ capped
+            capped, everywhere = self._over_quota(client, tiers) if len(self._agents) > 1 else (set(), set())
+            changed |= (self.capped & owned) ^ capped | (self.capped_everywhere & owned) ^ everywhere
             self.capped = (self.capped - owned) | capped
+            self.capped_everywhere = (self.capped_everywhere - owned) | everywhere
         return changed
 
-    def _over_quota(self, client: str, tiers: TieredCache) -> set[str]:
-        room = self.fraction(client) * tiers.capacity()
-        over: set[str] = set()
+    def _over_quota(self, client: str, tiers: TieredCache) -> tuple[set[str], set[str]]:
+        """The agents over the quota of the device, and of these the ones for which the largest tier has no room."""
+        largest, used = max(map(tiers.capacity, tiers.pools)), 0.0
+        device, share = self.fraction(client) * tiers.capacity(), self.fraction(client) * largest
+        room = largest - sum(min(share, nbytes) for other, nbytes in self._used.items() if other != client)
+        capped: set[str] = set()
+        everywhere: set[str] = set()
         for agent in sorted(self._agents[client], key=lambda agent: (-self._value(agent), agent)):
             end = tiers.lookup_agent(agent)
             if end is not None:
-                room -= sum(node.nbytes for node in end.path())
-                if room < 0:
-                    over.add(agent)
-        return over
+                used += sum(node.nbytes / max(1, len(node.group.agents)) for node in end.path())
+                if used > device:
+                    capped.add(agent)
+                if used > max(share, room):
+                    everywhere.add(agent)
+        self._used[client] = used
+        return capped, everywhere
 
     def _forget(self, agent: str) -> None:
         client = self._owner.pop(agent)
         self.capped.discard(agent)
+        self.capped_everywhere.discard(agent)
         self._hinted_only.discard(agent)
         self._agents[client].discard(agent)
         if not self._agents[client]:
             del self._agents[client]
+            self._used.pop(client, None)
 
 
 class PredictionMode(Enum):
@@ -225,12 +256,14 @@ class NextCallPredictor:
         self.hints = HintStore(clock, config.hints)
         self.quotas = ClientQuotas(self._quota_value, config)
         self.step = Duration(config.step_s, config.step_s)
+        self.conversations = Conversations(config.max_sessions, config.max_session_bytes)
         self._prefixes = LearnedPrefixes(page_size, config)
         self._on_lookup = on_lookup
         self._waiting: dict[str, int] = {}  # waiting requests by agent
         self._changed: set[str] = set()  # since the last push, other than by the graph
         self._rate = graph.rate
         self._clock, self._silence_checked_s = clock, clock()
+        graph.separate_clients(self._claim)
 
     @property
     def by_time(self) -> bool:
@@ -240,12 +273,18 @@ class NextCallPredictor:
 
     def steps(self, agent: Any) -> float:
         """Steps to the next call of `agent`, for eviction; infinity: none predicted, or over its client's quota."""
-        return math.inf if agent in self.quotas.capped else self.next_steps(agent)
+        if agent not in self.quotas.capped:
+            return self.next_steps(agent)
+        everywhere = agent in self.quotas.capped_everywhere
+        return math.inf if everywhere else max(self.next_steps(agent), self.config.held_steps)
 
     def reuse(self, agent: Any) -> float:
         """Value of the cache of `agent` by expected discounted reuse, 0 to 1, for eviction."""
         value = 1.0 if agent in self._waiting else self.hints.reuse(agent, self.graph.retention_value(agent))
-        return min(value, self.config.capped_reuse) if agent in self.quotas.capped else value
+        if agent not in self.quotas.capped:
+            return value
+        everywhere = agent in self.quotas.capped_everywhere
+        return min(value, self.config.capped_reuse if everywhere else self.config.held_reuse)
 
     def next_steps(self, agent: str) -> float:
         """Steps to the next call of `agent` at the earliest, regardless of quotas; infinity if none is predicted."""
@@ -303,6 +342,10 @@ class NextCallPredictor:
         Returns:
             These agents, sorted, so that results do not depend on the seed of hashing.
         """
+        expired = self.hints.pop_expired()
+        self._changed |= expired
+        self.conversations.expired(expired)
+        self.conversations.apply(tiers, self.hints, by_agents=self.mode is not PredictionMode.NONE)
         changed = sorted(self._changed_agents(tiers))
         if changed:
             tiers.values_changed(changed)
@@ -313,46 +356,80 @@ class NextCallPredictor:
         if now - self._silence_checked_s > self.config.silence_check_s:
             self._silence_checked_s = now
             self.graph.clear_silent()
+        changed, self._changed = self._changed, set()
         if self.mode is PredictionMode.NONE:
             return set()
         graph = self.graph
-        changed, self._changed = self._changed, set()
         changed |= graph.changed_reuse() if self.by_time else graph.changed_steps()
         if graph.rate != self._rate:  # values at different rates are not comparable
             self._rate = graph.rate
             changed.update(map(str, tiers.agents()))
-        changed |= self.hints.pop_expired()
         return changed | self.quotas.update(changed, tiers)
 
     # Events -----------------------------------------------------------------------------------------------------
 
-    def on_request(self, request: Request) -> tuple[str | None, bool]:
+    def on_request(self, request: Request, number: int) -> tuple[str | None, bool]:
         """A request has arrived.
 
+        Args:
+            number: identifies it; `request.id` does not.
+
         Returns:
-            The agent whose call it is, None for an agent of another client; and whether a workflow counts it as a call
-            in progress, so that `on_finish` must follow.
+            The agent whose call it is (`ClientQuotas.key`); and whether a workflow counts it as a call in progress, so
+            that `on_finish` must follow.
         """
-        agent = request.agent
+        client, name = request.client, request.workflow
+        if request.session is not None:
+            standing = self.conversations.agent((client, session_agent(request.session)))
+            if standing is not None:
+                self._on_call(standing)
+        if request.agent is None:
+            return None, False
+        workflow = self._workflow_of(request)
+        agent = None if workflow is None else workflow.current_name(request.agent)
         if agent is None:
-            return None, False
-        if self.quotas.claim_by_call(agent, request.client):
-            self.hints.discard(agent)
-            self._changed.add(agent)
-        if not self.quotas.claim(agent, request.client):
-            return None, False
-        self.hints.on_call(agent)
-        self._changed.add(agent)
-        name = request.workflow
+            agent = self._claim(request.agent, client)
+        self._on_call(agent)
         try:
-            if name is not None and name in self.graph and agent in self.graph[name].ids:
-                self.graph[name].start(agent, request.id)
+            if workflow is not None:
+                workflow.start(agent, number)
                 return agent, True
             if self.learned is not None:
-                self.learned.observe((request.client, request.session or name or ""), agent)
+                self.learned.observe((client, request.session or name or ""), agent)
         except ValueError as error:  # the graph is full: the request is answered all the same
             logger.debug("the call of the request %s: %s", request.id, error)
         return agent, False
+
+    def _on_call(self, agent: str) -> None:
+        self.hints.on_call(agent)
+        self._changed.add(agent)
+
+    def _workflow_of(self, request: Request) -> Workflow | None:
+        """The workflow that counts the call: one that has the agent, and belongs to the request's client or to nobody.
+
+        The first client that calls an agent in a workflow of nobody gets it, and the workflow's agents become its own.
+        """
+        name, agent, client = request.workflow, request.agent, request.client
+        if name is None or agent is None or name not in self.graph:
+            return None
+        workflow = self.graph[name]
+        if workflow.current_name(agent) is None or workflow.client not in ("", client):
+            return None
+        if not workflow.client and client:
+            try:
+                workflow.bind(client)
+            except ValueError as error:  # a name with that of the client is too long
+                logger.debug("the call of the request %s: %s", request.id, error)
+                return None
+        return workflow
+
+    def _claim(self, agent: str, client: str) -> str:
+        """The agent that `client` means by a name, which becomes the client's if nobody has called it."""
+        key, taken = self.quotas.claim_by_call(agent, client)
+        if taken:
+            self.hints.discard(key)
+            self._changed.add(key)
+        return key
 
     def on_wait(self, agent: str | None) -> None:
         """A request of `agent` waits for admission: the agent's cache is needed next."""
@@ -372,20 +449,40 @@ class NextCallPredictor:
                 del self._waiting[agent]
             self._changed.add(agent)
 
-    def on_finish(self, request: Request, seconds: float, succeeded: bool) -> None:
+    def on_finish(self, request: Request, number: int, seconds: float, succeeded: bool) -> None:
         """A call that a workflow counts has ended after `seconds`; without success, no successor is predicted."""
         assert request.workflow is not None and request.agent is not None, "a started call has both"
         self.step.observe(seconds)
         try:
-            self.graph[request.workflow].finish(request.agent, request.id, None if succeeded else ())
+            self.graph[request.workflow].finish(request.agent, number, None if succeeded else ())
         except ValueError as error:  # the workflow has ended or changed meanwhile
             logger.debug("the end of the request %s: %s", request.id, error)
 
+    def on_answer(self, request: Request, end: Node) -> None:
+        """A request has been answered; the KV of its prompt and answer is cached up to the node `end`."""
+        if request.session is not None and end.parent is not None:
+            prompt = Pages(b"".join(reversed([node.span for node in end.path()])))
+            self.conversations.observe((request.client, session_agent(request.session)), prompt, request.namespace)
+
     def on_hint(self, hint: Hint) -> None:
-        """Applies a hint to the agents that its client owns."""
-        owned = {agent for agent in hint.agents() if self.quotas.claim_by_hint(agent, hint.client)}
-        self._changed |= self.hints.add(hint, owned)
-        if hint.pause_s is not None and hint.agent in owned:
-            self.graph.observe_pause(hint.agent, hint.pause_s)
-        if hint.session_action is SessionAction.CLOSE and hint.session is not None and self.learned is not None:
-            self.learned.end((hint.client, hint.session))
+        """Applies a hint to the agents that its client means by their names, and to its sessions."""
+        client = hint.client
+        if hint.session_action is SessionAction.CLOSE and hint.session is not None:
+            if self.learned is not None:
+                self.learned.end((client, hint.session))
+            ended = session_agent(hint.session)
+            if all(action.agent != ended for action in hint.actions):
+                hint = replace(hint, actions=(*hint.actions, HintAction(ActionKind.EVICT, ended)))
+        keys = {agent: self.quotas.claim_by_hint(agent, client) for agent in hint.agents()}
+        hint = replace(
+            hint,
+            steps={keys[agent]: steps for agent, steps in hint.steps.items()},
+            actions=tuple(replace(action, agent=keys[action.agent]) for action in hint.actions),
+        )
+        changed = self.hints.add(hint, keys.values())
+        self._changed |= changed
+        for agent, key in keys.items():
+            if agent.startswith(SESSION) and key in changed:
+                self.conversations.hinted((client, agent), key)
+        if hint.pause_s is not None and hint.agent is not None:
+            self.graph.observe_pause(keys[hint.agent], hint.pause_s)

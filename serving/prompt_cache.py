@@ -1,8 +1,8 @@
-"""Converts between the caches of an eviction session and the payloads that the tiered cache stores."""
+"""Computes and compresses prompts, between the caches of an eviction session and the pages of the device."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,14 @@ from typing import Any
 import torch
 
 from ..eviction import Budget, Policy, RaggedCache, Session, get_policy
-from ..eviction.serialization import cache_of_slices, check_sliceable, export_cache, import_cache, slice_of
+from ..eviction.cache_layer import RaggedLayer
+from ..eviction.serialization import cache_of_slices, check_sliceable, slice_of
+from ..eviction.storage.packing import entries_at
 from .kvcache.base import KVPayload, TensorPayload
+from .kvcache.page_pool import PageBuilder, PageGeometry, PagePayload, PagePool
+from .kvcache.paged_sequence import PagedSequence
 
-HEADER = "header.json"  # name of a compressed prompt's header, stored as bytes and checksummed with the tensors
+MAX_PAGE_SIZE = 16  # entries: half a page is lost in each head of a compressed prompt
 
 
 @dataclass(frozen=True)
@@ -38,46 +42,53 @@ class Compression:
         Budget(self.budget)
 
 
-class PromptKV:
-    """Exports caches to payloads and imports payloads into caches; each side owns the tensors it gets.
-
-    A plain prompt becomes a payload that can be split at any token. A compressed one is indivisible: its last tokens
-    decided which entries of its first ones were kept.
+def page_geometry(session: Session, page_size: int) -> PageGeometry:
+    """The pages that a session's model needs.
 
     Args:
-        session: inside its `evict` block; its caches have one row here.
+        page_size: tokens per page of the prefix tree, which consists of whole pages of entries.
+
     Raises:
-        ValueError: the model or the policy keeps KV that cannot be separated by tokens, see `check_sliceable`.
+        ValueError: layers of different shapes, or states other than log β.
+    """
+    layers = session.new_cache().ragged
+    if any(layer.attention.latent for layer in layers):
+        raise ValueError("got a model whose cache holds latents (MLA); accepted: models that cache keys and values")
+    shapes = {(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in layers}
+    if len(shapes) > 1:
+        given = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(shapes))
+        raise ValueError(f"got a model whose layers have {given}; accepted: models whose layers are alike")
+    others = [name for name in session.entry_states if name != "log_beta"]
+    if others:
+        raise ValueError(f"got a session that records {', '.join(others)}; accepted: policies that need at most log β")
+    ((heads, dim),) = shapes
+    dtype = session.model.dtype
+    states = tuple((name, torch.float32, 0) for name in session.entry_states)
+    entry = (("key", dtype, dim), ("value", dtype, dim), *states)
+    return PageGeometry(tuple(layer.layer_idx for layer in layers), heads, entry, math.gcd(page_size, MAX_PAGE_SIZE))
+
+
+class PromptKV:
+    """Computes prompts with a session, compresses them, and moves their entries into pages.
+
+    Args:
+        session: inside its `evict` block.
+        page_size: tokens per page of the prefix tree.
+    Attributes:
+        geometry: of the pages.
+
+    Raises:
+        ValueError: the model or the policy keeps KV that cannot be separated by tokens, see `check_sliceable`, or as
+            `page_geometry`.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, page_size: int = MAX_PAGE_SIZE) -> None:
         check_sliceable(session.recording)
-        self.session = session
+        self.session, self.geometry = session, page_geometry(session, page_size)
 
     def bytes_per_token(self) -> int:
         """Bytes of KV per token of a plain prompt."""
-        state = torch.float32.itemsize * len(self.session.entry_states)
-        widths = self.session.model.dtype.itemsize
-        return sum(
-            layer.attention.num_kv_heads * (2 * layer.attention.head_dim * widths + state)
-            for layer in self.session.new_cache().ragged
-        )
-
-    def export_plain(self, cache: RaggedCache, start: int, stop: int, row: int | None = None) -> TensorPayload:
-        """The KV of the tokens [start, stop) of a row, see `slice_of`.
-
-        Raises:
-            ValueError: the cache has evicted entries.
-        """
-        return TensorPayload(slice_of(cache, start, stop, row), stop - start, token_dim=-2)
-
-    def export_compressed(self, cache: RaggedCache) -> TensorPayload:
-        """All entries that `cache` has kept of the tokens it has seen."""
-        header, tensors = export_cache(cache)
-        owned = {name: value if ".entries." in name else value.clone() for name, value in tensors.items()}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        owned[HEADER] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.session.model.device)
-        return TensorPayload(owned, cache.columns_seen, token_dim=None)
+        return self.geometry.token_bytes
 
     def forward(self, cache: RaggedCache, ids: Sequence[int] | Any) -> torch.Tensor:
         """Extends `cache` by a row of tokens; returns the logits `(vocab,)` of the last one."""
@@ -91,32 +102,59 @@ class PromptKV:
         cache.compress("full", 1.0)
 
     def compute(self, prompt: Sequence[int], how: Compression | None = None) -> TensorPayload:
-        """Computes the KV of a prompt, compressed by `how`; None: plain."""
+        """Computes the KV of a prompt, compressed by `how`, outside the pages; None: plain, whole pages."""
         cache = self.session.new_cache()
         self.forward(cache, prompt)
         if how is None:
-            return self.export_plain(cache, 0, len(prompt))
+            return TensorPayload(slice_of(cache, 0, len(prompt)), len(prompt), token_dim=-2)
         self.compress(cache, how)
         return self.export_compressed(cache)
 
-    def import_payloads(self, payloads: Sequence[KVPayload]) -> RaggedCache:
-        """A cache with the entries of the payloads; without payloads an empty one.
+    def export_compressed(self, cache: RaggedCache) -> TensorPayload:
+        """All entries that `cache`, of one row, has kept, each head padded to whole pages, as `PagePayload.kinds`."""
+        tensors: dict[str, torch.Tensor] = {}
+        for layer in cache.ragged:
+            entries, lengths = self._padded(layer)
+            start = f"layers.{layer.layer_idx}."
+            tensors[start + "lengths"] = lengths
+            tensors |= {start + name: one.reshape(len(one), -1) for name, one in entries.items()}
+        return TensorPayload(tensors, cache.columns_seen, token_dim=None)
 
-        Raises:
-            ValueError: payloads of another kind of session, or further payloads after a compressed prompt.
-        """
-        contents = [self._read(payload) for payload in payloads]
-        if not contents:
-            return self.session.new_cache()
-        if all(payload.divisible for payload in payloads):
-            return cache_of_slices(self.session.recording, contents)
-        if len(contents) > 1 or HEADER not in contents[0]:
-            raise ValueError(f"got {len(contents)} payloads; accepted: parts of one prompt, or one compressed prompt")
-        (content,) = contents
-        header = json.loads(bytes(content[HEADER].cpu().numpy().tobytes()))
-        owned = {name: tensor.clone() for name, tensor in content.items() if name != HEADER}
-        return import_cache(self.session.recording, header, owned)
+    def _padded(self, layer: RaggedLayer) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Entries of a layer by name, `(pages * page_size, …)`, and each head's length, int32."""
+        store, size = layer.store, self.geometry.page_size
+        assert store is not None, "the cache has entries"
+        index, valid = (each[0] for each in store.dense_index())
+        # Free slots of a head's last page get a copy of its last entry: they are never read.
+        width = -(-index.shape[1] // size) * size
+        place = torch.arange(width, device=index.device)
+        lengths = valid.sum(1)
+        source = index.gather(1, torch.minimum(place, (lengths - 1).clamp(min=0).unsqueeze(1)))
+        wanted = place < (-(-lengths // size) * size).unsqueeze(1)
+        buffers = {name: store.buffers[name] for name, _, _ in self.geometry.entry}
+        return entries_at(buffers, source[wanted]), lengths.to(torch.int32)
 
-    @staticmethod
-    def _read(payload: KVPayload) -> dict[str, torch.Tensor]:
-        return {name: tensor for layer in range(len(payload.layers)) for name, tensor in payload.read(layer).items()}
+    def compress_pages(self, sequence: PagedSequence, how: Compression) -> PagePayload:
+        """Compresses a plain sequence, which is of no use then: its pages make room for those of the result."""
+        payload = self._compressed(sequence, how)
+        sequence.release()
+        return in_pages(sequence.pool, payload)
+
+    def _compressed(self, sequence: PagedSequence, how: Compression) -> TensorPayload:
+        pool, heads, tokens = sequence.pool, self.geometry.num_kv_heads, sequence.tokens
+        slots = torch.from_numpy(sequence.slots(0, tokens)).to(pool.device)
+        content = {}
+        for place, layer in enumerate(self.geometry.layers):
+            entries = entries_at(pool.buffers, slots[place * heads : (place + 1) * heads].flatten())
+            content |= {f"layers.{layer}.{name}": one.view(1, heads, tokens, -1) for name, one in entries.items()}
+        cache = cache_of_slices(self.session.recording, [content])
+        self.compress(cache, how)
+        return self.export_compressed(cache)
+
+
+def in_pages(pool: PagePool, payload: KVPayload) -> PagePayload:
+    """A copy of `payload` in pages; MemoryError if there are too few free ones."""
+    builder = PageBuilder(pool, payload)
+    for layer in range(len(payload.layers)):
+        builder.write(layer, payload.read(layer))
+    return builder.commit()

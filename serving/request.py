@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
+
+from .kvcache.radix_tree import read_token_ids
+from .sampling.params import FinishedBy, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
 
 MAX_NAME = 256  # characters of the name of a request, agent, workflow, session or client
+MAX_NUMBER = 2**31 - 1  # of the numbers of a request
+MAX_NAMESPACE_PARTS = 64  # names, numbers and tuples in a namespace, at every depth together
 
 
 def shown(value: object) -> str:
@@ -33,6 +38,31 @@ def check_name(name: object, what: str) -> str:
     return name
 
 
+def check_namespace(namespace: object) -> Hashable:
+    """Returns `namespace`; ValueError unless it is a string, a whole number, None, or a tuple of these, all bounded.
+
+    Only these are known to be hashable, and equal only to what is meant to be the same: `True == 1 == 1.0`.
+    """
+    pending, parts = [namespace], 0
+    while pending:
+        part = pending.pop()
+        parts += len(part) if type(part) is tuple else 0
+        fits = (
+            part is None
+            or (type(part) is str and len(part) <= MAX_NAME)
+            or (type(part) is int and abs(part) <= 2**63)
+            or type(part) is tuple
+        )
+        if not fits or parts > MAX_NAMESPACE_PARTS:
+            raise ValueError(
+                f"got {shown(namespace)} as a namespace; accepted: a string of up to {MAX_NAME} characters, a whole "
+                f"number of up to 2^63, None, or a tuple of up to {MAX_NAMESPACE_PARTS} of these"
+            )
+        if type(part) is tuple:
+            pending += part
+    return namespace  # pyright: ignore[reportReturnType]
+
+
 class StorePolicy(Enum):
     """Whether the KV of a request's suffix and answer is stored in the cache; its fixed prompt always is."""
 
@@ -45,21 +75,25 @@ class Request:
     """A prompt to be answered.
 
     Attributes:
-        id: unique among all unfinished requests.
-        prompt: token ids, one row: a list, an array or a tensor in CPU memory; at least one.
-        max_new_tokens: upper bound on the answer, in tokens; memory for all of them is reserved at admission.
+        id: the client's label. The scheduler never looks at it: several requests may have the same one, at the same
+            time or one after the other (`Scheduler.submit` returns the number that a request is known by).
+        prompt: token ids, one row: a list, an array or a tensor in CPU memory; at least one. The request keeps a
+            read-only copy, int32 `(tokens,)`.
+        max_new_tokens: upper bound on the answer, in tokens.
         workflow, agent: names of the step graph.
         fixed_tokens: length of the agent's fixed prompt at the beginning of `prompt` (rounded down to whole pages);
             0: unknown, and learned from the agent's calls.
         session: groups the calls of one conversation where no workflow is declared.
         client: the account that tokens are charged to; fairness and quotas apply to clients first.
-        namespace: separates prefix trees; equal prompts in different namespaces share nothing.
+        namespace: separates prefix trees; equal prompts in different namespaces share nothing. A string, a whole
+            number, None, or a tuple of these.
         priority: 0 to 1, larger is sooner; only compared with requests of the same workflow.
         timeout_s: seconds from arrival until the request ends unanswered; None: `SchedulerConfig.timeout_s`.
         store_policy: whether suffix and answer are stored.
         bytes_per_token: bytes of KV per computed token; None: the scheduler's value.
         expected_tokens: expected length of the answer, charged by the fair queue until the real length is known;
             None: `max_new_tokens`.
+        sampling: how an engine chooses the answer's tokens, and what ends it; greedy by default.
 
     Raises:
         ValueError: a field is outside these ranges.
@@ -79,24 +113,36 @@ class Request:
     store_policy: StorePolicy = StorePolicy.NEUTRAL
     bytes_per_token: int | None = None
     expected_tokens: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
         check_name(self.id, "a request")
         for name, what in ((self.workflow, "a workflow"), (self.agent, "an agent"), (self.session, "a session")):
             if name is not None:
                 check_name(name, what)
-        if self.client:
+        if not (isinstance(self.client, str) and self.client == ""):
             check_name(self.client, "a client")
+        check_namespace(self.namespace)
         for key, low in (("max_new_tokens", 1), ("fixed_tokens", 0), ("bytes_per_token", 1), ("expected_tokens", 1)):
             value = getattr(self, key)
             if value is None and key in ("bytes_per_token", "expected_tokens"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"got {key}={value!r:.60} for a request; accepted: a whole number from {low} up")
+            if type(value) is not int or not low <= value <= MAX_NUMBER:
+                raise ValueError(
+                    f"got {key}={shown(value)} for a request; accepted: a whole number from {low} up to {MAX_NUMBER}"
+                )
         if not _is_number(self.priority) or not 0 <= self.priority <= 1:
-            raise ValueError(f"got priority={self.priority!r:.60} for a request; accepted: 0 to 1")
+            raise ValueError(f"got priority={shown(self.priority)} for a request; accepted: 0 to 1")
         if self.timeout_s is not None and not (_is_number(self.timeout_s) and 0 < self.timeout_s < math.inf):
-            raise ValueError(f"got timeout_s={self.timeout_s!r:.60} for a request; accepted: seconds above 0")
+            raise ValueError(f"got timeout_s={shown(self.timeout_s)} for a request; accepted: seconds above 0")
+        if not isinstance(self.store_policy, StorePolicy):
+            raise ValueError(f"got store_policy={shown(self.store_policy)} for a request; accepted: a StorePolicy")
+        if not isinstance(self.sampling, SamplingParams):
+            raise ValueError(f"got sampling={shown(self.sampling)} for a request; accepted: SamplingParams")
+        prompt = read_token_ids(self.prompt)
+        if not len(prompt):
+            raise ValueError(f"the request {self.id!r} has an empty prompt; accepted: one token or more")
+        object.__setattr__(self, "prompt", prompt)  # the dataclass is frozen
 
 
 def _is_number(value: object) -> bool:
@@ -107,6 +153,7 @@ class FinishReason(Enum):
     """How a request ended."""
 
     ANSWERED = "answered"
+    LENGTH = "length"  # the answer was cut short: prompt and answer fill the device's memory
     FAILED = "failed"
     CANCELLED = "cancelled"
     TIMED_OUT = "timed out"
@@ -134,16 +181,20 @@ class RequestOutput:
     """The result of a request; every request gets exactly one.
 
     Attributes:
-        error: why it was not answered, as a sentence; None if it was.
+        number: what `Scheduler.submit` returned.
+        error: why it was not answered, or not to its end, as a sentence; None if it was.
         tokens: the answer as far as the driver reported its tokens; partial if the request was cut short.
         num_output_tokens: length of the answer, reported or not.
         stalled_s: seconds spent waiting for loads.
         cached_tokens: prompt tokens whose KV was found in the cache, in whatever tier, and used.
-        loaded_tokens: of these, the tokens that were loaded to the device for this request.
+        loaded_tokens: tokens that were loaded to the device for this request.
         recomputed_tokens: tokens that were cached below the device but recomputed, as that was faster than loading.
+        num_preemptions: how often its memory was given to other requests, and it was computed anew later.
+        finished_by: how the answer ended by itself; None: it did not, e.g. it has `max_new_tokens`.
     """
 
     request: Request
+    number: int
     finish_reason: FinishReason
     error: str | None
     tokens: list[int]
@@ -153,3 +204,5 @@ class RequestOutput:
     cached_tokens: int
     loaded_tokens: int
     recomputed_tokens: int
+    num_preemptions: int
+    finished_by: FinishedBy | None = None

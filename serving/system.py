@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .kvcache.base import Tier
 from .kvcache.belady import Belady
@@ -20,7 +21,7 @@ from .kvcache.eviction_policy import (
     TierPolicy,
     WriteBack,
 )
-from .kvcache.memory_pool import Pool
+from .kvcache.memory_pool import Pool, check_devices
 from .kvcache.tiered_cache import TieredCache
 from .kvcache.transfer_queue import TransferBackend
 from .prediction import NextCallPredictor, PredictionConfig, PredictionMode
@@ -29,6 +30,9 @@ from .scheduler.scheduler import Scheduler
 from .scheduler.scheduler_config import SchedulerConfig
 from .workflow.graph import StepGraph
 from .workflow.markov import LearnedTransitions
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ def build_system(
     bytes_per_token: int, page_size: int = 16, graph: StepGraph | None = None,
     scheduler_config: SchedulerConfig | None = None, prefetch_config: PrefetchConfig | None = None,
     prompts: Iterable[Sequence[int]] | None = None, learn: bool = False, step_s: float = 5.0,
+    device: torch.device | None = None,
 ) -> System:  # fmt: skip
     """Builds the system of a preset.
 
@@ -123,15 +128,19 @@ def build_system(
         prompts: token ids of all requests in the order in which they will be served; for `belady` only.
         learn: learn the transitions of sessions for which no workflow is declared.
         step_s: assumed seconds from an agent's call to the next agent's, until calls have been observed.
+        device: of the model; None: there is none, as in the simulator.
 
     Raises:
-        ValueError: an unknown name; `belady` without prompts, or another system with them.
+        ValueError: an unknown name; `belady` without prompts, or another system with them; memory pools that do not fit
+            a model on `device`.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown system {name!r:.60}; known: {', '.join(PRESETS)}")
     if (name == "belady") != (prompts is not None):
         given = "no prompts" if prompts is None else "prompts"
         raise ValueError(f"got {given} for the system {name!r}; accepted: prompts for belady, and for no other")
+    if device is not None:
+        check_devices(pools, device)
     preset, graph = PRESETS[name], StepGraph(clock) if graph is None else graph
     used = {tier: pool for tier, pool in pools.items() if preset.lower_tiers or tier == Tier.DEVICE}
     oracle = None if prompts is None else Belady(prompts, page_size)
@@ -152,6 +161,7 @@ def build_system(
     eager = EagerWriteBackConfig() if preset.eager_write_back else None
     policy = TierPolicy(eviction, preset.write_back, suffixes, eager)
     tiers = TieredCache(used, backend, policy, page_size, clock)
+    graph.share_lock(tiers.lock)
     estimates = Estimates(costs, tiers)
     prefetcher = None
     if preset.prefetch:

@@ -11,16 +11,18 @@ A field's annotation is its check::
 
     job = read(Job, load_yaml("job.yaml"), "job.yaml")
 
-Accepted annotations: `str, int, float, bool, None, Any`, `Literal`, unions, `tuple`, `list`, `Mapping[str, ...]`, other
-dataclasses, and `Annotated` with the rules below. Errors are a `ValueError` of the form "got 0 as steps; accepted: a
-whole number of 1 or more", and name the path of the field (`cells[2].machine.card`). A class that calls `verify(self)`
-in its `__post_init__` is checked in the same way when it is made by hand.
+Accepted annotations: `str, int, float, bool, None, Any`, `Literal`, `Callable`, unions, `tuple`, `list`,
+`Mapping[str, ...]`, `Mapping[int, ...]` (whose keys are digits in JSON), other dataclasses, and `Annotated` with the
+rules below. Errors are a `ValueError` of the form "got 0 as steps; accepted: a whole number of 1 or more", and name the
+path of the field (`cells[2].machine.card`). A class that calls `verify(self)` in its `__post_init__` is checked in the
+same way when it is made by hand.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -461,6 +463,8 @@ def _fits(hint: Any, rules: tuple[Any, ...]) -> Callable[[Any], bool]:
     """Whether a value is what a plain annotation accepts."""
     if hint is Any or hint is object:
         return lambda value: True
+    if get_origin(hint) is Callable:
+        return callable
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         return lambda value: any(value == one and type(value) is type(one) for one in choices)
@@ -551,20 +555,34 @@ def _list(hint: Any, rules: tuple[Any, ...]) -> Converter:
 def _mapping(hint: Any, rules: tuple[Any, ...]) -> Converter:
     parts = get_args(hint)
     inner = _converter(parts[1] if len(parts) == 2 else Any)
+    number = None if len(parts) < 2 or parts[0] is str else _converter(parts[0])
     accepted = describe(hint, rules)
     sizes = [rule for rule in rules if isinstance(rule, Size)]
 
     def convert(value: Any, path: str, unknown: set[str] | None) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"got {shown(value)} as {path}; accepted: {accepted}")
+        if not all(one.holds(value) for one in sizes):
+            raise ValueError(f"got {len(value)} fields as {path}; accepted: {sizes[0].of('fields')}")
+        if number is not None:
+            found = {
+                number(_digits(key), f"a key of {path}", unknown): inner(one, f"{path}.{shown_name(key)}", unknown)
+                for key, one in value.items()
+            }
+            if len(found) < len(value):
+                raise ValueError(f"got a number twice as a key of {path}; accepted: {accepted}, none twice")
+            return found
         for key in value:
             if not isinstance(key, str):
                 raise ValueError(f"got {shown(key)} as a field's name in {path}; accepted: text")
-        if not all(one.holds(value) for one in sizes):
-            raise ValueError(f"got {len(value)} fields as {path}; accepted: {accepted}")
         return {key: inner(one, f"{path}.{shown_name(key)}", unknown) for key, one in value.items()}
 
     return convert
+
+
+def _digits(key: Any) -> Any:
+    """A key of a JSON document that should be a number: digits as one, anything else as it is."""
+    return int(key) if isinstance(key, str) and len(key) <= 20 and re.fullmatch("-?[0-9]+", key) else key
 
 
 def describe(hint: Any, rules: tuple[Any, ...] = ()) -> str:
@@ -588,6 +606,8 @@ def describe(hint: Any, rules: tuple[Any, ...] = ()) -> str:
         return f"a mapping of {', '.join(_named(hint).get(one.name, one.name) for one in fields(hint) if one.init)}"
     if origin in (dict, Mapping):
         return "a mapping"
+    if origin is Callable:
+        return "something callable"
     if hint is str and sizes:
         return f"text of {sizes[0].of('characters')}"
     plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Any: "anything"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -167,7 +167,7 @@ def test_json_numbers_are_finite(text: str) -> None:
         ('"' + "a" * 200 + '"', "got d of 202 characters; accepted: up to 128"),
         ("[1,1,1,1,1,1,1]", "got 7 items as d; accepted: up to 6"),
         ('{"a": {"b": "cccccccccc"}}', "got 10 characters as a.b; accepted: up to 9"),
-        ('[[1,1,1,1,1],[1,1,1,1,1],[1,1,1,1,1],[1,1,1,1,1]]', "got more than 20 values in d"),
+        ("[[1,1,1,1,1],[1,1,1,1,1],[1,1,1,1,1],[1,1,1,1,1]]", "got more than 20 values in d"),
     ],
 )
 def test_json_is_bounded(text: str, message: str) -> None:
@@ -279,3 +279,31 @@ def test_whole_numbers_beyond_any_float_are_refused_as_floats():
         read(Times, {"seconds": 10**400})
     with pytest.raises(ValueError, match=r"got a whole number of 16610 bits as steps; accepted: a whole number"):
         read(Plan, {"name": "a", "steps": 10**5000})
+
+
+@dataclass(frozen=True)
+class Hook:
+    weights: Annotated[Mapping[Annotated[int, Range(0)], float], Size(0, 2)] = field(default_factory=dict)
+    call: Callable[[int], int] | None = None
+
+
+def test_numbers_as_keys_are_digits_in_documents() -> None:
+    assert read(Hook, {"weights": {"7": 1, 8: 2.5}}).weights == {7: 1, 8: 2.5}
+    for weights, message in (
+        ({"7": 1, "07": 2}, "got a number twice as a key of weights; accepted: a mapping, none twice"),
+        ({"-7": 1}, "got -7 as a key of weights; accepted: a whole number of 0 or more"),
+        ({"9" * 21: 1}, "as a key of weights; accepted: a whole number"),
+        ({7.5: 1}, "got 7.5 as a key of weights"),
+        ({True: 1}, "got True as a key of weights"),
+        ({"7": "x"}, "got 'x' as weights.7; accepted: a number"),
+        ({"1": 1, "2": 2, "3": 3}, "got 3 fields as weights; accepted: 0 to 2 fields"),
+    ):
+        with pytest.raises(ValueError) as error:
+            read(Hook, {"weights": weights})
+        assert message in str(error.value)
+
+
+def test_a_field_may_be_a_callable() -> None:
+    assert read(Hook, {"call": abs}).call is abs and read(Hook, {"call": None}).call is None
+    with pytest.raises(ValueError, match="got 3 as call; accepted: something callable or nothing"):
+        read(Hook, {"call": 3})

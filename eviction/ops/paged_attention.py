@@ -18,7 +18,7 @@ from functools import cache
 import torch
 
 from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision, launching_on
-from ...retention.ops.triton_language import dot, jit, tl
+from ...retention.ops.triton_language import constexpr, dot, jit, tl
 from . import naive
 from .page_table import PAGE_SIZES
 
@@ -26,6 +26,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DIM = 256
 MAX_SEGMENTS = 4096
 LOG2E = math.log2(math.e)
+LN2 = constexpr(0.6931471805599453)
 
 # Tile sizes of the kernels.
 ROWS = 64  # rows of a tile, at most
@@ -111,11 +112,14 @@ def attend_piece(
 
 @jit
 def merge_pieces(
-    partial, log_sum, lengths, out, segments, heads, q_len, tiles,
+    partial, log_sum, lengths, out, log_total, segments, heads, q_len, tiles,
     GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr, SEGMENTS: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (segments, rows): merges the pieces of a segment for one row; zeros if it has seen no entry."""
+    """Grid (segments, rows): merges the pieces of a segment for one row; zeros if it has seen no entry.
+
+    `log_total` gets the logarithm of the softmax denominator, -inf if it has seen none.
+    """
     segment, row = tl.program_id(0), tl.program_id(1)
     lane, _, pieces, _ = _pieces(lengths, segments, PROGRAMS, SEGMENTS, BLOCK)
     before = tl.sum(tl.where(lane < segment, pieces, 0), 0)
@@ -139,10 +143,13 @@ def merge_pieces(
         result = result * shrink + tl.sum(parts * weight[:, None], 0)
         total = total * shrink + tl.sum(weight, 0)
         highest = new
-    result = result / tl.where(total > 0.0, total, 1.0)
+    some = tl.where(total > 0.0, total, 1.0)
+    result = result / some
+    logs = tl.where(total > 0.0, (highest + tl.log2(some)) * LN2, float("-inf"))
     batch, head = segment // heads, segment % heads
     at = (batch.to(tl.int64) * q_len + row // GROUP) * heads * GROUP + head * GROUP + row % GROUP
     tl.store(out + at * VALUE_DIM + dim, result.to(out.dtype.element_ty), mask=dim < VALUE_DIM)
+    tl.store(log_total + at + tl.arange(0, 1), logs)
 
 
 @cache
@@ -166,7 +173,7 @@ def tile_sizes(group: int, q_len: int, key_dim: int, value_dim: int, itemsize: i
 def _launch(
     query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, table: torch.Tensor,
     lengths: torch.Tensor, hidden: torch.Tensor | None, scaling: float,
-) -> torch.Tensor:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, num_heads, q_len, key_dim = query.shape
     segments, page = lengths.shape[0], key_pages.shape[1]
@@ -178,6 +185,7 @@ def _launch(
     programs = max(1, programs // tiles)
     value_block, lanes = _power(value_dim), _power(segments)
     out = query.new_empty(batch, q_len, num_heads, value_dim)
+    log_total = query.new_empty(batch, q_len, num_heads, dtype=torch.float32)
     log_sum = query.new_empty(programs + segments, tiles, sizes["ROWS"], dtype=torch.float32)
     partial = query.new_empty(*log_sum.shape, value_block, dtype=torch.float32)
     shared = {"GROUP": group, "VALUE_DIM": value_dim, "VALUE_BLOCK": value_block, "PROGRAMS": programs}
@@ -188,17 +196,17 @@ def _launch(
             SEGMENTS=lanes, PRECISION=dot_precision(query.dtype), **sizes, **shared, **LAUNCH_OPTIONS,
         )  # fmt: skip
         merge_pieces[(segments, group * q_len)](
-            partial, log_sum, lengths, out, segments, heads, q_len, tiles, ROWS=sizes["ROWS"], BLOCK=sizes["BLOCK"],
-            SEGMENTS=lanes, MERGED=MERGED, **shared, **LAUNCH_OPTIONS,
+            partial, log_sum, lengths, out, log_total, segments, heads, q_len, tiles, ROWS=sizes["ROWS"],
+            BLOCK=sizes["BLOCK"], SEGMENTS=lanes, MERGED=MERGED, **shared, **LAUNCH_OPTIONS,
         )  # fmt: skip
-    return out
+    return out, log_total
 
 
 @torch.library.custom_op("tenure::ragged_decode", mutates_args=())
 def _ragged_decode(
     query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, table: torch.Tensor,
     lengths: torch.Tensor, hidden: torch.Tensor | None, scaling: float,
-) -> torch.Tensor:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     run = _launch if chosen_kernels(query.device) == "triton" else naive.ragged_decode
     return run(query, key_pages, value_pages, table, lengths, hidden, scaling)
 
@@ -206,7 +214,8 @@ def _ragged_decode(
 @_ragged_decode.register_fake
 def _(query, key_pages, value_pages, table, lengths, hidden, scaling):
     batch, num_heads, q_len, _ = query.shape
-    return query.new_empty(batch, q_len, num_heads, value_pages.shape[2])
+    rows = batch, q_len, num_heads
+    return query.new_empty(*rows, value_pages.shape[2]), query.new_empty(rows, dtype=torch.float32)
 
 
 def ragged_decode(
@@ -231,6 +240,19 @@ def ragged_decode(
         `(batch, q_len, num_heads, value_dim)`; zeros for padding and where a segment has no entries to see.
     Raises:
         ValueError: unsupported shapes or dtypes.
+    """
+    return ragged_decode_part(query, key_pages, value_pages, table, lengths, scaling, hidden)[0]
+
+
+def ragged_decode_part(
+    query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor,
+    scaling: float, hidden: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """As `ragged_decode`, for segments that are one part of a context; see `storage.partial_attention`.
+
+    Returns:
+        The result, and the natural logarithm of its softmax denominator, fp32 `(batch, q_len, num_heads)`: -inf where
+        a token sees no entries.
     """
     _check(query, key_pages, value_pages, table, lengths, hidden)
     return _ragged_decode(query, key_pages, value_pages, table, lengths, hidden, float(scaling))

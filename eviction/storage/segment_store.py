@@ -144,6 +144,7 @@ class SegmentStore:
         self.buffers = buffers
         self.key, self.value, self.position = buffers["key"], buffers["value"], buffers["position"]
         self.reserved, self.starts = reserved, [0, *accumulate(reserved)][: len(reserved)]
+        self._first: torch.Tensor | None = None  # `starts` as a tensor, once it was needed
         self._memo: dict[Hashable, Any] = {}
         self.nbytes = self.capacity * self.entry_bytes
         self.set_lengths(lengths)
@@ -161,6 +162,12 @@ class SegmentStore:
             ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
             self._next = torch.tensor(ends, device=self.key.device)
         return self._next
+
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flat index of each segment's first entry, and the one after its last, int64 `(batch * num_kv_heads,)`."""
+        if self._first is None:
+            self._first = torch.tensor(self.starts, device=self.key.device)
+        return self._first, self._next_slots()
 
     @property
     def capacity(self) -> int:
@@ -208,7 +215,7 @@ class SegmentStore:
         self.position.index_copy_(0, slots, step.flat_positions(heads))
         for name, tensor in new.items():
             tensor = tensor.detach() if tensor.requires_grad else tensor
-            rows = tensor.reshape(-1, *tensor.shape[3:]) if chosen is None else tensor[chosen]
+            rows = tensor.flatten(0, 2) if chosen is None else tensor[chosen]
             self.buffers[name].index_copy_(0, slots, rows)
         if step.valid is not None:
             self.set_lengths(lengths)
@@ -367,6 +374,8 @@ class SegmentStore:
         ends = [start + n for start, n in zip(self.starts, self.lengths, strict=True)]
         if self._next is not None and self._next.tolist() != ends:
             yield "the next free slot does not follow the last entry"
+        if self._first is not None and self._first.tolist() != self.starts:
+            yield "the first slots are not those of the segments"
         for name, buffer in self.buffers.items():
             if buffer.shape[0] != self.capacity:
                 yield f"{name} does not have the capacity of the others"

@@ -179,7 +179,7 @@ def one_run(
     system = build_system(
         setting.system,
         {Tier.DEVICE: device, Tier.HOST: host},
-        ThreadedTransfer({down: setting.device_to_host, up: setting.host_to_device}, place),
+        ThreadedTransfer({down: setting.device_to_host, up: setting.host_to_device}),
         costs=setting.costs,
         bytes_per_token=PromptKV(session).bytes_per_token(),
         clock=time.monotonic,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...serving import TensorPayload, Tier, VirtualTransfer
-from ...serving.kvcache.disk_pool import FilePayload
+from ...serving.kvcache.base import KVPayload
+from ...serving.kvcache.prompt_file import FilePayload
 from ...serving.kvcache.radix_tree import Node
 from ...serving.kvcache.transfer_queue import TransferJob
 
@@ -17,10 +18,32 @@ LAYERS = 2
 TOKEN_BYTES = 16 * LAYERS  # of `kv_of`
 
 
-def kv_of(prompt: Sequence[int] | Any, start: int, end: int, compressed: bool = False) -> TensorPayload:
+class PagePayload(TensorPayload):
+    """Tensors that the cache treats like lists of pages: it joins and splits them at every occasion."""
+
+    @property
+    def joins_freely(self) -> bool:
+        return self.divisible
+
+    def split(self, at: int) -> tuple[PagePayload, PagePayload]:
+        first, rest = super().split(at)
+        return self._of(first), self._of(rest)
+
+    def join(self, other: KVPayload) -> PagePayload | None:
+        whole = super().join(other)
+        return None if whole is None else self._of(whole)
+
+    @classmethod
+    def _of(cls, payload: TensorPayload) -> PagePayload:
+        return cls(payload.tensors, payload.tokens, payload.token_dim, payload.memory)
+
+
+def kv_of(
+    prompt: Sequence[int] | Any, start: int, end: int, compressed: bool = False, pages: bool = False
+) -> TensorPayload:
     """KV of the tokens [start, end) of `prompt`, each depending on everything before it, as real KV does.
 
-    Compressed, every other entry is kept, and the payload cannot be cut.
+    Compressed, every other entry is kept, and the payload cannot be cut. `pages`: a `PagePayload`.
     """
     import torch
 
@@ -34,7 +57,7 @@ def kv_of(prompt: Sequence[int] | Any, start: int, end: int, compressed: bool = 
     for layer in range(LAYERS):
         tensors[f"layers.{layer}.key"] = kept + layer
         tensors[f"layers.{layer}.value"] = -kept - layer
-    return TensorPayload(tensors, end - start, None if compressed else -2)
+    return (PagePayload if pages else TensorPayload)(tensors, end - start, None if compressed else -2)
 
 
 def assert_holds(payloads: Sequence[Any], prompt: Sequence[int] | Any) -> None:

@@ -86,7 +86,8 @@ def one_world(seed: int) -> dict[str, int]:
 
     random = Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        world = World(random.choice(SYSTEMS), random.choice(BELOW), folder, compressed=random.random() < 0.5)
+        name, below = random.choice(SYSTEMS), random.choice(BELOW)
+        world = World(name, below, folder, compressed=random.random() < 0.5, pages=random.random() < 0.5)
         for _ in range(LIFE):
             random_step(world, random)
             world.check()
@@ -106,4 +107,5 @@ def threads(seconds: float, seed: int) -> dict[str, Any]:
             counts.update({f"threads: {outcome.value}": n for outcome, n in stress.ended.items()})
             counts.update({"threads: tokens read back": stress.read, "threads: refused": stress.refused})
             counts["threads: hints"] += stress.hints
+            counts["threads: preemptions"] += stress.system.scheduler.metrics.preemptions
     return {**counts, "seconds of threads": seconds}

@@ -28,6 +28,7 @@ from ...serving import (
     ScheduledPrefill,
     SchedulerConfig,
     StorePolicy,
+    TensorPayload,
     Tier,
     VirtualClock,
     WorkflowSpec,
@@ -69,17 +70,18 @@ class World:
     Args:
         name: of the system. below: which of `BELOW` there is below the device.
         folder: of the disk tier.
+        compressed: fixed prompts are stored compressed. pages: KV is joined and split like lists of pages.
     Attributes:
         out: the work that is being computed. ended: how often requests ended, by outcome.
     """
 
-    def __init__(self, name: str, below: str, folder: str, compressed: bool = False) -> None:
+    def __init__(self, name: str, below: str, folder: str, compressed: bool = False, pages: bool = False) -> None:
         pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(24 * TOKEN_BYTES)}
         if "host" in below:
             pools[Tier.HOST] = MemoryPool(20 * TOKEN_BYTES)
         if "disk" in below:
             pools[Tier.DISK] = DiskPool(4500, folder)
-        self.clock, self.compressed = VirtualClock(), compressed
+        self.clock, self.compressed, self.pages = VirtualClock(), compressed, pages
         self.copies = FaultyTransfer(self.clock, LINKS)
         self.system = build_system(
             name,
@@ -96,14 +98,17 @@ class World:
                 max_queued_requests=8,
                 timeout_s=60,
                 allocation_patience_s=3,
+                answer_headroom_tokens=1,
+                page_patience_s=2.0,
+                max_prefill_tokens_per_step=5,
             ),
             prefetch_config=PrefetchConfig(look_ahead_s=20.0, max_in_flight=2),
             learn=True,
         )
         self.scheduler, self.tiers = self.system.scheduler, self.system.tiers
         self.reader = HintReader()
-        self.live: dict[str, Request] = {}
-        self.answers: dict[str, list[int]] = {}
+        self.live: dict[int, Request] = {}  # by number
+        self.answers: dict[int, list[int]] = {}
         self.ended: Counter[FinishReason] = Counter()
         self.read = self.submitted = self.refused = 0
         self.out: ScheduledBatch | None = None
@@ -126,17 +131,17 @@ class World:
     # Requests ---------------------------------------------------------------------------------------------------
 
     def submit(self, suffix: Sequence[int], agent: str | None, number: int, options: dict[str, Any]) -> None:
-        """A request of up to `number % 5 + 1` tokens; what can never fit is refused, clearly."""
-        name = f"r{self.submitted}"
+        """A request for `number % 10 + 1` tokens; what can never fit is refused, clearly."""
+        label = f"r{self.submitted % 3}"  # clients use labels again
         self.submitted += 1
         prompt = [*(FIXED[agent] if agent else []), *suffix]
         workflow = ("ring", "tree", "other", None)[number % 4]
         marked = len(FIXED[agent]) if agent and number % 3 else 0
         try:
             request = Request(
-                name, prompt, 1 + number % 5, workflow=workflow, agent=agent, fixed_tokens=marked, **options
+                label, prompt, 1 + number % 10, workflow=workflow, agent=agent, fixed_tokens=marked, **options
             )
-            self.scheduler.submit(request)
+            name = self.scheduler.submit(request)
         except ValueError as error:
             assert any(known in str(error) for known in ("empty prompt", "the queue is full", "pool has")), error
             self.refused += 1
@@ -144,7 +149,7 @@ class World:
             self.live[name], self.answers[name] = request, []
 
     def cancel(self, choice: int) -> None:
-        names = [*self.live, "unknown"]
+        names = [*self.live, 0]
         self.scheduler.cancel(names[choice % len(names)])
 
     def begin(self, max_steps: int = 1) -> None:
@@ -152,11 +157,13 @@ class World:
         self.out = self.scheduler.next_batch(max_steps)
         if self.out is None:
             return
+        assert self.out.num_tokens <= 9 or max_steps > 1, "a batch keeps within its budget"
+        assert all(state.handle is None and not state.reserved_bytes for state in self.out.preempted)
         for item in self.out.prefills:
             assert item.start < item.end and item.start >= item.handle.length
             if item.first:
                 assert item.start == item.handle.length, "what is cached is not computed again"
-                assert_holds(item.handle.payloads(), list(item.request.prompt[: item.handle.length]))
+                assert_holds(item.handle.payloads(), item.state.token_ids(0, item.handle.length))
                 self.read += item.handle.length
 
     def finish(self, seed: int, fails: str = "") -> None:
@@ -170,11 +177,11 @@ class World:
             return
         items = [*work.prefills, *work.decodes]
         for item in items:
-            name = item.request.id
+            name = item.state.number
             if isinstance(item, ScheduledPrefill):
                 tokens = [random.randrange(3)] if item.last else []
                 if item.store is not None and random.random() < 0.9:
-                    item.payload = kv_of(item.request.prompt, *item.store, compressed=self._is_compressed(item))
+                    item.payload = self._payload(item)
             else:
                 tokens = [random.randrange(3) for _ in range(random.randint(1, min(work.steps, item.remaining)))]
             if tokens and random.random() < 0.95:
@@ -182,17 +189,23 @@ class World:
                 self.answers[name] += tokens
                 item.finished = random.random() < 0.2
                 span = None if isinstance(item, ScheduledPrefill) else item.store_span()
-                if span is not None and not isinstance(item, ScheduledPrefill):
-                    item.payload = kv_of([*item.request.prompt, *self.answers[name]], *span)
-        if fails == "item":
+                missing = self.compressed and span is not None and span[0] < item.state.num_fixed_tokens
+                if span is not None and not missing:
+                    item.payload = kv_of([*item.request.prompt, *self.answers[name]], *span, pages=self.pages)
+        if fails == "item" and items:
             random.choice(items).error = RuntimeError("NaN")
-        elif fails == "payload":
+        elif fails == "payload" and items:
             random.choice(items).payload = kv_of([1, 2, 3], 0, 3)
         self.scheduler.complete(work)
 
-    def _is_compressed(self, item: ScheduledPrefill) -> bool:
-        """An agent's fixed prompt is compressed as a whole."""
-        return self.compressed and item.store is not None and item.store[0] == 0 and item.end == item.store[1]
+    def _payload(self, item: ScheduledPrefill) -> TensorPayload | None:
+        """The KV that a chunk stores; a compressed fixed prompt has none before its end, and then as a whole."""
+        assert item.store is not None
+        start, end = item.store
+        fixed = item.state.num_fixed_tokens if self.compressed else 0
+        if start < fixed:
+            return kv_of(item.state.token_ids(0, end), 0, end, compressed=True) if (start, end) == (0, fixed) else None
+        return kv_of(item.state.token_ids(0, end), start, end, pages=self.pages)
 
     # The rest of the world --------------------------------------------------------------------------------------
 
@@ -240,10 +253,10 @@ class World:
         assert len(self.live) == len(self.scheduler), "no request is lost"
 
     def _take(self, ended: RequestOutput) -> None:
-        request = self.live.pop(ended.request.id)  # a KeyError: it has ended twice
+        request = self.live.pop(ended.number)  # a KeyError: it has ended twice
         assert ended.request is request
         self.ended[ended.finish_reason] += 1
-        told = self.answers.pop(request.id)
+        told = self.answers.pop(ended.number)
         assert ended.tokens == told[: len(ended.tokens)] and ended.num_output_tokens <= request.max_new_tokens
         if ended.finish_reason is FinishReason.ANSWERED:
             assert ended.error is None and ended.num_output_tokens >= 1

@@ -158,8 +158,11 @@ def _type(value: Any) -> str:
     return type(value).__name__
 
 
-def _target(agent: str | None, session: str | None) -> str | None:
-    """The agent that an action is about; a session without one stands for itself."""
+def _target(context: HintContext, agent: str | None, session: str | None = None) -> str | None:
+    """The agent that an action is about: the one that the document names, or else its session, whose conversation is
+    meant then; if it names neither, those of the request that it came with."""
+    if agent is None and session is None:
+        agent, session = context.agent, context.session
     return agent if agent is not None or session is None else session_agent(session)
 
 
@@ -182,7 +185,7 @@ def sglang(document: Any, context: HintContext) -> Hint:
     reuse = fields.choice("reuse_hint", ("keep", "neutral", "discard"))
     fields.ignore("step_id", "parent_step_id", "tool_name", "shared_prefix_hash")
     fields.finish()
-    about, actions = _target(agent, context.session), []
+    about, actions = _target(context, agent), []
     if reuse == "discard":
         actions.append((ActionKind.EVICT, NEUTRAL, context.bounded_ttl(ttl)))
     elif reuse == "keep" or ttl is not None:
@@ -207,7 +210,7 @@ def dynamo(document: Any, context: HintContext) -> Hint:
     fields = HintFields(document, "nvext", context)
     hints, control = fields.inner("agent_hints"), fields.inner("session_control")
     priority = expected = action = timeout = None
-    session, speculative = fields.text("session_id") or context.session, False
+    session, speculative = fields.text("session_id"), False
     fields.finish()
     if hints is not None:
         given, strict = hints.number("priority", -1e9, 1e9), hints.number("strict_priority", -1e9, 1e9)
@@ -221,7 +224,7 @@ def dynamo(document: Any, context: HintContext) -> Hint:
         action = control.choice("action", [each.value for each in SessionAction])
         timeout = control.seconds("timeout")
         control.finish()
-    about, actions = _target(context.agent, session), []
+    about, actions = _target(context, None, session), []
     if speculative:
         actions.append((ActionKind.FETCH, NEUTRAL, context.bounded_ttl(timeout)))
     elif action == "close":
@@ -232,7 +235,7 @@ def dynamo(document: Any, context: HintContext) -> Hint:
         "dynamo",
         context.client,
         agent=context.agent,
-        session=session,
+        session=session or context.session,
         session_action=None if action is None else SessionAction(action),
         priority=priority,
         expected_tokens=expected,
@@ -243,11 +246,11 @@ def dynamo(document: Any, context: HintContext) -> Hint:
 def vllm(document: Any, context: HintContext) -> Hint:
     """`agent_hint` of vLLM's RFC. `block_offset` is checked but unused: the prefix tree has its own pages."""
     fields = HintFields(document, "agent_hint", context)
-    session = fields.text("session_id") or context.session
+    session = fields.text("session_id")
     fields.text("parent_session_id")
     control, management = fields.inner("cache_control"), fields.inner("context_management")
     fields.finish()
-    about, actions = _target(context.agent, session), []
+    about, actions = _target(context, None, session), []
     if control is not None:
         control.text("type")
         control.whole("block_offset")
@@ -263,7 +266,13 @@ def vllm(document: Any, context: HintContext) -> Hint:
             else:
                 context.unknown.add(f"{edit.what}.type={kind}")
         management.finish()
-    return Hint("vllm", context.client, agent=context.agent, session=session, actions=_actions(about, *actions))
+    return Hint(
+        "vllm",
+        context.client,
+        agent=context.agent,
+        session=session or context.session,
+        actions=_actions(about, *actions),
+    )
 
 
 def kv_hints(document: Any, context: HintContext) -> Hint:
@@ -271,7 +280,7 @@ def kv_hints(document: Any, context: HintContext) -> Hint:
     fields = HintFields(document, "kv_hints", context)
     fields.text("protocol_version")
     message = fields.text("message_id")
-    agent, session = fields.text("agent_id") or context.agent, fields.text("session_id") or context.session
+    agent, session = fields.text("agent_id"), fields.text("session_id")
     actions: list[HintAction] = []
     fixed = 0
     for action in fields.inners("actions"):
@@ -282,7 +291,10 @@ def kv_hints(document: Any, context: HintContext) -> Hint:
         if kind not in KV_ACTIONS:
             context.unknown.add(f"{action.what}.action_type={kind}")
             continue
-        about = _target(payload.text("agent_id") or agent, payload.text("session_id") or session)
+        own_agent, own_session = payload.text("agent_id"), payload.text("session_id")
+        if own_agent is None and own_session is None:
+            own_agent, own_session = agent, session
+        about = _target(context, own_agent, own_session)
         priority, ttl, end = _retention(payload, context.config)
         payload.finish()
         if KV_ACTIONS[kind] is ActionKind.RETAIN and priority > NEUTRAL:
@@ -293,8 +305,8 @@ def kv_hints(document: Any, context: HintContext) -> Hint:
         "kv_hints",
         context.client,
         message=message,
-        agent=agent,
-        session=session,
+        agent=agent or context.agent,
+        session=session or context.session,
         fixed_tokens=fixed or None,
         actions=tuple(actions),
     )
@@ -351,7 +363,7 @@ def tensorrt(document: Any, context: HintContext) -> Hint:
         session=context.session,
         store_policy=StorePolicy.DISCARD if decode == 0 else None,
         fixed_tokens=fixed or None,
-        actions=_actions(_target(context.agent, context.session), *actions),
+        actions=_actions(_target(context, None), *actions),
     )
 
 

@@ -11,7 +11,7 @@ from enum import Enum
 from tenure.checked import Count, Positive, verify
 
 from ..lazy_heap import LazyHeap
-from ..request import StorePolicy
+from ..request import MAX_NAME, StorePolicy
 
 NEUTRAL = 0.5  # priority of a hint that says nothing, on the scale of 0 to 1
 
@@ -128,9 +128,12 @@ class Hint:
             yield action.agent
 
 
+SESSION = "session:"  # begins the names of agents that stand for a session
+
+
 def session_agent(session: str) -> str:
-    """The agent that stands for a session without a named agent."""
-    return f"session:{session}"[:256]
+    """The agent that stands for a session without a named agent: hints about it concern the session's conversation."""
+    return f"{SESSION}{session}"[:MAX_NAME]
 
 
 def normalised(value: float, low: float, neutral: float, high: float) -> float:
@@ -243,19 +246,20 @@ class HintStore:
 
     def steps(self, agent: str, default: float) -> float:
         """Steps to the next call of `agent`, for which a graph gives `default`."""
-        hint = self._current(agent) if self._hints else None
+        hint = self.current(agent) if self._hints else None
         if hint is None:
             return default
         return math.inf if hint.evict else min(hint.steps, default)
 
     def reuse(self, agent: str, default: float) -> float:
         """Expected discounted reuse of `agent`, 0 to 1, for which a graph gives `default`."""
-        hint = self._current(agent) if self._hints else None
+        hint = self.current(agent) if self._hints else None
         if hint is None:
             return default
         config = self.config
         return 0.0 if hint.evict else max(default, config.max_reuse * max(0.0, 1 - hint.steps / config.far_steps))
 
-    def _current(self, agent: str) -> ActiveHint | None:
+    def current(self, agent: str) -> ActiveHint | None:
+        """The hint in effect for `agent`; None if there is none, or it has expired."""
         hint = self._hints.get(agent)
         return None if hint is None or hint.expires_s <= self._clock() else hint

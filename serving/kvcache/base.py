@@ -7,10 +7,10 @@ without tensors, so the simulator runs the same code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,21 @@ Kind = tuple["torch.dtype", tuple[int, ...]]  # dtype and shape of a tensor
 Memory = Callable[[int], "torch.Tensor"]  # allocates that many bytes: uint8 `(nbytes,)`
 
 
+@dataclass(frozen=True)
+class PromptKey:
+    """The prompt whose last tokens a payload holds: by it, a copy that outlives the process is found again.
+
+    Attributes:
+        namespace: see `PrefixTree`.
+        key: all token ids of the prompt, see `radix_tree.encode`.
+        agents: those whose fixed prompt this is.
+    """
+
+    namespace: Hashable
+    key: bytes
+    agents: tuple[Hashable, ...] = ()
+
+
 class LostPayloadError(Exception):
     """A stored payload is missing or damaged; the cache treats that as a miss."""
 
@@ -66,6 +81,9 @@ class KVPayload(Protocol):
         divisible: whether `split` is possible. A payload that was compressed as a whole is not divisible, because the
             entries kept at its beginning depend on its end.
         token_dim: the tensor dimension that runs over tokens, if there is one.
+        joins_freely: `join` and `split` copy no data, so that nodes of such payloads are merged whenever nothing
+            separates them.
+        device: where its tensors are; None: in a file, or nowhere.
     """
 
     @property
@@ -83,12 +101,21 @@ class KVPayload(Protocol):
     @property
     def token_dim(self) -> int | None: ...
 
+    @property
+    def joins_freely(self) -> bool:
+        return False
+
+    @property
+    def device(self) -> torch.device | None: ...
+
     def kinds(self) -> dict[str, Kind]:
         """Dtype and shape of each tensor by name, layer by layer; empty for a payload without data."""
         ...
 
     def read(self, layer: int) -> dict[str, torch.Tensor]:
         """The tensors of one layer by name; verified if they come from a file.
+
+        On a GPU, the caller's current stream waits for what writes them.
 
         Raises:
             LostPayloadError: they are missing or differ from what was written.
@@ -107,6 +134,9 @@ class KVPayload(Protocol):
 class TensorPayload:
     """Tensors in the memory of a device.
 
+    On a GPU, a payload is created on the stream that writes its tensors, or on the one that was current when their
+    memory was allocated. An event is recorded there, and every stream that reads or writes them later waits for it.
+
     Attributes:
         tensors: by name. Names that agree up to their last dot form a layer, e.g. `layers.3.key` and `layers.3.value`.
             Layers are copied in the order in which they first appear.
@@ -115,6 +145,7 @@ class TensorPayload:
             num_kv_heads, seq_len, head_dim)`); None if there is none, which makes the payload indivisible.
         memory: allocates the results of `split` and `join`, one block a layer; None: on the tensors' device.
         groups: the tensor names of each layer.
+        written: that event; None on a CPU.
 
     Raises:
         ValueError: no tensors, no tokens, or a tensor with another number of tokens.
@@ -127,6 +158,7 @@ class TensorPayload:
     groups: tuple[tuple[str, ...], ...] = field(init=False)
     layers: tuple[int, ...] = field(init=False)
     nbytes: int = field(init=False)
+    written: Any = field(init=False)
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or not self.tensors:
@@ -140,16 +172,30 @@ class TensorPayload:
         layers = tuple(sum(self.tensors[name].nbytes for name in names) for names in groups)
         for name, value in (("groups", groups), ("layers", layers), ("nbytes", sum(layers))):
             object.__setattr__(self, name, value)  # the dataclass is frozen
+        self._record()
 
     @property
     def divisible(self) -> bool:
         return self.token_dim is not None
 
+    @property
+    def joins_freely(self) -> bool:
+        return False
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    def _record(self) -> None:
+        object.__setattr__(self, "written", record_event(self.device))
+
     def kinds(self) -> dict[str, Kind]:
         return {n: (self.tensors[n].dtype, tuple(self.tensors[n].shape)) for names in self.groups for n in names}
 
     def read(self, layer: int) -> dict[str, torch.Tensor]:
-        return {name: self.tensors[name] for name in self.groups[layer]}
+        tensors = {name: self.tensors[name] for name in self.groups[layer]}
+        use_on_stream(self.device, tensors.values(), self.written)
+        return tensors
 
     @classmethod
     def empty_like(cls, payload: KVPayload, memory: Memory, memory_of_parts: Memory) -> TensorPayload:
@@ -184,10 +230,13 @@ class TensorPayload:
             shape[dim] = tokens
             kinds[name] = tensor.dtype, tuple(shape)
         result = TensorPayload(_pack_layers(kinds, self._memory()), tokens, dim, self.memory)
+        for _, piece, _ in pieces:
+            use_on_stream(piece.device, piece.tensors.values(), piece.written)
         for name, target in result.tensors.items():
             for into, piece, start in pieces:
                 length = min(piece.tokens - start, tokens - into)
                 target.narrow(dim, into, length).copy_(piece.tensors[name].narrow(dim, start, length))
+        result._record()
         return result
 
     def _memory(self) -> Memory:
@@ -205,7 +254,12 @@ class PhantomPayload:
     num_layers: int = 1
     divisible: bool = True
     token_dim: int | None = None
+    device: None = field(default=None, init=False)
     layers: tuple[int, ...] = field(init=False)
+
+    @property
+    def joins_freely(self) -> bool:
+        return self.divisible
 
     def __post_init__(self) -> None:
         each, more = divmod(self.nbytes, self.num_layers)
@@ -227,6 +281,31 @@ class PhantomPayload:
         if not isinstance(other, PhantomPayload) or not (self.divisible and other.divisible):
             return None
         return PhantomPayload(self.tokens + other.tokens, self.nbytes + other.nbytes, self.num_layers)
+
+
+def record_event(device: torch.device | None) -> Any:
+    """An event after everything queued so far on the current stream of `device`; None unless that is a GPU."""
+    if device is None or device.type != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.current_stream(device).record_event()
+
+
+def use_on_stream(device: torch.device, tensors: Iterable[torch.Tensor], event: Any) -> None:
+    """Prepares the current stream of a GPU for reading or writing `tensors` there; does nothing if `event` is None.
+
+    The stream waits for `event`, one of `record_event`; and if the tensors are freed before the stream has used them,
+    their memory is not given to anybody until then.
+    """
+    if event is None:
+        return
+    import torch
+
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(event)
+    for tensor in tensors:
+        tensor.record_stream(stream)
 
 
 def group_layers(names: Mapping[str, object]) -> tuple[tuple[str, ...], ...]:

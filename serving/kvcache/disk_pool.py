@@ -1,225 +1,339 @@
-"""The disk tier: one safetensors file a node, with a digest of every layer; an unreadable file is a cache miss.
+"""The disk tier: one file a node, verified when it is read; an unreadable file is a cache miss.
 
-A pool owns a folder inside the given one and holds a lock on it: processes may share the given folder, and the next one
-removes the folders of those that crashed. Files are written layer by layer under a temporary name, then renamed.
+Files are written layer by layer under a temporary name, then renamed. Nothing is synced to the device: a process that
+is killed loses only unfinished files; a machine that loses power may lose or damage finished ones, which the digests
+detect when they are read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import math
 import os
-import shutil
-import tempfile
-from dataclasses import dataclass, field
+import threading
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import Kind, KVPayload, LostPayloadError, group_layers
+from .base import KVPayload, LostPayloadError, PromptKey
+from .disk_store import DiskConfig, create_store, digest_of, open_store
 from .memory_pool import Pool
+from .prompt_file import (
+    DIGEST_BYTES,
+    ID_BYTES,
+    FileLayout,
+    FilePayload,
+    PromptFile,
+    index_of,
+    new_layout,
+    pack_layer,
+    read_index,
+    type_code,
+)
 
 if TYPE_CHECKING:
     import torch
 
 
 logger = logging.getLogger(__name__)
-PREFIX, LOCK = "tenure-kv-", "in-use.lock"
-DIGEST_CHARACTERS = 64
-TYPE_CODES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
-    "bool": "BOOL",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class FilePayload:
-    """A copy in a file. Shapes, offsets and digests are kept in memory, so a damaged header does no harm.
-
-    Attributes:
-        path: the file.
-        data_at: the byte at which the first tensor begins.
-        digests: SHA-256 of each layer's bytes, hexadecimal.
-    """
-
-    path: Path
-    tokens: int
-    token_dim: int | None
-    tensors: dict[str, Kind]
-    data_at: int
-    digests: tuple[str, ...]
-    groups: tuple[tuple[str, ...], ...] = field(init=False)
-    layers: tuple[int, ...] = field(init=False)
-    nbytes: int = field(init=False)
-    divisible: bool = field(default=False, init=False)  # a file stays whole; once loaded, it may be split
-
-    def __post_init__(self) -> None:
-        groups = group_layers(self.tensors)
-        layers = tuple(sum(_nbytes(self.tensors[name]) for name in names) for names in groups)
-        for name, value in (("groups", groups), ("layers", layers), ("nbytes", sum(layers))):
-            object.__setattr__(self, name, value)  # the dataclass is frozen
-
-    def kinds(self) -> dict[str, Kind]:
-        return self.tensors
-
-    def read(self, layer: int) -> dict[str, torch.Tensor]:
-        import torch
-
-        from ...eviction.storage.packing import views
-
-        size = self.layers[layer]
-        buffer = bytearray(size)
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.data_at + sum(self.layers[:layer]))
-                got = _read_fully(file, memoryview(buffer))
-        except OSError as error:
-            raise LostPayloadError(f"{self.path} cannot be read: {error}") from error
-        if got < size:
-            raise LostPayloadError(f"{self.path} is truncated: layer {layer} has {got} of its {size} bytes")
-        if hashlib.sha256(buffer).hexdigest() != self.digests[layer]:
-            raise LostPayloadError(f"{self.path} is damaged: layer {layer} differs from what was written")
-        block = torch.frombuffer(buffer, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
-        return views(block, {name: self.tensors[name] for name in self.groups[layer]})
-
-    def split(self, at: int) -> tuple[KVPayload, KVPayload]:
-        raise AssertionError("files are not divisible")
-
-    def join(self, other: KVPayload) -> None:
-        return None
+SUFFIX, TEMPORARY_SUFFIX = ".kv", ".tmp"
 
 
 class DiskPool(Pool):
     """Files in a folder.
 
+    With a fingerprint, the files outlive the pool, and the process: the next pool of the same fingerprint on that
+    folder finds them (`restored`). Without one, they are removed when the pool is closed. The folder of a pool is made
+    again if it is removed meanwhile: what was in it is a miss.
+
+    Bytes that could not be freed (a file that cannot be removed, a file of which only the end is needed) are not
+    available; removing is tried again whenever room is needed.
+
+    `new_builder`, `discard` and what reads counts are called under the cache's lock; builders run on worker threads.
+
     Args:
-        capacity: bytes of all files together, headers included.
-        folder: created if it does not exist; may be shared with other processes.
+        capacity: bytes of all files together, indexes included.
+        folder: created if it does not exist; may be shared with other processes, each of which has a folder in it.
+        fingerprint: names everything that makes the KV: weights, adapter, gates, policy, budget, dtype, tokenizer,
+            template. KV of another fingerprint is never read.
+        config: sizes and times.
+
+    Raises:
+        ValueError: a negative capacity, or an empty fingerprint.
+        OSError: the folder cannot be created.
     """
 
-    def __init__(self, capacity: int, folder: str | os.PathLike) -> None:
-        from filelock import FileLock
-
+    def __init__(
+        self, capacity: int, folder: str | os.PathLike, fingerprint: str | None = None, config: DiskConfig | None = None
+    ) -> None:
         super().__init__(capacity)
-        parent = Path(folder)
-        parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(parent)
-        self.folder = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
-        self._lock = FileLock(self.folder / LOCK)
-        self._lock.acquire()
-        self._numbers = count()
+        _check(fingerprint)
+        self.config, self._parent = config or DiskConfig(), Path(folder)
+        self._store = open_store(self._parent, digest_of(fingerprint), capacity, self.config)
+        self._numbers = count(self._first_number())
+        self._used = False  # files were written or restored
+        self._closed = False
+        self._changing = threading.Lock()  # guards `_store` and `_stuck`, which builders change as well
+        self._stuck: dict[Path, int] = {}  # files to remove, with their bytes
+        self._slack: dict[Path, int] = {}  # files of which less is needed than there is, and the bytes of the rest
+
+    @property
+    def folder(self) -> Path:
+        """The pool's own folder; another one after it was removed."""
+        return self._store.path
+
+    @property
+    def persistent(self) -> bool:
+        return self._store.fingerprint is not None
+
+    @property
+    def available(self) -> int:
+        with self._changing:
+            return self.capacity - self.used - sum(self._stuck.values()) - sum(self._slack.values())
+
+    def bind(self, fingerprint: str | None) -> None:
+        """Names what makes the KV, once that is known; None: files do not outlive the pool.
+
+        To be called before anything is stored: the pool takes over the files of that fingerprint that another process
+        has left (`TieredCache.restore_disk`).
+
+        Raises:
+            ValueError: an empty fingerprint; files of another one were restored or written.
+        """
+        _check(fingerprint)
+        if digest_of(fingerprint) == self._store.fingerprint:
+            return
+        if self._used:
+            raise ValueError(
+                f"got the fingerprint {fingerprint!r:.80} for a disk pool that is used with another one; accepted: a "
+                "pool without a fingerprint that nothing was stored in, or TieredCache.flush for new weights"
+            )
+        with self._changing:
+            self._leave()
+            self._store = open_store(self._parent, digest_of(fingerprint), self.capacity, self.config)
+            self._numbers = count(self._first_number())
+
+    def rebind(self, fingerprint: str | None) -> None:
+        """What makes the KV has changed. The files there are remain readable for whoever holds their payloads, who also
+        discards them, and are never found again; for `TieredCache.flush`.
+
+        Raises:
+            ValueError: an empty fingerprint.
+        """
+        _check(fingerprint)
+        with self._changing:
+            if digest_of(fingerprint) != self._store.fingerprint:
+                self._store.describe(digest_of(fingerprint))
+
+    def restored(self) -> list[tuple[PromptKey, FilePayload, float]]:
+        """The payloads that other processes have left, the one used last first, with the time of their last use.
+
+        The payloads are the caller's, which stores or discards each; times are seconds since the epoch. What is not
+        usable in the folder is removed. Empty after the first call.
+        """
+        fingerprint = self._store.fingerprint
+        if self._used or fingerprint is None:
+            return []
+        self._used = True
+        found, lost = [], 0
+        for path in sorted(self.folder.iterdir(), key=_number, reverse=True):
+            if path.suffix == TEMPORARY_SUFFIX:
+                self._remove(path, 0)
+            elif path.suffix == SUFFIX:
+                try:
+                    file, prompt = read_index(path, fingerprint, self.config.max_header_bytes)
+                    last_use = path.stat().st_mtime
+                    os.truncate(path, file.needed_bytes)  # a part of a block is of no use
+                    found.append((prompt, FilePayload(file, *file.live[0]), last_use))
+                except (LostPayloadError, OSError) as error:
+                    logger.debug("not restored: %s", error)
+                    lost += 1
+                    self._remove(path, _size(path))
+        if lost:
+            logger.warning("%d of %d files in %s are not usable and were removed", lost, lost + len(found), self.folder)
+        return sorted(found, key=lambda each: each[2], reverse=True)
+
+    def _first_number(self) -> int:
+        """Above those of the files in the folder."""
+        return 1 + max(map(_number, self.folder.glob(f"*{SUFFIX}")), default=-1)
+
+    # Sizes --------------------------------------------------------------------------------------------------------
 
     def validate(self, payload: KVPayload) -> None:
         for dtype, _ in payload.kinds().values():
-            _code(dtype)
+            type_code(dtype)
 
     def charge(self, payload: KVPayload) -> int:
-        return len(_header(payload, None)) + payload.nbytes
+        if isinstance(payload, FilePayload):
+            return payload.file.share(payload.start, payload.stop)
+        layout = self._layout(payload, 0)
+        return layout.size(layout.rows)
 
-    def new_builder(self, payload: KVPayload) -> _FileBuilder:
-        return _FileBuilder(payload, self.folder / f"{next(self._numbers)}.safetensors")
+    def prompt_bytes(self, tokens: int) -> int:
+        return ID_BYTES * tokens if self.persistent else 0
+
+    def _layout(self, payload: KVPayload, prompt_tokens: int) -> FileLayout:
+        return new_layout(payload, prompt_tokens, self.config.block_tokens, self.config.label_bytes)
+
+    # Files --------------------------------------------------------------------------------------------------------
+
+    def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> FileBuilder:
+        self._used = True
+        self._retry()
+        layout = self._layout(payload, 0 if prompt is None else len(prompt.key) // ID_BYTES)
+        return FileBuilder(self, layout, prompt, self._store.fingerprint, next(self._numbers))
 
     def discard(self, payload: KVPayload) -> None:
         assert isinstance(payload, FilePayload), "the disk holds files"
-        payload.path.unlink(missing_ok=True)
+        if self._closed:
+            return  # the folder is gone, or another process's
+        file = payload.file
+        before = file.needed_bytes
+        file.drop(payload.start, payload.stop)
+        self._slack.pop(file.path, None)
+        if not file.live:
+            self._remove(file.path, before)
+            return
+        needed = file.needed_bytes
+        if needed < before:
+            try:
+                os.truncate(file.path, needed)
+            except FileNotFoundError:
+                pass  # the whole file is gone, which whoever reads the rest will notice
+            except OSError as error:
+                logger.warning("%s cannot be shortened: %s", file.path, error)
+                needed = before
+        slack = needed - sum(file.share(start, stop) for start, stop in file.live)
+        if slack:
+            self._slack[file.path] = slack
+
+    def can_free(self) -> bool:
+        self._retry()
+        with self._changing:
+            return not self._stuck
+
+    def _retry(self) -> None:
+        with self._changing:
+            stuck = list(self._stuck)
+        for path in stuck:
+            if _unlinked(path) is None:
+                with self._changing:
+                    self._stuck.pop(path, None)
+            else:
+                return  # the others will hardly fare better
+
+    def _remove(self, path: Path, nbytes: int) -> None:
+        """Removes a file of `nbytes`, now or when that is possible again."""
+        error = _unlinked(path)
+        if error is not None:
+            logger.warning("%s cannot be removed, which will be tried again: %s", path, error)
+            with self._changing:
+                self._stuck[path] = nbytes
+
+    def _open(self, name: str) -> tuple[Any, Path]:
+        """Opens a new file for writing in the pool's folder, which is created again if it is gone."""
+        path = self.folder / name
+        try:
+            return open(path, "wb", buffering=0), path
+        except FileNotFoundError:
+            with self._changing:
+                if self._closed or self._store.path.exists():
+                    raise
+                logger.warning("the folder %s was removed; creating another", self._store.path)
+                gone, self._store = self._store, create_store(self._parent, self._store.fingerprint)
+                gone.remove()
+        path = self.folder / name
+        return open(path, "wb", buffering=0), path
 
     def close(self) -> None:
-        self._lock.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with self._changing:
+            if self._closed:
+                return
+            self._closed = True
+            self._leave()
+
+    def _leave(self) -> None:
+        if self.persistent:
+            self._store.release()
+        else:
+            self._store.remove()
 
 
-class _FileBuilder:
-    """Writes one file, which is opened at its first layer."""
+class FileBuilder:
+    """Writes one file, which is opened at its first layer.
 
-    def __init__(self, payload: KVPayload, path: Path) -> None:
-        self._source, self._path = payload, path
-        self._temporary = path.with_name(f".{path.name}.tmp")
-        self._kinds = payload.kinds()
-        self._digests: list[str] = []
+    Args:
+        fingerprint: digest of what made the payload; the pool may be bound to another one meanwhile.
+    """
+
+    device: None = None
+
+    def __init__(
+        self, pool: DiskPool, layout: FileLayout, prompt: PromptKey | None, fingerprint: str | None, number: int
+    ) -> None:
+        self._pool, self._layout, self._prompt, self._fingerprint = pool, layout, prompt, fingerprint
+        self._name = f"{number}{SUFFIX}"
+        self._digests = bytearray(DIGEST_BYTES * layout.num_digests)
         self._file: Any = None
+        self._temporary: Path | None = None
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         if self._file is None:
-            self._file = open(self._temporary, "wb")  # noqa: SIM115  # open until commit or abort
-            self._file.write(_header(self._source, None))
-        digest = hashlib.sha256()
-        for tensor in tensors.values():
-            content = _content(tensor)
-            digest.update(content)
-            self._file.write(content)
-        self._digests.append(digest.hexdigest())
+            self._file, self._temporary = self._pool._open(f".{self._name}{TEMPORARY_SUFFIX}")
+        for block, (at, content) in enumerate(pack_layer(self._layout, layer, tensors)):
+            _write(self._file, content, at)
+            place = (block * len(self._layout.groups) + layer) * DIGEST_BYTES
+            self._digests[place : place + DIGEST_BYTES] = hashlib.sha256(content).digest()
 
     def commit(self) -> FilePayload:
-        header = _header(self._source, self._digests)
-        self._file.seek(0)
-        self._file.write(header)
-        # Not synced to the device: nothing is read back after a crash, and the rename excludes partial files.
+        assert self._temporary is not None, "all layers have been written"
+        digests = bytes(self._digests)
+        _write(self._file, index_of(self._layout, digests, self._prompt, self._fingerprint), 0)
         self._file.close()
-        os.replace(self._temporary, self._path)
-        source = self._source
-        return FilePayload(self._path, source.tokens, source.token_dim, self._kinds, len(header), tuple(self._digests))
+        path = self._temporary.with_name(self._name)
+        os.replace(self._temporary, path)
+        tokens = self._layout.tokens
+        return FilePayload(PromptFile(path, self._layout, digests, [(0, tokens)]), 0, tokens)
 
     def abort(self) -> None:
+        if self._temporary is None:
+            return
         try:
-            if self._file is not None:
-                self._file.close()
-        except OSError as error:  # the disk was too full for what was buffered
+            self._file.close()
+        except OSError as error:
             logger.debug("closing %s: %s", self._temporary, error)
-        self._temporary.unlink(missing_ok=True)
+        self._pool._remove(self._temporary, _size(self._temporary))
 
 
-def _header(payload: KVPayload, digests: list[str] | None) -> bytes:
-    """The header of a safetensors file, padded to a multiple of 8 bytes; as long with digests as without."""
-    blank = ["0" * DIGEST_CHARACTERS] * len(payload.layers)
-    document: dict[str, Any] = {"__metadata__": {"tokens": str(payload.tokens), "sha256": " ".join(digests or blank)}}
-    at = 0
-    for name, (dtype, shape) in payload.kinds().items():
-        end = at + _nbytes((dtype, shape))
-        document[name] = {"dtype": _code(dtype), "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(document, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _check(fingerprint: str | None) -> None:
+    if fingerprint == "":
+        raise ValueError("got an empty fingerprint; accepted: a text that names what makes the KV, or None")
 
 
-def _code(dtype: torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
-    if name not in TYPE_CODES:
-        raise ValueError(f"got a tensor of {name}; the disk accepts {', '.join(TYPE_CODES)}")
-    return TYPE_CODES[name]
+def _number(path: Path) -> int:
+    """The number of a file, higher for those written later; -1 for other files."""
+    return int(path.stem) if path.stem.isdecimal() else -1
 
 
-def _content(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _nbytes(kind: Kind) -> int:
-    return kind[0].itemsize * math.prod(kind[1])
+def _write(file: Any, content: bytes, at: int) -> None:
+    """Writes all of `content` at byte `at`; the system may take it in parts, e.g. as the disk fills up."""
+    file.seek(at)
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
-def _read_fully(file: Any, buffer: memoryview) -> int:
-    got = 0
-    while got < len(buffer):
-        more = file.readinto(buffer[got:])
-        if not more:
-            break
-        got += more
-    return got
+def _unlinked(path: Path) -> OSError | None:
+    """Removes a file; returns why that was not possible."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        return error
+    return None
 
 
-def _remove_abandoned(parent: Path) -> None:
-    """Removes the folders of pools whose processes have ended: their locks are free."""
-    from filelock import FileLock, Timeout
-
-    for folder in parent.glob(f"{PREFIX}*"):
-        try:
-            with FileLock(folder / LOCK, timeout=0):
-                pass
-        except (Timeout, OSError):
-            continue  # in use, or being removed by another process
-        shutil.rmtree(folder, ignore_errors=True)
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -33,6 +33,8 @@ class Evictor:
         if nbytes > self.transfers.reclaimable(tier):
             return AllocStatus.REFUSED
         while pool.available + pool.pending_free < nbytes:
+            if not pool.can_free():
+                return AllocStatus.REFUSED  # evicting more would lose copies without making room
             victim = queue.first()
             if urgent and (other := self._discardable(tier, victim)) is not None:
                 self.evict(other, tier)
@@ -127,7 +129,7 @@ class Evictor:
                 continue
             payload = node.copies[tier]
             assert payload is not None
-            needed = self.storage.pools[lower].charge(payload)
+            needed = self.storage.needed_bytes(node, lower, payload)
             status = self.make_room(lower, needed, self.storage.queues[lower].rank(node))
             if node.copies[tier] is None:
                 return AllocStatus.READY  # evicting from the tier below discarded what was built on the victim
@@ -197,7 +199,7 @@ class EagerWriteBack:
             return
         below, payload = self.storage.pools[lower], node.copies[tier]
         assert payload is not None, "evictable nodes have a copy"
-        if below.can_allocate(below.charge(payload)):
+        if below.can_allocate(self.storage.needed_bytes(node, lower, payload)):
             del self._unsaved[tier][node]
             self.transfers.start(node, lower, Urgency.EAGER)
 

@@ -9,23 +9,34 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .base import KVPayload, PhantomPayload, TensorPayload
+from .base import KVPayload, PhantomPayload, PromptKey, TensorPayload, Tier
+from .free_ranges import FreeRanges
+from .page_pool import PageBuilder, PagePayload, PagePool, pages_for
 
 if TYPE_CHECKING:
     import torch
 
 
 class PayloadBuilder(Protocol):
-    """A copy of a payload in the making, written layer by layer by one thread at a time."""
+    """A copy of a payload in the making, written layer by layer by one thread at a time.
+
+    Attributes:
+        device: where the copy's tensors are; None: in a file, or nowhere.
+    """
+
+    @property
+    def device(self) -> torch.device | None: ...
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies the contents of one layer, in order; on a GPU the work may still be queued on the stream."""
+        """Copies the contents of one layer, in order.
+
+        On a GPU the work may still be queued on the current stream, which must have waited for the copy's memory.
+        """
 
     def commit(self) -> KVPayload:
         """The finished copy, after every layer has been written."""
@@ -44,6 +55,7 @@ class Pool(ABC):
 
     Attributes:
         capacity: bytes.
+        whole_pages: memory for the KV of requests is handed out in whole pages of the prefix tree, not by the token.
         used: bytes allocated, for copies or reserved.
         reserved: of these, the bytes of requests in progress, which do not belong to the tree.
         evictable: of these, the bytes of copies of unreferenced nodes.
@@ -52,6 +64,8 @@ class Pool(ABC):
     Raises:
         ValueError: a negative capacity.
     """
+
+    whole_pages = True
 
     def __init__(self, capacity: int) -> None:
         if capacity < 0:
@@ -63,9 +77,18 @@ class Pool(ABC):
     def available(self) -> int:
         return self.capacity - self.used
 
+    @property
+    def persistent(self) -> bool:
+        """Whether copies outlive the cache: closing it leaves them, and `new_builder` is given their prompts."""
+        return False
+
     def charge(self, payload: KVPayload) -> int:
-        """Bytes that a copy of `payload` takes here."""
+        """Bytes that a copy of `payload` takes here, without those of `prompt_bytes`."""
         return payload.nbytes
+
+    def prompt_bytes(self, tokens: int) -> int:
+        """Bytes that a new copy takes here for the ids of its prompt, `tokens` from the beginning of that on."""
+        return 0
 
     def validate(self, payload: KVPayload) -> None:  # noqa: B027  # memory holds everything
         """Raises ValueError if the tier cannot hold such a payload, whatever its size."""
@@ -91,16 +114,24 @@ class Pool(ABC):
         self.reserved -= nbytes
         assert self.reserved >= 0, "what is unreserved was reserved"
 
+    def can_free(self) -> bool:
+        """Whether discarding copies makes bytes available; False while what was discarded cannot be removed."""
+        return True
+
     @abstractmethod
-    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+    def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
         """Allocates memory for a copy of `payload`, whose bytes have been counted.
+
+        Args:
+            prompt: whose last tokens the payload holds; given to persistent pools.
 
         Raises:
             OSError, RuntimeError, MemoryError: there is less memory than the capacity promises.
         """
 
     def discard(self, payload: KVPayload) -> None:  # noqa: B027  # reference counting frees memory
-        """Called when a copy leaves the tier, to free what reference counting does not."""
+        """Called when a copy, or a part of one that was split, leaves the tier, to free what reference counting does
+        not. Does not raise."""
 
     def close(self) -> None:  # noqa: B027
         """Called once, when the cache is closed."""
@@ -139,7 +170,7 @@ _SLAB_STRIDE = 2**48  # distance between the addresses of two slabs, so that the
 
 
 class PinnedArena:
-    """Blocks of page-locked memory: best fit, and neighbouring free ranges are joined.
+    """Blocks of page-locked memory, by `FreeRanges`.
 
     Whoever holds a tensor that shares a block's storage owns the block; when the last one is gone, it is free again, so
     nobody frees a block that is still being read. Blocks are allocated by one thread at a time and may be freed on any.
@@ -160,9 +191,7 @@ class PinnedArena:
         self.used = self.locked = 0
         self._lock_pages = lock_pages
         self._slabs: list[torch.Tensor] = []
-        self._sizes: list[tuple[int, int]] = []  # free ranges: bytes, address; ascending
-        self._end_of: dict[int, int] = {}  # the same ranges: end by beginning
-        self._begin_of: dict[int, int] = {}  # beginning by end
+        self._free = FreeRanges()
         # Blocks that were freed: the collector may do so at any moment, also while this thread is in here.
         self._returned: deque[tuple[int, int]] = deque()
         self._busy = threading.Lock()
@@ -186,14 +215,10 @@ class PinnedArena:
     def _cut(self, size: int) -> int:
         if size > self.capacity - self.used:
             raise MemoryError(f"{size} bytes are asked for, {self.capacity - self.used} are free")
-        place = bisect_left(self._sizes, (size, 0))
-        if place == len(self._sizes):
+        if self._free.longest < size:
             self._add_slab(size)
-            place = bisect_left(self._sizes, (size, 0))
-        length, start = self._sizes[place]
-        self._remove(start, start + length)
-        if length > size:
-            self._insert(start + size, start + length)
+        start = self._free.take(size)
+        assert start is not None, "there is a range as long as that"
         self.used += size
         return start
 
@@ -206,28 +231,13 @@ class PinnedArena:
         self._slabs.append(self._lock_pages(nbytes))
         self.locked += nbytes
         start = (len(self._slabs) - 1) * _SLAB_STRIDE
-        self._insert(start, start + nbytes)
+        self._free.add(start, start + nbytes)
 
     def _collect_returned(self) -> None:
         while self._returned:
             start, size = self._returned.popleft()
             self.used -= size
-            end = start + size
-            before, after = self._begin_of.get(start), self._end_of.get(end)
-            if before is not None:
-                self._remove(before, start)
-            if after is not None:
-                self._remove(end, after)
-            start, end = start if before is None else before, end if after is None else after
-            self._insert(start, end)
-
-    def _insert(self, start: int, end: int) -> None:
-        insort(self._sizes, (end - start, start))
-        self._end_of[start], self._begin_of[end] = end, start
-
-    def _remove(self, start: int, end: int) -> None:
-        del self._sizes[bisect_left(self._sizes, (end - start, start))]
-        del self._end_of[start], self._begin_of[end]
+            self._free.add(start, start + size)
 
 
 def page_locked(nbytes: int) -> torch.Tensor:
@@ -246,6 +256,8 @@ class MemoryPool(Pool):
         pinned: page-locked, so that a GPU copies at full speed and asynchronously; needs a GPU. Each layer is then
             charged what it takes of a `PinnedArena`.
         arena: sizes of that arena.
+    Attributes:
+        pages: what an engine has bound it to: copies are then lists of pages; None: tensors of their own.
 
     Raises:
         ValueError: a negative capacity, or pinned memory where there is no GPU.
@@ -256,6 +268,7 @@ class MemoryPool(Pool):
     ) -> None:
         super().__init__(capacity)
         self.device, self.pinned = device, pinned
+        self.pages: PagePool | None = None
         self._arena = None
         if pinned:
             try:
@@ -264,11 +277,40 @@ class MemoryPool(Pool):
                 raise ValueError("pinned=True needs a GPU that torch sees; without one, pinned=False") from error
             self._arena = PinnedArena(capacity, page_locked, arena)
 
+    def bind(self, pages: PagePool) -> None:
+        """Holds its copies in `pages` from now on.
+
+        Raises:
+            ValueError: it holds something already.
+        """
+        if self.pages is not None or self.used:
+            raise ValueError("got a pool that is in use; accepted: one pool for each engine, empty when that is made")
+        self.pages, self.device, self.capacity = pages, pages.device, pages.nbytes
+
+    def validate(self, payload: KVPayload) -> None:
+        if self.pages is not None:
+            pages_for(payload, self.pages.geometry)
+
+    def holds(self, device: torch.device) -> bool:
+        """Whether the pool's tensors are on `device`; without an index, a GPU is the first one."""
+        import torch
+
+        own = torch.device(self.device)
+        return own.type == device.type and (own.index or 0) == (device.index or 0)
+
     def charge(self, payload: KVPayload) -> int:
+        if self.pages is not None:
+            return pages_for(payload, self.pages.geometry) * self.pages.geometry.page_bytes
         return payload.nbytes if self._arena is None else sum(map(self._arena.config.rounded, payload.layers))
 
-    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+    def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
+        if self.pages is not None:
+            return PageBuilder(self.pages, payload)
         return _TensorBuilder(TensorPayload.empty_like(payload, self._memory, self._memory_of_parts))
+
+    def discard(self, payload: KVPayload) -> None:
+        if isinstance(payload, PagePayload):  # somebody may hold the payload a little longer, but not its pages
+            payload.held.release()
 
     def _memory(self, nbytes: int) -> torch.Tensor:
         import torch
@@ -291,6 +333,10 @@ class MemoryPool(Pool):
 class _TensorBuilder:
     result: TensorPayload
 
+    @property
+    def device(self) -> torch.device:
+        return self.result.device
+
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         from ...eviction.storage.packing import copy_all
 
@@ -304,10 +350,26 @@ class _TensorBuilder:
         pass  # the memory is freed with the tensors
 
 
+def check_devices(pools: Mapping[Tier, Pool], device: torch.device) -> None:
+    """Raises ValueError unless the memory pools are where a model on `device` needs them: the device tier on `device`,
+    the tiers below it in the memory of the CPU."""
+    import torch
+
+    for tier, pool in pools.items():
+        wanted = device if tier == Tier.DEVICE else torch.device("cpu")
+        if isinstance(pool, MemoryPool) and not pool.holds(wanted):
+            raise ValueError(
+                f"got a pool of Tier.{tier.name} on {pool.device} for a model on {device}; "
+                f"accepted: MemoryPool(…, device={str(wanted)!r})"
+            )
+
+
 class PhantomPool(Pool):
     """Counts bytes and holds no data: any tier of the simulator."""
 
-    def new_builder(self, payload: KVPayload) -> PayloadBuilder:
+    whole_pages = False
+
+    def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
         assert isinstance(payload, PhantomPayload), "a pool without memory holds payloads without data"
         return _PhantomBuilder(payload)
 
@@ -315,6 +377,7 @@ class PhantomPool(Pool):
 @dataclass
 class _PhantomBuilder:
     payload: PhantomPayload
+    device: None = None
 
     def write(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         pass

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .agent_index import Agent, AgentGroup, AgentIndex
-from .base import TIERS, KVPayload, Link, Status, Tier
+from .base import TIERS, KVPayload, Link, PromptKey, Status, Tier
 
 TOKEN = np.dtype("<i4")
 TOKEN_BYTES = TOKEN.itemsize
@@ -30,8 +30,8 @@ def encode(token_ids: Sequence[int] | np.ndarray | Any, page_size: int) -> bytes
     """Encodes the whole pages of `token_ids`; the tokens of an unfinished last page are left out.
 
     Args:
-        token_ids: one-dimensional integers in [0, 2^31): a list, an array, or a tensor in CPU memory. `Pages` of this
-            page size are returned as they are.
+        token_ids: one row of integers in [0, 2^31): a list, an array, or a tensor in CPU memory. `Pages` of this page
+            size are returned as they are.
         page_size: tokens a page.
 
     Raises:
@@ -39,24 +39,45 @@ def encode(token_ids: Sequence[int] | np.ndarray | Any, page_size: int) -> bytes
     """
     if isinstance(token_ids, Pages):
         return token_ids
-    ids = _as_array(token_ids)
-    if ids.size == 0:
-        return b""
+    ids = _checked_ids(token_ids)
+    return ids[: len(ids) - len(ids) % page_size].astype(TOKEN, copy=False).tobytes()
+
+
+def read_token_ids(token_ids: Sequence[int] | np.ndarray | Any) -> np.ndarray:
+    """A read-only copy of `token_ids`, int32 `(tokens,)`.
+
+    Raises:
+        ValueError: anything but one row of integers in [0, 2^31); booleans are no integers here.
+    """
+    ids = np.array(_checked_ids(token_ids), TOKEN)
+    ids.flags.writeable = False
+    return ids
+
+
+def _checked_ids(token_ids: Any) -> np.ndarray:
+    """One row of integers in [0, 2^31), of any integer type; may share memory with `token_ids`."""
+    if isinstance(token_ids, list | tuple):
+        kinds = set(map(type, token_ids))
+        wrong = next((kind for kind in kinds if kind is bool or not issubclass(kind, (int, np.integer))), None)
+        if wrong is not None:
+            raise ValueError(f"got a row with a {wrong.__name__} as token ids; accepted: one row of integers")
+        try:
+            ids = np.frombuffer(array("i", token_ids), np.intc)  # twice as fast as numpy with a list
+        except OverflowError:
+            ids = np.asarray(token_ids)
+    else:
+        try:
+            ids = np.asarray(token_ids)
+        except (TypeError, ValueError, RuntimeError):  # torch: a tensor on another device, or with a gradient
+            kind = type(token_ids).__name__
+            raise ValueError(f"got a {kind} as token ids; accepted: one row of integers in CPU memory") from None
+    if ids.ndim == 1 and ids.size == 0:
+        return np.zeros(0, TOKEN)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"got token ids of shape {ids.shape} and type {ids.dtype}; accepted: one row of integers")
-    whole = len(ids) - len(ids) % page_size
     if int(ids.min()) < 0 or int(ids.max()) >= 2**31:
         raise ValueError(f"got token ids from {ids.min()} to {ids.max()}; accepted: 0 to {2**31 - 1}")
-    return ids[:whole].astype(TOKEN, copy=False).tobytes()
-
-
-def _as_array(token_ids: Sequence[int] | np.ndarray | Any) -> np.ndarray:
-    if isinstance(token_ids, list | tuple) and token_ids:
-        try:
-            return np.frombuffer(array("i", token_ids), np.intc)  # twice as fast as numpy with a list
-        except (TypeError, OverflowError):
-            pass  # `encode` reports it with a better message
-    return np.asarray(token_ids)
+    return ids
 
 
 def common_pages(left: bytes, right: bytes, at: int, page_bytes: int) -> int:
@@ -89,7 +110,8 @@ class Node:
         span: the token ids (see `encode`) of [start, end), the prompt between the parent's end and this node's.
         covers: tokens [end - covers, end) that the copies hold, the same in every tier: the span, or also the spans of
             ancestors where the payload could not be split (yet). The span's length if there are no copies.
-        ref_count: handles and transfers that end at this node or below. A node is evicted only at 0.
+        ref_count: handles and transfers that end at this node or below; of a root, those in its whole tree. A node is
+            evicted only at 0.
         copies: for each tier, the payload or None. allocated: the bytes that its pool counts for it.
         cached_children: for each tier, the children that have a copy in it or a descendant with one.
         transfer_id, transfer_link: of the node's transfer in progress, of which there is at most one; 0 and None.
@@ -185,8 +207,8 @@ class Node:
         """Whether, after a split, the upper part would get its share of the data."""
         if self.in_transfer or self.covers != self.length:
             return False
-        memory = [copy for tier, copy in enumerate(self.copies) if copy is not None and tier != Tier.DISK]
-        return bool(memory) and all(copy.divisible for copy in memory)
+        copies = [copy for copy in self.copies if copy is not None]
+        return bool(copies) and all(copy.divisible for copy in copies)
 
     def evictable(self, tier: Tier) -> bool:
         """Whether it is unreferenced and has a copy in `tier`, and no descendant has one there."""
@@ -200,10 +222,11 @@ class Node:
             node = node.parent
 
     @property
-    def root(self) -> Node:
+    def root(self) -> RootNode:
         node = self
         while node.parent is not None:
             node = node.parent
+        assert isinstance(node, RootNode), "paths begin at a root"
         return node
 
     def chain(self) -> list[Node] | None:
@@ -228,6 +251,21 @@ class Node:
         return self._chain_hash
 
 
+class RootNode(Node):
+    """The node above the prompts of a namespace: no span and no data. It counts the references in its tree.
+
+    Attributes:
+        namespace: that its prompts are found under.
+        retired: nobody finds its prompts any more (`PrefixTree.retire_roots`).
+    """
+
+    __slots__ = ("namespace", "retired")
+
+    def __init__(self, namespace: Hashable, group: AgentGroup) -> None:
+        super().__init__(None, b"", 0, 0, group)
+        self.namespace, self.retired = namespace, False
+
+
 @dataclass(frozen=True)
 class Match:
     """The longest cached prefix of a prompt.
@@ -246,7 +284,8 @@ class Match:
 class PrefixTree:
     """Roots by namespace; below a root, every path spells a prompt.
 
-    A namespace separates KV that must not be shared although the tokens agree: adapters, compression settings.
+    A namespace separates KV that must not be shared although the tokens agree: adapters, compression settings. It is
+    hashable; after a restart, prompts are found again whose namespace is None, a str, a number, or a tuple of these.
     Splitting keeps the given node as the lower part, so a reference to a node keeps meaning the prompt that ends there.
 
     Not locked: `TieredCache` calls it under its lock.
@@ -254,6 +293,7 @@ class PrefixTree:
     Args:
         max_moved: agents that `moved_agents` remembers at most, the latest.
     Attributes:
+        roots: by namespace, those with nodes or references; they have no span.
         prompt_ends: the last node of each agent's fixed prompt; all nodes on its path are in a group of the agent.
         moved_agents: agents whose fixed prompt ends at another node since the reader of this queue last emptied it.
 
@@ -266,17 +306,27 @@ class PrefixTree:
             raise ValueError(f"got page_size={page_size}; accepted: 1 or more tokens")
         self.page_size, self.page_bytes = page_size, page_size * TOKEN_BYTES
         self.agent_index = agent_index
-        self.roots: dict[Hashable, Node] = {}
+        self.roots: dict[Hashable, RootNode] = {}
         self.prompt_ends: dict[Agent, Node] = {}
         self.moved_agents: deque[Agent] = deque(maxlen=max_moved)
         self.size = 0
 
-    def root(self, namespace: Hashable = None) -> Node:
+    def root(self, namespace: Hashable = None) -> RootNode:
+        """The root of `namespace`, created if there is none; the caller references it or adds a child."""
         if namespace not in self.roots:
-            self.roots[namespace] = self._new_node(None, b"", 0)
+            self.agent_index.unowned.num_nodes += 1
+            self.roots[namespace] = RootNode(namespace, self.agent_index.unowned)
         return self.roots[namespace]
 
-    def _new_node(self, parent: Node | None, span: bytes, start: int) -> Node:
+    def remove_root_if_empty(self, root: Node) -> None:
+        """Removes a root without children and references; clients may use a namespace for a single request."""
+        if root.children or root.ref_count or not isinstance(root, RootNode):
+            return
+        if self.roots.get(root.namespace) is root:
+            del self.roots[root.namespace]
+            self.agent_index.unowned.num_nodes -= 1
+
+    def _new_node(self, parent: Node, span: bytes, start: int) -> Node:
         unowned = self.agent_index.unowned
         unowned.num_nodes += 1
         return Node(parent, span, start, start + len(span) // TOKEN_BYTES, unowned)
@@ -304,7 +354,9 @@ class PrefixTree:
 
     def find(self, key: bytes, namespace: Hashable = None) -> Match:
         """The longest prefix of the prompt `key` whose KV the tiers hold without a gap; changes nothing."""
-        root = self.root(namespace)
+        root = self.roots.get(namespace)
+        if root is None:
+            return Match(0, [])
         path, part = self.walk(key, root)
         ends, last = {0}, None
         for node in path:
@@ -324,17 +376,27 @@ class PrefixTree:
         """Whether `key` begins with the prompt that ends at `node`."""
         return all(key.startswith(each.span, each.start * TOKEN_BYTES) for each in node.path())
 
+    def prompt_of(self, node: Node) -> PromptKey:
+        """The prompt that ends at `node`."""
+        spans = [each.span for each in node.path()]
+        agents = tuple(agent for agent in node.group.agents if self.prompt_ends.get(agent) is node)
+        return PromptKey(node.root.namespace, b"".join(reversed(spans)), agents)
+
     def next_child(self, node: Node, key: bytes) -> Node:
         at = node.end * TOKEN_BYTES
         return node.children[key[at : at + self.page_bytes]]
 
     def __iter__(self) -> Iterator[Node]:
         """All nodes without the roots, parents before children."""
-        pending = list(self.roots.values())
+        return self.below(*self.roots.values())
+
+    @staticmethod
+    def below(*nodes: Node) -> Iterator[Node]:
+        """The descendants of `nodes`, parents before children."""
+        pending = [child for node in nodes for child in node.children.values()]
         while pending:
             node = pending.pop()
-            if node.parent is not None:
-                yield node
+            yield node
             pending += node.children.values()
 
     # Structure --------------------------------------------------------------------------------------------------
@@ -374,6 +436,14 @@ class PrefixTree:
         self.size += 1
         return leaf
 
+    def extend_leaf(self, node: Node, span: bytes) -> None:
+        """Appends `span` to a node without children; its copies have been extended, too."""
+        assert not node.children and not node.fixed, "nobody needs the end of the node"
+        node.span += span
+        node.end += len(span) // TOKEN_BYTES
+        node.covers += len(span) // TOKEN_BYTES
+        node._chain_hash = None
+
     def remove_leaf(self, node: Node) -> Node:
         """Removes a node without children, data and references; returns its parent."""
         parent = node.parent
@@ -390,21 +460,37 @@ class PrefixTree:
     def merge(self, upper: Node) -> Node:
         """The only child of `upper` takes over its span, which undoes a split. Returns the child.
 
-        `upper` has no references, no copies and the same agents as its child; the child has no references.
+        `upper` has no copies and the same agents as its child; its references are all of those below it.
         """
         (lower,) = upper.children.values()
         parent = upper.parent
         assert parent is not None and not upper.has_data, "the upper node has no data"
-        assert not upper.ref_count and not lower.ref_count, "nothing references either"
+        assert upper.ref_count == lower.ref_count, "no reference ends at the upper node"
         lower.span, lower.start, lower.parent = upper.span + lower.span, upper.start, parent
         lower.last_used, lower.hits = max(lower.last_used, upper.last_used), max(lower.hits, upper.hits)
         if not lower.has_data:
             lower.covers = lower.length
         parent.children[lower.span[: self.page_bytes]] = lower
+        upper.children.clear()  # whoever still has the node sees that it has left the tree
         self.agent_index.move(upper, self.agent_index.unowned)
         self.agent_index.unowned.num_nodes -= 1
         self.size -= 1
         return lower
+
+    def retire_roots(self) -> list[RootNode]:
+        """No prompt stored so far is found any more, nor is it any agent's; nodes and copies stay.
+
+        Returns:
+            The roots of these prompts, which stay in `roots` as long as others, each under itself.
+        """
+        for agent in list(self.prompt_ends):
+            self.set_agent_prompt(agent, None)
+        roots = [root for root in self.roots.values() if not root.retired]
+        for root in roots:
+            del self.roots[root.namespace]
+            root.namespace, root.retired = root, True
+            self.roots[root] = root
+        return roots
 
     # Agents -----------------------------------------------------------------------------------------------------
 
@@ -436,6 +522,7 @@ class PrefixTree:
         """Raises AssertionError unless spans, children, agents and counts agree."""
         nodes = list(self)
         assert self.size == len(nodes), "nodes are counted"
+        assert all(root.namespace == name for name, root in self.roots.items()), "roots are found both ways"
         for node in nodes:
             assert node.parent is not None
             assert node.parent.children[node.span[: self.page_bytes]] is node, "a child is found by its first page"

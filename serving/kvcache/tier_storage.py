@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from .base import TIERS, KVPayload, Tier
 from .eviction_policy import EvictionPolicy
 from .eviction_queue import EvictionQueue
 from .memory_pool import Pool
-from .radix_tree import TOKEN_BYTES, Node, PrefixTree
+from .radix_tree import TOKEN_BYTES, Node, PrefixTree, RootNode
+
+logger = logging.getLogger(__name__)
 
 
 class TierStorage:
@@ -18,7 +21,8 @@ class TierStorage:
     `free`, `evict` and `clear` free them. It keeps spans and copies together when nodes are split and merged, and
     removes nodes that nothing needs. It does not decide what is evicted: that is the `Evictor`'s.
 
-    Splitting and joining copy the data within a tier; meanwhile, a node's bytes exist twice.
+    Splitting and joining copy the data within a tier, where a node's bytes exist twice meanwhile; parts of a file on
+    disk stay in that file.
 
     Called under the cache's lock.
     """
@@ -27,16 +31,26 @@ class TierStorage:
         self, tree: PrefixTree, pools: Mapping[Tier, Pool], policy: EvictionPolicy, now: Callable[[], float]
     ) -> None:
         self.tree, self.pools = tree, dict(pools)
+        self.retired: list[RootNode] = []  # with nodes below, or with handles that may add some
         self.queues = {tier: EvictionQueue(tier, policy, tree.agent_index, now) for tier in self.pools}
+
+    def needed_bytes(self, node: Node, tier: Tier, payload: KVPayload) -> int:
+        """Bytes that a new copy of the node's `payload` takes in `tier`."""
+        pool = self.pools[tier]
+        return pool.charge(payload) + pool.prompt_bytes(node.end)
 
     # References -------------------------------------------------------------------------------------------------
 
     def acquire(self, node: Node, above: Node | None = None) -> None:
         """Adds a reference to every node of the prompt that ends at `node`, which keeps all of it from eviction.
 
+        The root counts the references in its tree, and is kept while there are any.
+
         Args:
             above: an ancestor that the caller references already; only nodes below it get a reference.
         """
+        if above is None:
+            node.root.ref_count += 1
         for each in node.path(above):
             each.ref_count += 1
             if each.ref_count == 1:
@@ -46,6 +60,8 @@ class TierStorage:
 
     def release(self, node: Node, above: Node | None = None) -> None:
         """Drops the references of `acquire`, and removes nodes that nothing needs any more."""
+        if above is None:
+            node.root.ref_count -= 1
         for each in node.path(above):
             each.ref_count -= 1
             assert each.ref_count >= 0, "released references were acquired"
@@ -54,6 +70,8 @@ class TierStorage:
                     pool.evictable += each.allocated[tier]
                 self.refresh(each)
         self.prune(node)
+        if self.retired:
+            self.free_retired()
 
     def refresh(self, node: Node) -> None:
         """Ranks `node` anew: it was used, or its agents have changed."""
@@ -107,7 +125,7 @@ class TierStorage:
     def store(self, node: Node, copies: Mapping[Tier, KVPayload], covers: int) -> None:
         """Stores copies of the `covers` tokens that end with `node`, and the ancestors' parts of them with these.
 
-        A part that a node has already, or that a pool has no room for, is not stored.
+        A part that a node has already, or that a pool has no room for, is discarded.
         """
         alike = not node.has_data or node.covers == covers
         if not node.in_transfer and alike:
@@ -116,12 +134,19 @@ class TierStorage:
                     node.covers = covers
                 if node.copies[tier] is None:
                     self._allocate(node, tier, payload)
+                else:
+                    self.pools[tier].discard(payload)
             self.split_if_possible(node)
             return
-        if covers > node.length and all(payload.divisible for payload in copies.values()):
+        heads = {}
+        for tier, payload in copies.items():
+            rest = payload
+            if covers > node.length and all(each.divisible for each in copies.values()):
+                heads[tier], rest = payload.split(covers - node.length)
+            self.pools[tier].discard(rest)
+        if heads:
             assert node.parent is not None
-            cut = covers - node.length
-            self.store(node.parent, {tier: payload.split(cut)[0] for tier, payload in copies.items()}, cut)
+            self.store(node.parent, heads, covers - node.length)
 
     def _allocate(self, node: Node, tier: Tier, payload: KVPayload) -> None:
         pool = self.pools[tier]
@@ -129,8 +154,32 @@ class TierStorage:
         if pool.can_allocate(nbytes):
             pool.allocate(nbytes)
             self.attach(node, tier, payload, nbytes)
-        elif not node.has_data:
+            return
+        pool.discard(payload)
+        if not node.has_data:
             node.covers = node.length
+
+    def extend(self, node: Node, span: bytes, payload: KVPayload) -> bool:
+        """Appends `span`, with its KV `payload`, to `node`; for the caller that has the only reference on it.
+
+        Returns:
+            False, and nothing is changed, unless `node` is a leaf on the device only, in nobody's fixed prompt (whose
+            end must stay a node's), and its KV joins freely with `payload`, for which there is room.
+        """
+        copy, pool = node.copies[Tier.DEVICE], self.pools[Tier.DEVICE]
+        alone = node.ref_count == 1 and not (node.children or node.in_transfer or node.fixed or node.is_replicated)
+        if not alone or copy is None or not (copy.joins_freely and payload.joins_freely):
+            return False
+        whole = _join(copy, payload)
+        if whole is None or not pool.can_allocate(pool.charge(whole) - node.allocated[Tier.DEVICE]):
+            return False
+        nbytes = pool.charge(whole)
+        pool.allocate(nbytes - node.allocated[Tier.DEVICE])
+        pool.discard(copy)
+        pool.discard(payload)
+        node.copies[Tier.DEVICE], node.allocated[Tier.DEVICE] = whole, nbytes
+        self.tree.extend_leaf(node, span)
+        return True
 
     # Splitting and merging --------------------------------------------------------------------------------------
 
@@ -157,24 +206,21 @@ class TierStorage:
     def split_if_possible(self, node: Node) -> None:
         """Splits copies that cover ancestors' spans as well and hands the parts to these, if all can be split.
 
-        Payloads in transfer are left alone. Files are not split: a file is discarded if memory has the data too.
+        Payloads in transfer are left alone.
         """
-        memory = [tier for tier in self.pools if tier != Tier.DISK and node.copies[tier] is not None]
-        whole = [copy for copy in (node.copies[tier] for tier in memory) if copy is not None]
-        if node.covers == node.length or node.in_transfer or not whole:
+        copies = {tier: copy for tier in self.pools if (copy := node.copies[tier]) is not None}
+        if node.covers == node.length or node.in_transfer or not copies:
             return
-        if not all(copy.divisible for copy in whole):
+        if not all(copy.divisible for copy in copies.values()):
             return
         cut = node.covers - node.length
         parts = {}
-        for tier, copy in zip(memory, whole, strict=True):
-            pool, halves = self.pools[tier], copy.split(cut)
-            if sum(map(pool.charge, halves)) > node.allocated[tier] + pool.available:
+        for tier, copy in copies.items():
+            pool, halves = self.pools[tier], _split(copy, cut)
+            if halves is None or sum(map(pool.charge, halves)) > node.allocated[tier] + pool.available:
                 return  # rounding makes two halves larger than the whole
             parts[tier] = halves
-        if node.copies[Tier.DISK] is not None:
-            self.free(node, Tier.DISK)
-        for tier in memory:
+        for tier in copies:
             self.detach(node, tier)
         node.covers = node.length
         for tier, (_, tail) in parts.items():
@@ -183,22 +229,29 @@ class TierStorage:
         self.store(node.parent, {tier: head for tier, (head, _) in parts.items()}, cut)
 
     def merge(self, upper: Node, copying: bool = True) -> bool:
-        """Merges `upper` with its only child if both are unreferenced and have the same agents and tiers.
+        """Merges `upper` with its only child if no reference ends at it and both have the same agents and tiers.
 
         Args:
-            copying: also if both have data, which is then copied together; never if any of it is on disk.
+            copying: also if both have data that has to be copied together, which needs both to be unreferenced; on
+                disk, only parts of one file are joined.
         """
         if upper.parent is None or len(upper.children) != 1:
             return False
         (lower,) = upper.children.values()
-        if lower.ref_count or upper.ref_count or upper.group.agents.keys() != lower.group.agents.keys():
+        if (
+            upper.in_transfer
+            or lower.ref_count != upper.ref_count
+            or upper.group.agents.keys() != lower.group.agents.keys()
+        ):
             return False
         if not upper.has_data:
             if (lower.has_data and lower.covers < upper.length + lower.length) or _is_boundary(lower):
                 return False
+            if lower.in_transfer and not lower.has_data:
+                return False
             self.tree.merge(upper)
         else:
-            joined = self._join(upper, lower) if copying and not _is_boundary(lower) else None
+            joined = None if _is_boundary(lower) else self._join(upper, lower, copying and not lower.ref_count)
             if joined is None:
                 return False
             for tier in joined:
@@ -210,10 +263,20 @@ class TierStorage:
         self.refresh(lower)
         return True
 
-    def _join(self, upper: Node, lower: Node) -> dict[Tier, KVPayload] | None:
-        """The copies of both nodes in one, for each tier; None if they cannot be joined."""
-        tiers = [tier for tier in TIERS if upper.copies[tier] is not None]
-        if Tier.DISK in tiers or tiers != [tier for tier in TIERS if lower.copies[tier] is not None]:
+    def merge_path(self, node: Node) -> None:
+        """Merges the nodes on the path to `node` that nothing separates any more, as far as that copies nothing."""
+        upper = node.parent
+        while upper is not None and upper.parent is not None:
+            above = upper.parent
+            self.merge(upper, copying=False)
+            upper = above
+
+    def _join(self, upper: Node, lower: Node, copying: bool) -> dict[Tier, KVPayload] | None:
+        """The copies of both nodes in one, for each tier; None if they cannot be joined, or only by copying."""
+        if lower.in_transfer:
+            return None
+        tiers = [tier for tier in reversed(TIERS) if upper.copies[tier] is not None]
+        if tiers != [tier for tier in reversed(TIERS) if lower.copies[tier] is not None]:
             return None
         if (upper.covers, lower.covers) != (upper.length, lower.length):
             return None
@@ -221,7 +284,9 @@ class TierStorage:
         for tier in tiers:
             first, second, pool = upper.copies[tier], lower.copies[tier], self.pools[tier]
             assert first is not None and second is not None
-            whole = first.join(second)
+            if not copying and not (first.joins_freely and second.joins_freely):
+                return None
+            whole = _join(first, second)
             if whole is None or pool.charge(whole) > upper.allocated[tier] + lower.allocated[tier] + pool.available:
                 return None
             joined[tier] = whole
@@ -253,33 +318,65 @@ class TierStorage:
                 self.tree.remove_leaf(each)
 
     def prune(self, node: Node) -> None:
-        """Removes `node` and its ancestors as far as nothing needs them, and undoes a split that is then unnecessary.
+        """Removes `node` and its ancestors as far as nothing needs them, the root included.
 
-        The latter only without copying: copying a long prompt whenever a branch below it is evicted would not pay off.
+        Undoes a split that is then unnecessary if the upper node has no data. Nodes with data are merged by
+        `merge_path`: this one is called while a victim is being evicted, which must stay what it is.
         """
         removed = False
         while node.parent is not None and not (node.children or node.has_data or node.ref_count):
             node, removed = self.tree.remove_leaf(node), True
-        if removed and node.parent is not None and len(node.children) == 1:
-            self.merge(node, copying=False)
+        if node.parent is None:
+            self.tree.remove_root_if_empty(node)
+        elif removed and not node.has_data and len(node.children) == 1:
+            self.merge(node)
+
+    def retire(self) -> None:
+        """All prompts stored so far are never found again; what nothing references is discarded, the rest later."""
+        self.retired += self.tree.retire_roots()
+        self.free_retired()
+
+    def free_retired(self) -> None:
+        """Discards the copies of retired prompts that nothing references any more."""
+        for root in self.retired:
+            for node in reversed(list(self.tree.below(root))):
+                if not node.ref_count:
+                    for tier in self.pools:
+                        if node.copies[tier] is not None:
+                            self.free(node, tier)
+                    if not node.children:
+                        self.tree.remove_leaf(node)
+            self.tree.remove_root_if_empty(root)
+        self.retired = [root for root in self.retired if self.tree.roots.get(root) is root]
 
     def clear(self) -> None:
-        """Discards all copies and removes the unreferenced nodes, whose links to each other form reference cycles."""
+        """Drops all copies, and the unreferenced nodes, whose links to each other form reference cycles.
+
+        Copies in persistent pools stay where they are.
+        """
         for node in reversed(list(self.tree)):
-            for tier in self.pools:
+            for tier, pool in self.pools.items():
                 if node.copies[tier] is not None:
-                    self.free(node, tier)
+                    payload = self.detach(node, tier)
+                    if not pool.persistent:
+                        pool.discard(payload)
             node.covers = node.length
             if not (node.children or node.ref_count):
                 self.tree.remove_leaf(node)
+        for root in list(self.tree.roots.values()):
+            self.tree.remove_root_if_empty(root)
 
     def check(self, referenced: Iterable[Node]) -> None:
         """Raises AssertionError unless references, copies and counts agree; `referenced`: for each handle, its node."""
         ref_count: dict[Node, int] = {}
-        nodes = list(self.tree)
+        nodes, roots = list(self.tree), list(self.tree.roots.values())
         for end in [*referenced, *(node for node in nodes if node.in_transfer)]:
-            for node in end.path():
+            for node in (*end.path(), end.root):
                 ref_count[node] = ref_count.get(node, 0) + 1
+        assert ref_count.keys() <= {*nodes, *roots}, "what is referenced is in the tree"
+        for root in roots:
+            assert root.ref_count == ref_count.get(root, 0), "a root counts the references in its tree"
+            assert root.children or root.ref_count, "empty roots are removed"
         for node in nodes:
             assert node.ref_count == ref_count.get(node, 0), "references are handles and transfers in progress"
             assert node.has_data or node.children or node.ref_count, "what nothing needs is not in the tree"
@@ -297,6 +394,24 @@ class TierStorage:
                 assert not (node.ref_count and node.queue_entries[tier]), "referenced nodes are not queued"
         for queue in self.queues.values():
             queue.check(nodes)
+
+
+def _split(payload: KVPayload, at: int) -> tuple[KVPayload, KVPayload] | None:
+    """The halves of a payload; None if there is no memory for them, as the data may have to be copied."""
+    try:
+        return payload.split(at)
+    except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
+        logger.warning("a payload of %d tokens is not split: %r", payload.tokens, error)
+        return None
+
+
+def _join(first: KVPayload, second: KVPayload) -> KVPayload | None:
+    """Two payloads as one; None if they cannot be joined, or there is no memory for it."""
+    try:
+        return first.join(second)
+    except (RuntimeError, MemoryError) as error:
+        logger.warning("payloads of %d and %d tokens are not joined: %r", first.tokens, second.tokens, error)
+        return None
 
 
 def _is_boundary(node: Node) -> bool:

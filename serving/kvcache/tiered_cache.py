@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -10,10 +11,12 @@ from itertools import count
 from typing import Any
 
 from .agent_index import Agent, AgentIndex
-from .base import KVPayload, Tier, Urgency
+from .base import KVPayload, PromptKey, Tier, Urgency
+from .disk_pool import DiskPool
 from .eviction_policy import AllocStatus, TierPolicy
 from .evictor import EagerWriteBack, Evictor
-from .memory_pool import Pool
+from .memory_pool import MemoryPool, Pool
+from .prompt_file import FilePayload
 from .radix_tree import TOKEN_BYTES, Match, Node, PrefixTree, encode
 from .tier_storage import TierStorage
 from .transfer import TierMetrics, TransferManager
@@ -54,6 +57,7 @@ class TieredCache:
         self._eager = None if policy.eager is None else EagerWriteBack(self.storage, self.transfers, policy.eager)
         self.handles: dict[int, CacheHandle] = {}
         self._ids = count(1)
+        self.restore_disk()
 
     @property
     def pools(self) -> dict[Tier, Pool]:
@@ -128,9 +132,12 @@ class TieredCache:
 
     def store(
         self, handle: CacheHandle, token_ids: Sequence[int] | Any, payload: KVPayload | None,
-        agent: Agent | None = None, fixed_tokens: int = 0,
+        agent: Agent | None = None, fixed_tokens: int = 0, reserved: int = 0,
     ) -> AllocStatus:  # fmt: skip
         """Stores the KV of a prompt beyond its first `handle.length` tokens; the handle then covers all of it.
+
+        The leaf that the handle ends at is extended if nobody else needs its end and the payloads join freely;
+        otherwise it gets a child. KV that is cached already is not stored again.
 
         Args:
             handle: from `open` with the same prompt.
@@ -139,14 +146,17 @@ class TieredCache:
                 cache owns it if it is stored. None if there are no such tokens.
             agent, fixed_tokens: the first `fixed_tokens` (rounded down to pages) are the fixed prompt of `agent`; 0:
                 nobody's.
+            reserved: of the bytes that the caller has reserved, those that `payload` takes. If it is stored they are
+                unreserved, except the bytes of what was cached already: that part of `payload` stays the caller's.
 
         Returns:
-            READY: it is stored. Otherwise it is not, and the handle is unchanged; after PENDING there will be room when
-            transfers have ended.
+            READY: it is stored, and on the device. Otherwise it is not, or only a beginning of it, which the handle
+            covers then; after PENDING there will be room when transfers have ended.
 
         Raises:
-            ValueError: the payload is not of that length, or of a type that a pool cannot hold; the prompt does not
-                begin with what the handle covers.
+            ValueError: the payload is not of that length, of a type that a pool cannot hold, or elsewhere than the
+                memory of the device tier; the prompt does not begin with what the handle covers. Nothing is changed
+                then.
         """
         key = encode(token_ids, self.tree.page_size)
         end, new = len(key) // TOKEN_BYTES, len(key) // TOKEN_BYTES - handle.length
@@ -156,12 +166,13 @@ class TieredCache:
         if payload is not None:
             for pool in self.pools.values():
                 pool.validate(payload)
+            self._check_device(payload)
         with self.lock:
             self.poll()
             if not self.tree.spells(key, handle.node):
                 raise ValueError("the prompt does not begin with what the handle covers")
-            status = AllocStatus.READY if payload is None else self._store(handle, key, payload)
-            if status is AllocStatus.READY and agent is not None and fixed_tokens:
+            status = AllocStatus.READY if payload is None else self._store(handle, key, payload, reserved)
+            if status is AllocStatus.READY and agent is not None and fixed_tokens and not handle.node.root.retired:
                 fixed = key[: self.whole_pages(fixed_tokens) * TOKEN_BYTES]
                 self._set_agent_prompt(agent, self.storage.get_or_create(fixed, handle.node.root))
             self.statistics.inserted += payload is not None and status is AllocStatus.READY
@@ -170,20 +181,58 @@ class TieredCache:
                 self._eager.on_store(handle.node)
             return status
 
-    def _store(self, handle: CacheHandle, key: bytes, payload: KVPayload) -> AllocStatus:
-        needed = self.pools[Tier.DEVICE].charge(payload)
-        status = self.evictor.make_room(Tier.DEVICE, needed, urgent=True)
-        if status is not AllocStatus.READY:
-            return status
-        node = self.storage.get_or_create(key, handle.node)
-        self.storage.acquire(node, above=handle.node)
-        self.storage.store(node, {Tier.DEVICE: payload}, node.end - handle.length)
-        if node.chain() is None:  # parts of the prompt were cached, and an indivisible payload cannot fill the gaps
-            self.storage.release(node, above=handle.node)
-            return AllocStatus.REFUSED
-        node.last_used = self.clock()
-        handle.node = node
+    def _check_device(self, payload: KVPayload) -> None:
+        pool = self.pools[Tier.DEVICE]
+        if isinstance(pool, MemoryPool) and payload.device is not None and not pool.holds(payload.device):
+            raise ValueError(
+                f"got a payload on {payload.device}; accepted: on {pool.device}, as the device tier's pool"
+            )
+
+    def _store(self, handle: CacheHandle, key: bytes, payload: KVPayload, reserved: int) -> AllocStatus:
+        pool = self.pools[Tier.DEVICE]
+        needed, kept = pool.charge(payload), reserved
+        pool.unreserve(reserved)
+        try:
+            status = self.evictor.make_room(Tier.DEVICE, needed, urgent=True)
+            if status is AllocStatus.READY:
+                used = pool.used
+                status = self._attach(handle, key, payload)
+                taken = max(0, pool.used - used)
+                kept = (min(reserved, needed) if status is AllocStatus.READY else reserved) - taken
+        finally:
+            pool.reserve(max(0, min(kept, pool.available)))
         return status
+
+    def _attach(self, handle: CacheHandle, key: bytes, payload: KVPayload) -> AllocStatus:
+        """Makes `payload`, for which there is room, the KV of `key` beyond the handle, and the handle cover it."""
+        begin = handle.node
+        if not self.storage.extend(begin, key[begin.end * TOKEN_BYTES :], payload):
+            node = self.storage.get_or_create(key, begin)
+            self.storage.acquire(node, above=begin)
+            before = {each for each in node.path(begin) if each.copies[Tier.DEVICE] is not None}
+            try:
+                self.storage.store(node, {Tier.DEVICE: payload}, node.end - begin.end)
+            finally:
+                # Parts may be cached already: an indivisible payload cannot fill the gaps between them, and one that is
+                # in transfer takes no copy. The handle covers what is on the device, as its owner goes on with that;
+                # what was stored behind a gap is not kept, as its bytes remain the owner's.
+                reached = next((each for each in node.path(begin) if self._on_device(each, begin)), begin)
+                for each in list(node.path(reached)):
+                    if each.copies[Tier.DEVICE] is not None and each not in before:
+                        self.storage.free(each, Tier.DEVICE)
+                self.storage.release(node, above=reached)
+                handle.node = reached
+            if handle.node is not node:
+                return AllocStatus.REFUSED
+        handle.node.last_used = self.clock()
+        self.storage.merge_path(handle.node)
+        return AllocStatus.READY
+
+    @staticmethod
+    def _on_device(node: Node, begin: Node) -> bool:
+        """Whether the device holds the KV of the prompt that ends at `node`, as far as it is below `begin`."""
+        chain = node.chain()
+        return chain is not None and all(each.copies[Tier.DEVICE] for each in chain if each.end > begin.end)
 
     def merge_spans(self) -> int:
         """Merges unreferenced nodes that no branch separates any more. Copies data, so it is for idle times.
@@ -196,6 +245,74 @@ class TieredCache:
             # The tree iterates over parents first; from the last node up, a chain of any length becomes one node.
             return sum(self.storage.merge(node) for node in reversed(list(self.tree)))
 
+    def restore_disk(self) -> int:
+        """Adds the prompts that an earlier process has left on disk to the tree; called when the cache is created.
+
+        To be called again after a `DiskPool` was bound to a fingerprint. Those used last are kept, as far as the pool
+        has room; the others are removed. A prompt whose beginning is not on disk is kept as well: it is found again
+        when the beginning has been computed.
+
+        Returns:
+            The number of tokens on disk.
+        """
+        pool = self.pools.get(Tier.DISK)
+        if not isinstance(pool, DiskPool):
+            return 0
+        with self.lock:
+            now, tokens = self.clock(), 0
+            for prompt, payload, last_use in pool.restored():
+                age = max(0.0, time.time() - last_use)
+                tokens += self._restore(pool, prompt, payload, now - age)
+            return tokens
+
+    def _restore(self, pool: DiskPool, prompt: PromptKey, payload: FilePayload, last_used: float) -> int:
+        end = len(prompt.key) // TOKEN_BYTES
+        start = end - payload.file.layout.tokens
+        tokens = self.whole_pages(start + payload.tokens) - start  # the end may be lost, or pages have another size
+        if start % self.page_size or tokens <= 0 or (tokens < payload.tokens and not payload.divisible):
+            pool.discard(payload)
+            return 0
+        if tokens < payload.tokens:
+            payload, rest = payload.split(tokens)
+            pool.discard(rest)
+        root = self.tree.root(prompt.namespace)
+        self.storage.get_or_create(prompt.key[: start * TOKEN_BYTES], root)
+        node = self.storage.get_or_create(prompt.key[: (start + tokens) * TOKEN_BYTES], root)
+        self.storage.store(node, {Tier.DISK: payload}, tokens)
+        for each in node.path():
+            each.last_used = max(each.last_used or last_used, last_used)
+            self.storage.refresh(each)
+        for agent in prompt.agents if start + tokens == end and node.has_data else ():
+            if agent not in self.tree.prompt_ends:
+                self._set_agent_prompt(agent, node)
+        self.storage.prune(node)
+        return tokens if node.has_data else 0
+
+    def flush(self, fingerprint: str | None = None) -> None:
+        """Nothing stored so far is ever found again, in no tier: what makes the KV has changed.
+
+        Handles keep what they cover, and requests in progress can use it and store what follows, which is not found
+        either; it is discarded as soon as nothing references it. Loads that handles wait for continue, other transfers
+        are cancelled. Handles opened from now on cover only what is stored through them or other new ones.
+
+        Args:
+            fingerprint: of what makes the KV from now on, see `DiskPool`; None: what is stored on disk from now on is
+                not found after a restart. If it is the one from before, a process that starts after this one was killed
+                may find what handles still cover.
+
+        Raises:
+            ValueError: an empty fingerprint.
+        """
+        with self.lock:
+            self.poll()
+            disk = self.pools.get(Tier.DISK)
+            if isinstance(disk, DiskPool):
+                disk.rebind(fingerprint)
+            for job in list(self.transfers.jobs.values()):
+                if not job.waiters:
+                    self.transfers.backend.cancel(job)
+            self.storage.retire()
+
     # Device memory ----------------------------------------------------------------------------------------------
 
     @property
@@ -203,18 +320,21 @@ class TieredCache:
         """Bytes of the device that are reserved for requests."""
         return self.pools[Tier.DEVICE].reserved
 
-    def reserve(self, nbytes: int, extra: int = 0) -> AllocStatus:
+    def reserve(self, nbytes: int, extra: int = 0, headroom: int = 0) -> AllocStatus:
         """Reserves `nbytes` of the device for a request's KV, evicting if necessary; the caller owns them until
         `unreserve`.
 
         Args:
             extra: bytes that must be available as well, e.g. for what the request will load.
+            headroom: bytes beyond these that could be made available later; nothing is evicted for them yet.
 
         Returns:
             READY: they are reserved. Otherwise nothing is; after PENDING there will be room when transfers have ended.
         """
         with self.lock:
             self.poll()
+            if headroom and nbytes + extra + headroom > self.transfers.reclaimable(Tier.DEVICE):
+                return AllocStatus.REFUSED
             status = self.evictor.make_room(Tier.DEVICE, nbytes + extra, urgent=True)
             if status is AllocStatus.READY:
                 self.pools[Tier.DEVICE].reserve(nbytes)
@@ -294,6 +414,23 @@ class TieredCache:
         with self.lock:
             self._set_agent_prompt(agent, None)
 
+    def demote(self, token_ids: Sequence[int] | Any, namespace: Hashable = None) -> None:
+        """Ranks the end of a prompt as if it had never been used, as far as no other prompt continues it and it
+        belongs to no agent's fixed prompt; the next use ranks it as usual.
+
+        Raises:
+            ValueError: see `encode`.
+        """
+        key = encode(token_ids, self.tree.page_size)
+        with self.lock:
+            found = self.tree.find(key, namespace)
+            below = 0
+            for node in reversed(found.nodes[: -1 if found.part else None]):
+                if node.fixed or len(node.children) > below:
+                    break
+                node.last_used, below = -math.inf, 1
+                self.storage.refresh(node)
+
     def values_changed(self, agents: Iterable[Agent] | None = None) -> None:
         """Reads the policy's values of these agents (None: of all) again: O(log n) each, however many nodes it has."""
         with self.lock:
@@ -313,7 +450,7 @@ class TieredCache:
         with self.lock:
             ended = self.transfers.poll()
             if ended:
-                self.write_back_eagerly()
+                    self.write_back_eagerly()
             return ended
 
     def write_back_eagerly(self) -> None:
@@ -345,7 +482,10 @@ class TieredCache:
         return self.transfers.backend.next_time()
 
     def close(self) -> None:
-        """Ends all transfers, discards all copies and closes the pools; handles are useless afterwards."""
+        """Ends all transfers, drops all copies and closes the pools; handles are useless afterwards.
+
+        What is on disk stays there for the next process, if the pool has a fingerprint. May be called from any thread.
+        """
         self.transfers.backend.close()
         with self.lock:
             self.transfers.poll()  # `self.poll` might start more
@@ -519,6 +659,7 @@ class CacheHandle:
             if self._cache.handles.pop(self.id, None) is not None:
                 self.cancel_loads()
                 self._cache.storage.release(self.node)
+                self._cache.storage.merge_path(self.node)
                 self._cache.write_back_eagerly()
 
     def _require_live(self) -> None:

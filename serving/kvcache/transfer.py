@@ -84,10 +84,13 @@ class TransferManager:
         assert source is not None, "there is something to copy"
         payload, pool = node.copies[source], self.storage.pools[target]
         assert payload is not None
-        nbytes = pool.charge(payload)
+        nbytes = self.storage.needed_bytes(node, target, payload)
         pool.allocate(nbytes)
         try:
-            builder = pool.new_builder(payload)
+            if pool.persistent:
+                builder = pool.new_builder(payload, self.storage.tree.prompt_of(node))
+            else:
+                builder = pool.new_builder(payload)
         except (OSError, RuntimeError, MemoryError) as error:
             logger.warning("the pool of %s has less memory than its capacity: %s", target.name, error)
             pool.free(nbytes)

@@ -6,14 +6,20 @@ overtakes a prefetch by the same rule in the engine and in the simulator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..lazy_heap import LazyHeap
 from .base import KVPayload, Link, Tier, Urgency
 from .memory_pool import PayloadBuilder
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
 
 
 class Outcome(Enum):
@@ -45,8 +51,6 @@ class TransferJob:
         waiters: ids of the handles that wait for the result.
         cancelled: it was asked to stop, and does so at the next boundary.
         outcome, result, error: how it ended.
-        ready: makes the copying stream of a GPU wait for what computed the payload; the backend calls it before the
-            first layer.
     """
 
     id: int
@@ -65,7 +69,6 @@ class TransferJob:
     outcome: Outcome | None = None
     result: KVPayload | None = None
     error: BaseException | None = None
-    ready: Callable[[], None] | None = None
 
     @property
     def link(self) -> Link:
@@ -76,20 +79,31 @@ class TransferJob:
         """Bytes of the layers that are not copied yet."""
         return sum(self.payload.layers[self.layers_done :])
 
+    @property
+    def gpu(self) -> torch.device | None:
+        """The GPU that the copy reads or writes."""
+        for device in (self.payload.device, self.builder.device):
+            if device is not None and device.type == "cuda":
+                return device
+        return None
+
     def copy_layer(self) -> None:
         """Copies the next layer; raises what reading and writing raise."""
         self.builder.write(self.layers_done, self.payload.read(self.layers_done))
         self.layers_done += 1
 
     def finish(self, outcome: Outcome, error: BaseException | None = None) -> None:
-        """Commits or aborts the builder; called once, by the backend."""
+        """Commits or aborts the builder; called once, by the backend. Does not raise."""
         if outcome is Outcome.DONE:
             try:
                 self.result = self.builder.commit()
             except Exception as failure:
                 outcome, error = Outcome.FAILED, failure
         if outcome is not Outcome.DONE:
-            self.builder.abort()
+            try:
+                self.builder.abort()
+            except Exception:  # whoever waits for the job must learn of its end whatever happens
+                logger.exception("aborting the copy of %s to %s failed", self.source.name, self.target.name)
         self.outcome, self.error = outcome, error
 
 

@@ -1,14 +1,13 @@
-"""Transfers on worker threads: one for each link, on a side stream if a GPU is involved."""
+"""Transfers on worker threads: one for each link, on a side stream of the GPU whose memory it reads or writes."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .base import Link, Urgency
 from .transfer_queue import LayerAction, Outcome, TransferJob, TransferQueue
@@ -29,21 +28,23 @@ class ThreadedTransfer:
 
     Workers access jobs, never nodes or pools. All methods may be called from any thread.
 
+    A job that reads or writes the memory of a GPU runs on a stream of its link and that GPU. The payloads make this
+    stream wait for what writes the source, and for what still uses the memory of the target (`TensorPayload`); a layer
+    counts as copied, and a job as ended, when the stream has executed it. So nobody reads a copy in flight, and memory
+    is never freed while a copy uses it.
+
     Args:
         bandwidth: bytes/s to which a link is throttled.
-        device: the GPU of the device tier; transfers from and to it then run on a stream of their own, which waits for
-            what was queued on the submitter's stream.
 
     Raises:
         ValueError: a bandwidth that is not above 0.
     """
 
-    def __init__(self, bandwidth: Mapping[Link, float] | None = None, device: torch.device | str | None = None) -> None:
+    def __init__(self, bandwidth: Mapping[Link, float] | None = None) -> None:
         self.bandwidth = dict(bandwidth or {})
         slow = {link: speed for link, speed in self.bandwidth.items() if not speed > 0}
         if slow:
             raise ValueError(f"got bandwidths {slow}; accepted: more than 0 bytes/s")
-        self._gpu = _on_gpu(device)
         self._changed = threading.Condition()
         self._queues: dict[Link, TransferQueue] = {}
         self._running: dict[Link, TransferJob] = {}
@@ -54,8 +55,6 @@ class ThreadedTransfer:
 
     def submit(self, job: TransferJob) -> None:
         with self._changed:
-            if self._gpu is not None:
-                job.ready = self._after_current_stream(self._gpu)
             if job.link not in self._queues:
                 self._queues[job.link] = TransferQueue()
                 if not self._closing.is_set():
@@ -98,6 +97,7 @@ class ThreadedTransfer:
         return None
 
     def close(self) -> None:
+        """Ends what runs at its next layer; may be called from any thread but the workers, and again."""
         with self._changed:
             self._closing.set()
             for queue in self._queues.values():
@@ -117,9 +117,9 @@ class ThreadedTransfer:
 
     def _work(self, link: Link) -> None:
         try:
-            with self._stream():
-                while (job := self._next_job(link)) is not None:
-                    self._run(job)
+            streams: dict[torch.device, torch.cuda.Stream] = {}
+            while (job := self._next_job(link)) is not None:
+                self._run(job, streams)
         finally:
             # Reached while not closing only if the thread is dying, for whatever reason.
             with self._changed:
@@ -140,7 +140,7 @@ class ThreadedTransfer:
                 self._running[link] = job
             return job
 
-    def _run(self, job: TransferJob) -> None:
+    def _run(self, job: TransferJob, streams: dict[torch.device, torch.cuda.Stream]) -> None:
         """Copies layers until the job has ended or must yield."""
         queue = self._queues[job.link]
         while True:
@@ -153,7 +153,7 @@ class ThreadedTransfer:
             outcome, error = None, None
             if action is LayerAction.COPY:
                 try:
-                    self._copy_layer(job)
+                    self._copy_layer(job, streams)
                 except Exception as failure:
                     outcome, error = Outcome.FAILED, failure
             else:
@@ -165,14 +165,13 @@ class ThreadedTransfer:
                     self._return(job)
                 return
 
-    def _copy_layer(self, job: TransferJob) -> None:
+    def _copy_layer(self, job: TransferJob, streams: dict[torch.device, torch.cuda.Stream]) -> None:
         begun = time.monotonic()
-        if job.ready is not None and job.layers_done == 0:
-            job.ready()
         size = job.payload.layers[job.layers_done]
-        job.copy_layer()
-        if self._gpu is not None:
-            _wait_for_stream(self._gpu)
+        if job.gpu is None:
+            job.copy_layer()
+        else:
+            _copy_on_stream(job, job.gpu, streams)
         speed = self.bandwidth.get(job.link)
         if speed is not None:
             self._closing.wait(max(0.0, size / speed - (time.monotonic() - begun)))
@@ -186,32 +185,15 @@ class ThreadedTransfer:
         self.num_events += 1
         self._changed.notify_all()
 
-    def _stream(self) -> Any:
-        if self._gpu is None:
-            return contextlib.nullcontext()
-        import torch
 
-        return torch.cuda.stream(torch.cuda.Stream(self._gpu))
-
-    def _after_current_stream(self, gpu: torch.device) -> Any:
-        """A function that makes a worker's stream wait for everything queued so far on the caller's."""
-        import torch
-
-        event = torch.cuda.current_stream(gpu).record_event()
-        return lambda: torch.cuda.current_stream(gpu).wait_event(event)
-
-
-def _on_gpu(device: torch.device | str | None) -> torch.device | None:
-    if device is None:
-        return None
+def _copy_on_stream(job: TransferJob, gpu: torch.device, streams: dict[torch.device, torch.cuda.Stream]) -> None:
+    """Copies the next layer of `job` on the stream of `gpu`, created at first use, and waits until it is copied."""
     import torch
 
-    device = torch.device(device)
-    return device if device.type == "cuda" else None
-
-
-def _wait_for_stream(gpu: torch.device) -> None:
-    """Waits, without the GIL, until the worker's stream has copied the layer."""
-    import torch
-
-    torch.cuda.current_stream(gpu).record_event().synchronize()
+    if gpu not in streams:
+        streams[gpu] = torch.cuda.Stream(gpu)
+    with torch.cuda.stream(streams[gpu]):
+        try:
+            job.copy_layer()
+        finally:  # also after an error: what is queued uses memory that is freed next
+            streams[gpu].record_event().synchronize()  # without the GIL

@@ -1,12 +1,12 @@
 """Admission of waiting requests: memory for each, and whether its cached KV is loaded or recomputed.
 
-Memory is allocated all at once: what a request will compute until its end is reserved before its loads begin. An
-admitted request can therefore always finish, and none holds part of its memory while waiting for the rest.
+The memory of what a request computes before the first token of its answer is reserved all at once, before its loads
+begin, with a head-room for the answer: none holds part of its memory while waiting for the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import Enum
 from itertools import islice
 
@@ -19,8 +19,10 @@ from ..kvcache.transfer_queue import Outcome, TransferJob
 from ..metrics import SchedulerMetrics
 from ..prediction import NextCallPredictor
 from .fair_queue import FairQueue
+from .request_memory import RequestMemory
 from .request_state import RequestState, RequestStatus, RequestTimers
 from .scheduler_config import SchedulerConfig
+from .shared_pages import SharedPages
 
 
 class PendingLoads:
@@ -111,6 +113,8 @@ class AdmissionResult(Enum):
     ADMITTED = "everything it needs is on the device"
     LOADING = "its loads have begun"
     REFUSED = "there is no memory now"
+    FOLLOWS = "another request computes pages that it needs"
+    OUTGROWN = "its prompt and its answer so far exceed the device's memory"
     DEFERRED = "it needs a load, and the limit of concurrent loads is reached"
 
 
@@ -119,31 +123,38 @@ class Admission:
 
     Args:
         predictor: notified of the waiting requests, and of each lookup just before it is made for the first time.
+        memory: what requests reserve.
+        fail: ends a request that could not be admitted because of an error.
+        outgrown: ends a request that was preempted and has become too long for the device.
     Attributes:
         queue: waiting requests in fair order.
         overdue: requests without memory for longer than `allocation_patience_s`. They precede the queue; while one of
             them finds no memory nobody else is admitted, unless it is only deferred.
         loading: requests with loads.
+        shared: requests that wait for pages that others compute.
         changed: memory may have been freed since the last admission.
         starved: the last admission refused a request for lack of memory.
     """
 
     def __init__(
         self, tiers: TieredCache, estimates: Estimates, config: SchedulerConfig, metrics: SchedulerMetrics,
-        timers: RequestTimers, predictor: NextCallPredictor,
+        timers: RequestTimers, predictor: NextCallPredictor, memory: RequestMemory,
+        fail: Callable[[RequestState, Exception], None], outgrown: Callable[[RequestState], None],
     ) -> None:  # fmt: skip
         self.tiers, self.estimates, self.config = tiers, estimates, config
-        self.metrics, self.timers, self.predictor = metrics, timers, predictor
+        self.metrics, self.timers, self.predictor, self.memory = metrics, timers, predictor, memory
+        self._fail, self._outgrown = fail, outgrown
         self.queue = FairQueue(config.priority_window_s, config.max_idle_branches)
         self.overdue: dict[RequestState, None] = {}
         self.loading = PendingLoads()
+        self.shared = SharedPages(config.page_patience_s, tiers.page_size, timers, tiers.clock)
         self.changed = self.starved = False
         self._running = 0  # requests that compute, during `admit`
         tiers.add_transfer_listener(self.loading.on_transfer)
 
     def __len__(self) -> int:
         """Requests that wait to be admitted."""
-        return len(self.queue) + len(self.overdue)
+        return len(self.queue) + len(self.overdue) + len(self.shared)
 
     # Arrival and end --------------------------------------------------------------------------------------------
 
@@ -169,13 +180,42 @@ class Admission:
     def withdraw(self, state: RequestState) -> None:
         """Cancels a request's loads, releases its handle and returns its reserved bytes to the device pool."""
         self.loading.remove(state)
+        self._requeue(self.shared.remove(state))
         if state.handle is not None:
             state.handle.release()
             state.handle = None
         if state.reserved_bytes:
             self.tiers.unreserve(state.reserved_bytes)
-            state.reserved_bytes = 0
+        state.reserved_bytes = 0
         self.changed = True
+
+    def preempt(self, state: RequestState) -> None:
+        """Gives the memory of an admitted request to others; it waits in its old place, with its answer so far."""
+        self.withdraw(state)
+        state.requeue()
+        state.num_preemptions += 1
+        state.preemptible, state.refused_since = False, None
+        self.metrics.preemptions += 1
+        self.metrics.events += 1
+        self.add(state)
+
+    # Shared pages -----------------------------------------------------------------------------------------------
+
+    def computed(self, state: RequestState) -> None:
+        """A chunk of its prompt has been computed: requests that waited for its pages are to be admitted."""
+        self._requeue(self.shared.progress(state))
+        if state.status is not RequestStatus.PREFILL:
+            self._requeue(self.shared.remove(state))
+
+    def check_patience(self, state: RequestState) -> None:
+        """Queues a request again that waits for pages of one that makes no progress."""
+        if state in self.shared and self.shared.has_lost_patience(state):
+            self._requeue([state])
+
+    def _requeue(self, followers: list[RequestState]) -> None:
+        for state in followers:
+            self.queue.push(state)
+            self.changed = True
 
     def settle_charge(self, state: RequestState) -> None:
         """Corrects the charge of a request that has ended to what was computed for it."""
@@ -184,13 +224,14 @@ class Admission:
 
     # Admission --------------------------------------------------------------------------------------------------
 
-    def admit(self, slots: int, idle: bool) -> list[RequestState]:
+    def admit(self, slots: int, running: Collection[RequestState]) -> list[RequestState]:
         """Returns requests that can be computed from now on, and begins the loads of others.
 
         Args:
             slots: upper bound on the number of requests returned.
-            idle: nothing is being computed.
+            running: the requests that are being computed.
         """
+        idle = not running
         self._collect_loads()
         ready = self.loading.take_ready(slots)
         self._running = self.config.max_num_seqs - slots + len(ready)
@@ -202,13 +243,23 @@ class Admission:
         self.changed = self.starved = False
         refused: list[RequestState] = []
         deferred_overdue: set[RequestState] = set()
+        admitted = [*running, *self.loading, *self.loading.ready, *ready]
         while len(ready) < slots and len(refused) < self.config.max_refusals_per_step:
             state = self._next(deferred_overdue)
             if state is None:
                 break
-            result = self._try_admit(state, idle and not ready and not self.loading)
+            try:
+                result = self._try_admit(state, idle and not ready and not self.loading, admitted)
+            except Exception as error:
+                self._fail(state, error)
+                continue
             if result is AdmissionResult.DEFERRED:
                 self._defer(state, refused, deferred_overdue)
+                continue
+            if result in (AdmissionResult.FOLLOWS, AdmissionResult.OUTGROWN):
+                self.overdue.pop(state, None)
+                if result is AdmissionResult.OUTGROWN:
+                    self._outgrown(state)
                 continue
             state.deferred = False
             if result is AdmissionResult.REFUSED:
@@ -218,6 +269,8 @@ class Admission:
             self.overdue.pop(state, None)
             self._announce(state, False)
             self._charge(state)
+            self.shared.lead(state)
+            admitted.append(state)
             if result is AdmissionResult.ADMITTED:
                 ready.append(state)
         for state in refused:
@@ -262,37 +315,61 @@ class Admission:
         request, handle = state.request, state.handle
         assert handle is not None
         answer = min(request.expected_tokens or request.max_new_tokens, request.max_new_tokens)
-        weighted = state.num_prompt_tokens - handle.length + self.config.output_token_weight * answer
+        weighted = state.prefill_end - handle.length + self.config.output_token_weight * answer
         self.queue.charge(state, weighted - state.charged_tokens)
 
-    def _try_admit(self, state: RequestState, alone: bool) -> AdmissionResult:
+    def _try_admit(self, state: RequestState, alone: bool, admitted: Iterable[RequestState]) -> AdmissionResult:
         """Looks a prompt up and, if there is memory for all it needs, admits it or begins its loads.
 
-        `alone`: nothing else is computed or loaded, so waiting would not free memory.
+        Args:
+            alone: nothing else is computed or loaded, so waiting would not free memory.
+            admitted: the requests for whose answers memory must be left.
         """
         tiers = self.tiers
         if not state.looked_up:
             self.predictor.on_lookup()
         handle = state.handle = tiers.open(state.lookup_key, state.request.namespace, retry=state.looked_up)
         state.looked_up = True
-        found, choice, missing = self._choose(state, handle)
+        found, choice, chain = self._choose(state, handle)
+        missing = [node for node in chain if node.copies[Tier.DEVICE] is None]
         if missing and len(self.loading) >= self.config.max_concurrent_loads:
             self._release_refused(state)
             return AdmissionResult.DEFERRED
+        if (found_leader := self.shared.find(state, handle.length)) is not None:
+            self._release_refused(state)
+            self.shared.follow(state, *found_leader)
+            self.metrics.waits_for_pages += 1
+            return AdmissionResult.FOLLOWS
         to_load = tiers.bytes_to_load(missing)
-        room = tiers.reserve(state.bytes_to_reserve, to_load)
-        wanted = state.bytes_to_reserve + to_load
-        cancelled = room is AllocStatus.REFUSED and tiers.cancel_prefetches(wanted)
-        if room is AllocStatus.REFUSED and not cancelled and alone and handle.length:
-            handle.truncate(handle.node.root)  # its own cached prefix occupies the memory it needs
-            missing = []
-            room = tiers.reserve(state.bytes_to_reserve)
+        wanted = self.memory.required(state, self.memory.wanted_end(state))
+        room = tiers.reserve(wanted, to_load, self.memory.headroom(admitted))
+        if room is AllocStatus.REFUSED and not tiers.cancel_prefetches(wanted + to_load) and alone:
+            wanted, room = self._reserve_alone(state, handle, to_load)
+            missing = [] if not handle.length else missing
         if room is not AllocStatus.READY:
             self._release_refused(state)
-            return AdmissionResult.REFUSED
-        state.reserved_bytes = state.bytes_to_reserve
+            outgrown = room is AllocStatus.REFUSED and alone and wanted > tiers.capacity()
+            return AdmissionResult.OUTGROWN if outgrown else AdmissionResult.REFUSED
+        state.reserved_bytes = wanted
         self.metrics.events += 1
         return self._begin(state, handle, missing, found, choice)
+
+    def _reserve_alone(self, state: RequestState, handle: CacheHandle, to_load: int) -> tuple[int, AllocStatus]:
+        """Reserves without a head-room, or without the cached prefix, which may occupy the memory that is needed.
+
+        Returns:
+            The bytes that were asked for last, and whether they are reserved.
+        """
+        memory, wanted, least = self.memory, self.memory.wanted_end(state), self.memory.least_end(state)
+        fits_computed = memory.nbytes(state, wanted) <= self.tiers.capacity()
+        if not (handle.length and fits_computed):
+            nbytes = memory.required(state, least)
+            room = self.tiers.reserve(nbytes, to_load)
+            if room is not AllocStatus.REFUSED or not handle.length:
+                return nbytes, room
+        handle.truncate(handle.node.root)
+        nbytes = memory.required(state, wanted if fits_computed else least)
+        return nbytes, self.tiers.reserve(nbytes)
 
     def _release_refused(self, state: RequestState) -> None:
         """As `withdraw`, for a refused request: that frees no memory for others."""
@@ -301,15 +378,15 @@ class Admission:
         self.changed = changed
 
     def _choose(self, state: RequestState, handle: CacheHandle) -> tuple[int, LoadChoice, list[Node]]:
-        """Cuts the handle to the part that is used, not recomputed; returns tokens found, choice and nodes to load."""
+        """Cuts the handle to the part that is used, not recomputed; returns tokens found, choice and its nodes."""
         chain = handle.nodes()
         assert chain is not None, "what was just opened is whole"
         queued = self._running + len(self)
-        choice = self.estimates.choose(chain, state.num_prompt_tokens, state.force_recompute, queued)
+        choice = self.estimates.choose(chain, state.prefill_end, state.force_recompute, queued)
         found = handle.length
         if choice.nodes < len(chain):
             handle.truncate(chain[choice.nodes - 1] if choice.nodes else handle.node.root)
-        return found, choice, [node for node in chain[: choice.nodes] if node.copies[Tier.DEVICE] is None]
+        return found, choice, chain[: choice.nodes]
 
     def _begin(
         self, state: RequestState, handle: CacheHandle, missing: list[Node], found: int, choice: LoadChoice
@@ -331,8 +408,9 @@ class Admission:
         return AdmissionResult.LOADING if missing else AdmissionResult.ADMITTED
 
     def _count(self, state: RequestState, handle: CacheHandle, missing: list[Node], found: int) -> None:
-        state.cached_tokens = handle.length
-        state.loaded_tokens = sum(node.covers for node in missing)
+        if not state.num_preemptions:
+            state.cached_tokens, state.loaded_tokens = handle.length, 0
+        state.loaded_tokens += sum(node.covers for node in missing)
         state.recomputed_tokens = found - handle.length
         if state.recomputed_tokens:
             self.metrics.recomputed_refused += state.force_recompute
@@ -343,16 +421,22 @@ class Admission:
     def _collect_loads(self) -> None:
         """Advances the requests of which a transfer has ended: complete, still loading, or to be tried again."""
         for state in self.loading.take_updated():
-            assert state.handle is not None and state.status is RequestStatus.LOADING, "a loading request has a handle"
-            failed = state.load_failures >= self.config.max_load_failures
-            load_state = LoadState.NO_ROOM if failed else state.handle.load(Urgency.DEMAND, state.times.arrived)
-            if load_state is LoadState.READY:
-                self._record_stall(state)
-                self.loading.complete(state)
-            elif load_state is not LoadState.LOADING:
-                self._retry(state, recompute=failed)
-            elif self.tiers.clock() >= state.load_deadline:  # `give_up` left the decision to this
-                self._retry(state, recompute=True)
+            try:
+                self._collect_load(state)
+            except Exception as error:
+                self._fail(state, error)
+
+    def _collect_load(self, state: RequestState) -> None:
+        assert state.handle is not None and state.status is RequestStatus.LOADING, "a loading request has a handle"
+        failed = state.load_failures >= self.config.max_load_failures
+        load_state = LoadState.NO_ROOM if failed else state.handle.load(Urgency.DEMAND, state.times.arrived)
+        if load_state is LoadState.READY:
+            self._record_stall(state)
+            self.loading.complete(state)
+        elif load_state is not LoadState.LOADING:
+            self._retry(state, recompute=failed)
+        elif self.tiers.clock() >= state.load_deadline:  # `give_up` left the decision to this
+            self._retry(state, recompute=True)
 
     def give_up(self, state: RequestState) -> None:
         """Its loads have passed their deadline. If a transfer has just ended, `_collect_loads` decides instead."""
@@ -376,6 +460,7 @@ class Admission:
         """Raises AssertionError unless states, handles and queues agree."""
         self.queue.check()
         self.loading.check()
-        for state in (*self.queue, *self.overdue):
+        self.shared.check()
+        for state in (*self.queue, *self.overdue, *self.shared):
             assert state.status is RequestStatus.WAITING and state.announced, "the predictor knows what waits"
             assert state.handle is None and not state.reserved_bytes, "waiting requests hold nothing"

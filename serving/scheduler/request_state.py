@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
 
+import numpy as np
+
 from ..kvcache.base import KVPayload
-from ..kvcache.radix_tree import TOKEN_BYTES, Pages, encode
+from ..kvcache.radix_tree import TOKEN, TOKEN_BYTES, Pages, read_token_ids
 from ..kvcache.tiered_cache import CacheHandle
 from ..request import FinishReason, Request, RequestOutput, RequestTimes, StorePolicy
+from ..sampling.params import FinishedBy
 
 TokenRange = tuple[int, int]  # [start, end) in the prompt followed by the answer
 
@@ -35,14 +38,18 @@ class RequestState:
     It owns `handle` and the bytes it has reserved; `Admission.withdraw` gives both back.
 
     Attributes:
-        key: the prompt's whole pages. lookup_key: its pages without the last token, which is always computed.
-        tail_tokens: prompt tokens behind the last whole page.
+        number: identifies the request; the client's `request.id` is only a label.
+        encoded: the prompt, then the answer as far as its tokens are known: little-endian int32 ids, see `encode`.
+        lookup_key: whole pages to look up: of all known tokens but the last, which is always computed.
         num_prompt_tokens: length of the prompt. num_fixed_tokens: of these, the agent's fixed prompt in whole pages.
+        prefill_end: tokens to compute before the next token of the answer: the prompt's, or after a preemption the
+            prompt's and those of the answer so far.
         bytes_per_token: KV of a computed token.
         handle: holds the cached prefix; None while waiting.
-        num_computed_tokens: prompt tokens whose KV is on the device, cached or computed.
-        num_prefilled_tokens: prompt tokens computed for this request.
-        reserved_bytes: bytes reserved in the device pool for what is still to be computed.
+        num_computed_tokens: tokens of prompt and answer whose KV is on the device, cached or computed.
+        num_prefilled_tokens: tokens computed in prefills for this request.
+        reserved_bytes: bytes reserved in the device pool: for the KV computed beyond what `handle` covers, and for what
+            is still to be computed.
         charged_tokens: weighted tokens charged to its client and workflow in the fair queue.
         load_failures: failed loads. force_recompute: nothing is loaded any more; what is not on the device is computed.
         agent: the agent whose call it counts as; None if the request names another client's agent.
@@ -51,16 +58,23 @@ class RequestState:
         announced: the predictor knows it as waiting.
         deferred: it needs a load while the limit of concurrent loads is reached.
         refused_since: when it first found no memory. load_started, load_deadline: of its current loads, in seconds.
+        num_preemptions: how often its memory was given to others. preemptible: not since it got its last token.
+        progressed_at: when it was admitted, or its last chunk was computed, in seconds.
+        waits_for_pages: it may wait for pages that another request computes; False once it has done so in vain.
+        computing: a chunk has been computed since it was admitted.
         in_batch: part of the batch in flight. pending_outcome: how it ends once that batch is complete.
+        offered_end: end of the token range of the answer that was last to be stored.
+        finished_by: how the answer ended by itself, as the driver found.
         output_tokens: the answer as far as its tokens were reported; tokens_known: all of them were.
     """
 
     request: Request
-    key: Pages
+    number: int
+    encoded: bytearray
     lookup_key: Pages
-    tail_tokens: list[int]
     num_prompt_tokens: int
     num_fixed_tokens: int
+    prefill_end: int
     bytes_per_token: int
     page_size: int
     times: RequestTimes
@@ -81,33 +95,42 @@ class RequestState:
     refused_since: float | None = None
     load_started: float = 0.0
     load_deadline: float = math.inf
+    num_preemptions: int = 0
+    preemptible: bool = True
+    progressed_at: float = 0.0
+    waits_for_pages: bool = True
+    computing: bool = False
     in_batch: bool = False
     pending_outcome: tuple[FinishReason, str | None] | None = None
+    offered_end: int = 0
     output_tokens: list[int] = field(default_factory=list)
     tokens_known: bool = True
     num_output_tokens: int = 0
+    finished_by: FinishedBy | None = None
     stalled_s: float = 0.0
     cached_tokens: int = 0
     loaded_tokens: int = 0
     recomputed_tokens: int = 0
 
     @classmethod
-    def create(cls, request: Request, page_size: int, bytes_per_token: int, now: float) -> RequestState:
-        """The state of a request that arrives at `now`.
-
-        Raises:
-            ValueError: its prompt is empty, or not one row of token ids.
-        """
-        size, key = len(request.prompt), Pages(encode(request.prompt, page_size))
-        if size == 0:
-            raise ValueError(f"the request {request.id!r} has an empty prompt; accepted: one token or more")
-        whole, fixed = len(key) // TOKEN_BYTES, min(request.fixed_tokens, size)
-        return cls(
-            request, key=key, lookup_key=key if size > whole else Pages(key[: -page_size * TOKEN_BYTES]),
-            tail_tokens=[int(token) for token in request.prompt[whole:]] if size > whole else [],
-            num_prompt_tokens=size, num_fixed_tokens=fixed - fixed % page_size,
+    def create(cls, request: Request, number: int, page_size: int, bytes_per_token: int, now: float) -> RequestState:
+        """The state of a request that arrives at `now`."""
+        size, fixed = len(request.prompt), min(request.fixed_tokens, len(request.prompt))
+        state = cls(
+            request, number, bytearray(np.asarray(request.prompt, TOKEN).tobytes()), Pages(), size,
+            num_fixed_tokens=fixed - fixed % page_size, prefill_end=size,
             bytes_per_token=request.bytes_per_token or bytes_per_token, page_size=page_size, times=RequestTimes(now),
         )  # fmt: skip
+        state.requeue()
+        return state
+
+    def requeue(self) -> None:
+        """Everything that is known, prompt and answer so far, is to be looked up and computed anew."""
+        self.prefill_end = self.num_prompt_tokens + self.num_output_tokens
+        known = min(self.num_known_tokens, self.prefill_end - 1)
+        self.lookup_key = self.pages(known - known % self.page_size)
+        self.num_computed_tokens = self.offered_end = 0
+        self.computing = False
 
     @property
     def account(self) -> tuple[str, str]:
@@ -115,38 +138,85 @@ class RequestState:
         return self.request.client, self.request.workflow or self.request.session or ""
 
     @property
-    def bytes_to_reserve(self) -> int:
-        """Bytes of KV computed for it, outside the cache, beyond what its handle covers."""
-        covered = 0 if self.handle is None else self.handle.length
-        return (self.num_prompt_tokens + self.request.max_new_tokens - covered) * self.bytes_per_token
+    def num_known_tokens(self) -> int:
+        """Tokens of the prompt, and of the answer up to the first one that was not reported."""
+        return len(self.encoded) // TOKEN_BYTES
 
-    def storable_end(self, num_output_tokens: int) -> int:
-        """The end of the token range to store once the answer has that many tokens, in whole pages.
+    @property
+    def ended(self) -> bool:
+        return self.status is RequestStatus.ENDED
 
-        The answer's last token is excluded: it has not been an input, so it has no KV.
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of its KV."""
+        return self.page_size * self.bytes_per_token
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Tokens of the answer until `max_new_tokens`."""
+        return self.request.max_new_tokens - self.num_output_tokens
+
+    @property
+    def whole_pages(self) -> Pages:
+        """The whole pages of the prompt."""
+        return self.pages(self.num_prompt_tokens - self.num_prompt_tokens % self.page_size)
+
+    def pages(self, end: int) -> Pages:
+        """The first `end` tokens of prompt and answer, whole pages."""
+        return Pages(memoryview(self.encoded)[: end * TOKEN_BYTES])
+
+    def token_ids(self, start: int, end: int) -> np.ndarray:
+        """The tokens [start, end) of prompt and answer: a copy, int32 `(end - start,)`."""
+        return np.frombuffer(self.encoded[start * TOKEN_BYTES : end * TOKEN_BYTES], TOKEN)
+
+    def append(self, tokens: Sequence[int] | None, steps: int) -> int:
+        """Appends tokens to the answer, up to `max_new_tokens`; returns how many.
+
+        Args:
+            tokens: None: `steps` tokens that are not reported.
+        """
+        if tokens is None:
+            self.tokens_known, self.preemptible = False, True
+            self.num_output_tokens += (new := min(steps, self.num_remaining_tokens))
+            return new
+        self.preemptible = True
+        given = [int(token) for token in list(tokens)[: self.num_remaining_tokens]]
+        if self.tokens_known:
+            self.encoded += read_token_ids(given).tobytes()
+        self.output_tokens += given
+        self.num_output_tokens += len(given)
+        return len(given)
+
+    def storable_end(self, end: int) -> int:
+        """The end of the token range to store once the tokens up to `end` have KV, in whole pages.
+
+        Tokens that were not reported are not stored; with `StorePolicy.DISCARD`, only the fixed prompt is.
         """
         if self.request.store_policy is StorePolicy.DISCARD:
-            return self.num_fixed_tokens
-        whole = self.num_prompt_tokens + max(0, num_output_tokens - 1)
-        return whole - whole % self.page_size
+            end = min(end, self.num_fixed_tokens)
+        return end - end % self.page_size
 
     def output(self, finish_reason: FinishReason, error: str | None) -> RequestOutput:
         return RequestOutput(
-            self.request, finish_reason, error, self.output_tokens, self.num_output_tokens, self.times, self.stalled_s,
-            self.cached_tokens, self.loaded_tokens, self.recomputed_tokens,
+            self.request, self.number, finish_reason, error, self.output_tokens, self.num_output_tokens, self.times,
+            self.stalled_s, self.cached_tokens, self.loaded_tokens, self.recomputed_tokens, self.num_preemptions,
+            self.finished_by,
         )  # fmt: skip
 
 
 @dataclass(eq=False)
 class ScheduledPrefill:
-    """Compute the KV of the prompt's tokens [start, end).
+    """Compute the KV of the tokens [start, end) of the prompt; after a preemption, of the prompt and the answer so far.
 
     Attributes:
         handle: the cached prefix. Its payloads are the KV of the first `handle.length` tokens; read them when `first`.
-        first: the request's first chunk. last: its last; the answer's first token is computed with it.
-        store: token range whose KV the driver puts into `payload` for the cache; None: nothing is stored.
-        payload: result; the cache owns it if it takes it.
-        tokens: result of a last chunk: the answer's first token, or None if tokens are not reported.
+        first: the request's first chunk since it was admitted: whatever the driver had of it before is gone.
+        last: the last chunk; the answer's next token is computed with it.
+        store: token range whose KV, whole pages, the driver puts into `payload` for the cache; None: nothing is stored.
+        payload: result; the cache owns it if it takes it. None: not this time; a later chunk asks for more.
+        reused: result: the driver had the KV of so many tokens from `start` on, and did not compute them. They may
+            reach beyond `end`, except in a last chunk; the next one begins behind them.
+        tokens: result of a last chunk: the answer's next token, or None if tokens are not reported.
         finished: result: that token ends the answer.
         error: result: ends this request, and only this one, as FAILED.
     """
@@ -160,18 +230,24 @@ class ScheduledPrefill:
     store: TokenRange | None
     state: RequestState = field(repr=False)
     payload: KVPayload | None = None
+    reused: int = 0
     tokens: Sequence[int] | None = None
     finished: bool = False
     error: BaseException | None = None
 
+    @property
+    def token_ids(self) -> np.ndarray:
+        """The tokens to compute: a copy, int32 `(end - start,)`."""
+        return self.state.token_ids(self.start, self.end)
+
 
 @dataclass(eq=False)
 class ScheduledDecode:
-    """Compute the next tokens of an answer, up to the batch's `steps`.
+    """Compute the next tokens of an answer, up to the batch's `steps`; the input is the answer's last token.
 
     Attributes:
         tokens: result: 1 to `steps` tokens; None if tokens are not reported: exactly `steps`, or those that are left.
-        payload: result: the KV that `store_span` asks for.
+        payload: result: the KV that `store_span` asks for; None: not this time.
         finished, error: results as in `ScheduledPrefill`.
     """
 
@@ -185,21 +261,21 @@ class ScheduledDecode:
     @property
     def remaining(self) -> int:
         """Tokens until `max_new_tokens`."""
-        return self.request.max_new_tokens - self.state.num_output_tokens
+        return self.state.num_remaining_tokens
 
     def store_span(self) -> TokenRange | None:
-        """Token range whose KV is wanted in `payload` if the request ends now; None: nothing.
+        """Token range whose KV is wanted in `payload`: whenever a page has been filled; None: nothing.
 
-        To be called once `tokens` and `finished` are set. Answers whose tokens are not reported cannot be stored.
+        To be called once `tokens` is set. Answers whose tokens are not reported are not stored. The answer's last token
+        is excluded: it has not been an input, so it has no KV.
         """
         state, handle = self.state, self.state.handle
         assert handle is not None, "a decoding request has a handle"
         if self.tokens is None or not state.tokens_known:
             return None
-        if not (self.finished or len(self.tokens) >= self.remaining):
-            return None
-        end = state.storable_end(state.num_output_tokens + len(self.tokens))
-        return (handle.length, end) if end > handle.length else None
+        new = min(len(self.tokens), self.remaining)
+        end = state.storable_end(state.num_prompt_tokens + state.num_output_tokens + new - 1)
+        return (handle.length, end) if end > max(handle.length, state.offered_end) else None
 
 
 @dataclass(eq=False)
@@ -209,16 +285,20 @@ class ScheduledBatch:
     Attributes:
         number: counts batches from 1.
         steps: tokens of each decode; the driver may lower it, to no less than 1, before completing the batch.
+        preempted: requests that have lost their memory to others since the last batch: before anything else, the driver
+            drops all it holds of them. They wait again and continue later, with a prefill that is `first`. A batch may
+            consist of these alone.
     """
 
     number: int
     prefills: list[ScheduledPrefill]
     decodes: list[ScheduledDecode]
     steps: int
+    preempted: list[RequestState] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed in it."""
+        """Tokens computed in it; with one step, at most `max_num_batched_tokens`."""
         return sum(item.end - item.start for item in self.prefills) + self.steps * len(self.decodes)
 
 

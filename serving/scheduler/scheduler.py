@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from collections.abc import Callable
+from itertools import count
+from typing import Any
 
+import numpy as np
+
+from ..errors import BadRequest, Draining, QueueFull, TooLarge
 from ..hints.hint import Hint
 from ..kvcache.estimates import Estimates
+from ..kvcache.radix_tree import Node
 from ..kvcache.tiered_cache import TieredCache
 from ..metrics import SchedulerMetrics
 from ..prediction import NextCallPredictor
 from ..prefetch import Prefetcher
-from ..request import FinishReason, Request, RequestOutput
+from ..request import FinishReason, Request, RequestOutput, shown
 from .admission import Admission
 from .batch import RunningRequests
+from .preemption import Preemption
+from .request_memory import RequestMemory
 from .request_state import RequestState, RequestStatus, RequestTimers, ScheduledBatch, ScheduledDecode, ScheduledPrefill
 from .scheduler_config import SchedulerConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -24,7 +36,9 @@ class Scheduler:
     and hands it back with `complete`. At most one batch is in flight. `submit`, `cancel`, `hint`, `take_finished` and
     `close` may be called from any thread at any time; everything runs under the cache's lock.
 
-    Every unfinished request is in exactly one place: Admission's queues, its loads, or the running requests.
+    Every unfinished request is in exactly one place: Admission's queues, its loads, or the running requests. It is
+    known by its number, which no other request ever has. Whatever fails while one request is admitted, started or
+    completed ends that request as FAILED, and no other.
 
     Args:
         tiers: the cache; requests reserve their memory in its device pool.
@@ -36,6 +50,7 @@ class Scheduler:
 
     Attributes:
         metrics: counters since the scheduler was made.
+        vocab_size: prompts with larger token ids are refused; None: all are accepted. An engine sets it to its model's.
 
     Raises:
         ValueError: bytes_per_token is below 1.
@@ -50,10 +65,17 @@ class Scheduler:
         self.tiers, self.predictor, self.prefetcher = tiers, predictor, prefetcher
         self.config, self.bytes_per_token, self.batch_waits = config or SchedulerConfig(), bytes_per_token, batch_waits
         self.metrics = SchedulerMetrics()
+        self.vocab_size: int | None = None
         self._timers = RequestTimers()
-        self._admission = Admission(tiers, estimates, self.config, self.metrics, self._timers, predictor)
-        self._running = RunningRequests(tiers, self.config, self.metrics)
-        self._requests: dict[str, RequestState] = {}  # by id, from arrival to end
+        self._memory = RequestMemory(tiers, self.config)
+        self._admission = Admission(
+            tiers, estimates, self.config, self.metrics, self._timers, predictor, self._memory,
+            lambda state, error: self._fail(state, "admitting", error), self._end_outgrown,
+        )  # fmt: skip
+        self._running = RunningRequests(tiers, self.config, self.metrics, self._memory)
+        self._preemption = Preemption(self._memory, self._running, self._admission)
+        self._numbers = count(1)
+        self._requests: dict[int, RequestState] = {}  # by number, from arrival to end
         self._finished: deque[RequestOutput] = deque()  # not taken yet
         self._in_flight: ScheduledBatch | None = None
         self._batches = 0
@@ -67,51 +89,102 @@ class Scheduler:
 
     # Requests ---------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request) -> int:
         """Takes a request.
 
+        Returns:
+            Its number, by which it is cancelled, and which its output carries.
+
         Raises:
-            ValueError: it can never be computed, its id is in use, the queue is full, or the scheduler is closed.
+            BadRequest, TooLarge: it can never be computed. QueueFull: too many wait. Draining: the scheduler is closed.
+                All are ValueErrors. Nothing is changed then, neither here nor in the predictions.
         """
-        page_size, clock = self.tiers.page_size, self.tiers.clock
-        state = RequestState.create(request, page_size, self.bytes_per_token, clock())
         with self.tiers.lock:
-            self._require_acceptable(request, state)
-            state.agent, state.in_workflow = self.predictor.on_request(request)
-            if not state.num_fixed_tokens:
-                state.num_fixed_tokens = self.predictor.fixed_tokens(state.agent, request.namespace, state.key)
-            if self.prefetcher is not None and state.agent is not None:
-                self.prefetcher.on_request(state.agent)
-            self._requests[request.id] = state
-            self._timers.set(state.times.arrived + self._timeout_s(state), state)
-            self._admission.add(state)
+            self._require_acceptable(request)
+            number, now = next(self._numbers), self.tiers.clock()
+            state = RequestState.create(request, number, self.tiers.page_size, self.bytes_per_token, now)
+            self._require_memory(state)
+            try:
+                self._take(state)
+            except BaseException:
+                self._forget(state)
+                raise
             self.metrics.submitted += 1
             self.metrics.events += 1
             self._changed = True
         self.tiers.interrupt()
+        return number
 
-    def _require_acceptable(self, request: Request, state: RequestState) -> None:
+    def _require_acceptable(self, request: Request) -> None:
         if self._closed is not None:
-            raise ValueError(f"the scheduler is closed: {self._closed}")
-        if request.id in self._requests:
-            raise ValueError(f"the id {request.id!r} is in use by a request that has not ended")
+            raise Draining(f"the scheduler is closed: {self._closed}")
         if len(self._admission) >= self.config.max_queued_requests:
-            raise ValueError(f"the queue is full: at most {self.config.max_queued_requests} requests may wait")
-        capacity = self.tiers.capacity()
-        if state.bytes_to_reserve > capacity:
-            raise ValueError(
-                f"the request {request.id!r} needs {state.bytes_to_reserve} bytes for {state.num_prompt_tokens} + "
-                f"{request.max_new_tokens} tokens; the device's pool has {capacity}"
+            raise QueueFull(f"the queue is full: at most {self.config.max_queued_requests} requests may wait")
+        self.require_vocabulary(request.prompt)
+
+    def require_vocabulary(self, prompt: Any) -> None:
+        """Raises BadRequest if `prompt`, token ids `(tokens,)`, has one beyond `vocab_size`."""
+        if self.vocab_size is not None and (largest := int(np.max(prompt))) >= self.vocab_size:
+            raise BadRequest(f"got the token id {largest} in a prompt; accepted: 0 to {self.vocab_size - 1}")
+
+    def _require_memory(self, state: RequestState) -> None:
+        capacity, end = self.tiers.capacity(), self._memory.least_end(state)
+        needed = self._memory.required(state, end)
+        if needed > capacity:
+            prompt = state.num_prompt_tokens
+            raise TooLarge(
+                f"the request {state.request.id!r} needs {needed} bytes for {prompt} + {end - prompt} tokens, in whole "
+                f"pages; the device's pool has {capacity}"
             )
 
-    def cancel(self, request_id: str) -> None:
-        """Ends a request without an answer; ids that are unknown or have ended are ignored."""
+    def _take(self, state: RequestState) -> None:
+        request = state.request
+        state.agent, state.in_workflow = self.predictor.on_request(request, state.number)
+        if not state.num_fixed_tokens:
+            state.num_fixed_tokens = self.predictor.fixed_tokens(state.agent, request.namespace, state.whole_pages)
+        if self.prefetcher is not None and state.agent is not None:
+            self.prefetcher.on_request(state.agent)
+        self._timers.set(state.times.arrived + self._timeout_s(state), state)
+        self._admission.add(state)
+        self._requests[state.number] = state
+
+    def _forget(self, state: RequestState) -> None:
+        """Takes back what `_take` has done of a request before it failed."""
+        state.status = RequestStatus.ENDED  # its timer is skipped
+        self._timers.ended()
+        self._admission.remove(state)
+        self._notify_finish(state, succeeded=False)
+
+    def cancel(self, number: int) -> None:
+        """Ends a request without an answer; numbers that are unknown or have ended are ignored.
+
+        Args:
+            number: from `submit`.
+
+        Raises:
+            ValueError: anything but a number, such as the label `Request.id`.
+        """
+        if type(number) is not int:
+            raise ValueError(f"got {shown(number)} to cancel; accepted: the number that submit returned")
         with self.tiers.lock:
-            state = self._requests.get(request_id)
+            state = self._requests.get(number)
             if state is not None:
                 self._end(state, FinishReason.CANCELLED, "the request was cancelled")
             self._changed = True
         self.tiers.interrupt()
+
+    def drop_admitted(self, reason: str) -> None:
+        """Ends every request that has KV, computed or cached, as CANCELLED; not while a batch is in flight.
+
+        Those that wait to be admitted go on. `reason` becomes the error of the others.
+        """
+        with self.tiers.lock:
+            if self._in_flight is not None:
+                raise ValueError(f"the batch {self._in_flight.number} is still in flight: complete it first")
+            loading = self._admission.loading
+            for state in [*self._running, *loading, *loading.ready]:
+                self._end(state, FinishReason.CANCELLED, reason)
+            self._changed = True
 
     def hint(self, hint: Hint) -> None:
         """Takes a client's hint. Hints influence what is cached and prefetched, never an answer."""
@@ -146,20 +219,37 @@ class Scheduler:
             self._changed = False
             self._transfers_seen = self.tiers.num_events
             self.tiers.poll()
-            self._push_predictions()
+            self._predict(self._push_predictions)
             self._expire()
             now, slots = self.tiers.clock(), self.config.max_num_seqs - len(self._running)
             room = self._admission.changed
-            for state in self._admission.admit(slots, idle=not self._running):
-                self._running.add(state, now)
-            if self.prefetcher is not None:
-                self.prefetcher.start_prefetches(paused=self._admission.starved, room_freed=room)
+            for state in self._admission.admit(slots, list(self._running)):
+                try:
+                    self._running.add(state, now)
+                except Exception as error:
+                    self._fail(state, "starting", error)
+            self._predict(self._start_prefetches, room)
             self.tiers.write_back_eagerly()
             if self.batch_waits and self._admission.loading:
                 return None
+            growth = self._preemption.grow()
+            for state in growth.outgrown:
+                self._end_outgrown(state)
             self._batches += 1
-            self._in_flight = self._running.schedule(self._batches, max_steps)
+            self._in_flight = self._running.schedule(self._batches, max_steps, growth.stalled, growth.preempted)
             return self._in_flight
+
+    def _predict(self, update: Callable[..., None], *args: bool) -> None:
+        """Calls `update`. Predictions never influence an answer, so no request ends for an error there."""
+        try:
+            update(*args)
+        except Exception:
+            logger.exception("predictions or prefetches were not updated")
+            self.metrics.predictions_failed += 1
+
+    def _start_prefetches(self, room_freed: bool) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.start_prefetches(paused=self._admission.starved, room_freed=room_freed)
 
     def _push_predictions(self) -> None:
         changed = self.predictor.push_values(self.tiers)
@@ -176,6 +266,8 @@ class Scheduler:
                 self._end(state, FinishReason.TIMED_OUT, error)
             elif state.status is RequestStatus.LOADING and now >= state.load_deadline:
                 self._admission.give_up(state)
+            else:
+                self._admission.check_patience(state)
 
     def _timeout_s(self, state: RequestState) -> float:
         own = state.request.timeout_s
@@ -188,15 +280,19 @@ class Scheduler:
             error: the whole batch failed; its requests end as FAILED.
 
         Raises:
-            ValueError: this batch is not in flight.
+            ValueError: this batch is not in flight. Draining, which is one: `close` has ended its requests meanwhile.
         """
         with self.tiers.lock:
+            if batch is not self._in_flight and self._closed is not None:
+                raise Draining(f"the batch {batch.number} is not in flight: the scheduler is closed: {self._closed}")
             if batch is not self._in_flight:
                 raise ValueError(f"the batch {batch.number} is not in flight")
             self._in_flight = None
             self.metrics.batches += 1
-            for item in (*batch.prefills, *batch.decodes):
+            items = (*batch.prefills, *batch.decodes)
+            for item in items:
                 item.state.in_batch = False
+            for item in items:
                 self._complete_item(item, batch.steps, error or item.error)
             self._changed = True
 
@@ -210,30 +306,53 @@ class Scheduler:
                 raise error
             if isinstance(item, ScheduledPrefill):
                 answered = self._running.complete_prefill(item, self.tiers.clock())
+                self._admission.computed(state)
             else:
                 answered = self._running.complete_decode(item, steps)
         except Exception as failure:
-            self._end(state, FinishReason.FAILED, f"computing it failed: {type(failure).__name__}: {failure}")
+            self._fail(state, "computing", failure)
             return
         if answered:
             self._end(state, FinishReason.ANSWERED, None)
+
+    def _end_outgrown(self, state: RequestState) -> None:
+        error = (
+            f"the answer was cut short after {state.num_output_tokens} tokens: with the {state.num_prompt_tokens} of "
+            f"the prompt it needs more than the {self.tiers.capacity()} bytes of the device's pool"
+        )
+        self._end(state, FinishReason.LENGTH, error)
+
+    def _fail(self, state: RequestState, doing: str, error: BaseException) -> None:
+        self._end(state, FinishReason.FAILED, f"{doing} it failed: {type(error).__name__}: {error}")
 
     def _end(self, state: RequestState, reason: FinishReason, error: str | None) -> None:
         """Ends a request and frees its memory; one in the batch in flight ends when that is complete."""
         if state.in_batch:
             state.pending_outcome = state.pending_outcome or (reason, error)
             return
+        end = None if state.handle is None else state.handle.node
         self._admission.remove(state)
         self._running.remove(state)
         self._admission.settle_charge(state)
         now = self.tiers.clock()
         state.status, state.times.finished = RequestStatus.ENDED, now
-        del self._requests[state.request.id]
+        del self._requests[state.number]
         self._timers.ended()
         self._count(state, reason)
-        if state.in_workflow:
-            self.predictor.on_finish(state.request, now - state.times.arrived, reason is FinishReason.ANSWERED)
         self._finished.append(state.output(reason, error))
+        self._notify_finish(state, reason in (FinishReason.ANSWERED, FinishReason.LENGTH), end)
+
+    def _notify_finish(self, state: RequestState, succeeded: bool, end: Node | None = None) -> None:
+        """Tells the predictor; what fails there does no harm to any request. `end`: where its cached KV ends."""
+        counted, state.in_workflow = state.in_workflow, False
+        try:
+            if succeeded and end is not None:
+                self.predictor.on_answer(state.request, end)
+            if counted:
+                seconds = self.tiers.clock() - state.times.arrived
+                self.predictor.on_finish(state.request, state.number, seconds, succeeded)
+        except Exception:
+            logger.exception("the end of the request %r is not counted in its workflow", state.request.id)
 
     def _count(self, state: RequestState, reason: FinishReason) -> None:
         self.metrics.finished[reason] += 1
@@ -294,14 +413,17 @@ class Scheduler:
 
     def _check_requests(self) -> None:
         admission, running, states = self._admission, self._running, list(self._requests.values())
-        waiting = [*admission.queue, *admission.overdue, *admission.loading, *admission.loading.ready]
-        places = [*waiting, *running.prefilling, *running.decoding]
+        places = [*admission.queue, *admission.overdue, *admission.shared, *admission.loading, *admission.loading.ready]
+        places += running
         assert len(places) == len(set(places)) and set(places) == set(states), "a request is in one place"
         reserved = sum(state.reserved_bytes for state in states)
         assert self.tiers.reserved_bytes == reserved, "reserved bytes belong to requests"
         handles = {state.handle.id for state in states if state.handle is not None}
         assert handles <= self.tiers.handles.keys(), "handles of requests are live"
         assert len(running) <= self.config.max_num_seqs, "no more are computed than may be"
+        for state in running:
+            required = self._memory.required(state, state.num_computed_tokens)
+            assert state.reserved_bytes >= required, "what has been computed has memory"
         for state in running.prefilling:
             assert state.status is RequestStatus.PREFILL and state.handle is not None
         for state in running.decoding:

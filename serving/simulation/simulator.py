@@ -125,7 +125,7 @@ class Simulator:
         self.recorder, self.timeline = recorder, timeline
         self.scheduler = system.scheduler if recorder is None else RecordingScheduler(system.scheduler, recorder)
         self._arrivals: list[tuple[float, int, SimulatedRequest]] = []
-        self._short: dict[str, int] = {}  # lengths of answers that end before `max_new_tokens`, by request id
+        self._short: dict[int, int] = {}  # lengths of answers that end before `max_new_tokens`, by request number
         self._number = 0
 
     def run(self, source: RequestSource) -> SimulationRun:
@@ -177,14 +177,14 @@ class Simulator:
         while self._arrivals and self._arrivals[0][0] <= self.clock.now:
             simulated = heapq.heappop(self._arrivals)[2]
             source.on_submit(simulated)
+            number = self.scheduler.submit(simulated.request)
             if simulated.output_tokens < simulated.request.max_new_tokens:
-                self._short[simulated.request.id] = simulated.output_tokens
-            self.scheduler.submit(simulated.request)
+                self._short[number] = simulated.output_tokens
 
     def _collect(self, source: RequestSource, run: SimulationRun) -> None:
         """Takes the outputs of ended requests, and expects the requests that follow them."""
         for output in self.scheduler.take_finished():
-            self._short.pop(output.request.id, None)
+            self._short.pop(output.number, None)
             if output.finish_reason not in (FinishReason.ANSWERED, FinishReason.TIMED_OUT):
                 raise RuntimeError(
                     f"the request {output.request.id!r} ended as {output.finish_reason.value}: {output.error}"
@@ -204,7 +204,7 @@ class Simulator:
         now, costs = self.clock.now, self.machine.costs
         ends: dict[ScheduledDecode, int] = {}
         if self._short:
-            ends = {item: self._remaining(item) for item in batch.decodes if item.request.id in self._short}
+            ends = {item: self._remaining(item) for item in batch.decodes if item.state.number in self._short}
         if ends:
             batch.steps = min(batch.steps, *ends.values())
         shape = batch_shape_of(batch)
@@ -216,7 +216,7 @@ class Simulator:
                 batch.steps = max(1, min(batch.steps, math.ceil((due - now) / one)))
                 seconds = costs.batch_s(BatchShape(shape.chunks, shape.contexts, batch.steps))
         for item in batch.prefills:
-            item.finished = item.last and self._short.get(item.request.id) == 1
+            item.finished = item.last and self._short.get(item.state.number) == item.state.num_output_tokens + 1
             if item.store is not None:
                 tokens = item.store[1] - item.store[0]
                 rate = item.request.bytes_per_token or self.machine.bytes_per_token
@@ -227,7 +227,7 @@ class Simulator:
         self.scheduler.complete(batch)
 
     def _remaining(self, item: ScheduledDecode) -> int:
-        return item.remaining - (item.request.max_new_tokens - self._short[item.request.id])
+        return item.remaining - (item.request.max_new_tokens - self._short[item.state.number])
 
 
 def simulate(

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..request import Request, RequestOutput, StorePolicy
+from ..request import MAX_NAME, Request, RequestOutput, StorePolicy
 from ..scheduler.request_state import ScheduledBatch
 from ..scheduler.scheduler import Scheduler
 from ..workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
@@ -42,6 +42,8 @@ class TraceRecorder:
         self._lock = threading.RLock()
         self._prompts: dict[bytes, int] = {}
         self._last: dict[str, tuple[str, float]] = {}
+        self._labels: set[str] = set()
+        self._ids: dict[int, str] = {}  # of the unfinished requests whose label another one had before
         self._write(
             "trace", version=TRACE_VERSION, bytes_per_token=bytes_per_token, page_size=page_size, about=about or {}
         )
@@ -67,16 +69,21 @@ class TraceRecorder:
             number = self._fixed(np.asarray(prompt, dtype=np.int32).reshape(-1))
             self._write("stored", agent=agent, fixed=number, nbytes=nbytes)
 
-    def record_submitted(self, at: float, request: Request) -> None:
+    def record_submitted(self, at: float, request: Request, number: int = 0) -> None:
+        """A request was submitted, and has that `number`; a label that is used again is written with it."""
         prompt = np.asarray(request.prompt, dtype=np.int32).reshape(-1)
         fixed = min(request.fixed_tokens, len(prompt))
         group = request.workflow or request.session
         with self._lock:
             before = self._last.get(group) if group is not None else None
-            number = self._fixed(prompt[:fixed]) if fixed else None
+            prompt_number = self._fixed(prompt[:fixed]) if fixed else None
+            name = request.id
+            if name in self._labels:
+                name = self._ids[number] = f"{name[: MAX_NAME // 2]}#{number}"
+            self._labels.add(name)
         self._write(
-            "call", at=at, id=request.id, agent=request.agent, workflow=request.workflow, session=request.session,
-            client=request.client, priority=request.priority, keep=request.store_policy.value, fixed=number,
+            "call", at=at, id=name, agent=request.agent, workflow=request.workflow, session=request.session,
+            client=request.client, priority=request.priority, keep=request.store_policy.value, fixed=prompt_number,
             tokens=prompt[fixed:].tolist(), max_new_tokens=request.max_new_tokens,
             after=None if before is None else [before[0], max(0.0, at - before[1])],
         )  # fmt: skip
@@ -92,11 +99,12 @@ class TraceRecorder:
     def record_finished(self, output: RequestOutput) -> None:
         request, times = output.request, output.times
         group = request.workflow or request.session
-        if group is not None and times.finished is not None:
-            with self._lock:
-                self._last[group] = (request.id, times.finished)
+        with self._lock:
+            name = self._ids.pop(output.number, request.id)
+            if group is not None and times.finished is not None:
+                self._last[group] = (name, times.finished)
         self._write(
-            "end", at=times.finished, id=request.id, outcome=output.finish_reason.value, arrived=times.arrived,
+            "end", at=times.finished, id=name, outcome=output.finish_reason.value, arrived=times.arrived,
             admitted=times.admitted, first_token=times.first_token, produced=output.num_output_tokens,
             stalled_s=output.stalled_s, cached=output.cached_tokens, loaded=output.loaded_tokens,
             recomputed=output.recomputed_tokens,
@@ -133,9 +141,10 @@ class RecordingScheduler:
     def __len__(self) -> int:
         return len(self.scheduler)
 
-    def submit(self, request: Request) -> None:
-        self.scheduler.submit(request)
-        self.recorder.record_submitted(self._clock(), request)
+    def submit(self, request: Request) -> int:
+        number = self.scheduler.submit(request)
+        self.recorder.record_submitted(self._clock(), request, number)
+        return number
 
     def next_batch(self, max_steps: int = 1) -> ScheduledBatch | None:
         batch = self.scheduler.next_batch(max_steps)

@@ -64,6 +64,10 @@ class Duration:
         self.mean += weight * step
         self.spread = math.sqrt((1 - weight) * (self.spread**2 + weight * step**2))
 
+    def without_observations(self) -> Duration:
+        """The guess that this one began with."""
+        return Duration(*self._guess, prior=self.prior, config=self.config)
+
     def discount(self, rate: float, elapsed: float = 0.0) -> float:
         """E[exp(-rate · remaining)] of a wait that has lasted `elapsed` seconds so far; `rate` in 1/s."""
         if not self.count or self.spread > self.config.wide_spread * self.mean:
@@ -109,6 +113,10 @@ class AgentDurations:
             Duration(call, call if spec.call_spread_s is None else spec.call_spread_s, config=config),
             Duration(pause, pause if spec.pause_spread_s is None else spec.pause_spread_s, config=config),
         )
+
+    def without_observations(self) -> AgentDurations:
+        """The same guesses, as of an agent that has not been called."""
+        return AgentDurations(self.call.without_observations(), self.pause.without_observations())
 
     def discount(self, rate: float) -> float:
         """E[exp(-rate · (call + pause))], with `rate` in 1/s."""

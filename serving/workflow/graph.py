@@ -6,11 +6,12 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 from .graph_config import GraphConfig
 from .reuse_model import WorkflowReuse, combine_first
 from .spec import WorkflowSpec, check_name
-from .workflow import ChangeLog, GraphState, Workflow
+from .workflow import ChangeLog, GraphState, Workflow, locked
 
 MIN_CHANCE = sys.float_info.min  # lower bound of probabilities, so that their logarithms are finite
 
@@ -19,7 +20,11 @@ class StepGraph:
     """Workflows by name. An agent that several of them call has the minimum of its steps and the chances of all.
 
     Agents are strings shared by all workflows; the prefix tree tags fixed prompts with them. What clients declare is
-    checked and bounded here, and trusted otherwise: it moves memory and never changes answers. Not thread-safe.
+    checked and bounded here, and trusted otherwise: it moves memory and never changes answers.
+
+    Workflows may be added, changed and removed from any thread: these methods hold `lock`, which is the cache's in a
+    system of `build_system`, so none of them falls into a scheduler's step. Values of agents are read by the
+    scheduler's thread; another thread holds `lock` while it reads them.
 
     Args:
         clock: seconds; a simulator passes its own.
@@ -38,18 +43,39 @@ class StepGraph:
         self._reuse: dict[Workflow, WorkflowReuse] = {}
         self._reported: dict[Workflow, float] = {}  # when `changed_reuse` last reported each workflow, oldest first
 
+    @property
+    def lock(self) -> Any:
+        """Guards the graph with all its workflows; reentrant."""
+        return self._state.lock
+
+    def share_lock(self, lock: Any) -> None:
+        """From now on `lock`, the reentrant lock of the cache that reads the values, guards the graph."""
+        self._state.lock = lock
+
+    def separate_clients(self, agent_key: Callable[[str, str], str]) -> None:
+        """From now on `agent_key(agent, client)` names the agent that a client means by a name in its workflows;
+        without it, agents of one name are the same agent for all clients."""
+        self._state.agent_key = agent_key
+
     # Workflows --------------------------------------------------------------------------------------------------
 
-    def add_workflow(self, spec: str | WorkflowSpec, name: str | None = None) -> Workflow:
+    @locked
+    def add_workflow(self, spec: str | WorkflowSpec, name: str | None = None, client: str = "") -> Workflow:
         """Adds a workflow, empty if only its name is given; `name` replaces that of `spec` for one more run of it.
 
         If a limit is reached, workflows without an event for `silence_s` are removed first.
+
+        Args:
+            client: the client that the workflow belongs to: its agents are that client's, and calls by others are not
+                counted. "": it will be that of the first client that calls an agent in it.
 
         Raises:
             ValueError: an invalid or known name, or a limit is reached.
         """
         if isinstance(spec, str):
             spec = WorkflowSpec(spec, ())
+        if client:
+            check_name(client, "a client")
         name = check_name(spec.name if name is None else name, "a workflow")
         if name in self._workflows:
             raise ValueError(f"there is a workflow {name!r} already")
@@ -57,9 +83,14 @@ class StepGraph:
             lack = self._exceeded_limit(spec)
         if lack is not None:
             raise ValueError(f"the workflow {name!r} does not fit: {lack} are accepted in all")
-        workflow = self._workflows[name] = Workflow(name, self._state)
-        for agent in spec.agents:
-            workflow.add_agent(agent)
+        workflow = self._workflows[name] = Workflow(name, self._state, client)
+        try:
+            for agent in spec.agents:
+                workflow.add_agent(agent)
+        except ValueError:  # a name with that of the client is too long
+            workflow.close()
+            del self._workflows[name]
+            raise
         for edge in spec.edges:
             workflow.add_edge(edge)
         for agent in spec.start:
@@ -78,6 +109,7 @@ class StepGraph:
                 return f"{limit} {kind}"
         return None
 
+    @locked
     def remove_workflow(self, name: str) -> None:
         """Removes a workflow that has ended, or whose client has disconnected; ValueError if there is none."""
         workflow = self[name]
@@ -85,6 +117,7 @@ class StepGraph:
         del self._workflows[name], self._reuse[workflow]
         self._reported.pop(workflow, None)
 
+    @locked
     def expire(self, seconds: float) -> list[str]:
         """Removes the workflows without an event for `seconds`, unless running or `persistent`; returns their names."""
         limit = self._state.clock() - seconds
@@ -94,6 +127,7 @@ class StepGraph:
             self.remove_workflow(name)
         return old
 
+    @locked
     def clear_silent(self) -> None:
         """Clears the predictions of workflows without an event for `silence_s`, except running ones."""
         limit = self._state.clock() - self.config.silence_s
@@ -109,8 +143,9 @@ class StepGraph:
     def __contains__(self, name: str) -> bool:
         return name in self._workflows
 
+    @locked
     def __iter__(self) -> Iterator[Workflow]:
-        return iter(self._workflows.values())
+        return iter(list(self._workflows.values()))
 
     def __len__(self) -> int:
         return len(self._workflows)
@@ -177,6 +212,7 @@ class StepGraph:
         reach, reuse = self.chance(agent)
         return max(0.0, -math.log(max(reuse / reach, MIN_CHANCE)) / self.rate) if reach > 0 else math.inf
 
+    @locked
     def observe_pause(self, agent: str, seconds: float) -> None:
         """A pause after a call of `agent` takes `seconds`; ignored for agents of no workflow."""
         if agent in self._state.members:

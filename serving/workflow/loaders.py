@@ -20,10 +20,11 @@ Unknown fields are ignored with one warning per document; invalid values raise V
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from tenure.checked import DocumentLimits, NotNegative, parse_json, parse_yaml, read
 
@@ -137,26 +138,34 @@ def workflow_from_langgraph(graph: Any, name: str | None = None) -> WorkflowSpec
 
     The first agents are those after START.
 
+    A node that returns `Command(goto=…)`, and a router (which may return `Send`), lead where they are declared to: by
+    `destinations` or `path_map`, or by the Literal in the function's return annotation, wherever it stands in it. One
+    warning names the nodes of which that is unknown, and those that no edge leads to; the successors of the former are
+    learned from their calls.
+
     Raises:
         ValueError: the object is neither of the two.
     """
     drawable = graph.get_graph() if hasattr(graph, "get_graph") else graph
     if not hasattr(drawable, "edges") or not hasattr(drawable, "nodes"):
         raise ValueError(f"got {_type(graph)}; accepted: a compiled LangGraph graph, or the graph from its get_graph()")
-    edges = [edge for edge in drawable.edges if edge.source not in LANGGRAPH_ENDS]
-    start = [
-        edge.target for edge in drawable.edges if edge.source in LANGGRAPH_ENDS and edge.target not in LANGGRAPH_ENDS
-    ]
+    builder, unknown = getattr(graph, "builder", None), []
+    every = [LangGraphEdge(edge.source, edge.target, bool(edge.conditional)) for edge in drawable.edges]
+    if builder is not None:  # the drawing leaves out what follows an undeclared way
+        every, unknown = _edges_of_builder(builder)
+    _warn_of_unknown(name, list(drawable.nodes), every, unknown)
+    edges = [edge for edge in every if edge.source not in LANGGRAPH_ENDS]
+    start = [edge.target for edge in every if edge.source in LANGGRAPH_ENDS and edge.target not in LANGGRAPH_ENDS]
     branches: dict[str, int] = {}
     for edge in edges:
-        branches[edge.source] = branches.get(edge.source, 0) + bool(edge.conditional)
+        branches[edge.source] = branches.get(edge.source, 0) + edge.conditional
     edges = [edge for edge in edges if edge.target not in LANGGRAPH_ENDS]
-    ways: dict[str, list[Any]] = {}
+    ways: dict[str, list[LangGraphEdge]] = {}
     for edge in edges:
         ways.setdefault(edge.target, []).append(edge)
-    waiting = getattr(getattr(graph, "builder", None), "waiting_edges", ())
+    waiting = getattr(builder, "waiting_edges", ())
     loops = _same_cycle((edge.source, edge.target) for edge in edges)
-    choices = _choices(drawable.edges)
+    choices = _choices(every)
 
     def waits(agent: str) -> bool:
         into = ways.get(agent, [])
@@ -172,6 +181,95 @@ def workflow_from_langgraph(graph: Any, name: str | None = None) -> WorkflowSpec
         [AgentSpec(agent, "and" if waits(agent) else "or") for agent in drawable.nodes if agent not in LANGGRAPH_ENDS],
         [EdgeSpec(e.source, e.target, 1 / branches[e.source] if e.conditional else 1.0) for e in edges],
         list(dict.fromkeys(start)),
+    )
+
+
+class LangGraphEdge(NamedTuple):
+    """An edge between nodes, START and END; `conditional`: one of several that a router or a Command chooses from."""
+
+    source: str
+    target: str
+    conditional: bool
+
+
+def _edges_of_builder(builder: Any) -> tuple[list[LangGraphEdge], list[str]]:
+    """All declared edges of a `StateGraph`, one for each pair of nodes, and the nodes whose successors are unknown."""
+    from langgraph.types import Command
+
+    ways = {(source, target): False for source, target in builder.edges}
+    ways |= {(source, target): False for sources, target in builder.waiting_edges for source in sources}
+    unknown: dict[str, None] = {}
+    for source, routers in builder.branches.items():
+        for router in routers.values():
+            ends = list((router.ends or {}).values()) or list(_literals(_returned(router.path)))
+            for target in ends:
+                ways.setdefault((source, target), True)
+            if not ends:
+                unknown[source] = None
+    for source, spec in builder.nodes.items():
+        ends = list(spec.ends or ()) or list(_literals(_returned(spec.runnable), inside=Command))
+        for target in ends:
+            ways.setdefault((source, target), True)
+        if not ends and _calls_with(getattr(_function(spec.runnable), "__code__", None), "goto"):
+            unknown[source] = None
+    return [LangGraphEdge(*pair, conditional) for pair, conditional in sorted(ways.items())], list(unknown)
+
+
+def _warn_of_unknown(
+    name: str | None, nodes: Iterable[str], edges: Sequence[LangGraphEdge], unknown: Sequence[str]
+) -> None:
+    """Warns of nodes whose successors are unknown, and of those that no edge leads to from START."""
+    reached, new = set(LANGGRAPH_ENDS), set(LANGGRAPH_ENDS)
+    while new:
+        new = {edge.target for edge in edges if edge.source in new} - reached
+        reached |= new
+    found = [f"the successors of {_listed(unknown)} are unknown"] if unknown else []
+    lost = [node for node in nodes if node not in reached]
+    found += [f"no declared edge leads to {_listed(lost)}"] if lost else []
+    if found:
+        warnings.warn(
+            f"in the LangGraph workflow {name or 'workflow'!r}, {' and '.join(found)}: declare them by `-> "
+            "Command[Literal[…]]`, by `destinations` of add_node, or by `path_map` of add_conditional_edges",
+            stacklevel=3,
+        )
+
+
+def _listed(nodes: Sequence[str]) -> str:
+    return ", ".join(map(repr, nodes[:10])) + (f" and {len(nodes) - 10} more" if len(nodes) > 10 else "")
+
+
+def _function(runnable: Any) -> Any:
+    """The Python function behind a node or a router of LangGraph; None if there is none."""
+    function = getattr(runnable, "func", None) or getattr(runnable, "afunc", None)
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if hasattr(function, "__code__") else getattr(function, "__call__", None)  # noqa: B004
+
+
+def _returned(runnable: Any) -> Any:
+    """The return annotation of a node or a router; None if there is none, or it cannot be resolved."""
+    try:
+        return get_type_hints(_function(runnable)).get("return")
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        return None
+
+
+def _literals(annotation: Any, inside: type | None = None) -> Iterator[str]:
+    """The names in all Literals of an annotation, or in those within the generic class `inside`."""
+    if get_origin(annotation) is Literal and inside is None:
+        yield from (name for name in get_args(annotation) if isinstance(name, str))
+        return
+    for part in get_args(annotation):
+        yield from _literals(part, None if get_origin(annotation) is inside else inside)
+
+
+def _calls_with(code: Any, keyword: str) -> bool:
+    """Whether a function's code, or that of a function defined in it, makes a call with this keyword."""
+    constants = getattr(code, "co_consts", ())
+    return any(
+        keyword in each if isinstance(each, tuple) else _calls_with(each, keyword)
+        for each in constants
+        if isinstance(each, tuple) or hasattr(each, "co_consts")
     )
 
 

@@ -7,18 +7,32 @@ graph share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 from .durations import AgentDurations, Duration
 from .graph_config import GraphConfig, TransitionConfig
-from .spec import JOINS, AgentSpec, EdgeSpec, check_probability
+from .spec import JOINS, AgentSpec, EdgeSpec, check_name, check_probability
 from .steps_solver import JoinSolver
 
 Edge = tuple[int, int]
 _NONE: Mapping[int, float] = {}
 _TINY = 1e-200  # the running product in `PendingPredictions` is normalised below this
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def locked(method: Method) -> Method:
+    """Runs a method under the reentrant `self.lock`."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 class PendingPrediction(NamedTuple):
@@ -168,6 +182,8 @@ class GraphState:
     """Counters, durations and the index of agents shared by all workflows of a step graph.
 
     Attributes:
+        lock: guards graph and workflows; reentrant.
+        agent_key: the name of the agent that a client means by a name, see `StepGraph.separate_clients`.
         durations: by agent, whichever workflow calls it; kept when the last of them ends, while there is room.
         calls, pauses: durations of all agents together.
         steps_changes, reuse_changes: one log for each of the two readers.
@@ -183,6 +199,8 @@ class GraphState:
     members: dict[str, set[Workflow]] = field(default_factory=dict)
     steps_changes: ChangeLog = field(default_factory=ChangeLog)
     reuse_changes: ChangeLog = field(default_factory=ChangeLog)
+    lock: Any = field(default_factory=threading.RLock, repr=False)
+    agent_key: Callable[[str, str], str] = field(default=lambda agent, client: agent, repr=False)
 
     def __post_init__(self) -> None:
         self.calls = Duration(0.0, 0.0, config=self.config.durations)
@@ -202,6 +220,14 @@ class GraphState:
                 durations.call.prior = self.calls
             if spec.pause_s is None:
                 durations.pause.prior = self.pauses
+
+    def rename_agent(self, workflow: Workflow, agent: str, name: str) -> None:
+        """An agent of `workflow` is another one from now on, with the same guesses of durations and no observations."""
+        known = self.durations[agent]
+        self.num_agents += 1
+        self.members.setdefault(name, set()).add(workflow)
+        self.durations.setdefault(name, known.without_observations())
+        self.remove_agent(workflow, agent)
 
     def remove_agent(self, workflow: Workflow, agent: str) -> None:
         self.num_agents -= 1
@@ -235,7 +261,10 @@ class Workflow:
     agent starts; an agent with all its predictions pending is at 0, too. Agents that nothing running leads to are
     infinitely far.
 
+    Methods that change it may be called from any thread.
+
     Attributes:
+        client: the client that it belongs to, whose calls are counted; "": nobody yet (`bind`).
         ids: number of each agent in the solver; the number of a removed agent is reused.
         branches: for each number, the successors' numbers and the probabilities of the edges.
         running: for each number with calls in progress, the start of each call in seconds.
@@ -247,8 +276,8 @@ class Workflow:
         accuracy: share of predicted calls among those that came while predictions were pending.
     """
 
-    def __init__(self, name: str, state: GraphState) -> None:
-        self.name = name
+    def __init__(self, name: str, state: GraphState, client: str = "") -> None:
+        self.name, self.client = name, client
         self.graph_state = state
         self.solver = JoinSolver(state.config.horizon)
         self.ids: dict[str, int] = {}
@@ -264,23 +293,34 @@ class Workflow:
         self.accuracy = 1.0
         self._accuracy_count = state.config.transitions.accuracy_prior
         self._changed_agents: set[str] = set()  # agents whose steps may have changed since the last `drain`
+        self._renamed: dict[str, str] = {}  # names that were declared, of agents that have another one
+
+    @property
+    def lock(self) -> Any:
+        """Guards the whole graph; to be held by other threads while they read values."""
+        return self.graph_state.lock
 
     # Structure --------------------------------------------------------------------------------------------------
 
+    @locked
     def add_agent(self, agent: str | AgentSpec) -> None:
-        """Adds an agent without edges.
+        """Adds an agent without edges; in a client's workflow, the agent that the client means by the name.
 
         Raises:
             ValueError: there is one of that name, the name is invalid, or the graph is full.
         """
         spec = agent if isinstance(agent, AgentSpec) else AgentSpec(agent)
-        if spec.name in self.ids:
+        if self.current_name(spec.name) is not None:
             raise ValueError(f"the workflow {self.name!r} has an agent {spec.name!r} already")
+        if self.client and (name := self.graph_state.agent_key(spec.name, self.client)) != spec.name:
+            self._renamed[spec.name] = name
+            spec = replace(spec, name=name)
         self.graph_state.add_agent(self, spec)
         node = self.solver.add_node(spec.join == "and")
         self.ids[spec.name], self.names[node], self.branches[node] = node, spec.name, {}
         self._record_structure(spec.name)
 
+    @locked
     def remove_agent(self, agent: str) -> None:
         """Removes an agent with its edges, pending predictions and calls in progress."""
         node = self._node(agent)
@@ -293,10 +333,34 @@ class Workflow:
         self.expected.discard(node)
         self.running.pop(node, None)
         self.transitions.forget(node)
-        del self.ids[agent], self.names[node], self.branches[node]
-        self.graph_state.remove_agent(self, agent)
+        name = self.names[node]
+        del self.ids[name], self.names[node], self.branches[node]
+        self._renamed = {declared: current for declared, current in self._renamed.items() if current != name}
+        self.graph_state.remove_agent(self, name)
         self._record_structure()
 
+    @locked
+    def bind(self, client: str) -> None:
+        """Makes a workflow of nobody that of `client`: its agents are those that the client means by their names, and
+        have other names if other clients use these. All methods accept the declared names as well.
+
+        Raises:
+            ValueError: the workflow belongs to another client, or a new name is too long; then nothing has changed.
+        """
+        if self.client not in ("", client):
+            raise ValueError(f"the workflow {self.name!r} belongs to the client {self.client!r}, not to {client!r}")
+        names = {agent: self.graph_state.agent_key(agent, client) for agent in self.ids}
+        for name in names.values():
+            check_name(name, "an agent")
+        self.client = client
+        for agent, name in names.items():
+            if name != agent:
+                self.graph_state.rename_agent(self, agent, name)
+                self.names[self.ids[agent]] = self._renamed[agent] = name
+                self._record_structure(name)
+        self.ids = {names[agent]: node for agent, node in self.ids.items()}
+
+    @locked
     def close(self) -> None:
         """Leaves the shared state; the workflow must not be used afterwards."""
         state = self.graph_state
@@ -310,6 +374,7 @@ class Workflow:
         """Whether one more edge is accepted, over all workflows together."""
         return self.graph_state.num_edges < self.graph_state.config.max_edges
 
+    @locked
     def add_edge(self, source: str | EdgeSpec, target: str = "", probability: float = 1.0) -> None:
         """Adds an edge, or changes the probability of a known one; `probability` as in `EdgeSpec`.
 
@@ -328,6 +393,7 @@ class Workflow:
         self.branches[start][end] = probability
         self._record_structure()
 
+    @locked
     def remove_edge(self, source: str, target: str) -> None:
         """Removes an edge and its pending prediction.
 
@@ -340,6 +406,7 @@ class Workflow:
         self._remove_edge(start, end)
         self._record_structure()
 
+    @locked
     def set_join(self, agent: str, join: str) -> None:
         """Sets the join of an agent, `or` or `and`."""
         if join not in JOINS:
@@ -347,11 +414,19 @@ class Workflow:
         self.solver.set_join(self._node(agent), join == "and")
         self._record_structure()
 
-    def edges(self) -> Iterator[EdgeSpec]:
+    @locked
+    def edges(self) -> list[EdgeSpec]:
         """All edges with their current probabilities."""
-        for source, row in self.branches.items():
-            for target, probability in row.items():
-                yield EdgeSpec(self.names[source], self.names[target], probability)
+        return [
+            EdgeSpec(self.names[source], self.names[target], probability)
+            for source, row in self.branches.items()
+            for target, probability in row.items()
+        ]
+
+    def current_name(self, agent: str) -> str | None:
+        """The name that an agent has now, by that or by its declared one; None if the workflow has no such agent."""
+        name = agent if agent in self.ids else self._renamed.get(agent)
+        return name if name in self.ids else None
 
     def join(self, agent: str) -> str:
         """The join of an agent, `or` or `and`."""
@@ -364,6 +439,7 @@ class Workflow:
 
     # Events -----------------------------------------------------------------------------------------------------
 
+    @locked
     def start(self, agent: str, call: Hashable = None) -> None:
         """A call of `agent` begins; `call` identifies it where several are in progress at once.
 
@@ -402,6 +478,7 @@ class Workflow:
         self.expected.discard(node)
         self._update_source(node)
 
+    @locked
     def finish(self, agent: str, call: Hashable = None, chose: Collection[str] | None = None) -> None:
         """A call ends; `chose`: the successors that will be called, by default any of those with an edge.
 
@@ -421,12 +498,14 @@ class Workflow:
                 self.solver.satisfy(node, target)
         self._update_source(node)
 
+    @locked
     def expect(self, agent: str) -> None:
         """`agent` will be called next: the first one of a workflow, or one that the edges do not predict."""
         node = self._node(agent)
         self.expected.add(node)
         self._update_source(node)
 
+    @locked
     def retry(self, agent: str, call: Hashable = None) -> None:
         """A call failed, or its answer is withdrawn, and the agent will be called again."""
         node = self._node(agent)
@@ -436,6 +515,7 @@ class Workflow:
             self._remove_pending(node, target)
         self.expect(agent)
 
+    @locked
     def clear_predictions(self) -> None:
         """Removes all pending predictions and expected agents. This is no event: `last_event_s` does not change."""
         last_event_s = self.last_event_s
@@ -479,7 +559,10 @@ class Workflow:
     def _node(self, agent: str) -> int:
         node = self.ids.get(agent) if isinstance(agent, str) else None
         if node is None:
-            raise ValueError(f"the workflow {self.name!r} has no agent {agent!r:.60}")
+            name = self.current_name(agent) if isinstance(agent, str) else None
+            if name is None:
+                raise ValueError(f"the workflow {self.name!r} has no agent {agent!r:.60}")
+            return self.ids[name]
         return node
 
     def _update_source(self, node: int) -> None:

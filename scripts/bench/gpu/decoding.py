@@ -110,7 +110,7 @@ class RaggedDecode(KernelBenchCase):
         query, pages = self.inputs(device)
         heads, scaling = self.heads, self.heads.dim**-0.5
         inputs = (query, pages.key, pages.value, pages.table, pages.lengths)
-        peers: dict[str, Call] = {"twin": lambda: naive.ragged_decode(*inputs, None, scaling)}
+        peers: dict[str, Call] = {"twin": lambda: naive.ragged_decode(*inputs, None, scaling)[0]}
         absent: dict[str, str] = {}
         if self.q_len == 1:
             kept = round(self.share * self.entries)
@@ -133,7 +133,7 @@ class RaggedDecode(KernelBenchCase):
     def error(self, device: str) -> float:
         query, pages = self.inputs(device)
         exact = (query.double(), pages.key.double(), pages.value.double(), pages.table, pages.lengths)
-        truth = naive.ragged_decode(*exact, None, self.heads.dim**-0.5)
+        truth = naive.ragged_decode(*exact, None, self.heads.dim**-0.5)[0]
         ours = ragged_decode(query, pages.key, pages.value, pages.table, pages.lengths, self.heads.dim**-0.5)
         return relative_error(ours, truth)
 

@@ -23,7 +23,7 @@ def queries(batch: int, heads: int, q_len: int, dim: int, dtype: torch.dtype, de
 
 def in_double(query, pages, scaling, hidden=None):
     key, value = pages.key_pages.double(), pages.value_pages.double()
-    return naive.ragged_decode(query.double(), key, value, pages.table, pages.lengths, hidden, scaling)
+    return naive.ragged_decode(query.double(), key, value, pages.table, pages.lengths, hidden, scaling)[0]
 
 
 CASES = [

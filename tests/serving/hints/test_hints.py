@@ -70,7 +70,8 @@ def test_dynamo():
     assert read("dynamo", {"agent_hints": {"priority": 0}}).priority == 0.5
     assert read("dynamo", {"agent_hints": {"strict_priority": 3}}).priority == 1.0
     closed = read("dynamo", {"session_control": {"session_id": "s", "action": "close"}}, agent="planner")
-    assert closed.actions[0] == HintAction(ActionKind.EVICT, "planner", 0.5, 300.0)
+    assert closed.actions == (HintAction(ActionKind.EVICT, "session:s", 0.5, 300.0),), "others go on calling planner"
+    assert read("dynamo", {"agent_hints": {"speculative_prefill": True}}, agent="a").actions[0].agent == "a"
 
 
 def test_vllm():

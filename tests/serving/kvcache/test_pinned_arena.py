@@ -54,7 +54,7 @@ def test_blocks_do_not_overlap_and_are_freed(slabs):
     assert all(size & (size - 1) == 0 for size in slabs)
     blocks.clear()
     whole = place.block(64 * UNIT)
-    assert place.used == len(whole) and [size for size, _ in place._sizes] == sorted(slabs)[:-1]
+    assert place.used == len(whole) and [size for size, _ in place._free._sizes] == sorted(slabs)[:-1]
 
 
 def test_a_block_is_free_when_its_last_view_is_gone(slabs):

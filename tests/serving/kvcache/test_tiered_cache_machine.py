@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections import Counter
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -22,6 +22,7 @@ from tenure.serving import (
     LRU,
     AllocStatus,
     CacheHandle,
+    DiskConfig,
     DiskPool,
     EagerWriteBackConfig,
     ExpectedTime,
@@ -42,15 +43,18 @@ from tenure.serving.kvcache.transfer_threads import WorkerDiedError
 STEPS = int(os.environ.get("TENURE_TIER_STEPS", "3000"))
 STEPS_EACH = 60  # at most: many examples are shorter
 PAGE = 2
+SMALL = DiskConfig(block_tokens=4, label_bytes=256)
 ORDERS = ("lru", "lfu", "ste", "expected")
 BELOW = ("host", "host and disk", "disk", "nothing")
 prompts = st.lists(st.integers(0, 1), max_size=10)
 agents = st.sampled_from("abc")
+flags = st.booleans()
 
 
 class TierMachine(RuleBasedStateMachine):
     kv: Any  # set by the test
     steps = 0
+    restarts: ClassVar[Counter[bool]] = Counter()
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,16 +72,21 @@ class TierMachine(RuleBasedStateMachine):
         costs = LinearCosts(100.0, (1000.0, 500.0))
         by_agent = {"ste": StepsToExecution(self.values), "expected": ExpectedTime(self.values, costs)}
         made = {"lru": LRU(), "lfu": LFU(), **by_agent}[order]
+        eager = EagerWriteBackConfig() if eager and write_back is not WriteBack.NOTHING else None
+        self.fingerprint = "kv"
+        self.below, self.policy = below, TierPolicy(made, write_back, eager=eager)
+        self.start()
+
+    def start(self):
+        """A process begins on the folder of the disk."""
         pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(12 * self.kv.token_bytes)}
-        if "host" in below:
+        if "host" in self.below:
             pools[Tier.HOST] = MemoryPool(10 * self.kv.token_bytes)
-        if "disk" in below:
-            pools[Tier.DISK] = DiskPool(4500, self.folder.name)
+        if "disk" in self.below:
+            pools[Tier.DISK] = DiskPool(4500, self.folder.name, self.fingerprint, SMALL)
         self.clock = VirtualClock()
         self.copies = self.kv.FaultyTransfer(self.clock, self.kv.links)
-        eager = EagerWriteBackConfig() if eager and write_back is not WriteBack.NOTHING else None
-        policy = TierPolicy(made, write_back, eager=eager)
-        self.tiers = TieredCache(pools, self.copies, policy, PAGE, self.clock)
+        self.tiers = TieredCache(pools, self.copies, self.policy, PAGE, self.clock)
 
     def pick(self, data) -> tuple[CacheHandle, list[int]]:
         return self.handles[data.draw(st.integers(0, len(self.handles) - 1))]
@@ -89,15 +98,15 @@ class TierMachine(RuleBasedStateMachine):
         assert handle.length == known.length and handle.length % PAGE == 0 and handle.length <= len(prompt)
         self.handles.append((handle, prompt))
 
-    @rule(prompt=prompts, agent=st.none() | agents, fixed=st.integers(0, 14), compressed=st.booleans())
-    def serve(self, prompt, agent, fixed, compressed):
+    @rule(prompt=prompts, agent=st.none() | agents, fixed=st.integers(0, 14), compressed=flags, pages=flags)
+    def serve(self, prompt, agent, fixed, compressed, pages=False):
         """Serves a request as an engine does, as far as there is room."""
         with self.tiers.open(prompt) as handle:
             if handle.wait(1e6) is not LoadState.READY:
                 return
             self.kv.assert_holds(handle.payloads(), prompt[: handle.length])
             end = self.tiers.whole_pages(len(prompt))
-            payload = self.kv.of(prompt, handle.length, end, compressed) if end > handle.length else None
+            payload = self.kv.of(prompt, handle.length, end, compressed, pages) if end > handle.length else None
             if self.tiers.store(handle, prompt, payload, agent, fixed) is AllocStatus.PENDING:
                 self.time_passes(1e6)
                 self.tiers.store(handle, prompt, payload, agent, fixed)
@@ -128,7 +137,7 @@ class TierMachine(RuleBasedStateMachine):
             self.plan_a_fault(RuntimeError("failed"))
         for _ in range(6):
             prompt = [random.randrange(2) for _ in range(random.randrange(11))]
-            self.serve(prompt, random.choice("abc"), random.randrange(10), random.random() < 0.3)
+            self.serve(prompt, random.choice("abc"), random.randrange(10), random.random() < 0.3, random.random() < 0.5)
             if random.random() < 0.2:
                 self.give_up(list(self.tiers.tree), random)
             on_disk = [node for node in self.tiers.tree if node.copies[Tier.DISK] is not None]
@@ -145,13 +154,20 @@ class TierMachine(RuleBasedStateMachine):
             self.handles.append((handle, self.kv.ids_of(handle.node)))
 
     @precondition(lambda self: self.handles)
-    @rule(agent=st.none() | agents, fixed=st.integers(0, 12), compressed=st.booleans(), data=st.data())
-    def insert(self, agent, fixed, compressed, data):
+    @rule(agent=st.none() | agents, fixed=st.integers(0, 12), compressed=flags, pages=flags, data=st.data())
+    def insert(self, agent, fixed, compressed, pages, data):
         handle, prompt = self.pick(data)
-        end, before = self.tiers.whole_pages(len(prompt)), handle.length
-        payload = self.kv.of(prompt, before, end, compressed) if end > before else None
-        stored = self.tiers.store(handle, prompt, payload, agent, fixed) is AllocStatus.READY
+        before = handle.length
+        end = data.draw(st.sampled_from(range(before, len(prompt) + 1, PAGE)))
+        payload = self.kv.of(prompt, before, end, compressed, pages) if end > before else None
+        nbytes = 0 if payload is None else payload.nbytes
+        reserved = nbytes if data.draw(st.booleans()) and self.tiers.try_reserve(nbytes) else 0
+        status = self.tiers.store(handle, prompt[:end], payload, agent, min(fixed, end), reserved)
+        stored = status is AllocStatus.READY
         assert handle.length == (end if stored else before)
+        kept = self.tiers.reserved_bytes
+        assert kept <= reserved and (stored or kept == reserved)
+        self.tiers.unreserve(kept)
 
     @precondition(lambda self: self.handles)
     @rule(urgency=st.sampled_from(Urgency), only_lower_ranked=st.booleans(), data=st.data())
@@ -202,6 +218,33 @@ class TierMachine(RuleBasedStateMachine):
     def merge_spans(self):
         self.tiers.merge_spans()
 
+    @rule(prompt=prompts, chance=st.integers(0, 3))
+    def flush(self, prompt, chance):
+        """Rarely, or the tiers would stay empty."""
+        if chance == 0:
+            self.fingerprint += "!"
+            self.tiers.flush(self.fingerprint)
+            assert self.tiers.lookup(prompt).length == 0 and not self.tiers.tree.prompt_ends
+
+    @rule(close=st.booleans(), chance=st.integers(0, 3))
+    def restart(self, close, chance):
+        """The next process finds what the disk has: of a pool that was closed, or of a process that was killed."""
+        if chance or "disk" not in self.below:
+            return
+        on_disk = [node for node in self.tiers.tree if node.copies[Tier.DISK] is not None and not node.root.retired]
+        if close:
+            self.tiers.close()
+            self.tiers.check()
+        else:
+            self.tiers.pools[Tier.DISK]._store._lock.release()  # all that the system does
+        self.handles.clear()
+        for path in self.tiers.pools[Tier.DISK].folder.glob("*.kv"):
+            os.utime(path, (int(path.stem), int(path.stem)))  # the same order whatever the time
+        self.start()
+        restored = sum(node.copies[Tier.DISK] is not None for node in self.tiers.tree)
+        assert on_disk or not restored
+        self.restarts[restored > 0] += 1
+
     @invariant()
     def everything_is_counted(self):
         type(self).steps += 1
@@ -225,7 +268,7 @@ class TierMachine(RuleBasedStateMachine):
 
 
 def test_random_steps_with_faults(kv):
-    machine = type("Machine", (TierMachine,), {"kv": kv, "steps": 0})
+    machine = type("Machine", (TierMachine,), {"kv": kv, "steps": 0, "restarts": Counter()})
     run(
         machine,
         settings=settings(
@@ -240,20 +283,28 @@ def test_random_steps_with_faults(kv):
     assert machine.steps >= STEPS
 
 
+def counters(tiers: TieredCache) -> dict[Any, int]:
+    """All counts of a cache by name or link."""
+    named = {name: value for name, value in vars(tiers.statistics).items() if isinstance(value, int)}
+    return named | {(link, "moved"): value for link, value in tiers.statistics.bytes_moved.items()}
+
+
 def test_bursts_of_requests_with_faults(kv):
     """The same, with more of what fills tiers and less of everything else; every counter must have moved."""
     random, counts = Random(0), Counter()
     for _ in range(max(1, STEPS // 100)):
-        machine = type("Machine", (TierMachine,), {"kv": kv})()
+        machine = type("Machine", (TierMachine,), {"kv": kv, "restarts": Counter()})()
         machine.begin(random.choice(ORDERS), WriteBack.ALL, random.choice(BELOW[:3]), random.random() < 0.5)
         for _ in range(12):
             machine.serve_many(random.randrange(2**32))
             machine.everything_is_counted()
-        statistics = machine.tiers.statistics
-        counts.update({name: value for name, value in vars(statistics).items() if isinstance(value, int)})
-        counts.update({(link, "moved"): value for link, value in statistics.bytes_moved.items()})
+            if random.random() < 0.1:
+                counts.update(counters(machine.tiers))
+                machine.restart(random.random() < 0.5, 0)
+        counts.update(counters(machine.tiers))
+        counts["restarts that found something"] += machine.restarts[True]
         machine.teardown()
     names = ("copies_failed", "copies_lost", "copies_cancelled", "dropped", "inserted", "refused", "tokens_found")
-    assert all(counts[name] > 0 for name in names), counts
+    assert all(counts[name] > 0 for name in (*names, "restarts that found something")), counts
     links = [(Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.DEVICE), (Tier.HOST, Tier.DISK), (Tier.DISK, Tier.DEVICE)]
     assert all(counts[link, "moved"] > 0 for link in links), counts

@@ -44,13 +44,19 @@ class Driver:
     clock: VirtualClock
     ended: list[RequestOutput] = field(default_factory=list)
     batches: list[tuple[float, ScheduledBatch]] = field(default_factory=list)
+    numbers: dict[str, int] = field(default_factory=dict)
 
     @property
     def scheduler(self):
         return self.system.scheduler
 
-    def submit(self, id: str, prompt: list[int], new: int = 1, **options: Any) -> None:
-        self.scheduler.submit(Request(id, prompt, new, **options))
+    def submit(self, id: str, prompt: list[int], new: int = 1, **options: Any) -> int:
+        number = self.numbers[id] = self.scheduler.submit(Request(id, prompt, new, **options))
+        return number
+
+    def cancel(self, id: str) -> None:
+        """Cancels the last request of that label."""
+        self.scheduler.cancel(self.numbers[id])
 
     def begin(self, max_steps: int = 1) -> ScheduledBatch | None:
         batch = self.scheduler.next_batch(max_steps)

@@ -14,7 +14,7 @@ from tenure.serving.scheduler.request_state import RequestState
 
 def state(client: str = "", workflow: str | None = None, now: float = 0.0, priority: float = 0.5):
     request = Request("r", [1], 1, client=client, workflow=workflow, priority=priority)
-    return RequestState.create(request, 2, 1, now)
+    return RequestState.create(request, 1, 2, 1, now)
 
 
 def popped(queue: FairQueue) -> list:

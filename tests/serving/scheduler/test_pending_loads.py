@@ -231,7 +231,7 @@ def test_no_more_are_computed_than_may_be_when_many_loads_end_together(make_driv
     driver.begin()
     driver.scheduler.check()
     driver.submit("new", [1, 2], 1)
-    driver.scheduler.cancel("r3")
+    driver.cancel("r3")
     driver.scheduler.check()
     driver.finish(driver.batches[-1][1])
     driver.run()

@@ -7,7 +7,18 @@ import math
 
 import pytest
 
-from tenure.serving import FinishReason, Hint, HintConfig, PredictionConfig, Tier, build_system, system_names
+from tenure.serving import (
+    AgentSpec,
+    EdgeSpec,
+    FinishReason,
+    Hint,
+    HintConfig,
+    PredictionConfig,
+    Tier,
+    WorkflowSpec,
+    build_system,
+    system_names,
+)
 from tenure.serving.hints import ActionKind, HintAction, SessionAction
 
 
@@ -96,18 +107,113 @@ def test_a_client_that_only_hints_loses_the_agent_to_one_that_calls_it(make_driv
     assert driver.system.predictor.quotas.owner("a") == "honest", "who has called it keeps it"
 
 
-def test_a_request_for_another_clients_agent_changes_no_prediction(make_driver, ring, prompt_of):
-    """It is answered, and the agent's prompt, calls and workflow stay as they are."""
+def test_a_request_in_another_clients_workflow_changes_no_prediction(make_driver, prompt_of):
+    """It is a call of the caller's own agent; the other one's prompt, calls and workflow stay as they are."""
     driver = make_driver("ste", device=200)
     store(driver, prompt_of, "a", "honest")
-    ring(driver, list("abc"))
-    tiers, workflow = driver.system.tiers, driver.system.graph["ring"]
+    spec = WorkflowSpec("ring", [AgentSpec(agent) for agent in "abc"], [EdgeSpec("a", "b"), EdgeSpec("b", "c")])
+    workflow = driver.system.graph.add_workflow(spec, client="honest")
+    tiers = driver.system.tiers
     end, version = tiers.tree.prompt_ends["a"], workflow.version
     other = [9] * 20
     answer = driver.serve("r", [*other, 1], agent="a", workflow="ring", fixed_tokens=20, client="mallory")
     assert answer.finish_reason is FinishReason.ANSWERED and workflow.version == version and not workflow.running
-    assert tiers.tree.prompt_ends["a"] is end and tiers.lookup(other).length == 20, "its KV is kept as any other"
-    assert not tiers.lookup(other).nodes[-1].fixed
+    assert tiers.tree.prompt_ends["a"] is end and tiers.lookup(other).length == 20
+    assert tiers.tree.prompt_ends["a@mallory"] is tiers.lookup(other).nodes[-1]
+    driver.serve("s", [*prompt_of("a"), 3], agent="a", workflow="ring", fixed_tokens=20, client="honest")
+    assert workflow.version > version and driver.system.predictor.steps("b") == 0
+
+
+NAMES = ("planner", "writer", "critic")
+
+
+def ring_of(name):
+    edges = [EdgeSpec(NAMES[n], NAMES[(n + 1) % 3]) for n in range(3)]
+    return WorkflowSpec(name, [AgentSpec(agent) for agent in NAMES], edges)
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["declared for clients", "declared for nobody"])
+@pytest.mark.parametrize("name", ["ste_prefetch", "expected_time"])
+def test_agents_of_two_clients_with_the_same_names_are_two(make_driver, prompt_of, name, declared):
+    """Each has its prompt, its place in its own workflow, and hits."""
+    driver = make_driver(name, device=200)
+    graph, tree = driver.system.graph, driver.system.tiers.tree
+    for client in "AB":
+        graph.add_workflow(ring_of(f"run {client}"), client=client if declared else "")
+    prompts = {(c, agent): [ord(c), *prompt_of(agent)[1:]] for c in "AB" for agent in NAMES}
+    found = []
+    for turn in range(3):
+        for agent in NAMES:
+            for client in "AB":
+                prompt = [*prompts[client, agent], 7000 + turn]
+                call = {"workflow": f"run {client}", "agent": agent, "client": client, "fixed_tokens": 20}
+                answer = driver.serve(f"{client} {agent} {turn}", prompt, **call)
+                found += [answer.cached_tokens] * (turn > 0)
+    assert found == [20] * 12
+    assert set(tree.prompt_ends) == {*NAMES, *(f"{agent}@B" for agent in NAMES)}
+    for client, mine in (("A", "writer"), ("B", "writer@B")):
+        assert tree.prompt_ends[mine] is driver.system.tiers.lookup(prompts[client, "writer"]).nodes[-1]
+        workflow = graph[f"run {client}"]
+        assert workflow.client == client and mine in workflow.ids and workflow.steps("writer") == workflow.steps(mine)
+        with pytest.raises(ValueError, match=f"belongs to the client '{client}', not to 'C'"):
+            workflow.bind("C")
+    workflow.add_agent("editor")
+    workflow.add_edge("writer", "editor")
+    assert workflow.join("editor") == "or" and {e.source for e in workflow.edges() if e.target == "editor"} == {
+        "writer@B"
+    }
+    driver.submit("b", [*prompts["B", "planner"], 1], 2, workflow="run B", agent="planner", client="B")
+    assert workflow.running and not graph["run A"].running
+    driver.cancel("b")
+    assert not workflow.running
+    graph.remove_workflow("run B")
+    assert graph.steps("writer@B") == math.inf and graph.agents == 3
+
+
+def test_a_client_that_calls_all_names_first_takes_nothing_from_others(make_driver, prompt_of):
+    driver = make_driver("ste", device=200)
+    for agent in NAMES:
+        driver.serve(f"squat {agent}", [1, 2, 3, 4], agent=agent, fixed_tokens=4, client="mallory")
+    driver.system.graph.add_workflow(ring_of("run"))
+    found = []
+    for turn in range(2):
+        for agent in NAMES:
+            call = {"workflow": "run", "agent": agent, "client": "honest", "fixed_tokens": 20}
+            found.append(
+                driver.serve(f"{agent} {turn}", [ord(agent[0]), *prompt_of(agent), turn], **call).cached_tokens
+            )
+    assert found == [0, 0, 0, 20, 20, 20] and driver.system.predictor.steps("planner@honest") == 0
+    driver.scheduler.hint(Hint("kvflow", client="mallory", steps=dict.fromkeys(NAMES, 9.0)))
+    assert driver.system.predictor.steps("planner@honest") == 0 and driver.system.predictor.steps("planner") == 9
+
+
+def test_an_agent_whose_name_gets_too_long_is_answered_without_its_workflow(make_driver, prompt_of):
+    driver = make_driver("ste", device=200)
+    long = "a" * 250
+    driver.serve("r", prompt_of("a"), agent=long, fixed_tokens=20, client="one")
+    driver.system.graph.add_workflow(WorkflowSpec("run", [AgentSpec(long)]))
+    call = {"workflow": "run", "agent": long, "client": "another", "fixed_tokens": 20}
+    assert driver.serve("s", prompt_of("b"), **call).finish_reason is FinishReason.ANSWERED
+    assert not driver.system.graph["run"].client and not driver.system.graph["run"].running
+    with pytest.raises(ValueError, match="name; accepted: text of 1 to 256 characters"):
+        driver.system.graph.add_workflow(WorkflowSpec("more", [AgentSpec("b"), AgentSpec(long)]), client="another")
+    assert "more" not in driver.system.graph and driver.system.graph.agents == 1
+
+
+@pytest.mark.parametrize("name", ["ste", "expected_time"])
+def test_a_prompt_over_the_quota_of_the_device_is_held_by_a_larger_host(make_driver, prompt_of, name):
+    """A quarter of the device is 25 bytes: the kept prompt of 60 is over it, and the host has room for it."""
+    driver = make_driver(name, device=100, host=600)
+    store(driver, prompt_of, "a", "one", length=60)
+    for client in ("two", "three", "four"):
+        store(driver, prompt_of, client[:2], client)
+    retain(driver, "a", "one")
+    driver.begin()
+    quotas = driver.system.predictor.quotas
+    assert "a" in quotas.capped and "a" not in quotas.capped_everywhere
+    for number in range(40):
+        driver.serve(f"r{number}", [5000 + number] * 20)
+    assert driver.system.tiers.lookup(prompt_of("a", 60)).length == 60
 
 
 def test_hints_about_another_clients_agents_are_ignored(make_driver, prompt_of):
@@ -147,7 +253,7 @@ def test_the_workflow_follows_calls_and_their_ends(make_driver, ring, prompt_of)
     driver.run()
     assert (graph.steps("b"), graph.steps("c")) == (0, 1), "its successor is ready"
     driver.submit("s", [*prompt_of("b"), 1], 2, workflow="ring", agent="b", fixed_tokens=20)
-    driver.scheduler.cancel("s")
+    driver.cancel("s")
     assert graph.steps("c") == math.inf, "a call that was cancelled leads nowhere"
     driver.submit("t", [*prompt_of("c"), 1], 2, workflow="ring", agent="c", fixed_tokens=20)
     graph.remove_workflow("ring")

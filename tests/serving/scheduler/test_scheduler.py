@@ -73,6 +73,36 @@ def test_chunks_share_the_budget_beside_decodes(make_driver):
     ]
 
 
+def test_no_decode_waits_for_more_than_the_stated_prefill(make_driver):
+    """Only beside decodes: with nothing to wait, a prefill takes the whole batch."""
+    config = SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=4, max_prefill_tokens_per_step=6)
+    driver = make_driver(device=1000, scheduler_config=config)
+    driver.submit("a", A, 20)
+    assert driver.begin().num_tokens == 40
+    driver.finish(driver.batches[-1][1])
+    driver.submit("b", B)
+    for number in range(7):
+        batch = driver.begin()
+        assert [item.end - item.start for item in batch.prefills] == [min(6, 40 - 6 * number)]
+        assert len(batch.decodes) == 1
+        driver.finish(batch)
+    assert driver.answer("b").finish_reason is FinishReason.ANSWERED
+
+
+def test_many_steps_at_once_stay_within_the_reserved_memory(make_driver):
+    config = SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=4, answer_headroom_tokens=5)
+    driver = make_driver(device=1000, scheduler_config=config)
+    driver.submit("a", A, 40)
+    driver.step()
+    steps = []
+    while len(driver.scheduler):
+        batch = driver.begin(100)
+        steps.append(batch.steps)
+        driver.finish(batch)
+        driver.scheduler.check()
+    assert steps[0] == 5 and sum(steps) == 39, "the head-room, then what a page holds"
+
+
 def test_a_chunk_ends_with_the_fixed_prompt_which_is_stored_by_itself(make_driver):
     driver = make_driver("ste")
     driver.serve("r", A, agent="a", fixed_tokens=31)
@@ -137,10 +167,11 @@ def test_cancelled_in_every_state(make_driver):
         driver.submit(name, prompt, 5)
     batch = driver.begin()
     assert [item.request.id for item in batch.prefills] == ["prefill"]
-    driver.scheduler.cancel("prefill")
+    driver.cancel("prefill")
     assert not driver.scheduler.take_finished(), "it is being computed: it ends when the batch is back"
-    for name in ("loading", "waiting", "nobody"):
-        driver.scheduler.cancel(name)
+    for name in ("loading", "waiting"):
+        driver.cancel(name)
+    driver.scheduler.cancel(1000)  # nobody's
     driver.finish(batch)
     assert {e.request.id: e.finish_reason for e in driver.ended[-3:]} == dict.fromkeys(
         ("loading", "waiting", "prefill"), FinishReason.CANCELLED
@@ -152,7 +183,7 @@ def test_cancelled_in_every_state(make_driver):
     driver.step()
     batch = driver.begin()
     assert batch.decodes
-    driver.scheduler.cancel("decode")
+    driver.cancel("decode")
     driver.finish(batch)
     assert driver.answer("decode").num_output_tokens == 1 and pool.reserved == 0
 
@@ -197,13 +228,24 @@ def test_a_failed_item_ends_its_request_and_a_failed_batch_all_of_it(make_driver
     driver.take()
     assert driver.answer("b").finish_reason is FinishReason.FAILED
     assert driver.answer("b").error == "computing it failed: MemoryError: no memory"
-    driver.submit("c", C, 1)
+    driver.scheduler.check()
+
+
+def test_a_payload_that_cannot_be_stored_costs_nobody_an_answer(make_driver, caplog):
+    """A cache may forget: the request goes on, and the next chunk offers more."""
+    driver = make_driver(scheduler_config=SchedulerConfig(max_num_batched_tokens=65, prefill_chunk_size=20))
+    driver.submit("c", C, 2)
     batch = driver.begin()
+    assert batch.prefills[0].store == (0, 20)
     batch.prefills[0].payload = PhantomPayload(3, 3)
     driver.scheduler.complete(batch)
-    driver.take()
-    assert "got a payload of 3 tokens; accepted: one of the 40 tokens in [0, 40)" in driver.answer("c").error
-    driver.scheduler.check()
+    assert "'c' is not stored: ValueError('got a payload of 3 tokens; accepted: one of the 20 tokens" in caplog.text
+    batch = driver.begin()
+    assert batch.prefills[0].store == (0, 40) and driver.cached(C) == 0
+    driver.finish(batch)
+    driver.run()
+    assert driver.answer("c").finish_reason is FinishReason.ANSWERED and driver.cached(C) == 40
+    assert (driver.scheduler.metrics.stores, driver.scheduler.metrics.stores_failed) == (1, 1)
 
 
 def test_closing_ends_everything(make_driver):
@@ -260,15 +302,13 @@ def test_a_request_whose_own_cached_prompt_is_in_the_way_is_computed_without_it(
 
 def test_what_can_never_be_is_refused_at_once(make_driver):
     driver = make_driver(device=100, scheduler_config=SchedulerConfig(max_queued_requests=2, max_num_seqs=4))
-    with pytest.raises(ValueError, match=r"'r' needs 101 bytes for 40 \+ 61 tokens; the device's pool has 100"):
-        driver.submit("r", A, 61)
+    with pytest.raises(ValueError, match=r"'r' needs 102 bytes for 101 \+ 1 tokens, in whole pages; the device's pool"):
+        driver.submit("r", list(range(101)), 61)
     with pytest.raises(ValueError, match="'r' has an empty prompt"):
         driver.submit("r", [])
     with pytest.raises(ValueError, match="accepted: one row of integers"):
         driver.submit("r", [[1], [2]])
     driver.submit("r", A)
-    with pytest.raises(ValueError, match="the id 'r' is in use by a request that has not ended"):
-        driver.submit("r", A)
     driver.submit("s", B)
     with pytest.raises(ValueError, match="the queue is full: at most 2 requests"):
         driver.submit("t", C)

@@ -42,7 +42,7 @@ def test_waiting_ends_with_the_first_news(news):
     scheduler = system.scheduler
     wake = {
         "submit": lambda: scheduler.submit(Request("r", [1, 2, 3], 1)),
-        "cancel": lambda: scheduler.cancel("nobody"),
+        "cancel": lambda: scheduler.cancel(1000),
         "close": scheduler.close,
     }[news]
     assert scheduler.next_batch() is None

@@ -78,8 +78,7 @@ class Withdrawn(WarmUpRequests):
 
     def begin(self, system: System) -> list[tuple[float, SimulatedRequest]]:
         ((_, ask),) = super().begin(system)
-        system.scheduler.submit(ask.request)
-        system.scheduler.cancel(ask.request.id)
+        system.scheduler.cancel(system.scheduler.submit(ask.request))
         return []
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from typing import Annotated, Any, TypedDict
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypedDict
 
 import pytest
 from langgraph.graph import END, START, StateGraph
+from langgraph.types import Command, Send
 
 from tenure.serving.workflow.graph import StepGraph
 from tenure.serving.workflow.loaders import workflow_from_langgraph
@@ -27,7 +31,8 @@ def build(edges: str, conditional: dict[str, str] | None = None, waiting: str = 
     conditional = conditional or {}
     builder = StateGraph(State)
     names = {"^": START, "$": END}
-    for letter in dict.fromkeys("".join([edges, waiting, *conditional, *conditional.values()])):
+    letters = "".join([edges, waiting, *conditional, *conditional.values()]).replace(" ", "")
+    for letter in dict.fromkeys(letters):
         if names.setdefault(letter, letter) == letter:
             builder.add_node(letter, lambda state, letter=letter: {"log": [letter]})
     for source, target in edges.split():
@@ -132,3 +137,127 @@ def test_a_cycle_that_is_waited_for_comes_round():
         flow.start(name)
         flow.finish(name)
     assert steps.next_steps("w") == 0
+
+
+def graph_of(nodes: dict[str, Any], edges: str = "", **routers: tuple[Any, ...]) -> Any:
+    """A compiled graph of functions; `edges` as in `build`, `routers` by node: a router and its path_map if it has."""
+    builder = StateGraph(State)
+    for name, function in nodes.items():
+        builder.add_node(name, function)
+    for source, target in edges.split():
+        builder.add_edge({"^": START}.get(source, source), {"$": END}.get(target, target))
+    for source, router in routers.items():
+        builder.add_conditional_edges(source, *router)
+    return builder.compile()
+
+
+def plain(state: State) -> dict:
+    return {"log": ["."]}
+
+
+def to_b(state: State):
+    return Command(goto="b", update={"log": ["a"]})
+
+
+def to_b_or_end(state: State) -> Command[Literal["b", "__end__"]]:
+    return Command(goto="b")
+
+
+def to_b_or_nowhere(state: State) -> Command[Literal["b"]] | dict | None:
+    return Command(goto="b")
+
+
+def to_b_hidden(state: State):
+    def choose():
+        return Command(goto="b")
+
+    return choose()
+
+
+def send(state: State):
+    return [Send("b", {"log": []}) for _ in range(3)]
+
+
+def send_declared(state: State) -> list[Send] | Literal["b"]:
+    return [Send("b", {"log": []}) for _ in range(3)]
+
+
+def send_in_list(state: State) -> list[Literal["b", "c"]]:
+    return ["b"]
+
+
+class Router:
+    def __call__(self, state: State) -> Sequence[Literal["b"]]:
+        return ["b"]
+
+
+class Boss:
+    def decide(self, state: State):
+        return Command(goto="b")
+
+
+def edges_of(graph: Any) -> set[tuple[str, str, float]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return {(e.source, e.target, e.probability) for e in workflow_from_langgraph(graph).edges}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "edges", "routers", "expected"),
+    [
+        ({"a": to_b_or_end, "b": plain}, "^a b$", {}, {("a", "b", 0.5)}),
+        ({"a": to_b_or_nowhere, "b": plain}, "^a b$", {}, {("a", "b", 1.0)}),  # LangGraph does not look into X | Y
+        ({"a": to_b_or_end, "b": plain, "c": plain}, "^a ac b$ c$", {}, {("a", "b", 0.5), ("a", "c", 1.0)}),
+        ({"a": plain, "b": plain, "c": plain}, "^a bc c$", {"a": (send, ["b"])}, {("a", "b", 1.0), ("b", "c", 1.0)}),
+        ({"a": plain, "b": plain, "c": plain}, "^a bc c$", {"a": (send_declared,)}, {("a", "b", 1.0), ("b", "c", 1.0)}),
+        ({"a": plain, "b": plain, "c": plain}, "^a", {"a": (send_in_list,)}, {("a", "b", 0.5), ("a", "c", 0.5)}),
+        ({"a": plain, "b": plain}, "^a", {"a": (Router(),)}, {("a", "b", 1.0)}),
+        ({"a": plain, "b": plain}, "^a", {"a": (lambda state: "x", {"x": "b", "y": "b"})}, {("a", "b", 1.0)}),
+    ],
+)  # fmt: skip
+def test_declared_ways_of_commands_and_sends_are_edges(nodes, edges, routers, expected):
+    graph = graph_of(nodes, edges, **routers)
+    assert edges_of(graph) == expected
+    assert graph.invoke({"log": []})["log"], "it runs"
+
+
+@pytest.mark.parametrize("boss", [to_b, to_b_hidden, Boss().decide, functools.partial(to_b)])
+def test_a_command_without_declared_destinations_is_warned_of(boss):
+    """The edges behind the undeclared one are there, which LangGraph's drawing leaves out."""
+    graph = graph_of({"a": boss, "b": plain, "c": plain}, "^a bc c$")
+    with pytest.warns(
+        UserWarning, match=r"in the LangGraph workflow 'team', the successors of 'a' are unknown"
+    ) as seen:
+        spec = workflow_from_langgraph(graph, "team")
+    (message,) = [str(one.message) for one in seen]
+    assert "and no declared edge leads to 'b', 'c': declare them by" in message and "\n" not in message
+    assert "`-> Command[Literal[…]]`" in message and "`path_map` of add_conditional_edges" in message
+    assert seen[0].filename == __file__
+    assert [(edge.source, edge.target) for edge in spec.edges] == [("b", "c")]
+
+
+def test_a_command_to_a_node_that_other_edges_reach_is_warned_of():
+    graph = graph_of({"a": to_b, "b": plain}, "^a ^b a$ b$")
+    with pytest.warns(UserWarning, match=r"the successors of 'a' are unknown: declare them by"):
+        workflow_from_langgraph(graph)
+
+
+def test_declared_destinations_need_no_annotation():
+    builder = StateGraph(State)
+    builder.add_node("a", to_b, destinations=("b",))
+    builder.add_node("b", plain)
+    builder.add_edge(START, "a")
+    assert edges_of(builder.compile()) == {("a", "b", 1.0)}
+
+
+def test_a_router_without_declared_ways_is_warned_of():
+    graph = graph_of({"a": plain, "b": plain, "c": plain}, "^a bc c$", a=(send,))
+    with pytest.warns(UserWarning, match=r"the successors of 'a' are unknown and no declared edge leads to 'b', 'c'"):
+        spec = workflow_from_langgraph(graph)
+    assert [(edge.source, edge.target) for edge in spec.edges] == [("b", "c")]
+    with pytest.warns(UserWarning, match=r"'workflow', no declared edge leads to 'b', 'c': declare"):
+        workflow_from_langgraph(graph.get_graph())
+
+
+def test_graphs_without_commands_are_not_warned_of():
+    assert edges_of(graph_of({"a": plain, "b": plain}, "^a ab b$")) == {("a", "b", 1.0)}

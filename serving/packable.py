@@ -1,0 +1,67 @@
+"""The models that can be computed in packed forwards, and their longest sequences."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+# RoPE of these types has other frequencies for all tokens of a forward once the longest of its sequences exceeds the
+# original length (`transformers.modeling_rope_utils.dynamic_rope_update`).
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Refuses models whose packed forward would be another computation than that of each sequence alone.
+
+    Raises:
+        ValueError: the model's `forward` takes no `position_ids` or no `logits_to_keep`, layers share their keys and
+            values, or RoPE has several positions for each token.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kind, parameters = type(model).__name__, inspect.signature(model.forward).parameters
+    missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
+    if missing:
+        raise ValueError(
+            f"got a {kind}, whose forward takes no {' and no '.join(missing)}; accepted: models that are given the "
+            "position of each token, (1, n), and the indices of the logits to compute"
+        )
+    if shared := getattr(config, "num_kv_shared_layers", 0):
+        raise ValueError(
+            f"got a {kind} with num_kv_shared_layers={shared}; accepted: models whose layers keep keys and "
+            "values of their own"
+        )
+    if any(rope.get("mrope_section") for rope in _ropes(config)):
+        raise ValueError(
+            f"got a {kind} whose rope_parameters have an mrope_section; accepted: models with one position for each "
+            "token, position_ids (1, n)"
+        )
+
+
+def max_tokens(model: PreTrainedModel) -> tuple[int | None, str]:
+    """The longest sequence that a packed forward computes as the model does alone, in tokens, and where that is from.
+
+    None: the configuration has no bound. Where RoPE depends on the longest sequence of a forward, it is the length up
+    to which all have the original frequencies.
+    """
+    config = model.config.get_text_config(decoder=True)
+    limit, source = getattr(config, "max_position_embeddings", None), "the model's"
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind not in LENGTH_DEPENDENT_ROPE:
+            continue
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", limit
+        )
+        if original is not None and (limit is None or original <= limit):
+            limit, source = original, f"as beyond it the model's RoPE ({kind!r}) depends on what else is computed,"
+    return limit, source
+
+
+def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
+    """The parameters of RoPE: one set, or one for each kind of layer."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [each for each in given.values() if isinstance(each, Mapping)]
+    yield from nested or [given]
