@@ -17,7 +17,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from ..retention.attention_arguments import refuse_dropout, refuse_unknown
+from ..retention.attention_arguments import refuse_dropout, refuse_unknown, softmax_of
 from ..retention.decoder_layers import UnsupportedModelError
 from ..retention.seams import AttentionCall
 from .storage.page_lists import PageLists
@@ -130,6 +130,10 @@ class PackedCache(Cache):
         ) -> tuple[torch.Tensor, None]:  # fmt: skip
             refuse_unknown(module, kwargs)
             refuse_dropout(kwargs)
+            if not softmax_of(kwargs).ordinary:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} is not supported in packed forwards: its softmax is not the ordinary one"
+                )
             given = self.packed_layers[layer_idx].given
             if given is None or key is not given[0] or value is not given[1]:
                 raise UnsupportedModelError(

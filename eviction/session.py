@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..retention.attention_arguments import padding_mask
+from ..retention.continuation import continues_from_cache
 from ..retention.decoder_layers import (
     AttentionLayer,
     UnsupportedModelError,
@@ -79,6 +80,8 @@ class Session(Interceptor):
         self._running: RaggedCache | PackedCache | None = None
         self._last: RaggedCache | None = None
         self.rope_deltas = RopeDeltas(model)
+        # Other layers have no state but the tensors of their cache.
+        self._continues = all(map(replaces_tensors, DynamicCache(config=self._config).layers))
         modules = text_decoder(model).modules()
         self._checkpointed = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
         self._check(model)
@@ -305,6 +308,8 @@ class Session(Interceptor):
         source = kwargs.get("inputs_embeds")
         source = kwargs["input_ids"] if source is None else source
         batch, q_len = source.shape[:2]
+        if q_len > 1 and cache.rows.tokens:
+            self._require_continuation()
         if self.drafts and cache.made_by_generate and not cache.drafting:
             cache.activate_past_recording()
         mask = padding_mask(kwargs.get("attention_mask"), self.call_mask)
@@ -316,6 +321,15 @@ class Session(Interceptor):
         self._inputs = [] if self._gate_steps and not step.first and q_len == 1 and valid is None else None
         self.track(cache)
         return kwargs | {"past_key_values": cache, "use_cache": True}
+
+    def _require_continuation(self) -> None:
+        """Raises ValueError if state-space layers start anew with an input of several tokens; tried once."""
+        if not self._continues and not continues_from_cache(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} does not continue several tokens from its cache: its state-space layers "
+                "start anew with them; accepted after the first input: one token at a time"
+            )
+        self._continues = True
 
     @property
     def drafts(self) -> int:

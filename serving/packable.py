@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..retention.decoder_layers import full_attention_layers
+
 # RoPE of these types has other frequencies for all tokens of a forward once the longest of its sequences exceeds the
 # original length (`transformers.modeling_rope_utils.dynamic_rope_update`).
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -18,7 +20,8 @@ def check_packable(model: PreTrainedModel) -> None:
 
     Raises:
         ValueError: the model's `forward` takes no `position_ids` or no `logits_to_keep`, layers share their keys and
-            values, or RoPE has several positions for each token.
+            values, RoPE has several positions for each token, or its attention is over latents (MLA), or with capped
+            logits or learned sinks, which packed attention does not compute.
     """
     config = model.config.get_text_config(decoder=True)
     kind, parameters = type(model).__name__, inspect.signature(model.forward).parameters
@@ -32,6 +35,13 @@ def check_packable(model: PreTrainedModel) -> None:
         raise ValueError(
             f"got a {kind} with num_kv_shared_layers={shared}; accepted: models whose layers keep keys and "
             "values of their own"
+        )
+    layers = full_attention_layers(model)
+    if any(layer.latent for layer in layers):
+        raise ValueError(f"got a {kind}, whose cache holds latents; accepted: models whose cache holds keys and values")
+    if altered := {layer.softmax for layer in layers} - {""}:
+        raise ValueError(
+            f"got a {kind}, whose attention has {altered.pop()}; accepted: models with the ordinary softmax"
         )
     if any(rope.get("mrope_section") for rope in _ropes(config)):
         raise ValueError(

@@ -136,7 +136,7 @@ def table(rows: list[CheckedModel]) -> str:
 
 def _reason(message: str) -> str:
     """The part of a refusal that names the cause."""
-    for clause in (" is not supported: ", " separate packed documents: ", " continue a prompt from its cache: "):
+    for clause in (" is not supported: ", " separate packed documents: ", " from its cache: "):
         message = message.split(clause)[-1]
     return message.split(". Supported: ")[0].split("; ")[0].replace("|", "\\|")
 

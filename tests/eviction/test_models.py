@@ -215,3 +215,25 @@ def test_a_decoder_called_directly_has_no_offsets_of_another_prompt() -> None:
         text_decoder(model)(input_ids=words(1), past_key_values=cache, use_cache=True)
         assert cache.rows.rope_deltas is None
         cache.check()
+
+
+@pytest.mark.parametrize("name", ["jamba", "bamba", "qwen3_next", "granitemoehybrid"])
+@torch.no_grad()
+def test_several_tokens_after_a_cache_of_a_hybrid_model(name: str) -> None:
+    """Refused where state-space layers would start anew with them; one token at a time is the model's own."""
+    model, ids = TEXT_ARCHITECTURES[name].build(), words(1, 24)
+    want = model(ids, use_cache=False).logits[:, 20:]
+    with evict(model, "knorm", 1.0) as session:
+        cache = session.new_cache()
+        model(ids[:, :20], past_key_values=cache)
+        single = cache.fork()
+        if name in ("jamba", "bamba"):
+            with pytest.raises(ValueError, match="does not continue several tokens from its cache: its state-space"):
+                model(ids[:, 20:], past_key_values=cache)
+        else:
+            torch.testing.assert_close(model(ids[:, 20:], past_key_values=cache).logits, want, rtol=1e-3, atol=1e-3)
+        ours = [model(ids[:, t : t + 1], past_key_values=single).logits for t in range(20, 24)]
+    plain = DynamicCache(config=model.config)
+    model(ids[:, :20], past_key_values=plain)
+    own = [model(ids[:, t : t + 1], past_key_values=plain).logits for t in range(20, 24)]
+    torch.testing.assert_close(torch.cat(ours, 1), torch.cat(own, 1), rtol=1e-4, atol=1e-4)

@@ -9,7 +9,8 @@ import torch
 from tenure.eviction import evict
 from tenure.eviction.packed import PackedCache, PackedTokens, forward
 from tenure.eviction.storage.page_reads import ReadsConfig
-from tenure.retention import RetentionGates
+from tenure.retention import RetentionGates, UnsupportedModelError
+from tenure.scripts.bench.tiny_models import Architecture
 from tenure.serving.kvcache.page_pool import PagePool
 from tenure.serving.kvcache.paged_sequence import PagedSequence
 from tenure.serving.prompt_cache import Compression, PromptKV
@@ -120,3 +121,19 @@ def test_a_forward_that_raises_leaves_the_sequences_as_they_were(tiny_model):
         assert sequence.tokens == 0
         again = forward(session.model, PackedCache(pool.buffers, pool.geometry.layers, new), [0])
         torch.testing.assert_close(again[0], session.extend(session.new_cache(), list(range(3, 12)))[0, -1])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+@torch.no_grad()
+def test_another_softmax_is_refused(name):
+    """Packed attention has no cap on logits and no sinks."""
+    full = {"layer_types": ["full_attention"] * 4}
+    model = Architecture(name, full).build()
+    with evict(model, "full") as session:
+        pool = pool_for(session, 160)
+        sequence = PagedSequence(pool)
+        sequence.reserve(9)
+        cache = PackedCache(pool.buffers, pool.geometry.layers, [PackedTokens(sequence, np.arange(3, 12))])
+        with pytest.raises(UnsupportedModelError, match="Attention is not supported in packed forwards: its softmax"):
+            forward(model, cache, [0])
+        assert sequence.tokens == 0

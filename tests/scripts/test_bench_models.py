@@ -28,7 +28,7 @@ def test_refusals_give_their_reason() -> None:
     assert not any(row.faults for row in rows)
     lines = table(rows).splitlines()[2:]
     assert lines[0] == "| hrm_text | – |" + " – |" * 7 + " several of its attention layers share the cache layer 0 |"
-    assert lines[1].startswith("| jamba | 2 of 4 | ✓ | ✓ | ✓ | – | ✓ | – | – | chunks: prefill_chunk needs layers that")
+    assert lines[1].startswith("| jamba | 2 of 4 | ✓ | ✓ | – | – | ✓ | – | – | question: its state-space")
     assert "prompts: hidden states after it differ from those of the whole text; packing: the state in its" in lines[1]
     assert lines[2].startswith("| gemma3 | 2 of 4 | ✓ | ✓ | ✓ | – | ✓ | ✓ | ✓ | chunks: a prompt longer than")
 

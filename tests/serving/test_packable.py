@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from tenure.eviction import evict
+from tenure.scripts.bench.tiny_models import TEXT_ARCHITECTURES
 from tenure.serving import Request, TooLarge
 from tenure.serving.packable import check_packable, max_tokens
 
@@ -82,3 +83,12 @@ def test_models_are_refused_by_what_they_lack_or_have():
 
 def test_every_supported_family_is_accepted(any_tiny_model):
     check_packable(any_tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("gpt_oss", "learned sinks"), ("gemma2", "capped logits"), ("deepseek_v3", "cache holds latents")],
+)
+def test_attention_that_packed_forwards_do_not_compute_is_refused(name, what):
+    with pytest.raises(ValueError, match=f"got a .*ForCausalLM, whose .*{what}"):
+        check_packable(TEXT_ARCHITECTURES[name].build())
