@@ -36,7 +36,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
 
-    @initialize(name=st.sampled_from(SYSTEMS), below=st.sampled_from(BELOW), compressed=st.booleans(), pages=st.booleans())
+    @initialize(
+        name=st.sampled_from(SYSTEMS), below=st.sampled_from(BELOW), compressed=st.booleans(), pages=st.booleans()
+    )
     def begin(self, name, below, compressed, pages):
         self.world = World(name, below, self.folder.name, compressed, pages)
 
