@@ -93,9 +93,9 @@ class Engine:
     meanwhile.
 
     With a `compression`, the fixed prompt of every request that names an agent is compressed and stored so; what
-    follows it is stored as it is. Plain and compressed prompts, and prompts compressed at different lengths, are never mixed:
-    they are kept in different namespaces. What a request had computed of a fixed prompt before it was cancelled is kept
-    for the next one, see `PromptBeginnings`.
+    follows it is stored as it is. Plain and compressed prompts, and prompts compressed at different lengths, are never
+    mixed: they are kept in different namespaces. What a request had computed of a fixed prompt before it was cancelled
+    is kept for the next one, see `PromptBeginnings`.
 
     One thread calls it; `wake` may be called from any. `EngineClient` is for many threads and for asyncio.
 

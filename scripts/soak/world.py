@@ -189,9 +189,8 @@ class World:
                 self.answers[name] += tokens
                 item.finished = random.random() < 0.2
                 span = None if isinstance(item, ScheduledPrefill) else item.store_span()
-                if span is not None and not isinstance(item, ScheduledPrefill):
-                    if not (self.compressed and span[0] < item.state.num_fixed_tokens):
-                        item.payload = kv_of([*item.request.prompt, *self.answers[name]], *span, pages=self.pages)
+                if span is not None and not (self.compressed and span[0] < item.state.num_fixed_tokens):
+                    item.payload = kv_of([*item.request.prompt, *self.answers[name]], *span, pages=self.pages)
         if fails == "item" and items:
             random.choice(items).error = RuntimeError("NaN")
         elif fails == "payload" and items:

@@ -150,8 +150,8 @@ class TieredCache:
                 unreserved, except the bytes of what was cached already: that part of `payload` stays the caller's.
 
         Returns:
-            READY: it is stored, and on the device. Otherwise it is not, or only a beginning of it, which the handle covers
-            then; after PENDING there will be room when transfers have ended.
+            READY: it is stored, and on the device. Otherwise it is not, or only a beginning of it, which the handle
+            covers then; after PENDING there will be room when transfers have ended.
 
         Raises:
             ValueError: the payload is not of that length, of a type that a pool cannot hold, or elsewhere than the

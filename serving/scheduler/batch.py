@@ -151,7 +151,8 @@ class RunningRequests:
                 status = self.tiers.store(handle, state.pages(end), payload, agent, state.num_fixed_tokens, paid)
             except Exception as error:  # a cache may forget
                 # Whoever keeps the record would keep the pages alive, through the traceback.
-                logger.warning("the KV of the request %r is not stored: %r", state.request.id, error.with_traceback(None))
+                error = error.with_traceback(None)
+                logger.warning("the KV of the request %r is not stored: %r", state.request.id, error)
                 status = None
             finally:
                 passed = reserved - self.tiers.reserved_bytes

@@ -295,7 +295,10 @@ def test_seeds_give_the_same_answers_whatever_else_is_computed(session, how):
     sampling = [SamplingParams(temperature=0.9, top_p=0.9, seed=i, ignore_eos=True) for i in range(4)]
     prompts = [fixed_prompt(i)[:40] + tokens(i, 7) for i in range(4)]
     answers = []
-    for order, config in (((0, 1, 2, 3), None), ((2, 0, 3, 1), SchedulerConfig(max_num_batched_tokens=21, max_num_seqs=3))):
+    for order, config in (
+        ((0, 1, 2, 3), None),
+        ((2, 0, 3, 1), SchedulerConfig(max_num_batched_tokens=21, max_num_seqs=3)),
+    ):
         engine = make_engine(session, "lru_reactive", how, prompts=20.0, config=config)
         for i in order:
             engine.submit(Request(str(i), prompts[i], 15, agent=f"a{i}", fixed_tokens=40, sampling=sampling[i]))
