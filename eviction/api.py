@@ -84,5 +84,5 @@ def evict(
     if gates is not None and not isinstance(gates, RetentionGates):
         gates = RetentionGates.from_pretrained(gates, model)
     session = Session(model, with_budget(plan, budget, gates), gates, observed)
-    with intercept(model, session), chunked_prefill(model, session):
+    with intercept(model, session), session.rope_deltas.in_generate(), chunked_prefill(model, session):
         yield session

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..retention.gates import RetentionGates
 from ..retention.seams import AttentionCall
-from .cache_layer import RaggedLayer
+from .cache_layer import RaggedLayer, without_autocast
 from .cache_report import CacheCounters, Report
 from .forward_state import ForwardStep, ModelInput, RollbackConfig, SequenceState
 from .layer_view import LayerView
@@ -157,7 +157,8 @@ class RaggedCache(Cache):
     def report(self) -> Report:
         """Counts the stored and the evicted entries."""
         layer_indices = tuple(layer.layer_idx for layer in self.ragged)
-        return self.counters.report(self.stores, sum(self.rows.tokens), self.lengths(), layer_indices)
+        others = [layer for layer in self.layers if not isinstance(layer, RaggedLayer)]
+        return self.counters.report(self.stores, sum(self.rows.tokens), self.lengths(), layer_indices, others)
 
     def check(self) -> None:
         """Checks the cache's invariants, under `python -O` too.
@@ -341,7 +342,8 @@ class RaggedCache(Cache):
 
     def _evict(self, plan: EvictionPlan, due: list[bool], horizon: list[int]) -> None:
         layers = [layer for layer in self.ragged if layer.store is not None]
-        keeps = choose(layers, plan, self.rows.tokens, due, self.rows.window_positions, horizon)
+        with without_autocast(layers[0].device):
+            keeps = choose(layers, plan, self.rows.tokens, due, self.rows.window_positions, horizon)
         entries, nbytes = self.entries, self.nbytes
         for store, keep in zip(self.stores, keeps, strict=True):
             old = store.nbytes

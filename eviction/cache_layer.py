@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..retention.seams import AttentionCall, AttentionLayer
+from ..retention.attention_arguments import SOFTMAX, refuse_dropout, refuse_unknown, softmax_of
+from ..retention.decoder_layers import AttentionLayer, UnsupportedModelError
+from ..retention.ops.softmax import Softmax
+from ..retention.seams import AttentionCall
 from .forward_state import ForwardStep
 from .model_adapters import Rotary
 from .recorded import QueryStatistics, RecordedInputs
-from .storage.attention import ragged_attention, refuse_unsupported
+from .storage.attention import ragged_attention
+from .storage.dense_attention import explicit_attention, latent_attention
 from .storage.paged_store import store_class
-from .storage.segment_store import SegmentStore
+from .storage.segment_store import SegmentStore, is_frozen
 
 
 class LayerObserver:
@@ -84,6 +89,7 @@ class RaggedLayer(CacheLayerMixin):
         self._step: ForwardStep | None = None
         self._state: dict[str, torch.Tensor] = {}
         self._deferred_queries: torch.Tensor | None = None  # of the step's deferred columns
+        self._given: tuple[torch.Tensor, torch.Tensor] | None = None  # what the running `update` returned
         # What was recorded before this forward: it replaces tensors, so the old ones are enough to undo it.
         self._before: tuple[torch.Tensor | None, QueryStatistics | None, dict[str, torch.Tensor]] = None, None, {}
 
@@ -113,7 +119,7 @@ class RaggedLayer(CacheLayerMixin):
             for name, buffer in states.items():
                 assert self.store is not None, "states are of stored entries"
                 self.store.buffers[name] = buffer
-        self._step, self._state, self._before = None, {}, (None, None, {})
+        self._step, self._state, self._before, self._given = None, {}, (None, None, {}), None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -127,15 +133,26 @@ class RaggedLayer(CacheLayerMixin):
         state = self._state
         if self.observers.state_keys:
             shape, device = key_states.shape[:3], key_states.device
-            state = state | {name: torch.zeros(shape, device=device) for name in self.observers.state_keys}
+            fp32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+            state = state | {name: torch.zeros(shape, **fp32) for name in self.observers.state_keys}
+        dtype = self._entry_dtype(key_states)
+        key, value = key_states.to(dtype), value_states.to(dtype)
         if self.store is None:
-            self.lazy_initialization(key_states, value_states)
-            kind = store_class(key_states.device, key_states.dtype, key_states.shape[-1], value_states.shape[-1])
-            self.store = kind.from_dense(key_states, value_states, state, step)
+            self.lazy_initialization(key, value)
+            kind = store_class(key.device, dtype, key.shape[-1], value.shape[-1])
+            self.store = kind.from_dense(key, value, state, step)
         else:
-            self.store.append(key_states, value_states, state, step)
+            self.store.append(key, value, state, step)
         self._seen += step.q_len
+        self._given = key_states, value_states
         return key_states, value_states
+
+    def _entry_dtype(self, key_states: torch.Tensor) -> torch.dtype:
+        """That of the entries stored so far; for the first ones the dtype in which the model's attention computes."""
+        if self.store is not None:
+            return self.store.key.dtype
+        device = key_states.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key_states.dtype
 
     def attend(
         self, base: AttentionCall, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -144,20 +161,55 @@ class RaggedLayer(CacheLayerMixin):
         """The attention call of this layer. The first forward is the model's own attention, bit for bit."""
         step, store = self._step, self.store
         assert step is not None and store is not None, "update() came before attend()"
+        refuse_unknown(module, kwargs)
+        softmax = softmax_of(kwargs)
+        if not softmax.ordinary and not self.attention.softmax:
+            given = " and ".join(sorted(SOFTMAX & kwargs.keys()))
+            raise UnsupportedModelError(
+                f"{type(module).__name__} is not supported: it passes {given} to its attention function, which its "
+                "configuration does not announce"
+            )
+        given, self._given = self._given, None
+        unchanged = given is not None and key is given[0] and value is given[1]
+        if not unchanged and not self.attention.latent:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} is not supported: it attends over other keys and values than it caches"
+            )
         scaling = kwargs.get("scaling")
         self.scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         if self.observers.observed_keys:
             self._before[2].update((name, store.buffers[name]) for name in self.observers.observed_keys)
-        if not step.deferred:
-            self._observe(query, step)
-        else:
-            if step.observed_part is not None:
-                self._observe(query[:, :, : -step.deferred], step.observed_part)
-            self._deferred_queries = query[:, :, -step.deferred :].detach()
+        with without_autocast(query.device):
+            self._observe_step(query.to(store.key.dtype), step)
         if step.first:
             return base(module, query, key, value, attention_mask, **kwargs)
-        refuse_unsupported(kwargs)
-        return ragged_attention(store, query, scaling, step), None
+        refuse_dropout(kwargs)
+        step.require_causal(attention_mask)
+        output = self._attend_to_entries(store, query, scaling, step, softmax).contiguous().to(query.dtype)
+        if output.requires_grad:
+            output.register_hook(_refuse_backward)
+        return output, None
+
+    def _attend_to_entries(
+        self, store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep, softmax: Softmax
+    ) -> torch.Tensor:
+        if self.attention.latent:
+            expand: Any = self.attention.module.expand_kv  # a part of the model, in its dtype, or autocast's
+            return latent_attention(store, expand, query, scaling, step)
+        with without_autocast(query.device):
+            query = query.to(store.key.dtype)
+            if softmax.ordinary:
+                return ragged_attention(store, query, scaling, step)
+            return explicit_attention(store, query, scaling, step, softmax)
+
+    def _observe_step(self, query: torch.Tensor, step: ForwardStep) -> None:
+        """Records and observes the queries of the running forward, the deferred ones later."""
+        if not step.deferred:
+            self._observe(query, step)
+            return
+        if step.observed_part is not None:
+            self._observe(query[:, :, : -step.deferred], step.observed_part)
+        self._deferred_queries = query[:, :, -step.deferred :].detach()
 
     def _observe(self, query: torch.Tensor, step: ForwardStep) -> None:
         """Records and observes the queries `(batch, num_heads, step.q_len, head_dim)`."""
@@ -176,8 +228,8 @@ class RaggedLayer(CacheLayerMixin):
     ) -> None:
         if self.window is None:
             self.window = query.new_zeros(query.shape[0], query.shape[1], self.ring_size, query.shape[3])
-        elif self._window_shared or not in_place:
-            # A fork or a rollback point reads the old one, or the forward may raise.
+        elif self._window_shared or not in_place or is_frozen(self.window):
+            # A fork or a rollback point reads the old one, or the forward may raise, or it must not be written to.
             self.window = self.window.clone()
         self._window_shared = False
         self.window[rows, :, slots] = query.detach()[rows, :, columns]
@@ -225,6 +277,7 @@ class RaggedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size = key_states.shape[0]
+        self.keys = self.values = key_states.new_empty(0)  # the entries are in `store`; Mllama asks layers for these
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
@@ -254,3 +307,18 @@ class RaggedLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         raise NotImplementedError("an evicted cache is small; it is not offloaded")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it nothing is autocast: policies score in fp32, and entries keep their dtype."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _refuse_backward(gradient: torch.Tensor) -> None:
+    """Stored entries have no graph, so a gradient through attention over them would be wrong."""
+    raise RuntimeError(
+        "backward through attention over an evicted cache is not supported: its entries have no gradients; compute "
+        "gradients of a cache's first forward only, without prefill_chunk, or train with attach()"
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -25,6 +26,9 @@ class Report:
         layer_indices: the decoder layers of `lengths`.
         evictions: forwards and explicit compressions that evicted something.
         evicted_entries: entries evicted so far.
+        other_bytes: bytes of the layers that do not evict, by the kind of their cache, e.g.
+            `{"DynamicSlidingWindowLayer": …}`: sliding windows, states, and images that text attends to by layers of
+            their own ("DynamicLayer", cross-attention as in Mllama), which are kept whole.
     """
 
     entries: int
@@ -38,6 +42,7 @@ class Report:
     layer_indices: tuple[int, ...]
     evictions: int
     evicted_entries: int
+    other_bytes: dict[str, int] = field(default_factory=dict)
 
 
 class CacheCounters:
@@ -57,9 +62,14 @@ class CacheCounters:
         self.evicted_entries += entries
 
     def report(
-        self, stores: list[SegmentStore], tokens: int, lengths: torch.Tensor, layer_indices: tuple[int, ...]
-    ) -> Report:
-        """The report of a cache with these stores whose rows have seen `tokens` real tokens together."""
+        self, stores: list[SegmentStore], tokens: int, lengths: torch.Tensor, layer_indices: tuple[int, ...],
+        others: list[Any],
+    ) -> Report:  # fmt: skip
+        """The report of a cache with these stores whose rows have seen `tokens` real tokens together.
+
+        Args:
+            others: transformers' cache layers of the other layers.
+        """
         entries = sum(store.entries for store in stores)
         full = tokens * sum(store.num_kv_heads for store in stores)
         return Report(
@@ -67,4 +77,22 @@ class CacheCounters:
             kept_bytes=sum(store.entries * store.entry_bytes for store in stores), peak_entries=self.peak_entries,
             peak_bytes=self.peak_bytes, full_entries=full, kept_share=entries / full if full else 1.0, lengths=lengths,
             layer_indices=layer_indices, evictions=self.evictions, evicted_entries=self.evicted_entries,
+            other_bytes=_bytes_by_kind(others),
         )  # fmt: skip
+
+
+def _bytes_by_kind(layers: list[Any]) -> dict[str, int]:
+    """Bytes of the tensors of transformers' cache layers, by class; classes without any are left out."""
+    found: dict[str, int] = {}
+    for layer in layers:
+        size = sum(tensor.nbytes for value in vars(layer).values() for tensor in _tensors(value))
+        if size:
+            found[type(layer).__name__] = found.get(type(layer).__name__, 0) + size
+    return found
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in an attribute of a cache layer: itself, or those of a list or dict of states."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, torch.Tensor)]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from ..retention.attention_arguments import is_causal
+
 
 @dataclass(frozen=True)
 class RollbackConfig:
@@ -67,6 +69,16 @@ class ForwardStep:
     _mask: torch.Tensor | None = field(default=None, repr=False)
     _flat: torch.Tensor | None = field(default=None, repr=False)
     _columns: list[torch.Tensor] | None = field(default=None, repr=False)
+    _model_mask: Any = field(default=None, repr=False)
+
+    def require_causal(self, mask: Any) -> None:
+        """Raises ValueError if the model's attention mask is not causal, as attention over entries is."""
+        if mask is not self._model_mask and not is_causal(mask, self.q_len):
+            raise ValueError(
+                "got a mask by which new tokens see later ones (an image or a prefix that attends in both directions) "
+                "in an input after the cache's first, or after its first chunk; accepted there: causal masks"
+            )
+        self._model_mask = mask  # the layers of a forward share it
 
     def causal_mask(self, count: int, length: int, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask `(count, length)` for the last `count` of `length` entries attending causally.
@@ -81,7 +93,7 @@ class ForwardStep:
 
     def flat_positions(self, num_kv_heads: int) -> torch.Tensor:
         """Positions of the new entries, int32, in the order (row, head, real token)."""
-        if self._flat is None or self.valid is not None or len(self._flat) != num_kv_heads * self.positions.numel():
+        if self._flat is None or self.valid is not None or self._flat.numel() != num_kv_heads * self.positions.numel():
             batch, n = self.positions.shape
             spread = self.positions.unsqueeze(1).expand(batch, num_kv_heads, n)
             flat = spread.reshape(-1) if self.valid is None else spread[self.valid.unsqueeze(1).expand_as(spread)]
@@ -163,6 +175,7 @@ class ForwardStep:
             _mask=None,
             _flat=None,
             _columns=None,
+            _model_mask=None,
         )
 
 
@@ -212,12 +225,14 @@ class SequenceState:
         window_positions: int64 `(batch, size)`: positions of the recorded queries, -1 for none. Never written in
             place, so forks may share it.
         columns: columns seen, padding included.
+        rope_deltas: int64 `(batch, 1)`, added to a token's position to get that of M-RoPE; None for other models.
     """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.stored: list[int] = []
         self.window_positions: torch.Tensor | None = None
+        self.rope_deltas: torch.Tensor | None = None
         # Columns seen, padding included, run-length coded: (number, validity; None if all are real).
         self._runs: list[tuple[int, torch.Tensor | None]] = []
         self.columns = 0
@@ -238,6 +253,8 @@ class SequenceState:
         tensors = {f"mask.{index}": valid for index, (_, valid) in enumerate(self._runs) if valid is not None}
         if self.window_positions is not None:
             tensors["window_positions"] = self.window_positions
+        if self.rope_deltas is not None:
+            tensors["rope_deltas"] = self.rope_deltas
         return tensors, {"tokens": self.tokens, "runs": [count for count, _ in self._runs]}
 
     @classmethod
@@ -252,6 +269,7 @@ class SequenceState:
         rows._runs = [(int(count), tensors.get(f"mask.{i}")) for i, count in enumerate(document["runs"])]
         rows.columns = sum(count for count, _ in rows._runs)
         rows.window_positions = tensors.get("window_positions")
+        rows.rope_deltas = tensors.get("rope_deltas")
         return rows
 
     @classmethod
@@ -262,13 +280,19 @@ class SequenceState:
         rows.stored = [count for one in several for count in one.stored]
         masks = torch.cat([pad(one.mask(), (columns - one.columns, 0)) for one in several])
         rows._add_run(columns, None if bool(masks.all()) else masks)
+        deltas = [
+            torch.zeros(len(one.tokens), 1, dtype=torch.long) if one.rope_deltas is None else one.rope_deltas
+            for one in several
+        ]
+        if any(one.rope_deltas is not None for one in several):
+            rows.rope_deltas = torch.cat([one.to(deltas[0].device) for one in deltas])
         return rows
 
     def mask(self) -> torch.Tensor:
         """bool `(batch, columns)` on the CPU: True for columns that are real tokens."""
-        batch = len(self.tokens)
-        runs = [torch.ones(batch, n, dtype=torch.bool) if valid is None else valid.cpu() for n, valid in self._runs]
-        return torch.cat([torch.zeros(batch, 0, dtype=torch.bool), *runs], dim=1)
+        batch, host = len(self.tokens), {"dtype": torch.bool, "device": "cpu"}
+        runs = [torch.ones(batch, n, **host) if valid is None else valid.cpu() for n, valid in self._runs]
+        return torch.cat([torch.zeros(batch, 0, **host), *runs], dim=1)
 
     @property
     def padded(self) -> bool:
@@ -344,6 +368,8 @@ class SequenceState:
         for count, valid in self._runs:
             if valid is not None and (valid.dtype != torch.bool or valid.shape != (*batch, count)):
                 yield "padding masks are not bool (batch, columns)"
+        if self.rope_deltas is not None and self.rope_deltas.shape != (*batch, 1):
+            yield "rope_deltas are not (batch, 1)"
         if self.columns != sum(count for count, _ in self._runs) or self.tokens_since(0) != self.tokens:
             yield "token counts and padding masks disagree"
 
@@ -359,6 +385,8 @@ class SequenceState:
         self._runs = [(n, None if valid is None else valid[rows.to(valid.device)]) for n, valid in self._runs]
         if self.window_positions is not None:
             self.window_positions = self.window_positions[rows.to(self.window_positions.device)]
+        if self.rope_deltas is not None:
+            self.rope_deltas = self.rope_deltas[rows.to(self.rope_deltas.device)]
 
     def remove_columns(self, count: int) -> list[int]:
         """Removes the newest `count` columns; returns the number of real tokens of each row in them.

@@ -7,8 +7,8 @@ from functools import cached_property
 
 import torch
 
+from ..retention.decoder_layers import AttentionLayer
 from ..retention.ops.kernel_choice import chosen_kernels
-from ..retention.seams import AttentionLayer
 from .cache_layer import RaggedLayer
 from .model_adapters import Rotary, output_weight
 from .ops.naive import attention_over

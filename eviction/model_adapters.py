@@ -11,12 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ..retention.seams import AttentionLayer, full_attention_layers, text_config, text_decoder
+from ..retention.decoder_layers import AttentionLayer, full_attention_layers, text_config, text_decoder
 
 # Model types whose attention code was reviewed: every full-attention layer rotates the whole query by
 # `apply_rotary_pos_emb(q, k, cos, sin)` with the decoder's `rotary_emb` and one position a token.
 ROTARY_TYPES = ("gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
+
+# Names of the output projection in attention modules.
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
+# Kinds of RoPE whose frequencies depend on the length of the input, so that a prompt's chunks would get others.
+LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
+
+
+def rope_types(config: Any) -> set[str]:
+    """The kinds of RoPE in a decoder's configuration, one or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [part for part in parameters.values() if isinstance(part, dict)]
+    return {str(part["rope_type"]) for part in nested or [parameters] if "rope_type" in part}
 
 
 def rotates_queries(model: PreTrainedModel) -> bool:
@@ -78,15 +91,29 @@ class Rotary:
 
 
 def has_output_weight(layer: AttentionLayer) -> bool:
-    """Whether `output_weight` is available: the module's `o_proj` is a linear layer with a floating-point weight."""
-    projection = getattr(layer.module, "o_proj", None)
-    if not isinstance(projection, nn.Linear) or not projection.weight.is_floating_point():
+    """Whether `output_weight` is available: the output projection has a floating-point weight in memory."""
+    projection = _output_projection(layer)
+    if projection is None or not projection.weight.is_floating_point():
         return False
-    return projection.weight.shape[1] % layer.num_heads == 0
+    if type(projection.weight.data) is not torch.Tensor or projection.weight.is_meta:
+        return False  # quantized by a tensor subclass, or offloaded
+    return _by_head(projection).shape[0] % layer.num_heads == 0
 
 
 def output_weight(layer: AttentionLayer) -> torch.Tensor:
     """W_O of a layer with `has_output_weight`: `(num_heads, value_dim, hidden_size)`, a view of the weight."""
-    projection = layer.module.o_proj
-    assert isinstance(projection, nn.Linear), "the session has checked the module"
-    return projection.weight.detach().t().unflatten(0, (layer.num_heads, -1))
+    projection = _output_projection(layer)
+    assert projection is not None, "the session has checked the module"
+    return _by_head(projection).unflatten(0, (layer.num_heads, -1))
+
+
+def _output_projection(layer: AttentionLayer) -> Any:
+    """The linear layer that maps the heads' outputs to hidden states; None if it has another name or kind."""
+    found = (getattr(layer.module, name, None) for name in OUTPUT_PROJECTIONS)
+    return next((module for module in found if isinstance(module, nn.Linear | Conv1D)), None)
+
+
+def _by_head(projection: Any) -> torch.Tensor:
+    """The weight as `(num_heads · value_dim, hidden_size)`."""
+    weight = projection.weight.detach()
+    return weight if isinstance(projection, Conv1D) else weight.t()

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from ..retention.attention_arguments import refuse_dropout, refuse_unknown
+from ..retention.decoder_layers import UnsupportedModelError
 from ..retention.seams import AttentionCall
-from .storage.attention import refuse_unsupported
 from .storage.page_lists import PageLists
-from .storage.page_reads import ReadsConfig, read_pages
+from .storage.page_reads import ListReads, PageReads, ReadsConfig, read_pages
 from .storage.partial_attention import attend_part, merged
-
-if TYPE_CHECKING:
-    from .session import Session
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,19 @@ class PackedTokens:
 
 
 class PackedLayer(CacheLayerMixin):
-    """What transformers asks of a cache layer: the packed attention reads the pages itself."""
+    """A cache layer as transformers needs it: the packed attention reads the pages itself."""
 
     is_sliding = is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values of the running forward
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.given = key_states, value_states
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -83,7 +86,8 @@ class PackedCache(Cache):
         self, buffers: Mapping[str, torch.Tensor], layer_indices: Sequence[int], tokens: Sequence[PackedTokens],
         gated: Sequence[int] = (), config: ReadsConfig | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(layers=[PackedLayer() for _ in range(max(layer_indices) + 1)])
+        self.packed_layers = [PackedLayer() for _ in range(max(layer_indices) + 1)]
+        super().__init__(layers=list(self.packed_layers))
         self.buffers, self._place = buffers, {index: i for i, index in enumerate(layer_indices)}
         # Single tokens first: they are attended for together.
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i].ids) > 1)
@@ -94,7 +98,8 @@ class PackedCache(Cache):
         self._heads, device = tokens[0].sequence.heads, buffers["key"].device
         self._single = sum(size == 1 for size in sizes)
         sequences = [one.sequence for one in self.tokens]
-        self._decodes = read_pages(buffers, sequences[: self._single], 1, config) if self._single else None
+        self._decoding, self._config = sequences[: self._single], config
+        self._decodes: PageReads | None = None  # of the single tokens, once a query is known
         self._prefills = [
             (int(end) - size, int(end), read_pages(buffers, [sequence], 0, config))
             for sequence, size, end in zip(sequences, sizes, ends, strict=True)
@@ -103,7 +108,8 @@ class PackedCache(Cache):
         slots = [each.slots(each.tokens, each.tokens + size) for each, size in zip(sequences, sizes, strict=True)]
         flat = np.concatenate(slots, axis=1).reshape(-1, self._heads, int(ends[-1]))
         self._slots = torch.from_numpy(flat).to(device)
-        chosen = [np.arange(ends[place] - sizes[place], ends[place]) for place, i in enumerate(order) if i in set(gated)]
+        wanted = set(gated)
+        chosen = [np.arange(end - size, end) for i, size, end in zip(order, sizes, ends, strict=True) if i in wanted]
         self.gated = torch.from_numpy(np.concatenate(chosen)).to(device) if chosen else None
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,9 +128,17 @@ class PackedCache(Cache):
             base: AttentionCall, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
             attention_mask: Any, **kwargs: Any,
         ) -> tuple[torch.Tensor, None]:  # fmt: skip
-            refuse_unsupported(kwargs)
+            refuse_unknown(module, kwargs)
+            refuse_dropout(kwargs)
+            given = self.packed_layers[layer_idx].given
+            if given is None or key is not given[0] or value is not given[1]:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} is not supported: it attends over other keys and values than it caches"
+                )
             scaling = kwargs.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+            if self._single == query.shape[2] and not state:
+                return self._decode(layer, query, key, value, scaling), None
             self._write(layer, key, value, state)
             return self._attend(layer, query, key, value, scaling), None
 
@@ -144,16 +158,35 @@ class PackedCache(Cache):
         for name, new in state.items():
             self.buffers[name].index_copy_(0, self._slots[layer][:, self.gated].flatten(), new.flatten())
 
+    def _single_reads(self, query: torch.Tensor) -> PageReads:
+        """How the context of the single tokens is read; query `(rows, heads, group, head_dim)`."""
+        if self._decodes is None:
+            self._decodes = read_pages(self.buffers, self._decoding, 1, self._config, query)
+        return self._decodes
+
+    def _decode(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Writes and attends where every sequence has one new token; as `_attend`."""
+        num_heads, count, dim = query.shape[1:]
+        reads = self._single_reads(rows := query[0].transpose(0, 1).reshape(count, self._heads, -1, dim))
+        if not isinstance(reads, ListReads):
+            self._write(layer, key, value, {})
+            return self._attend(layer, query, key, value, scaling)
+        dtype = self.buffers["key"].dtype
+        new_key, new_value = key[0].transpose(0, 1).to(dtype), value[0].transpose(0, 1).to(dtype)
+        return reads.write_and_attend(layer, rows, new_key, new_value, scaling).view(1, count, num_heads, -1)
+
     def _attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Attention of all new tokens; query `(1, num_heads, tokens, head_dim)`; `(1, tokens, num_heads, value_dim)`."""
+        """Attention of all new tokens: `(1, num_heads, tokens, dim)` in, `(1, tokens, num_heads, value_dim)` out."""
         num_heads, count, dim = query.shape[1:]
         group = num_heads // self._heads
         out = query.new_empty(count, num_heads, value.shape[-1])
-        if self._decodes is not None:
+        if self._single:
             rows = query[0, :, : self._single].transpose(0, 1).reshape(self._single, self._heads, group, dim)
-            outputs, log_sums = self._decodes.attend(layer, rows, scaling)
+            outputs, log_sums = self._single_reads(rows).attend(layer, rows, scaling)
             out[: self._single] = merged(outputs, log_sums).reshape(self._single, num_heads, -1)
         for start, end, reads in self._prefills:
             own = query[0, :, start:end].reshape(self._heads, group, end - start, dim)
@@ -167,8 +200,8 @@ class PackedCache(Cache):
         return out.unsqueeze(0)
 
 
-def forward(session: Session, cache: PackedCache, rows: Sequence[int]) -> torch.Tensor:
-    """Runs the model over the new tokens of a packed cache, inside the session's `evict` block.
+def forward(model: PreTrainedModel, cache: PackedCache, rows: Sequence[int]) -> torch.Tensor:
+    """Runs a model over the new tokens of a packed cache, inside its `evict` block.
 
     Args:
         rows: indices of the sequences, in the order in which they were given to the cache, whose next token is wanted.
@@ -178,7 +211,6 @@ def forward(session: Session, cache: PackedCache, rows: Sequence[int]) -> torch.
     """
     ids, positions = cache.inputs()
     keep = torch.tensor([cache.last[row] for row in rows], dtype=torch.long, device=ids.device)
-    model = session.model
     return model(
         input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep
     ).logits[0]

@@ -16,16 +16,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..retention.seams import text_decoder
+from ..retention.attention_arguments import is_causal, padding_mask
+from ..retention.decoder_layers import text_config, text_decoder
 from .cache import RaggedCache
 from .forward_state import new_tokens
 from .session import Session
 
 # Arguments of a decoder that have one column per new token, and the dimension of the columns.
 SPLIT = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1,
-         "mm_token_type_ids": 1}  # fmt: skip
+         "mm_token_type_ids": 1, "per_layer_inputs": 1, "visual_pos_masks": 1}  # fmt: skip
 # Tensors that are shared by all chunks, or sliced differently.
-WHOLE = ("attention_mask", "past_key_values")
+WHOLE = ("attention_mask", "past_key_values", "deepstack_visual_embeds")
 
 
 @contextmanager
@@ -34,17 +35,6 @@ def chunked_prefill(model: PreTrainedModel, session: Session) -> Iterator[None]:
     decoder = text_decoder(model)
     chunks = _ChunkedForwards(session, list(inspect.signature(decoder.forward).parameters))
     with ExitStack() as stack:
-        if decoder is not model:
-            names = list(inspect.signature(model.forward).parameters)
-
-            def before_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                session.logits_to_keep = (dict(zip(names, args, strict=False)) | kwargs).get("logits_to_keep", 0)
-
-            def after_model(module: nn.Module, args: tuple, output: Any) -> None:
-                session.logits_to_keep = 0
-
-            stack.callback(model.register_forward_pre_hook(before_model, with_kwargs=True).remove)
-            stack.callback(model.register_forward_hook(after_model, always_call=True).remove)
         # Ahead of the hook that opens a forward; after the one that closes it.
         stack.callback(decoder.register_forward_pre_hook(chunks.before, with_kwargs=True, prepend=True).remove)
         stack.callback(decoder.register_forward_hook(chunks.after, always_call=True).remove)
@@ -65,6 +55,9 @@ class _ChunkedForwards:
         """Runs all chunks but the last; returns the arguments of that one."""
         if self._inside:
             return None
+        if self._cache is not None:  # Ctrl-C ended the last chunk: torch runs no hooks for a KeyboardInterrupt
+            self.session.end(completed=False)
+            self._finish(completed=False)
         bound = dict(zip(self.names, args, strict=False)) | kwargs
         given = bound.get("past_key_values")
         plan = given.plan if isinstance(given, RaggedCache) else self.session.plan
@@ -73,10 +66,11 @@ class _ChunkedForwards:
         size = plan.prefill_chunk
         if size is None or source is None or source.shape[1] <= size or not self.session.uses_cache(bound):
             return None
-        _check_arguments(bound)
+        self._check_arguments(bound)
         cache = self.session.cache_for(given)
         seen, (batch, total) = cache.columns_seen, source.shape[:2]
-        valid = new_tokens(bound.get("attention_mask"), batch, total, seen)
+        bound["attention_mask"] = mask = padding_mask(bound.get("attention_mask"), self.session.call_mask)
+        valid = new_tokens(mask, batch, total, seen)
         drafts = self.session.drafts if cache.made_by_generate or cache.drafting else 0
         last = (total - 1) // size * size
         if drafts:
@@ -91,6 +85,7 @@ class _ChunkedForwards:
                 output = module(**_part(bound, seen, start, min(start + size, last)))
                 self._keep(output[0])
         except BaseException:
+            self.session.end(completed=False)  # not closed yet if Ctrl-C ended it
             self._finish(completed=False)
             raise
         finally:
@@ -111,6 +106,26 @@ class _ChunkedForwards:
             return (hidden, *output[1:])
         output["last_hidden_state"] = hidden
         return output
+
+    def _check_arguments(self, bound: dict[str, Any]) -> None:
+        """Raises ValueError for arguments, and settings, that cannot be split into chunks."""
+        config = text_config(self.session.model)
+        given = {name: bound.get(name) for name in ("output_hidden_states", "output_attentions")}
+        requested = [name for name, value in given.items() if (getattr(config, name, None) if value is None else value)]
+        known = (*SPLIT, *WHOLE)
+        requested += [name for name, value in bound.items() if name not in known and _holds_tensor(value)]
+        if requested:
+            raise ValueError(
+                f"a prompt longer than prefill_chunk runs in chunks, which {', '.join(requested)} cannot follow; "
+                "leave it out, or leave prefill_chunk unset"
+            )
+        masks = bound.get("attention_mask")
+        columns = bound["input_ids" if bound.get("input_ids") is not None else "inputs_embeds"].shape[1]
+        if isinstance(masks, dict) and not all(is_causal(mask, columns) for mask in masks.values()):
+            raise ValueError(
+                "a prompt longer than prefill_chunk runs in chunks, which an image that attends in both directions "
+                "cannot follow; leave prefill_chunk unset"
+            )
 
     def _keep(self, hidden: torch.Tensor) -> None:
         """Appends the hidden states `(batch, chunk, hidden_size)`; discards those whose logits are not requested."""
@@ -137,18 +152,6 @@ def _start_before_drafts(total: int, size: int, drafts: int) -> int:
     return total - drafts - 1
 
 
-def _check_arguments(bound: dict[str, Any]) -> None:
-    """Raises ValueError for arguments that cannot be split into chunks."""
-    requested = [name for name in ("output_hidden_states", "output_attentions") if bound.get(name)]
-    known = (*SPLIT, *WHOLE)
-    tensors = [name for name, value in bound.items() if name not in known and _holds_tensor(value)]
-    if requested or tensors:
-        raise ValueError(
-            f"a prompt longer than prefill_chunk runs in chunks, which {', '.join(requested + tensors)} cannot follow; "
-            "leave it out, or leave prefill_chunk unset"
-        )
-
-
 def _holds_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensor, value)))
 
@@ -161,4 +164,10 @@ def _part(bound: dict[str, Any], seen: int, start: int, stop: int) -> dict[str, 
             part[name] = part[name].narrow(dim, start, stop - start)
     if part.get("attention_mask") is not None:
         part["attention_mask"] = part["attention_mask"][:, : seen + stop]
+    images = bound.get("visual_pos_masks")
+    if images is not None and bound.get("deepstack_visual_embeds") is not None:
+        # One embedding for each image token, row after row: those of this part's tokens.
+        inside = torch.zeros_like(images)
+        inside[:, start:stop] = True
+        part["deepstack_visual_embeds"] = [embeds[inside[images]] for embeds in bound["deepstack_visual_embeds"]]
     return part

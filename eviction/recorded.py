@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -131,10 +132,11 @@ class QueryStatistics:
     @classmethod
     def empty(cls, batch: int, num_heads: int, head_dim: int, device: torch.device) -> QueryStatistics:
         """Statistics of rows that have seen nothing."""
-        mean = torch.zeros(batch, num_heads, head_dim, device=device)
-        scatter = torch.zeros(batch, num_heads, head_dim, head_dim, device=device)
+        fp32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        mean = torch.zeros(batch, num_heads, head_dim, **fp32)
+        scatter = torch.zeros(batch, num_heads, head_dim, head_dim, **fp32)
         start = torch.zeros(batch, dtype=torch.long, device=device)
-        return cls(torch.zeros(batch, device=device), mean, scatter, start)
+        return cls(torch.zeros(batch, **fp32), mean, scatter, start)
 
     @property
     def covariance(self) -> torch.Tensor:

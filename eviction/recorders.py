@@ -60,13 +60,17 @@ class Observers:
             positions = _rope_positions(step, position_ids, columns, "statistics of the queries need")
             step.rope_positions, step.angles = positions, self.rotary.angles(positions)
 
-    @torch.no_grad()
     def observe(self, layer: RaggedLayer, queries: torch.Tensor, step: ForwardStep) -> None:
         """Updates a layer from its post-RoPE queries `(batch, num_heads, step.q_len, head_dim)`.
 
         The layer's new entries are stored already.
         """
-        queries = queries.detach()
+        if self.rotary is None and not self.observing:
+            return
+        with torch.no_grad():
+            self._update(layer, queries.detach(), step)
+
+    def _update(self, layer: RaggedLayer, queries: torch.Tensor, step: ForwardStep) -> None:
         if self.rotary is not None:
             layer.statistics = self._updated_statistics(layer, queries, step)
         if not self.observing:

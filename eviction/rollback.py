@@ -7,14 +7,14 @@ a rollback point only holds references to the old ones.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
+from ..retention.decoder_layers import copy_cache_layer, replaces_tensors
 from .cache_layer import RaggedLayer
 from .forward_state import RollbackConfig, SequenceState
 from .recorded import QueryStatistics
@@ -149,19 +149,9 @@ class RollbackPoints:
         )
 
 
-def replaces_tensors(layer: Any) -> bool:
-    """Whether a transformers cache layer makes new tensors at every update, so that its attributes are its state.
-
-    State-space layers, and those that join attention and state space, write in place.
-    """
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-
-
 def fork_layer(layer: Any) -> Any:
     """A cache layer that continues independently of `layer`, sharing its tensors where that is safe."""
-    if isinstance(layer, RaggedLayer):
-        return layer.fork()
-    return copy.copy(layer) if replaces_tensors(layer) else copy.deepcopy(layer)
+    return layer.fork() if isinstance(layer, RaggedLayer) else copy_cache_layer(layer)
 
 
 class ForwardSnapshot:
@@ -231,6 +221,8 @@ def crop_layers(
                 f"ended (at {known}); go back to one of these, or fork() before the part that you want to undo"
             )
     for layer in layers:
+        if type(layer) is DynamicLayer:
+            continue  # cross-attention: its columns are an image's, not the tokens'
         if not isinstance(layer, RaggedLayer) and (count or getattr(layer, "record_past", False)):
             layer.crop(-count)  # 0 trims a recording layer; older transformers would empty other layers
     for layer in ragged:

@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
+from transformers.cache_utils import DynamicLayer
 
 from ..retention.checkpoint import fingerprint, write_atomic
+from ..retention.decoder_layers import replaces_tensors
 from .cache import RaggedCache, Recording
 from .cache_layer import RaggedLayer
 from .forward_state import SequenceState
 from .plan import plan_from_json, plan_to_json
 from .recorded import QueryStatistics
-from .rollback import replaces_tensors
 from .storage.packing import entries_at
 from .storage.paged_store import store_of
 from .storage.segment_store import SegmentStore
@@ -263,10 +264,7 @@ def _fill_ragged(
     attention, batch, buffers = layer.attention, len(rows.tokens), _with_prefix("entries.", own)
     lengths = document["lengths"]
     if lengths is None:
-        if own or not getattr(attention.module, "is_kv_shared_layer", False):
-            raise ValueError(f"layer {layer.layer_idx} has no entries")
-        layer.rewind(None, rows.columns)
-        return
+        raise ValueError(f"layer {layer.layer_idx} has no entries")
     key, value = buffers["key"], buffers["value"]
     if key.ndim != 2 or key.shape[1] != attention.head_dim or value.ndim != 2:
         raise ValueError(f"keys are {tuple(key.shape)}, the model's have {attention.head_dim} numbers a head")
@@ -306,7 +304,8 @@ def _fill_foreign(layer: Any, numbers: Any, own: dict[str, torch.Tensor], rows: 
         return
     keys, values = own["keys"], own["values"]
     for tensor in (keys, values):
-        if tensor.ndim != 4 or tensor.shape[0] != len(rows.tokens) or tensor.shape[2] > rows.columns:
+        bounded = type(layer) is not DynamicLayer  # which holds an image (cross-attention), of any length
+        if tensor.ndim != 4 or len(tensor) != len(rows.tokens) or (bounded and tensor.shape[2] > rows.columns):
             raise ValueError(f"a layer that does not evict has {tuple(tensor.shape)} for {len(rows.tokens)} rows")
     wanted = {name: kind for name, kind in FOREIGN_NUMBERS.items() if hasattr(layer, name)}
     if not isinstance(numbers, dict) or {name: type(value) for name, value in numbers.items()} != wanted:
@@ -424,7 +423,8 @@ def cache_of_slices(recording: Recording, slices: Sequence[Mapping[str, torch.Te
         ValueError: slices of another model, or of a session that records other data.
     """
     cache = recording.new_cache()
-    names = [f"layers.{layer.layer_idx}.{name}" for layer in cache.ragged for name in _entry_names(recording, layer)]
+    stored = ("key", "value", *recording.entry_states)
+    names = [f"layers.{layer.layer_idx}.{name}" for layer in cache.ragged for name in stored]
     wrong = sorted({name for one in slices for name in one.keys() ^ set(names)})
     if wrong or not slices:
         differ = ", ".join(wrong) or "nothing"
@@ -436,18 +436,15 @@ def cache_of_slices(recording: Recording, slices: Sequence[Mapping[str, torch.Te
     for layer in cache.layers:
         assert isinstance(layer, RaggedLayer), "check_sliceable has been called"
         heads, start = layer.attention.num_kv_heads, f"layers.{layer.layer_idx}."
-        for name in _entry_names(recording, layer):
+        for name in stored:
             whole = torch.cat([one[start + name] for one in slices], dim=2)
             if whole.shape[:3] != (1, heads, total):
                 raise ValueError(f"{start}{name} are {tuple(whole.shape)}; accepted: (1, {heads}, {total}, …)")
             flat = whole.reshape(heads * total, -1)
             tensors[f"{start}entries.{name}"] = flat if name in ("key", "value") else flat.squeeze(1)
-        lengths = None
-        if _has_entries(layer):
-            positions = torch.arange(total, dtype=torch.int32, device=recording.model.device)
-            tensors[f"{start}entries.position"] = positions.repeat(heads)
-            lengths = [total] * heads
-        documents.append({"kind": "RaggedLayer", "lengths": lengths, "scaling": layer.scaling})
+        positions = torch.arange(total, dtype=torch.int32, device=recording.model.device)
+        tensors[f"{start}entries.position"] = positions.repeat(heads)
+        documents.append({"kind": "RaggedLayer", "lengths": [total] * heads, "scaling": layer.scaling})
     header = {
         "rows": {"tokens": [total], "runs": [total]},
         "last_eviction": 0,
@@ -456,12 +453,3 @@ def cache_of_slices(recording: Recording, slices: Sequence[Mapping[str, torch.Te
     }
     restore(cache, header, tensors)
     return cache
-
-
-def _entry_names(recording: Recording, layer: RaggedLayer) -> tuple[str, ...]:
-    return ("key", "value", *recording.entry_states) if _has_entries(layer) else ()
-
-
-def _has_entries(layer: RaggedLayer) -> bool:
-    """Whether the layer stores entries of its own; some models' layers read those of another."""
-    return not getattr(layer.attention.module, "is_kv_shared_layer", False)

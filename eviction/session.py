@@ -5,30 +5,43 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..retention.gates import RetentionGates, gate_log_beta, stacked_steps
-from ..retention.seams import (
-    SUPPORTED_FAMILIES,
-    AttentionCall,
+from ..retention.attention_arguments import padding_mask
+from ..retention.decoder_layers import (
     AttentionLayer,
-    Interceptor,
     UnsupportedModelError,
+    execution_device,
     full_attention_layers,
+    plain_model,
+    replaces_tensors,
     text_config,
+    text_decoder,
 )
+from ..retention.gates import RetentionGates, gate_log_beta, stacked_steps
+from ..retention.seams import AttentionCall, Interceptor
 from .cache import RaggedCache, Recording
 from .cache_layer import RaggedLayer
 from .cache_report import Report
 from .forward_state import RollbackConfig, SequenceState, new_tokens
-from .model_adapters import ROTARY_TYPES, Rotary, has_output_weight, rotates_queries
+from .model_adapters import (
+    LENGTH_DEPENDENT,
+    OUTPUT_PROJECTIONS,
+    ROTARY_TYPES,
+    Rotary,
+    has_output_weight,
+    rope_types,
+    rotates_queries,
+)
+from .mrope import RopeDeltas
 from .packed import PackedCache
 from .plan import BudgetLayout, EvictionPlan
 from .policies.policy import Policy
 from .recorders import InputRecorder, Observers
-from .rollback import replaces_tensors
 from .serialization import load_cache, save_cache
 from .stacking import stack
 from .storage.paged_store import store_class
@@ -47,12 +60,14 @@ class Session(Interceptor):
         recording: the part of these that caches hold.
         logits_to_keep: this argument of the running call of the model: the number of last logits that its caller reads;
             0 or a tensor of indices for all.
+        call_mask: `attention_mask` of the running call of the model; None if there was none.
+        rope_deltas: M-RoPE's offsets, which each cache has of its own.
     """
 
     def __init__(
         self, model: PreTrainedModel, plan: EvictionPlan, gates: RetentionGates | None, observe: tuple[Policy, ...]
     ) -> None:
-        self.model = model
+        self.model = model = plain_model(model)
         self.plan = plan
         self.gates = gates
         self._config = text_config(model)
@@ -63,6 +78,9 @@ class Session(Interceptor):
         self.window_size = max(policy.window_size for policy in policies)
         self._running: RaggedCache | PackedCache | None = None
         self._last: RaggedCache | None = None
+        self.rope_deltas = RopeDeltas(model)
+        modules = text_decoder(model).modules()
+        self._checkpointed = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
         self._check(model)
         self._gate_steps = stacked_steps(gates) if gates is not None and "log_beta" in self._needs else None
         self.observers = Observers(policies, Rotary(model) if "query_statistics" in self._needs else None)
@@ -74,17 +92,15 @@ class Session(Interceptor):
             rollback=RollbackConfig(),
         )  # fmt: skip
         self.logits_to_keep: Any = 0
+        self.call_mask: Any = None
+        self._in_call = False  # of the model; False while its decoder is called directly
+        # The caches that replace those given to the model, which stay empty.
+        self._replaced: WeakKeyDictionary[Cache, RaggedCache] = WeakKeyDictionary()
         self._inputs: list[torch.Tensor] | None = None  # of a one-token forward, until its end
 
     def _check(self, model: PreTrainedModel) -> None:
-        kinds = DynamicCache(config=self._config).layers
-        mixed = {type(kinds[index]).__name__ for index in self._layers if index < len(kinds)} - {"DynamicLayer"}
-        if mixed:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is not supported by evict(): its attention layers use {', '.join(mixed)}; "
-                f"supported: {SUPPORTED_FAMILIES}"
-            )
         if self.plan.prefill_chunk is not None:
+            kinds = DynamicCache(config=self._config).layers
             others = {type(layer).__name__ for index, layer in enumerate(kinds) if index not in self._layers
                       and not replaces_tensors(layer)}
             if others:
@@ -92,18 +108,24 @@ class Session(Interceptor):
                     f"prefill_chunk needs layers that take a prompt in pieces; {type(model).__name__} has "
                     f"{', '.join(sorted(others))}: leave prefill_chunk unset"
                 )
+            scaled = rope_types(self._config) & LENGTH_DEPENDENT
+            if scaled:
+                raise ValueError(
+                    f"prefill_chunk needs RoPE that does not depend on the length of the input; {type(model).__name__} "
+                    f"has {', '.join(sorted(scaled))}: leave prefill_chunk unset"
+                )
         self.plan.budget.total(1, self.layout)
         for policy in self.policies:
             check_model_has(policy, model, self._layers.values())
             if "hidden_states" in policy.needs and self.plan.prefill_chunk is not None:
                 raise ValueError(f"policy {policy.name!r} scores a prompt as a whole: leave prefill_chunk unset")
-        devices = {parameter.device for layer in self._layers.values() for parameter in layer.module.parameters()}
+        devices = {execution_device(layer.module) for layer in self._layers.values()}
         if len(devices) > 1:
             raise ValueError(f"evict() needs the model on one device, its layers are on {sorted(map(str, devices))}")
         if self.gates is not None:
             self.gates.check_model(model)
             given = next(self.gates.parameters()).device
-            if devices and given not in devices:
+            if given not in devices:
                 raise ValueError(f"the gates are on {given}, the model is on {devices.pop()}: move them with .to()")
         elif "log_beta" in self._needs:
             name = next(policy.name for policy in self.policies if "log_beta" in policy.needs)
@@ -118,7 +140,7 @@ class Session(Interceptor):
         layers = list(self._layers.values())
         dim = max(layer.head_dim for layer in layers)
         width = dim * self.model.dtype.itemsize + torch.int32.itemsize
-        kind = store_class(self.model.device, self.model.dtype, dim)
+        kind = store_class(execution_device(self.model), self.model.dtype, dim)
         return BudgetLayout(tuple(layer.num_kv_heads for layer in layers), width, kind.spare)
 
     def new_cache(self) -> RaggedCache:
@@ -131,8 +153,6 @@ class Session(Interceptor):
             )
         layers = DynamicCache(config=self._config).layers
         ring_size = self.recording.rollback.ring_size(self.window_size)
-        while len(layers) <= max(self._layers):
-            layers.append(None)  # type: ignore[arg-type]  # replaced below
         for index, layer in self._layers.items():
             layers[index] = RaggedLayer(layer, ring_size, self.observers)  # type: ignore[call-overload]
         cache = RaggedCache(self.recording, self.plan, layers)
@@ -177,7 +197,7 @@ class Session(Interceptor):
             ValueError: another shape of `ids` or `attention_mask`, another number of rows than the cache has, a cache
                 of another block, or as the forward under `evict`.
         """
-        device, rows = self.model.device, cache.rows
+        device, rows = execution_device(self.model), cache.rows
         tokens = torch.as_tensor(ids, dtype=torch.long, device=device)
         if tokens.ndim == 1:
             tokens = tokens.expand(max(1, len(rows.tokens)), -1)
@@ -188,8 +208,11 @@ class Session(Interceptor):
                 f"got attention_mask {tuple(attention_mask.shape)} for ids {tuple(tokens.shape)}; accepted: one number "
                 "for each of the new tokens"
             )
-        if position_ids is None and (rows.padded or attention_mask is not None):
+        deltas = rows.rope_deltas
+        if position_ids is None and (rows.padded or attention_mask is not None or deltas is not None):
             position_ids = self._positions_after(rows, tokens, attention_mask)
+            if deltas is not None:  # text after an image: the same position in time, height and width
+                position_ids = (position_ids + deltas.to(device)).expand(3, -1, -1)
         if attention_mask is None and rows.padded and len(cache.ragged) < len(cache.layers):
             attention_mask = torch.ones_like(tokens)  # transformers' own layers store padding and must mask it
         if attention_mask is not None:
@@ -247,6 +270,19 @@ class Session(Interceptor):
 
     # Called by the hooks.
 
+    def begin_call(self, kwargs: dict[str, Any]) -> None:
+        self._in_call = True
+        self.logits_to_keep, self.call_mask = kwargs.get("logits_to_keep", 0), kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
+        filled = cache.rows if isinstance(cache, RaggedCache) and cache.rows.tokens else None
+        if filled is not None:
+            _refuse_repeated_prompt(kwargs.get("position_ids"), filled.columns)
+        self.rope_deltas.load(filled, positions_given=kwargs.get("position_ids") is not None)
+
+    def end_call(self) -> None:
+        self._in_call = False
+        self.logits_to_keep, self.call_mask = 0, None
+
     def uses_cache(self, kwargs: dict[str, Any]) -> bool:
         """Whether a forward of the decoder with these arguments writes to a cache."""
         use_cache = kwargs.get("use_cache")
@@ -260,13 +296,19 @@ class Session(Interceptor):
             return kwargs
         if not self.uses_cache(kwargs):
             return kwargs
+        if any(module.training and module.gradient_checkpointing for module in self._checkpointed):
+            raise ValueError(
+                "got a model in training mode with gradient checkpointing, by which its layers drop the cache; call "
+                "model.eval() first"
+            )
         cache = self.cache_for(kwargs.get("past_key_values"))
         source = kwargs.get("inputs_embeds")
         source = kwargs["input_ids"] if source is None else source
         batch, q_len = source.shape[:2]
         if self.drafts and cache.made_by_generate and not cache.drafting:
             cache.activate_past_recording()
-        valid = new_tokens(kwargs.get("attention_mask"), batch, q_len, cache.columns_seen)
+        mask = padding_mask(kwargs.get("attention_mask"), self.call_mask)
+        valid = new_tokens(mask, batch, q_len, cache.columns_seen)
         step = cache.begin_step(batch, q_len, valid, source.device)
         self.observers.begin(step, kwargs.get("position_ids"), cache.columns_seen)
         self._recorder.begin(step, kwargs.get("position_ids"), cache.columns_seen)
@@ -300,7 +342,13 @@ class Session(Interceptor):
             raise ValueError(
                 "the cache given to the model was filled outside this evict() block; start with session.new_cache()"
             )
-        cache = self.new_cache()
+        former = self._replaced.get(given)
+        if former is not None and former.columns_seen:
+            raise ValueError(
+                f"got the same {type(given).__name__} as in an earlier call, whose {former.columns_seen} tokens are in "
+                "the session's own cache; pass the past_key_values of that call's output, or a session.new_cache()"
+            )
+        cache = self._replaced[given] = self.new_cache()
         cache.made_by_generate = True
         if any(getattr(layer, "record_past", False) for layer in given.layers):
             cache.activate_past_recording()  # assisted decoding will take tokens back from the sliding layers
@@ -330,11 +378,15 @@ class Session(Interceptor):
         inputs, self._inputs = self._inputs, None
         if cache is None:
             return
-        if completed and inputs and isinstance(cache, RaggedCache):
+        if isinstance(cache, PackedCache):
+            return cache.end_step(completed)
+        if completed and inputs:
             for layer, values in zip(cache.ragged, self._log_beta_of_all_layers(inputs), strict=True):
                 assert layer.store is not None
                 layer.store.fill("log_beta", values)
         cache.end_step(completed)
+        if completed and self._in_call:
+            self.rope_deltas.store(cache.rows)
 
     @torch.no_grad()
     def _log_beta_of_all_layers(self, hidden_states: list[torch.Tensor]) -> torch.Tensor:
@@ -344,17 +396,36 @@ class Session(Interceptor):
         return gate_log_beta(self.gates.config, tokens, self._gate_steps, self.gates.weight, self.gates.bias).flatten(1)
 
 
+def _refuse_repeated_prompt(position_ids: Any, columns: int) -> None:
+    """Raises ValueError if a call reads so many tokens, from position 0 on, as its cache has seen columns.
+
+    That is `generate` with a prompt whose tokens are all in the cache: transformers then reads all of them again.
+    """
+    if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 2 or position_ids.shape[1] != columns:
+        return
+    if columns > 1 and bool((position_ids == torch.arange(columns, device=position_ids.device)).all()):
+        raise ValueError(
+            f"got a prompt whose {columns} tokens are all in its cache, so that nothing is left to read; accepted: a "
+            "prompt that is longer than its cache, or a cache without the last token (cache.crop(-1))"
+        )
+
+
 def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[AttentionLayer]) -> None:
     """Raises UnsupportedModelError, naming what is missing, unless `policy` can run on `model` with these layers."""
-    reason = ""
+    reason, softmaxes = "", {layer.softmax for layer in layers} - {""}
     if "output_weight" in policy.needs:
         without = [layer.name for layer in layers if not has_output_weight(layer)]
         if without:
+            names = ", ".join(OUTPUT_PROJECTIONS)
             reason = (
-                f"the output projection as a linear layer 'o_proj' with a floating-point weight, which {without[0]} "
-                "does not have"
+                f"the output projection as a linear layer ({names}) with a floating-point weight in memory, which "
+                f"{without[0]} does not have"
             )
-    if policy.needs & {"query_statistics", "hidden_states"} and not rotates_queries(model):
+    if policy.needs - {"log_beta"} and any(layer.latent for layer in layers):
+        reason = "keys and values of every head, where this model's cache holds one latent for all of them"
+    elif softmaxes and (policy.observes or policy.needs & {"queries", "query_statistics", "hidden_states"}):
+        reason = f"the weights of an ordinary softmax, where this model's attention has {softmaxes.pop()}"
+    elif policy.needs & {"query_statistics", "hidden_states"} and not rotates_queries(model):
         reason = (
             f"queries before RoPE, which are known for the model types {', '.join(ROTARY_TYPES)}; this one is "
             f"{text_config(model).model_type!r}"

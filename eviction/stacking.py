@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ..retention.decoder_layers import replaces_tensors
 from .cache import RaggedCache
 from .cache_layer import LayerObserver, RaggedLayer
 from .forward_state import SequenceState
 from .policies.registry import get_policy
-from .rollback import replaces_tensors
 from .storage.paged_store import store_of
 
 

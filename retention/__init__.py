@@ -7,10 +7,10 @@ from .attach import Attached, Prompt, attach, attach_after, read_prompt
 from .calibration import Calibration, TriedBudget
 from .capacity import Capacity, capacity_loss
 from .checkpoint import CheckpointError, CheckpointInfo, fingerprint
+from .decoder_layers import UnsupportedModelError
 from .gate_config import RetentionConfig
 from .gates import RetentionGates
 from .ops import gated_attention, occupancy
-from .seams import UnsupportedModelError
 from .segments import Segments
 from .soft_eviction import SoftEviction
 

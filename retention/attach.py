@@ -16,21 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
 
+from .attention_arguments import is_causal, padding_mask, refuse_dropout, refuse_unknown, softmax_of
+from .decoder_layers import AttentionLayer, DifferentiableStates, copy_cache_layer, text_config, text_decoder
 from .gates import RetentionGates
 from .ops import gated_attention
 from .ops.after_prompt import biased_attention, gated_attention_after
 from .ops.gated_attention import Implementation
-from .seams import (
-    AttentionCall,
-    AttentionFunction,
-    AttentionLayer,
-    Interceptor,
-    intercept,
-    is_intercepted,
-    text_config,
-    text_decoder,
-)
+from .ops.softmax import Softmax
+from .seams import AttentionCall, AttentionFunction, Interceptor, intercept, is_intercepted
 from .segments import Segments
 from .soft_eviction import SoftEviction
 
@@ -41,6 +36,43 @@ class GatedInterceptor(Interceptor):
     def __init__(self, gates: RetentionGates) -> None:
         self.gates = gates
         self._log_beta: dict[int, torch.Tensor] = {}
+        self._call_mask: Any = None  # `attention_mask` of the running call of the model
+        self._causal_mask: Any = None  # the 4-D mask that was found to be causal in this forward
+
+    def begin_call(self, kwargs: dict[str, Any]) -> None:
+        self._call_mask = kwargs.get("attention_mask")
+
+    def end_call(self) -> None:
+        self._call_mask = None
+
+    def end(self, completed: bool) -> None:
+        self._causal_mask = None
+
+    def attention_call(self, attend: Callable[..., torch.Tensor]) -> AttentionCall:
+        """A call that computes attention by `attend(query, key, value, scaling, softmax)`.
+
+        Its result is `(batch, num_heads, q_len, dim)`.
+
+        It raises ValueError for arguments that `attend` does not take into account, and for masks that are not causal.
+        """
+
+        def call(
+            base: AttentionFunction, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+            attention_mask: Any, scaling: float | None = None, **kwargs: Any,
+        ) -> tuple[torch.Tensor, None]:  # fmt: skip
+            refuse_unknown(module, kwargs)
+            refuse_dropout(kwargs)
+            if attention_mask is not self._causal_mask and not is_causal(attention_mask, query.shape[2]):
+                raise ValueError(
+                    f"{type(module).__name__} was given a mask by which tokens see later ones (an image or a prefix "
+                    "that attends in both directions); accepted under gates: causal masks"
+                )
+            self._causal_mask = attention_mask
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            output = attend(query, key, value, scaling, softmax_of(kwargs))
+            return output.transpose(1, 2).contiguous(), None
+
+        return call
 
     def log_beta(self) -> torch.Tensor:
         """log β of the last forward (with its prompt, if it had one), with its graph.
@@ -56,19 +88,12 @@ class GatedInterceptor(Interceptor):
         return torch.stack([self._log_beta[index].to(device) for index in self.gates.layer_indices])
 
 
-def attention_call(attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]) -> AttentionCall:
-    """A call that computes attention by `attend(query, key, value, scaling)`, `(batch, num_heads, q_len, dim)`."""
+def _for_heads(per_entry: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """A number for each entry, `(batch, num_kv_heads, seq_len)`, for the heads of `key`.
 
-    def call(
-        base: AttentionFunction, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        attention_mask: Any, scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        if dropout:
-            raise ValueError(f"attention dropout is {dropout}; gated attention accepts 0 (set attention_dropout=0)")
-        output = attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        return output.transpose(1, 2).contiguous(), None
-
-    return call
+    They differ for latent attention (MLA): one gate for all heads that are expanded from a latent.
+    """
+    return per_entry.expand(-1, key.shape[1], -1) if per_entry.shape[1] == 1 else per_entry
 
 
 class Attached(GatedInterceptor):
@@ -93,8 +118,9 @@ class Attached(GatedInterceptor):
         inputs = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         if inputs is None:
             raise ValueError("the model was called without input_ids and without inputs_embeds")
+        mask = padding_mask(kwargs.get("attention_mask"), self._call_mask)
         self.segments = Segments.from_inputs(
-            inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"), kwargs.get("position_ids"), inputs.device
+            inputs.shape[0], inputs.shape[1], mask, kwargs.get("position_ids"), inputs.device
         )
         self._log_beta = {}
         return kwargs
@@ -106,10 +132,13 @@ class Attached(GatedInterceptor):
         assert self.segments is not None
         segments, implementation = self.segments, self.implementation
 
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-            return gated_attention(query, key, value, log_beta, scaling, segments, implementation)
+        def attend(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softmax: Softmax
+        ) -> torch.Tensor:
+            gates = _for_heads(log_beta, key)
+            return gated_attention(query, key, value, gates, scaling, segments, implementation, softmax)
 
-        return attention_call(attend)
+        return self.attention_call(attend)
 
 
 @contextmanager
@@ -138,7 +167,7 @@ class Prompt:
 
     Attributes:
         hidden_states: by layer index, the attention module's inputs `(batch, prompt_len, hidden_size)`.
-        cache: keys and values of all layers; not to be written to, see `new_cache`.
+        cache: keys, values and recurrent states of all layers; not to be written to, see `new_cache`.
         length: tokens.
     """
 
@@ -147,9 +176,13 @@ class Prompt:
     length: int
 
     def new_cache(self) -> DynamicCache:
-        """A cache that starts with the prompt. Its layers share the prompt's tensors until they grow into new ones."""
+        """A cache that starts with the prompt, and shares its tensors where layers replace theirs in every forward."""
         cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        layers: list[Any] = [
+            DifferentiableStates.of(layer) if type(layer) is LinearAttentionLayer else copy_cache_layer(layer)
+            for layer in self.cache.layers
+        ]
+        cache.layers = layers
         return cache
 
 
@@ -201,12 +234,14 @@ class AttachedAfter(GatedInterceptor):
         if self._log_weight:
             bias = nn.functional.pad(self._log_weight[index], (0, hidden_states.shape[1]))
 
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        def attend(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softmax: Softmax
+        ) -> torch.Tensor:
             if bias is None:
-                return gated_attention_after(query, key, value, log_beta, scaling)
-            return biased_attention(query, key, value, bias, scaling)
+                return gated_attention_after(query, key, value, _for_heads(log_beta, key), scaling, softmax=softmax)
+            return biased_attention(query, key, value, _for_heads(bias, key), scaling, softmax=softmax)
 
-        return attention_call(attend)
+        return self.attention_call(attend)
 
 
 @contextmanager

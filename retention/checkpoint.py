@@ -74,9 +74,18 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     It is the same for a model that is loaded in fp32, in bf16, or from another path.
     """
-    weight = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "_hf_hook"):  # accelerate, which is installed then, may have offloaded the weight
+        from accelerate.utils import align_module_device
+
+        with align_module_device(embedding):
+            return _digest_of_rows(embedding.weight)
+    return _digest_of_rows(embedding.weight)
+
+
+def _digest_of_rows(weight: Any) -> str:
     assert isinstance(weight, torch.Tensor)
-    rows = torch.linspace(0, weight.shape[0] - 1, 16).long()
+    rows = torch.linspace(0, weight.shape[0] - 1, 16, dtype=torch.float32, device="cpu").long()
     sample = weight.detach()[rows.to(weight.device)].to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from tenure.checked import Range, Size, read, verify
 
-from .seams import full_attention_layers, text_config
+from .decoder_layers import full_attention_layers, text_config
 
 Projection = Literal["per_layer", "shared", "shared_heads"]
 
@@ -59,6 +61,8 @@ class RetentionConfig:
         layers = full_attention_layers(model)
         config = text_config(model)
         activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu"
+        if isinstance(ACT2FN[activation], nn.Module) and list(ACT2FN[activation].parameters()):
+            activation = "silu"  # a learned activation, such as Apertus' xIELU, is a part of the model
         found: dict[str, Any] = {
             "hidden_size": int(config.hidden_size),
             "num_kv_heads": layers[0].num_kv_heads,

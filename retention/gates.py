@@ -24,14 +24,14 @@ from .checkpoint import (
     parse_weights,
     save_checkpoint,
 )
+from .decoder_layers import execution_device, full_attention_layers, text_config
 from .gate_config import RetentionConfig
-from .seams import full_attention_layers, text_config
 
 logger = logging.getLogger(__name__)
 
 
-# A part of a gate's MLP: a module, or the weights of a linear layer of all layers, `(layers, in, out)` and
-# `(layers, 1, out)`.
+# A part of a gate's MLP: a module, or the weights of a linear layer of all layers, `(layers, out, in)` and
+# `(layers, out, 1)`.
 GateStep = nn.Module | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -59,7 +59,10 @@ def gate_log_beta(
     with torch.autocast(hidden_states.device.type, enabled=False):
         features = hidden_states.float()
         for step in steps:
-            features = torch.baddbmm(step[1], features, step[0]) if isinstance(step, tuple) else step(features)
+            if isinstance(step, tuple):  # few tokens are multiplied faster as columns than as rows
+                features = torch.baddbmm(step[1], step[0], features.transpose(1, 2)).transpose(1, 2)
+            else:
+                features = step(features)
         if config.projection == "shared_heads":
             logits = features.unflatten(-1, (config.num_kv_heads, config.gate_width)) @ weight[0] + bias
         elif weight.dim() == 3:
@@ -75,8 +78,8 @@ def stacked_steps(gates: RetentionGates) -> list[GateStep]:
     steps: list[GateStep] = []
     for parts in zip(*(gates.bodies[str(index)] for index in gates.layer_indices), strict=True):
         if isinstance(parts[0], nn.Linear):
-            weight = torch.stack([part.weight.detach().t() for part in parts])
-            steps.append((weight, torch.stack([part.bias.detach() for part in parts]).unsqueeze(1)))
+            weight = torch.stack([part.weight.detach() for part in parts])
+            steps.append((weight, torch.stack([part.bias.detach() for part in parts]).unsqueeze(2)))
         else:
             steps.append(parts[0])
     return steps
@@ -115,13 +118,13 @@ class RetentionGates(nn.Module):
         self.reset_parameters()
 
     def _body(self) -> nn.Sequential:
-        config = self.config
-        layers = [nn.Linear(config.hidden_size, config.gate_width), ACT2FN[config.activation]]
+        config, fp32 = self.config, torch.float32  # whatever torch's default dtype is
+        layers = [nn.Linear(config.hidden_size, config.gate_width, dtype=fp32), ACT2FN[config.activation]]
         if config.projection == "shared":
-            layers += [nn.Linear(config.gate_width, config.gate_width), ACT2FN[config.activation]]
+            layers += [nn.Linear(config.gate_width, config.gate_width, dtype=fp32), ACT2FN[config.activation]]
         elif config.projection == "shared_heads":
             features = config.num_kv_heads * config.gate_width
-            layers += [nn.Linear(config.gate_width, features), ACT2FN[config.activation]]
+            layers += [nn.Linear(config.gate_width, features, dtype=fp32), ACT2FN[config.activation]]
         return nn.Sequential(*layers)
 
     @torch.no_grad()
@@ -138,7 +141,7 @@ class RetentionGates(nn.Module):
     def for_model(cls, model: PreTrainedModel, **overrides: object) -> RetentionGates:
         """Fresh gates for all full-attention layers of `model`, on its device."""
         gates = cls(RetentionConfig.for_model(model, **overrides), CheckpointInfo.for_model(model))
-        return gates.to(next(model.parameters()).device)
+        return gates.to(execution_device(model))
 
     @property
     def layer_indices(self) -> tuple[int, ...]:
@@ -171,6 +174,9 @@ class RetentionGates(nn.Module):
             UnsupportedModelError: tenure cannot attach to the model.
             ValueError: naming what differs.
         """
+        dtypes = {parameter.dtype for parameter in self.parameters()} - {torch.float32}
+        if dtypes:
+            raise ValueError(f"got gates in {dtypes.pop()}; accepted: torch.float32 (gates.float()), for any model")
         layers = full_attention_layers(model)
         found = {
             "hidden_size": int(text_config(model).hidden_size),
@@ -229,7 +235,7 @@ class RetentionGates(nn.Module):
         gates.calibration = load_calibration(where, gates.state_dict())
         if model is not None:
             gates.check_model(model)
-            gates.to(next(model.parameters()).device)
+            gates.to(execution_device(model))
         return gates
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:

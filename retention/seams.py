@@ -2,7 +2,8 @@
 
 No modelling file is forked and no forward is replaced. While `intercept` is active
 
-1. a pre-hook on the text decoder sees the keyword arguments of its forward (2-D mask, position ids, cache),
+1. a pre-hook on the model sees the arguments of a call, and one on the text decoder those of its forward (mask,
+   position ids, cache),
 2. a pre-hook on every full-attention module sees its input hidden states and hands the module an
    `AttentionCall` as the keyword argument `tenure`, which transformers passes on to the attention function,
 3. that function, registered once in transformers' attention interface, runs the call; without one (a sliding-window
@@ -14,26 +15,21 @@ On leaving, the hooks are removed and the configuration is restored, so the mode
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-logger = logging.getLogger(__name__)
+from .decoder_layers import AttentionLayer, full_attention_layers, plain_model, text_config, text_decoder
 
-SUPPORTED_FAMILIES = (
-    "Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Phi-3, Gemma-3 and other decoders of transformers >= 5.2 that use its "
-    "attention interface and have full-attention layers"
-)
 PREFIX = "tenure_"
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -41,92 +37,18 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 AttentionCall = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
-class UnsupportedModelError(ValueError):
-    """The model cannot be attached to; the message names the model, the reason and the supported families."""
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """One full-attention layer of a decoder.
-
-    Attributes:
-        layer_idx: index of the layer in the decoder, the one its cache layer has.
-        name: dotted module name, e.g. `model.layers.0.self_attn`.
-        module: the attention module.
-        num_heads, num_kv_heads, head_dim: query heads, key/value heads and the key's head dimension.
-    """
-
-    layer_idx: int
-    name: str
-    module: nn.Module
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-
-def text_config(model: PreTrainedModel) -> Any:
-    """The configuration of the text decoder (`model.config` itself for text-only models)."""
-    return model.config.get_text_config(decoder=True)
-
-
-def full_attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
-    """The causal full-attention layers of `model`, in order of `layer_idx`.
-
-    Sliding-window and linear layers are left out: they bound their own memory.
-
-    Raises:
-        UnsupportedModelError: the model has no such layer or does not use the attention interface.
-    """
-    config = text_config(model)
-    kind = type(model).__name__
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise _unsupported(kind, "it caps its attention logits (attn_logit_softcapping)")
-    cache_layers = DynamicCache(config=config).layers
-    layers = []
-    for name, module in model.named_modules():
-        if not _is_attention(module, config):
-            continue
-        if hasattr(module, "sinks"):
-            raise _unsupported(kind, "its attention has learned sinks")
-        index = int(module.layer_idx)  # type: ignore[arg-type]
-        if index < len(cache_layers) and getattr(cache_layers[index], "is_sliding", False):
-            continue
-        num_heads = int(config.num_attention_heads)
-        groups = int(getattr(module, "num_key_value_groups", 1))
-        head_dim = int(getattr(module, "head_dim", None) or getattr(module, "qk_head_dim", None) or 0)
-        layers.append(AttentionLayer(index, name, module, num_heads, num_heads // groups, head_dim))
-    if not layers:
-        raise _unsupported(kind, "no causal full-attention layer that uses the attention interface was found")
-    return sorted(layers, key=lambda layer: layer.layer_idx)
-
-
-def text_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that owns the decoder layers (`LlamaModel` inside `LlamaForCausalLM`)."""
-    name = full_attention_layers(model)[0].name
-    path = name.split(".")
-    while path and not path[-1].isdigit():
-        path.pop()
-    return model.get_submodule(".".join(path[:-2]))
-
-
-def _is_attention(module: nn.Module, config: Any) -> bool:
-    if not isinstance(getattr(module, "layer_idx", None), int) or not getattr(module, "is_causal", False):
-        return False
-    if getattr(module, "config", None) is not config or "Attention" not in type(module).__name__:
-        return False
-    parameters = inspect.signature(module.forward).parameters.values()
-    takes_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    uses_interface = hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
-    takes_cache = any(p.name == "past_key_values" for p in parameters)
-    return takes_kwargs and uses_interface and takes_cache
-
-
-def _unsupported(kind: str, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{kind} is not supported: {reason}. Supported: {SUPPORTED_FAMILIES}.")
-
-
 class Interceptor(ABC):
-    """Handler of `intercept` while a model runs. One forward of the decoder is one `begin` … `end`."""
+    """Handler of `intercept` while a model runs.
+
+    A call of the model is one `begin_call` … `end_call`, with one forward of the decoder in it, or several; a forward
+    is one `begin` … `end`. A decoder that is called directly has no call around it.
+    """
+
+    def begin_call(self, kwargs: dict[str, Any]) -> None:  # noqa: B027 - most handlers need nothing here
+        """Called before the model's forward with its arguments by name."""
+
+    def end_call(self) -> None:  # noqa: B027 - most handlers need nothing here
+        """Called after the model's forward, also if it raised."""
 
     @abstractmethod
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -143,8 +65,38 @@ class Interceptor(ABC):
         """Called after the decoder's forward; `completed` is False when the forward raised."""
 
 
+class _DecoderHooks:
+    """The hooks around the decoder's forward."""
+
+    def __init__(self, decoder: nn.Module, interceptor: Interceptor, config: Any, implementation: str) -> None:
+        self.interceptor, self.config, self.implementation = interceptor, config, implementation
+        self.names = list(inspect.signature(decoder.forward).parameters)
+        self.thread: int | None = None  # the one that runs a forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _DecoderHooks:
+        raise ValueError("got a copy of a model inside an attach() or evict() block; copy it outside")
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if self.config._attn_implementation != self.implementation:
+            raise ValueError(
+                f"got the attention implementation {self.config._attn_implementation!r}, set inside an attach() or "
+                "evict() block; set it before the block"
+            )
+        if self.thread not in (None, threading.get_ident()):
+            raise ValueError("a forward of this model is running in another thread; accepted: one thread at a time")
+        if self.thread is not None:
+            self.interceptor.end(completed=False)  # Ctrl-C ended it: torch runs no hooks for a KeyboardInterrupt
+        self.thread = threading.get_ident()
+        return (), self.interceptor.begin(named_arguments(self.names, args, kwargs))
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.thread == threading.get_ident():
+            self.thread = None
+            self.interceptor.end(completed=output is not None)
+
+
 def is_intercepted(model: PreTrainedModel) -> bool:
-    """Is `model` inside an `attach` or `evict` block?"""
+    """Is `model`, or another model with the same configuration object, inside an `attach` or `evict` block?"""
     return str(text_config(model)._attn_implementation).startswith(PREFIX)
 
 
@@ -152,46 +104,79 @@ def is_intercepted(model: PreTrainedModel) -> bool:
 def intercept(model: PreTrainedModel, interceptor: Interceptor) -> Iterator[list[AttentionLayer]]:
     """Routes the full-attention layers of `model` through `interceptor` inside the `with` block.
 
+    A compiled model runs uncompiled in it (and so does everything else that torch.compile has compiled).
+
     Yields:
         The layers that are intercepted.
     Raises:
         UnsupportedModelError: see `full_attention_layers`.
-        ValueError: the model is already inside an `attach` or `evict` block.
+        ValueError: the model, or one that shares its configuration object, is already inside an `attach` or `evict`
+            block.
     """
+    given, model = model, plain_model(model)
     layers = full_attention_layers(model)
-    config = text_config(model)
+    config, decoder = text_config(model), text_decoder(model)
     base = config._attn_implementation or "eager"
     if is_intercepted(model):
+        hooks = [getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values()]
+        if any(isinstance(hook, _DecoderHooks) for hook in hooks):
+            raise ValueError(
+                f"{type(model).__name__} is already inside an attach() or evict() block; leave that one first "
+                "(one block at a time per model)"
+            )
         raise ValueError(
-            f"{type(model).__name__} is already inside an attach() or evict() block; leave that one first "
-            "(one block at a time per model)"
+            f"another model with the same configuration object as this {type(model).__name__} is inside an attach() or "
+            "evict() block; give each model a configuration of its own (copy.deepcopy)"
         )
-    decoder = text_decoder(model)
-    names = list(inspect.signature(decoder.forward).parameters)
-    running = [False]
-
-    def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        bound = dict(zip(names, args, strict=False)) | kwargs
-        running[0] = True
-        return (), interceptor.begin(bound)
-
-    def after_decoder(module: nn.Module, args: tuple, output: Any) -> None:
-        if running[0]:
-            running[0] = False
-            interceptor.end(completed=output is not None)
-
     with ExitStack() as stack:
-        handles = [
-            decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
-            decoder.register_forward_hook(after_decoder, always_call=True),
-        ]
-        handles += [layer.module.register_forward_pre_hook(_pre_hook(layer, interceptor), with_kwargs=True)
-                    for layer in layers]
-        for handle in handles:
-            stack.callback(handle.remove)
         stack.callback(setattr, config, "_attn_implementation", base)
         config._attn_implementation = _register(base)
+        hooks = _DecoderHooks(decoder, interceptor, config, config._attn_implementation)
+        handles = [
+            decoder.register_forward_pre_hook(hooks.before, with_kwargs=True),
+            decoder.register_forward_hook(hooks.after, always_call=True),
+        ]
+        if decoder is not model:
+            handles += _call_hooks(model, interceptor)
+        handles += [
+            layer.module.register_forward_pre_hook(_pre_hook(layer, interceptor), with_kwargs=True) for layer in layers
+        ]
+        for handle in handles:
+            stack.callback(handle.remove)
+        if _is_compiled(given):
+            # Compilation would trace through the hooks.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield layers
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether `model`, a part of it or its forward is compiled by torch.compile."""
+    return any(
+        hasattr(module, "_orig_mod")  # torch.compile's wrapper; importing its class would take seconds
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+
+
+def named_arguments(names: list[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name."""
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _call_hooks(model: PreTrainedModel, interceptor: Interceptor) -> list[Any]:
+    names = list(inspect.signature(model.forward).parameters)
+
+    def before_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        interceptor.begin_call(named_arguments(names, args, kwargs))
+
+    def after_model(module: nn.Module, args: tuple, output: Any) -> None:
+        interceptor.end_call()
+
+    return [
+        model.register_forward_pre_hook(before_model, with_kwargs=True),
+        model.register_forward_hook(after_model, always_call=True),
+    ]
 
 
 def _pre_hook(layer: AttentionLayer, interceptor: Interceptor) -> Callable[..., Any]:
@@ -230,6 +215,41 @@ def _base_function(base: str, module: nn.Module) -> AttentionFunction:
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def model_logits(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The model's own logits of given last hidden states, with all that it does around its output embedding.
+
+    The model runs over one token, and a hook puts the hidden states in place of the decoder's output: what a family
+    does after its decoder (scaling, capping, further layers) is nowhere written a second time.
+
+    Args:
+        hidden_states: `(n, hidden_size)`, the decoder's last hidden states of any tokens.
+
+    Returns:
+        `(n, vocab_size)`, the model's dtype, differentiable in `hidden_states`.
+    """
+    decoder, head = text_decoder(model), _language_model(model)
+
+    def replace(module: nn.Module, args: tuple, output: Any) -> Any:
+        output["last_hidden_state"] = hidden_states[None]
+        return output
+
+    handle = decoder.register_forward_hook(replace)
+    try:
+        token = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
+        return head(input_ids=token, use_cache=False).logits[0]
+    finally:
+        handle.remove()
+
+
+def _language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The innermost model around the decoder that has an output embedding: the text model of some with images."""
+    model, decoder = plain_model(model), text_decoder(model)
+    around = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not decoder
+              and decoder in module.modules()]
+    heads = [module for module in around if isinstance(module.get_output_embeddings(), nn.Module)]
+    return heads[-1] if heads else model
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:

@@ -90,8 +90,14 @@ COMMANDS: dict[str, Command] = {
     "bench agents": Command(
         "bench.bench_agents", "AgentsBenchConfig", "Run agent workflows on a real model whose prompts exceed the pool"
     ),
+    "bench engine": Command(
+        "bench.bench_engine", "EngineBenchConfig", "Measure the serving engine against generate and what requests need"
+    ),
     "bench trace": Command(
         "bench.bench_trace", "TraceBenchConfig", "Record runs on a real model and compare the simulator's predictions"
+    ),
+    "bench models": Command(
+        "bench.bench_models", "ModelsBenchConfig", "Check every architecture on a tiny model; make the table of models"
     ),
     "bench kernels": Command(
         "bench.bench_kernels", "KernelsBenchConfig", "Compile the Triton kernels for A100 and H100: registers, spills"

@@ -185,9 +185,9 @@ class AnswerStream:
     def _detokenized(self, event: AnswerEvent) -> AnswerEvent:
         """Runs the detokenizer, in the reader's thread."""
         if self._detokenizer is not None:
-            event.text = self._detokenizer.push(event.tokens) if event.tokens else ""
+            event.text = "".join(self._detokenizer.push(token).text for token in event.tokens)
             if event.output is not None:
-                event.text += self._detokenizer.finish()
+                event.text += self._detokenizer.finish().text
         return event
 
     # The engine's thread ----------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ class EngineClient:
         """Hands a request to the engine and returns its stream at once; a refusal by the engine is raised there.
 
         Args:
-            detokenizer: of this answer alone; it runs in the reader's thread.
+            detokenizer: of this answer alone, e.g. a `StopChecker`; it runs in the reader's thread.
 
         Raises:
             Draining: no new requests are taken.

@@ -20,7 +20,7 @@ import torch
 from ..eviction import get_policy, policy_text
 from ..eviction.packed import PackedCache, PackedTokens, forward
 from ..retention.seams import end_tokens
-from .errors import BadRequest, TooLarge
+from .errors import BadRequest, Draining, TooLarge
 from .events import TokenEvent
 from .fingerprint import fingerprint, version_of, weights_of
 from .hints.hint import Hint
@@ -51,7 +51,7 @@ Scheduled = ScheduledPrefill | ScheduledDecode
 
 @dataclass(eq=False)
 class Answering:
-    """What the engine keeps of a request from its first step to its end.
+    """The engine's part of a request, from its first step to its end.
 
     Attributes:
         sequence: its pages; None while it waits after a preemption.
@@ -89,8 +89,7 @@ class Engine:
     """A transformers model behind the scheduler.
 
     An answer's tokens are those of the model without any cache, up to the rounding of a prompt computed in chunks and
-    of attention computed in parts: reused KV is bit for bit the KV that was computed, wherever it has been stored
-    meanwhile.
+    of attention computed in parts: reused KV is bit for bit the KV that was computed, wherever it was stored meanwhile.
 
     With a `compression`, the fixed prompt of every request that names an agent is compressed and stored so; what
     follows it is stored as it is. Plain and compressed prompts, and prompts compressed at different lengths, are never
@@ -100,8 +99,8 @@ class Engine:
     One thread calls it; `wake` may be called from any. `EngineClient` is for many threads and for asyncio.
 
     KV is bound to what made it. Prompts on disk are read back by an engine with the same weights, gates and dtype only;
-    a change of weights in place is noticed before the next step, and flushes the cache; any other (another adapter) has
-    to be told by `flush`.
+    a change of weights in place is noticed before the next step, and flushes the cache; after any other (another
+    adapter), call `flush`.
 
     Args:
         session: inside an `evict(model, "full", observe=[...])` block that records what the compression's policy needs.
@@ -132,8 +131,10 @@ class Engine:
         if compression is not None:
             session.require_recorded(get_policy(compression.policy))
         self.pages = self._bind()
-        vocab_size = session.model.get_output_embeddings().weight.shape[0]
-        system.scheduler.vocab_size = session.model.get_input_embeddings().num_embeddings
+        inputs, outputs = session.model.get_input_embeddings(), session.model.get_output_embeddings()
+        if not (isinstance(inputs, torch.nn.Embedding) and isinstance(outputs, torch.nn.Linear)):
+            raise ValueError(f"got a {type(session.model).__name__}; accepted: models with token embeddings and logits")
+        vocab_size, system.scheduler.vocab_size = outputs.out_features, inputs.num_embeddings
         self._max_tokens, self._max_tokens_of = max_tokens(session.model)
         self._sampler = Sampler(vocab_size, sorted(end_tokens(session.model)))
         self._decode = None if tokenizer is None else partial(
@@ -180,9 +181,7 @@ class Engine:
         self._require_length(len(request.prompt) + request.max_new_tokens, "prompt and answer")
         sampling = request.sampling
         if sampling.n != 1:
-            raise BadRequest(
-                f"got n={sampling.n} for one request; accepted: a request for each `sampling.for_choice(i)`"
-            )
+            raise BadRequest(f"got n={sampling.n} for one request; accepted: a request for each sampling.for_choice(i)")
         if sampling.stop and self._decode is None:
             raise BadRequest("got stop texts for an engine without a tokenizer; accepted: Engine(…, tokenizer=…)")
         try:
@@ -312,7 +311,10 @@ class Engine:
         finally:
             self.busy_s += time.perf_counter() - begun
         offered = [each.state for each in (*batch.prefills, *batch.decodes) if each.payload is not None]
-        scheduler.complete(batch)
+        try:
+            scheduler.complete(batch)
+        except Draining:  # another thread has closed the scheduler, which ended the requests of the batch
+            return self._take_finished()
         for state in offered:
             sequence = self._answering[state].sequence
             if state.handle is not None and sequence is not None:
@@ -338,7 +340,7 @@ class Engine:
         for state in [state for state in self._answering if state.ended]:
             sequence, boundary = self._answering[state].sequence, self._boundary(state.request)
             if sequence is not None and sequence.ragged is None and 0 < sequence.tokens < boundary:
-                self._beginnings.keep(state.request.prompt[:boundary], state.request.namespace[1], sequence)
+                self._beginnings.keep(state.request.prompt[:boundary], _own_namespace(state.request), sequence)
             self._set_sequence(state, None)
             del self._answering[state]
 
@@ -395,9 +397,8 @@ class Engine:
         sequence.reserve(end)
         if wanted and answering.row is None:
             self._begin_answer(scheduled.request, answering)
-        return StepItem(
-            scheduled, sequence, state.token_ids(start, end).astype(np.int64), answering.row if wanted else None
-        )
+        ids = state.token_ids(start, end).astype(np.int64)
+        return StepItem(scheduled, sequence, ids, answering.row if wanted else None)
 
     def _cached(self, scheduled: ScheduledPrefill) -> PagedSequence:
         """A sequence with what is cached of the request's prompt."""
@@ -405,18 +406,18 @@ class Engine:
         if scheduled.start < boundary:
             # Its last page is computed in any case: the prompt is compressed with the chunk that completes it.
             known = request.prompt[: boundary - self.system.tiers.page_size]
-            return self._beginnings.begin(self.pages, known, request.namespace[1])
+            return self._beginnings.begin(self.pages, known, _own_namespace(request))
         return PagedSequence(self.pages, scheduled.handle.payloads())
 
     def _begin_answer(self, request: Request, answering: Answering) -> None:
         sampling = request.sampling
         answering.row = self._sampler.new_row(sampling, request.prompt)
         if self._decode is not None:
-            context = request.prompt[-4:].tolist()
+            context = [int(token) for token in request.prompt[-4:]]
             answering.stop = StopChecker(self._decode, sampling.stop, sampling.min_new_tokens, context)
 
     def _forward(self, items: list[StepItem]) -> list[tuple[list[StepItem], torch.Tensor]]:
-        """Logits `(items, vocab)` of the items whose next token is wanted; if the forward fails, each is tried alone.
+        """The items whose next token is wanted, and logits `(items, vocab)`; if that fails, each is tried alone.
 
         Items without tokens are left out: all of theirs were computed before.
         """
@@ -428,7 +429,7 @@ class Engine:
         try:
             tokens = [PackedTokens(item.sequence, item.ids) for item in items]
             cache = PackedCache(self.pages.buffers, self.kv.geometry.layers, tokens, gated)
-            logits = forward(self.session, cache, wanted)
+            logits = forward(self.session.model, cache, wanted)
         except Exception as error:
             if len(items) == 1:
                 self._fail(items[0].scheduled, error)
@@ -515,3 +516,9 @@ class Engine:
         if self.compression is None or request.agent is None:
             return 0
         return self.system.tiers.whole_pages(min(request.fixed_tokens, len(request.prompt) - 1))
+
+
+def _own_namespace(request: Request) -> Hashable:
+    """The namespace of a request as its client gave it; the engine has put it into one of its own."""
+    assert isinstance(request.namespace, tuple), "submit has done so"
+    return request.namespace[1]

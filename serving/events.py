@@ -45,13 +45,20 @@ class AnswerEvent:
     output: RequestOutput | None = None
 
 
-class Detokenizer(Protocol):
-    """Turns the tokens of one answer into text, piece by piece."""
+class HasText(Protocol):
+    """A piece of text, as `sampling.stop.TextDelta` is."""
 
-    def push(self, tokens: Sequence[int]) -> str:
-        """The text that is certain once `tokens` have followed; "" if it depends on later ones."""
+    @property
+    def text(self) -> str: ...
+
+
+class Detokenizer(Protocol):
+    """Turns the tokens of one answer into text, as `sampling.stop.StopChecker` does."""
+
+    def push(self, token: int) -> HasText:
+        """The text that is certain once `token` has followed; empty if it depends on later ones."""
         ...
 
-    def finish(self) -> str:
+    def finish(self) -> HasText:
         """The rest of the text; no further tokens follow."""
         ...

@@ -1,4 +1,4 @@
-"""What made the KV of an engine: it must not be read by another model, nor by the same one with other weights."""
+"""Fingerprints of everything that makes KV, which no other model, and no other weights, may read."""
 
 from __future__ import annotations
 
@@ -53,6 +53,6 @@ def version_of(weights: Iterable[torch.Tensor]) -> int:
 
 
 def _tensors(session: Session) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from session.model.state_dict().items()
-    for name, one in () if session.gates is None else session.gates.state_dict().items():
-        yield "gates." + name, one
+    own = {} if session.gates is None else session.gates.state_dict()
+    gates = ((f"gates.{name}", tensor) for name, tensor in own.items())
+    return chain(session.model.state_dict().items(), gates)

@@ -19,11 +19,12 @@ class SchedulerMetrics:
         recomputed_late: admissions that recomputed because loading would have finished later.
         recomputed_refused: admissions that recomputed because loads had been given up, or had failed or been lost.
         waits_for_pages: waits of requests for pages that another request computed.
+        predictions_failed: updates of predictions and prefetches that failed with an error, which is logged.
         preemptions: requests that gave up their memory for others, and were computed anew later.
         stalled_s: seconds that requests waited for loads.
         admissions_refused: admission attempts that found no memory.
         stores, stores_refused: payloads that were stored in the cache, and those that found no room.
-        stores_failed: payloads that were not stored because of an error, which is logged; the request went on.
+        stores_failed: payloads that were not stored because of an error, which is logged; the request continued.
         events: arrivals, admissions, loads, chunks, decoded tokens, stores and ends.
     """
 
@@ -38,6 +39,7 @@ class SchedulerMetrics:
     recomputed_refused: int = 0
     recomputed_tokens: int = 0
     waits_for_pages: int = 0
+    predictions_failed: int = 0
     preemptions: int = 0
     stalled_s: float = 0.0
     admissions_refused: int = 0

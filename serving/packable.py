@@ -1,4 +1,4 @@
-"""Which models can be computed in packed forwards, and up to which length."""
+"""The models that can be computed in packed forwards, and their longest sequences."""
 
 from __future__ import annotations
 

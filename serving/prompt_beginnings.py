@@ -1,4 +1,4 @@
-"""The beginnings of fixed prompts that were given up before they could be compressed: a retry goes on from there.
+"""The beginnings of fixed prompts that were given up before they could be compressed: a retry continues from there.
 
 A compressed prompt is stored when it is complete. What a request has computed of it before it is cancelled, or times
 out, is plain KV, whole pages of which are stored in a namespace of their own.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable
 from itertools import takewhile
-
-import numpy as np
+from typing import Any
 
 from .kvcache.base import Tier
 from .kvcache.page_pool import PagePool
@@ -30,13 +29,13 @@ class PromptBeginnings:
     def __init__(self, tiers: TieredCache) -> None:
         self.tiers = tiers
 
-    def begin(self, pool: PagePool, prompt: np.ndarray, namespace: Hashable) -> PagedSequence:
+    def begin(self, pool: PagePool, prompt: Any, namespace: Hashable) -> PagedSequence:
         """A sequence with the pages that the device holds of the beginning of `prompt`, int32 `(tokens,)`."""
         with self.tiers.open(prompt, self._namespace(namespace), retry=True) as handle:
             on_device = takewhile(lambda node: node.copies[Tier.DEVICE] is not None, handle.nodes() or ())
             return PagedSequence(pool, [payload for node in on_device if (payload := node.copies[Tier.DEVICE])])
 
-    def keep(self, prompt: np.ndarray, namespace: Hashable, sequence: PagedSequence) -> None:
+    def keep(self, prompt: Any, namespace: Hashable, sequence: PagedSequence) -> None:
         """Stores the whole pages that `sequence` has computed of `prompt`, whose bytes nobody has reserved any more.
 
         A failure is logged: a cache may forget.

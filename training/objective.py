@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..retention import (
     Attached,
@@ -25,9 +26,11 @@ from ..retention import (
     read_prompt,
 )
 from ..retention.capacity import Scope
+from ..retention.decoder_layers import plain_model, text_decoder
 from ..retention.ops import Implementation
-from ..retention.seams import text_config, text_decoder
+from ..retention.seams import model_logits
 from .batching import Batch
+from .model_checks import require_continuation, require_packing
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class GateObjective(nn.Module):
         super().__init__()
         if budget <= 0:
             raise ValueError(f"the training budget is {budget}; a positive number is accepted")
-        self.model = model.requires_grad_(False)
+        self.model = plain_model(model).requires_grad_(False)
         self.gates = gates
         self.budget, self.weight = budget, weight
         self.scope: Scope = scope
@@ -104,6 +107,8 @@ class GateObjective(nn.Module):
         self.evictions = tuple(evictions)
         self._student: Attached | None = None
         self._recomputes = False
+        self._checkpointed: Sequence[nn.Module] = ()
+        self._packs = self._continues = False  # the model was seen to separate documents, to continue prompts
 
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes every decoder layer in backward, with its gates attached again; dropout stays off.
@@ -111,20 +116,30 @@ class GateObjective(nn.Module):
         Raises:
             ValueError: the model does not support it.
         """
-        if not self.model.supports_gradient_checkpointing:
+        layers = [m for m in text_decoder(self.model).modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not self.model.supports_gradient_checkpointing or not layers:
             name = type(self.model).__name__
             raise ValueError(f"{name} has no gradient checkpointing; set gradient_checkpointing to false")
         self._recomputes = True
         self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
         self.model.eval()
-        for module in self.model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True  # only the layer itself: transformers checkpoints no layer in eval mode
+        self._checkpointed = layers
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Contexts of a layer's forward and of its recomputation, which runs when the attach block is over."""
         student = self._student
-        return nullcontext(), nullcontext() if student is None else _Again(student)
+        without_dropout = _Entered(lambda: _mode(self._checkpointed, training=False))
+        return without_dropout, nullcontext() if student is None else _Entered(student.again)
+
+    def require_packing(self) -> None:
+        """Checks that the model separates packed documents, once; the first packed batch does it as well.
+
+        Raises:
+            ValueError: see `model_checks.require_packing`.
+        """
+        if not self._packs:
+            require_packing(self.model)
+            self._packs = True
 
     def forward(self, batch: Batch, seed: int = 0) -> Losses:
         """Args:
@@ -132,7 +147,8 @@ class GateObjective(nn.Module):
         seed: of the positions at which occupancy is sampled, and of the evictions.
 
         Raises:
-            ValueError: no target token; prompts together with gradient checkpointing.
+            ValueError: no target token; prompts together with gradient checkpointing; packed documents or prompts that
+                the model does not support (`model_checks`).
         """
         rng = random.Random(seed)
         if any(batch.prompt_tokens):
@@ -160,12 +176,16 @@ class GateObjective(nn.Module):
 
     def _whole(self, batch: Batch) -> _Forward:
         """Every token under gates."""
+        if batch.attention_mask is None and bool((batch.position_ids.diff(dim=-1) != 1).any()):
+            self.require_packing()
         decoder = text_decoder(self.model)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         inputs |= {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
         with torch.no_grad():
             teacher = decoder(**inputs).last_hidden_state
-        with attach(self.model, self.gates, self.implementation) as attached:
+        # Transformers checkpoints no layer in eval mode. The decoder stays in it: it may have dropout of its own.
+        checkpointing = _mode(self._checkpointed, training=True)
+        with attach(self.model, self.gates, self.implementation) as attached, checkpointing:
             self._student = attached
             student = decoder(**inputs).last_hidden_state
             self._student = None
@@ -174,6 +194,9 @@ class GateObjective(nn.Module):
 
     def _after_prompt(self, row: Batch, rng: random.Random) -> _Forward:
         """The prompt is read once, for teacher and student; gates act on the tokens after it."""
+        if not self._continues:
+            require_continuation(self.model)
+            self._continues = True
         start = row.prompt_tokens[0]
         prompt = read_prompt(self.model, row.input_ids[:, :start])
         rest = {"input_ids": row.input_ids[:, start:], "use_cache": True}
@@ -221,24 +244,30 @@ class GateObjective(nn.Module):
         return ntp, F.kl_div(predicted, expected, reduction="sum", log_target=True)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """fp32 logits, with the scaling and capping some families apply after their output embedding."""
-        config = text_config(self.model)
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        logits = head(hidden_states).float()
-        logits = logits / float(getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+        return model_logits(self.model, hidden_states).float()
 
 
-class _Again(AbstractContextManager[None]):
-    """Enters `attached.again()` when the recomputation starts, not when the layer first ran."""
+@contextmanager
+def _mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
+    """Within the block these modules alone, not their children, are in that mode."""
+    before = [module.training for module in modules]
+    for module in modules:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, before, strict=True):
+            module.training = mode
 
-    def __init__(self, attached: Attached) -> None:
-        self.attached = attached
+
+class _Entered(AbstractContextManager[None]):
+    """The context that `make` gives, made when it is entered: when a layer is recomputed, not when it first ran."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.make = make
 
     def __enter__(self) -> None:
-        self.context = self.attached.again()
+        self.context = self.make()
         self.context.__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -96,6 +96,8 @@ class _TrainingRun:
         self.settings = settings | {"global_batch": self._global_batch}
         self.schedule = _schedule(config)
         objective.to(self.accelerator.device)
+        if config.pack:
+            objective.require_packing()
         self.step = self._resume()
         self.model = model
         self.objective, self.optimizer = self.accelerator.prepare(objective, self.optimizer)
@@ -175,10 +177,7 @@ class _TrainingRun:
 
     def evaluate(self, evaluate: Evaluate) -> None:
         if self.accelerator.is_main_process:
-            modes = [(module, module.training) for module in self.model.modules()]
             self.metrics = evaluate(self.model, self.gates)
-            for module, training in modes:  # gradient checkpointing depends on them
-                module.training = training
             self.log.write(self.step, self.metrics)
         self.accelerator.wait_for_everyone()
 

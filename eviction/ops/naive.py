@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .segment_attention import PageAddresses
 
 
 def top_of_rows(scores: torch.Tensor, k: list[int], order: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -214,6 +218,47 @@ def ragged_decode(
     return out, log_total
 
 
+def segment_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:  # fmt: skip
+    """Same contract as `ops.segment_attention.segment_attention`, which takes its kernel too; fp64 for fp64 inputs."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_zeros(*query.shape[:3], value.shape[1])
+    for of_segment, result, start, end in zip(
+        query.flatten(0, 1), out.flatten(0, 1), starts.tolist(), ends.tolist(), strict=True
+    ):
+        if end > start:
+            logits = of_segment.to(wide) @ key[start:end].to(wide).T * scaling
+            result.copy_(logits.softmax(1) @ value[start:end].to(wide))
+    return out
+
+
+def paged_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pages: PageAddresses, layer: int, scaling: float,
+    out: torch.Tensor, log_sums: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Same contract as `ops.segment_attention.paged_attention`, which takes its kernel too; fp64 for fp64 inputs."""
+    size, arrays = pages.page_size, iter(pages.arrays)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    for row, (ragged, *_, tokens) in enumerate(pages.rows.tolist()):
+        compressed = [next(arrays) for _ in range(3)] if ragged else None
+        table = next(arrays)
+        for head in range(pages.heads):
+            segment = layer * pages.heads + head
+            lists = [(torch.from_numpy(table[segment].astype("int64")), tokens)]
+            if compressed is not None:
+                listed, bounds, lengths = compressed
+                own = listed[bounds[segment] : bounds[segment + 1]]
+                lists.insert(0, (torch.from_numpy(own.astype("int64")), int(lengths[segment])))
+            slots = torch.cat([entry_slots(own, 0, count, size) for own, count in lists])
+            if new is not None:
+                key[slots[-1]], value[slots[-1]] = new[0][row, head], new[1][row, head]
+            logits = query[row, head].to(wide) @ key[slots].to(wide).T * scaling
+            log_sums[row, head] = logits.logsumexp(1)
+            out[row, head] = logits.softmax(1).to(wide) @ value[slots].to(wide)
+
+
 def window_risk(
     queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, query_positions: torch.Tensor,
     limit: torch.Tensor, scaling: float, kernel: int, mean: bool,
@@ -256,7 +301,18 @@ def worst_case(pooled: torch.Tensor) -> torch.Tensor:
     return pooled.amax(dim=(2, 3))
 
 
-PROJECTED = 2**18  # numbers of a projection that are held at a time, to fit into a CPU's cache
+PROJECTED_BYTES = 2**20  # of a projection that are held at a time, to fit into a CPU's cache
+
+
+def by_head(values: torch.Tensor, output_weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The arguments of `value_norms` by key/value head, contiguous: `(heads, batch * n, dim)`, `(heads, dim, columns)`.
+
+    The columns are those of all query heads of a group.
+    """
+    heads = values.shape[1]
+    flat = values.transpose(0, 1).flatten(1, 2).to(dtype)
+    weight = output_weight.to(dtype).unflatten(0, (heads, output_weight.shape[0] // heads))
+    return flat.contiguous(), weight.transpose(1, 2).flatten(2).contiguous()
 
 
 def norms_by_parts(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
@@ -264,18 +320,32 @@ def norms_by_parts(values: torch.Tensor, output_weight: torch.Tensor) -> torch.T
 
     16-bit numbers are multiplied in fp32 too: CPUs without 16-bit arithmetic take four times as long otherwise.
     """
+
+    def norms_of(products: torch.Tensor, out: torch.Tensor) -> None:
+        torch.sum(products.abs_(), 1, out=out)
+
+    return project_by_parts(values, output_weight, torch.float32, norms_of)
+
+
+def project_by_parts(
+    values: torch.Tensor, output_weight: torch.Tensor, dtype: torch.dtype,
+    norms_of: Callable[[torch.Tensor, torch.Tensor], None],
+) -> torch.Tensor:  # fmt: skip
+    """`value_norms` with products in `dtype`, so many entries at a time that they fit into a CPU's cache.
+
+    `norms_of(products, out)` writes the sums of magnitudes of `products` `(entries, columns)` to `out`, fp32
+    `(entries,)`, and may overwrite the products.
+    """
     batch, heads, n, _ = values.shape
-    group = output_weight.shape[0] // heads
-    flat = values.transpose(0, 1).flatten(1, 2).float()  # (heads, batch * n, value_dim)
-    weight = output_weight.float().unflatten(0, (heads, group)).transpose(1, 2).flatten(2)
-    columns = weight.shape[2]  # those of all query heads of a group
+    flat, weight = by_head(values, output_weight, dtype)
+    columns = weight.shape[2]
     norms = values.new_empty(heads, batch * n, dtype=torch.float32)
-    size = max(1, PROJECTED // columns)
-    projected = norms.new_empty(min(size, batch * n), columns)
+    size = max(1, PROJECTED_BYTES // (columns * dtype.itemsize))
+    projected = flat.new_empty(min(size, batch * n), columns)
     for of_head, matrix, out in zip(flat, weight, norms, strict=True):
         for part, sums in zip(of_head.split(size), out.split(size), strict=True):
-            torch.sum(torch.mm(part, matrix, out=projected[: len(part)]).abs_(), 1, out=sums)
-    return (norms / group).view(heads, batch, n).transpose(0, 1)
+            norms_of(torch.mm(part, matrix, out=projected[: part.shape[0]]), sums)
+    return norms.div_(output_weight.shape[0] // heads).view(heads, batch, n).transpose(0, 1)
 
 
 def attention_over(

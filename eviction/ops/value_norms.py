@@ -1,16 +1,25 @@
 """Value norms `‖v W_O‖₁`: the effect of an entry's value on the layer's output, without storing the product.
 
-Twin: `naive.norms_by_parts`, which stores the products of a few entries at a time.
+On a GPU by a Triton kernel, on a CPU by one in C. Twin: `naive.norms_by_parts`, which stores the products of a few
+entries at a time.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision, launching_on
+from ...retention.ops.kernel_choice import (
+    LAUNCH_OPTIONS,
+    chosen_kernels,
+    dot_precision,
+    launching_on,
+    multiplies_bf16,
+    multiplies_bf16_tiles,
+)
 from ...retention.ops.triton_language import dot, jit, tl
 from . import naive
-from .naive import norms_by_parts
+from .c_kernels import COUNT, POINTER, THREADS, Kernel, find_kernel
+from .naive import by_head, norms_by_parts, project_by_parts
 from .paged_attention import DTYPES, MAX_DIM
 from .window_risk import dense, power
 
@@ -100,6 +109,9 @@ def value_norms_by_kernel(values: torch.Tensor, output_weight: torch.Tensor) -> 
 def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
     """`‖v_i W_O‖₁`, mean over the query heads of a group.
 
+    On a CPU the products are summed in fp32. Those of bf16 values and weights are rounded to bf16 first on a CPU with
+    AMX: that changes a norm, the sum of hundreds of them, by less than 0.1 %.
+
     Source: CriticalKV (Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation
     Perspective", 2025), section 4.
 
@@ -112,4 +124,49 @@ def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tens
     """
     if chosen_kernels(values.device) == "triton":
         return value_norms_by_kernel(values, output_weight)
-    return norms_by_parts(values, output_weight)
+    if bf16_of_both(values, output_weight) and multiplies_bf16_tiles(values.device):
+        return norms_in_bf16(values, output_weight)
+    found = find_norm_kernel(values, output_weight)
+    return norms_by_parts(values, output_weight) if found is None else norms_in_c(*found, values, output_weight)
+
+
+def bf16_of_both(values: torch.Tensor, output_weight: torch.Tensor) -> bool:
+    return values.dtype == output_weight.dtype == torch.bfloat16
+
+
+def norms_in_bf16(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    """`value_norms` of bf16 values and weight by torch's bf16 products, which are summed in fp32."""
+    kernel = find_kernel("absolute_sums", (POINTER, COUNT, COUNT, POINTER), ())
+
+    def norms_of(products: torch.Tensor, out: torch.Tensor) -> None:
+        if kernel is None:
+            torch.sum(products.abs_(), 1, dtype=torch.float32, out=out)
+        else:  # torch's sum of bf16 numbers in fp32 takes three times as long
+            kernel(products.data_ptr(), *products.shape, out.data_ptr())
+
+    return project_by_parts(values.detach(), output_weight.detach(), torch.bfloat16, norms_of)
+
+
+def find_norm_kernel(values: torch.Tensor, output_weight: torch.Tensor) -> tuple[Kernel, torch.dtype] | None:
+    """The C kernel for these arguments of `norms_in_c` and the dtype in which it takes them; see `c_kernels`."""
+    dim = values.shape[3]
+    if values.device.type != "cpu" or dim > MAX_DIM:
+        return None
+    arguments, shape = (POINTER, POINTER, COUNT, COUNT, THREADS, POINTER), f"DIM={dim}"
+    if bf16_of_both(values, output_weight) and multiplies_bf16(values.device) and dim % 2 == 0:
+        kernel = find_kernel("value_norms", arguments, (shape, "BF16"))
+        if kernel is not None:
+            return kernel, torch.bfloat16
+    kernel = find_kernel("value_norms", arguments, (shape,))
+    return None if kernel is None else (kernel, torch.float32)
+
+
+def norms_in_c(kernel: Kernel, dtype: torch.dtype, values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    """`value_norms` by what `find_norm_kernel` returned: exact products, summed in fp32; none is stored."""
+    batch, heads, n, _ = values.shape
+    flat, weight = by_head(values.detach(), output_weight.detach(), dtype)
+    norms = flat.new_empty(heads, batch * n, dtype=torch.float32)
+    for of_head, matrix, out in zip(flat, weight, norms, strict=True):
+        threads = torch.get_num_threads()
+        kernel(of_head.data_ptr(), matrix.data_ptr(), batch * n, matrix.shape[1], threads, out.data_ptr())
+    return norms.div_(output_weight.shape[0] // heads).view(heads, batch, n).transpose(0, 1)

@@ -51,7 +51,7 @@ class ExpectedAttention(Policy):
         )
         keys = view.keys.float() * view.scaling
         first = view.positions < StatisticsConfig.skipped_tokens
-        expected = torch.zeros(view.shape, device=keys.device)
+        expected = torch.zeros(view.shape, dtype=torch.float32, device=keys.device)
         for group in range(view.num_kv_groups):
             heads = slice(group, None, view.num_kv_groups)  # this group's query head of every key/value head
             logits = (keys @ mean[:, heads].unsqueeze(3)).squeeze(3)

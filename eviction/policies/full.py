@@ -19,4 +19,4 @@ class Full(Policy):
     evicts: ClassVar[bool] = False
 
     def score(self, view: LayerView) -> torch.Tensor:
-        return torch.zeros(view.shape, device=view.time.device)
+        return torch.zeros(view.shape, dtype=torch.float32, device=view.time.device)

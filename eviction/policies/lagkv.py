@@ -46,7 +46,7 @@ class LagKV(Policy):
         lengths = view.valid.sum(2, keepdim=True)
         index = torch.arange(n, device=lengths.device) - self.first
         partitions = max(0, n - self.first) // self.lag
-        score = torch.ones(view.shape, device=lengths.device)
+        score = torch.ones(view.shape, dtype=torch.float32, device=lengths.device)
         if partitions >= 2:
             inner = slice(self.first, self.first + (partitions - 1) * self.lag)
             spread = _spread(view.keys[:, :, self.first :], self.lag)

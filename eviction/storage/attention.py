@@ -1,29 +1,14 @@
-"""Attention of new queries over ragged segments, with fused attention on views of the storage."""
+"""Attention of new queries over ragged segments: a C kernel for one query per head, SDPA on views of the storage."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..forward_state import ForwardStep
+from ..ops.segment_attention import find_kernel, segment_attention
 from .paged_store import PagedStore
 from .segment_store import SegmentStore
-
-# Attention arguments that change the result and that the ragged attention does not compute.
-UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "output_attentions")
-
-
-def refuse_unsupported(kwargs: dict[str, Any]) -> None:
-    """Raises ValueError if an attention call requests an option that attention over segments does not support."""
-    given = [name for name in UNSUPPORTED if kwargs.get(name) is not None and kwargs[name] is not False]
-    if given:
-        raise ValueError(f"attention over an evicted cache does not support {', '.join(given)}")
-    if kwargs.get("dropout"):
-        raise ValueError(
-            f"attention over an evicted cache has no dropout, got {kwargs['dropout']}; call model.eval()"
-        )
 
 
 def ragged_attention(
@@ -53,15 +38,18 @@ def _one_query(store: SegmentStore, query: torch.Tensor, scaling: float | None) 
     """The heads of a group become the queries of one unmasked call, so that a segment is read once for all of them."""
     batch, num_heads, _, head_dim = query.shape
     heads = store.num_kv_heads
-    group = num_heads // heads
+    packed = query.reshape(batch, heads, num_heads // heads, head_dim)
+    kernel = find_kernel(packed, store.key, store.value)
+    if kernel is not None:
+        factor = head_dim**-0.5 if scaling is None else scaling
+        out = segment_attention(kernel, packed, store.key, store.value, *store.bounds(), factor)
+        return out.view(batch, 1, num_heads, -1)
     if store.uniform:
-        packed = query.reshape(batch, heads, group, head_dim)
         out = scaled_dot_product_attention(packed, store.dense(store.key), store.dense(store.value), scale=scaling)
         return out.reshape(batch, 1, num_heads, -1)
-    packed = query.reshape(batch * heads, 1, 1, group, head_dim).unbind(0)
+    queries = packed.view(batch * heads, 1, 1, -1, head_dim).unbind(0)
     parts = [
-        scaled_dot_product_attention(q, k, v, scale=scaling)
-        for q, (k, v) in zip(packed, store.pairs(), strict=True)
+        scaled_dot_product_attention(q, k, v, scale=scaling) for q, (k, v) in zip(queries, store.pairs(), strict=True)
     ]
     return torch.cat(parts, dim=2).view(batch, 1, num_heads, -1)
 

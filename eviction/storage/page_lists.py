@@ -94,7 +94,7 @@ class PageLists:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Runs that the table consists of, in order; columns whose pages are not the same distance apart are left out."""
+        """Runs of the table, in order, without the columns whose pages are not the same distance apart."""
         table = self.table.reshape(self.layers, self.heads, -1)
         if not table.shape[2]:
             return []

@@ -1,7 +1,8 @@
 """How the attention reads the pages of several sequences: in place where they follow each other, or by page tables.
 
-On a CPU, pages that follow each other are read through views; only scattered pages are copied together, those of all
-sequences at once. Where the kernels run, they read the page tables.
+On a GPU the kernels read page tables; on a CPU a kernel in C reads the page lists, for one token of each sequence.
+Otherwise pages that follow each other are read through views, and only scattered pages are copied together, those of
+all sequences at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 
 from ...retention.ops.kernel_choice import chosen_kernels
+from ..ops.c_kernels import Kernel
 from ..ops.paged_attention import ragged_decode_part
+from ..ops.segment_attention import PageAddresses, find_paged_kernel, paged_attention
 from .page_lists import PageLists, RaggedPages
 from .partial_attention import HIDDEN, Part, attend_part
 
@@ -58,25 +61,80 @@ class PageReads(Protocol):
 
 
 def read_pages(
-    buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int, config: ReadsConfig | None = None
-) -> PageReads:
+    buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int, config: ReadsConfig | None = None,
+    query: torch.Tensor | None = None,
+) -> PageReads:  # fmt: skip
     """The entries of `sequences`, with `new` more of each, which will have been written when they are read.
 
     Args:
         buffers: `key` and `value` `(slots, dim)`; slot = page * page_size + place.
+        query: like those of every layer, `(rows, heads, n, head_dim)`, if there is one query per head and sequence.
     """
     if chosen_kernels(buffers["key"].device) == "triton":
         return TableReads(buffers, sequences, new)
+    kernel = None if query is None else find_paged_kernel(query, buffers["key"], buffers["value"])
+    if kernel is not None and query is not None and query.dtype == buffers["key"].dtype:
+        return ListReads(kernel, buffers, sequences, new)
     return ViewReadsBuilder(buffers, sequences[0], config or ReadsConfig()).build(sequences, new)
 
 
+class ListReads:
+    """The page lists themselves, as the CPU's kernel reads them: one part. No list may change until they are read."""
+
+    num_parts = 1
+
+    def __init__(
+        self, kernel: Kernel, buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int
+    ) -> None:
+        self._kernel, self._key, self._value = kernel, buffers["key"], buffers["value"]
+        rows, arrays = np.zeros((len(sequences), 6), np.int64), []
+        for row, sequence in zip(rows, sequences, strict=True):
+            ragged, table = sequence.ragged, sequence.table
+            lists = [] if ragged is None else [ragged.pages, ragged.bounds(sequence.page_size), ragged.lengths]
+            lists = [np.ascontiguousarray(each, kind) for each, kind in zip(lists, _LIST_KINDS, strict=False)]
+            row[: len(lists)] = [each.ctypes.data for each in lists]
+            row[3:] = table.ctypes.data, table.strides[0] // table.itemsize, sequence.tokens + new
+            arrays += [*lists, table]
+        self._pages = PageAddresses(rows, arrays, sequences[0].heads, sequences[0].page_size)
+
+    def attend(self, layer: int, query: torch.Tensor, scaling: float, more: int = 0) -> Part:
+        """See `PageReads.attend`."""
+        outputs = query.new_empty(1 + more, *query.shape[:3], self._value.shape[-1])
+        log_sums = query.new_empty(1 + more, *query.shape[:3], dtype=torch.float32)
+        paged_attention(
+            self._kernel, query, self._key, self._value, self._pages, layer, scaling, outputs[0], log_sums[0]
+        )
+        return outputs, log_sums
+
+    def write_and_attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attention after the keys and values `(rows, heads, dim)` of the only new tokens have been written.
+
+        Args:
+            query: `(rows, heads, n, head_dim)`.
+
+        Returns:
+            `(rows, heads, n, value_dim)`.
+        """
+        out = query.new_empty(*query.shape[:3], self._value.shape[-1])
+        log_sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        paged_attention(
+            self._kernel, query, self._key, self._value, self._pages, layer, scaling, out, log_sums, (key, value)
+        )
+        return out
+
+
+_LIST_KINDS = np.int32, np.int64, np.int32  # pages, bounds and lengths of a compressed prompt
+
+
 class TableReads:
-    """What the paged kernels read: a table of the compressed prompts, and one of the whole tokens."""
+    """Page tables for the kernels: one of the compressed prompts, and one of the whole tokens."""
 
     def __init__(self, buffers: Mapping[str, torch.Tensor], sequences: Sequence[PageLists], new: int) -> None:
         lists, self._rows = sequences[0], len(sequences)
         size, self._device = lists.page_size, buffers["key"].device
-        self._pages = tuple(buffers[name].unflatten(0, (-1, size)) for name in ("key", "value"))
+        self._keys, self._values = (buffers[name].unflatten(0, (-1, size)) for name in ("key", "value"))
         self._layers = lists.layers
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         if any(each.ragged is not None for each in sequences):
@@ -105,12 +163,14 @@ class TableReads:
     def attend(self, layer: int, query: torch.Tensor, scaling: float, more: int = 0) -> Part:
         """See `PageReads.attend`."""
         shape = (self.num_parts + more, *query.shape[:3])
-        outputs = query.new_zeros(*shape, self._pages[1].shape[-1])
+        outputs = query.new_zeros(*shape, self._values.shape[-1])
         log_sums = query.new_full(shape, HIDDEN, dtype=torch.float32)
         # Every query sees all entries: none of the newest is hidden from it.
         hidden = torch.zeros(query.shape[0], query.shape[2], dtype=torch.int32, device=self._device)
         for part, (table, lengths) in enumerate(self._tables):
-            result, log_sum = ragged_decode_part(query, *self._pages, table[layer], lengths[layer], scaling, hidden)
+            result, log_sum = ragged_decode_part(
+                query, self._keys, self._values, table[layer], lengths[layer], scaling, hidden
+            )
             outputs[part], log_sums[part] = result.transpose(1, 2), log_sum.transpose(1, 2)
         return outputs, log_sums
 
@@ -131,7 +191,7 @@ class View:
     """Entries that a call of the attention reads where they are.
 
     Attributes:
-        row: index of the sequence among those that are read together. part: where its result goes.
+        row: index of the sequence among those that are read together. part: place of its result.
         heads: the heads that are read: all, or one.
         offset: first slot of the first of them. stride: slots from a head to the next.
         entries: of each head.
@@ -150,7 +210,7 @@ class Gathered:
     """Scattered pages of several sequences, which are copied together.
 
     Attributes:
-        rows: int64, indices of the sequences. parts: int64, where their results go.
+        rows: int64, indices of the sequences. parts: int64, places of their results.
         pages: int64 `(layers, rows * heads * width)`.
         mask: `(1 or layers, rows, 1 or heads, 1, entries)`, the model's dtype: 0, or -inf for free slots and padding.
     """
@@ -163,7 +223,7 @@ class Gathered:
 
 @dataclass(eq=False)
 class ViewReads:
-    """What the attention reads on a CPU.
+    """Views and copies of pages, for the attention on a CPU.
 
     Attributes:
         buffers: of all pages.

@@ -40,7 +40,7 @@ def attend_part(
 
 
 def merged(outputs: torch.Tensor, log_sums: torch.Tensor) -> torch.Tensor:
-    """The attention over all parts, fp32.
+    """The attention over all parts, fp32; of a single part itself.
 
     Args:
         outputs: `(parts, …, value_dim)`. log_sums: fp32 `(parts, …)`; -inf where there is no such part.
@@ -48,5 +48,7 @@ def merged(outputs: torch.Tensor, log_sums: torch.Tensor) -> torch.Tensor:
     Returns:
         `(…, value_dim)`.
     """
+    if len(outputs) == 1:
+        return outputs[0]
     weights = log_sums.softmax(0).unsqueeze(-1)
     return (weights * outputs).sum(0)

@@ -47,7 +47,8 @@ class SegmentLocations:
     device: torch.device
 
     def index(self, segments: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        parts = [torch.arange(self.starts[s], self.starts[s] + n) for s, n in zip(segments, lengths, strict=True)]
+        parts = [torch.arange(self.starts[s], self.starts[s] + n, device="cpu")
+                 for s, n in zip(segments, lengths, strict=True)]
         return torch.cat(parts).to(self.device)
 
 
@@ -143,6 +144,7 @@ class SegmentStore:
         self.buffers = buffers
         self.key, self.value, self.position = buffers["key"], buffers["value"], buffers["position"]
         self.reserved, self.starts = reserved, [0, *accumulate(reserved)][: len(reserved)]
+        self._first: torch.Tensor | None = None  # `starts` as a tensor, once it was needed
         self._memo: dict[Hashable, Any] = {}
         self.nbytes = self.capacity * self.entry_bytes
         self.set_lengths(lengths)
@@ -160,6 +162,12 @@ class SegmentStore:
             ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
             self._next = torch.tensor(ends, device=self.key.device)
         return self._next
+
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flat index of each segment's first entry, and the one after its last, int64 `(batch * num_kv_heads,)`."""
+        if self._first is None:
+            self._first = torch.tensor(self.starts, device=self.key.device)
+        return self._first, self._next_slots()
 
     @property
     def capacity(self) -> int:
@@ -190,8 +198,8 @@ class SegmentStore:
         else:
             added = [count for count in step.counts for _ in range(heads)]
             lengths = [length + more for length, more in zip(self.lengths, added, strict=True)]
-        if self.shared or n > self._free:
-            # The free slots are used up, or a fork may use them as well.
+        if self.shared or n > self._free or is_frozen(self.key):
+            # The free slots are used up, or a fork may use them as well, or none may be written to.
             self._reallocate(lengths)
         slots = self._next_slots()
         new = {"key": key, "value": value, **state}
@@ -207,7 +215,7 @@ class SegmentStore:
         self.position.index_copy_(0, slots, step.flat_positions(heads))
         for name, tensor in new.items():
             tensor = tensor.detach() if tensor.requires_grad else tensor
-            rows = tensor.reshape(-1, *tensor.shape[3:]) if chosen is None else tensor[chosen]
+            rows = tensor.flatten(0, 2) if chosen is None else tensor[chosen]
             self.buffers[name].index_copy_(0, slots, rows)
         if step.valid is not None:
             self.set_lengths(lengths)
@@ -366,6 +374,8 @@ class SegmentStore:
         ends = [start + n for start, n in zip(self.starts, self.lengths, strict=True)]
         if self._next is not None and self._next.tolist() != ends:
             yield "the next free slot does not follow the last entry"
+        if self._first is not None and self._first.tolist() != self.starts:
+            yield "the first slots are not those of the segments"
         for name, buffer in self.buffers.items():
             if buffer.shape[0] != self.capacity:
                 yield f"{name} does not have the capacity of the others"
@@ -379,6 +389,11 @@ class SegmentStore:
                 yield "positions do not ascend in every segment"
             if not bool(((position >= 0) | ~valid).all()):
                 yield "positions are negative"
+
+
+def is_frozen(tensor: torch.Tensor) -> bool:
+    """Whether torch forbids writing to `tensor`: it was made in inference mode, which has ended."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _flattened(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import torch
 
+from . import naive
 from .channels import bias_channel, channels_after
 from .kernel_choice import Kernels, chosen_kernels
+from .softmax import ORDINARY, Softmax
 
 
 def gated_attention_after(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
-    kernels: Kernels = "auto",
+    kernels: Kernels = "auto", softmax: Softmax = ORDINARY,
 ) -> torch.Tensor:  # fmt: skip
     """`gated_attention` of the last `q_len` queries of a sequence, one document a row: the others were read before.
 
@@ -22,6 +24,7 @@ def gated_attention_after(
         query: `(batch, num_heads, q_len, head_dim)`, after RoPE.
         key, value, log_beta: of the whole sequence, as in `gated_attention`.
         kernels: see `kernel_choice.chosen_kernels`.
+        softmax: the model's own variant of it.
 
     Returns:
         `(batch, num_heads, q_len, value_dim)` in the query's dtype, differentiable in all four.
@@ -31,15 +34,17 @@ def gated_attention_after(
     """
     _check_shapes("log_beta", query, key, value, log_beta)
     if chosen_kernels(query.device, kernels) == "reference":
-        return channels_after(query, key, value, log_beta, scaling)
+        if softmax.softcap is not None:
+            return naive.gated_attention_after(query, key, value, log_beta, scaling, softmax)
+        return channels_after(query, key, value, log_beta, scaling, softmax.sinks)
     from .gated_attention_triton import attention_after
 
-    return attention_after(query, key, value, log_beta, scaling, decays=True)
+    return attention_after(query, key, value, log_beta, scaling, decays=True, softmax=softmax)
 
 
 def biased_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float,
-    kernels: Kernels = "auto",
+    kernels: Kernels = "auto", softmax: Softmax = ORDINARY,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention of the last `q_len` queries of a sequence with `bias_i` added to every logit of key i.
 
@@ -47,16 +52,18 @@ def biased_attention(
         query: `(batch, num_heads, q_len, head_dim)`, after RoPE.
         key: `(batch, num_kv_heads, seq_len, head_dim)`; value: `(batch, num_kv_heads, seq_len, value_dim)`.
         bias: `(batch, num_kv_heads, seq_len)` fp32.
-        kernels: see `kernel_choice.chosen_kernels`.
+        kernels, softmax: as in `gated_attention_after`.
 
     Returns, raises: as `gated_attention_after`.
     """
     _check_shapes("bias", query, key, value, bias)
     if chosen_kernels(query.device, kernels) == "reference":
-        return bias_channel(query, key, value, bias, scaling)
+        if softmax.softcap is not None:
+            return naive.biased_attention(query, key, value, bias, scaling, softmax)
+        return bias_channel(query, key, value, bias, scaling, softmax.sinks)
     from .gated_attention_triton import attention_after
 
-    return attention_after(query, key, value, bias, scaling, decays=False)
+    return attention_after(query, key, value, bias, scaling, decays=False, softmax=softmax)
 
 
 def _check_shapes(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> None:

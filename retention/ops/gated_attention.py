@@ -14,13 +14,14 @@ from ..segments import Segments
 from .channels import channels
 from .kernel_choice import chosen_kernels
 from .naive import gated_attention as naive
+from .softmax import ORDINARY, Softmax
 
 Implementation = Literal["auto", "channels", "flex", "naive", "triton"]
 
 
 def gated_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
-    segments: Segments | None = None, implementation: Implementation = "auto",
+    segments: Segments | None = None, implementation: Implementation = "auto", softmax: Softmax = ORDINARY,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention whose logits decay with the age of the key, at the rate its gate chose.
 
@@ -32,15 +33,17 @@ def gated_attention(
         scaling: factor of `q·k`.
         segments: documents and padding; None means every row is one document.
         implementation: `auto` is `triton` on CUDA and `channels` on CPU. `TENURE_KERNELS=reference` in the environment
-            makes it `flex` on CUDA, `TENURE_KERNELS=triton` makes it `triton` wherever that runs.
+            makes it `flex` on CUDA, `TENURE_KERNELS=triton` makes it `triton` wherever that runs. With a cap on
+            logits `naive` takes the place of `channels`, with sinks that of `flex`.
+        softmax: the model's own variant of it.
 
     Returns:
         `(batch, num_heads, seq_len, value_dim)` in the query's dtype, 0 on padding. Differentiable in query, key,
         value and log_beta.
 
     Raises:
-        ValueError: unknown implementation, shapes that do not belong together, or for `triton` a dtype or head
-            dimension that its kernels do not have, or a device on which they do not run.
+        ValueError: unknown implementation, or one that does not have this softmax; shapes that do not belong together;
+            for `triton` a dtype or head dimension that its kernels do not have, or a device on which they do not run.
     """
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation is {implementation!r}; accepted: {', '.join(get_args(Implementation))}")
@@ -48,12 +51,28 @@ def gated_attention(
     if segments is None:
         segments = Segments.whole(query.shape[0], query.shape[2], query.device)
     if implementation == "auto":
-        if chosen_kernels(query.device) == "triton":
-            implementation = "triton"
-        else:
-            implementation = "flex" if query.device.type == "cuda" else "channels"
-    functions = {"channels": channels, "flex": flex, "naive": naive, "triton": triton}
-    return functions[implementation](query, key, value, log_beta, scaling, segments)
+        implementation = _chosen(query.device, softmax)
+    given = query, key, value, log_beta, scaling, segments
+    if implementation == "naive":
+        return naive(*given, softmax)
+    if implementation == "flex":
+        if softmax.sinks is not None:
+            raise ValueError("got sinks for implementation 'flex'; accepted with sinks: channels, naive, triton")
+        return flex(*given, softmax)
+    if implementation == "triton":
+        return triton(*given, softmax)
+    if softmax.softcap is not None:
+        raise ValueError("got a cap on logits for implementation 'channels'; accepted with a cap: flex, naive, triton")
+    return channels(*given, softmax.sinks)
+
+
+def _chosen(device: torch.device, softmax: Softmax) -> Implementation:
+    """The fastest implementation that has this softmax."""
+    if chosen_kernels(device) == "triton":
+        return "triton"
+    if device.type == "cuda":
+        return "flex" if softmax.sinks is None else "naive"
+    return "channels" if softmax.softcap is None else "naive"
 
 
 def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor) -> None:
@@ -71,18 +90,18 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, l
 
 def triton(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
-    segments: Segments,
+    segments: Segments, softmax: Softmax = ORDINARY,
 ) -> torch.Tensor:  # fmt: skip
     """Our kernels, see `gated_attention_triton`; they are loaded here."""
     chosen_kernels(query.device, "triton")
     from .gated_attention_triton import gated_attention as launch
 
-    return launch(query, key, value, log_beta, scaling, segments)
+    return launch(query, key, value, log_beta, scaling, segments, softmax)
 
 
 def flex(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
-    segments: Segments,
+    segments: Segments, softmax: Softmax = ORDINARY,
 ) -> torch.Tensor:  # fmt: skip
     """FlexAttention with the bias in fp32 inside the kernel; q·k stays in the model's dtype."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -97,7 +116,7 @@ def flex(
     def decayed(
         score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, t: torch.Tensor, i: torch.Tensor
     ) -> torch.Tensor:
-        return score + (position[b, t] - position[b, i]) * log_beta[b, h // groups, i]
+        return softmax.capped(score) + (position[b, t] - position[b, i]) * log_beta[b, h // groups, i]
 
     batch, _, seq_len, _ = query.shape
     mask = create_block_mask(may_attend, batch, None, seq_len, seq_len, device=str(query.device))

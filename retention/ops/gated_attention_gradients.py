@@ -6,7 +6,7 @@ Both own what they write, so there are no atomics and every run gives the same b
 
 from __future__ import annotations
 
-from .gated_attention_kernels import LOG2_E, keys_of, load_tile, store_tile, tile_logits
+from .gated_attention_kernels import LOG2_E, capped, keys_of, load_tile, store_tile, tile_logits, uncapped_slopes
 from .triton_language import dot, jit, tl
 
 
@@ -32,7 +32,7 @@ def query_grad_kernel(
     stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt, stride_db, stride_dh,
     stride_dt, heads, q_len, seq_len, scale, scaling, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, DECAYS: tl.constexpr,
+    PRECISION: tl.constexpr, DECAYS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries of one head. Grid: (query tiles, batch · heads)."""
     t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -55,11 +55,11 @@ def query_grad_kernel(
         keys = load_tile(key_base, i0, stride_kt, seq_len, BLOCK_N, HEAD_DIM, BLOCK_D)
         values = load_tile(value_base, i0, stride_vt, seq_len, BLOCK_N, VALUE_DIM, BLOCK_V)
         decay = tl.load(decays + i, mask=i < seq_len, other=0.0) * LOG2_E
-        dots = dot(queries, tl.trans(keys), None, PRECISION)
-        logits = tile_logits(dots, t, past + t0, i, i0, first, greatest, decay, scale, BLOCK_N, DECAYS)
+        products = capped(dot(queries, tl.trans(keys), None, PRECISION) * scale, SOFTCAP)
+        logits = tile_logits(products, t, past + t0, i, i0, first, greatest, decay, BLOCK_N, DECAYS)
         weights = tl.exp2(logits - levels[:, None])
         slopes = dot(grads, tl.trans(values), None, PRECISION)
-        slopes = weights * (slopes - deltas[:, None])
+        slopes = uncapped_slopes(weights * (slopes - deltas[:, None]), products, SOFTCAP)
         acc = dot(slopes.to(keys.dtype), keys, acc, PRECISION)
     grad_base = query_grad + b * stride_db + h * stride_dh
     store_tile(grad_base, t0, stride_dt, q_len, acc * scaling, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -72,6 +72,7 @@ def key_grad_kernel(
     stride_db, stride_dh, stride_dt, stride_eb, stride_eh, stride_et, kv_heads, q_len, seq_len, scale, scaling,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DECAYS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys, their values and log β, over all query heads of the group.
 
@@ -106,10 +107,10 @@ def key_grad_kernel(
             q = t0 + tl.arange(0, BLOCK_M)
             t = past + q
             queries = load_tile(query_base, t0, stride_qt, q_len, BLOCK_M, HEAD_DIM, BLOCK_D)
-            dots = dot(keys, tl.trans(queries), None, PRECISION)
+            products = capped(dot(keys, tl.trans(queries), None, PRECISION) * scale, SOFTCAP)
             levels = tl.load(lses + q, mask=q < q_len, other=0.0)
             after = (t - last).to(tl.float32)
-            logits = dots * scale + near[:, None]
+            logits = products + near[:, None]
             if DECAYS:
                 logits += after[None, :] * decay[:, None]
             logits -= levels[None, :]
@@ -125,6 +126,7 @@ def key_grad_kernel(
                 beta_acc += tl.sum(slopes * after[None, :], 1) + before * tl.sum(slopes, 1)
             else:
                 beta_acc += tl.sum(slopes, 1)
+            slopes = uncapped_slopes(slopes, products, SOFTCAP)
             key_acc = dot(slopes.to(queries.dtype), queries, key_acc, PRECISION)
     key_grad_base = key_grad + b * stride_db + h * stride_dh
     value_grad_base = value_grad + b * stride_eb + h * stride_eh

@@ -46,14 +46,34 @@ def keys_of(start, t, t0, seq_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr)
 
 
 @jit
-def tile_logits(dots, t, t0, i, i0, first, greatest, bias, scale, BLOCK_N: tl.constexpr, DECAYS: tl.constexpr):
-    """Logits `(queries, keys)` of a tile, -inf where the query may not attend; `bias` as in `forward_kernel`."""
+def capped(logits, SOFTCAP: tl.constexpr):
+    """`SOFTCAP · tanh(logits / SOFTCAP)`, both in powers of two; 0 for no cap."""
+    if SOFTCAP > 0.0:
+        logits = SOFTCAP * (1.0 - 2.0 / (1.0 + tl.exp2(logits * (2.0 * LOG2_E / SOFTCAP))))
+    return logits
+
+
+@jit
+def uncapped_slopes(slopes, logits, SOFTCAP: tl.constexpr):
+    """Gradients of logits before the cap, from those after it; `logits` are capped ones without their bias."""
+    if SOFTCAP > 0.0:
+        tanh = logits * (1.0 / SOFTCAP)
+        slopes = slopes * (1.0 - tanh * tanh)
+    return slopes
+
+
+@jit
+def tile_logits(products, t, t0, i, i0, first, greatest, bias, BLOCK_N: tl.constexpr, DECAYS: tl.constexpr):
+    """Logits `(queries, keys)` of a tile, -inf where the query may not attend.
+
+    `products` are the scaled products of queries and keys, capped; `bias` as in `forward_kernel`.
+    """
     last = i0 + BLOCK_N - 1
     if DECAYS:
         near = (last - i).to(tl.float32) * bias
-        logits = dots * scale + near[None, :] + (t - last).to(tl.float32)[:, None] * bias[None, :]
+        logits = products + near[None, :] + (t - last).to(tl.float32)[:, None] * bias[None, :]
     else:
-        logits = dots * scale + bias[None, :]
+        logits = products + bias[None, :]
     if (last > t0) | (i0 < greatest):
         allowed = (i[None, :] <= t[:, None]) & (i[None, :] >= first[:, None])
         logits = tl.where(allowed, logits, float("-inf"))
@@ -66,12 +86,14 @@ def forward_kernel(
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, heads, q_len, seq_len, scale,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DECAYS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Output and `lse` of one tile of queries of one head. Grid: (query tiles, batch · heads).
 
     Args:
         log_beta: fp32 `(batch, kv_heads, seq_len)`, times `t - i` the bias of a logit; without DECAYS the bias itself.
         start: `(batch, seq_len)`.
+        SOFTCAP: cap on logits in powers of two; 0 for none.
     """
     t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows first
     row = tl.program_id(1).to(tl.int64)
@@ -92,8 +114,8 @@ def forward_kernel(
         i = i0 + tl.arange(0, BLOCK_N)
         keys = load_tile(key_base, i0, stride_kt, seq_len, BLOCK_N, HEAD_DIM, BLOCK_D)
         decay = tl.load(decays + i, mask=i < seq_len, other=0.0) * LOG2_E
-        dots = dot(queries, tl.trans(keys), None, PRECISION)
-        logits = tile_logits(dots, t, past + t0, i, i0, first, greatest, decay, scale, BLOCK_N, DECAYS)
+        products = capped(dot(queries, tl.trans(keys), None, PRECISION) * scale, SOFTCAP)
+        logits = tile_logits(products, t, past + t0, i, i0, first, greatest, decay, BLOCK_N, DECAYS)
         new_top = tl.maximum(top, tl.max(logits, 1))
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key yet: -inf minus -inf would be NaN
         weights = tl.exp2(logits - anchor[:, None])

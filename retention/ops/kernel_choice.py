@@ -31,12 +31,7 @@ def chosen_kernels(device: torch.device | str, kernels: Kernels = "auto") -> Lit
         ValueError: an unknown choice, or `triton` where it cannot run: off CUDA without Triton's interpreter.
         ImportError: `triton` was asked for and is not installed.
     """
-    asked: str = kernels
-    source = "kernels"
-    if kernels == "auto":
-        asked, source = os.environ.get(VARIABLE, "auto") or "auto", VARIABLE
-    if asked not in get_args(Kernels):
-        raise ValueError(f"{source} is {asked!r}; accepted: {', '.join(get_args(Kernels))}")
+    asked, source = _asked(kernels)
     on_cuda = torch.device(device).type == "cuda"
     if asked == "triton":
         require_triton()
@@ -49,6 +44,31 @@ def chosen_kernels(device: torch.device | str, kernels: Kernels = "auto") -> Lit
     if asked == "auto" and on_cuda and _installed():
         return "triton"
     return "reference"
+
+
+def _asked(kernels: Kernels = "auto") -> tuple[str, str]:
+    """What the argument or else the environment asks for, and which of them does; ValueError for an unknown choice."""
+    asked, source = kernels, "kernels"
+    if kernels == "auto":
+        asked, source = os.environ.get(VARIABLE, "auto") or "auto", VARIABLE
+    if asked not in get_args(Kernels):
+        raise ValueError(f"{source} is {asked!r}; accepted: {', '.join(get_args(Kernels))}")
+    return asked, source
+
+
+def compiles_for_cpu() -> bool:
+    """Whether operations on a CPU may run a C kernel: unless `TENURE_KERNELS` asks for another form."""
+    return _asked()[0] == "auto"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether `device` is a CPU with instructions for products of bf16 numbers, AVX512-BF16."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def multiplies_bf16_tiles(device: torch.device) -> bool:
+    """Whether `device` is a CPU with units for products of bf16 matrices, AMX."""
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def require_triton() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..segments import Segments
+from .softmax import ORDINARY, Softmax
 
 
 def allowed(segments: Segments) -> torch.Tensor:
@@ -22,44 +23,46 @@ def distance(segments: Segments) -> torch.Tensor:
 
 def gated_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
-    segments: Segments,
+    segments: Segments, softmax: Softmax = ORDINARY,
 ) -> torch.Tensor:  # fmt: skip
     """Same contract as `retention.ops.gated_attention`, computed with the explicit bias."""
     groups = query.shape[1] // key.shape[1]
     key, value, log_beta = (x.repeat_interleave(groups, dim=1) for x in (key, value, log_beta))
     mask = allowed(segments)
-    logits = query @ key.transpose(-1, -2) * scaling + distance(segments) * log_beta[:, :, None, :]
+    logits = softmax.capped(query @ key.transpose(-1, -2) * scaling) + distance(segments) * log_beta[:, :, None, :]
     logits = logits.masked_fill(~mask, float("-inf"))
     padding = ~mask.any(-1, keepdim=True)
-    weights = torch.softmax(logits.masked_fill(padding, 0.0), dim=-1).masked_fill(padding, 0.0)
+    weights = softmax.weights(logits.masked_fill(padding, 0.0)).masked_fill(padding, 0.0)
     return weights.to(value.dtype) @ value
 
 
 def gated_attention_after(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
+    softmax: Softmax = ORDINARY,
+) -> torch.Tensor:  # fmt: skip
     """Same contract as `retention.ops.gated_attention_after`, computed with the explicit bias."""
     index = torch.arange(key.shape[2], device=key.device)
     age = index[key.shape[2] - query.shape[2] :, None] - index
-    return _after(query, key, value, age.clamp_min(0) * log_beta[:, :, None, :], scaling)
+    return _after(query, key, value, age.clamp_min(0) * log_beta[:, :, None, :], scaling, softmax)
 
 
 def biased_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float,
+    softmax: Softmax = ORDINARY,
+) -> torch.Tensor:  # fmt: skip
     """Same contract as `retention.ops.biased_attention`, computed with the explicit bias."""
-    return _after(query, key, value, bias[:, :, None, :], scaling)
+    return _after(query, key, value, bias[:, :, None, :], scaling, softmax)
 
 
 def _after(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float, softmax: Softmax
 ) -> torch.Tensor:
     """Attention of the last queries; `bias` `(batch, num_kv_heads, q_len or 1, seq_len)` is added to the logits."""
     groups, (q_len, seq_len) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
     key, value, bias = (x.repeat_interleave(groups, dim=1) for x in (key, value, bias))
     future = torch.ones(q_len, seq_len, dtype=torch.bool, device=query.device).triu(seq_len - q_len + 1)
-    logits = (query @ key.transpose(-1, -2) * scaling + bias).masked_fill(future, float("-inf"))
-    return torch.softmax(logits, dim=-1).to(value.dtype) @ value
+    logits = softmax.capped(query @ key.transpose(-1, -2) * scaling) + bias
+    return softmax.weights(logits.masked_fill(future, float("-inf"))).to(value.dtype) @ value
 
 
 def occupancy(log_beta: torch.Tensor, segments: Segments) -> torch.Tensor:

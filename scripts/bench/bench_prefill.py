@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...eviction import RaggedCache
     from ...retention import RetentionGates
 
-POLICIES = {"retention": 0.02, "defensive": 0.05, "snapkv": None}  # the aim of scoring, as a share of the prefill
+POLICIES = {"retention": 0.02, "defensive": 0.05, "snapkv": 0.05, "criticalkv": 0.05}  # aims, as shares of the prefill
 DTYPES: dict[Dtype, str] = {"bfloat16": "", "float32": "/fp32"}  # and what the names of their rows end in
 EVICTIONS = {"": "retention", "/defensive": "defensive", "/snapkv": "snapkv"}
 CHUNK = 256
@@ -162,12 +162,12 @@ def evict_rows(seconds: Timed, length: int, runs: int) -> list[BenchRow]:
     ]
 
 
-def share_row(name: str, part: Sequence[float], whole: Sequence[float], runs: int, aim: float | None) -> BenchRow:
+def share_row(name: str, part: Sequence[float], whole: Sequence[float], runs: int, aim: float) -> BenchRow:
     """Seconds of `part` and of the prefill, and their ratio."""
-    target = "" if aim is None else f"<= {aim} of the prefill"
     return BenchRow(
-        name, statistics.median(part), statistics.median(whole), median_ratio(part, whole), "s", runs, target
-    )
+        name, statistics.median(part), statistics.median(whole), median_ratio(part, whole), "s", runs,
+        f"<= {aim} of the prefill",
+    )  # fmt: skip
 
 
 def bytes_row(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..output import make_console
@@ -58,11 +60,28 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
+# Instructions on which the speed of matrix products and attention depends, as Linux names them (x86, then Arm).
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "i8mm", "sve", "sve2")
+
+
+def cpu_name(cpuinfo: str | None = None) -> str:
+    """This machine's processor with those of `CPU_FEATURES` that it has, from the text of /proc/cpuinfo (Linux)."""
+    if cpuinfo is None:
+        file = Path("/proc/cpuinfo")
+        cpuinfo = file.read_text() if file.exists() else ""
+    fields = dict(line.split(":", 1) for line in reversed(cpuinfo.splitlines()) if ":" in line)
+    values = {name.strip(): value.strip() for name, value in fields.items()}
+    name = values.get("model name") or platform.processor() or platform.machine()
+    flags = (values.get("flags") or values.get("Features") or "").split()
+    return f"{name} ({', '.join(one for one in CPU_FEATURES if one in flags) or 'features unknown'})"
+
+
 def show(rows: Sequence[BenchRow], title: str) -> None:
-    """A table on stdout."""
+    """A table on stdout, with the CPU under it."""
     from rich.table import Column, Table
 
-    table = Table(Column("row", no_wrap=True), "ours", "peer", "unit", "ratio", "aim", "n", title=title)
+    columns = (Column("row", no_wrap=True), "ours", "peer", "unit", "ratio", "aim", "n")
+    table = Table(*columns, title=title, caption=cpu_name())
     for row in rows:
         ratio = f"{row.ratio:.3f}" if row.ratio < 0.1 else f"{row.ratio:.2f}"
         peer = "-" if row.peer is None else f"{row.peer:.4g}"

@@ -68,7 +68,8 @@ def _decode_cases(model: str, multiprocessors: int, dtype: torch.dtype) -> list[
         given = {
             "query": stored, "key_pages": stored, "value_pages": stored, "table": "*i32",
             "lengths": "*i32", "hidden": hidden, "partial": "*fp32", "log_sum": "*fp32", "out": stored,
-            "log_total": "*fp32", "scale": "fp32", "GROUP": GROUP, "KEY_DIM": DIM, "VALUE_DIM": DIM, "KEY_BLOCK": DIM, "VALUE_BLOCK": DIM,
+            "log_total": "*fp32", "scale": "fp32", "GROUP": GROUP, "KEY_DIM": DIM, "VALUE_DIM": DIM,
+            "KEY_BLOCK": DIM, "VALUE_BLOCK": DIM,
             "PAGE": page, "PROGRAMS": paged_attention.WAVES * multiprocessors, "SEGMENTS": max(16, segments),
             "MERGED": paged_attention.MERGED, "PRECISION": _precision(dtype), **tile,
         }  # fmt: skip

@@ -107,4 +107,5 @@ def threads(seconds: float, seed: int) -> dict[str, Any]:
             counts.update({f"threads: {outcome.value}": n for outcome, n in stress.ended.items()})
             counts.update({"threads: tokens read back": stress.read, "threads: refused": stress.refused})
             counts["threads: hints"] += stress.hints
+            counts["threads: preemptions"] += stress.system.scheduler.metrics.preemptions
     return {**counts, "seconds of threads": seconds}

@@ -22,7 +22,6 @@ from ...serving import (
     PrefetchConfig,
     Request,
     ScheduledBatch,
-    ScheduledPrefill,
     SchedulerConfig,
     System,
     ThreadedTransfer,
@@ -88,6 +87,7 @@ class Stress:
                 max_concurrent_loads=4,
                 max_queued_requests=64,
                 timeout_s=20.0,
+                answer_headroom_tokens=1,
             ),
             prefetch_config=PrefetchConfig(look_ahead_s=5.0),
         )
@@ -160,7 +160,7 @@ class Stress:
             workflow = "ring" if random.random() < 0.7 else None
             try:
                 request_number = self.system.scheduler.submit(
-                    Request(name, prompt, random.randint(1, 6), workflow, agent, 12, client=client)
+                    Request(name, prompt, random.randint(1, 20), workflow, agent, 12, client=client)
                 )
             except ValueError as error:
                 assert "the queue is full" in str(error), error
@@ -196,18 +196,16 @@ class Stress:
 
     def _engine(self) -> None:
         scheduler, random = self.system.scheduler, Random(self.seed)
-        tokens: dict[int, list[int]] = {}
         while not self.stop.is_set() or len(scheduler):
             work = scheduler.next_batch()
             for ended in scheduler.take_finished():
                 assert bool(ended.error) == (ended.finish_reason is not FinishReason.ANSWERED)
-                tokens.pop(ended.number, None)
                 self.ended[ended.finish_reason] += 1
                 self.last_end = time.monotonic()
             if work is None:
                 scheduler.wait(0.05)
                 continue
-            self._compute(work, tokens, random)
+            self._compute(work, random)
             if random.random() < 0.01:
                 scheduler.complete(work, RuntimeError("out of memory"))
             else:
@@ -215,21 +213,20 @@ class Stress:
         for ended in scheduler.take_finished():
             self.ended[ended.finish_reason] += 1
 
-    def _compute(self, work: ScheduledBatch, tokens: dict[int, list[int]], random: Random) -> None:
-        for item in (*work.prefills, *work.decodes):
-            prompt, name = item.request.prompt, item.state.number
-            known = tokens.setdefault(name, [])
-            if isinstance(item, ScheduledPrefill):
-                if item.first:
-                    assert_holds(item.handle.payloads(), prompt[: item.handle.length])
-                    self.read += item.handle.length
-                if item.store is not None:
-                    item.payload = kv_of(prompt, *item.store)
-            if not isinstance(item, ScheduledPrefill) or item.last:
+    def _compute(self, work: ScheduledBatch, random: Random) -> None:
+        for item in work.prefills:
+            if item.first:
+                assert_holds(item.handle.payloads(), item.state.token_ids(0, item.handle.length))
+                self.read += item.handle.length
+            if item.store is not None:
+                item.payload = kv_of(item.state.token_ids(0, item.end), *item.store)
+            if item.last:
                 item.tokens = [random.randrange(3)]
-                known += item.tokens
-            if not isinstance(item, ScheduledPrefill) and (span := item.store_span()) is not None:
-                item.payload = kv_of([*prompt, *known], *span)
+        for item in work.decodes:
+            item.tokens = [random.randrange(3)]
+            span = item.store_span()
+            if span is not None:
+                item.payload = kv_of([*item.state.token_ids(0, span[1]), *item.tokens], *span)
 
 
 @contextmanager

@@ -189,7 +189,8 @@ class World:
                 self.answers[name] += tokens
                 item.finished = random.random() < 0.2
                 span = None if isinstance(item, ScheduledPrefill) else item.store_span()
-                if span is not None and not (self.compressed and span[0] < item.state.num_fixed_tokens):
+                missing = self.compressed and span is not None and span[0] < item.state.num_fixed_tokens
+                if span is not None and not missing:
                     item.payload = kv_of([*item.request.prompt, *self.answers[name]], *span, pages=self.pages)
         if fails == "item" and items:
             random.choice(items).error = RuntimeError("NaN")

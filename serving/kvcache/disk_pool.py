@@ -92,24 +92,38 @@ class DiskPool(Pool):
             return self.capacity - self.used - sum(self._stuck.values()) - sum(self._slack.values())
 
     def bind(self, fingerprint: str | None) -> None:
-        """All that is written from now on is made by `fingerprint`; None: files do not outlive the pool.
+        """Names what makes the KV, once that is known; None: files do not outlive the pool.
 
-        As long as the pool has no files, it takes over those of that fingerprint that another process has left.
-        Otherwise, the files it has remain readable for whoever holds their payloads, and are never found again.
+        To be called before anything is stored: the pool takes over the files of that fingerprint that another process
+        has left (`TieredCache.restore_disk`).
+
+        Raises:
+            ValueError: an empty fingerprint; files of another one were restored or written.
+        """
+        _check(fingerprint)
+        if digest_of(fingerprint) == self._store.fingerprint:
+            return
+        if self._used:
+            raise ValueError(
+                f"got the fingerprint {fingerprint!r:.80} for a disk pool that is used with another one; accepted: a "
+                "pool without a fingerprint that nothing was stored in, or TieredCache.flush for new weights"
+            )
+        with self._changing:
+            self._leave()
+            self._store = open_store(self._parent, digest_of(fingerprint), self.capacity, self.config)
+            self._numbers = count(self._first_number())
+
+    def rebind(self, fingerprint: str | None) -> None:
+        """What makes the KV has changed. The files there are remain readable for whoever holds their payloads, who also
+        discards them, and are never found again; for `TieredCache.flush`.
 
         Raises:
             ValueError: an empty fingerprint.
         """
         _check(fingerprint)
-        if digest_of(fingerprint) == self._store.fingerprint:
-            return
         with self._changing:
-            if self._used:
+            if digest_of(fingerprint) != self._store.fingerprint:
                 self._store.describe(digest_of(fingerprint))
-                return
-            self._leave()
-            self._store = open_store(self._parent, digest_of(fingerprint), self.capacity, self.config)
-            self._numbers = count(self._first_number())
 
     def restored(self) -> list[tuple[PromptKey, FilePayload, float]]:
         """The payloads that other processes have left, the one used last first, with the time of their last use.
@@ -122,7 +136,7 @@ class DiskPool(Pool):
             return []
         self._used = True
         found, lost = [], 0
-        for path in list(self.folder.iterdir()):
+        for path in sorted(self.folder.iterdir(), key=_number, reverse=True):
             if path.suffix == TEMPORARY_SUFFIX:
                 self._remove(path, 0)
             elif path.suffix == SUFFIX:
@@ -141,8 +155,7 @@ class DiskPool(Pool):
 
     def _first_number(self) -> int:
         """Above those of the files in the folder."""
-        names = (path.stem for path in self.folder.glob(f"*{SUFFIX}"))
-        return 1 + max((int(name) for name in names if name.isdecimal()), default=-1)
+        return 1 + max(map(_number, self.folder.glob(f"*{SUFFIX}")), default=-1)
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
@@ -295,6 +308,11 @@ class FileBuilder:
 def _check(fingerprint: str | None) -> None:
     if fingerprint == "":
         raise ValueError("got an empty fingerprint; accepted: a text that names what makes the KV, or None")
+
+
+def _number(path: Path) -> int:
+    """The number of a file, higher for those written later; -1 for other files."""
+    return int(path.stem) if path.stem.isdecimal() else -1
 
 
 def _write(file: Any, content: bytes, at: int) -> None:

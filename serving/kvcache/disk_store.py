@@ -101,8 +101,9 @@ def digest_of(fingerprint: str | None) -> str | None:
 def open_store(parent: Path, fingerprint: str | None, capacity: int, config: DiskConfig) -> DiskStore:
     """Takes over the folder of this fingerprint that was used last among those without an owner, or creates one.
 
-    Folders without an owner are removed if nobody can use them (no fingerprint, no readable description), if they are
-    stale, and, the oldest first, if the file system has less free space than `capacity` bytes.
+    Folders without an owner are removed if nobody can use them (no fingerprint, no readable description) or if they are
+    stale. Others are removed, the oldest first, if `fingerprint` is given and the file system has less free space than
+    the pool may still need.
 
     Raises:
         OSError: `parent` cannot be created or written to.
@@ -161,7 +162,8 @@ def _claim(parent: Path, fingerprint: str | None, capacity: int, config: DiskCon
     others = [store for _, store in unowned if store is not chosen]
     used = 0 if chosen is None else _size(chosen.path)
     for store in others:
-        if shutil.disk_usage(parent).free < capacity - used:
+        # A pool without a fingerprint may still be bound to one of these.
+        if fingerprint is not None and shutil.disk_usage(parent).free < capacity - used:
             store.remove()
         else:
             store._lock.release()

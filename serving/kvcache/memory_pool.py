@@ -290,6 +290,7 @@ class MemoryPool(Pool):
     def validate(self, payload: KVPayload) -> None:
         if self.pages is not None:
             pages_for(payload, self.pages.geometry)
+
     def holds(self, device: torch.device) -> bool:
         """Whether the pool's tensors are on `device`; without an index, a GPU is the first one."""
         import torch

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PageGeometry:
-    """What a model stores for each token: the same in every layer and head.
+    """The entries that a model stores for each token: the same in every layer and head.
 
     Attributes:
         layers: indices of the layers in the decoder.
@@ -167,8 +167,8 @@ class PagePool:
         device = self.device
         slots = torch.from_numpy(self.slots(pages).ravel()).to(device, non_blocking=True)
         for name, buffer in self.buffers.items():
-            given = entries[name].to(device, non_blocking=True)
-            buffer.index_copy_(0, slots, given.reshape(len(slots), *buffer.shape[1:]))
+            new = entries[name].to(device, non_blocking=True)
+            buffer.index_copy_(0, slots, new.reshape(len(slots), *buffer.shape[1:]))
 
     def clear(self, pages: np.ndarray) -> None:
         """Fills `pages` `(n,)` with zeros: a masked entry must be finite, and somebody's may not have been."""
@@ -327,8 +327,8 @@ def pages_for(payload: KVPayload, geometry: PageGeometry) -> int:
     kinds, total = payload.kinds(), 0
     entry = {name: (dtype, max(1, width)) for name, dtype, width in geometry.entry}
     plain = payload.token_dim is not None
-    kept = (*entry,) if plain else (*entry, "lengths")
-    names = {f"layers.{layer}.{name}" for layer in geometry.layers for name in kept}
+    parts = [*entry, *([] if plain else ["lengths"])]
+    names = {f"layers.{layer}.{name}" for layer in geometry.layers for name in parts}
     if names != set(kinds):
         differ = ", ".join(sorted(names ^ set(kinds))[:4])
         raise ValueError(f"got a payload that differs from the engine's pages in {differ}")

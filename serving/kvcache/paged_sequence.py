@@ -27,7 +27,7 @@ class PagedSequence(PageLists):
     def __init__(self, pool: PagePool, payloads: Sequence[KVPayload] = ()) -> None:
         for place, payload in enumerate(payloads):
             if not isinstance(payload, PagePayload) or (payload.lengths is not None and place):
-                raise ValueError("got payloads that do not follow each other; accepted: pages, compressed ones first")
+                raise ValueError("got payloads that do not follow each other; accepted: pages, the compressed first")
         paged: list[PagePayload] = list(payloads)  # type: ignore[arg-type]
         ragged = None
         if paged and paged[0].lengths is not None:

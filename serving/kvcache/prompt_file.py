@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -196,35 +196,34 @@ class FilePayload:
         return dtype, tuple(sizes)
 
     def read(self, layer: int) -> dict[str, torch.Tensor]:
+        """The tensors of a layer, packed in one block of memory; see `KVPayload.read`."""
         import torch
 
+        from ...eviction.storage.packing import pack, views
+
         layout, (first, last) = self.file.layout, self.file.rows_of(self.start, self.stop)
-        names, row_bytes = layout.groups[layer], layout.row_bytes[layer]
-        buffers = [bytearray((last - first) * size) for size in row_bytes]
+        targets = pack(
+            {name: self._kind(name) for name in layout.groups[layer]}, lambda size: torch.empty(size, dtype=torch.uint8)
+        )
+        rows_first = {name: _rows_first(tensor, self.token_dim) for name, tensor in targets.items()}
         try:
             with open(self.path, "rb", buffering=0) as file:
                 for block in range(first // layout.block_rows, -(-last // layout.block_rows)):
                     content, rows = self._read_block(file, block, layer)
+                    kinds = {name: (rest.dtype, (rows, *rest.shape[1:])) for name, rest in rows_first.items()}
+                    flat = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0)
                     begin = block * layout.block_rows
                     low, high = max(first, begin), min(last, begin + rows)
-                    at = 0
-                    for size, buffer in zip(row_bytes, buffers, strict=True):
-                        part = content[at + (low - begin) * size : at + (high - begin) * size]
-                        buffer[(low - first) * size : (high - first) * size] = part
-                        at += rows * size
+                    for name, found in views(flat.view(torch.uint8), kinds).items():
+                        rows_first[name][low - first : high - first].copy_(found[low - begin : high - begin])
         except OSError as error:
             raise LostPayloadError(f"{self.path} cannot be read: {error}") from error
         if layer == 0:
             with contextlib.suppress(OSError):
                 os.utime(self.path)  # after a restart, the files used last are kept
-        tensors = {}
-        for name, buffer in zip(names, buffers, strict=True):
-            dtype, shape = self._kind(name)
-            flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-            tensors[name] = _tokens_inside(flat, shape, self.token_dim)
-        return tensors
+        return targets
 
-    def _read_block(self, file: BinaryIO, block: int, layer: int) -> tuple[memoryview, int]:
+    def _read_block(self, file: BinaryIO, block: int, layer: int) -> tuple[bytearray, int]:
         """A layer of a block, verified, and the number of its rows."""
         at, rows = self.file.layout.place(block, layer)
         content = bytearray(rows * sum(self.file.layout.row_bytes[layer]))
@@ -238,7 +237,7 @@ class FilePayload:
             raise LostPayloadError(
                 f"{self.path} is damaged: layer {layer} of block {block} differs from what was written"
             )
-        return memoryview(content), rows
+        return content, rows
 
     def split(self, at: int) -> tuple[FilePayload, FilePayload]:
         assert self.divisible and 0 < at < self.tokens, "only divisible payloads are split, within"
@@ -276,9 +275,7 @@ def pack_layer(layout: FileLayout, layer: int, tensors: dict[str, torch.Tensor])
 
     rows = []
     for name, size in zip(layout.groups[layer], layout.row_bytes[layer], strict=True):
-        tensor = tensors[name].detach().cpu()
-        if layout.token_dim is not None:
-            tensor = tensor.movedim(layout.token_dim, 0)
+        tensor = _rows_first(tensors[name].detach().cpu(), layout.token_dim)
         flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         assert flat.nbytes == layout.rows * size, "the tensor is of the kind that the payload has announced"
         rows.append((memoryview(flat.data), size))
@@ -435,12 +432,9 @@ def nbytes(kind: Kind) -> int:
     return kind[0].itemsize * math.prod(kind[1])
 
 
-def _tokens_inside(flat: torch.Tensor, shape: Sequence[int], dim: int | None) -> torch.Tensor:
-    """A tensor of `shape` from its elements, which are in the order of `dim` first."""
-    if dim is None:
-        return flat.view(tuple(shape))
-    at = dim % len(shape)
-    return flat.view(shape[at], *shape[:at], *shape[at + 1 :]).movedim(0, at)
+def _rows_first(tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """A view of `tensor` whose first dimension runs over the rows of a file."""
+    return tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
 
 
 def _prefix_bytes() -> int:

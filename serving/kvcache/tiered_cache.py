@@ -307,7 +307,7 @@ class TieredCache:
             self.poll()
             disk = self.pools.get(Tier.DISK)
             if isinstance(disk, DiskPool):
-                disk.bind(fingerprint)
+                disk.rebind(fingerprint)
             for job in list(self.transfers.jobs.values()):
                 if not job.waiters:
                     self.transfers.backend.cancel(job)

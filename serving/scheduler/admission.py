@@ -344,13 +344,8 @@ class Admission:
         wanted = self.memory.required(state, self.memory.wanted_end(state))
         room = tiers.reserve(wanted, to_load, self.memory.headroom(admitted))
         if room is AllocStatus.REFUSED and not tiers.cancel_prefetches(wanted + to_load) and alone:
-            wanted = self.memory.required(state, self.memory.least_end(state))
-            room = tiers.reserve(wanted, to_load)
-            if room is AllocStatus.REFUSED and handle.length:
-                handle.truncate(handle.node.root)  # its own cached prefix may occupy the memory it needs
-                missing = []
-                wanted = self.memory.required(state, self.memory.least_end(state))
-                room = tiers.reserve(wanted)
+            wanted, room = self._reserve_alone(state, handle, to_load)
+            missing = [] if not handle.length else missing
         if room is not AllocStatus.READY:
             self._release_refused(state)
             outgrown = room is AllocStatus.REFUSED and alone and wanted > tiers.capacity()
@@ -358,6 +353,23 @@ class Admission:
         state.reserved_bytes = wanted
         self.metrics.events += 1
         return self._begin(state, handle, missing, found, choice)
+
+    def _reserve_alone(self, state: RequestState, handle: CacheHandle, to_load: int) -> tuple[int, AllocStatus]:
+        """Reserves without a head-room, or without the cached prefix, which may occupy the memory that is needed.
+
+        Returns:
+            The bytes that were asked for last, and whether they are reserved.
+        """
+        memory, wanted, least = self.memory, self.memory.wanted_end(state), self.memory.least_end(state)
+        fits_computed = memory.nbytes(state, wanted) <= self.tiers.capacity()
+        if not (handle.length and fits_computed):
+            nbytes = memory.required(state, least)
+            room = self.tiers.reserve(nbytes, to_load)
+            if room is not AllocStatus.REFUSED or not handle.length:
+                return nbytes, room
+        handle.truncate(handle.node.root)
+        nbytes = memory.required(state, wanted if fits_computed else least)
+        return nbytes, self.tiers.reserve(nbytes)
 
     def _release_refused(self, state: RequestState) -> None:
         """As `withdraw`, for a refused request: that frees no memory for others."""

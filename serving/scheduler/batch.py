@@ -64,9 +64,7 @@ class RunningRequests:
     def schedule(
         self, number: int, max_steps: int, stalled: Collection[RequestState], preempted: list[RequestState]
     ) -> ScheduledBatch | None:
-        """Forms batch `number`; None if there is nothing to do.
-
-        Decodes get up to `max_steps` tokens if nothing prefills.
+        """Forms batch `number`; None if there is nothing to do. Without prefills, decodes get up to `max_steps` tokens.
 
         Args:
             stalled: decoding requests that skip this batch. preempted: requests whose memory the driver drops.
@@ -140,7 +138,7 @@ class RunningRequests:
         return item.finished or not state.num_remaining_tokens
 
     def _store(self, state: RequestState, span: TokenRange, payload: KVPayload) -> None:
-        """Offers KV to the cache, which takes over the reserved bytes of `span`. If it fails, the request goes on."""
+        """Offers KV to the cache, which takes over the reserved bytes of `span`. If it fails, the request continues."""
         handle, (_, end) = state.handle, span
         assert handle is not None, "a running request has a handle"
         agent = state.agent if end >= state.num_fixed_tokens else None

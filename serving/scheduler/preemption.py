@@ -1,4 +1,4 @@
-"""Preemption: when no memory is left for an answer to go on, the request with the lowest claim gives up its own.
+"""Preemption: when no memory is left for an answer to continue, the request with the lowest claim gives up its own.
 
 Its handle and its reservation are released, and it waits again in its old place, with the answer so far as part of what
 is to be computed. Its whole pages are in the tree, and stay there as long as nobody needs their memory.
@@ -18,11 +18,11 @@ from .request_state import RequestState
 
 @dataclass
 class Growth:
-    """The requests that needed memory to go on and did not simply get it.
+    """The requests that needed memory to continue and did not simply get it.
 
     Attributes:
         stalled: they skip this batch, with what they have; there will be memory once transfers or requests of a higher
-            claim have ended, or requests that may not be preempted yet have got on.
+            claim have ended, or requests that may not be preempted yet have made progress.
         preempted: they have given up their memory and wait again.
         outgrown: prompt and answer fill the device; they end.
     """
@@ -36,9 +36,9 @@ class Preemption:
     """Gives every decoding request the memory for its next token, the oldest first. Used under the cache's lock.
 
     The claim of a request is its place in the fair queue within a workflow: its time of arrival, moved by its priority.
-    Requests are preempted only for others of a higher claim, so the one with the highest claim always gets on. One that
-    was preempted is not preempted again before it has got a further token, for which it is admitted with enough memory:
-    every preemption is paid for with a token, so all requests end.
+    Requests are preempted only for others of a higher claim, so the one with the highest claim always makes progress.
+    One that was preempted is not preempted again before it has got a further token, for which it is admitted with
+    enough memory: every preemption is paid for with a token, so all requests end.
     """
 
     def __init__(self, memory: RequestMemory, running: RunningRequests, admission: Admission) -> None:
@@ -55,7 +55,7 @@ class Preemption:
 
     def _grow(self, state: RequestState, growth: Growth) -> None:
         while (status := self.memory.grow(state)) is not AllocStatus.READY:
-            if status is AllocStatus.REFUSED and self.memory.exceeds_device(state, state.num_computed_tokens + 1):
+            if status is AllocStatus.REFUSED and self.memory.exceeds_device(state):
                 self.running.remove(state)
                 growth.outgrown.append(state)
                 return

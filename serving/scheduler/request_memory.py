@@ -1,4 +1,4 @@
-"""The device memory of requests: how much each reserves at admission, and needs as it goes on.
+"""The device memory of requests: how much each reserves at admission, and needs as it continues.
 
 A request's KV is what its handle covers, whose bytes belong to the cache, and what it has computed beyond that, whose
 bytes it has reserved. When pages are stored, they pass from the one to the other.
@@ -24,12 +24,15 @@ class RequestMemory:
     def required(self, state: RequestState, end: int) -> int:
         """Bytes to reserve for the KV of the tokens up to `end`, beyond what the request's handle covers."""
         covered = 0 if state.handle is None else state.handle.length
+        return self.nbytes(state, max(0, end - covered))
+
+    def nbytes(self, state: RequestState, tokens: int) -> int:
+        """Bytes of the device that the KV of `tokens` computed tokens takes, from the beginning of a page."""
         unit = state.page_size if self.tiers.pools[Tier.DEVICE].whole_pages else 1
-        tokens = -(-max(0, end - covered) // unit) * unit
-        return tokens * state.bytes_per_token
+        return -(-tokens // unit) * unit * state.bytes_per_token
 
     def least_end(self, state: RequestState) -> int:
-        """The token up to which a request must have memory to be admitted: one of the answer, so that it gets on.
+        """The token up to which a request must have memory to be admitted: one of the answer, for some progress.
 
         With `reserve_answers`, all of the answer.
         """
@@ -49,11 +52,15 @@ class RequestMemory:
             return 0
         return sum(max(0, self.required(state, self.wanted_end(state)) - state.reserved_bytes) for state in admitted)
 
-    def exceeds_device(self, state: RequestState, end: int) -> bool:
-        """Whether the KV of the tokens up to `end` does not fit on the device even if there is nothing else."""
-        covered = () if state.handle is None else state.handle.node.path()
-        stored = sum(node.allocated[Tier.DEVICE] for node in covered)
-        return stored + self.required(state, end) > self.tiers.capacity()
+    def exceeds_device(self, state: RequestState) -> bool:
+        """Whether a decoding request does not fit on the device with one more page, even if there is nothing else."""
+        assert state.handle is not None, "a decoding request has a handle"
+        stored = sum(node.allocated[Tier.DEVICE] for node in state.handle.node.path())
+        return stored + self._required_to_grow(state) > self.tiers.capacity()
+
+    def _required_to_grow(self, state: RequestState) -> int:
+        """Bytes to reserve up to the end of the page that the next token belongs to."""
+        return self.required(state, (state.num_computed_tokens // state.page_size + 1) * state.page_size)
 
     def available_steps(self, state: RequestState) -> int:
         """Tokens that a decoding request can compute in the memory that it has reserved."""
@@ -61,11 +68,8 @@ class RequestMemory:
         return state.handle.length + state.reserved_bytes // state.bytes_per_token - state.num_computed_tokens
 
     def grow(self, state: RequestState) -> AllocStatus:
-        """Reserves the page that the request's next token needs, evicting for it; READY if it has it already."""
-        page_end = (state.num_computed_tokens // state.page_size + 1) * state.page_size
-        more = self.required(state, page_end) - state.reserved_bytes
-        if more <= 0:
-            return AllocStatus.READY
+        """Reserves the page that the next token of a decoding request needs, evicting for it."""
+        more = self._required_to_grow(state) - state.reserved_bytes
         status = self.tiers.reserve(more)
         if status is AllocStatus.READY:
             state.reserved_bytes += more

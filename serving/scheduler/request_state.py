@@ -214,8 +214,8 @@ class ScheduledPrefill:
         last: the last chunk; the answer's next token is computed with it.
         store: token range whose KV, whole pages, the driver puts into `payload` for the cache; None: nothing is stored.
         payload: result; the cache owns it if it takes it. None: not this time; a later chunk asks for more.
-        reused: result: the driver had the KV of so many tokens from `start` on, and did not compute them. They may go
-            beyond `end`, except in a last chunk; the next one begins behind them.
+        reused: result: the driver had the KV of so many tokens from `start` on, and did not compute them. They may
+            reach beyond `end`, except in a last chunk; the next one begins behind them.
         tokens: result of a last chunk: the answer's next token, or None if tokens are not reported.
         finished: result: that token ends the answer.
         error: result: ends this request, and only this one, as FAILED.
@@ -286,7 +286,7 @@ class ScheduledBatch:
         number: counts batches from 1.
         steps: tokens of each decode; the driver may lower it, to no less than 1, before completing the batch.
         preempted: requests that have lost their memory to others since the last batch: before anything else, the driver
-            drops all it holds of them. They wait again and go on later, with a prefill that is `first`. A batch may
+            drops all it holds of them. They wait again and continue later, with a prefill that is `first`. A batch may
             consist of these alone.
     """
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +64,8 @@ class Scheduler:
             raise ValueError(f"got bytes_per_token={bytes_per_token}; accepted: 1 or more")
         self.tiers, self.predictor, self.prefetcher = tiers, predictor, prefetcher
         self.config, self.bytes_per_token, self.batch_waits = config or SchedulerConfig(), bytes_per_token, batch_waits
-        self.metrics, self.vocab_size = SchedulerMetrics(), None
+        self.metrics = SchedulerMetrics()
+        self.vocab_size: int | None = None
         self._timers = RequestTimers()
         self._memory = RequestMemory(tiers, self.config)
         self._admission = Admission(
@@ -119,7 +122,7 @@ class Scheduler:
             raise QueueFull(f"the queue is full: at most {self.config.max_queued_requests} requests may wait")
         self.require_vocabulary(request.prompt)
 
-    def require_vocabulary(self, prompt: np.ndarray) -> None:
+    def require_vocabulary(self, prompt: Any) -> None:
         """Raises BadRequest if `prompt`, token ids `(tokens,)`, has one beyond `vocab_size`."""
         if self.vocab_size is not None and (largest := int(np.max(prompt))) >= self.vocab_size:
             raise BadRequest(f"got the token id {largest} in a prompt; accepted: 0 to {self.vocab_size - 1}")
@@ -216,7 +219,7 @@ class Scheduler:
             self._changed = False
             self._transfers_seen = self.tiers.num_events
             self.tiers.poll()
-            self._push_predictions()
+            self._predict(self._push_predictions)
             self._expire()
             now, slots = self.tiers.clock(), self.config.max_num_seqs - len(self._running)
             room = self._admission.changed
@@ -225,8 +228,7 @@ class Scheduler:
                     self._running.add(state, now)
                 except Exception as error:
                     self._fail(state, "starting", error)
-            if self.prefetcher is not None:
-                self.prefetcher.start_prefetches(paused=self._admission.starved, room_freed=room)
+            self._predict(self._start_prefetches, room)
             self.tiers.write_back_eagerly()
             if self.batch_waits and self._admission.loading:
                 return None
@@ -236,6 +238,18 @@ class Scheduler:
             self._batches += 1
             self._in_flight = self._running.schedule(self._batches, max_steps, growth.stalled, growth.preempted)
             return self._in_flight
+
+    def _predict(self, update: Callable[..., None], *args: bool) -> None:
+        """Calls `update`. Predictions never influence an answer, so no request ends for an error there."""
+        try:
+            update(*args)
+        except Exception:
+            logger.exception("predictions or prefetches were not updated")
+            self.metrics.predictions_failed += 1
+
+    def _start_prefetches(self, room_freed: bool) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.start_prefetches(paused=self._admission.starved, room_freed=room_freed)
 
     def _push_predictions(self) -> None:
         changed = self.predictor.push_values(self.tiers)
@@ -266,11 +280,11 @@ class Scheduler:
             error: the whole batch failed; its requests end as FAILED.
 
         Raises:
-            ValueError: this batch is not in flight; not after `close`, which ended its requests.
+            ValueError: this batch is not in flight. Draining, which is one: `close` has ended its requests meanwhile.
         """
         with self.tiers.lock:
-            if self._closed is not None and self._in_flight is None:
-                return  # its requests were ended meanwhile
+            if batch is not self._in_flight and self._closed is not None:
+                raise Draining(f"the batch {batch.number} is not in flight: the scheduler is closed: {self._closed}")
             if batch is not self._in_flight:
                 raise ValueError(f"the batch {batch.number} is not in flight")
             self._in_flight = None
@@ -399,14 +413,8 @@ class Scheduler:
 
     def _check_requests(self) -> None:
         admission, running, states = self._admission, self._running, list(self._requests.values())
-        waiting = [
-            *admission.queue,
-            *admission.overdue,
-            *admission.shared,
-            *admission.loading,
-            *admission.loading.ready,
-        ]
-        places = [*waiting, *running.prefilling, *running.decoding]
+        places = [*admission.queue, *admission.overdue, *admission.shared, *admission.loading, *admission.loading.ready]
+        places += running
         assert len(places) == len(set(places)) and set(places) == set(states), "a request is in one place"
         reserved = sum(state.reserved_bytes for state in states)
         assert self.tiers.reserved_bytes == reserved, "reserved bytes belong to requests"

@@ -23,8 +23,8 @@ class SchedulerConfig:
         reserve_answers: memory for a request's whole answer (`max_new_tokens`) is reserved at admission, and nobody is
             ever preempted. False: memory for `answer_headroom_tokens`, and for further pages as they are needed.
         answer_headroom_tokens: tokens of the answer for which memory is reserved at admission, if the answer may be so
-            long; and a request is admitted only if those that are admitted already could go on for as many, so that it
-            is not preempted as soon as it has begun.
+            long; and a request is admitted only if those that are admitted already could continue for as many, so that
+            it is not preempted as soon as it has begun.
         page_patience_s: seconds for which a request waits while pages that it needs are being computed for another one
             and no chunk of that one is completed; then it computes them itself. 0: it does so at once.
         max_queued_requests: requests waiting to be admitted; `submit` refuses more.

@@ -1,4 +1,4 @@
-"""Pages that several requests need and one of them computes: the others wait for them."""
+"""Pages that several requests need and one of them computes: the others wait until these are stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .request_state import RequestState, RequestTimers
 
 
 class SharedPages:
-    """Who computes what others need, and who waits for it. Used under the cache's lock.
+    """Requests that compute what others need, and those that wait for it. Used under the cache's lock.
 
     A request *leads* from its admission until its prompt is computed. One that begins with the same pages, and does not
     find them in the cache, *follows*: it holds nothing, and waits until the common pages are stored, or until the

@@ -15,7 +15,7 @@ from tenure.eviction.cache_layer import RaggedLayer
 from tenure.eviction.forward_state import SequenceState
 from tenure.eviction.storage.segment_store import SegmentStore
 from tenure.retention import RetentionGates
-from tenure.retention.seams import AttentionLayer
+from tenure.retention.decoder_layers import AttentionLayer
 
 from .saved import OPTIONS, filled
 

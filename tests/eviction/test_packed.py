@@ -26,7 +26,7 @@ def pool_for(session, tokens: int) -> PagePool:
     return PagePool(geometry, -(-tokens // 16) * 16 * geometry.token_bytes, "cpu")
 
 
-@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("kernels", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("view", [10_000, 32, 1], ids=["copied together", "both", "in place"])
 @torch.no_grad()
 def test_logits_are_those_of_each_sequence_alone(tiny_model, monkeypatch, kernels, view):
@@ -52,7 +52,7 @@ def test_logits_are_those_of_each_sequence_alone(tiny_model, monkeypatch, kernel
                 new.append(PackedTokens(sequence, prompts[i][sequence.end : sequence.end + size]))
             monkeypatch.setenv("TENURE_KERNELS", kernels)
             cache = PackedCache(pool.buffers, pool.geometry.layers, new, config=ReadsConfig(view_entries=view))
-            logits = forward(session, cache, range(len(new)))
+            logits = forward(session.model, cache, range(len(new)))
             monkeypatch.setenv("TENURE_KERNELS", "reference")
             for sequence, prompt, got in zip(sequences, prompts, logits, strict=True):
                 alone = session.extend(session.new_cache(), prompt[: sequence.end].tolist(), logits_to_keep=1)
@@ -61,7 +61,7 @@ def test_logits_are_those_of_each_sequence_alone(tiny_model, monkeypatch, kernel
             holes.release()
 
 
-@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("kernels", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("budget", [0.05, 0.5])
 @pytest.mark.parametrize("view", [10_000, 8])
 @torch.no_grad()
@@ -80,7 +80,7 @@ def test_compressed_prompts_are_read_with_whole_tokens_behind_them(tiny_model, m
         sequence = PagedSequence(pool)
         sequence.reserve(len(prompt))
         tokens = [PackedTokens(sequence, prompt)]
-        forward(session, PackedCache(pool.buffers, pool.geometry.layers, tokens, gated=[0]), [])
+        forward(session.model, PackedCache(pool.buffers, pool.geometry.layers, tokens, gated=[0]), [])
         payload = kv.compress_pages(sequence, how)
         cache = session.new_cache()
         kv.forward(cache, prompt)
@@ -98,7 +98,8 @@ def test_compressed_prompts_are_read_with_whole_tokens_behind_them(tiny_model, m
             new = [PackedTokens(each, own) for each, own in zip(sequences, ids, strict=True)]
             monkeypatch.setenv("TENURE_KERNELS", kernels)
             config = ReadsConfig(view_entries=view)
-            logits = forward(session, PackedCache(pool.buffers, pool.geometry.layers, new, config=config), range(3))
+            packed = PackedCache(pool.buffers, pool.geometry.layers, new, config=config)
+            logits = forward(session.model, packed, range(3))
             monkeypatch.setenv("TENURE_KERNELS", "reference")
             for got, own, alone in zip(logits, ids, caches, strict=True):
                 torch.testing.assert_close(got, kv.forward(alone, own), rtol=1e-4, atol=1e-4)
@@ -114,8 +115,8 @@ def test_a_forward_that_raises_leaves_the_sequences_as_they_were(tiny_model):
         new = [PackedTokens(sequence, np.arange(3, 12))]
         hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            forward(session, PackedCache(pool.buffers, pool.geometry.layers, new), [0])
+            forward(session.model, PackedCache(pool.buffers, pool.geometry.layers, new), [0])
         hook.remove()
         assert sequence.tokens == 0
-        again = forward(session, PackedCache(pool.buffers, pool.geometry.layers, new), [0])
+        again = forward(session.model, PackedCache(pool.buffers, pool.geometry.layers, new), [0])
         torch.testing.assert_close(again[0], session.extend(session.new_cache(), list(range(3, 12)))[0, -1])

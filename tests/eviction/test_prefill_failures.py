@@ -18,8 +18,8 @@ def test_what_cannot_be_cut_is_refused_before_anything_runs(tiny_llama, prompt):
         for name in ("output_hidden_states", "output_attentions"):
             with pytest.raises(ValueError, match=f"runs in chunks, which {name} cannot follow"):
                 tiny_llama(ids, past_key_values=cache, **{name: True})
-        with pytest.raises(ValueError, match="runs in chunks, which visual_pos_masks cannot follow"):
-            tiny_llama(ids, past_key_values=cache, visual_pos_masks=torch.ones(1, 40))
+        with pytest.raises(ValueError, match="runs in chunks, which image_embeds cannot follow"):
+            tiny_llama(ids, past_key_values=cache, image_embeds=torch.ones(1, 40))
         with pytest.raises(ValueError, match=r"needs a 2-D attention_mask .* got \(1, 1, 40, 40\)"):
             tiny_llama(ids, attention_mask=torch.zeros(1, 1, 40, 40), past_key_values=cache)
         assert cache.columns_seen == 0

@@ -19,7 +19,7 @@ from tenure.eviction import (
     SnapKV,
     evict,
 )
-from tenure.retention.seams import UnsupportedModelError
+from tenure.retention.decoder_layers import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def test_a_model_without_an_output_projection_is_refused_by_name(tiny_llama, pol
             return 2 * x
 
     tiny_llama.model.layers[1].self_attn.o_proj = Doubled()
-    message = f"policy '{policy}' does not support LlamaForCausalLM: it needs the output .*'o_proj'.*layers.1.self_attn"
+    message = f"policy '{policy}' does not support LlamaForCausalLM: it needs the output .*o_proj.*layers.1.self_attn"
     with pytest.raises(UnsupportedModelError, match=message), evict(tiny_llama, "knorm", observe=[policy]):
         pass
     with evict(tiny_llama, "snapkv") as session, pytest.raises(UnsupportedModelError, match=message):

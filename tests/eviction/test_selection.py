@@ -14,7 +14,7 @@ from tenure.eviction.plan import Budget, EvictionPlan, ProtectedTokens
 from tenure.eviction.policies import Policy
 from tenure.eviction.selection import choose
 from tenure.eviction.storage.segment_store import SegmentStore
-from tenure.retention.seams import AttentionLayer
+from tenure.retention.decoder_layers import AttentionLayer
 
 
 def naive_top(scores: list[float], k: int, order: list[int]) -> list[bool]:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from tenure.retention import RetentionGates, UnsupportedModelError, attach
-from tenure.retention.seams import full_attention_layers
+from tenure.retention.decoder_layers import full_attention_layers
 
 TOKENS = torch.randint(3, 128, (2, 23), generator=torch.Generator().manual_seed(1))
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from tenure.eviction import evict
 from tenure.retention import RetentionGates, SoftEviction, attach, attach_after, read_prompt
+from tenure.retention.decoder_layers import text_decoder
 from tenure.retention.ops import biased_attention, gated_attention, gated_attention_after
-from tenure.retention.seams import text_decoder
 
 TOKENS = torch.randint(3, 128, (1, 60), generator=torch.Generator().manual_seed(1))
 PROMPT = 45

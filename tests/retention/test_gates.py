@@ -58,3 +58,14 @@ def test_stacked_weights_are_a_copy(gates: RetentionGates) -> None:
     after = [step[0] for step in steps if isinstance(step, tuple)]
     assert len(after) in (1, 2) and all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     assert not any(weight.requires_grad for weight in after)
+
+
+def test_learned_activations_are_not_shared_with_the_gates() -> None:
+    """Apertus' xIELU has parameters, in bf16."""
+    from tenure.scripts.bench.tiny_models import TEXT_ARCHITECTURES
+
+    model = TEXT_ARCHITECTURES["apertus"].build()
+    gates = RetentionGates.for_model(model, gate_width=8)
+    assert gates.config.activation == "silu"
+    assert {parameter.dtype for parameter in gates.parameters()} == {torch.float32}
+    gates.check_model(model)

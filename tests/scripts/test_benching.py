@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tenure.scripts.bench.bench_train import attention_rows
-from tenure.scripts.bench.benching import BenchRow, alternate, median_ratio, show
+from tenure.scripts.bench.benching import BenchRow, alternate, cpu_name, median_ratio, show
 from tenure.scripts.output import write_rows
 
 
@@ -39,7 +39,15 @@ def test_rows_are_written_as_strict_json_and_shown(tmp_path: Path, capsys: pytes
     ]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["rows.json"]
     show(rows, "title")
-    assert "x/T1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "x/T1" in shown and cpu_name().split("(")[0].split()[0] in shown
+
+
+def test_the_cpu_is_named_with_its_features() -> None:
+    x86 = "processor\t: 0\nmodel name\t: Xeon 8480+\nflags\t\t: fpu avx2 amx_bf16 avx512f\n\nprocessor\t: 1\n"
+    assert cpu_name(x86) == "Xeon 8480+ (avx2, avx512f, amx_bf16)"
+    assert cpu_name("processor : 0\nFeatures : fp asimd bf16\n").endswith(" (asimd, bf16)")
+    assert cpu_name("").endswith(" (features unknown)")
 
 
 def test_attention_rows_have_the_names_others_read() -> None:

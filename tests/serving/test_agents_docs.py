@@ -26,7 +26,8 @@ def test_the_example_runs(tiny_llama):
     (answer,) = scope["answers"]
     assert 1 <= len(answer) <= 20
     system = scope["system"]
-    (node,) = system.tiers.tree
+    node, *behind = system.tiers.tree
+    assert all(each.start >= node.end for each in behind), "question and answer are stored behind the fixed prompt"
     allocated = node.allocated[Tier.DEVICE]
     assert node.length == 192 and 0 < allocated < 0.35 * 192 * scope["PromptKV"](scope["session"]).bytes_per_token()
     system.close()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +34,7 @@ from tenure.serving import (
     RequestOutput,
     SchedulerConfig,
     ServingError,
+    System,
     ThreadedTransfer,
     Tier,
     TokenEvent,
@@ -43,69 +44,33 @@ from tenure.serving import (
 )
 from tenure.serving.engine import Engine
 from tenure.serving.prompt_cache import PromptKV
+from tenure.serving.sampling.stop import StopChecker
 
 PAGE = 8
 
 
-class SteppedEngine:
-    """An `Engine` as an `EngineLoop`: its scheduler's states as events.
+class WatchedEngine(Engine):
+    """An engine that can be stopped between two steps.
 
     Attributes:
         between: called before each step; what it raises ends the engine's thread.
+        threads: those that have called `step`.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.system = engine, engine.system
-        self.flushed, self.threads = 0, set()
+    def __init__(self, session: Session, system: System) -> None:
+        super().__init__(session, system)
         self.between: Any = lambda: None
-        self._labels = itertools.count(1)
-        self._requests: dict[int, Request] = {}  # by number
-        self._reported: dict[int, int] = {}  # tokens by number
-        self._events: list[TokenEvent] = []
-        self._woken = threading.Event()
+        self.threads: set[int] = set()
+        self.flushed = 0
 
-    def submit(self, request: Request) -> int:
-        self.engine.submit(replace(request, id=f"{request.id} {next(self._labels)}"))
-        number = next(reversed(self.system.scheduler._requests))
-        self._requests[number], self._reported[number] = request, 0
-        return number
-
-    def cancel(self, number: int) -> None:
-        self.system.scheduler.cancel(number)
-
-    def hint(self, hint: Hint) -> None:
-        self.system.scheduler.hint(hint)
+    def step(self, patience_s: float = 0.1) -> list[RequestOutput]:
+        self.threads.add(threading.get_ident())
+        self.between()
+        return super().step(patience_s)
 
     def flush(self) -> None:
         self.flushed += 1
-
-    def wake(self) -> None:
-        self._woken.set()
-
-    def step(self, patience_s: float) -> Sequence[RequestOutput]:
-        self.threads.add(threading.get_ident())
-        self.between()
-        outputs = self.engine.step(0.0)
-        for number, state in self.system.scheduler._requests.items():
-            self._report(number, state.output_tokens, None)
-        for output in outputs:
-            request = self._requests.pop(output.number)
-            self._report(output.number, output.tokens, replace(output, request=request))
-            del self._reported[output.number]
-        if not outputs and not len(self.system.scheduler):
-            self._woken.wait(patience_s)
-            self._woken.clear()
-        return outputs
-
-    def _report(self, number: int, tokens: list[int], finished: RequestOutput | None) -> None:
-        new = list(tokens[self._reported[number] :])
-        self._reported[number] += len(new)
-        if new or finished is not None:
-            self._events.append(TokenEvent(number, new, None, finished))
-
-    def take_events(self) -> list[TokenEvent]:
-        events, self._events = self._events, []
-        return events
+        super().flush()
 
 
 @pytest.fixture
@@ -114,18 +79,18 @@ def session(tiny_llama) -> Iterator[Session]:
         yield session
 
 
-def make_engine(session: Session, tokens: int = 4000, **options: Any) -> SteppedEngine:
+def make_engine(session: Session, tokens: int = 4000, **options: Any) -> WatchedEngine:
     rate = PromptKV(session).bytes_per_token()
     pools: dict[Tier, Any] = {Tier.DEVICE: MemoryPool(rate * tokens), Tier.HOST: MemoryPool(rate * tokens)}
     system = build_system(
         "expected_time", pools, ThreadedTransfer(), costs=LinearCosts(2000.0, (1e8, 1e8), 0.0), bytes_per_token=rate,
         clock=time.monotonic, page_size=PAGE, **options,
     )  # fmt: skip
-    return SteppedEngine(Engine(session, system))
+    return WatchedEngine(session, system)
 
 
 @pytest.fixture
-def loop_engine(session) -> Iterator[SteppedEngine]:
+def loop_engine(session) -> Iterator[WatchedEngine]:
     loop_engine = make_engine(session)
     yield loop_engine
     loop_engine.system.close()
@@ -151,7 +116,7 @@ def greedy_answer(session: Session, prompt: list[int], count: int) -> list[int]:
     return answer
 
 
-def hold(loop_engine: SteppedEngine) -> tuple[threading.Event, threading.Event]:
+def hold(loop_engine: WatchedEngine) -> tuple[threading.Event, threading.Event]:
     """Stops the engine before its next step: set when it has stopped, and to be set to let it go on."""
     reached, go_on = threading.Event(), threading.Event()
 
@@ -249,10 +214,12 @@ def test_a_submit_does_not_wait_for_a_step(loop_engine, client):
 def test_refusals_are_raised_by_the_stream_and_concern_that_request_only(session, client):
     good = client.submit(Request("good", tokens(1, 10), 4))
     much, other = (client.submit(Request("much", tokens(1, 10), count)) for count in (600, 700))
-    with pytest.raises(BadRequest, match="the request 'much' was refused: got 610 tokens of prompt and answer"):
+    with pytest.raises(TooLarge, match="got 610 tokens of prompt and answer; accepted: the model's 512"):
         next(much)
     with pytest.raises(ValueError, match="got 710 tokens of prompt and answer; accepted: the model's 512"):
         other.result(10)
+    with pytest.raises(BadRequest, match="got the token id 5000 in a prompt; accepted: 0 to 127"):
+        client.submit(Request("unknown", [3, 5000], 4)).result(10)
     assert good.result(10).tokens == greedy_answer(session, tokens(1, 10), 4)
     with pytest.raises(ValueError, match="there is no workflow 'none'"):
         client.remove_workflow("none").result(10)
@@ -277,14 +244,13 @@ def test_refusals_of_the_scheduler_have_their_kinds(session):
 
 def test_a_system_that_is_closed_during_a_step_ends_the_requests_and_not_the_thread(session):
     loop_engine = make_engine(session)
-    forward, begun, go_on = loop_engine.engine.session.extend, threading.Event(), threading.Event()
+    begun, go_on = threading.Event(), threading.Event()
 
-    def extend(*args: Any, **kwargs: Any) -> Any:
+    def wait_for_close(*_: Any) -> None:
         begun.set()
         assert go_on.wait(10)
-        return forward(*args, **kwargs)
 
-    loop_engine.engine.session.extend = extend  # type: ignore[method-assign]
+    hook = session.model.get_input_embeddings().register_forward_pre_hook(wait_for_close)
     try:
         with EngineClient(loop_engine) as client:
             _, submitted = hold(loop_engine)
@@ -302,7 +268,7 @@ def test_a_system_that_is_closed_during_a_step_ends_the_requests_and_not_the_thr
             closing.join(10)
             assert client.health().alive and client.health().error is None
     finally:
-        loop_engine.engine.session.extend = forward  # type: ignore[method-assign]
+        hook.remove()
 
 
 @pytest.mark.parametrize("kind", [TooLarge, QueueFull, Draining])
@@ -376,26 +342,18 @@ def test_a_task_that_is_cancelled_leaves_the_stream_to_the_next_reader(loop_engi
     assert asyncio.run(run())
 
 
-class Letters:
-    """A detokenizer of letters that never lets a letter out before the next one has come."""
-
-    def __init__(self) -> None:
-        self.held, self.thread = "", threading.get_ident()
-
-    def push(self, tokens: Sequence[int]) -> str:
-        assert threading.get_ident() == self.thread, "it runs in the reader's thread"
-        text = self.held + "".join(chr(97 + token % 26) for token in tokens)
-        self.held = text[-1]
-        return text[:-1]
-
-    def finish(self) -> str:
-        return self.held
-
-
 def test_text_is_made_by_the_reader(client):
-    events = list(client.submit(Request("r", tokens(1, 10), 9), Letters()))
-    text = "".join(event.text or "" for event in events)
-    assert text == "".join(chr(97 + token % 26) for token in events[-1].output.tokens)  # type: ignore[union-attr]
+    """In its own thread, in whole characters."""
+    threads = set()
+
+    def decode(ids: list[int]) -> str:
+        threads.add(threading.get_ident())
+        return bytes(ids).decode(errors="replace")
+
+    events = list(client.submit(Request("r", tokens(1, 10), 30), StopChecker(decode)))
+    output = events[-1].output
+    assert output is not None and threads == {threading.get_ident()}
+    assert "".join(event.text or "" for event in events) == bytes(output.tokens).decode(errors="replace")
 
 
 def test_logprobs_and_the_engines_text_are_collected_with_the_tokens():
@@ -537,6 +495,14 @@ def test_errors_are_those_that_callers_expect():
         assert issubclass(kind, ServingError) and issubclass(kind, RuntimeError)
 
 
+def test_the_example_of_the_guide_runs(loop_engine):
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "serve-agents.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "EngineClient(" in block]
+    scope = {"engine": loop_engine, "prompt": tokens(1, 20)}
+    exec(code, scope)  # our own documentation
+    assert scope["tokens"] == scope["output"].tokens and not scope["client"].health().alive  # type: ignore[attr-defined]
+
+
 def test_a_submit_from_an_event_loop_takes_no_time_with_a_hundred_workflows(client):
     """The callers' share of the work; the engine's thread computes meanwhile."""
     for w in range(100):
@@ -548,7 +514,7 @@ def test_a_submit_from_an_event_loop_takes_no_time_with_a_hundred_workflows(clie
         held: list[float] = []
 
         async def talk(w: int) -> None:
-            for n in range(4):
+            for n in range(2):
                 begun = time.perf_counter()
                 call = {"workflow": f"w{w}", "agent": f"w{w}a{n}", "fixed_tokens": 64}
                 stream = client.submit(Request("r", tokens(100 * w + n, 64) + tokens(n, 8), 4, **call))

@@ -71,12 +71,14 @@ def test_requests_that_run_together_do_not_disturb_each_other(session, name, how
     disk = None if name == "lru" else tmp_path
     engine = make_engine(session, name, how, prompts=3.7 if how is None else 2.7, host=1.5, disk=disk)
     wanted = {f"call{n}": answer_without_cache(session, prompt, how) for n, (_, prompt) in enumerate(calls())}
-    for number, (agent, prompt) in enumerate(calls()):
+    numbers = [
         engine.submit(request(number, agent, prompt, session=f"s{number}"))
+        for number, (agent, prompt) in enumerate(calls())
+    ]
     ended = []
     for turn in range(1000):
         if turn % 4 == 3:
-            engine.system.scheduler.cancel(turn + 1)
+            engine.cancel(numbers[turn] if turn < len(numbers) else 0)
         ended += engine.step()
         if len(ended) == len(wanted):
             break
@@ -114,10 +116,10 @@ def test_a_forward_that_fails_ends_the_request_that_makes_it_fail(session, monke
     engine = make_engine(session, "lru_reactive", prompts=6.0)
     real, bad = engine_module.forward, 0  # no prompt or answer here has it
 
-    def failing(session, cache, rows):
+    def failing(model, cache, rows):
         if any(bad in one.ids for one in cache.tokens):
             raise RuntimeError("this token breaks the device")
-        return real(session, cache, rows)
+        return real(model, cache, rows)
 
     monkeypatch.setattr(engine_module, "forward", failing)
     for number, (agent, prompt) in enumerate(calls(1)[:3]):

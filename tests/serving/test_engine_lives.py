@@ -29,7 +29,6 @@ from tenure.serving.sampling.params import FinishedBy
 from tenure.serving.scheduler.request_state import RequestStatus
 
 from .engines import (
-    FIXED,
     PAGE,
     RETENTION,
     answer_without_cache,
@@ -73,7 +72,7 @@ def stepped(engine: Engine, most: int = 2000) -> Iterator:
     yield from engine._take_finished()
 
 
-# Preemption -----------------------------------------------------------------------------------------------------
+# Preemption -----------------------------------------------------------------------------------------------------------
 
 
 @both
@@ -118,7 +117,7 @@ def test_an_answer_that_fills_the_device_ends_with_what_there_is(session, how):
     close(engine)
 
 
-# Restarts, flushes, weights -------------------------------------------------------------------------------------
+# Restarts, flushes, weights -------------------------------------------------------------------------------------------
 
 
 def first_life(session: Session, how: Compression | None, folder) -> list[int]:
@@ -218,7 +217,7 @@ def test_new_weights_in_the_middle(session, how, told, tmp_path):
     close(engine)
 
 
-# Cancellation ---------------------------------------------------------------------------------------------------
+# Cancellation ---------------------------------------------------------------------------------------------------------
 
 
 @both
@@ -261,7 +260,7 @@ def test_a_request_is_cancelled_in_every_state(session, how, status, tmp_path):
     close(engine)
 
 
-# Sampling -------------------------------------------------------------------------------------------------------
+# Sampling -------------------------------------------------------------------------------------------------------------
 
 
 def test_stop_texts_end_answers_before_them(session):
@@ -308,7 +307,7 @@ def test_seeds_give_the_same_answers_whatever_else_is_computed(session, how):
     assert answers[0] == answers[1] and len({tuple(one) for one in answers[0].values()}) == 4
 
 
-# Clients --------------------------------------------------------------------------------------------------------
+# Clients --------------------------------------------------------------------------------------------------------------
 
 
 @both

@@ -1,4 +1,4 @@
-"""A state machine over an engine with little room: whatever happens in whichever order, memory and answers are right."""
+"""A state machine over an engine with little room: whatever happens in any order, memory and answers are right."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def ask(engine: Engine, prompt: list[int], count: int = ANSWER, **options) -> tu
 
 @pytest.mark.parametrize("when", [0, 1, 3, 6])
 def test_a_retry_under_the_same_label_is_another_request(session, when):
-    """Cancelled while it waits, in its prompt, or decoding beside others; the answer, and what it stores, are its own."""
+    """Cancelled while it waits, in its prompt, or beside others; the answer, and what it stores, are its own."""
     config = SchedulerConfig(max_num_batched_tokens=40, prefill_chunk_size=16, max_num_seqs=6)
     engine = make_engine(session, "lru_reactive", prompts=12.0, config=config)
     old, new, others = tokens(1, 40), tokens(2, 40), [tokens(10 + i, 20) for i in range(2)]
@@ -281,7 +281,7 @@ def test_a_prompt_that_is_cancelled_before_its_end_is_gone_on_with(session, how)
 
 
 def test_what_was_computed_of_a_fixed_prompt_is_of_use_to_others_that_begin_alike(session):
-    """Plain KV with its states is the same however, and up to which token, it will be compressed; not across namespaces."""
+    """Plain KV is the same however, and up to which token, it will be compressed; not across namespaces."""
     config = SchedulerConfig(max_num_batched_tokens=70, prefill_chunk_size=32, max_num_seqs=8)
     engine = make_engine(session, "lru_reactive", RETENTION, prompts=12.0, config=config)
     prompt = tokens(1, 150)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from tenure.eviction import Defensive, LayerDefensive, LayerView, SnapKV, evict
-from tenure.eviction.ops.naive import pool_and_renormalise, worst_case
-from tenure.eviction.ops.value_norms import value_norms
+from tenure.eviction.ops.naive import norms_by_parts, pool_and_renormalise, worst_case
+from tenure.eviction.ops.value_norms import find_norm_kernel, norms_in_c, value_norms
 from tenure.eviction.policies.common import own_entries, window_attention
 from tenure.eviction.policies.defensive import defensive_aggregate, flat_prior, mass_protection
 from tenure.eviction.selection import conclude
+from tenure.retention.ops.kernel_choice import multiplies_bf16
 
 
 def test_window_attention_by_hand(hand_view):
@@ -57,11 +60,58 @@ def test_value_norms_by_hand():
 
 
 def test_value_norms_equal_the_projection_of_everything_at_once(monkeypatch):
-    monkeypatch.setattr("tenure.eviction.ops.naive.PROJECTED", 24)
+    monkeypatch.setattr("tenure.eviction.ops.naive.PROJECTED_BYTES", 96)
     torch.manual_seed(0)
     values, weight = torch.randn(2, 3, 11, 5), torch.randn(6, 5, 7)
     projected = torch.einsum("bhnd,hgdo->bhgno", values, weight.view(3, 2, 5, 7))
-    torch.testing.assert_close(value_norms(values, weight), projected.abs().sum(-1).mean(2))
+    torch.testing.assert_close(norms_by_parts(values, weight), projected.abs().sum(-1).mean(2))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("tiles", [True, False])
+def test_value_norms_of_a_cpu_with_matrix_units(monkeypatch, tiles, kernels):
+    """Its products are rounded to bf16, which changes a sum of hundreds of them by less than 0.1 %."""
+    monkeypatch.setenv("TENURE_KERNELS", kernels)
+    monkeypatch.setattr("tenure.eviction.ops.value_norms.multiplies_bf16_tiles", lambda device: tiles)
+    monkeypatch.setattr("tenure.eviction.ops.naive.PROJECTED_BYTES", 2 * 101 * 20)
+    torch.manual_seed(0)
+    values, weight = torch.randn(1, 2, 50, 16).bfloat16(), torch.randn(6, 16, 101).bfloat16()
+    exact = norms_by_parts(values, weight)
+    norms = value_norms(values, weight)
+    assert norms.dtype == torch.float32
+    torch.testing.assert_close(norms, exact, rtol=1e-3 if tiles else 2e-6, atol=0)
+    assert not tiles or not torch.equal(norms, exact)
+    fp32 = value_norms(values.float(), weight)
+    torch.testing.assert_close(fp32, exact, rtol=2e-6, atol=0)  # never rounded
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "columns"), [((2, 3, 11, 5), 7), ((1, 2, 500, 64), 40), ((3, 1, 331, 80), 33), ((1, 1, 0, 8), 4)]
+)
+def test_value_norms_in_c_are_those_of_the_twin(shape, columns, dtype, threads):
+    torch.manual_seed(0)
+    values, weight = torch.randn(shape).to(dtype), torch.randn(2 * shape[1], shape[3], columns).to(dtype)
+    found = find_norm_kernel(values, weight)
+    assert found is not None
+    in_bf16 = dtype == torch.bfloat16 and shape[3] % 2 == 0 and multiplies_bf16(values.device)
+    assert found[1] == (torch.bfloat16 if in_bf16 else torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        norms = norms_in_c(*found, values, weight)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(norms, norms_by_parts(values, weight), rtol=2e-6, atol=0)
+
+
+def test_value_norms_in_plain_torch(monkeypatch):
+    monkeypatch.setenv("TENURE_KERNELS", "reference")
+    values, weight = torch.randn(1, 2, 9, 8), torch.randn(4, 8, 6)
+    assert find_norm_kernel(values, weight) is None
+    assert torch.equal(value_norms(values, weight), norms_by_parts(values, weight))
 
 
 @pytest.mark.parametrize(
@@ -91,8 +141,10 @@ def naive_scores(view: LayerView, policy: Defensive, worst: list[list[dict[int, 
         norm: dict[tuple[int, int], float] = {}
         for head in range(heads):
             for i in view.valid[row, head].nonzero().flatten().tolist():
-                parts = [(view.values[row, head, i] @ view.output_weight[head * group + g]).abs().sum().item()
-                         for g in range(group)]
+                parts = [
+                    (view.values[row, head, i] @ view.output_weight[head * group + g]).abs().sum().item()
+                    for g in range(group)
+                ]
                 norm[head, int(view.positions[row, head, i])] = sum(parts) / group
         for head in range(heads):
             valid = view.valid[row, head].nonzero().flatten().tolist()

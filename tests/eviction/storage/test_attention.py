@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from tenure.eviction import evict
 from tenure.eviction.forward_state import SequenceState
-from tenure.eviction.storage.attention import ragged_attention, refuse_unsupported
+from tenure.eviction.storage.attention import ragged_attention
 from tenure.eviction.storage.segment_store import SegmentStore
 from tenure.retention.seams import Interceptor, intercept
 
@@ -145,10 +145,3 @@ def test_value_dim_may_differ_and_nothing_is_read_outside_segments(lengths, q_le
                 keys = store.key[start : start + n + i + 1]
                 weights = (keys @ query[row, head, i] * 0.3).softmax(0)
                 torch.testing.assert_close(out[row, i, head], weights @ store.value[start : start + n + i + 1])
-
-
-@pytest.mark.parametrize("asked", [{"softcap": 30.0}, {"dropout": 0.1}, {"s_aux": torch.zeros(4)}])
-def test_what_the_attention_cannot_honour_is_refused(asked):
-    with pytest.raises(ValueError, match=r"does not support|has no dropout"):
-        refuse_unsupported(asked)
-    refuse_unsupported({"softcap": None, "dropout": 0.0, "output_attentions": False})

@@ -227,6 +227,10 @@ def test_bound_after_it_was_built(start, kv):
     assert not unnamed.exists() and serve(second, kv, A) == 4
     with pytest.raises(ValueError, match="got an empty fingerprint; accepted: a text"):
         second.pools[Tier.DISK].bind("")
+    with pytest.raises(ValueError, match="got the fingerprint 'others' for a disk pool that is used with another one"):
+        second.pools[Tier.DISK].bind("others")
+    second.pools[Tier.DISK].bind("weights")
+    assert serve(second, kv, A) == 4
 
 
 def test_the_files_used_last_fit_a_smaller_capacity(start, kv):
@@ -264,6 +268,7 @@ def test_stores_nobody_uses_are_removed_when_stale_or_when_space_is_needed(start
     assert not old.exists() and new.exists()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**4}))
     start("third", capacity=10**4).close()
+    start(None, capacity=10**5).close()
     assert new.exists()
     start("third", capacity=10**5).close()
     assert not new.exists()

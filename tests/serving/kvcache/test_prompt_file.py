@@ -10,6 +10,7 @@ import torch
 
 from tenure.serving import DiskConfig, DiskPool, TensorPayload
 from tenure.serving.kvcache.base import LostPayloadError, PromptKey
+from tenure.serving.kvcache.page_pool import PageBuilder, PageGeometry, PagePool
 from tenure.serving.kvcache.prompt_file import read_index
 
 KEY = bytes(range(200)) * 4  # 200 tokens
@@ -52,7 +53,7 @@ def read(payload) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert list(got) == list(wanted)
+    assert list(got) == list(wanted) and all(tensor.is_contiguous() for tensor in got.values())
     for name, tensor in wanted.items():
         assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor)
 
@@ -89,6 +90,29 @@ def test_a_token_range_is_read_alone(start: int, stop: int, dim: int, pool: Disk
     assert_equal(read(part), wanted)
     assert part.kinds() == {name: (t.dtype, tuple(t.shape)) for name, t in wanted.items()}
     assert part.nbytes == sum(tensor.nbytes for tensor in wanted.values())
+
+
+def test_pages_of_the_device_go_to_disk_and_a_part_of_them_comes_back(pool: DiskPool):
+    torch.manual_seed(2)
+    entry = (("key", torch.bfloat16, 4), ("value", torch.bfloat16, 4), ("log_beta", torch.float32, 0))
+    pages = PagePool(PageGeometry((0, 1), 3, entry, 16), 10**6, "cpu")
+    source = {
+        f"layers.{layer}.{name}": torch.randn(1, 3, 96, max(1, width)).to(dtype)
+        for layer in (0, 1)
+        for name, dtype, width in entry
+    }
+
+    def in_pages(payload):
+        builder = PageBuilder(pages, payload)
+        for layer in range(2):
+            builder.write(layer, payload.read(layer))
+        return builder.commit()
+
+    file = written(pool, in_pages(TensorPayload(source, 96)))
+    for start, stop in ((0, 96), (32, 80)):
+        part = file.split(stop)[0] if stop < 96 else file
+        part = part.split(start)[1] if start else part
+        assert_equal(read(in_pages(part)), {name: tensor[:, :, start:stop] for name, tensor in source.items()})
 
 
 def test_neighbouring_parts_are_joined(pool: DiskPool):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tenure.scripts.soak.faulty_kv import kv_of
 from tenure.serving import AllocStatus, LoadState, PhantomPayload, StepsToExecution, Tier, TieredCache, TierPolicy
 from tenure.serving.kvcache.base import TensorPayload
 
-from ..conftest import kv_of, later
+from ..conftest import later
 
 A = list(range(1, 25))
 
@@ -127,7 +128,8 @@ def test_a_conversation_grows_behind_a_compressed_prompt(make_tiers, pages):
         tiers.store(handle, A[:8], kv_of(A, 0, 8, compressed=True), "planner", 8)
         for end in (12, 16, 24):
             tiers.store(handle, A[:end], kv_of(A, handle.length, end, pages=pages), "planner", 8)
-        assert [payload.divisible for payload in handle.payloads()] == ([False, True] if pages else [False] + [True] * 3)
+        divisible = [payload.divisible for payload in handle.payloads()]
+        assert divisible == ([False, True] if pages else [False, True, True, True])
     assert_holds(tiers, A, compressed=8)
     branch = [*A[:14], 50, 51]
     with tiers.open(branch) as handle:
@@ -174,8 +176,7 @@ def test_reserved_bytes_pass_to_the_tree_except_for_what_it_has_already(make_tie
     tiers = make_tiers(60)
     pool = tiers.pools[Tier.DEVICE]
     with tiers.open(A) as one, tiers.open(A) as other:
-        for handle in (one, other):
-            tiers.reserve(16 * 32)
+        tiers.reserve(2 * 16 * 32)
         tiers.store(one, A[:8], kv_of(A, 0, 8, pages=True), reserved=8 * 32)
         assert (pool.used, pool.reserved) == (32 * 32, 24 * 32)
         tiers.store(other, A[:16], kv_of(A, 0, 16, pages=True), reserved=16 * 32)

@@ -72,3 +72,30 @@ def test_many_threads_share_tiers(tmp_path, kv):
     tiers.close()
     tiers.check()
     assert not tiers.has_transfers
+
+
+def test_a_copy_that_cannot_be_aborted_ends_nevertheless(kv):
+    """Neither the thread nor whoever waits for the copy is lost, whatever a builder raises."""
+
+    class Broken(MemoryPool):
+        def new_builder(self, payload, prompt=None):
+            builder = super().new_builder(payload)
+
+            def fail(*_):
+                raise OSError("broken")
+
+            builder.write = builder.abort = fail
+            return builder
+
+    pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(4 * kv.token_bytes), Tier.HOST: Broken(10**4)}
+    tiers = TieredCache(pools, ThreadedTransfer(), TierPolicy(LRU(), WriteBack.ALL), page_size=2)
+    for number in range(3):
+        with tiers.open([number] * 4) as handle:
+            assert handle.wait(1.0) is LoadState.READY
+            while tiers.store(handle, [number] * 4, kv.of([number] * 4, 0, 4)) is not AllocStatus.READY:
+                events = tiers.num_events
+                tiers.poll()
+                assert not tiers.has_transfers or tiers.wait(events, 5.0), "the copy ends"
+    assert tiers.statistics.copies_failed == 2
+    tiers.close()
+    tiers.check()

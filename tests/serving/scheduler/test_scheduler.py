@@ -73,6 +73,36 @@ def test_chunks_share_the_budget_beside_decodes(make_driver):
     ]
 
 
+def test_no_decode_waits_for_more_than_the_stated_prefill(make_driver):
+    """Only beside decodes: with nothing to wait, a prefill takes the whole batch."""
+    config = SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=4, max_prefill_tokens_per_step=6)
+    driver = make_driver(device=1000, scheduler_config=config)
+    driver.submit("a", A, 20)
+    assert driver.begin().num_tokens == 40
+    driver.finish(driver.batches[-1][1])
+    driver.submit("b", B)
+    for number in range(7):
+        batch = driver.begin()
+        assert [item.end - item.start for item in batch.prefills] == [min(6, 40 - 6 * number)]
+        assert len(batch.decodes) == 1
+        driver.finish(batch)
+    assert driver.answer("b").finish_reason is FinishReason.ANSWERED
+
+
+def test_many_steps_at_once_stay_within_the_reserved_memory(make_driver):
+    config = SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=4, answer_headroom_tokens=5)
+    driver = make_driver(device=1000, scheduler_config=config)
+    driver.submit("a", A, 40)
+    driver.step()
+    steps = []
+    while len(driver.scheduler):
+        batch = driver.begin(100)
+        steps.append(batch.steps)
+        driver.finish(batch)
+        driver.scheduler.check()
+    assert steps[0] == 5 and sum(steps) == 39, "the head-room, then what a page holds"
+
+
 def test_a_chunk_ends_with_the_fixed_prompt_which_is_stored_by_itself(make_driver):
     driver = make_driver("ste")
     driver.serve("r", A, agent="a", fixed_tokens=31)
@@ -272,8 +302,8 @@ def test_a_request_whose_own_cached_prompt_is_in_the_way_is_computed_without_it(
 
 def test_what_can_never_be_is_refused_at_once(make_driver):
     driver = make_driver(device=100, scheduler_config=SchedulerConfig(max_queued_requests=2, max_num_seqs=4))
-    with pytest.raises(ValueError, match=r"'r' needs 101 bytes for 40 \+ 61 tokens; the device's pool has 100"):
-        driver.submit("r", A, 61)
+    with pytest.raises(ValueError, match=r"'r' needs 102 bytes for 101 \+ 1 tokens, in whole pages; the device's pool"):
+        driver.submit("r", list(range(101)), 61)
     with pytest.raises(ValueError, match="'r' has an empty prompt"):
         driver.submit("r", [])
     with pytest.raises(ValueError, match="accepted: one row of integers"):

@@ -80,7 +80,7 @@ class Text(enum.Enum):
 
 @pytest.mark.parametrize(
     "namespace",
-    [["tenant"], {"a": 1}, {1}, True, 1.0, b"x", "x" * 257, 2**64, ("a", ["b"]), ("a",) * 65, Text.SALT, object()],
+    [["tenant"], {"a": 1}, {1}, True, 1.0, b"x", "x" * 257, 2**64, ("a", ["b"]), ("a",) * 65, Text.SALT, object],
     ids=repr,
 )
 def test_other_namespaces_are_refused(namespace):
@@ -182,6 +182,15 @@ def test_what_cannot_be_counted_in_its_workflow_is_answered_all_the_same(make_dr
     driver.run()
     assert {ended.finish_reason for ended in driver.ended} == {FinishReason.ANSWERED}
     assert "the end of the request 'r' is not counted in its workflow" in caplog.text
+
+
+def test_errors_in_predictions_and_prefetches_end_nothing(make_driver, monkeypatch, caplog):
+    driver = make_driver("expected_time", device=1000)
+    for part, name in ((driver.system.predictor, "push_values"), (driver.system.prefetcher, "start_prefetches")):
+        monkeypatch.setattr(part, name, lambda *_, **__: 1 / 0)
+    assert driver.serve("r", A, 2).finish_reason is FinishReason.ANSWERED
+    assert driver.scheduler.metrics.predictions_failed > 0
+    assert "predictions or prefetches were not updated" in caplog.text
 
 
 def test_results_of_a_driver_that_make_no_sense_end_their_request_alone(make_driver):

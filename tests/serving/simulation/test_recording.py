@@ -68,6 +68,23 @@ def test_a_replay_keeps_the_gaps_and_not_the_times(small, tmp_path: Path) -> Non
     assert opened.makespan_s > 2 * (4 * 0.5 + 0.25), "as they came then"
 
 
+def test_labels_that_are_used_again_are_told_apart(small, tmp_path: Path) -> None:
+    machine = small.machine(4)
+    system, clock = machine.build("lru")
+    path = tmp_path / "t.jsonl"
+    with TraceRecorder(path, 1000, 16) as recorder:
+        scheduler = RecordingScheduler(system.scheduler, recorder)
+        for first in (1, 2):
+            scheduler.submit(Request("r", [first] * 20, 1, session="s"))
+            batch = scheduler.next_batch()
+            clock.advance_to(clock() + 1.0)
+            scheduler.complete(batch)
+            scheduler.take_finished()
+    one, other = read_trace(path).calls
+    assert (one.id, other.id, other.after) == ("r", "r#2", ("r", 0.0))
+    assert (one.prompt[0], other.prompt[0]) == (1, 2)
+
+
 def test_answers_that_failed_are_left_out_and_their_followers_come_by_themselves(small, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     with TraceRecorder(path, 1000, 16) as recorder:

@@ -1,0 +1,85 @@
+"""Arguments of an attention call that tenure's own attention functions may ignore, and masks that they compute.
+
+Any other argument is refused by name: a model that passes one computes something else than attention over its keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .ops.softmax import ORDINARY, Softmax
+
+# Arguments for variants of the softmax, which tenure computes (`ops.softmax`): capped logits and learned sinks.
+SOFTMAX = frozenset({"softcap", "s_aux"})
+# Known arguments that do not change the attention over the given queries, keys, values and mask, or are handled by the
+# caller (`scaling`, `dropout`). Positions are applied before; the others are for the model around the attention.
+NEUTRAL = frozenset(
+    {"scaling", "dropout", "position_ids", "cache_position", "use_cache", "return_dict", "logits_to_keep"}
+    | {"num_items_in_batch", "output_hidden_states", "output_router_logits"}
+)
+KNOWN = NEUTRAL | SOFTMAX
+
+
+def softmax_of(kwargs: dict[str, Any]) -> Softmax:
+    """The softmax that an attention call requests."""
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    return ORDINARY if softcap is None and sinks is None else Softmax(softcap, sinks)
+
+
+def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError if an attention call requests something that only the model's own attention function computes.
+
+    An argument that is None or False requests nothing, except `is_causal=False`.
+    """
+    if kwargs.keys() <= KNOWN:
+        return
+    given = [name for name, value in kwargs.items() if name not in KNOWN and _requests(name, value)]
+    if given:
+        raise ValueError(
+            f"{type(module).__name__} passes {', '.join(sorted(given))} to its attention function, which attention "
+            f"under attach() or evict() does not compute; accepted: {', '.join(sorted(KNOWN))}"
+        )
+
+
+def _requests(name: str, value: Any) -> bool:
+    if name == "is_causal":
+        return value is False
+    return value is not None and value is not False
+
+
+def refuse_dropout(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError if an attention call has dropout, which tenure's attention functions do not compute."""
+    if kwargs.get("dropout"):
+        raise ValueError(f"got attention dropout {kwargs['dropout']}; accepted: 0 (call model.eval())")
+
+
+def padding_mask(given: Any, of_call: Any) -> Any:
+    """The padding mask behind the one that a decoder gets.
+
+    Models with images make one mask for each kind of layer and give the decoder a dict of them; the padding mask is
+    then the one that the model was called with.
+
+    Args:
+        given: the decoder's `attention_mask`.
+        of_call: that of the call of the model, None if there was none.
+    """
+    return of_call if isinstance(given, dict) else given
+
+
+def is_causal(mask: Any, q_len: int) -> bool:
+    """Whether a model's attention mask lets no new token see a later one.
+
+    Args:
+        mask: as the attention function gets it: None or a 2-D padding mask, both causal, or
+            `(batch, 1 or heads, q_len, kv_len)`, bool (True: visible) or added to the logits, whose last `q_len`
+            columns are the new tokens.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or q_len == 1:
+        return True
+    square = mask[..., -q_len:]
+    hidden = ~square if square.dtype == torch.bool else square <= torch.finfo(square.dtype).min / 2
+    later = torch.ones(q_len, q_len, dtype=torch.bool, device=mask.device).triu(1)
+    return bool((hidden | ~later).all())
