@@ -200,6 +200,7 @@ class Engine:
     def cancel(self, number: int) -> None:
         """Ends a request; numbers that are unknown or have ended are ignored."""
         self.system.scheduler.cancel(number)
+        self._drop([])
 
     def hint(self, hint: Hint) -> None:
         """Takes a client's hint; it influences what is cached, never an answer."""

@@ -450,7 +450,7 @@ class TieredCache:
         with self.lock:
             ended = self.transfers.poll()
             if ended:
-                    self.write_back_eagerly()
+                self.write_back_eagerly()
             return ended
 
     def write_back_eagerly(self) -> None:

@@ -22,7 +22,7 @@ CONFIG = SchedulerConfig(
 FIXED_TOKENS = 40
 
 
-def run_machine(model, examples: int = 12) -> None:
+def run_machine(model, examples: int = 6) -> None:
     torch.manual_seed(1)
     gates = RetentionGates.for_model(model, gate_width=8, init_std=0.5, initial_bias=2.0)
     with evict(model, "full", gates=gates, observe=["retention"]) as session:
@@ -118,8 +118,11 @@ def run_machine(model, examples: int = 12) -> None:
         run_state_machine_as_test(
             Machine,
             settings=settings(
-                max_examples=examples, stateful_step_count=25, deadline=None,
-                suppress_health_check=checks, database=None
+                max_examples=examples,
+                stateful_step_count=25,
+                deadline=None,
+                suppress_health_check=checks,
+                database=None,
             ),
         )
 
