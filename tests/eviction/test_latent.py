@@ -30,7 +30,7 @@ def forgetful(model) -> RetentionGates:
 
 @pytest.mark.parametrize("name", LATENT)
 def test_nothing_evicted_is_the_plain_model(name: str) -> None:
-    model = TEXT_ARCHITECTURES[name].build()
+    model: Any = TEXT_ARCHITECTURES[name].build()
     layers = full_attention_layers(model)
     assert all(layer.latent and layer.num_kv_heads == 1 and layer.head_dim == 16 for layer in layers)
     plain = model.generate(IDS, attention_mask=MASK, output_logits=True, return_dict_in_generate=True, **GREEDY)
@@ -48,7 +48,7 @@ def test_nothing_evicted_is_the_plain_model(name: str) -> None:
 @pytest.mark.parametrize("chunk", [None, 8])
 @torch.no_grad()
 def test_a_padded_question_after_a_context(name: str, chunk: int | None) -> None:
-    model = TEXT_ARCHITECTURES[name].build()
+    model: Any = TEXT_ARCHITECTURES[name].build()
     positions = (MASK.cumsum(1) - 1).clamp(min=0)
     want = model(IDS, attention_mask=MASK, position_ids=positions).logits[:, -6:]
     with evict(model, "random", 1.0, prefill_chunk=chunk) as session:
@@ -82,7 +82,7 @@ def test_the_step_after_an_eviction_sees_the_kept_entries(scope: str) -> None:
 
 @torch.no_grad()
 def test_files_forks_and_stacks(tmp_path: Path) -> None:
-    model = TEXT_ARCHITECTURES["deepseek_v2"].build()
+    model: Any = TEXT_ARCHITECTURES["deepseek_v2"].build()
     with evict(model, "retention", 0.4, gates=forgetful(model), sinks=1, recent=2) as session:
         cache, other = session.new_cache(), session.new_cache()
         session.extend(cache, IDS[:1, :30])
@@ -100,7 +100,7 @@ def test_files_forks_and_stacks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["snapkv", "knorm", "h2o", "expected_attention", "defensive"])
 def test_policies_that_read_keys_are_refused(policy: str) -> None:
-    model = TEXT_ARCHITECTURES["deepseek_v3"].build()
+    model: Any = TEXT_ARCHITECTURES["deepseek_v3"].build()
     message = f"policy '{policy}' does not support DeepseekV3ForCausalLM: it needs keys and values of every head"
     with pytest.raises(UnsupportedModelError, match=message), evict(model, policy):
         pass
@@ -109,7 +109,7 @@ def test_policies_that_read_keys_are_refused(policy: str) -> None:
 @pytest.mark.parametrize("name", PURE)
 def test_gates_train(name: str) -> None:
     """One gate a layer decays all heads; at β = 1 the model is unchanged."""
-    model = TEXT_ARCHITECTURES[name].build()
+    model: Any = TEXT_ARCHITECTURES[name].build()
     kept = RetentionGates.for_model(model, gate_width=8, initial_bias=1e4)
     with torch.no_grad():
         plain = model(IDS, use_cache=False).logits
@@ -131,7 +131,7 @@ def test_gates_train(name: str) -> None:
 
 
 def test_autocast() -> None:
-    model = TEXT_ARCHITECTURES["deepseek_v3"].build()
+    model: Any = TEXT_ARCHITECTURES["deepseek_v3"].build()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         plain = model.generate(IDS, attention_mask=MASK, **GREEDY)
         with evict(model, "random", 1.0) as session:

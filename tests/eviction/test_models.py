@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tenure.eviction import evict
 from tenure.eviction.model_adapters import has_output_weight, output_weight
@@ -32,7 +33,7 @@ def answer(model: PreTrainedModel, inputs: dict, count: int = 4) -> torch.Tensor
     return torch.stack(out.logits, 1)
 
 
-def question(inputs: dict, cache: DynamicCache) -> dict:
+def question(inputs: dict, cache: Cache) -> dict:
     """The arguments of `generate` that continue `inputs`, which `cache` has seen, by `QUESTION`."""
     ids = torch.cat([inputs["input_ids"], QUESTION], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(QUESTION)], 1)
@@ -164,14 +165,15 @@ def test_the_report_names_what_is_not_evicted(tiny_llama: PreTrainedModel) -> No
     with evict(model, "knorm", 0.3, sinks=1, recent=2) as session:
         cache = session.new_cache()
         model(**inputs, past_key_values=cache)
-        images = cache.layers[1].keys
+        layers: list[Any] = cache.layers
+        images = layers[1].keys
         report = session.report()
         assert report.layer_indices == (0, 2)
         assert report.other_bytes == {"DynamicLayer": 4 * images.nbytes}  # keys and values of two layers
         seen = cache.columns_seen
         model(QUESTION[:, :2], past_key_values=cache, cross_attention_mask=inputs["cross_attention_mask"][:, -2:])
         cache.crop(-2)
-        assert cache.columns_seen == seen and torch.equal(cache.layers[1].keys, images)
+        assert cache.columns_seen == seen and torch.equal(layers[1].keys, images)
     with evict(tiny_llama, "knorm") as session:
         tiny_llama(words().clamp(max=127))
         assert session.report().other_bytes == {}

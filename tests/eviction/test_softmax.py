@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -34,7 +36,7 @@ def forgetful(model) -> RetentionGates:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_evicted_is_the_plain_model(name: str) -> None:
-    model = MODELS[name].build()
+    model: Any = MODELS[name].build()
     assert {layer.softmax for layer in full_attention_layers(model)} == {KINDS.get(name, "learned sinks")}
     plain = torch.stack(model.generate(IDS, attention_mask=MASK, **GREEDY).logits)
     for chunk in (None, 8):
@@ -87,7 +89,7 @@ def _masked(visible: torch.Tensor):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gates_train(name: str) -> None:
-    model = MODELS[name].build()
+    model: Any = MODELS[name].build()
     kept = RetentionGates.for_model(model, gate_width=8, initial_bias=1e4)
     with torch.no_grad():
         plain = model(IDS, attention_mask=MASK, use_cache=False).logits[MASK.bool()]
@@ -107,7 +109,7 @@ def test_gates_train(name: str) -> None:
 @pytest.mark.parametrize("policy", ["snapkv", "h2o", "expected_attention", "defensive", "tova"])
 def test_policies_that_compute_attention_weights_are_refused(policy: str) -> None:
     """They would score by the weights of another softmax."""
-    model = MODELS["gemma2"].build()
+    model: Any = MODELS["gemma2"].build()
     message = f"policy '{policy}' does not support Gemma2ForCausalLM: it needs the weights of an ordinary softmax"
     with pytest.raises(UnsupportedModelError, match=message), evict(model, policy):
         pass

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,7 +237,8 @@ def test_a_wrapper_may_draft(tiny_llama, prompt) -> None:
     ids = torch.cat([prompt(1, 10)] * 6, 1)
     options = {"do_sample": False, "max_new_tokens": 20, "prompt_lookup_num_tokens": 4}
     want = tiny_llama.generate(ids, **options)
-    with evict(torch.compile(tiny_llama, backend="eager"), "h2o", 1.0, recent=4, buffer=6):
+    compiled: Any = torch.compile(tiny_llama, backend="eager")
+    with evict(compiled, "h2o", 1.0, recent=4, buffer=6):
         assert torch.equal(tiny_llama.generate(ids, **options), want)
 
 
@@ -268,7 +270,7 @@ class Quantized(torch.Tensor):
 def test_quantized_weights_cannot_be_read(tiny_llama) -> None:
     layer = full_attention_layers(tiny_llama)[0]
     assert has_output_weight(layer)
-    projection = layer.module.o_proj
+    projection: Any = layer.module.o_proj
     weight = projection.weight.detach().as_subclass(Quantized)
     projection.weight = nn.Parameter(weight, requires_grad=False)
     assert not has_output_weight(layer)

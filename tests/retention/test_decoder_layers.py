@@ -54,9 +54,9 @@ def test_changed_keys_and_values_are_noticed_in_the_first_layer(name: str, monke
 def test_wrappers_are_looked_through(tiny_llama: LlamaForCausalLM) -> None:
     compiled = torch.compile(tiny_llama, backend="eager")
     assert plain_model(compiled) is tiny_llama
-    assert [layer.layer_idx for layer in full_attention_layers(compiled)] == [0, 1, 2]
+    assert [layer.layer_idx for layer in full_attention_layers(compiled)] == [0, 1, 2]  # pyright: ignore
     ids = torch.arange(3, 40)[None]
-    with evict(compiled, "knorm", 0.5) as session:
+    with evict(compiled, "knorm", 0.5) as session:  # pyright: ignore[reportArgumentType]
         assert session.model is tiny_llama
         tiny_llama(ids)
         assert session.report().kept_share < 0.9

@@ -43,7 +43,7 @@ def test_answers_are_those_without_a_cache(session, name, how, tmp_path):
     """Too little room on the device and on the host: prompts go to the host, to disk, and come back."""
     disk = None if name == "lru" else tmp_path
     room = {"prompts": 1.7, "host": 1.5} if how is None else {"prompts": 0.7, "host": 0.8}
-    engine = make_engine(session, name, how, disk=disk, **room)
+    engine = make_engine(session, name, how, disk=disk, **room)  # pyright: ignore[reportArgumentType]
     for number, (agent, prompt) in enumerate(calls()):
         engine.submit(request(number, agent, prompt))
         (ended,) = engine.run()

@@ -51,14 +51,14 @@ def test_a_retry_under_the_same_label_is_another_request(session, when):
     engine.cancel(cancelled)
     retry = engine.submit(Request("chat-1", new, 17, client="bob"))
     for one in [*ended, *engine.run()]:
-        wanted = answer_without_cache(session, one.request.prompt.tolist(), None, count=one.request.max_new_tokens)
+        wanted = answer_without_cache(session, list(one.request.prompt), None, count=one.request.max_new_tokens)
         if one.number == cancelled:
             assert one.finish_reason is FinishReason.CANCELLED and one.tokens == wanted[: len(one.tokens)]
         else:
             assert one.finish_reason is FinishReason.ANSWERED and one.tokens == wanted
         if one.number == retry:
             bob = one.tokens
-    longer = [*new, *bob, *tokens(5, 9)]
+    longer = [*new, *bob, *tokens(5, 9)]  # pyright: ignore[reportPossiblyUnboundVariable]
     answer, cached = ask(engine, longer, client="carol")
     assert cached >= 48 and answer == answer_without_cache(session, longer, None)
     close(engine)
@@ -100,7 +100,7 @@ def test_agents_that_start_together_compute_their_common_prompt_once(session, ho
     for end in ends:
         engine.submit(Request("sub", shared + end, 3, agent="researcher", fixed_tokens=160))
     for one in engine.run():
-        assert one.tokens == answer_without_cache(session, one.request.prompt.tolist(), how, 160, count=3)
+        assert one.tokens == answer_without_cache(session, list(one.request.prompt), how, 160, count=3)
     assert engine.system.scheduler.metrics.prefill_tokens == 160 + 6 * 5
     close(engine)
 
@@ -128,7 +128,7 @@ def test_a_disk_that_loses_its_folder_is_a_cache_that_forgets(session, how, tmp_
         for i, prompt in enumerate(prompts):
             assert ask(engine, prompt, agent=f"a{i}", fixed_tokens=40)[0] == wanted[i], (turn, i)
         if turn == 0:
-            shutil.rmtree(engine.system.tiers.pools[Tier.DISK].folder)
+            shutil.rmtree(engine.system.tiers.pools[Tier.DISK].folder)  # pyright: ignore[reportAttributeAccessIssue]
     close(engine)
 
 
@@ -152,7 +152,7 @@ def test_no_namespace_of_a_client_is_that_of_another_kind_of_prompt(session):
     prompt = tokens(1, 61)
     fixed = {"agent": "planner", "fixed_tokens": FIXED}
     ask(engine, prompt, **fixed)
-    (kind,) = [root for root in engine.system.tiers.tree.roots if root[0] == "compressed"]
+    (kind,) = [root for root in engine.system.tiers.tree.roots if root[0] == "compressed"]  # pyright: ignore
     for namespace in (kind, ("plain", None), ("to be compressed", None)):
         answer, cached = ask(engine, prompt, namespace=namespace)
         assert cached == 0 and answer == answer_without_cache(session, prompt, None)
@@ -365,7 +365,7 @@ def test_memory_that_was_never_written_is_never_seen(session, how, nan_outputs):
     for i, prompt in enumerate(prompts):
         engine.submit(Request("r", prompt, ANSWER, agent=f"a{i}", fixed_tokens=FIXED))
     for one in engine.run():
-        assert one.tokens == answer_without_cache(session, one.request.prompt.tolist(), how)
+        assert one.tokens == answer_without_cache(session, one.request.prompt.tolist(), how)  # pyright: ignore
     close(engine)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
@@ -21,7 +23,8 @@ SIZES = {
 
 def llama(**options) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(SIZES | {"max_position_embeddings": 64} | options))).eval()
+    sizes: dict[str, Any] = SIZES | {"max_position_embeddings": 64} | options
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
 def phi3() -> Phi3ForCausalLM:
@@ -29,7 +32,7 @@ def phi3() -> Phi3ForCausalLM:
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
     sizes = SIZES | {"max_position_embeddings": 64, "original_max_position_embeddings": 32}
-    return Phi3ForCausalLM(Phi3Config(**sizes, rope_parameters=rope)).eval()
+    return Phi3ForCausalLM(Phi3Config(**sizes, rope_parameters=rope)).eval()  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -50,7 +53,7 @@ def test_rope_that_depends_on_what_else_is_computed_is_used_up_to_its_original_l
         for prompt in prompts:
             engine.submit(Request("r", prompt, 6))
         for one in engine.run():
-            assert one.tokens == answer_without_cache(session, one.request.prompt.tolist(), None)
+            assert one.tokens == answer_without_cache(session, one.request.prompt.tolist(), None)  # pyright: ignore
         close(engine)
 
 
@@ -61,7 +64,7 @@ def test_other_rope_is_bounded_by_the_models_context():
 
 
 class WithoutPositions(LlamaForCausalLM):
-    def forward(self, input_ids=None, past_key_values=None, use_cache=None):
+    def forward(self, input_ids=None, past_key_values=None, use_cache=None):  # pyright: ignore
         return super().forward(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
 
 
@@ -76,7 +79,7 @@ def test_models_are_refused_by_what_they_lack_or_have():
     with evict(model, "full") as session, pytest.raises(ValueError, match="got a LlamaForCausalLM with num_kv_share"):
         make_engine(session, "lru")
     model = llama()
-    model.config.rope_parameters["mrope_section"] = [1, 1, 2]
+    model.config.rope_parameters["mrope_section"] = [1, 1, 2]  # pyright: ignore[reportOptionalSubscript]
     with pytest.raises(ValueError, match=r"whose rope_parameters have an mrope_section; accepted: models with one po"):
         check_packable(model)
 

@@ -62,7 +62,8 @@ def test_segments_attend_like_their_twin(dtype, group, dims, threads):
     finally:
         torch.set_num_threads(before)
     assert got.dtype == dtype and not got[1, 0].any(), "an empty segment gives zeros"
-    exact = naive.segment_attention(*(tensor.double() for tensor in given[:3]), *given[3:])
+    query, key, value, *bounds = given
+    exact = naive.segment_attention(query.double(), key.double(), value.double(), *bounds)  # pyright: ignore
     rtol = 0 if dtype == torch.float32 else 2**-8  # results are rounded
     torch.testing.assert_close(got.double(), exact, atol=5e-6, rtol=rtol)
 
@@ -174,7 +175,8 @@ def test_pages_are_read_where_they_are(dtype, size, writes):
             buffer[used] = torch.randn(len(used), buffer.shape[1], generator=generator).to(dtype)
     rows = len(sequences)
     query = torch.randn(rows, heads, group, dims[0], generator=generator).to(dtype)
-    new = tuple(torch.randn(rows, heads, dim, generator=generator).to(dtype) for dim in dims) if writes else None
+    keys, values = (torch.randn(rows, heads, dim, generator=generator).to(dtype) for dim in dims)
+    new = (keys, values) if writes else None
     kernel = segment_attention.find_paged_kernel(query, key, value)
     assert kernel is not None
     pages = ListReads(kernel, {"key": key, "value": value}, sequences, 1)._pages

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +11,10 @@ from tenure.retention import Segments, gated_attention
 from tenure.retention.ops import naive
 from tenure.retention.ops.after_prompt import biased_attention, gated_attention_after
 from tenure.retention.ops.softmax import ORDINARY, Softmax
+
+# Their first four arguments come as one tuple.
+gated: Any = gated_attention
+gated_twin: Any = naive.gated_attention
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 8, 0.35
 Inputs = tuple[torch.Tensor, ...]
@@ -62,7 +68,7 @@ def test_sinks_in_channels(seq_len: int, layout: str) -> None:
     tensors, sinks = inputs(seq_len)
     rows, results = segments(seq_len, layout), []
     for implementation in ("naive", "channels"):
-        output = gated_attention(*tensors, SCALE, rows, implementation, Softmax(sinks=sinks))
+        output = gated(*tensors, SCALE, rows, implementation, Softmax(sinks=sinks))
         results.append((output, *torch.autograd.grad(output.square().sum(), (*tensors, sinks))))
     for ours, twin in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, twin, rtol=1e-8, atol=1e-9)
@@ -94,7 +100,7 @@ def test_triton(seq_len: int, layout: str, kind: str, nan_outputs) -> None:
     wanted = (*tensors, sinks) if with_sinks else tensors
     for implementation in ("naive", "triton"):
         softmax = Softmax(cap, sinks if with_sinks else None)
-        output = gated_attention(*tensors, SCALE, rows, implementation, softmax)
+        output = gated(*tensors, SCALE, rows, implementation, softmax)
         results.append((output, *torch.autograd.grad((output * real).square().sum(), wanted)))
     for ours, twin in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
@@ -119,8 +125,8 @@ def test_large_logits_in_triton_stay_finite() -> None:
     """The cap's exponential overflows and vanishes where tanh is 1 and -1."""
     (query, key, value, log_beta), _ = inputs(20, torch.float32)
     given = (query.detach() * 1e3).requires_grad_(), key, value, log_beta
-    output = gated_attention(*given, SCALE, None, "triton", Softmax(softcap=2.0))
-    twin = gated_attention(*given, SCALE, None, "naive", Softmax(softcap=2.0))
+    output = gated(*given, SCALE, None, "triton", Softmax(softcap=2.0))
+    twin = gated(*given, SCALE, None, "naive", Softmax(softcap=2.0))
     torch.testing.assert_close(output, twin, rtol=1e-4, atol=1e-4)
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.sum(), given))
 
@@ -129,12 +135,12 @@ def test_caps_run_where_they_can() -> None:
     tensors, sinks = inputs(19)
     capped = Softmax(softcap=0.5)
     with torch.no_grad():
-        twin = naive.gated_attention(*tensors, SCALE, Segments.whole(2, 19), capped)
-        assert not torch.allclose(twin, gated_attention(*tensors, SCALE), atol=1e-3)
-        assert torch.equal(gated_attention(*tensors, SCALE, softmax=capped), twin)
-        flex = gated_attention(*(x.detach() for x in tensors), SCALE, None, "flex", capped)
+        twin = gated_twin(*tensors, SCALE, Segments.whole(2, 19), capped)
+        assert not torch.allclose(twin, gated(*tensors, SCALE), atol=1e-3)
+        assert torch.equal(gated(*tensors, SCALE, softmax=capped), twin)
+        flex = gated(*(x.detach() for x in tensors), SCALE, None, "flex", capped)
         torch.testing.assert_close(flex, twin, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="a cap on logits for implementation 'channels'; accepted with a cap: flex"):
-        gated_attention(*tensors, SCALE, None, "channels", capped)
+        gated(*tensors, SCALE, None, "channels", capped)
     with pytest.raises(ValueError, match="got sinks for implementation 'flex'; accepted with sinks: channels"):
-        gated_attention(*tensors, SCALE, None, "flex", Softmax(sinks=sinks))
+        gated(*tensors, SCALE, None, "flex", Softmax(sinks=sinks))

@@ -69,21 +69,21 @@ def serve(tiers: TieredCache, kv, prompt, namespace=None, agent=None, compressed
             kv.assert_holds(handle.payloads(), prompt[:found])
             new = kv.of(prompt, found, len(prompt), compressed) if found < len(prompt) else None
             while tiers.store(handle, prompt, new, agent, len(prompt) if agent else 0) is not AllocStatus.READY:
-                tiers.clock.advance_to(tiers.clock() + 100)
+                tiers.clock.advance_to(tiers.clock() + 100)  # pyright: ignore[reportFunctionMemberAccess]
             return found
 
 
 def to_disk(tiers: TieredCache) -> None:
     """Evicts everything from the device."""
     tiers.evictor.make_room(Tier.DEVICE, tiers.capacity())
-    tiers.clock.advance_to(tiers.clock() + 1e3)
+    tiers.clock.advance_to(tiers.clock() + 1e3)  # pyright: ignore[reportFunctionMemberAccess]
     tiers.poll()
     if tiers.pools[Tier.DEVICE].used:
         to_disk(tiers)
 
 
 def files_in(tiers: TieredCache) -> list[Path]:
-    return sorted(tiers.pools[Tier.DISK].folder.glob("*.kv"))
+    return sorted(tiers.pools[Tier.DISK].folder.glob("*.kv"))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_prompts_are_found_after_a_restart(start, kv):

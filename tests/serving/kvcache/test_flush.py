@@ -134,7 +134,7 @@ def test_what_is_stored_after_a_flush_is_of_the_new_fingerprint(new, tmp_path: P
     for prompt in ([6] * 4, [7] * 4):
         while not cached(tiers, prompt):
             later(tiers)
-    assert len(list(tiers.pools[Tier.DISK].folder.glob("*.kv"))) == 2
+    assert len(list(tiers.pools[Tier.DISK].folder.glob("*.kv"))) == 2  # pyright: ignore[reportAttributeAccessIssue]
     tiers.close()
     for fingerprint in ("weights 1", "weights 2"):
         again = start(fingerprint)
@@ -174,7 +174,7 @@ def test_flushes_among_requests_of_many_threads(tmp_path: Path):
                         tiers.store(handle, prompt, versioned(prompt, handle.length, end, mine))
                     if handle.load() is not LoadState.READY:
                         continue
-                    got = [p.tensors["layers.0.key"].flatten() for p in handle.payloads()]
+                    got = [p.tensors["layers.0.key"].flatten() for p in handle.payloads()]  # pyright: ignore
                     wanted = torch.tensor(prompt[: handle.length]) + 100 * mine
                     assert not got or torch.equal(torch.cat(got), wanted.float())
                     served += 1

@@ -168,9 +168,9 @@ def test_payloads_of_another_model_are_refused(pool):
     """By name, before any page is taken."""
     missing = TensorPayload({k: v for k, v in plain(8).tensors.items() if k != "layers.2.log_beta"}, 8)
     other = plain(8)
-    other.tensors["layers.0.value"] = other.tensors["layers.0.value"].half()
+    other.tensors["layers.0.value"] = other.tensors["layers.0.value"].half()  # pyright: ignore[reportIndexIssue]
     wide = compressed()
-    wide.tensors["layers.2.key"] = wide.tensors["layers.2.key"][:5]
+    wide.tensors["layers.2.key"] = wide.tensors["layers.2.key"][:5]  # pyright: ignore[reportIndexIssue]
     for payload, message in (
         (missing, r"got a payload that differs from the engine's pages in layers\.2\.log_beta"),
         (other, r"got layers\.0\.value \(1, 2, 8, 4\) of torch\.float16; accepted: \(1, 2, 8, 4\) of torch\.float32"),
@@ -185,7 +185,8 @@ def test_payloads_of_another_model_are_refused(pool):
 def test_a_compressed_prompt_padded_for_other_pages_is_refused(pool):
     """Of the same number of pages in all, so that its heads would be read from one another's pages."""
     wrong = compressed()
-    wrong.tensors["layers.0.lengths"] = torch.tensor([3, 4], dtype=torch.int32)  # 1 + 1 pages; there are 3
+    lengths = torch.tensor([3, 4], dtype=torch.int32)  # 1 + 1 pages; there are 3
+    wrong.tensors["layers.0.lengths"] = lengths  # pyright: ignore[reportIndexIssue]
     with pytest.raises(
         ValueError, match="got a compressed prompt of 5 pages whose heads fill 4; accepted: pages of 4 e"
     ):

@@ -108,7 +108,7 @@ def test_pages_of_the_device_go_to_disk_and_a_part_of_them_comes_back(pool: Disk
             builder.write(layer, payload.read(layer))
         return builder.commit()
 
-    file = written(pool, in_pages(TensorPayload(source, 96)))
+    file = written(pool, in_pages(TensorPayload(source, 96)))  # pyright: ignore[reportArgumentType]
     for start, stop in ((0, 96), (32, 80)):
         part = file.split(stop)[0] if stop < 96 else file
         part = part.split(start)[1] if start else part

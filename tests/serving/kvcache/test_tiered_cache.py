@@ -235,7 +235,7 @@ def test_recomputed_kv_is_stored_on_the_device(make_tiers, cached, kv):
 
 def test_less_memory_than_the_capacity(make_tiers, cached):
     class Lying(MemoryPool):
-        def new_builder(self, payload):
+        def new_builder(self, payload):  # pyright: ignore[reportIncompatibleMethodOverride]
             raise RuntimeError("out of memory")
 
     clock = VirtualClock()

@@ -236,9 +236,9 @@ class TierMachine(RuleBasedStateMachine):
             self.tiers.close()
             self.tiers.check()
         else:
-            self.tiers.pools[Tier.DISK]._store._lock.release()  # all that the system does
+            self.tiers.pools[Tier.DISK]._store._lock.release()  # all that the system does  # pyright: ignore
         self.handles.clear()
-        for path in self.tiers.pools[Tier.DISK].folder.glob("*.kv"):
+        for path in self.tiers.pools[Tier.DISK].folder.glob("*.kv"):  # pyright: ignore[reportAttributeAccessIssue]
             os.utime(path, (int(path.stem), int(path.stem)))  # the same order whatever the time
         self.start()
         restored = sum(node.copies[Tier.DISK] is not None for node in self.tiers.tree)

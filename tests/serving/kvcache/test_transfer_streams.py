@@ -164,9 +164,9 @@ def start(gpu: Gpu, tmp_path: Path):
     def begin(*lower: Tier, device: int = 4) -> TieredCache:
         pools = {Tier.DEVICE: GpuPool(device * TOKEN_BYTES, gpu)}
         if Tier.HOST in lower:
-            pools[Tier.HOST] = MemoryPool(40 * TOKEN_BYTES)
+            pools[Tier.HOST] = MemoryPool(40 * TOKEN_BYTES)  # pyright: ignore[reportArgumentType]
         if Tier.DISK in lower:
-            pools[Tier.DISK] = DiskPool(10**5, tmp_path)
+            pools[Tier.DISK] = DiskPool(10**5, tmp_path)  # pyright: ignore[reportArgumentType]
         made.append(TieredCache(pools, ThreadedTransfer(), ALL, 2))
         return made[-1]
 

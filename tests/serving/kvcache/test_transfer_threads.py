@@ -84,7 +84,7 @@ def test_a_copy_that_cannot_be_aborted_ends_nevertheless(kv):
             def fail(*_):
                 raise OSError("broken")
 
-            builder.write = builder.abort = fail
+            builder.write = builder.abort = fail  # pyright: ignore[reportAttributeAccessIssue]
             return builder
 
     pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(4 * kv.token_bytes), Tier.HOST: Broken(10**4)}

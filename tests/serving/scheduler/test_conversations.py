@@ -176,4 +176,4 @@ def test_a_hint_about_an_unknown_session_changes_nothing(make_driver):
 @pytest.mark.parametrize("name", ["max_sessions", "max_session_bytes", "held_steps"])
 def test_bounds_are_checked(name):
     with pytest.raises(ValueError, match=f"got 0 as {name}; accepted: a (whole )?number"):
-        PredictionConfig(**{name: 0})
+        PredictionConfig(**{name: 0})  # pyright: ignore[reportArgumentType]

@@ -72,7 +72,7 @@ class Computing:
 
     @staticmethod
     def known(state: RequestState) -> list[int]:
-        return [*state.request.prompt.tolist(), *state.output_tokens]
+        return [*state.request.prompt.tolist(), *state.output_tokens]  # pyright: ignore[reportAttributeAccessIssue]
 
     def answer(self, item) -> None:
         item.tokens = [model(self.known(item.state))]

@@ -78,7 +78,7 @@ def test_labels_that_are_used_again_are_told_apart(small, tmp_path: Path) -> Non
             scheduler.submit(Request("r", [first] * 20, 1, session="s"))
             batch = scheduler.next_batch()
             clock.advance_to(clock() + 1.0)
-            scheduler.complete(batch)
+            scheduler.complete(batch)  # pyright: ignore[reportArgumentType]
             scheduler.take_finished()
     one, other = read_trace(path).calls
     assert (one.id, other.id, other.after) == ("r", "r#2", ("r", 0.0))
