@@ -167,7 +167,7 @@ def one_run(
     Raises:
         RuntimeError: a call was not answered.
     """
-    from ...serving import AllocStatus, MemoryPool, Request, ThreadedTransfer, Tier, build_system
+    from ...serving import AllocStatus, MemoryPool, Request, StorePolicy, ThreadedTransfer, Tier, build_system
     from ...serving.engine import Engine
     from ...serving.prompt_cache import PromptKV
     from ...serving.simulation.results import TransferSnapshot
@@ -197,12 +197,14 @@ def one_run(
             system.tiers.poll()
         before, asked = TransferSnapshot.take(system), system.tiers.statistics.tokens_asked
         ended: list[RequestOutput] = []
+        # No call continues another one. Behind compressed prompts, what follows them would take most of the memory.
+        store = StorePolicy.NEUTRAL if setting.compression is None else StorePolicy.DISCARD
         start = time.monotonic()
         for number, call in enumerate(workload.calls):
             engine.submit(
                 Request(
                     f"call{number}", workload.prompt(call), workload.answer_tokens, workflow=workload.spec.name,
-                    agent=call.agent, fixed_tokens=len(workload.fixed[call.agent]),
+                    agent=call.agent, fixed_tokens=len(workload.fixed[call.agent]), store_policy=store,
                 )
             )  # fmt: skip
             ended += engine.run()

@@ -187,6 +187,7 @@ def record(
     about = {
         "system": setting.system,
         "device_bytes": setting.device_bytes,
+        "whole_pages": True,
         "host_bytes": setting.host_bytes,
         "link_bytes_per_s": setting.host_to_device,
         "copy_parts": len(next(iter(warm.values())).layers),

@@ -11,25 +11,31 @@ from .benching import BenchRow
 from .engine_runs import PAGE, EngineBench, answered, random_payload, request, run, step, store
 
 if TYPE_CHECKING:
+    import torch
+
     from ...serving.engine import Engine
 
 MIB = 2**20
 
 
+def _tensors() -> list[torch.Tensor]:
+    """All tensors with memory of their own; subclasses, such as the fake ones of torch's tracing, have none."""
+    import torch
+
+    return [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+
+
 @contextmanager
 def watched_storages() -> Iterator[Callable[[], dict[int, int]]]:
     """Yields a function that returns the bytes of every storage made in the block that a tensor has, by address."""
-    import torch
-
     gc.collect()
-    kept = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]  # so that no address is used again
+    kept = _tensors()  # so that no address is used again
     known = {one.untyped_storage().data_ptr() for one in kept}
     gc.freeze()  # what there is now is neither collected nor looked at again: a collection takes no time
 
     def storages() -> dict[int, int]:
         gc.collect()
-        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
-        found = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+        found = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in _tensors()}
         return {address: nbytes for address, nbytes in found.items() if address not in known}
 
     try:

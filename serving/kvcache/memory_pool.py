@@ -365,9 +365,15 @@ def check_devices(pools: Mapping[Tier, Pool], device: torch.device) -> None:
 
 
 class PhantomPool(Pool):
-    """Counts bytes and holds no data: any tier of the simulator."""
+    """Counts bytes and holds no data: any tier of the simulator.
 
-    whole_pages = False
+    Args:
+        whole_pages: requests get memory as an engine gives it; the papers' systems count tokens.
+    """
+
+    def __init__(self, capacity: int, whole_pages: bool = False) -> None:
+        super().__init__(capacity)
+        self.whole_pages = whole_pages
 
     def new_builder(self, payload: KVPayload, prompt: PromptKey | None = None) -> PayloadBuilder:
         assert isinstance(payload, PhantomPayload), "a pool without memory holds payloads without data"

@@ -57,6 +57,7 @@ class SimulatedMachine:
         scheduler, prefetch: budgets of the scheduler and the prefetcher; prefetch=None: the defaults.
         believed: the costs that the server assumes; None: the true ones.
         max_steps: upper bound of tokens per decoding request in one batch.
+        whole_pages: requests get the memory of the device in whole pages, as from an engine.
 
     Raises:
         ValueError: a size below 1.
@@ -74,6 +75,7 @@ class SimulatedMachine:
     prefetch: PrefetchConfig | None = None
     believed: Costs | None = None
     max_steps: int = 1_000_000
+    whole_pages: bool = False
 
     def __post_init__(self) -> None:
         if min(self.device_bytes, self.bytes_per_token, self.page_size, self.copy_parts, self.max_steps) < 1:
@@ -92,7 +94,7 @@ class SimulatedMachine:
         """
         clock = VirtualClock()
         sizes = {Tier.DEVICE: self.device_bytes, Tier.HOST: self.host_bytes, Tier.DISK: self.disk_bytes}
-        pools = {tier: PhantomPool(int(size)) for tier, size in sizes.items() if size}
+        pools = {tier: PhantomPool(int(size), self.whole_pages) for tier, size in sizes.items() if size}
         host = LinkSpeed(self.links.host_bytes_per_s or 1.0, self.links.latency_s)
         disk = LinkSpeed(self.links.disk_bytes_per_s or 1.0, self.links.latency_s)
         speeds = {}
@@ -338,6 +340,7 @@ def machine_of(trace: Trace) -> SimulatedMachine:
         about.get("disk_bytes", 0), trace.bytes_per_token, trace.page_size, about.get("copy_parts", 4),
         _scheduler_config(about),
         believed=LinearCosts(believed[0], (believed[1], believed[2]), believed[3]) if believed else None,
+        whole_pages=bool(about.get("whole_pages", False)),
     )  # fmt: skip
 
 

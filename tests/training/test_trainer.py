@@ -174,7 +174,8 @@ def test_evaluation_in_the_loop_is_logged(tiny_llama: PreTrainedModel, tmp_path:
         return {"eval/kl@0.2": 0.5}
 
     train(settings(tmp_path, eval_every=4, gradient_checkpointing=True), tiny_llama, Tokens(), evaluate=evaluate)
-    assert tiny_llama.model.layers[0].training  # evaluation must not switch gradient checkpointing off
+    # Layers are in training mode, which gradient checkpointing needs, while a step computes and at no other time.
+    assert not any(module.training for module in tiny_llama.modules())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/kl@0.2" in line] == [4, 8]
     assert not torch.equal(seen[0], seen[1])

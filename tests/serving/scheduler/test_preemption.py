@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tenure.serving import FinishReason, PhantomPayload, PhantomPool, SchedulerConfig, StorePolicy, Tier
+from tenure.serving import FinishReason, PhantomPayload, SchedulerConfig, StorePolicy, Tier
 from tenure.serving.scheduler.request_state import RequestState
 
 from .conftest import Driver
@@ -197,9 +197,9 @@ def test_whole_answers_are_reserved_on_request_and_nobody_is_preempted(make_comp
         computing.driver.submit("r", A, 111)
 
 
-def test_a_device_of_pages_reserves_whole_ones(make_computing, monkeypatch):
-    monkeypatch.setattr(PhantomPool, "whole_pages", True)
+def test_a_device_of_pages_reserves_whole_ones(make_computing):
     computing = make_computing(device=100)
+    computing.driver.system.tiers.pools[Tier.DEVICE].whole_pages = True
     computing.driver.submit("a", A[:39], 2)
     computing.step()
     pool = computing.driver.system.tiers.pools[Tier.DEVICE]
