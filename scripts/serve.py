@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from ..serving.kvcache.eviction_policy import LinearCosts
     from ..serving.server import ApiKeys, Backend
 
-UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
+UNITS = {
+    "": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9,
+    "TB": 10**12,
+}  # fmt: skip
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -200,8 +203,8 @@ def measure_costs(session: Session, estimates: CostEstimates) -> LinearCosts:
     from ..serving import LinearCosts
 
     model = session.model
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(estimates.probe_tokens, device=model.device) % vocabulary)[None]
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(estimates.probe_tokens, device=model.device).remainder(vocabulary)[None]
     source = torch.zeros(estimates.probe_bytes, dtype=torch.uint8)
     compute_s = copy_s = 0.0
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The endpoints. Whatever may take long is awaited: the engine computes in its own thread, texts are read in another."""
+"""The endpoints. Whatever may take long is awaited: the engine computes in its thread, bodies are read in another."""
 
 from __future__ import annotations
 

@@ -111,7 +111,15 @@ class EventStream(Response):
 
     async def _send_all(self, send: Callable[[Message], Awaitable[None]]) -> None:
         async def put(message: Message) -> None:
-            await asyncio.wait_for(send(message), self._send_timeout_s)
+            # Not `wait_for`: before Python 3.12 it may swallow a cancellation.
+            sent = asyncio.ensure_future(send(message))
+            try:
+                done, _ = await asyncio.wait({sent}, timeout=self._send_timeout_s)
+            finally:
+                sent.cancel()
+            if not done:
+                raise asyncio.TimeoutError
+            sent.result()
 
         try:
             await put({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

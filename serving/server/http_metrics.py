@@ -57,7 +57,7 @@ class SystemCollector(Collector):
             used.add_metric([tier.name.lower()], pool.used)
         yield from (capacity, used)
         moved = CounterMetricFamily("tenure_moved_bytes", "bytes copied between tiers", labels=["source", "target"])
-        for (source, target), nbytes in dict(tiers.metrics.bytes_moved).items():
+        for (source, target), nbytes in dict(tiers.statistics.bytes_moved).items():
             moved.add_metric([Tier(source).name.lower(), Tier(target).name.lower()], nbytes)
         yield moved
 

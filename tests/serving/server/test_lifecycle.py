@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tenure.scripts import cli
+from tenure.scripts.serve import read_bytes
 from tenure.serving.server import ServerConfig, bind
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -178,9 +180,9 @@ def test_the_command_prints_a_curl_line_that_works_and_ends_on_ctrl_c(folder):
 def test_the_command_drains_on_sigterm_and_takes_every_flag(folder):
     (folder / "keys").write_text("# client key\nteam-a key-of-team-a-0123456789\nboss key-of-the-boss-0123 admin\n")
     process, lines = start(
-        folder, "--compress", "none", "--system", "lru_reactive", "--disk", f"{folder / 'disk'}:32MiB", "--name", "little",
-        "--api-keys", str(folder / "keys"), "--host", "127.0.0.1", "--drain-s", "20", "--device", "cpu", "--dtype",
-        "float32",
+        folder, "--compress", "none", "--system", "lru_reactive", "--disk", f"{folder / 'disk'}:32MiB", "--name",
+        "little", "--api-keys", str(folder / "keys"), "--host", "127.0.0.1", "--drain-s", "20", "--device", "cpu",
+        "--dtype", "float32",
     )  # fmt: skip
     assert "Authorization: Bearer KEY" in lines[-1]
     url = lines[-1].split()[1]
@@ -203,26 +205,35 @@ def test_the_command_drains_on_sigterm_and_takes_every_flag(folder):
         (["--compress", "1.5"], "got 1.5 for --compress; accepted: a share between 0 and 1, or none"),
         (["--device-memory", "lots"], "got 'lots' for --device-memory; accepted: bytes, as 2GiB"),
         (["--device-memory", "0"], "accepted: more than 0"),
-        (["--host-memory", "2XB"], "--host-memory"),
+        (["--host-memory", "2XB"], "got '2XB' for --host-memory"),
         (["--disk", "50GiB"], "accepted: a folder and a size, as /var/cache/tenure:50GiB"),
-        (["--disk", "/tmp/x:many"], "--disk"),
+        (["--disk", "/tmp/x:many"], "got 'many' for --disk"),
         (["--port", "70000"], "accepted: 0 to 65535"),
         (["--drain-s", "0"], "--drain-s takes seconds above 0"),
         (["--threads", "0"], "--threads 1 or more"),
-        (["--model", "/no/such/model", "--gates", "x"], "x"),
-        (["--model", "other"], "the shipped gates fit the demo model only"),
-        (["--api-keys", "/no/such/file"], "/no/such/file"),
+        (["--system", "belady"], "belady"),
     ],
 )
-def test_mistakes_of_the_command_line_are_one_sentence(flags, message, capsys):
-    from tenure.scripts import cli
+def test_wrong_flags_are_refused(flags, message, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["serve", *flags])
+    assert end.value.code == 2 and message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "other"], "the shipped gates fit the demo model only"),
+        (["--api-keys", "/no/such/file"], "/no/such/file"),
+        (["--compress", "none", "--host", "no.such.host.invalid"], "accepted: a name or address of this machine"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_the_model_is_loaded(flags, message, capsys):
     assert cli.main(["serve", *flags]) == 1
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
 
 
 def test_sizes_of_memory():
-    from tenure.scripts.serve import read_bytes
-
     assert [read_bytes(text, "--x") for text in ("7", "2GiB", "1.5 KiB", "3mb")] == [7, 2 << 30, 1536, 3_000_000]

@@ -253,7 +253,8 @@ def test_the_fixed_prompt_is_what_the_system_messages_give(tokenizer):
 def test_a_template_that_wants_a_user_still_gives_the_fixed_prompt(tokenizer):
     from tenure.serving.server.api_requests import ChatMessage
 
-    strict = "{% if messages|selectattr('role', 'equalto', 'user')|list|length == 0 %}{{ raise_exception('no user') }}{% endif %}"
+    users = "messages|selectattr('role', 'equalto', 'user')|list"
+    strict = f"{{% if not {users} %}}{{{{ raise_exception('no user') }}}}{{% endif %}}"
     turns = [ChatMessage("system", SYSTEM), ChatMessage("user", "Who is next?")]
     plain = PromptRenderer(tokenizer, 16).chat(turns)
     tokenizer.chat_template = strict + tokenizer.chat_template

@@ -44,8 +44,9 @@ def test_no_name_reaches_into_another_client(serve, keys, hint):
 def test_requests_without_a_known_key_are_refused(serve, keys):
     served = serve(keys)
     calls = [
-        ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"),
-        ("POST", "/v1/workflows"), ("DELETE", "/v1/workflows/x"), ("PUT", "/v1/sessions/x"), ("DELETE", "/v1/sessions/x"),
+        ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"),
+        ("GET", "/v1/models/tiny"), ("POST", "/v1/workflows"), ("DELETE", "/v1/workflows/x"),
+        ("PUT", "/v1/sessions/x"), ("DELETE", "/v1/sessions/x"),
         ("GET", "/metrics"), ("POST", "/admin/flush"),
     ]  # fmt: skip
     wrong = ({}, bearer("wrong"), {"Authorization": A}, {"Authorization": f"Basic {A}"}, bearer(A + "x"), bearer("ü"))
@@ -68,10 +69,11 @@ def test_metrics_and_flush_are_for_an_admin(serve, keys):
 
 def test_every_key_is_compared_in_constant_time(keys, monkeypatch):
     compared: list[bytes] = []
+    compare = hmac.compare_digest
 
     def counting(a: bytes, b: bytes) -> bool:
         compared.append(a)
-        return hmac.compare_digest(a, b)
+        return compare(a, b)
 
     monkeypatch.setattr(api_keys_module.hmac, "compare_digest", counting)
     assert keys.caller(f"Bearer {A}").client == "team-a"
