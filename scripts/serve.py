@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,7 +146,6 @@ def main(config: ServeConfig) -> int:
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
-    warnings.simplefilter("default", UserWarning)
     console = make_console()
     keys = ApiKeys() if config.api_keys is None else ApiKeys.from_file(config.api_keys)
     gates = None

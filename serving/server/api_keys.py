@@ -18,7 +18,7 @@ _KEY = re.compile(r"[!-~]+")  # printable ASCII without spaces, as headers carry
 
 @dataclass(frozen=True)
 class Caller:
-    """Who has sent a request.
+    """The sender of a request.
 
     Attributes:
         client: the account; "" where no keys are asked for. Agents, workflows, sessions and prompts are its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -52,7 +53,7 @@ class StreamOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationBody:
+class GenerationBody(ABC):
     """Fields that chats and completions share. null is the default; sampling fields are those of `SamplingParams`.
 
     Attributes:
@@ -92,9 +93,9 @@ class GenerationBody:
         """The most tokens of an answer; None: not given."""
         return self.max_tokens
 
+    @abstractmethod
     def top_logprobs_wanted(self) -> int | None:
         """`SamplingParams.logprobs`."""
-        raise NotImplementedError
 
     def sampling(self) -> SamplingParams:
         """The parameters of all `n` answers.

@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Backend:
-    """What a server serves.
+    """The engine and model behind a server.
 
     Attributes:
         client: of the engine, which has the model's tokenizer.
@@ -290,11 +290,13 @@ class Endpoints:
         return JSONResponse({"id": spec.name, "object": "workflow", "agents": agents}, 201)
 
     def _workflow(self, raw: bytes, in_yaml: bool) -> WorkflowSpec:
-        if not in_yaml:
-            return workflow_from_json(raw.decode("utf-8"))
-        if len(raw) > self.config.max_yaml_bytes:
+        if in_yaml and len(raw) > self.config.max_yaml_bytes:
             raise ValueError(f"got {len(raw)} bytes of YAML; accepted: up to {self.config.max_yaml_bytes}, or JSON")
-        return workflow_from_yaml(raw.decode("utf-8"))
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"got {len(raw)} bytes that are no text in UTF-8; accepted: JSON or YAML") from None
+        return workflow_from_yaml(text) if in_yaml else workflow_from_json(text)
 
     async def end_workflow(self, request: Request) -> Response:
         """Ends a workflow of the client."""

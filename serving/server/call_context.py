@@ -22,7 +22,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class CallContext:
-    """What is known of a call besides its prompt.
+    """Everything about a call besides its prompt.
 
     Attributes:
         fields: of the `Request`.

@@ -65,7 +65,7 @@ async def disconnected(receive: Receive) -> None:
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client goes.
+    """The result of `work`, which is cancelled if the client disconnects.
 
     Raises:
         ApiError: 499, the client has gone.

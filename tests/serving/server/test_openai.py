@@ -177,7 +177,7 @@ def test_a_bias_and_penalties_reach_the_sampler(client, alone, tokenizer):
     )
     assert found.choices[0].text == "zzzzz"
     ids = tokenizer(TEXT)["input_ids"]
-    penalties = {"presence_penalty": 2.0, "frequency_penalty": 1.5}
+    penalties: dict[str, Any] = {"presence_penalty": 2.0, "frequency_penalty": 1.5}
     found = client.completions.create(model="tiny", prompt=TEXT, max_tokens=24, temperature=0, **penalties)
     assert found.choices[0].text == alone(ids, 24, SamplingParams(**penalties))[0]
     assert found.choices[0].text != alone(ids, 24)[0]
