@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from tenure.checked import Range, Size, read
+from tenure.checked import Range, Size, parse_json, read
 
 from ..request import MAX_NAME, MAX_NUMBER, shown
 from ..sampling.params import MAX_LOGPROBS, SamplingParams
@@ -81,7 +83,7 @@ class GenerationBody(ABC):
     stop: str | tuple[str, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: Annotated[int, Range(0, MAX_NUMBER)] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -182,6 +184,38 @@ class CompletionBody(GenerationBody):
 
     def top_logprobs_wanted(self) -> int | None:
         return self.logprobs
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped
+
+
+def parse_body(raw: bytes, config: ServerConfig) -> Any:
+    """The values of a body in JSON; an empty one is an empty object.
+
+    Raises:
+        ValueError: no JSON in UTF-8, beyond the bounds, or with a half of a character, which no answer could repeat.
+    """
+    text = decode_body(raw) or "{}"
+    document = parse_json(text, "the body", config.body_limits)
+    if _SURROGATE.search(text):
+        require_whole_characters(json.dumps(document, ensure_ascii=False))
+    return document
+
+
+def decode_body(raw: bytes) -> str:
+    """A body as text; ValueError unless it is UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"got {len(raw)} bytes that are no text in UTF-8 as the body; accepted: UTF-8") from None
+
+
+def require_whole_characters(text: str) -> None:
+    """ValueError for a text with one half of a surrogate pair, which JSON and YAML can write as an escape."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"got {text[error.start]!a} in the body; accepted: whole characters") from None
 
 
 class UnknownFields:

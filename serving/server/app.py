@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from tenure.checked import NotNegative, parse_json, read
+from tenure.checked import NotNegative, read
 
 from ..client import EngineClient
 from ..errors import ServingError
@@ -31,7 +31,16 @@ from ..workflow.spec import WorkflowSpec
 from .answers import DONE, PING, AnswerFormat, ChatFormat, CompletionFormat
 from .api_errors import SERVER, ApiError, bad_request, not_found, of_serving_error
 from .api_keys import ApiKeys, Caller
-from .api_requests import ChatBody, CompletionBody, GenerationBody, UnknownFields, read_body
+from .api_requests import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    UnknownFields,
+    decode_body,
+    parse_body,
+    read_body,
+    require_whole_characters,
+)
 from .call_context import read_context, workflow_key
 from .event_stream import EventStream, read_bytes, unless_disconnected
 from .generation import ClientLoads, Generation
@@ -197,7 +206,7 @@ class Endpoints:
         self, raw: bytes, headers: dict[str, str], caller: Caller, kind: type[GenerationBody],
         read_prompts: Callable[[Any], list[RenderedPrompt]], id: str,
     ) -> ReadCall:  # fmt: skip
-        document = parse_json(raw, "the body", self.config.body_limits)
+        document = parse_body(raw, self.config)
         body, hints = read_body(kind, document, self.config, self._unknown_fields)
         if body.model != self.backend.model_name:
             raise self._no_model(body.model)
@@ -233,7 +242,7 @@ class Endpoints:
         return [self.renderer.chat(body.messages)]
 
     def _read_completion(self, body: CompletionBody) -> list[RenderedPrompt]:
-        return self.renderer.completion(body.prompt)
+        return self.renderer.completion(body.prompt, self.config.max_choices)
 
     # Models, health, metrics ------------------------------------------------------------------------------------
 
@@ -292,11 +301,10 @@ class Endpoints:
     def _workflow(self, raw: bytes, in_yaml: bool) -> WorkflowSpec:
         if in_yaml and len(raw) > self.config.max_yaml_bytes:
             raise ValueError(f"got {len(raw)} bytes of YAML; accepted: up to {self.config.max_yaml_bytes}, or JSON")
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"got {len(raw)} bytes that are no text in UTF-8; accepted: JSON or YAML") from None
-        return workflow_from_yaml(text) if in_yaml else workflow_from_json(text)
+        text = decode_body(raw)
+        spec = workflow_from_yaml(text) if in_yaml else workflow_from_json(text)
+        require_whole_characters(" ".join([spec.name, *(agent.name for agent in spec.agents)]))
+        return spec
 
     async def end_workflow(self, request: Request) -> Response:
         """Ends a workflow of the client."""
@@ -320,9 +328,7 @@ class Endpoints:
         """The session will go on: its conversation is kept, if there is room, for `ttl_s` seconds."""
         caller, session = self._session(request)
         raw = await read_bytes(request, self.config)
-        keep = await self._read(
-            lambda: read(SessionKeep, parse_json(raw or b"{}", "the body", self.config.body_limits))
-        )
+        keep = await self._read(lambda: read(SessionKeep, parse_body(raw, self.config)))
         config = self._hint_reader.config
         ttl_s = config.bounded_ttl(keep.ttl_s)
         action = HintAction(ActionKind.RETAIN, session_agent(session), max(NEUTRAL, config.keep_priority), ttl_s)

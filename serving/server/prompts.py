@@ -66,8 +66,8 @@ class PromptRenderer:
         digest = hashlib.blake2b(np.asarray(alone, np.int32).tobytes(), digest_size=8)
         return RenderedPrompt(ids, fixed, f"prompt-{digest.hexdigest()}")
 
-    def completion(self, prompt: Any) -> list[RenderedPrompt]:
-        """The prompts of a completion: a text, token ids, or a list of these.
+    def completion(self, prompt: Any, max_prompts: int) -> list[RenderedPrompt]:
+        """The prompts of a completion: a text, token ids, or a list of up to `max_prompts` of these.
 
         Raises:
             ValueError: anything else.
@@ -75,6 +75,8 @@ class PromptRenderer:
         prompts = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or _is_ids(p) for p in prompts):
             raise ValueError(f"got {shown(prompt)} as prompt; accepted: a text, token ids, or a list of these")
+        if len(prompts) > max_prompts:  # before they are tokenised
+            raise ValueError(f"got {len(prompts)} prompts; accepted: up to {max_prompts}, and as many answers")
         return [
             RenderedPrompt(list(self._tokenizer(one)["input_ids"]) if isinstance(one, str) else one) for one in prompts
         ]

@@ -50,6 +50,8 @@ BAD_CHATS = [
     (with_fields(top_p=0), "top_p"),
     (with_fields(top_k=-2), "top_k"),
     (with_fields(min_p=2), "min_p"),
+    (with_fields(top_k=2**40), "top_k"),
+    (with_fields(min_tokens=2**70), "min_tokens"),
     (with_fields(presence_penalty=3), "presence_penalty"),
     (with_fields(frequency_penalty=-3), "frequency_penalty"),
     (with_fields(repetition_penalty=0), "repetition_penalty"),
@@ -128,18 +130,32 @@ def test_unknown_fields_warn_once(served, caplog):
 def test_bad_completions(served):
     for prompt in (None, 3, [], {}, [["x"]], ["a", 3], [[]], [-1], [10**6]):
         check(served.post("/completions", {"model": "tiny", "prompt": prompt}), 400, "accepted")
-    check(served.post("/completions", {"model": "tiny", "prompt": ["a"] * 33}), 400, "up to 32 answers")
+    check(
+        served.post("/completions", {"model": "tiny", "prompt": ["a"] * 33}), 400, "got 33 prompts; accepted: up to 32"
+    )
     check(served.post("/completions", {"model": "tiny", "prompt": ""}), 400, "prompt")
 
 
 def test_bodies_that_are_no_json_or_too_deep(served):
     url = f"{served.url}/chat/completions"
-    for raw in (b"", b"{", b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000, b"1" * 5000):
+    utf16 = json.dumps(CHAT).encode("utf-16")
+    for raw in (b"", b"{", b"\xff\xfe", utf16, b'{"model": NaN}', b"[" * 100_000, b"1" * 5000):
         check(httpx.post(url, content=raw), 400, "")
     deep: Any = "x"
     for _ in range(17):
         deep = [deep]
     check(served.post("/chat/completions", with_fields(metadata=deep)), 400, "nested deeper than 16 levels")
+
+
+def test_halves_of_characters(served):
+    for raw in (rb'"\ud800"', rb'"\udc00\ud800"', b'"\xed\xa0\x80"'):
+        body = b'{"model": "tiny", "messages": [{"role": "user", "content": %s}], "max_tokens": 1}' % raw
+        check(httpx.post(f"{served.url}/chat/completions", content=body), 400, "accepted")
+        check(httpx.post(f"{served.url}/workflows", content=b'{"workflow": %s}' % raw), 400, "accepted")
+    yaml = {"content": rb'workflow: "\ud800"', "headers": {"Content-Type": "text/yaml"}}
+    check(httpx.post(f"{served.url}/workflows", **yaml), 400, "accepted: whole characters")
+    whole = rb'{"model": "tiny", "messages": [{"role": "user", "content": "\ud83d\ude00"}], "max_tokens": 1}'
+    assert httpx.post(f"{served.url}/chat/completions", content=whole).status_code == 200
 
 
 def test_a_body_that_is_too_long(serve):
