@@ -18,7 +18,7 @@ MAX_COUNT = 2**31 - 1  # of tokens: it fits into every tensor of the sampler
 MAX_LOGPROBS = 20  # alternatives of a token, as OpenAI has it
 
 Probability = Annotated[float, Range(0, 1)]
-TokenId = Annotated[int, Range(0, MAX_COUNT)]
+TokenId = Annotated[int, Range(0)]
 
 
 class FinishedBy(Enum):
