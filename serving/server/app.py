@@ -108,7 +108,8 @@ class Endpoints:
         self.metrics = HttpMetrics(backend.client, backend.system)
         self._hint_reader = HintReader()
         self._unknown_fields = UnknownFields(config.max_warned_fields)
-        self._loads = ClientLoads(config.max_client_requests)
+        self._answers = ClientLoads(config.max_client_requests, "answers")
+        self._bodies = ClientLoads(config.max_client_bodies, "bodies")
         self._reader = ThreadPoolExecutor(1, "tenure-reader")
 
     # Answers ----------------------------------------------------------------------------------------------------
@@ -126,13 +127,14 @@ class Endpoints:
         format: type[AnswerFormat], prefix: str,
     ) -> Response:  # fmt: skip
         caller = self._caller(request)
-        raw, headers = await read_bytes(request, self.config), dict(request.headers)
-        id = f"{prefix}-{uuid.uuid4().hex}"
-        call = await self._read(lambda: self._read_call(raw, headers, caller, kind, read_prompts, id))
+        headers, id = dict(request.headers), f"{prefix}-{uuid.uuid4().hex}"
+        call = await self._read_body(
+            request, caller, lambda raw: self._read_call(raw, headers, caller, kind, read_prompts, id)
+        )
         answers = format(id, int(time.time()), call.body.model, self.renderer.token_text)
         for hint in call.hints:
             self.backend.client.hint(hint)
-        generation = Generation(self.backend.client, call.requests, self._loads)
+        generation = Generation(self.backend.client, call.requests, self._answers)
         headers = {"X-Request-Id": id}
         if call.body.stream:
             events = generation.events(self.config.ping_s)
@@ -190,6 +192,16 @@ class Endpoints:
             await events.aclose()  # pyright: ignore[reportAttributeAccessIssue]
 
     # Reading, in a thread ---------------------------------------------------------------------------------------
+
+    async def _read_body(self, request: Request, caller: Caller, work: Callable[[bytes], T]) -> T:
+        """Receives a body, and returns the result of `work`, which reads it.
+
+        Raises:
+            ApiError: 429, too many bodies of this client are being read; and as `read_bytes` and `_read`.
+        """
+        with self._bodies.admitted(caller.client, 1):
+            raw = await read_bytes(request, self.config)
+            return await self._read(lambda: work(raw))
 
     async def _read(self, work: Callable[[], T]) -> T:
         """The result of `work`, which reads what a client has sent.
@@ -285,9 +297,8 @@ class Endpoints:
     async def add_workflow(self, request: Request) -> Response:
         """Declares a workflow of the client, in JSON or YAML."""
         caller = self._caller(request)
-        raw = await read_bytes(request, self.config)
         in_yaml = "yaml" in request.headers.get("content-type", "")
-        spec = await self._read(lambda: self._workflow(raw, in_yaml))
+        spec = await self._read_body(request, caller, lambda raw: self._workflow(raw, in_yaml))
         name = await self._read(lambda: workflow_key(spec.name, caller))
         try:
             await asyncio.wrap_future(self.backend.client.add_workflow(spec, name, caller.client))
@@ -327,8 +338,7 @@ class Endpoints:
     async def keep_session(self, request: Request) -> Response:
         """The session will go on: its conversation is kept, if there is room, for `ttl_s` seconds."""
         caller, session = self._session(request)
-        raw = await read_bytes(request, self.config)
-        keep = await self._read(lambda: read(SessionKeep, parse_body(raw, self.config)))
+        keep = await self._read_body(request, caller, lambda raw: read(SessionKeep, parse_body(raw, self.config)))
         config = self._hint_reader.config
         ttl_s = config.bounded_ttl(keep.ttl_s)
         action = HintAction(ActionKind.RETAIN, session_agent(session), max(NEUTRAL, config.keep_priority), ttl_s)

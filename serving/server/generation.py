@@ -13,34 +13,35 @@ from .api_errors import too_many
 
 
 class ClientLoads:
-    """The answers of each client that are being computed or wait; used by the event loop alone.
+    """Counts what each client has in progress; used by the event loop alone.
 
     Args:
-        limit: answers of one client.
+        limit: of one client.
+        what: is counted, in the plural.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit, self._answers = limit, dict[str, int]()
+    def __init__(self, limit: int, what: str) -> None:
+        self._limit, self._what = limit, what
+        self._counts: dict[str, int] = {}
 
     @contextmanager
-    def admitted(self, client: str, answers: int) -> Iterator[None]:
-        """Counts a client's answers until the block is left.
+    def admitted(self, client: str, count: int) -> Iterator[None]:
+        """Counts `count` more until the block is left.
 
         Raises:
             ApiError: 429, with these the client would have too many.
         """
-        others = self._answers.get(client, 0)
-        if others + answers > self._limit:
-            raise too_many(
-                f"got {answers} answers to compute while {others} are; accepted: up to {self._limit} at once"
-            )
-        self._answers[client] = others + answers
+        others = self._counts.get(client, 0)
+        if others + count > self._limit:
+            given = f"{count} {self._what} while {others} are in progress"
+            raise too_many(f"got {given}; accepted: up to {self._limit} at once")
+        self._counts[client] = others + count
         try:
             yield
         finally:
-            self._answers[client] -= answers
-            if not self._answers[client]:
-                del self._answers[client]
+            self._counts[client] -= count
+            if not self._counts[client]:
+                del self._counts[client]
 
 
 class Generation:

@@ -20,6 +20,7 @@ class ServerConfig:
         default_max_tokens: of an answer to a chat that does not give a number; less where the context ends before.
         default_completion_tokens: of an answer to a completion that does not give a number, as OpenAI has it.
         max_client_requests: answers of one client that are being computed or wait; more get status 429.
+        max_client_bodies: bodies of one client that are being received or read; more get status 429.
         max_connections: connections at once; more get status 503.
         body_timeout_s: seconds in which a body must arrive.
         send_timeout_s: seconds for which a reader may take nothing before its connection is given up.
@@ -42,6 +43,7 @@ class ServerConfig:
     default_max_tokens: Count = 1024
     default_completion_tokens: Count = 16
     max_client_requests: Count = 512
+    max_client_bodies: Count = 64
     max_connections: Count = 2048
     body_timeout_s: Positive = 30.0
     send_timeout_s: Positive = 60.0

@@ -180,6 +180,15 @@ def test_a_body_that_does_not_arrive(serve):
     assert answer.startswith(b"HTTP/1.1 400") and served.post("/chat/completions", CHAT).status_code == 200
 
 
+def test_a_client_with_too_many_bodies_under_way_is_asked_to_wait(serve):
+    served = serve(config=ServerConfig(max_client_bodies=1, drain_s=5.0))
+    with socket.create_connection(("127.0.0.1", int(served.root.rpartition(":")[2])), timeout=10) as slow:
+        slow.sendall(b"POST /v1/workflows HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        served.until(lambda: served.post("/chat/completions", CHAT).status_code == 429)
+        check(served.post("/completions", CHAT), 429, "got 1 bodies while 1 are in progress; accepted: up to 1 at once")
+    served.until(lambda: served.post("/chat/completions", CHAT).status_code == 200)
+
+
 def test_headers_that_are_too_long(served):
     response = served.post("/chat/completions", CHAT, headers={"X-Long": "x" * 100_000})
     check(response, 431, "accepted: up to 32768")
