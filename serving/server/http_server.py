@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
@@ -11,7 +12,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..client import EngineClient
 from ..errors import EngineDead
@@ -42,6 +45,43 @@ def bind(host: str, port: int) -> socket.socket:
         bound.close()
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; give another --host or --port") from None
     return bound
+
+
+class HeadTimeoutProtocol(H11Protocol):
+    """uvicorn's protocol, which closes a connection on which the head of a request does not arrive in time.
+
+    uvicorn itself bounds the time between two requests only, so silent connections could take all places.
+
+    Args:
+        head_timeout_s: seconds from the first byte, or from the connection, to the end of the head.
+    """
+
+    def __init__(self, head_timeout_s: float, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._head_timeout_s = head_timeout_s
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+
+    def _watch_head(self) -> None:
+        """Starts the time of a head that has not arrived, and ends that of one that has."""
+        if self.conn.their_state is not h11.IDLE:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+            self._head_timer = None
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(self._head_timeout_s, self.timeout_keep_alive_handler)
 
 
 class DrainingServer(uvicorn.Server):
@@ -92,8 +132,9 @@ def make_server(
     app: Any, client: EngineClient, config: ServerConfig, on_ready: Callable[[], None] = lambda: None
 ) -> DrainingServer:
     """The server of an application; `server.run(sockets=[bind(…)])` runs it until it is stopped."""
+    protocol: Any = functools.partial(HeadTimeoutProtocol, config.head_timeout_s)
     settings = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
         proxy_headers=False, h11_max_incomplete_event_size=config.max_header_bytes,
         timeout_keep_alive=config.keep_alive_s, limit_concurrency=config.max_connections,
         timeout_graceful_shutdown=int(config.drain_s + config.close_s + 1),

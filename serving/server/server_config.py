@@ -22,6 +22,7 @@ class ServerConfig:
         max_client_requests: answers of one client that are being computed or wait; more get status 429.
         max_client_bodies: bodies of one client that are being received or read; more get status 429.
         max_connections: connections at once; more get status 503.
+        head_timeout_s: seconds in which the line and headers of a request must arrive.
         body_timeout_s: seconds in which a body must arrive.
         send_timeout_s: seconds for which a reader may take nothing before its connection is given up.
         ping_s: seconds without an event after which a stream gets an SSE comment, so that nothing on the way closes it.
@@ -45,6 +46,7 @@ class ServerConfig:
     max_client_requests: Count = 512
     max_client_bodies: Count = 64
     max_connections: Count = 2048
+    head_timeout_s: Positive = 30.0
     body_timeout_s: Positive = 30.0
     send_timeout_s: Positive = 60.0
     ping_s: Positive = 5.0

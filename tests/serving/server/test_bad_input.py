@@ -189,6 +189,20 @@ def test_a_client_with_too_many_bodies_under_way_is_asked_to_wait(serve):
     served.until(lambda: served.post("/chat/completions", CHAT).status_code == 200)
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_connections_without_the_head_of_a_request_are_closed(serve, sent):
+    served = serve(config=ServerConfig(head_timeout_s=0.3, keep_alive_s=1, drain_s=5.0))
+    with socket.create_connection(("127.0.0.1", int(served.root.rpartition(":")[2])), timeout=10) as silent:
+        silent.sendall(sent)
+        if sent.endswith(b"\r\n\r\n"):
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += silent.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 200")
+            silent.sendall(b"GET /he")  # the next one
+        assert silent.recv(4096) == b""
+
+
 def test_headers_that_are_too_long(served):
     response = served.post("/chat/completions", CHAT, headers={"X-Long": "x" * 100_000})
     check(response, 431, "accepted: up to 32768")

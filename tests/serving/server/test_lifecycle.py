@@ -237,3 +237,40 @@ def test_mistakes_are_one_sentence_before_the_model_is_loaded(flags, message, ca
 
 def test_sizes_of_memory():
     assert [read_bytes(text, "--x") for text in ("7", "2GiB", "1.5 KiB", "3mb")] == [7, 2 << 30, 1536, 3_000_000]
+
+
+def test_the_event_loop_never_waits_for_the_engine(served):
+    held = threading.Event()
+    served.engine.between = held.wait
+    try:
+        waiting = threading.Thread(target=served.post, args=("/chat/completions", CHAT))
+        waiting.start()
+        served.until(lambda: served.unfinished() == 1)
+        begun = time.monotonic()
+        assert httpx.get(f"{served.root}/health").json() == {"status": "ok"}
+        assert httpx.get(f"{served.url}/models").status_code == 200
+        assert "tenure_requests_waiting 1.0" in httpx.get(f"{served.root}/metrics").text
+        assert served.post("/chat/completions", CHAT | {"temperature": -1}).status_code == 400
+        assert time.monotonic() - begun < 5
+    finally:
+        held.set()
+    waiting.join()
+
+
+def test_a_server_that_stops_refuses_new_requests_with_503(serve):
+    served = serve(config=ServerConfig(drain_s=20.0))
+    slow(served)
+    body = LONG | {"max_tokens": 60, "stream": True}
+    with httpx.stream("POST", f"{served.url}/chat/completions", json=body, timeout=30) as stream:
+        lines = (line for line in stream.iter_lines() if line)
+        next(lines)
+        draining = threading.Thread(target=served.client.drain, args=(20.0,))
+        draining.start()
+        served.until(lambda: not served.client.health().accepting)
+        refused = served.post("/chat/completions", CHAT)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "server_draining"
+        assert refused.headers["Retry-After"] == "1"
+        health = httpx.get(f"{served.root}/health")
+        assert health.status_code == 503 and health.json() == {"status": "draining"}
+        assert [*lines][-1] == "data: [DONE]"
+    draining.join()
