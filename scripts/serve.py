@@ -114,7 +114,11 @@ class ServeConfig:
             raise ValueError("--drain-s takes seconds above 0, --threads 1 or more")
         if self.device_bytes < 1:
             raise ValueError(f"got {self.device_memory!r} for --device-memory; accepted: more than 0")
-        _ = self.host_bytes, self.disk_tier
+        if self.gates is not None and self.compress == "none":
+            raise ValueError("got --gates with --compress none, which uses none; accepted: one of them")
+        if self.disk_tier is not None and self.system == "lru":
+            raise ValueError("got --disk with --system lru, which uses the device only; accepted: another system")
+        _ = self.host_bytes
 
     @property
     def device_bytes(self) -> int:
@@ -174,7 +178,7 @@ def backend(config: ServeConfig, gates: RetentionGates | None, console: Console)
     with evict(model, "full", gates=gates, observe=["retention"] if compression else []) as session:
         on_gpu = model.device.type == "cuda"
         pools: dict[Tier, Any] = {Tier.DEVICE: MemoryPool(config.device_bytes, model.device)}
-        if config.host_bytes:
+        if config.host_bytes and config.system != "lru":  # which would leave them unused
             pools[Tier.HOST] = MemoryPool(config.host_bytes, pinned=on_gpu)
         if config.disk_tier is not None:
             folder, size = config.disk_tier

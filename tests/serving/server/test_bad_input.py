@@ -226,6 +226,16 @@ def test_a_page_of_another_site_is_refused(served):
     assert served.post("/chat/completions", CHAT, headers={"Origin": served.root}).status_code == 200
 
 
+def test_pages_of_another_site_may_use_a_key(serve, keys):
+    headers = {"Origin": "http://app.example", "Authorization": "Bearer key-of-team-a-0123456789"}
+    assert serve(keys).post("/chat/completions", CHAT, headers=headers).status_code == 200
+
+
+def test_the_description_of_the_endpoints(served):
+    paths = httpx.get(f"{served.root}/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"} <= paths.keys()
+
+
 def test_prompts_beyond_the_context(served):
     for stream in (False, True):
         body = message(content="x" * 4000) | {"stream": stream}

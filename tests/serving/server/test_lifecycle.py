@@ -212,6 +212,8 @@ def test_the_command_drains_on_sigterm_and_takes_every_flag(folder):
         (["--drain-s", "0"], "--drain-s takes seconds above 0"),
         (["--threads", "0"], "--threads 1 or more"),
         (["--system", "belady"], "belady"),
+        (["--gates", "x", "--compress", "none"], "got --gates with --compress none"),
+        (["--disk", "/tmp/x:1GiB", "--system", "lru"], "got --disk with --system lru"),
     ],
 )
 def test_wrong_flags_are_refused(flags, message, capsys, monkeypatch):
