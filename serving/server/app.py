@@ -411,7 +411,7 @@ class Gateway:
             await send(message)
 
         config, metrics = self._endpoints.config, self._endpoints.metrics
-        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(a) + len(b) for a, b in scope["headers"])
+        size = len(scope["path"]) + len(scope["query_string"]) + sum(len(a) + len(b) for a, b in scope["headers"])
         try:
             if size > config.max_header_bytes:
                 error = ApiError(431, f"got {size} bytes of headers; accepted: up to {config.max_header_bytes}")

@@ -212,6 +212,32 @@ def test_asynchronous_streams_run_together(served, alone, tokenizer):
     assert answers == [alone(chat_ids(tokenizer, question), 10)[0] for question in questions]
 
 
+def test_answers_stay_right_while_others_are_cancelled(served, client, alone, tokenizer):
+    questions = [f"Question {number}?" for number in range(12)]
+
+    def ask(number: int) -> str | None:
+        stream = client.chat.completions.create(
+            model="tiny", messages=chat(questions[number]), max_tokens=300 if number % 2 else 10, temperature=0,
+            stream=True, extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        text = ""
+        with stream:
+            for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+                if number % 2 and len(text) > number:
+                    return None  # leaves the stream
+        return text
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(ask, range(12)))
+    served.until(lambda: served.unfinished() == 0)
+    sampling = SamplingParams(ignore_eos=True)
+    for number in range(0, 12, 2):
+        assert answers[number] == alone(chat_ids(tokenizer, questions[number]), 10, sampling)[0]
+    finished = {reason.name: count for reason, count in served.system.scheduler.metrics.finished.items() if count}
+    assert finished == {"ANSWERED": 6, "CANCELLED": 6}
+
+
 def test_models(client):
     (model,) = client.models.list().data
     assert model.id == "tiny" and client.models.retrieve("tiny").id == "tiny"
