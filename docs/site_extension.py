@@ -24,7 +24,7 @@ GATES = "examples/smollm2-135m-gates/README.md"  # shown as the page results/gat
 NAVIGATION = {
     "Start": ["getting-started", "architecture"],
     "Guides": [f"guides/{name}" for name in (
-        "compress", "train", "evaluate", "serve-agents", "write-a-policy", "add-a-model")],
+        "compress", "train", "evaluate", "serve-agents", "serve-http", "write-a-policy", "add-a-model")],
     "Concepts": [f"concepts/{name}" for name in ("budgets", "ragged-cache", "tiers", "step-graph", "simulator")],
     "Reference": [f"reference/{name}" for name in ("api", "cli", "config", "models", "hints", "checkpoint")],
     "Results": [f"results/{name}" for name in (
@@ -40,6 +40,7 @@ CONFIGURATIONS = (
     ("tenure.serving", "SamplingParams"),
     ("tenure.serving", "PrefetchConfig"),
     ("tenure.serving", "GraphConfig"),
+    ("tenure.serving.server", "ServerConfig"),
     ("tenure.serving", "SuffixReuseConfig"),
     ("tenure.serving", "EagerWriteBackConfig"),
 )

@@ -108,12 +108,13 @@ COMMANDS: dict[str, Command] = {
     "bench kvpress": Command(
         "bench.compare_kvpress", "KvpressBenchConfig", "Compare the entries each policy keeps with kvpress's choice"
     ),
+    "serve": Command(
+        "serve", "ServeConfig", "Serve a model over HTTP: OpenAI's endpoints, aware of agents and workflows"
+    ),
     "simulate": Command(
         "simulate", "SimulateConfig", "Replay published set-ups, studies and traces of serving on a virtual clock"
     ),
-    "soak": Command(
-        "soak.run_soak", "SoakConfig", "Random load with fault injection on tiers, prefetch and scheduler"
-    ),
+    "soak": Command("soak.run_soak", "SoakConfig", "Random load with fault injection on tiers, prefetch and scheduler"),
 }
 
 USAGE_ERROR = 2

@@ -22,6 +22,8 @@ PRESENT = [folder for folder in FOLDERS if (ROOT / folder).is_dir()]
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "runs", "wandb", "*.egg-info", "__pycache__")
 # Packages that only a checkout has.
 NOT_INSTALLED = ("scripts/bench", "scripts/soak")
+# The package that is of no use without its extra, and says so when it is imported.
+SERVER = "tenure.serving.server"
 
 
 def source_files(folder: str) -> list[Path]:
@@ -309,13 +311,18 @@ def test_importing_everything_outside_the_checkout_has_no_side_effects(tmp_path:
 
 
 def test_the_base_install_is_enough_to_import(tmp_path: Path):
-    """Without any extra: gates, runtime, data and losses, and the command line."""
+    """Without any extra: gates, runtime, data and losses, engine, and the command line; all but the HTTP server."""
     blocked = ["accelerate", "datasets", "wandb", "matplotlib", "gguf", "triton", "lm_eval", "fastapi", "uvicorn"]
     blocked += ["langgraph", "peft"]
     code = (
         "import sys, importlib\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"
-        f"for name in {module_names()!r}: importlib.import_module(name)\n"
+        f"for name in {[name for name in module_names() if not name.startswith(SERVER)]!r}:\n"
+        "    importlib.import_module(name)\n"
+        f"for name in {[name for name in module_names() if name.startswith(SERVER)]!r}:\n"
+        "    try: importlib.import_module(name)\n"
+        "    except ImportError as error: assert \"pip install 'tenure[serve]'\" in str(error), error\n"
+        "    else: raise AssertionError(name)\n"
     )
     result = run_python(code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy: the quotients of logits would overflow
+MAX_COUNT = 2**31 - 1  # of tokens: it fits into every tensor of the sampler
 MAX_LOGPROBS = 20  # alternatives of a token, as OpenAI has it
 
 Probability = Annotated[float, Range(0, 1)]
@@ -92,7 +93,7 @@ class SamplingParams:
 
     temperature: Annotated[float, Range(0, 100)] = 0.0
     top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
-    top_k: Annotated[int, Range(-1)] = 0
+    top_k: Annotated[int, Range(-1, MAX_COUNT)] = 0
     min_p: Probability = 0.0
     seed: Annotated[int, Range(-(2**63), 2**63 - 1)] | None = None
     presence_penalty: Annotated[float, Range(-2, 2)] = 0.0
@@ -105,7 +106,7 @@ class SamplingParams:
     stop: Annotated[tuple[Annotated[str, Size(1, 256)], ...], Size(0, 16)] = ()
     stop_token_ids: Annotated[tuple[TokenId, ...], Size(0, 256)] = ()
     ignore_eos: bool = False
-    min_new_tokens: Annotated[int, Range(0)] = 0
+    min_new_tokens: Annotated[int, Range(0, MAX_COUNT)] = 0
     n: Annotated[int, Range(1, 128)] = 1
     make_mask: Callable[[], TokenMask] | None = None
 

@@ -20,7 +20,9 @@ from tenure.serving.sampling.params import SamplingParams
         ({"temperature": True}, "got True as temperature"),
         ({"top_p": 0}, "got 0 as top_p; accepted: a number above 0 and up to 1"),
         ({"top_p": 1.5}, "got 1.5 as top_p"),
-        ({"top_k": -2}, "got -2 as top_k; accepted: a whole number of -1 or more"),
+        ({"top_k": -2}, "got -2 as top_k; accepted: a whole number from -1 to 2.14748e+09"),
+        ({"top_k": 2**31}, "got 2147483648 as top_k"),  # no tensor of the sampler holds it
+        ({"min_new_tokens": 2**70}, "min_new_tokens"),
         ({"top_k": 2.5}, "got 2.5 as top_k"),
         ({"min_p": 1.01}, "got 1.01 as min_p"),
         ({"seed": 2**63}, "as seed"),

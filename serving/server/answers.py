@@ -1,0 +1,168 @@
+"""Answers in OpenAI's form: whole, and as the events of a stream. One class an endpoint."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..events import AnswerEvent
+from ..request import RequestOutput
+from ..sampling.sampler import TokenLogprobs
+from ..sampling.stop import REPLACEMENT
+
+PING = b": ping\n\n"  # a comment, which clients skip
+DONE = b"data: [DONE]\n\n"
+
+
+def finish_reason(output: RequestOutput) -> str:
+    """`stop`: the answer ended by itself; `length`: at its limit of tokens, or of memory."""
+    return "length" if output.finished_by is None else "stop"
+
+
+def usage(outputs: Sequence[RequestOutput], n: int) -> dict[str, Any]:
+    """Numbers of tokens. A prompt counts once for its `n` answers, which follow each other in `outputs`.
+
+    `cached_tokens` are those of the first answer's prompt: the others find what that one has computed.
+    """
+    prompts = outputs[::n]
+    prompt_tokens = sum(len(one.request.prompt) for one in prompts)
+    answer_tokens = sum(one.num_output_tokens for one in outputs)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": answer_tokens,
+        "total_tokens": prompt_tokens + answer_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in prompts)},
+    }
+
+
+class AnswerFormat(ABC):
+    """The documents of one response.
+
+    Args:
+        id: of the response.
+        created: seconds since 1970.
+        token_text: a token's own text.
+    """
+
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, id: str, created: int, model: str, token_text: Callable[[int], str]) -> None:
+        self.id, self._token_text = id, token_text
+        self._base = {"id": id, "created": created, "model": model}
+        self._offsets: dict[int, int] = {}  # characters of the answer so far, by choice
+
+    def whole(self, choices: Sequence[AnswerEvent], n: int) -> dict[str, Any]:
+        """The response of a request without a stream, from the complete answers."""
+        outputs = [one.output for one in choices if one.output is not None]
+        found = [self._whole_choice(number, one) for number, one in enumerate(choices)]
+        return self._base | {"object": self.whole_object, "choices": found, "usage": usage(outputs, n)}
+
+    def events(self, choice: int, event: AnswerEvent) -> bytes:
+        """The events of a stream for a part of an answer."""
+        first = choice not in self._offsets
+        found = self._chunk_choices(choice, event, first)
+        self._offsets[choice] = self._offsets.get(choice, 0) + len(event.text or "")
+        return b"".join(self._event([one]) for one in found)
+
+    def usage_event(self, outputs: Sequence[RequestOutput], n: int) -> bytes:
+        """The event with the numbers of tokens, which has no choices."""
+        return self._event([], usage=usage(outputs, n))
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        document = self._base | {"object": self.chunk_object, "choices": choices} | more
+        return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+    @abstractmethod
+    def _whole_choice(self, choice: int, event: AnswerEvent) -> dict[str, Any]:
+        """A complete answer."""
+
+    @abstractmethod
+    def _chunk_choices(self, choice: int, event: AnswerEvent, first: bool) -> list[dict[str, Any]]:
+        """A part of an answer, as the choices of one event each."""
+
+
+class ChatFormat(AnswerFormat):
+    """Of `/v1/chat/completions`."""
+
+    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
+
+    def _whole_choice(self, choice: int, event: AnswerEvent) -> dict[str, Any]:
+        assert event.output is not None, "the answer is complete"
+        return {
+            "index": choice,
+            "message": {"role": "assistant", "content": event.text or "", "refusal": None},
+            "logprobs": self._logprobs(event),
+            "finish_reason": finish_reason(event.output),
+        }
+
+    def _chunk_choices(self, choice: int, event: AnswerEvent, first: bool) -> list[dict[str, Any]]:
+        found = []
+        if first:
+            found.append(self._delta(choice, {"role": "assistant", "content": ""}))
+        if event.text or event.logprobs:
+            found.append(self._delta(choice, {"content": event.text or ""}) | {"logprobs": self._logprobs(event)})
+        if event.output is not None:
+            found.append(self._delta(choice, {}) | {"finish_reason": finish_reason(event.output)})
+        return found
+
+    @staticmethod
+    def _delta(choice: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, event: AnswerEvent) -> dict[str, Any] | None:
+        if event.logprobs is None:
+            return None
+        rows = zip(event.tokens, event.logprobs, strict=True)
+        return {"content": [self._token(token, row) for token, row in rows], "refusal": None}
+
+    def _token(self, token: int, row: TokenLogprobs) -> dict[str, Any]:
+        top = zip(row.top_ids, row.top_logprobs, strict=True)
+        return self._one(token, row.logprob) | {"top_logprobs": [self._one(*each) for each in top]}
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._token_text(token)
+        known = REPLACEMENT not in text  # else the token is a part of a character, whose bytes are not known here
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if known else None}
+
+
+class CompletionFormat(AnswerFormat):
+    """Of `/v1/completions`."""
+
+    whole_object = chunk_object = "text_completion"
+
+    def _whole_choice(self, choice: int, event: AnswerEvent) -> dict[str, Any]:
+        assert event.output is not None, "the answer is complete"
+        return self._part(choice, event) | {"finish_reason": finish_reason(event.output)}
+
+    def _chunk_choices(self, choice: int, event: AnswerEvent, first: bool) -> list[dict[str, Any]]:
+        reason = None if event.output is None else finish_reason(event.output)
+        if not event.text and not event.logprobs and reason is None:
+            return []
+        return [self._part(choice, event) | {"finish_reason": reason}]
+
+    def _part(self, choice: int, event: AnswerEvent) -> dict[str, Any]:
+        return {"index": choice, "text": event.text or "", "logprobs": self._logprobs(choice, event)}
+
+    def _logprobs(self, choice: int, event: AnswerEvent) -> dict[str, Any] | None:
+        if event.logprobs is None:
+            return None
+        texts = [self._token_text(token) for token in event.tokens]
+        rows: list[TokenLogprobs] = event.logprobs
+        offsets, end = [], self._offsets.get(choice, 0)
+        for text in texts:
+            offsets.append(end)
+            end += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [row.logprob for row in rows],
+            "top_logprobs": [self._top(row) for row in rows],
+            "text_offset": offsets,
+        }
+
+    def _top(self, row: TokenLogprobs) -> dict[str, float]:
+        """By the tokens' texts; of tokens with the same text, such as parts of characters, the most likely one."""
+        top = zip(row.top_ids, row.top_logprobs, strict=True)
+        return {self._token_text(token): value for token, value in reversed([*top])}

@@ -1,0 +1,261 @@
+"""The bodies of chats and completions, checked field by field; unsupported fields are refused by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from tenure.checked import Range, Size, parse_json, read
+
+from ..request import MAX_NAME, MAX_NUMBER, shown
+from ..sampling.params import MAX_LOGPROBS, SamplingParams
+from .api_errors import bad_request
+from .server_config import ServerConfig
+
+logger = logging.getLogger(__name__)
+Tokens = Annotated[int, Range(1, MAX_NUMBER)]
+Body = TypeVar("Body", bound="GenerationBody")
+
+# Fields that this server does not carry out, and the values with which they ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
+    "web_search_options": (), "best_of": (1,), "echo": (False,), "suffix": ("",), "prompt_logprobs": (),
+    "chat_template": (), "chat_template_kwargs": ({},), "documents": ([],), "add_generation_prompt": (True,),
+    "continue_final_message": (False,), "use_beam_search": (False,), "structured_outputs": (), "guided_json": (),
+    "guided_regex": (), "guided_choice": (), "guided_grammar": (), "logits_processors": ([],), "prompt_embeds": (),
+}  # fmt: skip
+# Fields about the account, storage or billing at OpenAI: known, and of no effect here.
+WITHOUT_EFFECT = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+)
+# Hints by the field that carries them, with their format in `serving.hints`.
+HINT_FIELDS = {
+    "agent_hints": "sglang", "nvext": "dynamo", "agent_hint": "vllm", "kv_hints": "kv_hints",
+    "kv_cache_retention_config": "tensorrt", "kvflow": "kvflow",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Options of a stream.
+
+    Attributes:
+        include_usage: the last event gives the numbers of tokens.
+        include_obfuscation: of no effect: events are not padded.
+    """
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationBody(ABC):
+    """Fields that chats and completions share. null is the default; sampling fields are those of `SamplingParams`.
+
+    Attributes:
+        model: one of `/v1/models`.
+        temperature: 1 by default, as OpenAI has it.
+        stop: a text, or up to 16, that end the answer.
+        min_tokens: `SamplingParams.min_new_tokens`, by vLLM's name.
+        n: answers to each prompt.
+    """
+
+    model: Annotated[str, Size(1, MAX_NAME)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Tokens | None = None
+    n: Annotated[int, Range(1, 128)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    stop: str | tuple[str, ...] | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Range(0, MAX_NUMBER)] | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the last event of a stream gives the numbers of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """The most tokens of an answer; None: not given."""
+        return self.max_tokens
+
+    @abstractmethod
+    def top_logprobs_wanted(self) -> int | None:
+        """`SamplingParams.logprobs`."""
+
+    def sampling(self) -> SamplingParams:
+        """The parameters of all `n` answers.
+
+        Raises:
+            ValueError: a value out of range, by its name.
+        """
+        names = (
+            "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
+            "repetition_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "n",
+        )  # fmt: skip
+        given: dict[str, Any] = {"temperature": 1.0}
+        given |= {name: value for name in names if (value := getattr(self, name)) is not None}
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        return SamplingParams(
+            stop=stop, min_new_tokens=self.min_tokens or 0, logprobs=self.top_logprobs_wanted(), **given
+        )
+
+
+@dataclass(frozen=True)
+class ContentPart:
+    """A part of a message; only text is supported.
+
+    Raises:
+        ValueError: a part of another type, by name.
+    """
+
+    type: str
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.type != "text" or self.text is None:
+            raise ValueError(f"got a part of type {shown(self.type)}; accepted: type text, with its text")
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[tuple[ContentPart, ...], Size(1)]
+    name: Annotated[str, Size(1, MAX_NAME)] | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text; parts are joined by line ends."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content if part.text is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatBody(GenerationBody):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Annotated[tuple[ChatMessage, ...], Size(1)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError(
+                f"got max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens}; accepted: "
+                "one of them"
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError(f"got top_logprobs={self.top_logprobs} without logprobs; accepted: with logprobs=true")
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    def top_logprobs_wanted(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionBody(GenerationBody):
+    """The body of `/v1/completions`; a prompt is a text or token ids, or a list of these."""
+
+    prompt: Any
+    logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
+
+    def top_logprobs_wanted(self) -> int | None:
+        return self.logprobs
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped
+
+
+def parse_body(raw: bytes, config: ServerConfig) -> Any:
+    """The values of a body in JSON; an empty one is an empty object.
+
+    Raises:
+        ValueError: no JSON in UTF-8, beyond the bounds, or with a half of a character, which no answer could repeat.
+    """
+    text = decode_body(raw) or "{}"
+    document = parse_json(text, "the body", config.body_limits)
+    if _SURROGATE.search(text):
+        require_whole_characters(json.dumps(document, ensure_ascii=False))
+    return document
+
+
+def decode_body(raw: bytes) -> str:
+    """A body as text; ValueError unless it is UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"got {len(raw)} bytes that are no text in UTF-8 as the body; accepted: UTF-8") from None
+
+
+def require_whole_characters(text: str) -> None:
+    """ValueError for a text with one half of a surrogate pair, which JSON and YAML can write as an escape."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"got {text[error.start]!a} in the body; accepted: whole characters") from None
+
+
+class UnknownFields:
+    """Warns once about each unknown field of bodies; used by the thread that reads them."""
+
+    def __init__(self, max_fields: int) -> None:
+        self._max_fields, self._warned = max_fields, set()
+
+    def warn(self, unknown: set[str]) -> None:
+        """Logs the fields of a body that are not known, except those it has logged before."""
+        fresh = sorted(name[:60] for name in unknown if name[:60] not in self._warned)
+        fresh = fresh[: self._max_fields - len(self._warned)]
+        if fresh:
+            self._warned.update(fresh)
+            logger.warning("unknown fields of requests are ignored: %s", ", ".join(map(shown, fresh[:10])))
+
+
+def read_body(
+    kind: type[Body], document: Any, config: ServerConfig, unknown_fields: UnknownFields
+) -> tuple[Body, dict[str, Any]]:
+    """A parsed body as its dataclass, and the hints in it by field.
+
+    Raises:
+        ApiError: 400, a field is not supported.
+        ValueError: a field is missing, or of a wrong type or size.
+    """
+    if not isinstance(document, Mapping):
+        raise ValueError(f"got {shown(document)} as the body; accepted: a JSON object")
+    for name, neutral in UNSUPPORTED.items():
+        value = document.get(name)
+        if value is not None and not any(value == one and type(value) is type(one) for one in neutral):
+            asked = f"; accepted: {' or '.join(map(shown, neutral))}, or no such field" if neutral else ""
+            raise bad_request(f"{name} is not supported by this server{asked}", name, "unsupported_parameter")
+    hints = {name: value for name, value in document.items() if name in HINT_FIELDS and value is not None}
+    known = {
+        name: value
+        for name, value in document.items()
+        if name not in UNSUPPORTED and name not in HINT_FIELDS and name not in WITHOUT_EFFECT
+    }
+    unknown: set[str] = set()
+    body = read(kind, known, unknown=unknown)
+    unknown_fields.warn(unknown)
+    return body, hints

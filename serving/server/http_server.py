@@ -1,0 +1,155 @@
+"""Runs the application with uvicorn, and stops it: what runs may finish, within a time, and nothing new is accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..client import EngineClient
+from ..errors import EngineDead
+from .server_config import ServerConfig
+
+logger = logging.getLogger(__name__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket on the address, which refuses connections until the server runs.
+
+    Args:
+        port: 0: any that is free.
+
+    Raises:
+        OSError: the address is not this machine's, or in use.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        bound = socket.socket(found[0][0], socket.SOCK_STREAM)
+    except OSError as error:
+        raise OSError(f"got the host {host!r}; accepted: a name or address of this machine ({error})") from None
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(found[0][4])
+    except OSError as error:
+        bound.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; give another --host or --port") from None
+    return bound
+
+
+class HeadTimeoutProtocol(H11Protocol):
+    """uvicorn's protocol, which closes a connection on which the head of a request does not arrive in time.
+
+    uvicorn itself bounds the time between two requests only, so silent connections could take all places.
+
+    Args:
+        head_timeout_s: seconds from the first byte, or from the connection, to the end of the head.
+    """
+
+    def __init__(self, head_timeout_s: float, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._head_timeout_s = head_timeout_s
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+
+    def _watch_head(self) -> None:
+        """Starts the time of a head that has not arrived, and ends that of one that has."""
+        if self.conn.their_state is not h11.IDLE:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+            self._head_timer = None
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(self._head_timeout_s, self.timeout_keep_alive_handler)
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server that drains the engine when it is stopped.
+
+    The first signal begins to drain; a second Ctrl-C ends all requests at once. The signals are not raised again, so
+    that the caller can close the system.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, client: EngineClient, drain_s: float, on_ready: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._client, self._drain_s, self._on_ready = client, drain_s, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        drained = asyncio.ensure_future(asyncio.to_thread(self._drain))
+        await super().shutdown(sockets)
+        await asyncio.to_thread(self._client.close, "the server is shutting down")
+        await drained
+
+    def _drain(self) -> None:
+        try:
+            if not self._client.drain(self._drain_s):
+                logger.warning("requests that had not ended after %g s were cancelled", self._drain_s)
+        except EngineDead as error:
+            logger.error("%s", error)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def make_server(
+    app: Any, client: EngineClient, config: ServerConfig, on_ready: Callable[[], None] = lambda: None
+) -> DrainingServer:
+    """The server of an application; `server.run(sockets=[bind(…)])` runs it until it is stopped."""
+    protocol: Any = functools.partial(HeadTimeoutProtocol, config.head_timeout_s)
+    settings = uvicorn.Config(
+        app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        proxy_headers=False, h11_max_incomplete_event_size=config.max_header_bytes,
+        timeout_keep_alive=config.keep_alive_s, limit_concurrency=config.max_connections,
+        timeout_graceful_shutdown=int(config.drain_s + config.close_s + 1),
+    )  # fmt: skip
+    return DrainingServer(settings, client, config.drain_s, on_ready)
+
+
+def run_server(
+    app: Any, client: EngineClient, listening: socket.socket, config: ServerConfig | None = None,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Serves until SIGINT or SIGTERM, then drains and closes the client.
+
+    Args:
+        listening: from `bind`; closed at the end.
+        on_ready: called when requests are accepted.
+    """
+    make_server(app, client, config or ServerConfig(), on_ready).run(sockets=[listening])
