@@ -470,7 +470,12 @@ class Engine:
             items, logits = [items[i] for i in live], logits[live]
         if not items:
             return
-        sampled = self._sampler.sample(logits, [item.row for item in items if item.row is not None])
+        try:
+            sampled = self._sampler.sample(logits, [item.row for item in items if item.row is not None])
+        except Exception as error:  # rows that have got a token cannot be told from those that have not
+            for item in items:
+                self._fail(item.scheduled, error)
+            return
         for i, item in enumerate(items):
             error = sampled.errors[i]
             if error is not None:

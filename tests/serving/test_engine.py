@@ -200,6 +200,20 @@ def test_one_that_fails_ends_alone(session):
     close(engine)
 
 
+def test_a_sampler_that_fails_ends_its_requests_and_not_the_engine(session, monkeypatch):
+    engine = make_engine(session, "lru_reactive", prompts=6.0)
+    agent, prompt = calls(1)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._sampler, "sample", lambda *_: 1 / 0)
+        engine.submit(request(0, agent, prompt))
+        (ended,) = engine.run()
+    assert ended.finish_reason is FinishReason.FAILED and "division by zero" in (ended.error or "")
+    engine.submit(request(1, agent, prompt))
+    (ended,) = engine.run()
+    assert ended.tokens == answer_without_cache(session, prompt, None)
+    close(engine)
+
+
 def test_what_an_engine_refuses(session):
     engine = make_engine(session, "lru", host=0)
     with pytest.raises(ValueError, match=r"got 519 tokens of prompt and answer; accepted: the model's 512"):
