@@ -104,6 +104,15 @@ class TierStorage:
             self._count_in_ancestors(node, tier, -1)
         return payload
 
+    def _replace(self, node: Node, tier: Tier) -> None:
+        """Detaches a copy whose data others have taken over: its parts, or the whole that it is a part of.
+
+        Memory is given up at once, as somebody may hold the payload a little longer; parts of a file are the same file.
+        """
+        payload = self.detach(node, tier)
+        if tier is not Tier.DISK:
+            self.pools[tier].discard(payload)
+
     def free(self, node: Node, tier: Tier) -> None:
         """Discards the copy of `node` in `tier`. If it was the last, what builds on it is the caller's concern."""
         self.pools[tier].discard(self.detach(node, tier))
@@ -221,7 +230,7 @@ class TierStorage:
                 return  # rounding makes two halves larger than the whole
             parts[tier] = halves
         for tier in copies:
-            self.detach(node, tier)
+            self._replace(node, tier)
         node.covers = node.length
         for tier, (_, tail) in parts.items():
             self._allocate(node, tier, tail)
@@ -255,8 +264,8 @@ class TierStorage:
             if joined is None:
                 return False
             for tier in joined:
-                self.detach(lower, tier)
-                self.detach(upper, tier)
+                self._replace(lower, tier)
+                self._replace(upper, tier)
             self.tree.merge(upper)
             for tier, whole in joined.items():
                 self._allocate(lower, tier, whole)

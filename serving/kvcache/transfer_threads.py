@@ -120,6 +120,7 @@ class ThreadedTransfer:
             streams: dict[torch.device, torch.cuda.Stream] = {}
             while (job := self._next_job(link)) is not None:
                 self._run(job, streams)
+                del job  # while this thread waits, it must not keep alive what it has copied
         finally:
             # Reached while not closing only if the thread is dying, for whatever reason.
             with self._changed:

@@ -200,6 +200,22 @@ def test_one_that_fails_ends_alone(session):
     close(engine)
 
 
+def test_a_payload_that_was_split_gives_up_its_pages_whoever_still_has_it(session):
+    """A copying thread has its last job, and with it the payload, a little longer than the cache."""
+    engine = make_engine(session, "lru", prompts=6.0, host=0)
+    tiers, prompt = engine.system.tiers, fixed_prompt(0)
+    assert engine.store("agent0", prompt, engine.prepare(prompt)) is AllocStatus.READY
+    (node,) = tiers.tree
+    payload = node.copies[Tier.DEVICE]
+    namespace = node.root.namespace
+    with tiers.open(prompt[:PAGE] + tokens(1, PAGE), namespace) as handle:
+        assert handle.length == PAGE and tiers.tree.size == 2
+    tiers.evictor.make_room(Tier.DEVICE, tiers.capacity())
+    assert tiers.tree.size == 0 and engine.pages.num_free == engine.pages.num_pages
+    assert payload is not None
+    close(engine)
+
+
 def test_a_sampler_that_fails_ends_its_requests_and_not_the_engine(session, monkeypatch):
     engine = make_engine(session, "lru_reactive", prompts=6.0)
     agent, prompt = calls(1)[0]
