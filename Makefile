@@ -66,5 +66,5 @@ $(VENV)/.ready-dev: $(INPUTS) $(VENV)/.torch
 	@mkdir -p $(VENV)/typing/tenure
 	@for package in retention training eviction serving eval scripts; do \
 	  ln -sfn ../../../$$package $(VENV)/typing/tenure/$$package; done
-	@for file in __init__.py __main__.py checked.py py.typed; do ln -sf ../../../tenure/$$file $(VENV)/typing/tenure/$$file; done
+	@for file in __init__.py __main__.py checked.py documents.py py.typed; do ln -sf ../../../tenure/$$file $(VENV)/typing/tenure/$$file; done
 	@touch $@ $(VENV)/.ready-demo

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from tenure.checked import Range, parse_json, read, read_fields, shown, verify
+from tenure.checked import Range, read, read_fields, verify
+from tenure.documents import parse_json, shown
 
 from .checkpoint import CALIBRATION_FILE, CheckpointError, write_atomic
 

@@ -16,7 +16,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from transformers import PreTrainedModel
 
-from tenure.checked import parse_json, read, read_fields, verify
+from tenure.checked import read, read_fields, verify
+from tenure.documents import parse_json
 
 from .gate_config import RetentionConfig
 

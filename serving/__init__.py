@@ -20,7 +20,7 @@ from .errors import (
 )
 from .events import AnswerEvent, Detokenizer, TokenEvent
 from .hints import Hint, HintConfig, HintReader, hint_formats, request_fields
-from .kvcache.base import KVPayload, PhantomPayload, Status, TensorPayload, Tier, Urgency
+from .kvcache.base import KVPayload, LoadState, PhantomPayload, Status, TensorPayload, Tier, Urgency
 from .kvcache.belady import Belady
 from .kvcache.disk_pool import DiskPool
 from .kvcache.disk_store import DiskConfig
@@ -43,7 +43,7 @@ from .kvcache.eviction_policy import (
 )
 from .kvcache.memory_pool import ArenaConfig, MemoryPool, PhantomPool
 from .kvcache.radix_tree import Match
-from .kvcache.tiered_cache import CacheHandle, LoadState, TieredCache
+from .kvcache.tiered_cache import CacheHandle, TieredCache
 from .kvcache.transfer import TierMetrics
 from .kvcache.transfer_threads import ThreadedTransfer
 from .metrics import SchedulerMetrics

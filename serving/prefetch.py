@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 from tenure.checked import Count, Positive, Range, verify
 
-from .kvcache.base import Tier, Urgency
+from .kvcache.base import LoadState, Tier, Urgency
 from .kvcache.estimates import Estimates
 from .kvcache.radix_tree import TOKEN_BYTES, Node, Pages, encode
-from .kvcache.tiered_cache import CacheHandle, LoadState, TieredCache
+from .kvcache.tiered_cache import CacheHandle, TieredCache
 from .kvcache.transfer_queue import Outcome, TransferJob
 from .lazy_heap import LazyHeap
 from .prediction import NextCallPredictor

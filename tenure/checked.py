@@ -1,4 +1,4 @@
-"""Reading dict, JSON and YAML into dataclasses: every value is checked against its field, and nothing is executed.
+"""Reading plain values into dataclasses: every value is checked against its field.
 
 A field's annotation is its check::
 
@@ -9,7 +9,7 @@ A field's annotation is its check::
         budgets: Annotated[tuple[float, ...], Size(1)] = (0.2,)
         scope: Literal["global", "local"] = "global"
 
-    job = read(Job, load_yaml("job.yaml"), "job.yaml")
+    job = read(Job, tenure.documents.load_yaml("job.yaml"), "job.yaml")
 
 Accepted annotations: `str, int, float, bool, None, Any`, `Literal`, `Callable`, unions, `tuple`, `list`,
 `Mapping[str, ...]`, `Mapping[int, ...]` (whose keys are digits in JSON), other dataclasses, and `Annotated` with the
@@ -20,7 +20,6 @@ same way when it is made by hand.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -30,8 +29,9 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tenure.documents import shown, shown_name
 
 T = TypeVar("T")
 Converter = Callable[[Any, str, "set[str] | None"], Any]  # (value, path, unknown) -> checked value
@@ -104,28 +104,6 @@ class NumbersToo:
     """For `Annotated[str, ...]`: a whole number is accepted as its digits, as ids often are."""
 
 
-@dataclass(frozen=True)
-class DocumentLimits:
-    """Bounds of a document from outside.
-
-    Attributes:
-        json_characters, yaml_characters: of the whole text; YAML is read at about a hundredth of JSON's speed.
-        depth: of lists and mappings inside one another.
-        items: of one list or mapping.
-        text: characters of one string.
-        values: in the whole document; those that a YAML alias or merge key repeats count every time.
-    """
-
-    json_characters: int = 16 << 20
-    yaml_characters: int = 1 << 20
-    depth: int = 32
-    items: int = 1 << 16
-    text: int = 1 << 20
-    values: int = 1 << 20
-
-
-LIMITS = DocumentLimits()
-
 # Annotations that many fields share.
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
@@ -183,144 +161,6 @@ def verify(instance: Any, path: str = "") -> None:
         checked = kind.converters[name](value, prefix + field, None)
         if checked is not value:
             object.__setattr__(instance, name, checked)
-
-
-def bounded(value: Any, name: str = "the document", limits: DocumentLimits = LIMITS) -> Any:
-    """A copy of plain values (None, bool, int, float, str, list or tuple, mapping with string keys).
-
-    Raises:
-        ValueError: another type, NaN or an infinity, or more of anything than `limits` allow.
-    """
-    left = [limits.values]
-
-    def copied(value: Any, path: str, depth: int) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise ValueError(f"got more than {limits.values} values in {name}; accepted: up to {limits.values}")
-        if value is None or isinstance(value, bool | int):
-            return value
-        if isinstance(value, float):
-            if not math.isfinite(value):
-                raise ValueError(f"got {value} as {path or name}; accepted: a finite number")
-            return value
-        if isinstance(value, str):
-            if len(value) > limits.text:
-                raise ValueError(f"got {len(value)} characters as {path or name}; accepted: up to {limits.text}")
-            return value
-        if depth == limits.depth:
-            raise ValueError(f"got {name} nested deeper than {depth} levels; accepted: up to {limits.depth}")
-        if isinstance(value, Mapping | list | tuple) and len(value) > limits.items:
-            raise ValueError(f"got {len(value)} items as {path or name}; accepted: up to {limits.items}")
-        if isinstance(value, Mapping):
-            for key in value:
-                if not isinstance(key, str) or len(key) > limits.text:
-                    raise ValueError(f"got {shown(key)} as a field's name in {path or name}; accepted: text")
-            return {key: copied(one, f"{path}.{shown_name(key)}".lstrip("."), depth + 1) for key, one in value.items()}
-        if isinstance(value, list | tuple):
-            return [copied(one, f"{path}[{number}]", depth + 1) for number, one in enumerate(value)]
-        raise ValueError(f"got {shown(value)} as {path or name}; accepted: plain values as in JSON")
-
-    return copied(value, "", 0)
-
-
-def parse_json(text: str | bytes, name: str = "the document", limits: DocumentLimits = LIMITS) -> Any:
-    """The values of a JSON text, within `limits`.
-
-    Raises:
-        ValueError: no JSON, NaN or an infinity, or more of anything than `limits` allow.
-    """
-    _check_length(text, limits.json_characters, name)
-
-    def refused(constant: str) -> Any:
-        raise ValueError(f"got {constant}; accepted: a finite number")
-
-    try:
-        return bounded(json.loads(text, parse_constant=refused), name, limits)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{name} is nested too deeply; accepted: up to {limits.depth} levels") from None
-
-
-def parse_yaml(text: str, name: str = "the document", extra: str = "train", limits: DocumentLimits = LIMITS) -> Any:
-    """The values of a YAML text, within `limits`; tags that would make Python objects are refused.
-
-    Args:
-        extra: the extra of this package that brings PyYAML along, for the message where it is missing.
-
-    Raises:
-        ImportError: PyYAML is missing.
-        ValueError: no YAML, NaN or an infinity, or more of anything than `limits` allow.
-    """
-    try:
-        import yaml
-    except ImportError:
-        raise ImportError(f"reading {name} needs PyYAML: pip install 'tenure[{extra}]'") from None
-    _check_length(text, limits.yaml_characters, name)
-
-    class BoundedLoader(yaml.SafeLoader):
-        """Merge keys (`<<: [*a, *a]`) copy the fields they name, so the copies are counted before they are made."""
-
-        merged = 0
-
-        def flatten_mapping(self, node: yaml.MappingNode) -> None:
-            for key, value in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":
-                    for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                        if isinstance(part, yaml.MappingNode):
-                            self.flatten_mapping(part)
-                            self.merged += len(part.value)
-                if self.merged > limits.values:
-                    raise ValueError(f"got merge keys that add more than {limits.values} fields to {name}")
-            super().flatten_mapping(node)
-
-    try:
-        values = yaml.load(text, BoundedLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ValueError(f"{name} is nested too deeply; accepted: up to {limits.depth} levels") from None
-    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:  # of values such as 2020-13-45
-        raise ValueError(f"{name} has a value that cannot be read: {error}") from None
-    return bounded(values, name, limits)
-
-
-def load_json(path: str | Path, limits: DocumentLimits = LIMITS) -> Any:
-    """`parse_json` of a file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: see `parse_json`; or the file is not UTF-8.
-    """
-    return parse_json(_file_text(Path(path), limits.json_characters), str(path), limits)
-
-
-def load_yaml(path: str | Path, extra: str = "train", limits: DocumentLimits = LIMITS) -> Any:
-    """`parse_yaml` of a file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ImportError, ValueError: see `parse_yaml`; or the file is not UTF-8.
-    """
-    return parse_yaml(_file_text(Path(path), limits.yaml_characters), str(path), extra, limits)
-
-
-def shown(value: Any) -> str:
-    """A value for a message: plain ones as they are, up to 60 characters; of others the type."""
-    if isinstance(value, str):
-        return repr(value) if len(value) <= 60 else f"{value[:60]!r}…"
-    if value is None:
-        return "nothing"
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return f"{value:.3e}" if value.bit_length() < 1000 else f"a whole number of {value.bit_length()} bits"
-    if isinstance(value, bool | int | float):
-        return repr(value)[:60]
-    return f"a {type(value).__name__}"
-
-
-def shown_name(name: Any) -> str:
-    """A field's name for a message, up to 60 characters."""
-    return str(name)[:60]
 
 
 class _Fields:
@@ -624,18 +464,3 @@ def _exponent_note(value: Any) -> str:
     except ValueError:
         return ""
     return " (YAML takes an exponent as a number only after a dot, as in 2.0e-4)"
-
-
-def _check_length(text: str | bytes, limit: int, name: str) -> None:
-    if len(text) > limit:
-        raise ValueError(f"got {name} of {len(text)} characters; accepted: up to {limit}")
-
-
-def _file_text(path: Path, limit: int) -> str:
-    size = path.stat().st_size
-    if size > 4 * limit:  # UTF-8 has up to 4 bytes a character
-        raise ValueError(f"got {path} of {size} bytes; accepted: up to {limit} characters")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None

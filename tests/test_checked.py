@@ -15,23 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenure.checked import (
-    Distinct,
-    DocumentLimits,
-    Named,
-    NumbersToo,
-    OrInfinite,
-    Range,
-    Size,
-    bounded,
-    load_json,
-    load_yaml,
-    parse_json,
-    parse_yaml,
-    read,
-    read_fields,
-    verify,
-)
+from tenure.checked import Distinct, Named, NumbersToo, OrInfinite, Range, Size, read, read_fields, verify
+from tenure.documents import DocumentLimits, bounded, load_json, load_yaml, parse_json, parse_yaml
 
 
 @dataclass(frozen=True)

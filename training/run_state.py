@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tenure.checked import Range, load_json, read
+from tenure.checked import Range, read
+from tenure.documents import load_json
 
 from ..retention import RetentionGates
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from tenure.checked import load_yaml, parse_json, shown
+from tenure.documents import load_yaml, parse_json, shown
 
 from ..runner import find_device
 from .boundary import FAMILIES, KNOWN

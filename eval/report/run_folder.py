@@ -8,7 +8,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tenure.checked import load_json, parse_json, read, read_fields, shown
+from tenure.checked import read, read_fields
+from tenure.documents import load_json, parse_json, shown
 
 from ..cases import Record
 from ..sweep.sweep_folder import SESSIONS, SETTINGS_FILE, part_paths, read_settings, read_units

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tenure.checked import Distinct, Range, Size, load_yaml, read, verify
+from tenure.checked import Distinct, Range, Size, read, verify
+from tenure.documents import load_yaml
 
 from ..cells import Cell, parse_cells
 

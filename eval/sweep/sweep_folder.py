@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tenure.checked import load_json, read
+from tenure.checked import read
+from tenure.documents import load_json
 
 from ...retention.checkpoint import write_atomic
 from ..cases import Record

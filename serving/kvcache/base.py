@@ -39,6 +39,16 @@ class Status(Enum):
     ABSENT = "absent"  # in no tier
 
 
+class LoadState(Enum):
+    """Whether everything that a handle covers is on the device."""
+
+    READY = "everything is on the device"
+    LOADING = "transfers are in progress; call load() again"
+    WAITING = "room on the device is being made; call load() again"
+    NO_ROOM = "the device has no room and nothing may be evicted: compute the prompt, or retry when others are done"
+    LOST = "a part cannot be read back: release the handle and open the prompt again"
+
+
 class Urgency(IntEnum):
     """The kind of a transfer; on a link, the smaller runs first."""
 

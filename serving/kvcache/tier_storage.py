@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
-from .base import TIERS, KVPayload, Tier
+from .base import TIERS, KVPayload, PromptKey, Tier
+from .disk_pool import DiskPool
 from .eviction_policy import EvictionPolicy
 from .eviction_queue import EvictionQueue
 from .memory_pool import Pool
+from .prompt_file import FilePayload
 from .radix_tree import TOKEN_BYTES, Node, PrefixTree, RootNode
 
 logger = logging.getLogger(__name__)
@@ -189,6 +191,63 @@ class TierStorage:
         node.copies[Tier.DEVICE], node.allocated[Tier.DEVICE] = whole, nbytes
         self.tree.extend_leaf(node, span)
         return True
+
+    def insert(self, begin: Node, key: bytes, payload: KVPayload) -> Node:
+        """Stores `payload`, for which the device has room, as the KV of `key` below `begin`.
+
+        The caller's reference passes from `begin` to the node that is returned.
+
+        Args:
+            begin: `key` begins with the prompt that ends there. Its leaf is extended where that is possible.
+
+        Returns:
+            The node up to which the device has the KV of `key`. That may be before the end of `key`: parts may be
+            cached already, an indivisible payload cannot fill the gaps between them, and a node in transfer takes no
+            copy. What was stored behind a gap is not kept.
+        """
+        if self.extend(begin, key[begin.end * TOKEN_BYTES :], payload):
+            return begin
+        node, reached = self.get_or_create(key, begin), begin
+        self.acquire(node, above=begin)
+        before = {each for each in node.path(begin) if each.copies[Tier.DEVICE] is not None}
+        try:
+            self.store(node, {Tier.DEVICE: payload}, node.end - begin.end)
+            reached = next((each for each in node.path(begin) if _on_device(each, begin)), begin)
+        finally:
+            for each in list(node.path(reached)):
+                if each.copies[Tier.DEVICE] is not None and each not in before:
+                    self.free(each, Tier.DEVICE)
+            self.release(node, above=reached)
+        return reached
+
+    def restore(self, disk: DiskPool, prompt: PromptKey, payload: FilePayload, last_used: float) -> Node | None:
+        """Adds a prompt that an earlier process has left on disk to the tree.
+
+        Its end may be lost, and pages may have another size: whole pages are kept, and the rest is discarded.
+
+        Returns:
+            The node that has the copy now; None if it is of no use, or there is no room for it.
+        """
+        start, page_size = len(prompt.key) // TOKEN_BYTES - payload.file.layout.tokens, self.tree.page_size
+        end = start + payload.tokens
+        tokens = end - end % page_size - start
+        if start % page_size or tokens <= 0 or (tokens < payload.tokens and not payload.divisible):
+            disk.discard(payload)
+            return None
+        if tokens < payload.tokens:
+            payload, rest = payload.split(tokens)
+            disk.discard(rest)
+        root = self.tree.root(prompt.namespace)
+        self.get_or_create(prompt.key[: start * TOKEN_BYTES], root)
+        node = self.get_or_create(prompt.key[: (start + tokens) * TOKEN_BYTES], root)
+        self.store(node, {Tier.DISK: payload}, tokens)
+        for each in node.path():
+            each.last_used = max(each.last_used or last_used, last_used)
+            self.refresh(each)
+        if not node.has_data:
+            self.prune(node)
+            return None
+        return node
 
     # Splitting and merging --------------------------------------------------------------------------------------
 
@@ -432,3 +491,9 @@ def _is_boundary(node: Node) -> bool:
             return True
         pending += each.children.values()
     return False
+
+
+def _on_device(node: Node, begin: Node) -> bool:
+    """Whether the device holds the KV of the prompt that ends at `node`, as far as it is below `begin`."""
+    chain = node.chain()
+    return chain is not None and all(each.copies[Tier.DEVICE] is not None for each in chain if each.end > begin.end)

@@ -6,17 +6,15 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from enum import Enum
 from itertools import count
 from typing import Any
 
 from .agent_index import Agent, AgentIndex
-from .base import KVPayload, PromptKey, Tier, Urgency
+from .base import KVPayload, LoadState, Tier, Urgency
 from .disk_pool import DiskPool
 from .eviction_policy import AllocStatus, TierPolicy
 from .evictor import EagerWriteBack, Evictor
 from .memory_pool import MemoryPool, Pool
-from .prompt_file import FilePayload
 from .radix_tree import TOKEN_BYTES, Match, Node, PrefixTree, encode
 from .tier_storage import TierStorage
 from .transfer import TierMetrics, TransferManager
@@ -184,9 +182,7 @@ class TieredCache:
     def _check_device(self, payload: KVPayload) -> None:
         pool = self.pools[Tier.DEVICE]
         if isinstance(pool, MemoryPool) and payload.device is not None and not pool.holds(payload.device):
-            raise ValueError(
-                f"got a payload on {payload.device}; accepted: on {pool.device}, as the device tier's pool"
-            )
+            raise ValueError(f"got a payload on {payload.device}; accepted: on {pool.device}, as the tier's pool")
 
     def _store(self, handle: CacheHandle, key: bytes, payload: KVPayload, reserved: int) -> AllocStatus:
         pool = self.pools[Tier.DEVICE]
@@ -196,43 +192,17 @@ class TieredCache:
             status = self.evictor.make_room(Tier.DEVICE, needed, urgent=True)
             if status is AllocStatus.READY:
                 used = pool.used
-                status = self._attach(handle, key, payload)
+                handle.node = self.storage.insert(handle.node, key, payload)
+                if handle.length < len(key) // TOKEN_BYTES:
+                    status = AllocStatus.REFUSED
                 taken = max(0, pool.used - used)
                 kept = (min(reserved, needed) if status is AllocStatus.READY else reserved) - taken
         finally:
             pool.reserve(max(0, min(kept, pool.available)))
+        if status is AllocStatus.READY:
+            handle.node.last_used = self.clock()
+            self.storage.merge_path(handle.node)
         return status
-
-    def _attach(self, handle: CacheHandle, key: bytes, payload: KVPayload) -> AllocStatus:
-        """Makes `payload`, for which there is room, the KV of `key` beyond the handle, and the handle cover it."""
-        begin = handle.node
-        if not self.storage.extend(begin, key[begin.end * TOKEN_BYTES :], payload):
-            node = self.storage.get_or_create(key, begin)
-            self.storage.acquire(node, above=begin)
-            before = {each for each in node.path(begin) if each.copies[Tier.DEVICE] is not None}
-            try:
-                self.storage.store(node, {Tier.DEVICE: payload}, node.end - begin.end)
-            finally:
-                # Parts may be cached already: an indivisible payload cannot fill the gaps between them, and one that is
-                # in transfer takes no copy. The handle covers what is on the device, as its owner goes on with that;
-                # what was stored behind a gap is not kept, as its bytes remain the owner's.
-                reached = next((each for each in node.path(begin) if self._on_device(each, begin)), begin)
-                for each in list(node.path(reached)):
-                    if each.copies[Tier.DEVICE] is not None and each not in before:
-                        self.storage.free(each, Tier.DEVICE)
-                self.storage.release(node, above=reached)
-                handle.node = reached
-            if handle.node is not node:
-                return AllocStatus.REFUSED
-        handle.node.last_used = self.clock()
-        self.storage.merge_path(handle.node)
-        return AllocStatus.READY
-
-    @staticmethod
-    def _on_device(node: Node, begin: Node) -> bool:
-        """Whether the device holds the KV of the prompt that ends at `node`, as far as it is below `begin`."""
-        chain = node.chain()
-        return chain is not None and all(each.copies[Tier.DEVICE] for each in chain if each.end > begin.end)
 
     def merge_spans(self) -> int:
         """Merges unreferenced nodes that no branch separates any more. Copies data, so it is for idle times.
@@ -253,40 +223,20 @@ class TieredCache:
         when the beginning has been computed.
 
         Returns:
-            The number of tokens on disk.
+            The number of tokens on disk now, of whichever call.
         """
         pool = self.pools.get(Tier.DISK)
         if not isinstance(pool, DiskPool):
             return 0
         with self.lock:
-            now, tokens = self.clock(), 0
             for prompt, payload, last_use in pool.restored():
-                age = max(0.0, time.time() - last_use)
-                tokens += self._restore(pool, prompt, payload, now - age)
-            return tokens
-
-    def _restore(self, pool: DiskPool, prompt: PromptKey, payload: FilePayload, last_used: float) -> int:
-        end = len(prompt.key) // TOKEN_BYTES
-        start = end - payload.file.layout.tokens
-        tokens = self.whole_pages(start + payload.tokens) - start  # the end may be lost, or pages have another size
-        if start % self.page_size or tokens <= 0 or (tokens < payload.tokens and not payload.divisible):
-            pool.discard(payload)
-            return 0
-        if tokens < payload.tokens:
-            payload, rest = payload.split(tokens)
-            pool.discard(rest)
-        root = self.tree.root(prompt.namespace)
-        self.storage.get_or_create(prompt.key[: start * TOKEN_BYTES], root)
-        node = self.storage.get_or_create(prompt.key[: (start + tokens) * TOKEN_BYTES], root)
-        self.storage.store(node, {Tier.DISK: payload}, tokens)
-        for each in node.path():
-            each.last_used = max(each.last_used or last_used, last_used)
-            self.storage.refresh(each)
-        for agent in prompt.agents if start + tokens == end and node.has_data else ():
-            if agent not in self.tree.prompt_ends:
-                self._set_agent_prompt(agent, node)
-        self.storage.prune(node)
-        return tokens if node.has_data else 0
+                last_used = self.clock() - max(0.0, time.time() - last_use)
+                node = self.storage.restore(pool, prompt, payload, last_used)
+                whole = node is not None and node.end * TOKEN_BYTES == len(prompt.key)
+                for agent in prompt.agents if whole else ():
+                    if agent not in self.tree.prompt_ends:
+                        self._set_agent_prompt(agent, node)
+            return sum(node.covers for node in self.tree if node.copies[Tier.DISK] is not None)
 
     def flush(self, fingerprint: str | None = None) -> None:
         """Nothing stored so far is ever found again, in no tier: what makes the KV has changed.
@@ -339,15 +289,6 @@ class TieredCache:
             if status is AllocStatus.READY:
                 self.pools[Tier.DEVICE].reserve(nbytes)
             return status
-
-    def try_reserve(self, nbytes: int) -> bool:
-        """Reserves `nbytes` of the device if they are available without evicting; whether they were."""
-        with self.lock:
-            pool = self.pools[Tier.DEVICE]
-            if pool.can_allocate(nbytes):
-                pool.reserve(nbytes)
-                return True
-            return False
 
     def unreserve(self, nbytes: int) -> None:
         """Frees reserved bytes."""
@@ -499,14 +440,6 @@ class TieredCache:
             self.tree.check()
             self.transfers.check()
             self.storage.check([handle.node for handle in self.handles.values()])
-
-
-class LoadState(Enum):
-    READY = "everything is on the device"
-    LOADING = "transfers are in progress; call load() again"
-    WAITING = "room on the device is being made; call load() again"
-    NO_ROOM = "the device has no room and nothing may be evicted: compute the prompt, or retry when others are done"
-    LOST = "a part cannot be read back: release the handle and open the prompt again"
 
 
 class CacheHandle:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import Enum
 from itertools import islice
 
-from ..kvcache.base import Tier, Urgency
+from ..kvcache.base import LoadState, Tier, Urgency
 from ..kvcache.estimates import Estimates, LoadChoice
 from ..kvcache.eviction_policy import AllocStatus
 from ..kvcache.radix_tree import Node
-from ..kvcache.tiered_cache import CacheHandle, LoadState, TieredCache
+from ..kvcache.tiered_cache import CacheHandle, TieredCache
 from ..kvcache.transfer_queue import Outcome, TransferJob
 from ..metrics import SchedulerMetrics
 from ..prediction import NextCallPredictor

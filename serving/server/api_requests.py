@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from tenure.checked import Range, Size, parse_json, read
+from tenure.checked import Range, Size, read
+from tenure.documents import parse_json
 
 from ..request import MAX_NAME, MAX_NUMBER, shown
 from ..sampling.params import MAX_LOGPROBS, SamplingParams

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tenure.checked import shown
+from tenure.documents import shown
 
 from .api_errors import bad_request
 from .api_requests import ChatMessage

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tenure.checked import Count, DocumentLimits, Positive, verify
+from tenure.checked import Count, Positive, verify
+from tenure.documents import DocumentLimits
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from tenure.checked import Count, NotNegative, NumbersToo, Positive, load_yaml, parse_yaml, read
+from tenure.checked import Count, NotNegative, NumbersToo, Positive, read
+from tenure.documents import load_yaml, parse_yaml
 
 from ..prefetch import PrefetchConfig
 from ..scheduler.scheduler_config import SchedulerConfig

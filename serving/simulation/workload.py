@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from tenure.checked import Count, NotNegative, Range, read, shown, verify
+from tenure.checked import Count, NotNegative, Range, read, verify
+from tenure.documents import shown
 
 from ..workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 

@@ -26,7 +26,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from tenure.checked import DocumentLimits, NotNegative, parse_json, parse_yaml, read
+from tenure.checked import NotNegative, read
+from tenure.documents import DocumentLimits, parse_json, parse_yaml
 
 from .spec import AgentSpec, EdgeSpec, Join, Name, WorkflowSpec
 

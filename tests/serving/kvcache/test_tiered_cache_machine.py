@@ -161,7 +161,7 @@ class TierMachine(RuleBasedStateMachine):
         end = data.draw(st.sampled_from(range(before, len(prompt) + 1, PAGE)))
         payload = self.kv.of(prompt, before, end, compressed, pages) if end > before else None
         nbytes = 0 if payload is None else payload.nbytes
-        reserved = nbytes if data.draw(st.booleans()) and self.tiers.try_reserve(nbytes) else 0
+        reserved = nbytes if data.draw(st.booleans()) and self.tiers.reserve(nbytes) is AllocStatus.READY else 0
         status = self.tiers.store(handle, prompt[:end], payload, agent, min(fixed, end), reserved)
         stored = status is AllocStatus.READY
         assert handle.length == (end if stored else before)

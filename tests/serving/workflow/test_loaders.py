@@ -11,7 +11,7 @@ import networkx
 import numpy
 import pytest
 
-from tenure.checked import LIMITS
+from tenure.documents import LIMITS
 from tenure.serving.workflow.graph import StepGraph
 from tenure.serving.workflow.loaders import (
     workflow_from_dict,

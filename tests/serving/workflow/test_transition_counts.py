@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tenure.serving.workflow.graph_config import TransitionConfig
-from tenure.serving.workflow.workflow import TransitionCounts
+from tenure.serving.workflow.transitions import TransitionCounts
 
 DECAY, EDGE_WEIGHT, REPEAT_PRIOR = TransitionConfig.decay, TransitionConfig.edge_weight, TransitionConfig.repeat_prior
 MAX_SUCCESSORS = TransitionConfig.max_successors
