@@ -143,9 +143,7 @@ def _without_folder_links(page: Path, text: str) -> str:
     return re.sub(r"\[([^\]\n]+)\]\(([^)\s]+)\)", plain, text)
 
 
-def plain_docstring(
-    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:
+def plain_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Turns `code` into literals and escapes what reStructuredText would take for markup; literal blocks stay."""
     literal: int | None = None
     for number, line in enumerate(lines):

@@ -106,8 +106,15 @@ def examine(
                 session.extend(cache, asked, logits_to_keep=1)
                 results.append(
                     Examined(
-                        case.task, case.length, case.index, cell, coverage[number], worst[number],
-                        _on_evidence(cache, queries, case), before, masks[number].mean(-1),
+                        case.task,
+                        case.length,
+                        case.index,
+                        cell,
+                        coverage[number],
+                        worst[number],
+                        _on_evidence(cache, queries, case),
+                        before,
+                        masks[number].mean(-1),
                     )
                 )
                 if progress is not None:

@@ -103,9 +103,7 @@ def label(policy: str, scope: str) -> str:
     return LABELS.get((policy, scope), f"{policy} ({scope})")
 
 
-def parse_cells(
-    names: Iterable[str], budgets: Iterable[float | int], aware: Iterable[bool] = (False,)
-) -> list[Cell]:
+def parse_cells(names: Iterable[str], budgets: Iterable[float | int], aware: Iterable[bool] = (False,)) -> list[Cell]:
     """Cells for names like "retention:global" or "snapkv", each at every budget; the full cache once.
 
     `aware`: whether the question is read before the compression; both values give two cells each.

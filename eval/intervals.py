@@ -39,9 +39,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     return Interval(share, max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share)))
 
 
-def bootstrap_mean(
-    values: Sequence[float], seed: int = 0, resamples: int = 2000, confidence: float = 0.95
-) -> Interval:
+def bootstrap_mean(values: Sequence[float], seed: int = 0, resamples: int = 2000, confidence: float = 0.95) -> Interval:
     """The mean of `values` with its percentile bootstrap interval; the same seed gives the same interval.
 
     Raises:

@@ -10,9 +10,7 @@ import torch
 from ..eviction import RaggedCache, Session
 
 
-def agreed(
-    gold: Sequence[int], logits: torch.Tensor, ends: Callable[[list[int]], bool]
-) -> tuple[list[int], bool]:
+def agreed(gold: Sequence[int], logits: torch.Tensor, ends: Callable[[list[int]], bool]) -> tuple[list[int], bool]:
     """The beginning of a greedy generation that costs nothing: as far as the model agrees with the gold answer.
 
     Where every teacher-forced choice is the gold token, greedy decoding would have taken the same path; so decoding

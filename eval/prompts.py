@@ -93,7 +93,7 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
         if now.endswith("\ufffd") and end < len(ids):
             pieces.append("")
             continue
-        pieces.append(now[len(before):])
+        pieces.append(now[len(before) :])
         # One token of context is enough for tokenizers that drop a leading space at the start of a text.
         start, shown = max(0, end - 1), end
     return pieces

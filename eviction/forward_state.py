@@ -332,9 +332,7 @@ class SequenceState:
         """Records the positions of the queries that the layers have written to their rings in this step."""
         if step is not None and step.slots is not None:
             rows, columns, slots = step.slots
-            self._set_positions(
-                rows, slots, step.positions[rows, columns].long(), (len(step.counts), step.ring)
-            )
+            self._set_positions(rows, slots, step.positions[rows, columns].long(), (len(step.counts), step.ring))
 
     def abandon(self, step: ForwardStep) -> None:
         """Accounts for a one-token step that raised: it may have overwritten the oldest recorded query."""

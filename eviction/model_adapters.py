@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,11 +25,16 @@ OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
 
 
-def rope_types(config: Any) -> set[str]:
-    """The kinds of RoPE in a decoder's configuration, one or one for each kind of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [part for part in parameters.values() if isinstance(part, dict)]
-    return {str(part["rope_type"]) for part in nested or [parameters] if "rope_type" in part}
+def rope_parameters(config: Any) -> list[Mapping[str, Any]]:
+    """The parameters of RoPE in a decoder's configuration: one set, or one for each kind of layer."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [part for part in given.values() if isinstance(part, Mapping)]
+    return nested or [given]
+
+
+def rope_type(parameters: Mapping[str, Any]) -> str:
+    """The kind of RoPE with these parameters."""
+    return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
 def rotates_queries(model: PreTrainedModel) -> bool:

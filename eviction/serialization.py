@@ -92,8 +92,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         )
     missing, extra = sorted(set(listed) - set(tensors)), sorted(set(tensors) - set(listed))
     found = {name: _kind(value.dtype, value.shape) for name, value in tensors.items()}
-    wrong = [f"{name} {found[name]} instead of {listed[name]}" for name in sorted(set(listed) & set(found))
-             if found[name] != listed[name]]
+    wrong = [
+        f"{name} {found[name]} instead of {listed[name]}"
+        for name in sorted(set(listed) & set(found))
+        if found[name] != listed[name]
+    ]
     if missing or extra or wrong:
         raise CacheFileError(f"{path} does not hold its cache: missing {missing}, unexpected {extra}, wrong {wrong}")
     return header, tensors

@@ -35,7 +35,8 @@ from .model_adapters import (
     ROTARY_TYPES,
     Rotary,
     has_output_weight,
-    rope_types,
+    rope_parameters,
+    rope_type,
     rotates_queries,
 )
 from .mrope import RopeDeltas
@@ -104,14 +105,17 @@ class Session(Interceptor):
     def _check(self, model: PreTrainedModel) -> None:
         if self.plan.prefill_chunk is not None:
             kinds = DynamicCache(config=self._config).layers
-            others = {type(layer).__name__ for index, layer in enumerate(kinds) if index not in self._layers
-                      and not replaces_tensors(layer)}
+            others = {
+                type(layer).__name__
+                for index, layer in enumerate(kinds)
+                if index not in self._layers and not replaces_tensors(layer)
+            }
             if others:
                 raise ValueError(
                     f"prefill_chunk needs layers that take a prompt in pieces; {type(model).__name__} has "
                     f"{', '.join(sorted(others))}: leave prefill_chunk unset"
                 )
-            scaled = rope_types(self._config) & LENGTH_DEPENDENT
+            scaled = {rope_type(each) for each in rope_parameters(self._config)} & LENGTH_DEPENDENT
             if scaled:
                 raise ValueError(
                     f"prefill_chunk needs RoPE that does not depend on the length of the input; {type(model).__name__} "
@@ -345,8 +349,10 @@ class Session(Interceptor):
                 raise ValueError("this cache belongs to another evict() block; make one with session.new_cache()")
             return given
         if type(given) is not DynamicCache or given.offloading:
-            kind = f"an offloaded {type(given).__name__}" if isinstance(given, Cache) and given.offloading else (
-                type(given).__name__
+            kind = (
+                f"an offloaded {type(given).__name__}"
+                if isinstance(given, Cache) and given.offloading
+                else (type(given).__name__)
             )
             raise ValueError(
                 f"inside evict() the cache is the session's own, {kind} cannot be used; leave cache_implementation and "

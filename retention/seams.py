@@ -246,8 +246,11 @@ def model_logits(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.T
 def _language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The innermost model around the decoder that has an output embedding: the text model of some with images."""
     model, decoder = plain_model(model), text_decoder(model)
-    around = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not decoder
-              and decoder in module.modules()]
+    around = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and module is not decoder and decoder in module.modules()
+    ]
     heads = [module for module in around if isinstance(module.get_output_embeddings(), nn.Module)]
     return heads[-1] if heads else model
 

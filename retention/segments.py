@@ -83,9 +83,7 @@ class Segments:
         return cls._from_documents(document)
 
     @classmethod
-    def _from_mask(
-        cls, attention_mask: torch.Tensor, batch: int, seq_len: int, device: torch.device | str
-    ) -> Segments:
+    def _from_mask(cls, attention_mask: torch.Tensor, batch: int, seq_len: int, device: torch.device | str) -> Segments:
         if attention_mask.shape != (batch, seq_len):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; a 2-D mask of shape {(batch, seq_len)} "

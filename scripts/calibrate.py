@@ -66,7 +66,7 @@ class CalibrateConfig:
     policy: str = "retention"
     """Eviction policy, with options as in retention(lookahead=16)."""
     scope: Literal["auto", "global", "layer", "head", "pyramid"] = "auto"
-    """Which entries compete for the budget; auto is the policy's default."""
+    """The entries that compete for the budget; auto is the policy's default."""
     data: str = "demo"
     """Texts to take documents from: `demo` (every other held-out essay), a text file or a folder."""
     validate: int = 0
@@ -298,9 +298,7 @@ def budget_table(config: CalibrateConfig, outcome: BudgetDecision, losses: np.nd
     rows.add_column("accepted")
     for row, largest in zip(outcome.table, losses.max(0), strict=True):
         mark = "yes" if row.accepted else "no"
-        rows.add_row(
-            budget_text(row.budget), f"{row.mean_loss:.4f}", f"{largest:.3f}", f"{row.statistic:.2g}", mark
-        )
+        rows.add_row(budget_text(row.budget), f"{row.mean_loss:.4f}", f"{largest:.3f}", f"{row.statistic:.2g}", mark)
     return rows
 
 

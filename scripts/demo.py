@@ -207,9 +207,19 @@ def _train_a_few_steps(config: DemoConfig, steps: int, console: Console) -> None
     console.print(f"\nNow {steps} steps of training fresh gates; the shipped ones took hundreds.")
     train_gates(
         TrainConfig(
-            model=config.model, texts=config.data, output_dir=str(folder), gate_width=64, initial_bias=12.0,
-            lengths=(256,), steps=steps, learning_rate=1e-3, warmup_steps=1, gradient_checkpointing=False, log_every=1,
-            save_every=steps, seed=config.seed,
+            model=config.model,
+            texts=config.data,
+            output_dir=str(folder),
+            gate_width=64,
+            initial_bias=12.0,
+            lengths=(256,),
+            steps=steps,
+            learning_rate=1e-3,
+            warmup_steps=1,
+            gradient_checkpointing=False,
+            log_every=1,
+            save_every=steps,
+            seed=config.seed,
         )
     )
 
@@ -408,9 +418,7 @@ class KeptPictures:
             self._case = case
             self._masks[name] = kept_mask(cache)
 
-    def save(
-        self, folder: Path, records: Sequence[Record], tokenizer: Any, settings: dict[str, Any]
-    ) -> list[Path]:
+    def save(self, folder: Path, records: Sequence[Record], tokenizer: Any, settings: dict[str, Any]) -> list[Path]:
         """Writes kept.png and kept.html, or nothing if none of the pictured policies ran."""
         import numpy as np
 

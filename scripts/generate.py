@@ -48,7 +48,7 @@ class GenerateConfig:
     """Average number of entries to keep per head: a share of the tokens seen (0.2) or a number (256); calibrated uses
     the budget that `tenure calibrate` stored with the gates."""
     scope: Literal["auto", "global", "layer", "head", "pyramid"] = "auto"
-    """Which entries compete for the budget: those of all heads, a layer, or a head; auto: the policy's default."""
+    """The entries that compete for the budget: those of all heads, a layer, or a head; auto: the policy's default."""
     sinks: int = 4
     """Number of first tokens that are never evicted."""
     recent: int = 32
@@ -94,8 +94,14 @@ def main(config: GenerateConfig) -> int:
     torch.manual_seed(config.seed)
     context, rest = _encode(config, tokenizer, prompt)
     with evict(
-        model, policy=policy, budget=config.budget, scope=None if config.scope == "auto" else config.scope,
-        gates=gates.to(model.device) if gates else None, sinks=config.sinks, recent=config.recent, buffer=config.buffer,
+        model,
+        policy=policy,
+        budget=config.budget,
+        scope=None if config.scope == "auto" else config.scope,
+        gates=gates.to(model.device) if gates else None,
+        sinks=config.sinks,
+        recent=config.recent,
+        buffer=config.buffer,
         prefill_chunk=config.prefill_chunk,
     ) as session:
         started = time.perf_counter()

@@ -83,7 +83,7 @@ class ServeConfig:
     system: Literal["expected_time", "ste_prefetch", "ste", "lru_prefetch", "hicache", "lru_reactive", "lfu", "lru"] = (
         "expected_time"
     )
-    """What is evicted, saved and prefetched; docs/guides/serve-agents.md compares the systems."""
+    """The rules of eviction, saving and prefetching; docs/guides/serve-agents.md compares the systems."""
     device_memory: str = "2GiB"
     """Memory on the model's device for the KV of requests and stored prompts."""
     host_memory: str = "8GiB"

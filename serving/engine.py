@@ -22,7 +22,7 @@ from ..eviction.packed import PackedCache, PackedTokens, forward
 from ..retention.seams import end_tokens
 from .errors import BadRequest, Draining, TooLarge
 from .events import TokenEvent
-from .fingerprint import fingerprint, version_of, weights_of
+from .fingerprint import kv_fingerprint, version_of, weights_of
 from .hints.hint import Hint
 from .kvcache.base import KVPayload, Tier
 from .kvcache.disk_pool import DiskPool
@@ -166,7 +166,7 @@ class Engine:
         """Prompts that an engine of the same kind has left on disk are found again."""
         disk = self.system.tiers.pools.get(Tier.DISK)
         if isinstance(disk, DiskPool):
-            disk.bind(fingerprint(self.session))
+            disk.bind(kv_fingerprint(self.session))
             self.system.tiers.restore_disk()
 
     # Requests -----------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class Engine:
         self.system.scheduler.drop_admitted("the cache was flushed, as what made its KV has changed")
         self._drop([])
         disk = isinstance(self.system.tiers.pools.get(Tier.DISK), DiskPool)
-        self.system.tiers.flush(fingerprint(self.session) if disk else None)
+        self.system.tiers.flush(kv_fingerprint(self.session) if disk else None)
         self._version = version_of(self._weights)
 
     def wake(self) -> None:
@@ -220,7 +220,7 @@ class Engine:
         self.system.tiers.interrupt()
 
     def take_events(self) -> list[TokenEvent]:
-        """What the last step has added to answers, and the outputs of the requests that ended with it."""
+        """The tokens that the last step has added to answers, and the outputs of the requests that ended with it."""
         events, self._events = self._events, []
         return events
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 KV_VERSION = 2
 
 
-def fingerprint(session: Session) -> str:
+def kv_fingerprint(session: Session) -> str:
     """A digest of everything that decides which KV a session computes for given tokens.
 
     That is the model's class and configuration, its dtype and attention, every weight and buffer (an adapter's too, by

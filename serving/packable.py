@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..eviction.model_adapters import LENGTH_DEPENDENT, rope_parameters, rope_type
 from ..retention.decoder_layers import full_attention_layers
-
-# RoPE of these types has other frequencies for all tokens of a forward once the longest of its sequences exceeds the
-# original length (`transformers.modeling_rope_utils.dynamic_rope_update`).
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def check_packable(model: PreTrainedModel) -> None:
@@ -43,7 +38,7 @@ def check_packable(model: PreTrainedModel) -> None:
         raise ValueError(
             f"got a {kind}, whose attention has {altered.pop()}; accepted: models with the ordinary softmax"
         )
-    if any(rope.get("mrope_section") for rope in _ropes(config)):
+    if any(rope.get("mrope_section") for rope in rope_parameters(config)):
         raise ValueError(
             f"got a {kind} whose rope_parameters have an mrope_section; accepted: models with one position for each "
             "token, position_ids (1, n)"
@@ -58,9 +53,9 @@ def max_tokens(model: PreTrainedModel) -> tuple[int | None, str]:
     """
     config = model.config.get_text_config(decoder=True)
     limit, source = getattr(config, "max_position_embeddings", None), "the model's"
-    for rope in _ropes(config):
-        kind = rope.get("rope_type", rope.get("type"))
-        if kind not in LENGTH_DEPENDENT_ROPE:
+    for rope in rope_parameters(config):
+        kind = rope_type(rope)
+        if kind not in LENGTH_DEPENDENT:
             continue
         original = rope.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", limit
@@ -68,10 +63,3 @@ def max_tokens(model: PreTrainedModel) -> tuple[int | None, str]:
         if original is not None and (limit is None or original <= limit):
             limit, source = original, f"as beyond it the model's RoPE ({kind!r}) depends on what else is computed,"
     return limit, source
-
-
-def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
-    """The parameters of RoPE: one set, or one for each kind of layer."""
-    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [each for each in given.values() if isinstance(each, Mapping)]
-    yield from nested or [given]

@@ -52,8 +52,6 @@ def page_geometry(session: Session, page_size: int) -> PageGeometry:
         ValueError: layers of different shapes, or states other than log β.
     """
     layers = session.new_cache().ragged
-    if any(layer.attention.latent for layer in layers):
-        raise ValueError("got a model whose cache holds latents (MLA); accepted: models that cache keys and values")
     shapes = {(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in layers}
     if len(shapes) > 1:
         given = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(shapes))

@@ -20,7 +20,7 @@ class ProbeConfig:
     """Do what the test says."""
 
     raises: str = ""
-    """What to raise."""
+    """The error to raise."""
     max_tokens: int = 1
     """A number."""
 

@@ -202,10 +202,7 @@ def test_type_checkers_see_the_names_that_the_front_door_exports():
     tree = ast.parse(Path(str(tenure.__file__)).read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     imported = {
-        alias.name: node.module
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
+        alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert imported == {name: f"tenure.{module}" for name, module in tenure._MODULE_OF.items()}
     assert {*imported, "__version__"} == set(tenure.__all__)

@@ -183,9 +183,7 @@ class _TrainingRun:
 
     def save(self) -> None:
         if self.accelerator.is_main_process:
-            save_state(
-                self.output_dir / "checkpoints", self.step, self.gates, self.optimizer, self._resume_settings()
-            )
+            save_state(self.output_dir / "checkpoints", self.step, self.gates, self.optimizer, self._resume_settings())
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> RetentionGates:
@@ -217,9 +215,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     except ImportError:
         raise ImportError("training needs accelerate: pip install 'tenure[train]'") from None
     tracker = None if config.tracker == "none" else config.tracker
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.output_dir
-    )
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.output_dir)
     if tracker is not None:
         settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.to_dict().items()}
         accelerator.init_trackers(config.project, config=settings)

@@ -93,16 +93,13 @@ VOCABULARY: dict[str, tuple[str, ...]] = {
         " planting bulbs"
     ),
     "verb": _words(
-        "sell paint bury borrow repair follow trust ignore measure count weigh polish carry hide praise"
-        " question"
+        "sell paint bury borrow repair follow trust ignore measure count weigh polish carry hide praise question"
     ),
     "verb_past": _words(
-        "carried painted followed borrowed repaired buried admired ignored polished measured hid"
-        " photographed"
+        "carried painted followed borrowed repaired buried admired ignored polished measured hid photographed"
     ),
     "setting": _words(
-        "owner user region branch buffer channel gateway mode profile backup printer theme route token"
-        " worker"
+        "owner user region branch buffer channel gateway mode profile backup printer theme route token worker"
     ),
     "setting_field": _words("id name key port host code limit label group seed timeout version"),
 }

@@ -78,9 +78,7 @@ class Scorer:
         self.meter.compressed(cache, [len(context) for context in contexts])
         return cache, logits
 
-    def _continue(
-        self, cache: RaggedCache, first: torch.Tensor, asked: Sequence[Scored]
-    ) -> list[tuple[float, bool]]:
+    def _continue(self, cache: RaggedCache, first: torch.Tensor, asked: Sequence[Scored]) -> list[tuple[float, bool]]:
         """Reads what follows the contexts in pieces that end where an eviction is due, as generating would."""
         device = first.device
         totals = torch.zeros(len(asked), dtype=torch.float64, device=device)
@@ -104,9 +102,7 @@ class Scorer:
             self._count(logits, targets[:, part.start + 1 : part.stop + 1], totals, greedy)
         return list(zip(totals.tolist(), greedy.tolist(), strict=True))
 
-    def _count(
-        self, logits: torch.Tensor, targets: torch.Tensor, totals: torch.Tensor, greedy: torch.Tensor
-    ) -> None:
+    def _count(self, logits: torch.Tensor, targets: torch.Tensor, totals: torch.Tensor, greedy: torch.Tensor) -> None:
         """Adds log-probabilities of `targets` `(batch, n)` under `logits` `(batch, n, vocab)` to `totals`."""
         wanted = targets >= 0
         if not bool(wanted.any()):

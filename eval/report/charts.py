@@ -66,9 +66,7 @@ def styles(settings: Sequence[SettingResults]) -> dict[Method, LineStyle]:
 
 def accuracy_chart(setting: SettingResults, drawn: dict[Method, LineStyle]) -> str:
     """Mean accuracy over the tasks against kept bytes; "" where bytes were not measured."""
-    lines = {
-        method: [(point.bytes, point.accuracy.value) for point in _points(setting, method)] for method in drawn
-    }
+    lines = {method: [(point.bytes, point.accuracy.value) for point in _points(setting, method)] for method in drawn}
     full = None if setting.full is None else setting.full.accuracy.value
     return _chart(lines, drawn, "accuracy, mean over tasks", _Linear(), full, best=max)
 
@@ -168,10 +166,7 @@ def _chart(
     for method in ordered:
         parts.append(_line(lines[method], method, drawn[method], x, y))
     label = f"{escape(title)} against kept megabytes"
-    return (
-        f'<svg viewBox="0 0 {FRAME.width} {FRAME.height}" role="img" aria-label="{label}">'
-        f"{''.join(parts)}</svg>"
-    )
+    return f'<svg viewBox="0 0 {FRAME.width} {FRAME.height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _front(points: list[tuple[float, float]], x, y, best) -> str:

@@ -79,6 +79,7 @@ class SettingResults:
         """The full cache is the same at every budget."""
         return self.full if is_full(method) else self.points.get((method, budget))
 
+
 def is_full(method: Method) -> bool:
     return method[0] == "full"
 
@@ -161,9 +162,7 @@ def _mark_ahead(
         points[key] = replace(points[key], ahead=ahead, tasks_ahead=frozenset(over))
 
 
-def _tied(
-    best: Mapping[str, Mapping[CaseKey, float]], other: Mapping[str, Mapping[CaseKey, float]]
-) -> bool:
+def _tied(best: Mapping[str, Mapping[CaseKey, float]], other: Mapping[str, Mapping[CaseKey, float]]) -> bool:
     strata = paired_strata(best, other)
     if not strata or all(value == 0 for values in strata for value in values):
         return bool(strata)

@@ -105,8 +105,7 @@ def _curves(found: Sequence[SettingResults]) -> str:
         both = accuracy_chart(one, drawn) + kl_chart(one, drawn)
         if both:
             made.append(
-                f'<h3>{escape(one.title)}</h3><div class="card"><div class="charts">{both}</div>'
-                f"{legend(drawn)}</div>"
+                f'<h3>{escape(one.title)}</h3><div class="card"><div class="charts">{both}</div>{legend(drawn)}</div>'
             )
     if not made:
         return '<p class="soft">No bytes were measured.</p>'

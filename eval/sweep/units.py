@@ -193,9 +193,7 @@ def _checked(unit: Unit, record: Record) -> Record | Failure:
     return Failure(unit.task, unit.length, unit.seed, unit.index, text, "", **cell)
 
 
-def export_cases(
-    path: Path, units: Iterable[Unit], builder: Callable[[int, int], CaseBuilder], tokenizer: Any
-) -> int:
+def export_cases(path: Path, units: Iterable[Unit], builder: Callable[[int, int], CaseBuilder], tokenizer: Any) -> int:
     """Writes one line a unit and returns their number; the file appears when all are written.
 
     A line has `task, length, seed, index`; `context_ids, question_ids, answer_ids`, the model's input and the gold

@@ -233,9 +233,7 @@ class CaseBuilder:
         """Of the asked fact's range: walks evenly over the document with the index, while other facts lie anywhere."""
         return (random.Random(f"{self.seed}/depth").random() + index * _GOLDEN) % 1.0
 
-    def _inserted(
-        self, task: Task, index: int, frame: DocumentFrame
-    ) -> tuple[Draft, list[int], list[tuple[int, int]]]:
+    def _inserted(self, task: Task, index: int, frame: DocumentFrame) -> tuple[Draft, list[int], list[tuple[int, int]]]:
         """(draft, context, token range of each evidence sentence), the sentences inserted into the haystack."""
         rng = self._rng(task.name, index)
         draft = task.generator.draft(rng, self._source, (), self.length)

@@ -14,6 +14,7 @@ INSTRUCTION = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 )
 
+
 @dataclass(frozen=True)
 class Cloze:
     """One hop: a sentence of one of the documents with a word left out, which is asked for."""
@@ -26,7 +27,7 @@ class Cloze:
         return Draft(
             document=_documents(rng, source, [(depths[0], passage)]),
             question=(
-                f"{INSTRUCTION}\n\nQuestion: One sentence of the documents reads, with a word left out: \"{gap}\" "
+                f'{INSTRUCTION}\n\nQuestion: One sentence of the documents reads, with a word left out: "{gap}" '
                 "Which word was left out?"
             ),
             reply="Answer: The word that was left out is",
@@ -56,13 +57,13 @@ class TwoHops:
         filed = f"This document was filed by {people[0]}. {passage}"
         rules = [f"{person} keeps all papers in {city}." for person, city in zip(people, cities, strict=True)]
         others = [person for person in PEOPLE if person != people[0]]
-        opening = " ".join(passage.split()[:self.opening_words])
+        opening = " ".join(passage.split()[: self.opening_words])
         facts = [(depths[0], filed), *zip(depths[1:], rules, strict=False)]
         return Draft(
             document=_documents(rng, source, facts, lambda: f"This document was filed by {rng.choice(others)}. "),
             question=(
                 f"{INSTRUCTION}\n\nQuestion: One document goes on, after the name of the person who filed it, with the "
-                f"words \"{opening}\". In which city does that person keep all papers?"
+                f'words "{opening}". In which city does that person keep all papers?'
             ),
             reply="Answer: That person keeps all papers in",
             answers=(cities[0],),

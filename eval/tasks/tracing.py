@@ -35,7 +35,9 @@ class VariableTracking:
         return Draft(
             document=planted(
                 "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n",
-                lambda count: [noise] * count, list(zip(places, lines, strict=True)), "\n",
+                lambda count: [noise] * count,
+                list(zip(places, lines, strict=True)),
+                "\n",
             ),
             question=f"Question: Find all variables that are assigned the value {value} in the text above.",
             reply=(

@@ -133,9 +133,7 @@ def merge_pieces(
         program = (before + index).to(tl.int64)
         place = (program * tiles + row // ROWS) * ROWS + row % ROWS
         logs = tl.load(log_sum + place, mask=index < count, other=float("-inf"))
-        parts = tl.load(
-            partial + place[:, None] * VALUE_BLOCK + dim[None, :], mask=(index < count)[:, None], other=0.0
-        )
+        parts = tl.load(partial + place[:, None] * VALUE_BLOCK + dim[None, :], mask=(index < count)[:, None], other=0.0)
         new = tl.maximum(highest, tl.max(logs, 0))
         base = tl.where(new == float("-inf"), 0.0, new)
         weight = tl.exp2(logs - base)

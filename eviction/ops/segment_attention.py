@@ -81,7 +81,7 @@ def segment_attention(
 
 @dataclass(frozen=True)
 class PageAddresses:
-    """Where the kernel finds the pages of some sequences, in CPU memory.
+    """The addresses of the pages of some sequences, in CPU memory, for the kernel.
 
     Attributes:
         rows: int64 `(rows, 6)`, a row for each sequence. Addresses of three arrays of its compressed prompt, or 0:

@@ -282,7 +282,7 @@ class ViewReadsBuilder:
         self._min_pages = max(1, -(-config.view_entries // lists.page_size))
 
     def build(self, sequences: Sequence[PageLists], new: int) -> ViewReads:
-        """What is read of each sequence's entries, of which the last `new` are written in this forward."""
+        """The reads of all entries of the sequences, of which the last `new` are written in this forward."""
         parts = [0] * len(sequences)
         views: list[list[View]] = [[] for _ in range(self.layers)]
         empty: list[tuple[int, int, torch.Tensor]] = []

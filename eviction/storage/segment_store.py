@@ -47,8 +47,10 @@ class SegmentLocations:
     device: torch.device
 
     def index(self, segments: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        parts = [torch.arange(self.starts[s], self.starts[s] + n, device="cpu")
-                 for s, n in zip(segments, lengths, strict=True)]
+        parts = [
+            torch.arange(self.starts[s], self.starts[s] + n, device="cpu")
+            for s, n in zip(segments, lengths, strict=True)
+        ]
         return torch.cat(parts).to(self.device)
 
 

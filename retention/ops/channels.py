@@ -59,9 +59,7 @@ def bias_channel(
     return _attend(wide_query, wide_key, value.to(dtype), sinks).to(query.dtype)
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
-) -> torch.Tensor:
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """Fused causal attention at scale 1 of the last queries of a sequence, in the precision of its inputs."""
     if sinks is not None:
         return _attend(*_with_sink(query, key, value, sinks), None)[:, :, 1:]

@@ -47,7 +47,7 @@ def chosen_kernels(device: torch.device | str, kernels: Kernels = "auto") -> Lit
 
 
 def _asked(kernels: Kernels = "auto") -> tuple[str, str]:
-    """What the argument or else the environment asks for, and which of them does; ValueError for an unknown choice."""
+    """The choice of the argument or else of the environment, and its source; ValueError for an unknown choice."""
     asked, source = kernels, "kernels"
     if kernels == "auto":
         asked, source = os.environ.get(VARIABLE, "auto") or "auto", VARIABLE

@@ -105,7 +105,7 @@ def _habits(edges: Sequence[tuple[str, str, float]], draws: random.Random) -> di
 
 @dataclass(frozen=True)
 class AgentRunSetting:
-    """Where a workload runs.
+    """The system, memory and links on which a workload runs.
 
     Attributes:
         system: a name of `system_names()`.

@@ -59,10 +59,12 @@ def main(job: dict[str, Any]) -> list[dict[str, list]]:
                     press.compression_ratio = 1 - share
                     with press(model):
                         left = keys_of(ids)
-                    kept[name].append([
-                        _kept(full, part, layer.self_attn)
-                        for full, part, layer in zip(whole, left, model.model.layers, strict=True)
-                    ])
+                    kept[name].append(
+                        [
+                            _kept(full, part, layer.self_attn)
+                            for full, part, layer in zip(whole, left, model.model.layers, strict=True)
+                        ]
+                    )
             results.append(kept)
     return results
 

@@ -191,9 +191,7 @@ def _gemma4() -> tuple[PreTrainedModel, Inputs]:
 
 def _internvl() -> tuple[PreTrainedModel, Inputs]:
     tower = TOWER | {"image_size": (SIDE, SIDE), "patch_size": (PATCH, PATCH)}
-    config = LIBRARY.InternVLConfig(
-        text_config=QWEN2, vision_config=tower, image_token_id=IMAGE, image_seq_length=4
-    )
+    config = LIBRARY.InternVLConfig(text_config=QWEN2, vision_config=tower, image_token_id=IMAGE, image_seq_length=4)
     return _square("InternVLForConditionalGeneration", config, 4)
 
 
@@ -213,9 +211,7 @@ def _mistral3() -> tuple[PreTrainedModel, Inputs]:
     config = LIBRARY.Mistral3Config(
         text_config=text, vision_config=tower, image_token_index=IMAGE, spatial_merge_size=2
     )
-    return _square(
-        "Mistral3ForConditionalGeneration", config, 4, image_sizes=torch.tensor([[SIDE, SIDE]] * 3)
-    )
+    return _square("Mistral3ForConditionalGeneration", config, 4, image_sizes=torch.tensor([[SIDE, SIDE]] * 3))
 
 
 def _llama4() -> tuple[PreTrainedModel, Inputs]:

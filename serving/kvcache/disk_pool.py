@@ -114,8 +114,8 @@ class DiskPool(Pool):
             self._numbers = count(self._first_number())
 
     def rebind(self, fingerprint: str | None) -> None:
-        """What makes the KV has changed. The files there are remain readable for whoever holds their payloads, who also
-        discards them, and are never found again; for `TieredCache.flush`.
+        """Take over the fingerprint of other weights. The files there are remain readable for whoever holds their
+        payloads, who also discards them, and are never found again; for `TieredCache.flush`.
 
         Raises:
             ValueError: an empty fingerprint.

@@ -39,7 +39,7 @@ TYPE_CODES = {
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where the bytes of a file are; known before anything is written.
+    """The places of all bytes of a file; known before anything is written.
 
     Attributes:
         kinds: dtype and shape of each tensor by name, of all tokens of the file.

@@ -182,7 +182,7 @@ class TieredCache:
     def _check_device(self, payload: KVPayload) -> None:
         pool = self.pools[Tier.DEVICE]
         if isinstance(pool, MemoryPool) and payload.device is not None and not pool.holds(payload.device):
-            raise ValueError(f"got a payload on {payload.device}; accepted: on {pool.device}, as the tier's pool")
+            raise ValueError(f"got a payload on {payload.device}; accepted: {pool.device}, as the device tier's pool")
 
     def _store(self, handle: CacheHandle, key: bytes, payload: KVPayload, reserved: int) -> AllocStatus:
         pool = self.pools[Tier.DEVICE]

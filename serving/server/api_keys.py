@@ -76,7 +76,7 @@ class ApiKeys:
         return cls(callers)
 
     def caller(self, authorization: str | None) -> Caller:
-        """Who has sent a request with this `Authorization` header.
+        """The sender of a request with this `Authorization` header.
 
         Raises:
             ApiError: 401, no key or one that is not accepted.

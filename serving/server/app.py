@@ -365,7 +365,7 @@ class Endpoints:
     # Checks -----------------------------------------------------------------------------------------------------
 
     def _caller(self, request: Request) -> Caller:
-        """Who has sent the request.
+        """The sender of the request.
 
         Raises:
             ApiError: 401, no known key; 403, see `_require_same_origin`.

@@ -141,9 +141,7 @@ def test_rolling_is_reading_a_document_from_its_first_token_on(model, tokenizer)
     text = passage(3, 90)
     following = tokenizer(text)["input_ids"]
     logits = decode_one_by_one(model, [tokenizer.bos_token_id], following, **options)
-    expected = sum(
-        float(torch.log_softmax(one, -1)[token]) for one, token in zip(logits, following, strict=True)
-    )
+    expected = sum(float(torch.log_softmax(one, -1)[token]) for one, token in zip(logits, following, strict=True))
     subject = lm(model, tokenizer, **options)
     (found,) = subject.loglikelihood_rolling([instance("loglikelihood_rolling", (text,))])
     assert found == pytest.approx(expected, abs=2e-3)

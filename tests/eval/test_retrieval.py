@@ -56,7 +56,7 @@ def test_nothing_of_the_question_is_in_the_context_and_the_turn_stays_open(task,
 def test_reply_and_answer_are_split_as_one_text_would_be(tokenizer, texts):
     case = CaseBuilder(tokenizer, texts, LENGTH).case("needle", 0)
     reply = f"The special magic number for {case.key} is {case.answer}."
-    assert [*case.question_ids, *case.answer_ids][-len(encode(tokenizer, reply)):] == encode(tokenizer, reply)
+    assert [*case.question_ids, *case.answer_ids][-len(encode(tokenizer, reply)) :] == encode(tokenizer, reply)
 
 
 def test_depths_spread_over_the_document(tokenizer, texts):
@@ -76,7 +76,7 @@ def test_distractors_differ_in_key_and_value(tokenizer, texts):
 def test_the_haystack_is_the_given_text(tokenizer, texts):
     case = CaseBuilder(tokenizer, texts, LENGTH).case("needle", 1)
     start, end = case.facts[0]
-    before = case.context_ids[len(chat_frame(tokenizer, "").before):start]
+    before = case.context_ids[len(chat_frame(tokenizer, "").before) : start]
     flat = " ".join(" ".join(texts).split())
     assert text_of(tokenizer, before).split("afterwards.\n\n")[1].strip() in f"{flat} {flat}"
     assert text_of(tokenizer, case.context_ids[end:]).strip() in f"{flat} {flat}"
@@ -99,8 +99,9 @@ def test_special_tokens_spelled_in_the_text_stay_text(tokenizer):
 )
 def test_accepted_numbers(text, accepted, tokenizer, texts):
     case = CaseBuilder(tokenizer, texts, LENGTH).case("needle", 0)
-    assert case.accepts(text.replace("12345", case.answer).replace("12,345", f"{case.answer[:2]},{case.answer[2:]}")) \
-        is (accepted or case.answer in text)
+    assert case.accepts(
+        text.replace("12345", case.answer).replace("12,345", f"{case.answer[:2]},{case.answer[2:]}")
+    ) is (accepted or case.answer in text)
 
 
 def test_accepted_phrases(tokenizer, texts):
@@ -155,7 +156,10 @@ def test_training_never_sees_the_evaluation_templates():
     for phrase in evaluation_words.RESERVED_PHRASES:
         assert phrase not in source
     for vocabulary in (
-        evaluation_words.CITIES, evaluation_words.PEOPLE, evaluation_words.GEMS, evaluation_words.ADJECTIVES,
+        evaluation_words.CITIES,
+        evaluation_words.PEOPLE,
+        evaluation_words.GEMS,
+        evaluation_words.ADJECTIVES,
         evaluation_words.NOUNS,
     ):
         assert not [word for word in vocabulary if word.lower() in words]

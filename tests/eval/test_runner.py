@@ -170,9 +170,7 @@ def test_callbacks_see_every_cell_before_the_question(model, gates, tokenizer, b
     def look(case, cell, cache):
         looked.append((case.index, cell.key, int(cache.tokens_seen[0]), cache.entries))
 
-    records = evaluate(
-        model, tokenizer, builder.cases(["needle"], 2), cells, gates, progress=seen.append, inspect=look
-    )
+    records = evaluate(model, tokenizer, builder.cases(["needle"], 2), cells, gates, progress=seen.append, inspect=look)
     assert seen == records and len(records) == 6
     assert {tokens for _, _, tokens, _ in looked} == {LENGTH}
     assert [entries for *_, entries in looked] == [record.entries for record in records] == [2400, 1200, 480] * 2

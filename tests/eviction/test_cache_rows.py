@@ -40,6 +40,7 @@ def test_a_fork_shares_its_storage_until_it_writes(tiny_llama, prompt):
         cache = session.new_cache()
         tiny_llama(prompt(1, 80), past_key_values=cache)
         fork = cache.fork()
+
         def shared() -> list[bool]:
             pairs = zip(cache.stores, fork.stores, strict=True)
             return [one.key.data_ptr() == other.key.data_ptr() for one, other in pairs]

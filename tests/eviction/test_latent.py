@@ -15,17 +15,11 @@ from tenure.retention.decoder_layers import full_attention_layers
 from tenure.scripts.bench.tiny_models import TEXT_ARCHITECTURES
 from tenure.training import Batch, GateObjective
 
+from .tiny_prompts import IDS, MASK, forgetful
+
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "minicpm3", "youtu", "axk1", "bailing_hybrid")
 PURE = ("deepseek_v2", "deepseek_v3", "minicpm3")  # no other kind of layer
 GREEDY = {"do_sample": False, "max_new_tokens": 5}
-IDS = torch.randint(3, 140, (2, 40), generator=torch.Generator().manual_seed(5))
-MASK = torch.ones_like(IDS)
-MASK[1, :11] = 0
-
-
-def forgetful(model) -> RetentionGates:
-    torch.manual_seed(3)
-    return RetentionGates.for_model(model, gate_width=16, initial_bias=1.0, init_std=0.5)
 
 
 @pytest.mark.parametrize("name", LATENT)

@@ -110,9 +110,7 @@ def test_a_text_after_an_image_starts_without_offsets() -> None:
         model(**inputs, past_key_values=session.new_cache())
         cache = session.new_cache()
         model(ids[:, :20], past_key_values=cache)
-        torch.testing.assert_close(
-            model(ids[:, 20:], past_key_values=cache).logits[:, -1], alone, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(model(ids[:, 20:], past_key_values=cache).logits[:, -1], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_generate_is_the_models_own_again_after_the_block(tiny_llama: PreTrainedModel) -> None:
@@ -141,8 +139,9 @@ def test_chunks_need_rope_that_does_not_depend_on_their_length(tiny_model) -> No
     model = tiny_model("llama", rope_parameters=scaling)
     with evict(model, "knorm"):
         pass
-    with pytest.raises(ValueError, match="LlamaForCausalLM has dynamic: leave prefill_chunk unset"), evict(
-        model, "knorm", prefill_chunk=8
+    with (
+        pytest.raises(ValueError, match="LlamaForCausalLM has dynamic: leave prefill_chunk unset"),
+        evict(model, "knorm", prefill_chunk=8),
     ):
         pass
 

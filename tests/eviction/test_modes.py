@@ -27,7 +27,7 @@ DRAFTING = [mode for mode in MODES if mode.startswith(("prompt", "assistant"))]
 
 
 def generate(model: Any, tiny_model: Any, family: str, mode: str, ids: torch.Tensor, tokens: int = 12) -> Any:
-    """What `model` generates after `ids` in that mode, with a fixed seed; drafts are for one row only."""
+    """The answer of `model` after `ids` in that mode, with a fixed seed; drafts are for one row only."""
     options = dict(MODES[mode])
     if mode in DRAFTING and family == "gemma3" and not hasattr(Cache, "activate_past_recording"):
         pytest.skip("this transformers cannot take tokens back from sliding layers")

@@ -20,6 +20,12 @@ CHUNKS = ([16, 8, 16], [7], [1], [5, 28], [60, 30], [17])
 FEW_CHUNKS = ([16, 4], [3], [1])  # for the kernels, which the interpreter takes seconds for
 
 
+# Kernels, and the run of entries from which on the views read pages in place: all copied together, both, all in place.
+# The page tables of the Triton kernels have one form.
+FORMS = [(kernels, view) for kernels in ("auto", "reference") for view in (10_000, 32, 1)]
+COMPRESSED_FORMS = [(kernels, view) for kernels in ("auto", "reference") for view in (10_000, 8)]
+
+
 def pool_for(session, tokens: int) -> PagePool:
     """Pages of 16 for so many tokens: the interpreter copies the whole pool at every launch."""
     geometry = PromptKV(session).geometry
@@ -27,12 +33,9 @@ def pool_for(session, tokens: int) -> PagePool:
     return PagePool(geometry, -(-tokens // 16) * 16 * geometry.token_bytes, "cpu")
 
 
-@pytest.mark.parametrize("kernels", ["auto", "reference", "triton"])
-@pytest.mark.parametrize("view", [10_000, 32, 1], ids=["copied together", "both", "in place"])
+@pytest.mark.parametrize(("kernels", "view"), [*FORMS, ("triton", 1)])
 @torch.no_grad()
 def test_logits_are_those_of_each_sequence_alone(tiny_model, monkeypatch, kernels, view):
-    if kernels == "triton" and view != 1:
-        pytest.skip("page tables have one form")
     model, rng = tiny_model("llama", num_hidden_layers=2), np.random.default_rng(0)
     all_chunks, turns = (CHUNKS, 9) if kernels == "reference" else (FEW_CHUNKS, 2)
     prompts = [rng.integers(3, 128, sum(chunks)) for chunks in all_chunks]
@@ -63,14 +66,11 @@ def test_logits_are_those_of_each_sequence_alone(tiny_model, monkeypatch, kernel
             holes.release()
 
 
-@pytest.mark.parametrize("kernels", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("budget", [0.05, 0.5])
-@pytest.mark.parametrize("view", [10_000, 8])
+@pytest.mark.parametrize(("kernels", "view"), [*COMPRESSED_FORMS, ("triton", 8)])
 @torch.no_grad()
 def test_compressed_prompts_are_read_with_whole_tokens_behind_them(tiny_model, monkeypatch, kernels, budget, view):
     """Two requests share one compressed prompt, of which some heads keep nothing; a third has none."""
-    if kernels == "triton" and view != 8:
-        pytest.skip("page tables have one form")
     model, rng = tiny_model("llama", num_hidden_layers=2), np.random.default_rng(1)
     torch.manual_seed(1)
     gates = RetentionGates.for_model(model, gate_width=8, init_std=0.5, initial_bias=2.0)

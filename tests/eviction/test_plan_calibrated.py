@@ -94,13 +94,15 @@ def test_options_that_were_calibrated_are_accepted(model, gates, prompt):
 
 
 def test_no_gates_or_no_calibration(model, gates):
-    with pytest.raises(ValueError, match="'calibrated' is stored with gates: give the gates"), evict(
-        model, Knorm(), "calibrated"
+    with (
+        pytest.raises(ValueError, match="'calibrated' is stored with gates: give the gates"),
+        evict(model, Knorm(), "calibrated"),
     ):
         pass
     gates.calibration = None
-    with pytest.raises(ValueError, match="needs gates that were calibrated: run `tenure calibrate --gates"), evict(
-        model, "retention", "calibrated", gates=gates
+    with (
+        pytest.raises(ValueError, match="needs gates that were calibrated: run `tenure calibrate --gates"),
+        evict(model, "retention", "calibrated", gates=gates),
     ):
         pass
 
@@ -108,8 +110,9 @@ def test_no_gates_or_no_calibration(model, gates):
 def test_gates_that_changed_since_are_refused(model, gates):
     with torch.no_grad():
         gates.bias.add_(0.5)
-    with pytest.raises(ValueError, match="the gates have changed since they were calibrated"), evict(
-        model, "retention", "calibrated", gates=gates
+    with (
+        pytest.raises(ValueError, match="the gates have changed since they were calibrated"),
+        evict(model, "retention", "calibrated", gates=gates),
     ):
         pass
 

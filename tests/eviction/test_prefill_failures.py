@@ -60,8 +60,9 @@ def test_layers_that_take_no_prompt_in_pieces_are_refused_by_name(tiny_model):
     model = Qwen3NextForCausalLM(config).eval()
     with evict(model, "knorm"):
         pass
-    with pytest.raises(ValueError, match="prefill_chunk needs layers that take a prompt in pieces; Qwen3NextForC"), (
-        evict(model, "knorm", prefill_chunk=8)
+    with (
+        pytest.raises(ValueError, match="prefill_chunk needs layers that take a prompt in pieces; Qwen3NextForC"),
+        evict(model, "knorm", prefill_chunk=8),
     ):
         pass
 

@@ -43,8 +43,10 @@ def states(cache: RaggedCache, policy: Policy, layer: int = 0) -> dict[str, list
     """By name `[row][head]` the values of the entries."""
     view = policy.view(cache.ragged[layer], cache.tokens_seen)
     return {
-        name: [[view.state(name)[row, head][view.valid[row, head]].tolist() for head in range(view.shape[1])]
-               for row in range(view.shape[0])]
+        name: [
+            [view.state(name)[row, head][view.valid[row, head]].tolist() for head in range(view.shape[1])]
+            for row in range(view.shape[0])
+        ]
         for name in policy.states
     }
 

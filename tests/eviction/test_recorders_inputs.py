@@ -43,7 +43,7 @@ def inputs_of(cache: RaggedCache, row: int) -> list[tuple[torch.Tensor, list[int
 
 @pytest.fixture
 def given(any_tiny_model):
-    """What a hook sees of each full-attention layer's input, forward by forward."""
+    """Each full-attention layer's input as a hook sees it, forward by forward."""
     seen: dict[int, list[torch.Tensor]] = {}
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:

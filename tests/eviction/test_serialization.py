@@ -41,7 +41,9 @@ def test_every_policy_goes_on_as_if_its_cache_had_stayed(tiny_llama, gates_for, 
         got = loaded.report()
         assert torch.equal(got.lengths, report.lengths) and got.kept_bytes == report.kept_bytes == got.bytes
         assert (got.evictions, got.evicted_entries, got.peak_bytes) == (
-            report.evictions, report.evicted_entries, report.peak_bytes
+            report.evictions,
+            report.evicted_entries,
+            report.peak_bytes,
         )
         for layer in range(3):
             for one, other in zip(cache.kept(layer), loaded.kept(layer), strict=True):

@@ -14,6 +14,8 @@ from tenure.retention.decoder_layers import full_attention_layers
 from tenure.scripts.bench.tiny_models import TEXT_ARCHITECTURES, Architecture
 from tenure.training import Batch, GateObjective
 
+from .tiny_prompts import IDS, MASK, forgetful
+
 FULL = ["full_attention"] * 3
 MODELS = {
     "gpt_oss": TEXT_ARCHITECTURES["gpt_oss"],
@@ -24,14 +26,6 @@ MODELS = {
 }
 KINDS = {"gemma2": "capped logits", "vaultgemma": "capped logits"}
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
-IDS = torch.randint(3, 140, (2, 40), generator=torch.Generator().manual_seed(5))
-MASK = torch.ones_like(IDS)
-MASK[1, :11] = 0
-
-
-def forgetful(model) -> RetentionGates:
-    torch.manual_seed(3)
-    return RetentionGates.for_model(model, gate_width=16, initial_bias=1.0, init_std=0.5)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass
 class Row:
-    """What a row must hold; `columns` says of each column seen whether its token was real.
+    """The content a row must hold; `columns` says of each column seen whether its token was real.
 
     `floor` is how many there were when its cache last evicted.
     """
@@ -65,8 +65,9 @@ class Row:
         """Keeps the best by sorting: protected entries, then large numbers, which are all different."""
         width = {"global": LAYERS * HEADS, "layer": HEADS, "head": 1}[scope]
         for first in range(0, LAYERS * HEADS, width):
-            group = [(self._rank(entry), index) for index in range(first, first + width)
-                     for entry in self.segments[index]]
+            group = [
+                (self._rank(entry), index) for index in range(first, first + width) for entry in self.segments[index]
+            ]
             chosen = {(rank, index) for rank, index in sorted(group)[-budget * width :]}
             for index in range(first, first + width):
                 self.segments[index] = [one for one in self.segments[index] if (self._rank(one), index) in chosen]

@@ -1,4 +1,4 @@
-"""What a program does around a block: modes, wrappers, devices, interrupts. Right, or refused by name."""
+"""Programs around a block: modes, wrappers, devices, interrupts. Right, or refused by name."""
 
 from __future__ import annotations
 
@@ -295,8 +295,9 @@ def test_hidden_states_by_the_configuration_do_not_run_in_chunks(tiny_llama, pro
 
 def test_gates_in_another_dtype(tiny_llama) -> None:
     gates = RetentionGates.for_model(tiny_llama, gate_width=8).to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"got gates in torch.bfloat16; accepted: torch.float32"), evict(
-        tiny_llama, gates=gates
+    with (
+        pytest.raises(ValueError, match=r"got gates in torch.bfloat16; accepted: torch.float32"),
+        evict(tiny_llama, gates=gates),
     ):
         pass
 

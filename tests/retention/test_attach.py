@@ -124,8 +124,9 @@ def test_what_cannot_be_attached_is_refused_by_name(tiny_llama: PreTrainedModel,
     with pytest.raises(UnsupportedModelError, match=r"BloomForCausalLM is not supported.*Supported: Llama, Mistral"):
         RetentionGates.for_model(bloom)
     other = tiny_model("qwen3", num_key_value_heads=4)
-    with pytest.raises(ValueError, match="do not fit Qwen3ForCausalLM: num_kv_heads 2 against 4"), attach(
-        other, decaying_gates(tiny_llama)
+    with (
+        pytest.raises(ValueError, match="do not fit Qwen3ForCausalLM: num_kv_heads 2 against 4"),
+        attach(other, decaying_gates(tiny_llama)),
     ):
         pass
 

@@ -118,7 +118,7 @@ def test_soft_eviction_by_hand() -> None:
 
 
 def test_soft_eviction_keeps_the_budget_and_the_protected() -> None:
-    log_beta = -torch.rand(3, 2, 4, 50, generator=torch.Generator().manual_seed(0)) ** 3
+    log_beta = -(torch.rand(3, 2, 4, 50, generator=torch.Generator().manual_seed(0)) ** 3)
     weight = SoftEviction(0.4, sinks=2, recent=5).log_weight(log_beta).exp()
     assert (weight[..., :2] == 1).all() and (weight[..., -5:] == 1).all()
     assert (weight > 0.5).sum(dim=(0, 2, 3)).tolist() == [20 * 12] * 2

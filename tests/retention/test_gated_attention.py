@@ -137,7 +137,7 @@ def test_wrong_arguments_are_named() -> None:
 def test_occupancy_equals_naive_with_gradients(seq_len: int, layout: str) -> None:
     segments = layouts(seq_len)[layout]
     generator = torch.Generator().manual_seed(0)
-    log_beta = -torch.rand(3, BATCH, KV_HEADS, seq_len, generator=generator, dtype=torch.float64) ** 4
+    log_beta = -(torch.rand(3, BATCH, KV_HEADS, seq_len, generator=generator, dtype=torch.float64) ** 4)
     log_beta.requires_grad_()
     weight = torch.randn(log_beta.shape, generator=generator, dtype=torch.float64)
     exact, reference = occupancy(log_beta, segments), naive.occupancy(log_beta, segments)

@@ -61,7 +61,7 @@ def change(folder: Path, **values: Any) -> None:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """What was measured, without the times."""
+    """The measured values, without the times."""
     lines = [record.to_dict() for record in load_run(folder).records]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 

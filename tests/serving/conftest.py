@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from tenure.eviction import Session, evict
 from tenure.scripts.soak.faulty_kv import TOKEN_BYTES, FaultyTransfer, assert_holds, damage, kv_of
 from tenure.serving import (
     LRU,
@@ -22,6 +23,8 @@ from tenure.serving import (
 )
 from tenure.serving.kvcache.memory_pool import Pool
 from tenure.serving.kvcache.radix_tree import Node
+
+from .engines import gates_of
 
 ALL_LINKS = {(a, b): LinkSpeed(1000.0) for a in Tier for b in Tier if a != b}
 
@@ -54,6 +57,13 @@ class Kv:
     assert_holds = staticmethod(assert_holds)
     token_bytes = TOKEN_BYTES
     links = ALL_LINKS
+
+
+@pytest.fixture
+def session(tiny_llama) -> Iterator[Session]:
+    """What an engine with compression needs."""
+    with evict(tiny_llama, "full", gates=gates_of(tiny_llama), observe=["retention"]) as session:
+        yield session
 
 
 @pytest.fixture

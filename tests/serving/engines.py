@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tenure.eviction import Session
+from tenure.retention import RetentionGates
 from tenure.serving import (
     AgentSpec,
     DiskPool,
@@ -27,6 +28,11 @@ from tenure.serving.prompt_cache import PromptKV
 
 AGENTS, FIXED, SUFFIX, ANSWER, PAGE = 5, 48, 9, 6, 8
 RETENTION = Compression("retention", 0.4, sinks=2, recent=4)
+
+
+def gates_of(model, seed: int = 1, **options) -> RetentionGates:
+    torch.manual_seed(seed)
+    return RetentionGates.for_model(model, gate_width=8, init_std=0.5, initial_bias=2.0, **options)
 
 
 def tokens(seed: int, count: int) -> list[int]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
-from tenure.eviction import Session, evict
-from tenure.retention import RetentionGates
+from tenure.eviction import evict
 from tenure.serving import AllocStatus, FinishReason, Request, SamplingParams, Tier, system_names
 from tenure.serving import engine as engine_module
 from tenure.serving.engine import Compression
@@ -27,14 +23,6 @@ from .engines import (
     request,
     tokens,
 )
-
-
-@pytest.fixture
-def session(tiny_llama) -> Iterator[Session]:
-    torch.manual_seed(1)
-    gates = RetentionGates.for_model(tiny_llama, gate_width=8, init_std=0.5, initial_bias=2.0)
-    with evict(tiny_llama, "full", gates=gates, observe=["retention"]) as session:
-        yield session
 
 
 @pytest.mark.parametrize("how", [None, RETENTION], ids=["plain", "compressed"])

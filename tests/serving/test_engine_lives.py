@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tenure.eviction import Session, evict
-from tenure.retention import RetentionGates
 from tenure.serving import (
     EngineClient,
     EngineClientConfig,
@@ -24,7 +23,7 @@ from tenure.serving import (
     system_names,
 )
 from tenure.serving.engine import Compression, Engine
-from tenure.serving.fingerprint import fingerprint
+from tenure.serving.fingerprint import kv_fingerprint
 from tenure.serving.sampling.params import FinishedBy
 from tenure.serving.scheduler.request_state import RequestStatus
 
@@ -35,6 +34,7 @@ from .engines import (
     check_memory,
     close,
     fixed_prompt,
+    gates_of,
     make_engine,
     tokens,
 )
@@ -42,17 +42,6 @@ from .engines import (
 both = pytest.mark.parametrize("how", [None, RETENTION], ids=["plain", "compressed"])
 CANCELLED_IN = [RequestStatus.WAITING, RequestStatus.LOADING, RequestStatus.PREFILL, RequestStatus.DECODE]
 ROOMY = SchedulerConfig(answer_headroom_tokens=1, page_patience_s=0.0)
-
-
-def gates_of(model, seed: int = 1, **options) -> RetentionGates:
-    torch.manual_seed(seed)
-    return RetentionGates.for_model(model, gate_width=8, init_std=0.5, initial_bias=2.0, **options)
-
-
-@pytest.fixture
-def session(tiny_llama) -> Iterator[Session]:
-    with evict(tiny_llama, "full", gates=gates_of(tiny_llama), observe=["retention"]) as session:
-        yield session
 
 
 class Letters:
@@ -158,7 +147,7 @@ def test_an_engine_of_another_kind_finds_nothing(tiny_model, how, tmp_path):
     model = tiny_model("llama")
     with evict(model, "full", gates=gates_of(model), observe=["retention"]) as session:
         prompt = first_life(session, how, tmp_path)
-        known = fingerprint(session)
+        known = kv_fingerprint(session)
     other = tiny_model("llama")
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[0, 0] += 0.5
@@ -169,12 +158,12 @@ def test_an_engine_of_another_kind_finds_nothing(tiny_model, how, tmp_path):
     prints = {known}
     for one, gates in kinds:
         with evict(one, "full", gates=gates, observe=["retention"]) as session:
-            prints.add(fingerprint(session))
+            prints.add(kv_fingerprint(session))
             if one is not halved:  # whose greedy answer depends on how it is computed
                 assert second_life(session, how, tmp_path / str(len(prints)), prompt) == 0
     assert len(prints) == 5
     with evict(model, "full", gates=gates_of(model), observe=["retention"]) as session:
-        assert fingerprint(session) == known and second_life(session, how, tmp_path, prompt) == 56
+        assert kv_fingerprint(session) == known and second_life(session, how, tmp_path, prompt) == 56
 
 
 @both

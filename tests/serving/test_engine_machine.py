@@ -5,16 +5,14 @@ from __future__ import annotations
 import tempfile
 from functools import cache
 
-import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from tenure.eviction import evict
-from tenure.retention import RetentionGates
 from tenure.serving import FinishReason, Hint, Request, SchedulerConfig, StorePolicy, Tier
 
-from .engines import RETENTION, answer_without_cache, check_memory, close, fixed_prompt, make_engine, tokens
+from .engines import RETENTION, answer_without_cache, check_memory, close, fixed_prompt, gates_of, make_engine, tokens
 
 CONFIG = SchedulerConfig(
     max_num_batched_tokens=40, prefill_chunk_size=24, max_num_seqs=4, answer_headroom_tokens=1, page_patience_s=0.05
@@ -23,9 +21,7 @@ FIXED_TOKENS = 40
 
 
 def run_machine(model, examples: int = 6) -> None:
-    torch.manual_seed(1)
-    gates = RetentionGates.for_model(model, gate_width=8, init_std=0.5, initial_bias=2.0)
-    with evict(model, "full", gates=gates, observe=["retention"]) as session:
+    with evict(model, "full", gates=gates_of(model), observe=["retention"]) as session:
 
         @cache
         def wanted(agent: int, suffix: int, compressed: bool, count: int = 24) -> list[int]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from tenure.eviction import Session, evict
-from tenure.retention import RetentionGates
 from tenure.serving import AllocStatus, BadRequest, FinishReason, Request, SchedulerConfig, Tier, TooLarge
 from tenure.serving.engine import Engine
 from tenure.serving.kvcache import page_pool
@@ -20,14 +17,6 @@ from tenure.serving.kvcache import page_pool
 from .engines import ANSWER, FIXED, PAGE, RETENTION, answer_without_cache, check_memory, close, make_engine, tokens
 
 both = pytest.mark.parametrize("how", [None, RETENTION], ids=["plain", "compressed"])
-
-
-@pytest.fixture
-def session(tiny_llama) -> Iterator[Session]:
-    torch.manual_seed(1)
-    gates = RetentionGates.for_model(tiny_llama, gate_width=8, init_std=0.5, initial_bias=2.0)
-    with evict(tiny_llama, "full", gates=gates, observe=["retention"]) as session:
-        yield session
 
 
 def ask(engine: Engine, prompt: list[int], count: int = ANSWER, **options) -> tuple[list[int], int]:

@@ -39,9 +39,7 @@ def failing(message: str):
 def test_a_unit_is_all_cells_on_one_case(runner, tokenizer, texts):
     results = runner.run(UNIT)
     case = CaseBuilder(tokenizer, texts, LENGTH, 3).case("needle", 1)
-    assert without_times(results) == without_times(
-        evaluate(runner.model, tokenizer, [case], CELLS, together=3)
-    )
+    assert without_times(results) == without_times(evaluate(runner.model, tokenizer, [case], CELLS, together=3))
     assert [(one.policy, one.budget) for one in results] == [(cell.name, cell.budget) for cell in CELLS]
     assert {(one.seed, one.index, one.length) for one in results} == {(3, 1, LENGTH)}
 

@@ -11,6 +11,7 @@ from tenure.eviction.ops.window_risk import window_risk
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
 
+
 def layer(batch, heads, group, window, dim, n, dtype, lengths, device, missing=0):
     """Queries, keys with NaN behind each head's entries, positions and where the window begins."""
     generator = torch.Generator().manual_seed(n)

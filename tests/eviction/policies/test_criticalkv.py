@@ -67,8 +67,12 @@ def test_ada_criticalkv_keeps_adakvs_numbers_and_criticalkvs_choice(tiny_llama, 
         alone.compress(SnapKV(window=4), 0.4, sinks=0, recent=0)
         assert torch.equal(ada.lengths(), critical.lengths())
         assert not torch.equal(ada.lengths(), alone.lengths()), "heads compete"
-        same = [a.tolist() == c.tolist() for layer in range(3) for row in range(2)
-                for a, c in zip(ada.kept(layer)[row], critical.kept(layer)[row], strict=True)]
+        same = [
+            a.tolist() == c.tolist()
+            for layer in range(3)
+            for row in range(2)
+            for a, c in zip(ada.kept(layer)[row], critical.kept(layer)[row], strict=True)
+        ]
         assert not all(same), "values have a say"
 
 

@@ -31,13 +31,17 @@ def test_the_score_equals_loops(tiny_model, prompt, family, options):
                     for group in range(view.num_kv_groups):
                         index = head * view.num_kv_groups + group
                         mean, cov = rotary.average(
-                            statistics.mean[row : row + 1], statistics.covariance[row : row + 1],
-                            statistics.next_position[row : row + 1], policy.future,
+                            statistics.mean[row : row + 1],
+                            statistics.covariance[row : row + 1],
+                            statistics.next_position[row : row + 1],
+                            policy.future,
                         )
                         logits = [key @ mean[0, index] * scale for key in keys]
                         if policy.covariance:
-                            logits = [x + key @ cov[0, index] @ key * scale**2 / 2
-                                      for x, key in zip(logits, keys, strict=True)]
+                            logits = [
+                                x + key @ cov[0, index] @ key * scale**2 / 2
+                                for x, key in zip(logits, keys, strict=True)
+                            ]
                         total += torch.stack(logits).softmax(0) / view.num_kv_groups
                     if policy.value_norm:
                         total = (total + policy.epsilon) * view.values[row, head, inner].norm(dim=-1)

@@ -137,8 +137,10 @@ def test_remembered_queries_are_the_last_ones_in_order(tiny_llama, prompt):
         for start, end in ((0, 9), (9, 17), (17, 18), (18, 19), (19, 20)):
             tiny_llama(ids[:, start:end], past_key_values=pieces)
         for one, other in zip(whole.ragged, pieces.ragged, strict=True):
-            views = [SnapKV(window=4).view(layer, cache.tokens_seen, cache.query_positions)
-                     for layer, cache in ((one, whole), (other, pieces))]
+            views = [
+                SnapKV(window=4).view(layer, cache.tokens_seen, cache.query_positions)
+                for layer, cache in ((one, whole), (other, pieces))
+            ]
             assert views[0].query_positions.tolist() == views[1].query_positions.tolist() == [[16, 17, 18, 19]]
             torch.testing.assert_close(views[0].queries, views[1].queries, atol=1e-5, rtol=1e-5)
 

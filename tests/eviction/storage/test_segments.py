@@ -15,7 +15,7 @@ Entry = tuple[int, float, float, float]  # position, first number of the key, of
 
 
 class Mirror:
-    """What a store must hold: a list of entries for each [row][head]."""
+    """The content a store must hold: a list of entries for each [row][head]."""
 
     def __init__(self, segments: list[list[list[Entry]]], rows: SequenceState) -> None:
         self.segments, self.rows = segments, rows
@@ -47,8 +47,11 @@ class StoreMachine(RuleBasedStateMachine):
         key = numbers.unsqueeze(-1).expand(-1, -1, -1, DIM)
         fresh = [
             [
-                [(int(step.positions[r, i]), x := numbers[r, h, i].item(), -x, x + 0.5)
-                 for i in range(n) if valid is None or valid[r, i]]
+                [
+                    (int(step.positions[r, i]), x := numbers[r, h, i].item(), -x, x + 0.5)
+                    for i in range(n)
+                    if valid is None or valid[r, i]
+                ]
                 for h in range(HEADS)
             ]
             for r in range(batch)
@@ -141,8 +144,13 @@ class StoreMachine(RuleBasedStateMachine):
             ):
                 n = len(entries)
                 assert key.shape == (1, 1, n, DIM)
-                got = zip(places[:n].tolist(), key[0, 0, :, 0].tolist(), values[:n, 0].tolist(), states[:n].tolist(),
-                          strict=True)
+                got = zip(
+                    places[:n].tolist(),
+                    key[0, 0, :, 0].tolist(),
+                    values[:n, 0].tolist(),
+                    states[:n].tolist(),
+                    strict=True,
+                )
                 assert list(got) == entries
 
 

@@ -336,7 +336,7 @@ def test_a_payload_elsewhere_than_the_device_tier_is_refused(gpu, kv, start):
     tiers = start()
     with (
         tiers.open(A) as handle,
-        pytest.raises(ValueError, match="got a payload on cpu; accepted: on cuda, as the dev"),
+        pytest.raises(ValueError, match="got a payload on cpu; accepted: cuda, as the dev"),
     ):
         tiers.store(handle, A, kv.of(A, 0, 4))
     assert tiers.tree.size == 0 and tiers.pools[Tier.DEVICE].used == 0

@@ -10,17 +10,17 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tenure.eviction import Session, evict
-from tenure.retention import RetentionGates
 from tenure.serving import EngineClient, LinearCosts, MemoryPool, System, ThreadedTransfer, Tier, build_system
 from tenure.serving.engine import Compression, Engine
 from tenure.serving.prompt_cache import PromptKV
 from tenure.serving.server import ApiKeys, Backend, Caller, ServerConfig, bind, build_app
 from tenure.serving.server.http_server import make_server
+
+from ..engines import gates_of
 
 PAGE, CONTEXT = 16, 2048
 TEMPLATE = (
@@ -103,9 +103,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def session(model) -> Iterator[Session]:
-    torch.manual_seed(1)
-    gates = RetentionGates.for_model(model, gate_width=8, init_std=0.5, initial_bias=2.0)
-    with evict(model, "full", gates=gates, observe=["retention"]) as session:
+    with evict(model, "full", gates=gates_of(model), observe=["retention"]) as session:
         yield session
 
 
