@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -25,10 +25,14 @@ from ..hints.formats import HintReader
 from ..hints.hint import NEUTRAL, ActionKind, Hint, HintAction, SessionAction, session_agent
 from ..request import Request as EngineRequest
 from ..request import check_name, shown
+from ..sampling.constraint import Constraint
+from ..sampling.grammar_compiler import CompiledConstraint, GrammarCompiler, GrammarRefused
+from ..sampling.grammar_config import GrammarConfig
 from ..system import System
 from ..workflow.loaders import workflow_from_json, workflow_from_yaml
 from ..workflow.spec import WorkflowSpec
-from .answers import DONE, PING, AnswerFormat, ChatFormat, CompletionFormat
+from .answer_plan import AnswerPlan, plan_chat, plan_completion, unsupported_constraint
+from .answers import PING, AnswerFormat, ChatFormat, CompletionFormat
 from .api_errors import SERVER, ApiError, bad_request, not_found, of_serving_error
 from .api_keys import ApiKeys, Caller
 from .api_requests import (
@@ -43,7 +47,7 @@ from .api_requests import (
 )
 from .call_context import read_context, workflow_key
 from .event_stream import EventStream, read_bytes, unless_disconnected
-from .generation import ClientLoads, Generation
+from .generation import ClientLoads, ClientTurns, Generation
 from .http_metrics import HttpMetrics
 from .prompts import PromptRenderer, RenderedPrompt
 from .server_config import ServerConfig
@@ -62,6 +66,7 @@ class Backend:
         tokenizer: of transformers.
         model_name: by which clients ask for the model.
         context_tokens: of prompt and answer together, by the model.
+        grammars: of the model's vocabulary, for answers of a given form; None: these are refused.
     """
 
     client: EngineClient
@@ -69,6 +74,7 @@ class Backend:
     tokenizer: Any
     model_name: str
     context_tokens: int
+    grammars: GrammarCompiler | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,15 @@ class ReadCall:
     Attributes:
         requests: the `n` answers of each prompt follow each other.
         hints: to be passed on before them.
+        answers: writes the response.
+        plan: of the answers.
     """
 
     body: GenerationBody
     requests: list[EngineRequest]
     hints: list[Hint]
+    answers: AnswerFormat
+    plan: AnswerPlan
 
 
 class Endpoints:
@@ -111,30 +121,36 @@ class Endpoints:
         self._answers = ClientLoads(config.max_client_requests, "answers")
         self._bodies = ClientLoads(config.max_client_bodies, "bodies")
         self._reader = ThreadPoolExecutor(1, "tenure-reader")
+        grammars = GrammarConfig() if backend.grammars is None else backend.grammars.config
+        self._turns = ClientTurns(grammars.max_client_compiles, ClientLoads(grammars.max_client_waiting, "grammars"))
+        self._compilers = ThreadPoolExecutor(grammars.max_compiles, "tenure-grammars")
 
     # Answers ----------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response:
         """An answer to a conversation."""
-        return await self._generate(request, ChatBody, self._read_chat, ChatFormat, "chatcmpl")
+        return await self._generate(request, ChatBody, self._plan_chat, ChatFormat, "chatcmpl")
 
     async def completion(self, request: Request) -> Response:
         """The continuation of a text."""
-        return await self._generate(request, CompletionBody, self._read_completion, CompletionFormat, "cmpl")
+        return await self._generate(request, CompletionBody, self._plan_completion, CompletionFormat, "cmpl")
 
     async def _generate(
-        self, request: Request, kind: type[GenerationBody], read_prompts: Callable[[Any], list[RenderedPrompt]],
+        self, request: Request, kind: type[GenerationBody], plan: Callable[[Any], AnswerPlan],
         format: type[AnswerFormat], prefix: str,
     ) -> Response:  # fmt: skip
         caller = self._caller(request)
         headers, id = dict(request.headers), f"{prefix}-{uuid.uuid4().hex}"
         call = await self._read_body(
-            request, caller, lambda raw: self._read_call(raw, headers, caller, kind, read_prompts, id)
+            request, caller, lambda raw: self._read_call(raw, headers, caller, kind, plan, format, id)
         )
-        answers = format(id, int(time.time()), call.body.model, self.renderer.token_text)
+        answers, requests = call.answers, call.requests
+        if call.plan.constraint is not None:
+            masks = await self._compiled(call.plan.constraint, call.plan.field, caller)
+            requests = [replace(one, sampling=masks.on(one.sampling)) for one in requests]
         for hint in call.hints:
             self.backend.client.hint(hint)
-        generation = Generation(self.backend.client, call.requests, self._answers)
+        generation = Generation(self.backend.client, requests, self._answers)
         headers = {"X-Request-Id": id}
         if call.body.stream:
             events = generation.events(self.config.ping_s)
@@ -144,6 +160,25 @@ class Endpoints:
             return EventStream(encoded, self.config.send_timeout_s, headers)
         choices = await unless_disconnected(request, self._collect(generation))
         return JSONResponse(answers.whole(choices, call.body.n or 1), headers=headers)
+
+    async def _compiled(self, constraint: Constraint, field: str | None, caller: Caller) -> CompiledConstraint:
+        """The masks of a constraint, compiled off this thread and off the engine's.
+
+        Raises:
+            ApiError: 400, it cannot be enforced; 429, too many of the client wait.
+        """
+        grammars = self.backend.grammars
+        if grammars is None or not grammars.available:
+            raise unsupported_constraint(field)
+        found = grammars.cached(constraint, caller.client)
+        if found is not None:
+            return found
+        async with self._turns.turn(caller.client):
+            loop = asyncio.get_running_loop()
+            try:
+                return await loop.run_in_executor(self._compilers, grammars.compile, constraint, caller.client)
+            except GrammarRefused as error:
+                raise bad_request(str(error), field) from None
 
     async def _collect(self, generation: Generation) -> list[AnswerEvent]:
         """The complete answers by choice."""
@@ -179,10 +214,8 @@ class Endpoints:
                     part = await anext(events)  # pyright: ignore[reportArgumentType]
                 except StopAsyncIteration:
                     break
-            if body.include_usage:
-                outputs = [one for one in generation.outputs if one is not None]
-                yield answers.usage_event(outputs, body.n or 1)
-            yield DONE
+            outputs = [one for one in generation.outputs if one is not None]
+            yield answers.end(outputs, body.n or 1, body.include_usage)
         except ServingError as error:
             yield of_serving_error(error).event()
         except Exception:
@@ -216,21 +249,23 @@ class Endpoints:
 
     def _read_call(
         self, raw: bytes, headers: dict[str, str], caller: Caller, kind: type[GenerationBody],
-        read_prompts: Callable[[Any], list[RenderedPrompt]], id: str,
+        plan_of: Callable[[Any], AnswerPlan], format: type[AnswerFormat], id: str,
     ) -> ReadCall:  # fmt: skip
         document = parse_body(raw, self.config)
         body, hints = read_body(kind, document, self.config, self._unknown_fields)
         if body.model != self.backend.model_name:
             raise self._no_model(body.model)
         body.sampling()  # its mistakes are found before the work of reading the prompt
-        prompts = read_prompts(body)
+        plan = plan_of(body)
+        prompts = plan.prompts
         requests: list[EngineRequest] = []
         found: list[Hint] = []
         for prompt in prompts:
             context = read_context(hints, headers, caller, self._hint_reader, prompt.agent)
             requests += self._requests(body, prompt, len(prompts), context.fields, f"{id}-{len(requests)}")
             found += context.hints if prompt is prompts[0] else []
-        return ReadCall(body, requests, found)
+        answers = format(id, int(time.time()), body.model, self.renderer.token_text, plan.make_parser)
+        return ReadCall(body, requests, found, answers, plan)
 
     def _requests(
         self, body: GenerationBody, prompt: RenderedPrompt, num_prompts: int, fields: dict[str, Any], id: str
@@ -250,11 +285,11 @@ class Endpoints:
             for choice in range(sampling.n)
         ]
 
-    def _read_chat(self, body: ChatBody) -> list[RenderedPrompt]:
-        return [self.renderer.chat(body.messages)]
+    def _plan_chat(self, body: ChatBody) -> AnswerPlan:
+        return plan_chat(body, self.renderer)
 
-    def _read_completion(self, body: CompletionBody) -> list[RenderedPrompt]:
-        return self.renderer.completion(body.prompt, self.config.max_choices)
+    def _plan_completion(self, body: CompletionBody) -> AnswerPlan:
+        return plan_completion(body, self.renderer, self.config.max_choices)
 
     # Models, health, metrics ------------------------------------------------------------------------------------
 

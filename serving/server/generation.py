@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 from ..client import AnswerStream, EngineClient
 from ..events import AnswerEvent
@@ -42,6 +42,37 @@ class ClientLoads:
             self._counts[client] -= count
             if not self._counts[client]:
                 del self._counts[client]
+
+
+class ClientTurns:
+    """Runs a few works of each client at a time; the others wait. Used by the event loop alone.
+
+    Args:
+        limit: of one client.
+        loads: of works that run or wait.
+    """
+
+    def __init__(self, limit: int, loads: ClientLoads) -> None:
+        self._limit, self._loads = limit, loads
+        self._turns: dict[str, tuple[asyncio.Semaphore, list[None]]] = {}  # and one item for each work
+
+    @asynccontextmanager
+    async def turn(self, client: str) -> AsyncIterator[None]:
+        """Waits for a turn of `client`, which ends with the block.
+
+        Raises:
+            ApiError: 429, too many wait.
+        """
+        with self._loads.admitted(client, 1):
+            semaphore, works = self._turns.setdefault(client, (asyncio.Semaphore(self._limit), []))
+            works.append(None)
+            try:
+                async with semaphore:
+                    yield
+            finally:
+                works.pop()
+                if not works:
+                    del self._turns[client]
 
 
 class Generation:
