@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from .cache_report import CacheReport
 from .kvcache.radix_tree import read_token_ids
 from .sampling.params import FinishedBy, SamplingParams
 
@@ -94,6 +95,7 @@ class Request:
         expected_tokens: expected length of the answer, charged by the fair queue until the real length is known;
             None: `max_new_tokens`.
         sampling: how an engine chooses the answer's tokens, and what ends it; greedy by default.
+        explain_cache: its output tells what of the prompt was reused, and why the rest was not (`RequestOutput.cache`).
 
     Raises:
         ValueError: a field is outside these ranges.
@@ -114,6 +116,7 @@ class Request:
     bytes_per_token: int | None = None
     expected_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    explain_cache: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.id, "a request")
@@ -139,6 +142,8 @@ class Request:
             raise ValueError(f"got store_policy={shown(self.store_policy)} for a request; accepted: a StorePolicy")
         if not isinstance(self.sampling, SamplingParams):
             raise ValueError(f"got sampling={shown(self.sampling)} for a request; accepted: SamplingParams")
+        if not isinstance(self.explain_cache, bool):
+            raise ValueError(f"got explain_cache={shown(self.explain_cache)} for a request; accepted: True or False")
         prompt = read_token_ids(self.prompt)
         if not len(prompt):
             raise ValueError(f"the request {self.id!r} has an empty prompt; accepted: one token or more")
@@ -191,6 +196,8 @@ class RequestOutput:
         recomputed_tokens: tokens that were cached below the device but recomputed, as that was faster than loading.
         num_preemptions: how often its memory was given to other requests, and it was computed anew later.
         finished_by: how the answer ended by itself; None: it did not, e.g. it has `max_new_tokens`.
+        cache: what of the prompt was reused, and why the rest was computed; None unless the request asked for it
+            (`explain_cache`) and was admitted.
     """
 
     request: Request
@@ -206,3 +213,4 @@ class RequestOutput:
     recomputed_tokens: int
     num_preemptions: int
     finished_by: FinishedBy | None = None
+    cache: CacheReport | None = None

@@ -41,6 +41,7 @@ from .api_requests import (
     read_body,
     require_whole_characters,
 )
+from .cache_explanation import is_asked_for
 from .call_context import read_context, workflow_key
 from .event_stream import EventStream, read_bytes, unless_disconnected
 from .generation import ClientLoads, Generation
@@ -228,7 +229,8 @@ class Endpoints:
         found: list[Hint] = []
         for prompt in prompts:
             context = read_context(hints, headers, caller, self._hint_reader, prompt.agent)
-            requests += self._requests(body, prompt, len(prompts), context.fields, f"{id}-{len(requests)}")
+            fields = context.fields | {"explain_cache": is_asked_for(body.explain_cache, headers)}
+            requests += self._requests(body, prompt, len(prompts), fields, f"{id}-{len(requests)}")
             found += context.hints if prompt is prompts[0] else []
         return ReadCall(body, requests, found)
 
