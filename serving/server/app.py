@@ -304,7 +304,7 @@ class Endpoints:
         return self._declared(spec, added=True)
 
     async def replace_workflow(self, request: Request) -> Response:
-        """Declares or changes a workflow of the client; one that has the same agents and edges goes on as it is."""
+        """Declares or changes a workflow of the client; one that has the same agents and edges is kept as it is."""
         caller, name = self._caller(request), request.path_params["name"]
         spec = await self._read_workflow(request, caller)
         if spec.name != name:

@@ -100,7 +100,7 @@ class StepGraph:
 
     @locked
     def replace_workflow(self, spec: WorkflowSpec, name: str | None = None, client: str = "") -> bool:
-        """As `add_workflow`, but a workflow of that name which has the same agents, joins and edges goes on as it is,
+        """As `add_workflow`, but a workflow of that name which has the same agents, joins and edges is kept as it is,
         with its calls in progress and habits; any other one of that name ends first.
 
         Returns:
