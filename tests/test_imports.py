@@ -73,6 +73,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("workflow/markov", "workflow/plot", "workflow/__init__"),
         ("hints",),
         ("conversations",),
+        ("session_tree",),
         ("prediction",),
         ("prefetch",),
         ("scheduler",),
