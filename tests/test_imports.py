@@ -75,6 +75,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("workflow/markov", "workflow/plot", "workflow/__init__"),
         ("hints",),
         ("conversations",),
+        ("session_tree",),
         ("prediction", "client_namespaces"),
         ("prefetch",),
         ("scheduler",),

@@ -44,9 +44,10 @@ from .api_requests import (
 from .cache_explanation import is_asked_for
 from .call_context import read_context, workflow_key
 from .event_stream import EventStream, read_bytes, unless_disconnected
-from .generation import ClientLoads, Generation
+from .generation import Generation
 from .http_metrics import HttpMetrics
 from .prompts import PromptRenderer, RenderedPrompt
+from .quotas import ClientLoads, Quotas
 from .server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -90,11 +91,13 @@ class ReadCall:
     Attributes:
         requests: the `n` answers of each prompt follow each other.
         hints: to be passed on before them.
+        last_hints: to be passed on when they have ended.
     """
 
     body: GenerationBody
     requests: list[EngineRequest]
     hints: list[Hint]
+    last_hints: list[Hint]
 
 
 class Endpoints:
@@ -106,10 +109,10 @@ class Endpoints:
     def __init__(self, backend: Backend, keys: ApiKeys, config: ServerConfig) -> None:
         self.backend, self.keys, self.config = backend, keys, config
         self.renderer = PromptRenderer(backend.tokenizer, backend.system.tiers.page_size)
-        self.metrics = HttpMetrics(backend.client, backend.system)
+        self.metrics = HttpMetrics(backend.client, backend.system, config.max_metric_clients)
         self._hint_reader = HintReader()
         self._unknown_fields = UnknownFields(config.max_warned_fields)
-        self._answers = ClientLoads(config.max_client_requests, "answers")
+        self._quotas = Quotas(keys.limits, config.max_client_requests)
         self._bodies = ClientLoads(config.max_client_bodies, "bodies")
         self._reader = ThreadPoolExecutor(1, "tenure-reader")
 
@@ -135,16 +138,15 @@ class Endpoints:
         answers = format(id, int(time.time()), call.body.model, self.renderer.token_text)
         for hint in call.hints:
             self.backend.client.hint(hint)
-        generation = Generation(self.backend.client, call.requests, self._answers)
-        headers = {"X-Request-Id": id}
+        generation = Generation(self.backend.client, call.requests, self._quotas, call.last_hints)
         if call.body.stream:
             events = generation.events(self.config.ping_s)
             # The status is sent after the first event (or ping), so that a refusal by the engine still has its own.
             first = await unless_disconnected(request, anext(events))  # pyright: ignore[reportArgumentType]
             encoded = self._encoded(first, events, generation, answers, call.body)
-            return EventStream(encoded, self.config.send_timeout_s, headers)
+            return EventStream(encoded, self.config.send_timeout_s, {"X-Request-Id": id} | generation.headers)
         choices = await unless_disconnected(request, self._collect(generation))
-        return JSONResponse(answers.whole(choices, call.body.n or 1), headers=headers)
+        return JSONResponse(answers.whole(choices, call.body.n or 1), headers={"X-Request-Id": id} | generation.headers)
 
     async def _collect(self, generation: Generation) -> list[AnswerEvent]:
         """The complete answers by choice."""
@@ -226,13 +228,14 @@ class Endpoints:
         body.sampling()  # its mistakes are found before the work of reading the prompt
         prompts = read_prompts(body)
         requests: list[EngineRequest] = []
-        found: list[Hint] = []
+        first: list[Hint] = []
+        last: list[Hint] = []
         for prompt in prompts:
-            context = read_context(hints, headers, caller, self._hint_reader, prompt.agent)
+            context = read_context(hints, headers, caller, self._hint_reader, prompt.agent, body.cache_salt)
             fields = context.fields | {"explain_cache": is_asked_for(body.explain_cache, headers)}
             requests += self._requests(body, prompt, len(prompts), fields, f"{id}-{len(requests)}")
-            found += context.hints if prompt is prompts[0] else []
-        return ReadCall(body, requests, found)
+            first, last = first or context.hints, last or context.last_hints
+        return ReadCall(body, requests, first, last)
 
     def _requests(
         self, body: GenerationBody, prompt: RenderedPrompt, num_prompts: int, fields: dict[str, Any], id: str
@@ -244,6 +247,9 @@ class Endpoints:
             raise bad_request(f"got {given}; accepted: up to {config.max_choices} answers", "n")
         default = config.default_max_tokens if isinstance(body, ChatBody) else config.default_completion_tokens
         room = max(1, self.backend.context_tokens - len(prompt.ids))
+        quota = self.keys.limits(fields["client"]).tokens_per_min
+        if quota is not None:  # of which all answers to all prompts have their share
+            room = max(1, min(room, (quota // num_prompts - len(prompt.ids)) // sampling.n))
         fields = {"fixed_tokens": prompt.fixed_tokens} | fields
         return [
             EngineRequest(
@@ -397,6 +403,7 @@ class Endpoints:
             ApiError: 401, no known key; 403, see `_require_same_origin`.
         """
         caller = self.keys.caller(request.headers.get("authorization"))
+        request.state.client = caller.client  # for the metrics
         self._require_same_origin(request)
         return caller
 
@@ -446,7 +453,7 @@ class Gateway:
                 await self._app(scope, receive, noting)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            metrics.requests.labels(route, str(status)).inc()
+            metrics.observe_request(route, status, scope.get("state", {}).get("client"))
 
 
 def build_app(backend: Backend, keys: ApiKeys | None = None, config: ServerConfig | None = None) -> FastAPI:
