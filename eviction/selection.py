@@ -151,9 +151,9 @@ def _compete_in_groups(
 ) -> list[torch.Tensor]:
     """Keeps the best entries of each group of heads, the row or a layer; `allowed[row]`: how many, None keeps all."""
     if scope == "global":
-        return _compete(scores, positions, [groups and groups[0] for groups in allowed])
+        return _compete(scores, positions, [None if groups is None else groups[0] for groups in allowed])
     return [
-        _compete([score], [place], [groups and groups[index] for groups in allowed])[0]
+        _compete([score], [place], [None if groups is None else groups[index] for groups in allowed])[0]
         for index, (score, place) in enumerate(zip(scores, positions, strict=True))
     ]
 

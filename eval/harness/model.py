@@ -114,8 +114,8 @@ class Evicting(_Hf):
             found = answers.get(SETTINGS_KEY) if len(answers) else text
             if found != text:
                 raise ValueError(
-                    f"got a --use_cache with answers of {_difference(found, self.settings)}; accepted: a cache of these "
-                    "settings, or a path of its own"
+                    f"got a --use_cache with answers of {_difference(found, self.settings)}; accepted: a cache of "
+                    "these settings, or a path of its own"
                 )
             answers[SETTINGS_KEY] = text
         super().set_cache_hook(cache_hook)
