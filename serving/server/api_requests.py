@@ -65,6 +65,7 @@ class GenerationBody(ABC):
         stop: a text, or up to 16, that end the answer.
         min_tokens: `SamplingParams.min_new_tokens`, by vLLM's name.
         n: answers to each prompt.
+        explain_cache: each answer tells what of its prompt was reused, and why the rest was not.
     """
 
     model: Annotated[str, Size(1, MAX_NAME)]
@@ -85,6 +86,7 @@ class GenerationBody(ABC):
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Range(0, MAX_NUMBER)] | None = None
+    explain_cache: bool | None = None
 
     @property
     def include_usage(self) -> bool:

@@ -8,11 +8,10 @@ from typing import Any
 
 from ..hints.formats import HintReader, request_fields
 from ..hints.hint import Hint
-from ..request import check_name
+from ..request import MAX_WORKFLOW_NAME, check_name
 from .api_keys import Caller
 from .api_requests import HINT_FIELDS
 
-MAX_WORKFLOW_NAME = 128  # characters; inside the graph the client's name precedes it
 HEADERS = {
     "agent": ("x-tenure-agent",),
     "workflow": ("x-tenure-workflow",),
