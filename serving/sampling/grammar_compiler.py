@@ -221,14 +221,10 @@ class GrammarCompiler:
             GrammarRefused: the library refuses the source, or the child was ended.
         """
         config, begun = self.config, time.perf_counter()
-        for attempt in range(2):
-            worker = self._worker(library)
-            try:
-                connection = worker.connect()
-                break
-            except OSError:  # it was ended from outside
-                if attempt:
-                    raise RuntimeError(f"the process that compiles grammars with {library} has ended") from None
+        try:
+            connection = self._worker(library).connect()
+        except OSError:  # it was ended from outside just now
+            connection = self._worker(library).connect()
         with connection:
             connection.settimeout(config.compile_s + config.start_s)
             try:

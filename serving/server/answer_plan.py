@@ -9,7 +9,6 @@ from functools import partial
 from ..sampling.constraint import Concatenation, Constraint, FixedText, Maybe, OneOf, Regex, TextUntil
 from ..sampling.stop import StopChecker
 from .answer_parsers import AnswerParser, ReasoningParser, TemplateParser, TextParser
-from .api_errors import bad_request
 from .api_requests import ChatBody, CompletionBody
 from .prompts import PromptRenderer, RenderedPrompt
 from .tool_calls import FunctionSpec, NamedTool, chosen_functions
@@ -108,11 +107,3 @@ def _parser_factory(
         return of_calls
     opened = prompt.thinking
     return lambda: ReasoningParser(of_calls(), opened)
-
-
-def unsupported_constraint(field: str | None) -> Exception:
-    """Status 400: the server has no library for constraints."""
-    return bad_request(
-        f"{field or 'a constraint'} is not supported by this server, which has neither xgrammar nor llguidance",
-        field, "unsupported_parameter",
-    )  # fmt: skip

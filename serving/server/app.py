@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -25,13 +25,11 @@ from ..hints.formats import HintReader
 from ..hints.hint import NEUTRAL, ActionKind, Hint, HintAction, SessionAction, session_agent
 from ..request import Request as EngineRequest
 from ..request import check_name, shown
-from ..sampling.constraint import Constraint
-from ..sampling.grammar_compiler import CompiledConstraint, GrammarCompiler, GrammarRefused
-from ..sampling.grammar_config import GrammarConfig
+from ..sampling.grammar_compiler import GrammarCompiler
 from ..system import System
 from ..workflow.loaders import workflow_from_json, workflow_from_yaml
 from ..workflow.spec import WorkflowSpec
-from .answer_plan import AnswerPlan, plan_chat, plan_completion, unsupported_constraint
+from .answer_plan import AnswerPlan, plan_chat, plan_completion
 from .answers import PING, AnswerFormat, ChatFormat, CompletionFormat
 from .api_errors import SERVER, ApiError, bad_request, not_found, of_serving_error
 from .api_keys import ApiKeys, Caller
@@ -45,11 +43,14 @@ from .api_requests import (
     read_body,
     require_whole_characters,
 )
+from .cache_explanation import is_asked_for
 from .call_context import read_context, workflow_key
+from .constraint_masks import ConstraintMasks
 from .event_stream import EventStream, read_bytes, unless_disconnected
-from .generation import ClientLoads, ClientTurns, Generation
+from .generation import Generation
 from .http_metrics import HttpMetrics
 from .prompts import PromptRenderer, RenderedPrompt
+from .quotas import ClientLoads, Quotas
 from .server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class ReadCall:
     Attributes:
         requests: the `n` answers of each prompt follow each other.
         hints: to be passed on before them.
+        last_hints: to be passed on when they have ended.
         answers: writes the response.
         plan: of the answers.
     """
@@ -102,6 +104,7 @@ class ReadCall:
     body: GenerationBody
     requests: list[EngineRequest]
     hints: list[Hint]
+    last_hints: list[Hint]
     answers: AnswerFormat
     plan: AnswerPlan
 
@@ -115,15 +118,13 @@ class Endpoints:
     def __init__(self, backend: Backend, keys: ApiKeys, config: ServerConfig) -> None:
         self.backend, self.keys, self.config = backend, keys, config
         self.renderer = PromptRenderer(backend.tokenizer, backend.system.tiers.page_size)
-        self.metrics = HttpMetrics(backend.client, backend.system)
+        self.metrics = HttpMetrics(backend.client, backend.system, config.max_metric_clients)
         self._hint_reader = HintReader()
         self._unknown_fields = UnknownFields(config.max_warned_fields)
-        self._answers = ClientLoads(config.max_client_requests, "answers")
+        self._quotas = Quotas(keys.limits, config.max_client_requests)
         self._bodies = ClientLoads(config.max_client_bodies, "bodies")
         self._reader = ThreadPoolExecutor(1, "tenure-reader")
-        grammars = GrammarConfig() if backend.grammars is None else backend.grammars.config
-        self._turns = ClientTurns(grammars.max_client_compiles, ClientLoads(grammars.max_client_waiting, "grammars"))
-        self._compilers = ThreadPoolExecutor(grammars.max_compiles, "tenure-grammars")
+        self._masks = ConstraintMasks(backend.grammars)
 
     # Answers ----------------------------------------------------------------------------------------------------
 
@@ -146,39 +147,19 @@ class Endpoints:
         )
         answers, requests = call.answers, call.requests
         if call.plan.constraint is not None:
-            masks = await self._compiled(call.plan.constraint, call.plan.field, caller)
+            masks = await self._masks.compiled(call.plan.constraint, call.plan.field, caller.client)
             requests = [replace(one, sampling=masks.on(one.sampling)) for one in requests]
         for hint in call.hints:
             self.backend.client.hint(hint)
-        generation = Generation(self.backend.client, requests, self._answers)
-        headers = {"X-Request-Id": id}
+        generation = Generation(self.backend.client, requests, self._quotas, call.last_hints)
         if call.body.stream:
             events = generation.events(self.config.ping_s)
             # The status is sent after the first event (or ping), so that a refusal by the engine still has its own.
             first = await unless_disconnected(request, anext(events))  # pyright: ignore[reportArgumentType]
             encoded = self._encoded(first, events, generation, answers, call.body)
-            return EventStream(encoded, self.config.send_timeout_s, headers)
+            return EventStream(encoded, self.config.send_timeout_s, {"X-Request-Id": id} | generation.headers)
         choices = await unless_disconnected(request, self._collect(generation))
-        return JSONResponse(answers.whole(choices, call.body.n or 1), headers=headers)
-
-    async def _compiled(self, constraint: Constraint, field: str | None, caller: Caller) -> CompiledConstraint:
-        """The masks of a constraint, compiled off this thread and off the engine's.
-
-        Raises:
-            ApiError: 400, it cannot be enforced; 429, too many of the client wait.
-        """
-        grammars = self.backend.grammars
-        if grammars is None or not grammars.available:
-            raise unsupported_constraint(field)
-        found = grammars.cached(constraint, caller.client)
-        if found is not None:
-            return found
-        async with self._turns.turn(caller.client):
-            loop = asyncio.get_running_loop()
-            try:
-                return await loop.run_in_executor(self._compilers, grammars.compile, constraint, caller.client)
-            except GrammarRefused as error:
-                raise bad_request(str(error), field) from None
+        return JSONResponse(answers.whole(choices, call.body.n or 1), headers={"X-Request-Id": id} | generation.headers)
 
     async def _collect(self, generation: Generation) -> list[AnswerEvent]:
         """The complete answers by choice."""
@@ -259,13 +240,15 @@ class Endpoints:
         plan = plan_of(body)
         prompts = plan.prompts
         requests: list[EngineRequest] = []
-        found: list[Hint] = []
+        first: list[Hint] = []
+        last: list[Hint] = []
         for prompt in prompts:
-            context = read_context(hints, headers, caller, self._hint_reader, prompt.agent)
-            requests += self._requests(body, prompt, len(prompts), context.fields, f"{id}-{len(requests)}")
-            found += context.hints if prompt is prompts[0] else []
+            context = read_context(hints, headers, caller, self._hint_reader, prompt.agent, body.cache_salt)
+            fields = context.fields | {"explain_cache": is_asked_for(body.explain_cache, headers)}
+            requests += self._requests(body, prompt, len(prompts), fields, f"{id}-{len(requests)}")
+            first, last = first or context.hints, last or context.last_hints
         answers = format(id, int(time.time()), body.model, self.renderer.token_text, plan.make_parser)
-        return ReadCall(body, requests, found, answers, plan)
+        return ReadCall(body, requests, first, last, answers, plan)
 
     def _requests(
         self, body: GenerationBody, prompt: RenderedPrompt, num_prompts: int, fields: dict[str, Any], id: str
@@ -277,6 +260,9 @@ class Endpoints:
             raise bad_request(f"got {given}; accepted: up to {config.max_choices} answers", "n")
         default = config.default_max_tokens if isinstance(body, ChatBody) else config.default_completion_tokens
         room = max(1, self.backend.context_tokens - len(prompt.ids))
+        quota = self.keys.limits(fields["client"]).tokens_per_min
+        if quota is not None:  # of which all answers to all prompts have their share
+            room = max(1, min(room, (quota // num_prompts - len(prompt.ids)) // sampling.n))
         fields = {"fixed_tokens": prompt.fixed_tokens} | fields
         return [
             EngineRequest(
@@ -332,17 +318,41 @@ class Endpoints:
     async def add_workflow(self, request: Request) -> Response:
         """Declares a workflow of the client, in JSON or YAML."""
         caller = self._caller(request)
-        in_yaml = "yaml" in request.headers.get("content-type", "")
-        spec = await self._read_body(request, caller, lambda raw: self._workflow(raw, in_yaml))
+        spec = await self._read_workflow(request, caller)
+        await self._declare(self.backend.client.add_workflow, spec, caller)
+        return self._declared(spec, added=True)
+
+    async def replace_workflow(self, request: Request) -> Response:
+        """Declares or changes a workflow of the client; one that has the same agents and edges is kept as it is."""
+        caller, name = self._caller(request), request.path_params["name"]
+        spec = await self._read_workflow(request, caller)
+        if spec.name != name:
+            raise bad_request(f"got the workflow {shown(spec.name)} for {shown(name)}; accepted: the name in the path")
+        added = await self._declare(self.backend.client.replace_workflow, spec, caller)
+        return self._declared(spec, added)
+
+    async def _declare(self, method: Callable[..., Future[Any]], spec: WorkflowSpec, caller: Caller) -> Any:
+        """The result of the engine's `method` for a workflow of the caller.
+
+        Raises:
+            ApiError: 400, the step graph does not accept the workflow.
+        """
         name = await self._read(lambda: workflow_key(spec.name, caller))
         try:
-            await asyncio.wrap_future(self.backend.client.add_workflow(spec, name, caller.client))
+            return await asyncio.wrap_future(method(spec, name, caller.client))
         except ValueError as error:
             if isinstance(error, ServingError):
                 raise
             raise bad_request(str(error).replace(name, spec.name)) from None
+
+    @staticmethod
+    def _declared(spec: WorkflowSpec, added: bool) -> Response:
         agents = [agent.name for agent in spec.agents]
-        return JSONResponse({"id": spec.name, "object": "workflow", "agents": agents}, 201)
+        return JSONResponse({"id": spec.name, "object": "workflow", "agents": agents}, 201 if added else 200)
+
+    async def _read_workflow(self, request: Request, caller: Caller) -> WorkflowSpec:
+        in_yaml = "yaml" in request.headers.get("content-type", "")
+        return await self._read_body(request, caller, lambda raw: self._workflow(raw, in_yaml))
 
     def _workflow(self, raw: bytes, in_yaml: bool) -> WorkflowSpec:
         if in_yaml and len(raw) > self.config.max_yaml_bytes:
@@ -406,6 +416,7 @@ class Endpoints:
             ApiError: 401, no known key; 403, see `_require_same_origin`.
         """
         caller = self.keys.caller(request.headers.get("authorization"))
+        request.state.client = caller.client  # for the metrics
         self._require_same_origin(request)
         return caller
 
@@ -455,7 +466,7 @@ class Gateway:
                 await self._app(scope, receive, noting)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            metrics.requests.labels(route, str(status)).inc()
+            metrics.observe_request(route, status, scope.get("state", {}).get("client"))
 
 
 def build_app(backend: Backend, keys: ApiKeys | None = None, config: ServerConfig | None = None) -> FastAPI:
@@ -476,6 +487,7 @@ def build_app(backend: Backend, keys: ApiKeys | None = None, config: ServerConfi
         ("GET", "/health", endpoints.health),
         ("GET", "/metrics", endpoints.metrics_text),
         ("POST", "/v1/workflows", endpoints.add_workflow),
+        ("PUT", "/v1/workflows/{name:path}", endpoints.replace_workflow),
         ("DELETE", "/v1/workflows/{name:path}", endpoints.end_workflow),
         ("DELETE", "/v1/sessions/{id:path}", endpoints.end_session),
         ("PUT", "/v1/sessions/{id:path}", endpoints.keep_session),

@@ -94,23 +94,6 @@ def test_bad_chats_are_refused_and_the_server_goes_on(served):
     assert served.post("/chat/completions", CHAT).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("functions", [{}]),
-        ("function_call", {"name": "f"}),
-        ("guided_decoding_backend", "outlines"),
-        ("modalities", ["text", "audio"]),
-        ("audio", {"voice": "x"}),
-        ("prediction", {"type": "content"}),
-        ("web_search_options", {}),
-        ("chat_template", "{{ 1 }}"),
-        ("structural_tag", {}),
-        ("best_of", 2),
-        ("echo", True),
-        ("suffix", "x"),
-    ],
-)
 def schema_format(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
@@ -159,6 +142,23 @@ def test_bad_tools_and_forms_are_refused_and_the_server_goes_on(served):
     assert check(served.post("/completions", body), 400, "tools is not supported")["param"] == "tools"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("functions", [{}]),
+        ("function_call", {"name": "f"}),
+        ("guided_decoding_backend", "outlines"),
+        ("modalities", ["text", "audio"]),
+        ("audio", {"voice": "x"}),
+        ("prediction", {"type": "content"}),
+        ("web_search_options", {}),
+        ("chat_template", "{{ 1 }}"),
+        ("structural_tag", {}),
+        ("best_of", 2),
+        ("echo", True),
+        ("suffix", "x"),
+    ],
+)
 def test_unsupported_fields_are_refused_by_name(served, field, value):
     error = check(served.post("/chat/completions", with_fields(**{field: value})), 400, f"{field} is not supported")
     assert error["param"] == field and error["code"] == "unsupported_parameter"
@@ -316,8 +316,14 @@ def test_a_full_queue_is_status_429(serve):
     from tenure.serving import SchedulerConfig
 
     served = serve(scheduler_config=SchedulerConfig(max_queued_requests=1))
-    held = threading.Event()
-    served.engine.between = held.wait
+    held, waits = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        waits.set()
+        held.wait()
+
+    served.engine.between = hold
+    assert waits.wait(20), "the engine takes all requests together"
     answers: list[httpx.Response] = []
     threads = [
         threading.Thread(target=lambda: answers.append(served.post("/chat/completions", CHAT))) for _ in range(4)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tenure.serving.server import ApiKeys
+from tenure.serving.server.api_keys import QUOTAS
 from tenure.serving.server.api_requests import HINT_FIELDS
-from tenure.serving.server.call_context import HEADERS
+from tenure.serving.server.call_context import HEADERS, LAST_CALL
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "guides" / "serve-http.md").read_text()
 
@@ -35,5 +37,15 @@ def test_the_snippet_of_ones_own_process_runs(served):
 
 def test_the_tables_are_complete():
     assert dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", GUIDE, re.MULTILINE)) == HINT_FIELDS
-    named = {name.lower() for name in re.findall(r"`(X-[\w-]+)`", GUIDE)}
-    assert named == {name for names in HEADERS.values() for name in names}
+    named = {name.lower() for name in re.findall(r"`((?:X-|Thread-)[\w-]+)`", GUIDE)}
+    assert named == {name for names in (*HEADERS.values(), LAST_CALL) for name in names}
+    options = {name for name in re.findall(r"^\| `(\w+)` \| (?!`)", GUIDE, re.MULTILINE)}
+    assert options >= set(QUOTAS)
+
+
+def test_the_file_of_keys_is_read(tmp_path):
+    (text,) = re.findall(r"```text\n(# client.*?)```", GUIDE, re.DOTALL)
+    path = tmp_path / "keys"
+    path.write_text(text)
+    keys = ApiKeys.from_file(path)
+    assert keys.caller("Bearer sk-7d15e0c6b3f24a98a1b2").share == "lab" and keys.limits("team-a").concurrency == 32
