@@ -12,6 +12,7 @@ from ..request import RequestOutput
 from ..sampling.sampler import TokenLogprobs
 from ..sampling.stop import REPLACEMENT
 from .answer_parsers import AnswerDelta, AnswerParser, CallDelta, TextParser
+from .api_errors import ApiError
 from .cache_explanation import explanation
 
 PING = b": ping\n\n"  # a comment, which clients skip
@@ -66,27 +67,49 @@ class AnswerFormat(ABC):
         created: seconds since 1970.
         token_text: a token's own text.
         make_parser: of one answer, which finds reasoning and tool calls.
+        request: the body that is answered.
     """
+
+    def __init__(
+        self, id: str, created: int, model: str, token_text: Callable[[int], str],
+        make_parser: Callable[[], AnswerParser] = TextParser, request: Any = None,
+    ) -> None:  # fmt: skip
+        self.id, self._token_text, self._make_parser, self._request = id, token_text, make_parser, request
+        self._base = {"id": id, "created": created, "model": model}
+
+    @abstractmethod
+    def whole(self, choices: Sequence[AnswerEvent], n: int) -> dict[str, Any]:
+        """The response of a request without a stream, from the complete answers."""
+
+    @abstractmethod
+    def events(self, choice: int, event: AnswerEvent) -> bytes:
+        """The events of a stream for a part of an answer."""
+
+    @abstractmethod
+    def end(self, outputs: Sequence[RequestOutput], n: int, include_usage: bool) -> bytes:
+        """The last events of a stream."""
+
+    def error(self, error: ApiError) -> bytes:
+        """The last event of a stream that has failed."""
+        return error.event()
+
+
+class ChoicesFormat(AnswerFormat):
+    """A response with a choice for each answer."""
 
     whole_object: str
     chunk_object: str
 
-    def __init__(
-        self, id: str, created: int, model: str, token_text: Callable[[int], str],
-        make_parser: Callable[[], AnswerParser] = TextParser,
-    ) -> None:  # fmt: skip
-        self.id, self._token_text, self._make_parser = id, token_text, make_parser
-        self._base = {"id": id, "created": created, "model": model}
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._offsets: dict[int, int] = {}  # characters of the answer so far, by choice
 
     def whole(self, choices: Sequence[AnswerEvent], n: int) -> dict[str, Any]:
-        """The response of a request without a stream, from the complete answers."""
         outputs = [one.output for one in choices if one.output is not None]
         found = [self._whole_choice(number, one) | explanation(one.output) for number, one in enumerate(choices)]
         return self._base | {"object": self.whole_object, "choices": found, "usage": usage(outputs, n)}
 
     def events(self, choice: int, event: AnswerEvent) -> bytes:
-        """The events of a stream for a part of an answer."""
         first = choice not in self._offsets
         found = self._chunk_choices(choice, event, first)
         if event.output is not None:
@@ -99,7 +122,6 @@ class AnswerFormat(ABC):
         return self._event([], usage=usage(outputs, n))
 
     def end(self, outputs: Sequence[RequestOutput], n: int, include_usage: bool) -> bytes:
-        """The last events of a stream."""
         return (self.usage_event(outputs, n) if include_usage else b"") + DONE
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
@@ -115,7 +137,7 @@ class AnswerFormat(ABC):
         """A part of an answer, as the choices of one event each."""
 
 
-class ChatFormat(AnswerFormat):
+class ChatFormat(ChoicesFormat):
     """Of `/v1/chat/completions`."""
 
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
@@ -191,7 +213,7 @@ class ChatFormat(AnswerFormat):
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if known else None}
 
 
-class CompletionFormat(AnswerFormat):
+class CompletionFormat(ChoicesFormat):
     """Of `/v1/completions`."""
 
     whole_object = chunk_object = "text_completion"

@@ -67,8 +67,16 @@ class StreamOptions:
     include_obfuscation: bool | None = None
 
 
-class ApiBody:
+class ApiBody(ABC):
     """A body, as `read_body` reads it."""
+
+    @abstractmethod
+    def generation(self) -> GenerationBody:
+        """What is to be computed.
+
+        Raises:
+            ValueError: a field of another form.
+        """
 
     @classmethod
     def unsupported(cls) -> dict[str, tuple[Any, ...]]:
@@ -77,7 +85,7 @@ class ApiBody:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationBody(ApiBody, ABC):
+class GenerationBody(ApiBody):
     """Fields that chats and completions share. null is the default; sampling fields are those of `SamplingParams`.
 
     Attributes:
@@ -116,6 +124,9 @@ class GenerationBody(ApiBody, ABC):
     guided_grammar: str | None = None
     explain_cache: bool | None = None
     cache_salt: Annotated[str, Size(1, MAX_NAME)] | None = None
+
+    def generation(self) -> GenerationBody:
+        return self
 
     @property
     def include_usage(self) -> bool:

@@ -34,6 +34,7 @@ from .answers import PING, AnswerFormat, ChatFormat, CompletionFormat
 from .api_errors import SERVER, ApiError, bad_request, not_found, of_serving_error
 from .api_keys import ApiKeys, Caller
 from .api_requests import (
+    ApiBody,
     ChatBody,
     CompletionBody,
     GenerationBody,
@@ -51,6 +52,8 @@ from .generation import Generation
 from .http_metrics import HttpMetrics
 from .prompts import PromptRenderer, RenderedPrompt
 from .quotas import ClientLoads, Quotas
+from .responses_body import ResponsesBody
+from .responses_format import ResponsesFormat
 from .server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -132,12 +135,22 @@ class Endpoints:
         """An answer to a conversation."""
         return await self._generate(request, ChatBody, self._plan_chat, ChatFormat, "chatcmpl")
 
+    async def response(self, request: Request) -> Response:
+        """An answer in the form of OpenAI's responses; nothing is stored."""
+        return await self._generate(request, ResponsesBody, self._plan_chat, ResponsesFormat, "resp")
+
+    async def no_stored_response(self, request: Request) -> Response:
+        """404: responses are not stored."""
+        self._caller(request)
+        id = request.path_params["id"]
+        raise not_found(f"got {shown(id)} as a response; accepted: none, as responses are not stored")
+
     async def completion(self, request: Request) -> Response:
         """The continuation of a text."""
         return await self._generate(request, CompletionBody, self._plan_completion, CompletionFormat, "cmpl")
 
     async def _generate(
-        self, request: Request, kind: type[GenerationBody], plan: Callable[[Any], AnswerPlan],
+        self, request: Request, kind: type[ApiBody], plan: Callable[[Any], AnswerPlan],
         format: type[AnswerFormat], prefix: str,
     ) -> Response:  # fmt: skip
         caller = self._caller(request)
@@ -198,10 +211,10 @@ class Endpoints:
             outputs = [one for one in generation.outputs if one is not None]
             yield answers.end(outputs, body.n or 1, body.include_usage)
         except ServingError as error:
-            yield of_serving_error(error).event()
+            yield answers.error(of_serving_error(error))
         except Exception:
             logger.exception("the stream %s has failed", answers.id)
-            yield internal_error().event()
+            yield answers.error(internal_error())
         finally:
             await events.aclose()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -229,11 +242,12 @@ class Endpoints:
             raise bad_request(str(error)) from None
 
     def _read_call(
-        self, raw: bytes, headers: dict[str, str], caller: Caller, kind: type[GenerationBody],
+        self, raw: bytes, headers: dict[str, str], caller: Caller, kind: type[ApiBody],
         plan_of: Callable[[Any], AnswerPlan], format: type[AnswerFormat], id: str,
     ) -> ReadCall:  # fmt: skip
         document = parse_body(raw, self.config)
-        body, hints = read_body(kind, document, self.config, self._unknown_fields)
+        given, hints = read_body(kind, document, self.config, self._unknown_fields)
+        body = given.generation()
         if body.model != self.backend.model_name:
             raise self._no_model(body.model)
         body.sampling()  # its mistakes are found before the work of reading the prompt
@@ -247,7 +261,7 @@ class Endpoints:
             fields = context.fields | {"explain_cache": is_asked_for(body.explain_cache, headers)}
             requests += self._requests(body, prompt, len(prompts), fields, f"{id}-{len(requests)}")
             first, last = first or context.hints, last or context.last_hints
-        answers = format(id, int(time.time()), body.model, self.renderer.token_text, plan.make_parser)
+        answers = format(id, int(time.time()), body.model, self.renderer.token_text, plan.make_parser, given)
         return ReadCall(body, requests, first, last, answers, plan)
 
     def _requests(
@@ -482,6 +496,8 @@ def build_app(backend: Backend, keys: ApiKeys | None = None, config: ServerConfi
     routes: list[tuple[str, str, Callable[..., Any]]] = [
         ("POST", "/v1/chat/completions", endpoints.chat),
         ("POST", "/v1/completions", endpoints.completion),
+        ("POST", "/v1/responses", endpoints.response),
+        ("GET", "/v1/responses/{id:path}", endpoints.no_stored_response),
         ("GET", "/v1/models", endpoints.models),
         ("GET", "/v1/models/{name:path}", endpoints.model),
         ("GET", "/health", endpoints.health),
