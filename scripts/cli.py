@@ -114,7 +114,7 @@ COMMANDS: dict[str, Command] = {
     "simulate": Command(
         "simulate", "SimulateConfig", "Replay published set-ups, studies and traces of serving on a virtual clock"
     ),
-    "soak": Command("soak.run_soak", "SoakConfig", "Random load with fault injection on tiers, prefetch and scheduler"),
+    "soak": Command("soak.run_soak", "SoakConfig", "Random load with faults on tiers, prefetch, scheduler and engine"),
 }
 
 USAGE_ERROR = 2
