@@ -121,6 +121,48 @@ def test_a_session_is_kept_and_ended(served):
     assert served.post("/chat/completions", CHAT, headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize("dialect", ["x-tenure", "x-dynamo", "x", "agent_hint", "nvext"])
+def test_a_parent_waits_for_its_sub_agents(served, dialect):
+    """By headers and by hints, as clients of several engines send them."""
+    headers, body = {}, CHAT | {"temperature": 0}
+    if dialect == "agent_hint":
+        body = body | {"agent_hint": {"session_id": "child", "parent_session_id": "root"}}
+    elif dialect == "nvext":
+        body = body | {"nvext": {"agent_context": {"session_id": "child", "parent_session_id": "root"}}}
+    else:
+        suffix = "" if dialect == "x-tenure" else "-id"
+        headers = {f"{dialect}-session{suffix}": "child", f"{dialect}-parent-session{suffix}": "root"}
+    root = {"X-Tenure-Session": "root"}
+    before = served.post("/chat/completions", CHAT | {"temperature": 0}, headers=root).json()
+    answer = served.post("/chat/completions", body, headers=headers).json()
+    assert answer["choices"] == before["choices"], "a hint changes no answer"
+    predictor = served.system.predictor
+    assert predictor.reuse("session:root") == 1.0 and "session:root" in agents(served)
+    if dialect == "nvext":
+        last: dict[str, Any] = {
+            "json": CHAT | {"nvext": {"agent_context": {"session_id": "child", "session_final": True}}}
+        }
+    else:
+        last = {"json": CHAT, "headers": {"X-Dynamo-Session-Id": "child", "X-Dynamo-Session-Final": "TRUE"}}
+    assert httpx.post(f"{served.url}/chat/completions", timeout=60, **last).status_code == 200
+    served.until(lambda: len(predictor.session_tree) == 0)
+    hint = predictor.hints.current("session:child")
+    assert hint is not None and hint.evict, "it has ended after its answer"
+    hint = predictor.hints.current("session:root")
+    assert hint is not None and not hint.evict and hint.steps == 0, "it is called next"
+
+
+def test_a_session_ends_with_its_last_call_also_when_the_client_goes(served):
+    headers = {"X-Tenure-Session": "talk", "X-Tenure-Session-Final": "true"}
+    body = CHAT | {"max_tokens": 500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{served.url}/chat/completions", json=body, headers=headers, timeout=60) as stream:
+        next(stream.iter_lines())
+    hints = served.system.predictor.hints
+    served.until(lambda: (hint := hints.current("session:talk")) is not None and hint.evict)
+    wrong = served.post("/chat/completions", CHAT, headers={"X-Tenure-Session-Final": "maybe"})
+    assert wrong.status_code == 400 and "accepted: true or false" in wrong.json()["error"]["message"]
+
+
 def test_bad_sessions_are_refused(served):
     assert httpx.put(f"{served.url}/sessions/{'x' * 300}", json={}).status_code == 400
     for body in ({"ttl_s": -1}, {"ttl_s": "x"}, {"forever": True}, [1]):
