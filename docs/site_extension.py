@@ -43,6 +43,7 @@ CONFIGURATIONS = (
     ("tenure.serving.server", "ServerConfig"),
     ("tenure.serving", "SuffixReuseConfig"),
     ("tenure.serving", "EagerWriteBackConfig"),
+    ("tenure.serving", "EvictionHistoryConfig"),
 )
 
 

@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -41,6 +41,7 @@ from .api_requests import (
     read_body,
     require_whole_characters,
 )
+from .cache_explanation import is_asked_for
 from .call_context import read_context, workflow_key
 from .event_stream import EventStream, read_bytes, unless_disconnected
 from .generation import Generation
@@ -231,7 +232,8 @@ class Endpoints:
         last: list[Hint] = []
         for prompt in prompts:
             context = read_context(hints, headers, caller, self._hint_reader, prompt.agent, body.cache_salt)
-            requests += self._requests(body, prompt, len(prompts), context.fields, f"{id}-{len(requests)}")
+            fields = context.fields | {"explain_cache": is_asked_for(body.explain_cache, headers)}
+            requests += self._requests(body, prompt, len(prompts), fields, f"{id}-{len(requests)}")
             first, last = first or context.hints, last or context.last_hints
         return ReadCall(body, requests, first, last)
 
@@ -303,17 +305,41 @@ class Endpoints:
     async def add_workflow(self, request: Request) -> Response:
         """Declares a workflow of the client, in JSON or YAML."""
         caller = self._caller(request)
-        in_yaml = "yaml" in request.headers.get("content-type", "")
-        spec = await self._read_body(request, caller, lambda raw: self._workflow(raw, in_yaml))
+        spec = await self._read_workflow(request, caller)
+        await self._declare(self.backend.client.add_workflow, spec, caller)
+        return self._declared(spec, added=True)
+
+    async def replace_workflow(self, request: Request) -> Response:
+        """Declares or changes a workflow of the client; one that has the same agents and edges is kept as it is."""
+        caller, name = self._caller(request), request.path_params["name"]
+        spec = await self._read_workflow(request, caller)
+        if spec.name != name:
+            raise bad_request(f"got the workflow {shown(spec.name)} for {shown(name)}; accepted: the name in the path")
+        added = await self._declare(self.backend.client.replace_workflow, spec, caller)
+        return self._declared(spec, added)
+
+    async def _declare(self, method: Callable[..., Future[Any]], spec: WorkflowSpec, caller: Caller) -> Any:
+        """The result of the engine's `method` for a workflow of the caller.
+
+        Raises:
+            ApiError: 400, the step graph does not accept the workflow.
+        """
         name = await self._read(lambda: workflow_key(spec.name, caller))
         try:
-            await asyncio.wrap_future(self.backend.client.add_workflow(spec, name, caller.client))
+            return await asyncio.wrap_future(method(spec, name, caller.client))
         except ValueError as error:
             if isinstance(error, ServingError):
                 raise
             raise bad_request(str(error).replace(name, spec.name)) from None
+
+    @staticmethod
+    def _declared(spec: WorkflowSpec, added: bool) -> Response:
         agents = [agent.name for agent in spec.agents]
-        return JSONResponse({"id": spec.name, "object": "workflow", "agents": agents}, 201)
+        return JSONResponse({"id": spec.name, "object": "workflow", "agents": agents}, 201 if added else 200)
+
+    async def _read_workflow(self, request: Request, caller: Caller) -> WorkflowSpec:
+        in_yaml = "yaml" in request.headers.get("content-type", "")
+        return await self._read_body(request, caller, lambda raw: self._workflow(raw, in_yaml))
 
     def _workflow(self, raw: bytes, in_yaml: bool) -> WorkflowSpec:
         if in_yaml and len(raw) > self.config.max_yaml_bytes:
@@ -448,6 +474,7 @@ def build_app(backend: Backend, keys: ApiKeys | None = None, config: ServerConfi
         ("GET", "/health", endpoints.health),
         ("GET", "/metrics", endpoints.metrics_text),
         ("POST", "/v1/workflows", endpoints.add_workflow),
+        ("PUT", "/v1/workflows/{name:path}", endpoints.replace_workflow),
         ("DELETE", "/v1/workflows/{name:path}", endpoints.end_workflow),
         ("DELETE", "/v1/sessions/{id:path}", endpoints.end_session),
         ("PUT", "/v1/sessions/{id:path}", endpoints.keep_session),

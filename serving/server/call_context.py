@@ -8,11 +8,10 @@ from typing import Any
 
 from ..hints.formats import HintReader, request_fields
 from ..hints.hint import Hint, SessionAction, session_agent
-from ..request import check_name, shown
+from ..request import MAX_WORKFLOW_NAME, check_name, shown
 from .api_keys import Caller
 from .api_requests import HINT_FIELDS
 
-MAX_WORKFLOW_NAME = 128  # characters; inside the graph the client's name precedes it
 # Headers by what they name, the first of several precedes. Sessions: ours, Dynamo's, OpenCode's and Codex's.
 HEADERS = {
     "agent": ("x-tenure-agent",),

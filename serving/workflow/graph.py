@@ -98,6 +98,28 @@ class StepGraph:
         self._reuse[workflow] = WorkflowReuse(workflow, self.rate)
         return workflow
 
+    @locked
+    def replace_workflow(self, spec: WorkflowSpec, name: str | None = None, client: str = "") -> bool:
+        """As `add_workflow`, but a workflow of that name which has the same agents, joins and edges is kept as it is,
+        with its calls in progress and habits; any other one of that name ends first.
+
+        Returns:
+            Whether a workflow was added.
+        Raises:
+            ValueError: an invalid name, the present workflow belongs to another client, or a limit is reached (then
+                a present workflow has ended).
+        """
+        name = spec.name if name is None else name
+        present = self._workflows.get(name)
+        if present is not None:
+            if present.client not in ("", client):
+                raise ValueError(f"the workflow {name!r} belongs to another client")
+            if present.is_as_declared(spec):
+                return False
+            self.remove_workflow(name)
+        self.add_workflow(spec, name, client)
+        return True
+
     def _exceeded_limit(self, spec: WorkflowSpec) -> str | None:
         config, state = self.config, self._state
         for kind, limit, wanted in (

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from .durations import AgentDurations, Duration
 from .graph_config import GraphConfig
-from .spec import JOINS, AgentSpec, EdgeSpec, check_name, check_probability
+from .spec import JOINS, AgentSpec, EdgeSpec, WorkflowSpec, check_name, check_probability
 from .steps_solver import JoinSolver
 from .transitions import PendingPredictions, TransitionCounts
 
@@ -285,6 +285,16 @@ class Workflow:
             for source, row in self.branches.items()
             for target, probability in row.items()
         ]
+
+    @locked
+    def is_as_declared(self, spec: WorkflowSpec) -> bool:
+        """Whether agents, joins and edges are those of `spec`; guessed durations are not compared."""
+        names = {agent.name: self.current_name(agent.name) for agent in spec.agents}
+        edges = {(names[edge.source], names[edge.target], edge.probability) for edge in spec.edges}
+        joins = {names[agent.name]: agent.join for agent in spec.agents}
+        return joins == {agent: self.join(agent) for agent in self.ids} and edges == {
+            (edge.source, edge.target, edge.probability) for edge in self.edges()
+        }
 
     def current_name(self, agent: str) -> str | None:
         """The name that an agent has now, by that or by its declared one; None if the workflow has no such agent."""

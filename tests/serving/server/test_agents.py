@@ -91,6 +91,31 @@ def test_workflows_belong_to_their_client(serve, keys):
     assert [workflow.name for workflow in workflows(served)] == ["team-a/report"]
 
 
+def test_a_workflow_is_replaced_only_if_it_differs(serve, keys):
+    served, url = serve(keys), "/workflows/report"
+
+    def put(document: Any, headers: Any = TEAM_A) -> httpx.Response:
+        return httpx.put(f"{served.url}{url}", json=document, headers=headers)
+
+    assert put(WORKFLOW).status_code == 201
+    names = TEAM_A | {"X-Tenure-Workflow": "report", "X-Tenure-Agent": "planner"}
+    assert served.post("/chat/completions", CHAT, headers=names).status_code == 200
+    (workflow,) = workflows(served)
+    served.until(lambda: bool(workflow.pending))
+    for again in (put(WORKFLOW), put(WORKFLOW | {"agents": ["writer", "planner"]})):
+        assert again.status_code == 200 and again.json()["id"] == "report"
+    assert workflows(served) == [workflow] and workflow.pending
+    assert put(WORKFLOW, TEAM_B).status_code == 201  # another client's workflow of the same name
+    for changed in ({"edges": [["planner", "writer", 0.5]]}, {"agents": {"planner": {}, "writer": {"join": "and"}}}):
+        assert put(WORKFLOW | changed).status_code == 201
+        (other,) = [each for each in workflows(served) if each.client == "team-a"]
+        assert other is not workflow and not other.pending
+        workflow = other
+    wrong = put(WORKFLOW | {"workflow": "review"})
+    assert wrong.status_code == 400 and "'review'" in wrong.json()["error"]["message"]
+    assert put({"workflow": "report", "edges": [["a", "b"]]}).status_code == 400 and len(workflows(served)) == 2
+
+
 @pytest.mark.parametrize(
     "sent",
     [

@@ -460,3 +460,15 @@ def test_tuned_numbers_are_checked(kind):
                 with pytest.raises(ValueError, match=f"got inf as {each.name}; accepted: a "):
                     kind(**{each.name: math.inf})
     assert GraphConfig(horizon=math.inf).horizon == math.inf
+
+
+def test_replacing_a_workflow_keeps_it_if_nothing_has_changed():
+    graph = StepGraph()
+    spec = WorkflowSpec("w", [AgentSpec("a"), AgentSpec("b")], [EdgeSpec("a", "b")], ["a"])
+    assert graph.replace_workflow(spec, client="team")
+    workflow = graph["w"]
+    assert not graph.replace_workflow(spec, client="team") and graph["w"] is workflow
+    with pytest.raises(ValueError, match="belongs to another client"):
+        graph.replace_workflow(spec, client="other")
+    assert graph.replace_workflow(WorkflowSpec("w", [AgentSpec("a")]), client="team")
+    assert graph["w"] is not workflow and (graph.agents, graph.edges) == (1, 0)
