@@ -231,7 +231,7 @@ def _reload(keys: ApiKeys) -> None:
     except (OSError, ValueError) as error:
         logger.error("the keys stay as they were: %s", error)
     else:
-        logger.warning("the file of keys was read again")
+        print("the file of keys was read again", flush=True)
 
 
 def _announce(config: ServeConfig, keys: ApiKeys, host: str, port: int) -> None:

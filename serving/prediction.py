@@ -267,7 +267,7 @@ class NextCallPredictor:
         self._waiting: dict[str, int] = {}  # waiting requests by agent
         self._changed: set[str] = set()  # since the last push, other than by the graph
         self._rate = graph.rate
-        self._clock, self._silence_checked_s = clock, clock()
+        self.clock, self._silence_checked_s = clock, clock()
         graph.separate_clients(self._claim)
 
     @property
@@ -362,7 +362,7 @@ class NextCallPredictor:
         return changed
 
     def _changed_agents(self, tiers: TieredCache) -> set[str]:
-        now = self._clock()
+        now = self.clock()
         if now - self._silence_checked_s > self.config.silence_check_s:
             self._silence_checked_s = now
             self.graph.clear_silent()
@@ -424,7 +424,7 @@ class NextCallPredictor:
         if name is None or agent is None or name not in self.graph:
             return None
         workflow = self.graph[name]
-        if workflow.current_name(agent) is None or workflow.client not in ("", client):
+        if workflow.persistent or workflow.current_name(agent) is None or workflow.client not in ("", client):
             return None
         if not workflow.client and client:
             try:
