@@ -65,7 +65,7 @@ def prompt_of(agent: int, suffix: int) -> list[int]:
 
 
 class Answers:
-    """What the model answers to each prompt without any cache, greedily; computed once."""
+    """The model's greedy answer to each prompt without any cache, computed once."""
 
     def __init__(self, session: Session, compression: Compression) -> None:
         self.session, self.compression = session, compression
@@ -241,7 +241,7 @@ class EngineWorld:
         self.engine.hint(Hint("kvflow", steps={f"agent{self.random.randrange(AGENTS)}": 5 * self.random.random()}))
 
     def restart(self) -> None:
-        """The engine is closed with whatever runs, and another one goes on with the same folder."""
+        """The engine is closed with whatever runs, and another one continues with the same folder."""
         self.close()
         self.engine = self._start()
         self.counts["restarts"] += 1

@@ -346,10 +346,13 @@ class EagerWriteBackConfig:
     Attributes:
         max_tracked: nodes of a tier that are tracked until they are saved; beyond, the oldest is dropped.
         max_candidates: of these, the oldest that the next one is chosen from.
+        persist: fixed prompts are also copied to a disk that keeps them for the next process, whatever room there is
+            above: otherwise the most valuable ones would never leave the device, and be lost when the process ends.
     """
 
     max_tracked: int = 4096
     max_candidates: int = 64
+    persist: bool = True
 
 
 @dataclass(frozen=True)

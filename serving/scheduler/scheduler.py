@@ -50,6 +50,7 @@ class Scheduler:
 
     Attributes:
         metrics: counters since the scheduler was made.
+        namespaces: used by the clients; an engine says what of them is the client's own (`ClientNamespaces.own`).
         vocab_size: prompts with larger token ids are refused; None: all are accepted. An engine sets it to its model's.
 
     Raises:
@@ -72,6 +73,7 @@ class Scheduler:
             tiers, estimates, self.config, self.metrics, self._timers, predictor, self._memory,
             lambda state, error: self._fail(state, "admitting", error), self._end_outgrown,
         )  # fmt: skip
+        self.namespaces = self._admission.namespaces
         self._running = RunningRequests(tiers, self.config, self.metrics, self._memory)
         self._preemption = Preemption(self._memory, self._running, self._admission)
         self._numbers = count(1)
@@ -336,6 +338,7 @@ class Scheduler:
         end = None if state.handle is None else state.handle.node
         self._admission.remove(state)
         self._running.remove(state)
+        self._running.record_not_stored(state)
         self._admission.settle_charge(state)
         now = self.tiers.clock()
         state.status, state.times.finished = RequestStatus.ENDED, now

@@ -81,10 +81,7 @@ class StepGraph:
         name = check_name(spec.name if name is None else name, "a workflow")
         if name in self._workflows:
             raise ValueError(f"there is a workflow {name!r} already")
-        if (lack := self._exceeded_limit(spec)) is not None and self.expire(self.config.silence_s):
-            lack = self._exceeded_limit(spec)
-        if lack is not None:
-            raise ValueError(f"the workflow {name!r} does not fit: {lack} are accepted in all")
+        self._require_room(name, spec, client)
         workflow = self._workflows[name] = Workflow(name, self._state, client)
         try:
             for agent in spec.agents:
@@ -100,32 +97,82 @@ class StepGraph:
         self._reuse[workflow] = WorkflowReuse(workflow, self.rate)
         return workflow
 
-    def _exceeded_limit(self, spec: WorkflowSpec) -> str | None:
+    @locked
+    def replace_workflow(self, spec: WorkflowSpec, name: str | None = None, client: str = "") -> bool:
+        """As `add_workflow`, but a workflow of that name is changed: agents and edges that both declarations have keep
+        their calls in progress, predictions and habits, see `Workflow.change`.
+
+        Returns:
+            Whether a workflow was added.
+        Raises:
+            ValueError: an invalid name, the present workflow belongs to another client, or a limit is reached. Then
+                nothing has changed.
+        """
+        name = spec.name if name is None else name
+        present = self._workflows.get(name)
+        if present is None:
+            self.add_workflow(spec, name, client)
+            return True
+        if present.persistent or present.client not in ("", client):
+            raise ValueError(f"the workflow {name!r} is not this client's; accepted: another name")
+        self._require_room(name, spec, client, present)
+        if client:
+            for agent in spec.agents:
+                check_name(self._state.agent_key(agent.name, client), "an agent")
+        present.change(spec)
+        return False
+
+    def _require_room(self, name: str, spec: WorkflowSpec, client: str, present: Workflow | None = None) -> None:
+        """ValueError unless the graph has room for `spec` instead of `present`; silent workflows are removed for it."""
+        lack = self._exceeded_limit(spec, client, present)
+        if lack is not None and self.expire(self.config.silence_s, keep=present):
+            lack = self._exceeded_limit(spec, client, present)
+        if lack is not None:
+            raise ValueError(f"the workflow {name!r} does not fit: {lack}")
+
+    def _exceeded_limit(self, spec: WorkflowSpec, client: str, present: Workflow | None) -> str | None:
+        """The first limit that `spec` would exceed, instead of `present`, in words."""
         config, state = self.config, self._state
-        for kind, limit, wanted in (
-            ("workflows", config.max_workflows, len(self._workflows) + 1),
-            ("agents", config.max_agents, state.num_agents + len(spec.agents)),
-            ("edges", config.max_edges, state.num_edges + len(spec.edges)),
+        before = (0, 0, 0) if present is None else (1, len(present.ids), _num_edges(present))
+        wanted = 1, len(spec.agents), len(spec.edges)
+        used = len(self._workflows), state.num_agents, state.num_edges
+        own = (0, 0, 0)
+        if client:
+            mine = [workflow for workflow in self._workflows.values() if workflow.client == client]
+            own = len(mine), sum(len(one.ids) for one in mine), sum(map(_num_edges, mine))
+        for number, (kind, limit) in enumerate(
+            (("workflows", config.max_workflows), ("agents", config.max_agents), ("edges", config.max_edges))
         ):
-            if wanted > limit:
-                return f"{limit} {kind}"
+            more = wanted[number] - before[number]
+            if used[number] + more > limit:
+                return f"{limit} {kind} are accepted in all"
+            share = max(1, int(limit * config.client_share))
+            if client and own[number] + more > share:
+                return f"{share} {kind} of one client are accepted"
         return None
 
     @locked
     def remove_workflow(self, name: str) -> None:
-        """Removes a workflow that has ended, or whose client has disconnected; ValueError if there is none."""
+        """Removes a workflow that has ended, or whose client has disconnected; ValueError if none was declared."""
         workflow = self[name]
+        if workflow.persistent:
+            raise ValueError(f"the workflow {name!r} is learned and has no end; accepted: a declared one")
         workflow.close()
         del self._workflows[name], self._reuse[workflow]
         self._reported.pop(workflow, None)
         self._due.pop(workflow, None)
 
     @locked
-    def expire(self, seconds: float) -> list[str]:
-        """Removes the workflows without an event for `seconds`, unless running or `persistent`; returns their names."""
+    def expire(self, seconds: float, keep: Workflow | None = None) -> list[str]:
+        """Removes the workflows without an event for `seconds`, unless running or `persistent`; returns their names.
+
+        Args:
+            keep: is not removed.
+        """
         limit = self._state.clock() - seconds
         silent = [name for name, workflow in self._workflows.items() if workflow.last_event_s < limit]
         old = [name for name in silent if not (self._workflows[name].running or self._workflows[name].persistent)]
+        old = [name for name in old if self._workflows[name] is not keep]
         for name in old:
             self.remove_workflow(name)
         return old
@@ -294,3 +341,7 @@ class StepGraph:
         self._phase_before, self._rate_since_s = self.phase(now), now
         self.rate = 1 / wanted
         return True
+
+
+def _num_edges(workflow: Workflow) -> int:
+    return sum(map(len, workflow.branches.values()))

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tenure.serving import VirtualClock
 from tenure.serving.workflow.graph import StepGraph
 from tenure.serving.workflow.graph_config import (
     DurationConfig,
@@ -19,6 +20,7 @@ from tenure.serving.workflow.graph_config import (
     ReuseConfig,
     TransitionConfig,
 )
+from tenure.serving.workflow.markov import LearnedTransitions
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
 HORIZON = 8
@@ -500,3 +502,73 @@ def test_tuned_numbers_are_checked(kind):
                 with pytest.raises(ValueError, match=f"got inf as {each.name}; accepted: a "):
                     kind(**{each.name: math.inf})
     assert GraphConfig(horizon=math.inf).horizon == math.inf
+
+
+def test_replacing_a_workflow_keeps_it_if_nothing_has_changed():
+    graph = StepGraph()
+    spec = WorkflowSpec("w", [AgentSpec("a"), AgentSpec("b")], [EdgeSpec("a", "b")], ["a"])
+    assert graph.replace_workflow(spec, client="team")
+    workflow = graph["w"]
+    workflow.start("a")
+    assert not graph.replace_workflow(spec, client="team") and graph["w"] is workflow
+    assert workflow.running and not workflow.expected
+    with pytest.raises(ValueError, match="is not this client's"):
+        graph.replace_workflow(spec, client="other")
+    assert not graph.replace_workflow(WorkflowSpec("w", [AgentSpec("a")]), client="team")
+    assert graph["w"] is workflow and (graph.agents, graph.edges) == (1, 0)
+
+
+def test_a_changed_workflow_keeps_the_state_of_what_it_still_has():
+    clock = VirtualClock()
+    graph = StepGraph(clock)
+    edges = [EdgeSpec("a", "b", 0.5), EdgeSpec("a", "c", 0.5)]
+    graph.add_workflow(WorkflowSpec("w", [AgentSpec(name) for name in "abc"], edges, ["a"]), client="team")
+    workflow = graph["w"]
+    workflow.start("a", 1)
+    clock.advance_to(2.0)
+    workflow.start("b", 2)
+    workflow.finish("a", 1)
+    more = WorkflowSpec(
+        "w", [AgentSpec("a"), AgentSpec("b", "and", call_s=9.0), AgentSpec("d", call_s=7.0)],
+        [EdgeSpec("a", "b", 0.5), EdgeSpec("b", "d")], ["d"],
+    )  # fmt: skip
+    assert not graph.replace_workflow(more, client="team") and graph["w"] is workflow
+    assert set(workflow.ids) == {"a", "b", "d"} and {(e.source, e.target) for e in workflow.edges()} == {
+        ("a", "b"), ("b", "d"),
+    }  # fmt: skip
+    assert (graph.agents, graph.edges) == (3, 2) and workflow.join("b") == "and"
+    assert list(workflow.pending) == [(workflow.ids["a"], workflow.ids["b"])], "the call of a is remembered"
+    assert workflow.running[workflow.ids["b"]] == {2: 2.0} and graph.next_steps("d") == 1
+    assert not workflow.expected, "a workflow that runs has begun already"
+    clock.advance_to(5.0)
+    workflow.finish("b", 2)
+    assert graph.next_steps("d") == 0 and workflow.graph_state.durations["b"].call.mean == 3.0
+    assert workflow.graph_state.durations["d"].call.mean == 7.0
+    fresh = StepGraph(clock)
+    fresh.add_workflow(WorkflowSpec("w", [AgentSpec("a"), AgentSpec("b")], (), ["a"]))
+    fresh.replace_workflow(WorkflowSpec("w", [AgentSpec("a", call_s=4.0), AgentSpec("b")], (), ["b"]))
+    assert fresh.steps("a") == math.inf and fresh.steps("b") == 0
+    assert fresh["w"].graph_state.durations["a"].call.mean == 4.0
+
+
+def test_a_change_that_does_not_fit_changes_nothing():
+    graph = StepGraph(config=GraphConfig(max_agents=4, max_edges=2, client_share=0.75))
+    spec = WorkflowSpec("w", [AgentSpec("a"), AgentSpec("b")], [EdgeSpec("a", "b")])
+    graph.add_workflow(spec, client="team")
+    for more, message in (
+        (WorkflowSpec("w", [AgentSpec(name) for name in "abcde"]), "4 agents are accepted in all"),
+        (WorkflowSpec("w", [AgentSpec(name) for name in "abcd"]), "3 agents of one client are accepted"),
+        (WorkflowSpec("w", spec.agents, [EdgeSpec("a", "b"), EdgeSpec("b", "a")]), "1 edges of one client"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            graph.replace_workflow(more, client="team")
+        assert graph["w"].edges() == spec.edges and (graph.agents, graph.edges) == (2, 1)
+    graph.add_workflow(WorkflowSpec("theirs", [AgentSpec("x")], [EdgeSpec("x", "x")]), client="other")
+
+
+def test_learned_workflows_are_nobodys():
+    graph = StepGraph()
+    LearnedTransitions(graph)
+    for call in (lambda: graph.remove_workflow("learned"), lambda: graph.replace_workflow(WorkflowSpec("learned", ()))):
+        with pytest.raises(ValueError, match="accepted: a"):
+            call()
