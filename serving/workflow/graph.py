@@ -30,7 +30,7 @@ class StepGraph:
         clock: seconds; a simulator passes its own.
         config: limits and tuned numbers.
     Attributes:
-        rate: γ in 1/s. It changes in `changed_reuse` only, which then reports all agents.
+        rate: γ in 1/s. It changes in `changed_reuse` only, which then reports all agents, in this call and the next.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, config: GraphConfig | None = None) -> None:
@@ -42,6 +42,8 @@ class StepGraph:
         self._workflows: dict[str, Workflow] = {}
         self._reuse: dict[Workflow, WorkflowReuse] = {}
         self._reported: dict[Workflow, float] = {}  # when `changed_reuse` last reported each workflow, oldest first
+        self._due: dict[Workflow, None] = {}  # to be reported by `changed_reuse` though nothing has happened in them
+        self._rate_since_s, self._phase_before = 0.0, 0.0  # of the present rate: its start, and `phase` then
 
     @property
     def lock(self) -> Any:
@@ -158,6 +160,7 @@ class StepGraph:
         workflow.close()
         del self._workflows[name], self._reuse[workflow]
         self._reported.pop(workflow, None)
+        self._due.pop(workflow, None)
 
     @locked
     def expire(self, seconds: float, keep: Workflow | None = None) -> list[str]:
@@ -230,11 +233,17 @@ class StepGraph:
         members: Collection[Workflow] = self._state.members.get(agent, ())
         if len(members) == 1:
             (workflow,) = members
-            reach, reuse = self._reuse[workflow].chances()[agent]
+            reach, reuse = self._chances(workflow)[agent]
             return reach, min(reuse, reach)
         for workflow in sorted(members, key=lambda workflow: workflow.name):
-            reach, reuse = combine_first(reach, reuse, *self._reuse[workflow].chances()[agent])
+            reach, reuse = combine_first(reach, reuse, *self._chances(workflow)[agent])
         return reach, min(reuse, reach)  # they may differ by rounding only
+
+    def _chances(self, workflow: Workflow) -> dict[str, tuple[float, float]]:
+        reuse = self._reuse[workflow]
+        if reuse.rate != self.rate:
+            reuse = self._reuse[workflow] = WorkflowReuse(workflow, self.rate)
+        return reuse.chances()
 
     def reuse(self, agent: str) -> float:
         """Expected discounted reuse E[exp(-γT)] of the cache of `agent`, 0 to 1."""
@@ -277,37 +286,60 @@ class StepGraph:
         self._state.steps_changes = ChangeLog()
         return log.removed_agents.union(*(workflow.drain() for workflow in log.workflows))
 
-    def changed_reuse(self) -> set[str]:
+    @property
+    def has_due(self) -> bool:
+        """Whether `changed_reuse` has more to report, without any event."""
+        return bool(self._due)
+
+    def changed_reuse(self, limit: float = math.inf) -> set[str]:
         """The agents whose reuse may have changed: those of workflows with an event, and all after a change of γ.
 
         Active workflows without an event for `max_age` are reported again: `ExpectedTime` assumes that their calls
         have come nearer meanwhile.
+
+        Args:
+            limit: agents that are reported in one call though nothing has happened in their workflows; the others
+                follow in the next calls, so that none of these takes long. A workflow is reported as a whole.
         """
-        log, now = self._state.reuse_changes, self._state.clock()
-        if self.config.discount_s is None and self._adapt_rate():
-            log.workflows.update(self._reuse)
-        for workflow, reported in self._reported.items():
+        log, now, due = self._state.reuse_changes, self._state.clock(), self._due
+        if self.config.discount_s is None and self._adapt_rate(now):
+            due.update(dict.fromkeys(self._reuse))
+        while self._reported:
+            workflow, reported = next(iter(self._reported.items()))
             if (now - reported) * self.rate < self.config.max_age:
                 break
-            log.workflows.add(workflow)
-        if not log.workflows and not log.removed_agents:
+            del self._reported[workflow]
+            due[workflow] = None
+        if not log.workflows and not log.removed_agents and not due:
             return set()
         self._state.reuse_changes = ChangeLog()
-        for workflow in log.workflows:
+        workflows = log.workflows
+        for workflow in workflows:
+            due.pop(workflow, None)
+        while due and limit > 0:
+            workflow = next(iter(due))
+            del due[workflow]
+            workflows.add(workflow)
+            limit -= len(workflow.ids)
+        for workflow in sorted(workflows, key=lambda workflow: workflow.name):
             self._reported.pop(workflow, None)
             if workflow.running or workflow.pending or workflow.expected:
                 self._reported[workflow] = now
-        return log.removed_agents.union(*(workflow.ids for workflow in log.workflows))
+        return log.removed_agents.union(*(workflow.ids for workflow in workflows))
 
-    def _adapt_rate(self) -> bool:
+    def phase(self, now: float) -> float:
+        """The integral of γ over the clock up to `now` in seconds, but for a constant."""
+        return self._phase_before + self.rate * (now - self._rate_since_s)
+
+    def _adapt_rate(self, now: float) -> bool:
         """Adapts γ to the mean duration of a step; returns whether it changed."""
         config, calls, pauses = self.config, self._state.calls, self._state.pauses
         wanted = config.discount_steps * (calls.mean + pauses.mean)
         wanted = min(config.max_discount_s, max(config.min_discount_s, wanted))
         if not calls.count or 1 / config.rate_hysteresis < wanted * self.rate < config.rate_hysteresis:
             return False
+        self._phase_before, self._rate_since_s = self.phase(now), now
         self.rate = 1 / wanted
-        self._reuse = {workflow: WorkflowReuse(workflow, self.rate) for workflow in self._reuse}
         return True
 
 

@@ -283,6 +283,46 @@ def test_active_workflows_without_events_are_reported_again():
     assert graph.changed_reuse() == set(), "nothing is in progress"
 
 
+def test_a_change_of_the_discount_is_reported_over_several_calls_events_first():
+    seconds = [0.0]
+    graph = StepGraph(lambda: seconds[0])
+    flows = [
+        graph.add_workflow(WorkflowSpec(f"w{n}", [AgentSpec(f"w{n}.{i}") for i in range(3)], []))
+        for n in range(6)
+    ]  # fmt: skip
+    graph.changed_reuse()
+    flows[0].start("w0.0")
+    seconds[0] = 100.0
+    flows[0].finish("w0.0", chose=[])
+    flows[5].start("w5.1")
+    before = graph.rate
+
+    def names(*numbers: int) -> set[str]:
+        return {f"w{n}.{i}" for n in numbers for i in range(3)}
+
+    assert graph.changed_reuse(limit=4) == names(0, 5, 1, 2) and graph.has_due, "events, and whole workflows up to 4"
+    assert graph.rate != before
+    flows[4].start("w4.2")
+    graph.remove_workflow("w3")
+    assert graph.changed_reuse(limit=1) == names(3, 4) and not graph.has_due, "w4 is not due twice"
+    assert graph.changed_reuse(limit=1) == set()
+
+
+def test_the_phase_is_the_integral_of_the_discount():
+    seconds = [10.0]
+    graph = StepGraph(lambda: seconds[0])
+    flow = graph.add_workflow(WorkflowSpec("w", [AgentSpec("a")], []))
+    first = graph.rate
+    start = graph.phase(10.0)
+    flow.start("a")
+    seconds[0] = 110.0
+    flow.finish("a")
+    assert graph.phase(110.0) - start == pytest.approx(100 * first)
+    graph.changed_reuse()
+    assert graph.rate != first and graph.phase(110.0) - start == pytest.approx(100 * first), "it does not jump"
+    assert graph.phase(120.0) - start == pytest.approx(100 * first + 10 * graph.rate)
+
+
 def test_an_unpredicted_call_lowers_the_validity_of_all_predictions():
     graph, names = StepGraph(lambda: 0.0), ["fork", "left", "right", "l", "r", "other"]
     edges = [EdgeSpec("fork", "left"), EdgeSpec("fork", "right"), EdgeSpec("left", "l"), EdgeSpec("right", "r")]
