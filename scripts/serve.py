@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -146,7 +146,12 @@ class ServeConfig:
         return self.name or (Path(self.model).resolve().name if Path(self.model).is_dir() else self.model)
 
 
-def main(config: ServeConfig) -> int:
+def main(config: ServeConfig, link_bytes_per_s: float | None = None) -> int:
+    """Serves until it is stopped.
+
+    Args:
+        link_bytes_per_s: to which copies between host and device are throttled, for benchmarks; None: not at all.
+    """
     from ..retention import RetentionGates
     from ..serving.server import ApiKeys, ServerConfig, bind, build_app, run_server
 
@@ -158,7 +163,9 @@ def main(config: ServeConfig) -> int:
     if config.compress != "none":
         gates = RetentionGates.from_pretrained(find_gates(config.model, config.gates))
     server = ServerConfig(drain_s=config.drain_s)
-    with bind(config.host, config.port) as listening, backend(config, gates, console) as served:
+    with bind(config.host, config.port) as listening, backend(
+        config, gates, console, link_bytes_per_s
+    ) as served:
         host, port = listening.getsockname()[:2]
         app = build_app(served, keys, server)
         reload = None if config.api_keys is None else lambda: _reload(keys)
@@ -168,8 +175,10 @@ def main(config: ServeConfig) -> int:
 
 
 @contextmanager
-def backend(config: ServeConfig, gates: RetentionGates | None, console: Console) -> Iterator[Backend]:
-    """Loads the model and starts its engine; ends both with the block."""
+def backend(
+    config: ServeConfig, gates: RetentionGates | None, console: Console, link_bytes_per_s: float | None = None
+) -> Iterator[Backend]:
+    """Loads the model and starts its engine; ends both with the block. The arguments are those of `main`."""
     from ..eviction import evict
     from ..serving import DiskPool, EngineClient, MemoryPool, SchedulerConfig, ThreadedTransfer, Tier, build_system
     from ..serving.engine import Compression, Engine
@@ -187,8 +196,12 @@ def backend(config: ServeConfig, gates: RetentionGates | None, console: Console)
         if config.disk_tier is not None:
             folder, size = config.disk_tier
             pools[Tier.DISK] = DiskPool(size, folder)
+        costs, links = measure_costs(session, CostEstimates()), None
+        if link_bytes_per_s is not None:
+            links = dict.fromkeys(((Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.DEVICE)), link_bytes_per_s)
+            costs = replace(costs, bytes_per_s=(link_bytes_per_s, costs.bytes_per_s[1]))
         system = build_system(
-            config.system, pools, ThreadedTransfer(), costs=measure_costs(session, CostEstimates()),
+            config.system, pools, ThreadedTransfer(links), costs=costs,
             bytes_per_token=PromptKV(session).bytes_per_token(), clock=time.monotonic, learn=True,
             scheduler_config=SchedulerConfig(), device=model.device,
         )  # fmt: skip
@@ -234,7 +247,7 @@ def _reload(keys: ApiKeys) -> None:
     except (OSError, ValueError) as error:
         logger.error("the keys stay as they were: %s", error)
     else:
-        logger.warning("the file of keys was read again")
+        print("the file of keys was read again", flush=True)
 
 
 def _announce(config: ServeConfig, keys: ApiKeys, host: str, port: int) -> None:

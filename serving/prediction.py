@@ -43,6 +43,9 @@ class PredictionConfig:
             more than this counts as within them. Expected times stand still between two reads of the graph: without a
             margin an agent that misses by a rounding error would be checked again and again at the same time.
         silence_check_s: seconds between two checks for workflows without events.
+        max_agents_per_update: agents whose values are read again in one step though nothing has happened in their
+            workflows (γ has changed, or time has passed); the others follow in the next steps. The same for the agents
+            of clients whose quotas have changed because there is another client.
         max_prefix_agents, max_prefix_bytes: agents and bytes of prompts stored by `LearnedPrefixes`.
         max_owned_agents: agents whose owner is stored by `ClientQuotas`.
         max_sessions, max_session_bytes: sessions and bytes of their prompts stored by `Conversations`.
@@ -54,6 +57,7 @@ class PredictionConfig:
     held_steps: Positive = 32.0
     sight_margin: Positive = 0.1
     silence_check_s: Positive = 360.0
+    max_agents_per_update: Count = 32
     max_prefix_agents: Count = 10_000
     max_prefix_bytes: Count = 1 << 28
     max_owned_agents: Count = 100_000
@@ -125,11 +129,12 @@ class ClientQuotas:
         self.capped: set[str] = set()
         self.capped_everywhere: set[str] = set()
         self._value = value
-        self._max_agents = config.max_owned_agents
+        self._max_agents, self._max_per_update = config.max_owned_agents, config.max_agents_per_update
         self._owner: dict[str, str] = {}
         self._agents: dict[str, set[str]] = {}
         self._hinted_only: set[str] = set()  # agents that their owners have never called
         self._num_clients = 0  # at the last update
+        self._due: dict[str, None] = {}  # clients whose caps are to be computed again, as there is another client
         self._used: dict[str, float] = {}  # bytes of the agents' prompts, by client, when they were last added up
 
     def key(self, agent: str, client: str) -> str:
@@ -173,6 +178,11 @@ class ClientQuotas:
         """Fraction of a tier's memory that `client` may protect whatever others do, 0 to 1."""
         return 1 / max(1, len(self._agents)) if client else 1.0
 
+    @property
+    def has_due(self) -> bool:
+        """Whether `update` has more to compute, without any change."""
+        return bool(self._due)
+
     def update(self, agents: Collection[str], tiers: TieredCache) -> set[str]:
         """Recomputes the caps after the values of `agents` changed; returns the agents capped or released by it.
 
@@ -181,19 +191,34 @@ class ClientQuotas:
         """
         moved = tiers.take_moved_agents()
         before, self._num_clients = self._num_clients, len(self._agents)
-        if before == self._num_clients and ((self._num_clients < 2 and not self.capped) or (not agents and not moved)):
-            return set()
-        clients = {self._owner[agent] for agent in (*agents, *moved) if isinstance(agent, str) and agent in self._owner}
         if before != self._num_clients:  # all quotas have changed
-            clients = set(self._agents)
+            self._due.update(dict.fromkeys(self._agents))
+        elif self._num_clients < 2 and not self.capped:
+            self._due.clear()
+            return set()
+        elif not (agents or moved or self._due):
+            return set()
         changed: set[str] = set()
-        for client in clients:
+        for client in self._clients_of({*agents, *moved}):
             owned = self._agents[client]
             capped, everywhere = self._over_quota(client, tiers) if len(self._agents) > 1 else (set(), set())
             changed |= (self.capped & owned) ^ capped | (self.capped_everywhere & owned) ^ everywhere
             self.capped = (self.capped - owned) | capped
             self.capped_everywhere = (self.capped_everywhere - owned) | everywhere
         return changed
+
+    def _clients_of(self, agents: Collection[Any]) -> list[str]:
+        """The clients that own these agents, and some of those that are due."""
+        clients = sorted({self._owner[agent] for agent in agents if isinstance(agent, str) and agent in self._owner})
+        for client in clients:
+            self._due.pop(client, None)
+        left = self._max_per_update
+        while self._due and left > 0:
+            client = next(iter(self._due))
+            del self._due[client]
+            clients.append(client)
+            left -= len(self._agents[client])
+        return clients
 
     def _over_quota(self, client: str, tiers: TieredCache) -> tuple[set[str], set[str]]:
         """The agents over the quota of the device, and of these the ones for which the largest tier has no room."""
@@ -222,6 +247,7 @@ class ClientQuotas:
         if not self._agents[client]:
             del self._agents[client]
             self._used.pop(client, None)
+            self._due.pop(client, None)
 
 
 class PredictionMode(Enum):
@@ -266,8 +292,7 @@ class NextCallPredictor:
         self._on_lookup = on_lookup
         self._waiting: dict[str, int] = {}  # waiting requests by agent
         self._changed: set[str] = set()  # since the last push, other than by the graph
-        self._rate = graph.rate
-        self._clock, self._silence_checked_s = clock, clock()
+        self.clock, self._silence_checked_s = clock, clock()
         graph.separate_clients(self._claim)
 
     @property
@@ -362,7 +387,7 @@ class NextCallPredictor:
         return changed
 
     def _changed_agents(self, tiers: TieredCache) -> set[str]:
-        now = self._clock()
+        now = self.clock()
         if now - self._silence_checked_s > self.config.silence_check_s:
             self._silence_checked_s = now
             self.graph.clear_silent()
@@ -370,11 +395,13 @@ class NextCallPredictor:
         if self.mode is PredictionMode.NONE:
             return set()
         graph = self.graph
-        changed |= graph.changed_reuse() if self.by_time else graph.changed_steps()
-        if graph.rate != self._rate:  # values at different rates are not comparable
-            self._rate = graph.rate
-            changed.update(map(str, tiers.agents()))
+        changed |= graph.changed_reuse(self.config.max_agents_per_update) if self.by_time else graph.changed_steps()
         return changed | self.quotas.update(changed, tiers)
+
+    @property
+    def has_due(self) -> bool:
+        """Whether `push_values` has more to read, without any event."""
+        return self.graph.has_due or self.quotas.has_due
 
     # Events -----------------------------------------------------------------------------------------------------
 
@@ -424,7 +451,7 @@ class NextCallPredictor:
         if name is None or agent is None or name not in self.graph:
             return None
         workflow = self.graph[name]
-        if workflow.current_name(agent) is None or workflow.client not in ("", client):
+        if workflow.persistent or workflow.current_name(agent) is None or workflow.client not in ("", client):
             return None
         if not workflow.client and client:
             try:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 from ..workflow.loaders import workflow_from_langgraph
-from ..workflow.spec import without_agents
+from ..workflow.spec import repeated, without_agents
 from .workflow_client import AGENT_HEADER, SESSION_HEADER, WORKFLOW_HEADER, WorkflowClient
 
 Graph = TypeVar("Graph")
@@ -32,7 +32,9 @@ class LangGraphWorkflows(WorkflowClient):
     on Python 3.10, and the server then names the agent by its prompt.
     """
 
-    def declare(self, graph: Graph, name: str, without: Collection[str] | None = None) -> Graph:
+    def declare(
+        self, graph: Graph, name: str, without: Collection[str] | None = None, *, repeats: bool = True
+    ) -> Graph:
         """Declares a compiled graph, and returns it with the name of its workflow attached to its runs.
 
         A node of a subgraph is the agent `node:inner`.
@@ -40,6 +42,7 @@ class LangGraphWorkflows(WorkflowClient):
         Args:
             without: the nodes that never call the model; those before them lead to those behind them. None: each
                 `ToolNode`.
+            repeats: runs of the graph follow one another: the end of one leads to the first nodes again.
 
         Where the ways of a `Command` or `Send` are not declared, one warning names the nodes, see
         `workflow_from_langgraph`.
@@ -54,7 +57,8 @@ class LangGraphWorkflows(WorkflowClient):
         spec = workflow_from_langgraph(drawn, name)
         if without is None:
             without = _tool_nodes(subgraphs).intersection(agent.name for agent in spec.agents)
-        self.declare_spec(without_agents(spec, without))
+        spec = without_agents(spec, without)
+        self.declare_spec(repeated(spec) if repeats else spec)
         # A copy; the configuration of a run is merged with its own.
         return graph.with_config(metadata={WORKFLOW_KEY: name})  # type: ignore[attr-defined]
 

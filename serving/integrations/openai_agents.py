@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
+from ..workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec, repeated
 from .workflow_client import AGENT_HEADER, MAX_WORKFLOW_NAME, WORKFLOW_HEADER, WorkflowClient, name_on_the_wire
 
 logger = logging.getLogger(__name__)
@@ -36,13 +36,15 @@ class AgentWorkflows(WorkflowClient):
 
         return AsyncOpenAI(base_url=self.base_url, api_key=self._api_key, http_client=self.http_async_client())
 
-    def declare(self, agent: Any, name: str) -> WorkflowSpec:
+    def declare(self, agent: Any, name: str, *, repeats: bool = True) -> WorkflowSpec:
         """Declares the agents that `agent` reaches by handoffs and as tools, and has each send its name from now on.
 
         A call of an agent is followed by one of itself (if it has tools), of an agent that is handed to or used as a
         tool, or by none; a tool's last call by one of the agents that use it. All of these are equally probable, until
         the server has observed the calls. Agents of the same name are one agent.
 
+        Args:
+            repeats: runs follow one another: the end of one leads to `agent` again.
         Raises:
             ValueError: an agent belongs to another workflow: `agent.clone()` makes one that may belong to this.
         """
@@ -56,6 +58,7 @@ class AgentWorkflows(WorkflowClient):
                     "other workflow, such as agent.clone()"
                 )
         spec = _step_graph(reached, name)
+        spec = repeated(spec) if repeats else spec
         for each in reached:
             headers = {WORKFLOW_HEADER: sent, AGENT_HEADER: name_on_the_wire(each.name)}
             settings = each.model_settings

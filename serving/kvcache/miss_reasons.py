@@ -11,7 +11,7 @@ from .radix_tree import TOKEN_BYTES, Node, PrefixTree, encode
 from .tiered_cache import TieredCache
 
 MAX_LOOKED_AT = 64  # nodes below one without data, one of which may hold its KV
-# When and for whom is reported of these only, and only to the client that caused them: nobody learns of another one.
+# Of these, when and for whom is reported only if the client itself has caused them: nobody learns of another one.
 CAUSED_BY_CLIENTS = (MissReason.EVICTED, MissReason.RELEASED, MissReason.NOT_STORED, MissReason.NO_ROOM)
 
 

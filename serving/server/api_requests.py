@@ -94,8 +94,8 @@ class GenerationBody(ApiBody):
         stop: a text, or up to 16, that end the answer.
         min_tokens: `SamplingParams.min_new_tokens`, by vLLM's name.
         n: answers to each prompt.
-        explain_cache: each answer tells what of its prompt was reused, and why the rest was not.
         cache_salt: divides the client's cache: prompts are found by calls with the same salt only, as in vLLM.
+        explain_cache: each answer tells what of its prompt was reused, and why the rest was not.
     """
 
     model: Annotated[str, Size(1, MAX_NAME)]
@@ -122,8 +122,8 @@ class GenerationBody(ApiBody):
     guided_regex: str | None = None
     guided_choice: tuple[str, ...] | None = None
     guided_grammar: str | None = None
-    explain_cache: bool | None = None
     cache_salt: Annotated[str, Size(1, MAX_NAME)] | None = None
+    explain_cache: bool | None = None
 
     def generation(self) -> GenerationBody:
         return self
@@ -285,6 +285,7 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
 
+_INDEX = re.compile(r"\[[0-9]+\]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped
 
 
@@ -321,11 +322,12 @@ class UnknownFields:
     """Warns once about each unknown field of bodies; used by the thread that reads them."""
 
     def __init__(self, max_fields: int) -> None:
-        self._max_fields, self._warned = max_fields, set()
+        self._max_fields, self._warned = max_fields, set[str]()
 
     def warn(self, unknown: set[str]) -> None:
         """Logs the fields of a body that are not known, except those it has logged before."""
-        fresh = sorted(name[:60] for name in unknown if name[:60] not in self._warned)
+        names = {_INDEX.sub("[]", name)[:60] for name in unknown}
+        fresh = sorted(names - self._warned)
         fresh = fresh[: self._max_fields - len(self._warned)]
         if fresh:
             self._warned.update(fresh)

@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -16,19 +16,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from tenure.checked import NotNegative, read
-
 from ..client import EngineClient
 from ..errors import ServingError
 from ..events import AnswerEvent
 from ..hints.formats import HintReader
-from ..hints.hint import NEUTRAL, ActionKind, Hint, HintAction, SessionAction, session_agent
+from ..hints.hint import Hint
 from ..request import Request as EngineRequest
-from ..request import check_name, shown
+from ..request import shown
 from ..sampling.grammar_compiler import GrammarCompiler
 from ..system import System
-from ..workflow.loaders import workflow_from_json, workflow_from_yaml
-from ..workflow.spec import WorkflowSpec
+from .agent_endpoints import AgentEndpoints
 from .answer_plan import AnswerPlan, plan_chat, plan_completion
 from .answers import PING, AnswerFormat, ChatFormat, CompletionFormat
 from .api_errors import SERVER, ApiError, bad_request, not_found, of_serving_error
@@ -39,17 +36,16 @@ from .api_requests import (
     CompletionBody,
     GenerationBody,
     UnknownFields,
-    decode_body,
     parse_body,
     read_body,
-    require_whole_characters,
 )
 from .cache_explanation import is_asked_for
-from .call_context import read_context, workflow_key
+from .call_context import read_context
 from .constraint_masks import ConstraintMasks
 from .event_stream import EventStream, read_bytes, unless_disconnected
 from .generation import Generation
 from .http_metrics import HttpMetrics
+from .openapi import openapi_document
 from .prompts import PromptRenderer, RenderedPrompt
 from .quotas import ClientLoads, Quotas
 from .responses_body import ResponsesBody
@@ -79,17 +75,6 @@ class Backend:
     model_name: str
     context_tokens: int
     grammars: GrammarCompiler | None = None
-
-
-@dataclass(frozen=True)
-class SessionKeep:
-    """The body of `PUT /v1/sessions/{id}`.
-
-    Attributes:
-        ttl_s: seconds for which the session's conversation is kept if there is room; None: `HintConfig.default_ttl_s`.
-    """
-
-    ttl_s: NotNegative | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +113,9 @@ class Endpoints:
         self._bodies = ClientLoads(config.max_client_bodies, "bodies")
         self._reader = ThreadPoolExecutor(1, "tenure-reader")
         self._masks = ConstraintMasks(backend.grammars)
+        self.agents = AgentEndpoints(
+            backend.client, backend.system, self, config, self._hint_reader.config, self._unknown_fields
+        )
 
     # Answers ----------------------------------------------------------------------------------------------------
 
@@ -141,7 +129,7 @@ class Endpoints:
 
     async def no_stored_response(self, request: Request) -> Response:
         """404: responses are not stored."""
-        self._caller(request)
+        self.caller(request)
         id = request.path_params["id"]
         raise not_found(f"got {shown(id)} as a response; accepted: none, as responses are not stored")
 
@@ -153,9 +141,9 @@ class Endpoints:
         self, request: Request, kind: type[ApiBody], plan: Callable[[Any], AnswerPlan],
         format: type[AnswerFormat], prefix: str,
     ) -> Response:  # fmt: skip
-        caller = self._caller(request)
+        caller = self.caller(request)
         headers, id = dict(request.headers), f"{prefix}-{uuid.uuid4().hex}"
-        call = await self._read_body(
+        call = await self.read_body(
             request, caller, lambda raw: self._read_call(raw, headers, caller, kind, plan, format, id)
         )
         answers, requests = call.answers, call.requests
@@ -220,7 +208,7 @@ class Endpoints:
 
     # Reading, in a thread ---------------------------------------------------------------------------------------
 
-    async def _read_body(self, request: Request, caller: Caller, work: Callable[[bytes], T]) -> T:
+    async def read_body(self, request: Request, caller: Caller, work: Callable[[bytes], T]) -> T:
         """Receives a body, and returns the result of `work`, which reads it.
 
         Raises:
@@ -295,12 +283,12 @@ class Endpoints:
 
     async def models(self, request: Request) -> Response:
         """The models, of which there is one."""
-        self._caller(request)
+        self.caller(request)
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
         """A model by its name."""
-        self._caller(request)
+        self.caller(request)
         name = request.path_params["name"]
         if name != self.backend.model_name:
             raise self._no_model(name)
@@ -327,92 +315,7 @@ class Endpoints:
         text = await asyncio.to_thread(self.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    # Workflows, sessions, cache ---------------------------------------------------------------------------------
-
-    async def add_workflow(self, request: Request) -> Response:
-        """Declares a workflow of the client, in JSON or YAML."""
-        caller = self._caller(request)
-        spec = await self._read_workflow(request, caller)
-        await self._declare(self.backend.client.add_workflow, spec, caller)
-        return self._declared(spec, added=True)
-
-    async def replace_workflow(self, request: Request) -> Response:
-        """Declares or changes a workflow of the client; one that has the same agents and edges is kept as it is."""
-        caller, name = self._caller(request), request.path_params["name"]
-        spec = await self._read_workflow(request, caller)
-        if spec.name != name:
-            raise bad_request(f"got the workflow {shown(spec.name)} for {shown(name)}; accepted: the name in the path")
-        added = await self._declare(self.backend.client.replace_workflow, spec, caller)
-        return self._declared(spec, added)
-
-    async def _declare(self, method: Callable[..., Future[Any]], spec: WorkflowSpec, caller: Caller) -> Any:
-        """The result of the engine's `method` for a workflow of the caller.
-
-        Raises:
-            ApiError: 400, the step graph does not accept the workflow.
-        """
-        name = await self._read(lambda: workflow_key(spec.name, caller))
-        try:
-            return await asyncio.wrap_future(method(spec, name, caller.client))
-        except ValueError as error:
-            if isinstance(error, ServingError):
-                raise
-            raise bad_request(str(error).replace(name, spec.name)) from None
-
-    @staticmethod
-    def _declared(spec: WorkflowSpec, added: bool) -> Response:
-        agents = [agent.name for agent in spec.agents]
-        return JSONResponse({"id": spec.name, "object": "workflow", "agents": agents}, 201 if added else 200)
-
-    async def _read_workflow(self, request: Request, caller: Caller) -> WorkflowSpec:
-        in_yaml = "yaml" in request.headers.get("content-type", "")
-        return await self._read_body(request, caller, lambda raw: self._workflow(raw, in_yaml))
-
-    def _workflow(self, raw: bytes, in_yaml: bool) -> WorkflowSpec:
-        if in_yaml and len(raw) > self.config.max_yaml_bytes:
-            raise ValueError(f"got {len(raw)} bytes of YAML; accepted: up to {self.config.max_yaml_bytes}, or JSON")
-        text = decode_body(raw)
-        spec = workflow_from_yaml(text) if in_yaml else workflow_from_json(text)
-        require_whole_characters(" ".join([spec.name, *(agent.name for agent in spec.agents)]))
-        return spec
-
-    async def end_workflow(self, request: Request) -> Response:
-        """Ends a workflow of the client."""
-        caller, name = self._caller(request), request.path_params["name"]
-        key = await self._read(lambda: workflow_key(name, caller))
-        try:
-            await asyncio.wrap_future(self.backend.client.remove_workflow(key))
-        except ValueError as error:
-            if isinstance(error, ServingError):
-                raise
-            raise not_found(f"got {shown(name)} as a workflow to end; accepted: one that was declared") from None
-        return JSONResponse({"id": name, "object": "workflow", "deleted": True})
-
-    async def end_session(self, request: Request) -> Response:
-        """The session has ended: what only it has used is evicted first."""
-        caller, session = self._session(request)
-        await self._hint(Hint("server", caller.client, session=session, session_action=SessionAction.CLOSE))
-        return JSONResponse({"id": session, "object": "session", "deleted": True})
-
-    async def keep_session(self, request: Request) -> Response:
-        """The session will go on: its conversation is kept, if there is room, for `ttl_s` seconds."""
-        caller, session = self._session(request)
-        keep = await self._read_body(request, caller, lambda raw: read(SessionKeep, parse_body(raw, self.config)))
-        config = self._hint_reader.config
-        ttl_s = config.bounded_ttl(keep.ttl_s)
-        action = HintAction(ActionKind.RETAIN, session_agent(session), max(NEUTRAL, config.keep_priority), ttl_s)
-        await self._hint(Hint("server", caller.client, session=session, ttl_s=ttl_s, actions=(action,)))
-        return JSONResponse({"id": session, "object": "session", "ttl_s": ttl_s})
-
-    def _session(self, request: Request) -> tuple[Caller, str]:
-        caller, session = self._caller(request), request.path_params["id"]
-        try:
-            return caller, check_name(session, "a session")
-        except ValueError as error:
-            raise bad_request(str(error)) from None
-
-    async def _hint(self, hint: Hint) -> None:
-        await asyncio.wrap_future(self.backend.client.hint(hint))
+    # Cache ------------------------------------------------------------------------------------------------------
 
     async def flush(self, request: Request) -> Response:
         """Discards all cached KV, for an admin."""
@@ -423,7 +326,7 @@ class Endpoints:
 
     # Checks -----------------------------------------------------------------------------------------------------
 
-    def _caller(self, request: Request) -> Caller:
+    def caller(self, request: Request) -> Caller:
         """The sender of the request.
 
         Raises:
@@ -502,15 +405,20 @@ def build_app(backend: Backend, keys: ApiKeys | None = None, config: ServerConfi
         ("GET", "/v1/models/{name:path}", endpoints.model),
         ("GET", "/health", endpoints.health),
         ("GET", "/metrics", endpoints.metrics_text),
-        ("POST", "/v1/workflows", endpoints.add_workflow),
-        ("PUT", "/v1/workflows/{name:path}", endpoints.replace_workflow),
-        ("DELETE", "/v1/workflows/{name:path}", endpoints.end_workflow),
-        ("DELETE", "/v1/sessions/{id:path}", endpoints.end_session),
-        ("PUT", "/v1/sessions/{id:path}", endpoints.keep_session),
+        ("GET", "/v1/workflows", endpoints.agents.workflows),
+        ("POST", "/v1/workflows", endpoints.agents.add_workflow),
+        ("GET", "/v1/workflows/{name:path}", endpoints.agents.workflow),
+        ("PUT", "/v1/workflows/{name:path}", endpoints.agents.replace_workflow),
+        ("DELETE", "/v1/workflows/{name:path}", endpoints.agents.end_workflow),
+        ("GET", "/v1/sessions/{id:path}", endpoints.agents.session),
+        ("DELETE", "/v1/sessions/{id:path}", endpoints.agents.end_session),
+        ("PUT", "/v1/sessions/{id:path}", endpoints.agents.keep_session),
         ("POST", "/admin/flush", endpoints.flush),
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None)
+    document = openapi_document(routes, backend.model_name, endpoints.keys.required)
+    app.openapi = lambda: document
 
     async def api_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError), "registered for it"

@@ -16,10 +16,15 @@ from .tool_calls import CalledFunction, FunctionName, FunctionSpec, MessageCall,
 # Fields that need a store of responses or tools of the server's own, and the values that ask for nothing.
 STATEFUL: dict[str, tuple[Any, ...]] = {
     "previous_response_id": (), "conversation": (), "background": (False,), "prompt": (), "store": (False,),
-    "max_tool_calls": (), "context_management": ([],), "truncation": ("disabled",), "include": ([],),
-    "top_logprobs": (0,),
+    "max_tool_calls": (), "context_management": ([],), "truncation": ("disabled",), "top_logprobs": (0,),
 }  # fmt: skip
-TEXT_PARTS = ("input_text", "output_text", "text")
+# Further parts of items that clients ask for as a matter of course; there are no such items, or no such parts.
+Includable = Literal[
+    "reasoning.encrypted_content", "file_search_call.results", "web_search_call.results",
+    "web_search_call.action.sources", "code_interpreter_call.outputs", "computer_call_output.output.image_url",
+    "message.input_image.image_url",
+]  # fmt: skip
+TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text")
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,11 @@ class ToolName:
 
 @dataclass(frozen=True, kw_only=True)
 class ResponsesBody(ApiBody):
-    """The body of `/v1/responses`."""
+    """The body of `/v1/responses`.
+
+    Attributes:
+        include: of no effect.
+    """
 
     model: Annotated[str, Size(1, MAX_NAME)]
     input: str | Annotated[tuple[InputItem, ...], Size(1)]
@@ -115,6 +124,7 @@ class ResponsesBody(ApiBody):
     tool_choice: Literal["none", "auto", "required"] | ToolName | None = None
     parallel_tool_calls: bool | None = None
     text: ResponsesText | None = None
+    include: tuple[Includable, ...] | None = None
     explain_cache: bool | None = None
     cache_salt: Annotated[str, Size(1, MAX_NAME)] | None = None
 

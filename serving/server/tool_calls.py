@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from tenure.checked import Size
 
-from ..request import shown
+from ..request import MAX_NAME, shown
 from ..sampling.constraint import JsonValue, Tagged, Tags
 from .answer_parsers import AnswerParser, HermesParser, LlamaParser
 from .api_errors import bad_request
@@ -116,35 +116,36 @@ class NamedTool:
 
 @dataclass(frozen=True)
 class CalledFunction:
-    """The function of a call that the assistant has made, with its arguments as JSON text."""
+    """The function of a call that the assistant has made, as it made it: clients send back what they were answered.
 
-    name: str
+    Attributes:
+        name: of any form, also of a function that is none of the tools.
+        arguments: JSON text, also with mistakes or cut short.
+    """
+
+    name: Annotated[str, Size(1, MAX_NAME)]
     arguments: str
-
-    def __post_init__(self) -> None:
-        check_function_name(self.name)
-        if not isinstance(self.parsed, dict):
-            raise ValueError(f"got {shown(self.arguments)} as arguments; accepted: a JSON object as text")
 
     @property
     def parsed(self) -> Any:
-        """The arguments as values; None if they are no JSON."""
+        """The arguments as values; the text itself if it is no JSON object."""
         try:
-            return json.loads(self.arguments or "{}")
+            found = json.loads(self.arguments or "{}")
         except (ValueError, RecursionError):
-            return None
+            return self.arguments
+        return found if isinstance(found, dict) else self.arguments
 
 
 @dataclass(frozen=True)
 class MessageCall:
     """A call in an assistant's message."""
 
-    id: Annotated[str, Size(1, 256)]
+    id: Annotated[str, Size(1, MAX_NAME)]
     type: Literal["function"]
     function: CalledFunction
 
     def document(self) -> dict[str, Any]:
-        """As chat templates expect it: the arguments are values."""
+        """As chat templates expect it: the arguments are values, or the model's text where it is none."""
         function = {"name": self.function.name, "arguments": self.function.parsed}
         return {"id": self.id, "type": "function", "function": function}
 

@@ -12,6 +12,7 @@ from tenure.checked import Named, NotNegative, Range, Size, verify
 from ..request import MAX_NAME, check_name, shown
 
 JOINS = ("or", "and")
+MIN_REST = 1e-9  # a smaller probability that is missing to 1 is a rounding error
 Join = Literal["or", "and"]
 Name = Annotated[str, Size(1, MAX_NAME)]
 
@@ -163,3 +164,20 @@ def without_agents(spec: WorkflowSpec, names: Collection[str]) -> WorkflowSpec:
     return WorkflowSpec(
         spec.name, list(agents.values()), [EdgeSpec(*pair, p) for pair, p in edges.items()], list(dict.fromkeys(start))
     )
+
+
+def repeated(spec: WorkflowSpec) -> WorkflowSpec:
+    """A workflow whose runs follow one another: an agent after which a run may end leads to the first agents as well.
+
+    The probability of such an edge is the one that is missing in the agent's branches, in equal parts for each first
+    agent; an agent without edges leads there always.
+    """
+    rest = {agent.name: 1.0 for agent in spec.agents}
+    edges = {(edge.source, edge.target): edge.probability for edge in spec.edges}
+    for (source, _), probability in edges.items():
+        rest[source] -= probability
+    for source, missing in rest.items():
+        if missing > MIN_REST:
+            for first in spec.start:
+                edges[source, first] = min(1.0, edges.get((source, first), 0.0) + missing / len(spec.start))
+    return WorkflowSpec(spec.name, spec.agents, [EdgeSpec(*pair, p) for pair, p in edges.items()], spec.start)

@@ -84,6 +84,15 @@ class GraphState:
             if spec.pause_s is None:
                 durations.pause.prior = self.pauses
 
+    def guess_again(self, agent: str, spec: AgentSpec) -> None:
+        """Replaces the guesses of the durations of `agent` by those given in `spec`, as far as none was observed."""
+        known = self.durations[agent]
+        guess = AgentDurations.guess(spec, self.config.default_call_s, self.config.durations)
+        if spec.call_s is not None and not known.call.count:
+            known.call = guess.call
+        if spec.pause_s is not None and not known.pause.count:
+            known.pause = guess.pause
+
     def rename_agent(self, workflow: Workflow, agent: str, name: str) -> None:
         """An agent of `workflow` is another one from now on, with the same guesses of durations and no observations."""
         known = self.durations[agent]
@@ -203,6 +212,42 @@ class Workflow:
         self._record_structure()
 
     @locked
+    def change(self, spec: WorkflowSpec) -> None:
+        """Gives it the agents, joins and edges of `spec`, which fit into the graph.
+
+        Agents and edges that were there before keep their calls in progress, predictions and habits; guesses of
+        durations are replaced where nothing has been observed. While nothing runs or is predicted, the first agents of
+        `spec` are expected.
+        """
+        kept = {self.current_name(agent.name) for agent in spec.agents}
+        for agent in [name for name in self.ids if name not in kept]:
+            self.remove_agent(agent)
+        for agent in spec.agents:
+            name = self.current_name(agent.name)
+            if name is None:
+                self.add_agent(agent)
+            else:
+                self.set_join(name, agent.join)
+                self.graph_state.guess_again(name, agent)
+        wanted = {(self._node(edge.source), self._node(edge.target)) for edge in spec.edges}
+        for source, row in self.branches.items():
+            for target in [one for one in row if (source, one) not in wanted]:
+                self._remove_edge(source, target)
+        for edge in spec.edges:
+            self.add_edge(edge)
+        if not self.running and not self.pending:
+            for node in list(self.expected):
+                self.expected.discard(node)
+                self._update_source(node)
+            for agent in spec.start:
+                self.expect(agent)
+
+    def declared_names(self) -> dict[str, str]:
+        """The names that agents were declared with, by their present ones."""
+        declared = {current: name for name, current in self._renamed.items()}
+        return {name: declared.get(name, name) for name in self.ids}
+
+    @locked
     def bind(self, client: str) -> None:
         """Makes a workflow of nobody that of `client`: its agents are those that the client means by their names, and
         have other names if other clients use these. All methods accept the declared names as well.
@@ -285,16 +330,6 @@ class Workflow:
             for source, row in self.branches.items()
             for target, probability in row.items()
         ]
-
-    @locked
-    def is_as_declared(self, spec: WorkflowSpec) -> bool:
-        """Whether agents, joins and edges are those of `spec`; guessed durations are not compared."""
-        names = {agent.name: self.current_name(agent.name) for agent in spec.agents}
-        edges = {(names[edge.source], names[edge.target], edge.probability) for edge in spec.edges}
-        joins = {names[agent.name]: agent.join for agent in spec.agents}
-        return joins == {agent: self.join(agent) for agent in self.ids} and edges == {
-            (edge.source, edge.target, edge.probability) for edge in self.edges()
-        }
 
     def current_name(self, agent: str) -> str | None:
         """The name that an agent has now, by that or by its declared one; None if the workflow has no such agent."""

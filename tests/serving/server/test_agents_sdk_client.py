@@ -109,14 +109,16 @@ ONE_RUN = ["triage", "writer", "checker", "checker", "writer", "editor", "writer
 QUIET = RunConfig(tracing_disabled=True)
 
 
-@pytest.mark.parametrize("how", ["sync", "async", "streamed"])
-def test_all_calls_of_a_run_have_their_names(scripted, how):
+@pytest.mark.parametrize(("how", "repeats"), [("sync", False), ("async", True), ("streamed", False)])
+def test_all_calls_of_a_run_have_their_names(scripted, how, repeats):
     workflows = AgentWorkflows(scripted.url, "none")
     first = team(OpenAIChatCompletionsModel("tiny", workflows.client()))
-    workflows.declare(first, "support")
+    workflows.declare(first, "support", repeats=repeats)
     (document,) = scripted.documents
     spec = workflow_from_dict(document)
-    assert {(edge.source, edge.target, edge.probability) for edge in spec.edges} == EDGES
+    ends = {("triage", "triage", 1 / 2), ("writer", "triage", 1 / 3), ("editor", "triage", 1 / 2)}
+    found = {(edge.source, edge.target): edge.probability for edge in spec.edges}
+    assert found == pytest.approx({(source, target): p for source, target, p in (EDGES | ends if repeats else EDGES)})
     assert spec.name == "support" and list(spec.start) == ["triage"]
 
     async def run() -> Any:
@@ -137,7 +139,7 @@ def test_declared_agents_keep_their_settings_and_their_workflow(scripted):
     settings = ModelSettings(temperature=0.5, extra_headers={"X-Team": "a"})
     agent: Agent[Any] = Agent("solo", model_settings=settings)
     for _ in range(2):
-        assert workflows.declare(agent, "first").edges == []
+        assert workflows.declare(agent, "first", repeats=False).edges == []
     assert agent.model_settings.temperature == 0.5 and settings.extra_headers == {"X-Team": "a"}
     assert agent.model_settings.extra_headers == {"X-Team": "a", WORKFLOW_HEADER: "first", AGENT_HEADER: "solo"}
     with pytest.raises(ValueError, match="'solo', which belongs to the workflow 'first'; accepted: agents of no other"):
@@ -150,7 +152,7 @@ def test_a_handoff_that_does_not_keep_its_agent_is_warned_of(scripted, caplog):
     bare = handoff(editor)
     bare._agent_ref = None
     with caplog.at_level(logging.WARNING):
-        spec = AgentWorkflows(scripted.url, "none").declare(Agent("triage", handoffs=[bare]), "w")
+        spec = AgentWorkflows(scripted.url, "none").declare(Agent("triage", handoffs=[bare]), "w", repeats=False)
     assert "the handoffs of the agent 'editor' are unknown" in caplog.text
     assert [(edge.source, edge.target, edge.probability) for edge in spec.edges] == [("triage", "editor", 0.5)]
 

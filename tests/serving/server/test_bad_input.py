@@ -172,11 +172,33 @@ def test_fields_that_ask_for_nothing_are_accepted(served):
     assert served.post("/chat/completions", with_fields(**nothing)).status_code == 200
 
 
+def test_what_clients_of_agent_frameworks_send_is_accepted(served):
+    parts = [{"type": "text", "text": "Plan."}, {"type": "text", "text": "Briefly."}]
+    messages = [
+        {"role": "developer", "content": parts, "name": "desk"}, {"role": "user", "content": parts},
+        {"role": "assistant", "content": "", "refusal": None, "annotations": [], "audio": None, "function_call": None,
+         "tool_calls": [TOOL_CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": parts}, {"role": "assistant", "content": parts},
+        {"role": "user", "content": "Go on."},
+    ]  # fmt: skip
+    body = {
+        "model": "tiny", "messages": messages, "max_completion_tokens": 2, "stream_options": {"include_usage": True},
+        "stream": True, "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "user": "u", "tools": [TOOL],
+        "parallel_tool_calls": True, "tool_choice": "auto", "reasoning_effort": "low", "verbosity": "low",
+        "functions": None, "audio": None, "prediction": None, "response_format": {"type": "text"}, "logit_bias": {},
+        "prompt_cache_key": "k", "safety_identifier": "s",
+    }  # fmt: skip
+    found = served.post("/chat/completions", body)
+    assert found.status_code == 200 and found.text.endswith("data: [DONE]\n\n"), found.text
+    assert '"usage"' in found.text and '"error"' not in found.text
+
+
 def test_unknown_fields_warn_once(served, caplog):
-    for _ in range(2):
-        assert served.post("/chat/completions", with_fields(surprise=1)).status_code == 200
+    for n in (1, 3):
+        turns = [{"role": "user", "content": "hi", "surprise": 1}] * n
+        assert served.post("/chat/completions", with_fields(surprise=1, messages=turns)).status_code == 200
     assert [record.getMessage() for record in caplog.records if "surprise" in record.getMessage()] == [
-        "unknown fields of requests are ignored: 'surprise'"
+        "unknown fields of requests are ignored: 'messages[].surprise', 'surprise'"
     ]
 
 

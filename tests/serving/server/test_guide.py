@@ -20,12 +20,26 @@ def snippet(fragment: str) -> str:
     return found
 
 
-@pytest.mark.parametrize("fragment", ["OpenAI(", "/v1/workflows"])
-def test_the_snippets_of_clients_run(served, fragment, capsys):
+@pytest.mark.parametrize(
+    ("fragment", "calls", "declared"),
+    [
+        ("stream=True", 1, []),
+        ('tool_choice="required"', 1, []),
+        ("httpx.post(", 0, []),
+        ("LangGraphWorkflows(", 2, ["report"]),
+        ("AgentWorkflows(", 1, ["support"]),
+    ],
+)
+def test_the_snippets_of_clients_run(served, fragment, calls, declared, capsys):
+    if "Workflows" in fragment:
+        pytest.importorskip("langgraph")
+        pytest.importorskip("agents")
     code = snippet(fragment).replace("http://127.0.0.1:8000", served.root).replace('"demo"', '"tiny"')
-    code = code.replace("stream=True", "stream=True, max_tokens=8")
+    code = code.replace("stream=True", "stream=True, max_tokens=8").replace("max_tokens=64", "max_tokens=8")
     exec(code, {})  # our own documentation
-    assert (fragment != "OpenAI(") or served.system.scheduler.metrics.decode_tokens > 0
+    served.until(lambda: served.unfinished() == 0)
+    assert served.system.scheduler.metrics.submitted == calls
+    assert [workflow.name for workflow in served.system.graph if workflow.name != "learned"] == declared
 
 
 def test_the_snippet_of_ones_own_process_runs(served):

@@ -107,7 +107,7 @@ def test_a_graph_is_declared_and_all_its_calls_are_counted_in_it(served, recorde
         workflow = served.system.graph["report"]
         assert {(e.source, e.target, e.probability) for e in workflow.edges()} == {
             ("planner", "researcher", 1.0), ("researcher", "writer", 1.0), ("writer", "critic", 1.0),
-            ("critic", "writer", 0.5),
+            ("critic", "writer", 0.5), ("critic", "planner", 0.5),
         }  # fmt: skip
         assert graph.invoke({"said": []})["said"] == ONE_RUN
         served.until(lambda: served.unfinished() == 0)
@@ -193,7 +193,7 @@ def test_tools_and_subgraphs(served, recorded):
     inner.add_edge(START, "choose").add_edge("choose", "tools").add_edge("tools", "answer").add_edge("answer", END)
     outer = StateGraph(Inner).add_node("helper", inner.compile()).add_node("close", call)
     outer.add_edge(START, "helper").add_edge("helper", "close")
-    graph = workflows.declare(outer.compile(), "nested")
+    graph = workflows.declare(outer.compile(), "nested", repeats=False)
     workflow = served.system.graph["nested"]
     assert sorted((e.source, e.target) for e in workflow.edges()) == [
         ("helper:answer", "close"), ("helper:choose", "helper:answer"),

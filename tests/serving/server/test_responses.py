@@ -30,7 +30,7 @@ def ask(client: OpenAI, **options: Any) -> Any:
 def test_a_text_is_answered_as_a_chat(client):
     messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}]
     chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0)
-    found = ask(client, instructions="Be brief.", temperature=0)
+    found = ask(client, instructions="Be brief.", temperature=0, include=["reasoning.encrypted_content"])
     assert found.output_text == chat.choices[0].message.content
     assert found.usage.input_tokens == chat.usage.prompt_tokens
     assert found.usage.output_tokens == chat.usage.completion_tokens
@@ -105,6 +105,8 @@ def test_reasoning_is_an_item_of_its_own(answering):
     assert thought.type == "reasoning" and thought.content[0].text == "hm" and message.content[0].text == "Wet."
     events = list(ask(client, max_output_tokens=100, stream=True))
     assert "".join(event.delta for event in events if event.type == "response.reasoning_text.delta") == "hm"
+    conversation: list[Any] = [{"role": "user", "content": "Rain?"}, thought, message, {"role": "user", "content": "?"}]
+    assert ask(client, input=conversation, max_output_tokens=100).output[1].content[0].text == "Wet."
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,7 @@ def test_reasoning_is_an_item_of_its_own(answering):
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported"),
         ({"store": True}, "store is not supported by this server; accepted: False"),
+        ({"include": ["message.output_text.logprobs"]}, "got 'message.output_text.logprobs' as include[0]; accepted"),
         ({"background": True}, "background is not supported"),
         ({"conversation": "c"}, "conversation is not supported"),
         ({"tools": [{"type": "web_search"}]}, "got 'web_search' as tools[0].type; accepted: function"),

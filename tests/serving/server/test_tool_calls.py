@@ -246,6 +246,61 @@ def test_asynchronous_calls(answering):
     assert found.message.tool_calls[0].function.name == "forecast" and found.finish_reason == "tool_calls"
 
 
+def test_langchain_calls_and_is_given_the_result(answering):
+    from langchain_core.messages import HumanMessage, ToolMessage
+    from langchain_openai import ChatOpenAI
+
+    def forecast(city: str, days: int) -> str:
+        """The weather of a city."""
+        return f"{days} wet days in {city}"
+
+    served, _ = answering(CALL)
+    chat = ChatOpenAI(base_url=served.url, api_key="none", model="tiny", max_tokens=200, max_retries=0, timeout=60)
+    bound = chat.bind_tools([forecast])
+    messages: list[Any] = [HumanMessage("Rain?")]
+    answer = bound.invoke(messages)
+    (call,) = answer.tool_calls
+    assert (call["name"], call["args"]) == ("forecast", {"city": "Oslo", "days": 2})
+    parts = list(bound.stream(messages))
+    whole = parts[0]
+    for part in parts[1:]:
+        whole += part
+    assert [(one["name"], one["args"]) for one in whole.tool_calls] == [("forecast", {"city": "Oslo", "days": 2})]
+    messages += [answer, ToolMessage(forecast(**call["args"]), tool_call_id=call["id"])]
+    assert bound.invoke(messages).tool_calls, "the conversation goes on"
+
+    class Weather(BaseModel):
+        wet: bool
+
+    _, client = answering(template=TEMPLATE)
+    free = ChatOpenAI(
+        base_url=str(client.base_url), api_key="none", model="tiny", max_tokens=120, max_retries=0, timeout=60
+    )
+    for method in ("json_schema", "function_calling"):
+        assert isinstance(free.with_structured_output(Weather, method=method).invoke(messages[:1]), Weather)
+
+
+def test_a_broken_call_can_be_sent_back(answering):
+    """As clients do that tell the model of its mistake; a call may also be of a function that does not exist."""
+    for template in (QWEN, TEMPLATE):
+        _, client = answering("Sorry.", template)
+        for name, arguments in [("forecast", '{"city": "Os'), ("no such", "[1]"), ("clock", "")]:
+            call = {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
+            turn, result = {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1"}
+            found = create(client, messages=[*MESSAGES, turn, result | {"content": "?"}])
+            assert found.choices[0].message.content == "Sorry."
+
+
+def test_tools_with_nested_schemas(answering):
+    """Ten levels of objects in lists."""
+    _, client = answering(CALL)
+    schema: dict[str, Any] = {"type": "object", "properties": {"x": {"enum": [1]}}}
+    for _ in range(9):
+        schema = {"type": "object", "properties": {"x": {"type": "array", "items": schema}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert create(client, tools=[tool], max_tokens=2).choices
+
+
 def test_reasoning_is_apart_from_the_answer(answering):
     thinking = "{# <think></think> #}"
     _, client = answering(f"<think>\nhm\n</think>\n\n{CALL}", thinking=thinking)

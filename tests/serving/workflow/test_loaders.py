@@ -21,7 +21,7 @@ from tenure.serving.workflow.loaders import (
     workflow_from_yaml,
     workflow_to_dict,
 )
-from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec, without_agents
+from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec, repeated, without_agents
 
 MAX_JSON, MAX_YAML = LIMITS.json_characters, LIMITS.yaml_characters
 YAML = """
@@ -279,3 +279,13 @@ def test_agents_that_are_left_out(edges, joins, removed, expected, expected_join
     assert {agent.name for agent in found.agents if agent.join == "and"} == {*expected_joins}
     assert {agent.name for agent in found.agents} == {*"abcdmn"} - {*removed}
     assert "m" not in found.start and found.start[-1] == "b"
+
+
+def test_a_workflow_that_is_repeated():
+    edges = [EdgeSpec("a", "b", 0.3), EdgeSpec("a", "c", 0.3), EdgeSpec("b", "c"), EdgeSpec("d", "a", 0.75)]
+    agents = [AgentSpec(name) for name in "abcd"]
+    found = repeated(WorkflowSpec("w", agents, edges, ["a", "b"]))
+    assert {edge.source + edge.target: edge.probability for edge in found.edges} == pytest.approx(
+        {"ab": 0.5, "ac": 0.3, "aa": 0.2, "bc": 1.0, "ca": 0.5, "cb": 0.5, "da": 0.875, "db": 0.125}
+    )
+    assert repeated(WorkflowSpec("w", agents)).edges == []
