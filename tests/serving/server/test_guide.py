@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tenure.serving.server.api_requests import HINT_FIELDS
+from tenure.serving.server.cache_explanation import TEXTS
 from tenure.serving.server.call_context import HEADERS
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "guides" / "serve-http.md").read_text()
@@ -37,3 +38,5 @@ def test_the_tables_are_complete():
     assert dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", GUIDE, re.MULTILINE)) == HINT_FIELDS
     named = {name.lower() for name in re.findall(r"`(X-[\w-]+)`", GUIDE)}
     assert named == {name for names in HEADERS.values() for name in names}
+    reasons = GUIDE.partition("### Why a prefix missed")[2].partition("### Errors")[0]
+    assert {reason.value for reason in TEXTS} == set(re.findall(r"`(\w+)`(?=[^|]*\|[^|]*\|$)", reasons, re.MULTILINE))
