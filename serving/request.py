@@ -16,6 +16,7 @@ from .sampling.params import FinishedBy, SamplingParams
 if TYPE_CHECKING:
     import numpy as np
 
+MAX_WORKFLOW_NAME = 128  # characters of a workflow's name at the server: inside the graph the client's precedes it
 MAX_NAME = 256  # characters of the name of a request, agent, workflow, session or client
 MAX_NUMBER = 2**31 - 1  # of the numbers of a request
 MAX_NAMESPACE_PARTS = 64  # names, numbers and tuples in a namespace, at every depth together

@@ -156,7 +156,7 @@ def build_system(
         "lfu": LFU,
         "ste": lambda: StepsToExecution(predictor.steps),
         "expected_time": lambda: ExpectedTime(
-            predictor.reuse, costs, rate=lambda: graph.rate, clock=clock, suffix_reuse=suffixes
+            predictor.reuse, costs, rate=lambda: graph.rate, clock=clock, phase=graph.phase, suffix_reuse=suffixes
         ),
         "belady": lambda: oracle,
     }[preset.eviction]()

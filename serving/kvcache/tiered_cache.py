@@ -56,7 +56,9 @@ class TieredCache:
         self.storage = TierStorage(self.tree, pools, policy.eviction, clock, self.history)
         self.transfers = TransferManager(self.storage, backend, self.statistics)
         self.evictor = Evictor(self.storage, self.transfers, policy)
-        self._eager = None if policy.eager is None else EagerWriteBack(self.storage, self.transfers, policy.eager)
+        self._eager = None if policy.eager is None else EagerWriteBack(
+            self.storage, self.transfers, self.evictor, policy.eager
+        )  # fmt: skip
         self.handles: dict[int, CacheHandle] = {}
         self._ids = count(1)
         self.restore_disk()

@@ -280,12 +280,13 @@ class ScheduledDecode:
     def store_span(self) -> TokenRange | None:
         """Token range whose KV is wanted in `payload`: whenever a page has been filled; None: nothing.
 
+        Nothing is wanted of a request that another thread has ended meanwhile, by closing the scheduler.
+
         To be called once `tokens` is set. Answers whose tokens are not reported are not stored. The answer's last token
         is excluded: it has not been an input, so it has no KV.
         """
         state, handle = self.state, self.state.handle
-        assert handle is not None, "a decoding request has a handle"
-        if self.tokens is None or not state.tokens_known:
+        if handle is None or self.tokens is None or not state.tokens_known:
             return None
         new = min(len(self.tokens), self.remaining)
         end = state.storable_end(state.num_prompt_tokens + state.num_output_tokens + new - 1)

@@ -82,6 +82,7 @@ class Scheduler:
         self._in_flight: ScheduledBatch | None = None
         self._batches = 0
         self._changed = False  # something has happened since the last `next_batch` that it may act on
+        self._predicting = False  # the next `next_batch` reads further predictions
         self._transfers_seen = 0
         self._closed: str | None = None
 
@@ -229,6 +230,7 @@ class Scheduler:
             self._changed = False
             self._transfers_seen = self.tiers.num_events
             self.tiers.poll()
+            self._predicting = False
             self._predict(self._push_predictions)
             self._expire()
             now, slots = self.tiers.clock(), self.config.max_num_seqs - len(self._running)
@@ -267,6 +269,7 @@ class Scheduler:
         changed = self.predictor.push_values(self.tiers)
         if changed and self.prefetcher is not None:
             self.prefetcher.values_changed(changed)
+        self._predicting = self.predictor.has_due
 
     def _expire(self) -> None:
         """Ends requests that have timed out, and gives up loads that have passed their deadline."""
@@ -408,9 +411,12 @@ class Scheduler:
     def next_time(self) -> float | None:
         """The next moment at which something happens without the driver, in seconds on the cache's clock.
 
-        That is the end of a transfer (in virtual time), a timeout, or a prefetch that becomes due.
+        That is the end of a transfer (in virtual time), a timeout, or a prefetch that becomes due; it is now, while
+        predictions are being read again.
         """
         with self.tiers.lock:
+            if self._predicting:
+                return self.tiers.clock()
             copies, timers = self.tiers.next_time(), self._timers.next_time()
             prefetches = None if self.prefetcher is None else self.prefetcher.next_time()
             return min((time for time in (copies, timers, prefetches) if time is not None), default=None)
