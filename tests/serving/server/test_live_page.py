@@ -74,6 +74,8 @@ def test_an_idle_server(served: Served):
 def test_traffic_is_shown(serve, keys):
     served = serve(keys)
     with traffic(served, ADMIN, live=2):
+        # a snapshot is shared for a while: the first may be from before both decode
+        served.until(lambda: state(served, ADMIN)["snapshot"]["stages"]["decode"] == 2)
         snapshot = state(served, ADMIN)["snapshot"]
     for tier in snapshot["tiers"]:
         assert tier["pinned"] + tier["evictable"] + tier["reserved"] + tier["arriving"] == tier["used"]
