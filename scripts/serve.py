@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..serving.kvcache.eviction_policy import LinearCosts
     from ..serving.server import ApiKeys, Backend
 
+logger = logging.getLogger(__name__)
 UNITS = {
     "": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9,
     "TB": 10**12,
@@ -91,7 +92,8 @@ class ServeConfig:
     disk: Annotated[str | None, tyro.conf.arg(metavar="DIR:SIZE")] = None
     """Folder and size of the disk tier, as /var/cache/tenure:50GiB. Prompts in it survive a restart."""
     api_keys: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """File with a line `CLIENT KEY` for each accepted key, or `CLIENT KEY admin`; by default no key is asked for."""
+    """File with a line `CLIENT KEY` and options for each accepted key (docs/guides/serve-http.md, Clients); by default
+    no key is asked for. SIGHUP has it read again."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
@@ -166,7 +168,8 @@ def main(config: ServeConfig, link_bytes_per_s: float | None = None) -> int:
     ) as served:
         host, port = listening.getsockname()[:2]
         app = build_app(served, keys, server)
-        run_server(app, served.client, listening, server, lambda: _announce(config, keys, host, port))
+        reload = None if config.api_keys is None else lambda: _reload(keys)
+        run_server(app, served.client, listening, server, lambda: _announce(config, keys, host, port), reload)
     print("stopped", flush=True)
     return 0
 
@@ -232,6 +235,16 @@ def measure_costs(session: Session, estimates: CostEstimates) -> LinearCosts:
         copy_s = time.perf_counter() - begun
     speeds = estimates.probe_bytes / copy_s, estimates.disk_bytes_per_s
     return LinearCosts(estimates.probe_tokens / compute_s, speeds, estimates.latency_s)
+
+
+def _reload(keys: ApiKeys) -> None:
+    """Reads the file of keys again; one that cannot be read changes nothing."""
+    try:
+        keys.reload()
+    except (OSError, ValueError) as error:
+        logger.error("the keys stay as they were: %s", error)
+    else:
+        print("the file of keys was read again", flush=True)
 
 
 def _announce(config: ServeConfig, keys: ApiKeys, host: str, port: int) -> None:
