@@ -163,9 +163,7 @@ def main(config: ServeConfig, link_bytes_per_s: float | None = None) -> int:
     if config.compress != "none":
         gates = RetentionGates.from_pretrained(find_gates(config.model, config.gates))
     server = ServerConfig(drain_s=config.drain_s)
-    with bind(config.host, config.port) as listening, backend(
-        config, gates, console, link_bytes_per_s
-    ) as served:
+    with bind(config.host, config.port) as listening, backend(config, gates, console, link_bytes_per_s) as served:
         host, port = listening.getsockname()[:2]
         app = build_app(served, keys, server)
         reload = None if config.api_keys is None else lambda: _reload(keys)
@@ -257,7 +255,10 @@ def _announce(config: ServeConfig, keys: ApiKeys, host: str, port: int) -> None:
         "max_tokens": 64,
     }
     key = " -H 'Authorization: Bearer KEY'" if keys.required else ""
-    print(f"serving {config.model_name} on http://{shown}:{port}/v1; try:", flush=True)
+    print(
+        f"serving {config.model_name} on http://{shown}:{port}/v1, live page at http://{shown}:{port}/; try:",
+        flush=True,
+    )
     print(
         f"curl http://{shown}:{port}/v1/chat/completions -H 'Content-Type: application/json'{key} -d "
         f"'{json.dumps(body)}'",

@@ -293,6 +293,7 @@ def test_importing_everything_outside_the_checkout_has_no_side_effects(tmp_path:
     folder.mkdir()
     code = STATE + (
         "import importlib\n"
+        "import httpx  # draws a random number: it imports rich, where that is installed\n"
         "before = state()\n"
         f"for name in {module_names()!r}:\n"
         "    importlib.import_module(name)\n"
