@@ -255,7 +255,10 @@ def _announce(config: ServeConfig, keys: ApiKeys, host: str, port: int) -> None:
         "max_tokens": 64,
     }
     key = " -H 'Authorization: Bearer KEY'" if keys.required else ""
-    print(f"serving {config.model_name} on http://{shown}:{port}/v1; try:", flush=True)
+    print(
+        f"serving {config.model_name} on http://{shown}:{port}/v1, live page at http://{shown}:{port}/; try:",
+        flush=True,
+    )
     print(
         f"curl http://{shown}:{port}/v1/chat/completions -H 'Content-Type: application/json'{key} -d "
         f"'{json.dumps(body)}'",

@@ -301,6 +301,7 @@ def test_no_file_of_scripts_hides_a_module_when_run_as_a_script(folder: str):
 STATE = """
 import os, sys, threading
 import numpy, torch, transformers, logging, warnings, random
+import rich.default_styles  # which httpx imports, for benchmarks; it advances Python's random numbers
 from transformers.modeling_utils import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 def state():
@@ -324,6 +325,7 @@ def test_importing_everything_outside_the_checkout_has_no_side_effects(tmp_path:
     folder.mkdir()
     code = STATE + (
         "import importlib\n"
+        "import httpx  # draws a random number: it imports rich, where that is installed\n"
         "before = state()\n"
         f"for name in {module_names()!r}:\n"
         "    importlib.import_module(name)\n"

@@ -479,6 +479,26 @@ def test_health_shows_a_step_that_does_not_end(loop_engine, client):
     go_on.set()
 
 
+def test_a_snapshot_is_shared_for_a_while(loop_engine, client):
+    release = threading.Event()
+    loop_engine.between = lambda: release.wait(20)
+    first = client.snapshot()
+    assert client.snapshot() is first, "it waits for the step to end"
+    release.set()
+    found = first.result(20)
+    assert found.system == loop_engine.system.name and found.requests == [] and found.cost_s < 5
+    time.sleep(client.config.snapshot_interval_s + 0.1)
+    stream = client.submit(Request("r", tokens(1, 20), 4))
+    output = stream.result(20)
+    later = client.snapshot().result(20)
+    assert later.taken > found.taken and later.submitted == 1 and later.finished["answered"] == 1
+    assert output.num_output_tokens <= later.recent.total.decode_tokens + 4
+    client.close()
+    time.sleep(client.config.snapshot_interval_s + 0.1)
+    with pytest.raises(Draining):
+        client.snapshot()
+
+
 def test_flush_and_cancelled_messages(loop_engine, client):
     assert client.flush().result(10) is None and loop_engine.flushed == 1
     _, go_on = hold(loop_engine)
