@@ -78,7 +78,7 @@ class ServeConfig:
     name: str | None = None
     """Name by which clients ask for the model; by default --model, of a folder its last part."""
     gates: str | None = None
-    """Trained gates: a folder or Hub id; by default those shipped for the demo model."""
+    """Trained gates: a folder or hub:OWNER/NAME; by default those shipped for the demo model."""
     compress: Annotated[float | Literal["none"], tyro.conf.arg(metavar="SHARE|none")] = 0.25
     """Share of its entries that an agent's fixed prompt keeps; none: prompts are stored as they are, without gates."""
     system: Literal["expected_time", "ste_prefetch", "ste", "lru_prefetch", "hicache", "lru_reactive", "lfu", "lru"] = (
