@@ -100,6 +100,7 @@ class GateObjective(nn.Module):
             raise ValueError(f"the training budget is {budget}; a positive number is accepted")
         self.model = plain_model(model).requires_grad_(False)
         self.gates = gates
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP2 shards layer by layer
         self.budget, self.weight = budget, weight
         self.scope: Scope = scope
         self.samples, self.chunk = samples, chunk
