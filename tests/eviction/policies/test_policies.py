@@ -107,6 +107,7 @@ def test_defaults_of_those_that_share_a_budget_between_heads():
         "ada_criticalkv": ("layer", 0.2),
         "adakv": ("layer", 0.2),
         "defensive": ("layer", 0.0),
+        "gate_score": ("global", 0.0),
         "layer_defensive": ("global", 0.0),
         "pyramidkv": ("pyramid", 0.0),
         "retention": ("global", 0.0),
