@@ -26,9 +26,9 @@ NAVIGATION = {
     "Guides": [f"guides/{name}" for name in (
         "compress", "train", "evaluate", "serve-agents", "serve-http", "write-a-policy", "add-a-model")],
     "Concepts": [f"concepts/{name}" for name in ("budgets", "ragged-cache", "tiers", "step-graph", "simulator")],
-    "Reference": [f"reference/{name}" for name in ("api", "cli", "config", "models", "hints", "checkpoint")],
-    "Results": [f"results/{name}" for name in (
-        "demo", "table", "gates", "studies", "benchmarks", "engine", "simulator", "kernels")],
+    "Reference": [f"reference/{name}" for name in ("api", "cli", "config", "presets", "models", "hints", "checkpoint")],
+    "Results": ["reproduce", *(f"results/{name}" for name in (
+        "demo", "table", "gates", "studies", "benchmarks", "engine", "simulator", "kernels"))],
 }  # fmt: skip
 API_PAGES = [f"api/{name}" for name in ("retention", "training", "eviction", "policies", "serving", "eval")]
 # The dataclasses on the reference page of configuration.
@@ -43,6 +43,7 @@ CONFIGURATIONS = (
     ("tenure.serving.server", "ServerConfig"),
     ("tenure.serving", "SuffixReuseConfig"),
     ("tenure.serving", "EagerWriteBackConfig"),
+    ("tenure.serving", "EvictionHistoryConfig"),
 )
 
 

@@ -71,7 +71,8 @@ class Examined:
 @torch.no_grad()
 def examine(
     model: PreTrainedModel, cases: Iterable[Case], cells: Sequence[Cell], gates: RetentionGates | None = None,
-    sinks: int = 4, recent: int = 32, most_queries: int = 64, progress: Callable[[Examined], None] | None = None,
+    sinks: int | None = None, recent: int | None = None, most_queries: int = 64,
+    progress: Callable[[Examined], None] | None = None,
 ) -> list[Examined]:  # fmt: skip
     """Every evicting cell on every case; a context is read once, as in `evaluate`, and layers are inspected in turn.
 
@@ -98,7 +99,8 @@ def examine(
             session.extend(full, asked, logits_to_keep=1)
             caches = [context.fork() for _ in evicting]
             for cell, cache in zip(evicting, caches, strict=True):
-                cache.compress(cell.policy, cell.budget, cell.scope, buffer=len(asked))
+                cache.plan = cell.plan(cache.plan, len(asked))
+                cache.compress()
             masks = [kept_mask(cache) for cache in caches]
             coverage, worst = _coverage(full, queries, case.length, masks)
             before = _on_evidence(full, queries, case)

@@ -8,7 +8,8 @@ from itertools import product
 from typing import Any
 
 from ..eviction import Budget, Policy, get_policy, policy_text
-from ..eviction.plan import SCOPES
+from ..eviction.plan import SCOPES, EvictionPlan
+from ..eviction.presets import make_plan
 
 NO_SCOPE = "none"
 # SnapKV's scores with the heads of a layer competing are AdaKV (Feng et al. 2024) without its floor.
@@ -22,6 +23,10 @@ LABELS = {
     ("retention_defensive", "global"): "retention × defensive (global)",
     ("defensive", "layer"): "DefensiveKV",
     ("layer_defensive", "global"): "Layer-DefensiveKV",
+    ("defensive(mass=0)", "layer"): "DefensiveKV, window only",
+    ("layer_defensive(mass=0)", "global"): "Layer-DefensiveKV, window only",
+    ("defensive(protection=cumulative)", "layer"): "DefensiveKV (cumulative)",
+    ("layer_defensive(protection=cumulative)", "global"): "Layer-DefensiveKV (cumulative)",
     ("adakv", "layer"): "AdaKV",
     ("criticalkv", "head"): "CriticalKV",
     ("ada_criticalkv", "layer"): "AdaCriticalKV",
@@ -49,6 +54,7 @@ class Cell:
             piece.
         aware: the question is read before the compression (question-aware), as when a served model is given both; else
             after it (question-agnostic).
+        preset: the released code whose rules are followed, see `eviction.presets`; None for ours.
     """
 
     policy: Policy
@@ -56,16 +62,18 @@ class Cell:
     budget: float | int
     prefill_chunk: int | None = None
     aware: bool = False
+    preset: str | None = None
 
     @classmethod
     def of(
         cls, policy: str | Policy, budget: float | int = 1.0, scope: str | None = None,
-        prefill_chunk: int | None = None, aware: bool = False,
+        prefill_chunk: int | None = None, aware: bool = False, preset: str | None = None,
     ) -> Cell:  # fmt: skip
-        """A cell with the policy's default scope unless one is given.
+        """A cell with the policy's or the preset's scope unless one is given.
 
         Raises:
-            ValueError: unknown policy or scope, or a budget or chunk out of range.
+            ValueError: unknown policy, scope or preset, a budget or chunk out of range, or a value that the preset
+                fixes.
         """
         chosen = get_policy(policy)
         if prefill_chunk is not None and prefill_chunk < 1:
@@ -75,12 +83,26 @@ class Cell:
         if scope is not None and scope not in SCOPES:
             raise ValueError(f"unknown scope {scope!r}; known: {', '.join(SCOPES)}")
         Budget(budget)
-        return cls(chosen, scope or chosen.default_scope, budget, prefill_chunk, aware)
+        if preset is not None:
+            plan = make_plan(chosen, budget, preset=preset, scope=scope, prefill_chunk=prefill_chunk)
+            chosen, scope = plan.policy, plan.scope
+        return cls(chosen, scope or chosen.default_scope, budget, prefill_chunk, aware, preset)
+
+    def plan(self, base: EvictionPlan, buffer: int) -> EvictionPlan:
+        """The plan of a cache under this cell; what the cell leaves open is as in `base`, unless it has a preset."""
+        if self.preset is None:
+            return base.changed(
+                self.policy, self.budget, scope=self.scope, buffer=buffer, prefill_chunk=self.prefill_chunk
+            )
+        return make_plan(
+            self.policy, self.budget, preset=self.preset, scope=self.scope, buffer=buffer,
+            prefill_chunk=self.prefill_chunk,
+        )  # fmt: skip
 
     @property
     def name(self) -> str:
-        """The policy with its options, and after an @ the chunks if the context is read in some."""
-        text = policy_text(self.policy)
+        """The policy with its options, after a + the preset, and after an @ the chunks in which the context is read."""
+        text = policy_text(self.policy) + ("" if self.preset is None else f"+{self.preset}")
         return text if self.prefill_chunk is None else f"{text}@{self.prefill_chunk}"
 
     @property
@@ -108,7 +130,8 @@ def parse_cells(names: Iterable[str], budgets: Iterable[float | int], aware: Ite
 
     `aware`: whether the question is read before the compression; both values give two cells each.
 
-    A name is `POLICY[(OPTION=VALUE,...)][:SCOPE][@CHUNK]`, e.g. "snapkv(window=16):layer@256".
+    A name is `POLICY[(OPTION=VALUE,...)][+PRESET][:SCOPE][@CHUNK]`, e.g. "snapkv(window=16):layer@256" or
+    "snapkv+defensivekv".
 
     Raises:
         ValueError: see `Cell.of`; a chunk that is no number.
@@ -119,8 +142,9 @@ def parse_cells(names: Iterable[str], budgets: Iterable[float | int], aware: Ite
         rest, at, chunk = name.partition("@")
         if at and not chunk.isdecimal():
             raise ValueError(f"{name!r}: after @ comes the number of a chunk's tokens, got {chunk!r}")
-        policy, _, scope = rest.partition(":")
+        rest, _, scope = rest.partition(":")
+        policy, _, preset = rest.partition("+")
         for budget, knows in product(budgets, aware):
-            cell = Cell.of(policy, budget, scope or None, int(chunk) if at else None, knows)
+            cell = Cell.of(policy, budget, scope or None, int(chunk) if at else None, knows, preset or None)
             cells.setdefault((*cell.key, cell.aware), cell)
     return list(cells.values())

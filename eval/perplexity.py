@@ -82,7 +82,7 @@ def draw_documents(
 @torch.no_grad()
 def stream(
     model: PreTrainedModel, documents: Iterable[Sequence[int]], cells: Sequence[Cell],
-    gates: RetentionGates | None = None, chunk: int = 128, sinks: int = 4, recent: int = 32,
+    gates: RetentionGates | None = None, chunk: int = 128, sinks: int | None = None, recent: int | None = None,
     progress: Callable[[Streamed], None] | None = None,
 ) -> list[Streamed]:  # fmt: skip
     """Reads every document with every cell.
@@ -93,7 +93,7 @@ def stream(
         cells: the full cache, if it is among them, is the reference itself.
         gates: for the retention policy.
         chunk: tokens read between two evictions.
-        sinks, recent: first and last tokens that always stay.
+        sinks, recent: first and last tokens that always stay; None for each policy's own.
 
     Returns:
         One result for each document and cell, in that order.
@@ -132,7 +132,7 @@ class _StreamedCell:
     def __init__(self, cell: Cell, cache: RaggedCache) -> None:
         self.cell, self.cache = cell, cache
         if cell.evicts:
-            cache.plan = cache.plan.changed(cell.policy, cell.budget, scope=cell.scope, buffer=0)
+            cache.plan = cell.plan(cache.plan, 0)
         self._parts: dict[str, list[torch.Tensor]] = {"nll": [], "kl": [], "top1": []}
 
     def predicted(self, logits: torch.Tensor, full: torch.Tensor, targets: torch.Tensor) -> None:

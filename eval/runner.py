@@ -59,8 +59,8 @@ def check_inputs(
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel, tokenizer: Any, cases: Iterable[Case], cells: Sequence[Cell],
-    gates: RetentionGates | None = None, sinks: int = 4, recent: int = 32, progress: Progress | None = None,
-    inspect: Inspect | None = None, together: int = 1,
+    gates: RetentionGates | None = None, sinks: int | None = None, recent: int | None = None,
+    progress: Progress | None = None, inspect: Inspect | None = None, together: int = 1,
 ) -> list[Record]:  # fmt: skip
     """Runs every cell on every case.
 
@@ -69,7 +69,7 @@ def evaluate(
         cases: contexts of any lengths; taken one by one, so a generator is fine.
         cells: what to compare; the full cache is measured as the reference whether or not it is among them.
         gates: for the retention policy.
-        sinks, recent: first and last tokens that always stay.
+        sinks, recent: first and last tokens that always stay; None for each policy's own, and for cells with a preset.
         together: cells that are asked in one batch: faster, and takes the memory of that many compressed caches.
 
     Returns:
@@ -166,15 +166,14 @@ class CaseRunner:
         room = len(case.question_ids) + len(case.answer_ids) + case.extra_tokens
         if cell.prefill_chunk is not None:
             cache = self.session.new_cache()
-            cache.plan = cache.plan.changed(
-                cell.policy, cell.budget, scope=cell.scope, buffer=room, prefill_chunk=cell.prefill_chunk
-            )
+            cache.plan = cell.plan(cache.plan, room)
             self._read(cache, case.context_ids, 1)
             return _Compressed(cell, cache, None, self._now() - start)
         cache = self.cache.fork()
         question = self._read(cache, case.question_ids)[0] if cell.aware and cell.evicts else None
         if cell.evicts:
-            cache.compress(cell.policy, cell.budget, cell.scope, buffer=room)
+            cache.plan = cell.plan(cache.plan, room)
+            cache.compress()
         return _Compressed(cell, cache, question, self._now() - start)
 
     def _ask_all(self, compressed: Sequence[_Compressed]) -> _Asked:

@@ -11,27 +11,30 @@ from transformers import PreTrainedModel
 
 from ..retention.gates import RetentionGates
 from ..retention.seams import intercept
-from .plan import CALIBRATED, Budget, EvictionPlan, ProtectedTokens, with_budget
+from .plan import with_budget
 from .policies.policy import Policy
 from .policies.registry import get_policy
 from .prefill import chunked_prefill
+from .presets import make_plan
 from .session import Session
 
 
 @contextmanager
 def evict(
     model: PreTrainedModel,
-    policy: str | Policy = "retention",
+    policy: str | Policy | None = None,
     budget: float | int | str = 0.2,
     scope: str | None = None,
     gates: RetentionGates | str | os.PathLike | None = None,
-    sinks: int = 4,
-    recent: int = 32,
+    sinks: int | None = None,
+    recent: int | None = None,
     buffer: int = 128,
     observe: Iterable[str | Policy] = (),
     floor: float | None = None,
     protect: Any = None,
     prefill_chunk: int | None = None,
+    schedule: str | None = None,
+    preset: str | None = None,
 ) -> Iterator[Session]:
     """Within the block `model(...)` and `model.generate(...)` keep their KV cache within a budget.
 
@@ -40,7 +43,7 @@ def evict(
 
     Args:
         model: a transformers decoder with full-attention layers; its other layers are unchanged.
-        policy: a name (see `policy_names()`) or an instance.
+        policy: a name (see `policy_names()`) or an instance. None for retention, or the preset's.
         budget: a float in (0, 1], the share of the tokens seen that is kept; an int >= 1, entries per head on average;
             or a row's total: "65536 entries", or bytes as "512MiB" or "2GB". 1.0 evicts nothing. "calibrated" is the
             one that `tenure calibrate` stored with the gates; its guarantee holds for documents like those measured.
@@ -48,7 +51,8 @@ def evict(
             the same number), "pyramid" (as "head", with more in the lower layers). None for the policy's default.
         gates: for the retention policy: gates, or the folder or Hub id they were saved to.
         sinks, recent: numbers of first and last tokens of each row that are always kept; they count towards the budget,
-            and are reduced (recent ones first) where they would exceed it.
+            and are reduced (recent ones first) where they would exceed it. None for the policy's, which were measured:
+            see `Policy.default_protection`.
         buffer: tokens that may be written above the budget before the next eviction.
         observe: other policies whose needs are recorded too, so that `cache.compress(policy=...)` can use them.
         floor: share of the per-head budget, in [0, 1], that every head keeps in the scopes "layer" and "global"
@@ -59,6 +63,10 @@ def evict(
         prefill_chunk: inputs longer than this many tokens are read in chunks of that size with an eviction after each,
             so that at most `budget + prefill_chunk` entries per head are stored on average, plus `buffer` if the cache
             was not empty before. A share is counted from the length of the whole input, from the first chunk on.
+        schedule: "bounded" as above; "once": the prompt alone is evicted; "filled": a prompt, too, only when budget and
+            buffer are reached. None for "bounded", or the preset's.
+        preset: eviction as a released code does it: "defensivekv", "trimkv", "dbtrimkv" or "kvpress"
+            (docs/reference/presets.md). Options that it fixes must be left out.
 
     Yields:
         The session: `new_cache()`, `extend()`, `load_cache()`, `report()`.
@@ -68,18 +76,10 @@ def evict(
             tokens to protect (at a prompt before it runs, if the budget is not in bytes; else at the eviction).
         UnsupportedModelError: the model is not supported.
     """
-    chosen = get_policy(policy)
-    plan = EvictionPlan(
-        chosen,
-        Budget(1.0 if budget == CALIBRATED else budget),  # looked up once the gates are there
-        scope or chosen.default_scope,
-        sinks,
-        recent,
-        buffer,
-        floor=chosen.default_floor if floor is None else floor,
-        prefill_chunk=prefill_chunk,
-        protect=None if protect is None else ProtectedTokens.of(protect),
-    )
+    plan = make_plan(
+        policy, budget, preset=preset, scope=scope, floor=floor, protect=protect, sinks=sinks, recent=recent,
+        buffer=buffer, prefill_chunk=prefill_chunk, schedule=schedule,
+    )  # fmt: skip
     observed = tuple(get_policy(one) for one in ([observe] if isinstance(observe, str | Policy) else observe))
     if gates is not None and not isinstance(gates, RetentionGates):
         gates = RetentionGates.from_pretrained(gates, model)

@@ -18,9 +18,10 @@ from .cache_layer import RaggedLayer, without_autocast
 from .cache_report import CacheCounters, Report
 from .forward_state import ForwardStep, ModelInput, RollbackConfig, SequenceState
 from .layer_view import LayerView
-from .plan import BudgetLayout, EvictionPlan, ProtectedTokens, with_budget
+from .plan import BudgetLayout, EvictionPlan, with_budget
 from .policies.policy import Policy
 from .policies.registry import get_policy
+from .protected_tokens import ProtectedTokens
 from .recorders import Observers
 from .rollback import ForwardSnapshot, RollbackPoints, crop_layers, fork_layer
 from .selection import choose, layout_of

@@ -8,19 +8,19 @@ from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from itertools import accumulate
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from tenure.checked import read
+from tenure.checked import read, verify
 
 from ..retention.calibration import Calibration, weights_digest
 from ..retention.gates import RetentionGates
 from .policies.policy import Policy
 from .policies.registry import get_policy, policy_text
+from .protected_tokens import ProtectedTokens
 from .storage.segment_store import StorageConfig
 
 SCOPES = ("global", "layer", "head", "pyramid")
+SCHEDULES = ("bounded", "filled", "once")
 PYRAMID_BETA = 20  # β of PyramidKV, section 4
 CALIBRATED = "calibrated"  # the budget that `tenure calibrate` stored with the gates
 
@@ -117,133 +117,12 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-TokenRanges = tuple[tuple[int, int], ...]
-PROTECT_FORMS = "give token ranges [(start, stop), …] or a bool mask (tokens,) or (batch, tokens)"
-
-
-@dataclass(frozen=True)
-class ProtectedTokens:
-    """Tokens that are never evicted (a system prompt, a tool's description): ranges of positions in each row.
-
-    Padding has no position. Ranges may exceed the tokens that a row has seen: they apply to later tokens, including
-    generated ones.
-
-    Attributes:
-        rows: sorted, disjoint `(start, stop)` ranges for each row; a single element if `shared`.
-        shared: the single element is for all rows.
-    """
-
-    rows: tuple[TokenRanges, ...]
-    shared: bool = True
-
-    @classmethod
-    def of(cls, given: Any) -> ProtectedTokens:
-        """From token ranges `[(start, stop), …]`, the same for all rows, or a bool mask `(tokens,)`, `(batch, tokens)`.
-
-        Raises:
-            ValueError: something else, a negative start, or a stop before its start.
-        """
-        if isinstance(given, ProtectedTokens):
-            return given
-        if isinstance(given, torch.Tensor):
-            if given.dtype != torch.bool or given.ndim not in (1, 2):
-                raise ValueError(f"protect is a {given.dtype} tensor of shape {tuple(given.shape)}; {PROTECT_FORMS}")
-            rows = given.reshape(-1, given.shape[-1])
-            return cls(tuple(_runs(row) for row in rows), shared=given.ndim == 1)
-        return cls((_merged(given),))
-
-    def for_rows(self, rows: Sequence[int]) -> ProtectedTokens:
-        """A copy for a batch whose row `i` was row `rows[i]`."""
-        return self if self.shared else ProtectedTokens(tuple(self.rows[row] for row in rows), shared=False)
-
-    def check_rows(self, batch: int) -> None:
-        """Raises ValueError if a mask was given for another number of rows."""
-        if not self.shared and len(self.rows) != batch:
-            raise ValueError(
-                f"protect is a mask for {len(self.rows)} rows, the cache has {batch}; beams and return sequences are "
-                "rows of their own"
-            )
-
-    def _ranges(self, row: int) -> TokenRanges:
-        return self.rows[0 if self.shared else row]
-
-    def count(self, row: int, tokens: int) -> int:
-        """Number of protected tokens among the row's `tokens` tokens."""
-        return sum(max(0, min(stop, tokens) - start) for start, stop in self._ranges(row))
-
-    def table(self, tokens: Sequence[int], device: torch.device) -> torch.Tensor:
-        """bool `(batch, max(tokens))`: True for the protected tokens of each row."""
-        table = torch.zeros(len(tokens), max(tokens, default=0), dtype=torch.bool, device=device)
-        for row in range(len(tokens)):
-            for start, stop in self._ranges(row):
-                table[row, start:stop] = True
-        return table
-
-    def limits(self, row: int, tokens: int, share: int, sinks: int, recent: int) -> tuple[int, int]:
-        """(sinks, recent) that fit into a row's share together with its protected tokens.
-
-        Args:
-            tokens: tokens the row has seen.
-            share: entries that each of its heads may keep.
-            sinks, recent: requested numbers of first and last tokens. Sinks take precedence over recent tokens.
-
-        Raises:
-            ValueError: the protected tokens alone are more than `share`.
-        """
-        left = share - self.count(row, tokens)
-        if left < 0:
-            raise ValueError(
-                f"{share - left} of the {tokens} tokens of row {row} are protected, the budget leaves each head "
-                f"{share}: raise the budget or protect fewer tokens"
-            )
-        inside = {position for start, stop in self._ranges(row) for position in range(start, min(stop, sinks))}
-        first = _fitting(range(min(sinks, tokens)), inside, left)
-        left -= sum(position not in inside for position in range(first))
-        newest = range(max(first, tokens - recent), tokens)
-        inside = {p for a, b in self._ranges(row) for p in range(max(a, newest.start), min(b, newest.stop))}
-        return first, _fitting(reversed(newest), inside, left)
-
-
-def _fitting(positions: Iterable[int], inside: set[int], left: int) -> int:
-    """Number of `positions`, in order, that fit into `left` entries; those `inside` are counted already."""
-    count = 0
-    for position in positions:
-        left -= position not in inside
-        if left < 0:
-            break
-        count += 1
-    return count
-
-
-def _merged(given: Any) -> TokenRanges:
-    try:
-        pairs = sorted((int(start), int(stop)) for start, stop in given)
-    except (TypeError, ValueError):
-        raise ValueError(f"protect is {given!r}; {PROTECT_FORMS}") from None
-    for start, stop in pairs:
-        if start < 0 or stop < start:
-            raise ValueError(f"protect has the range {(start, stop)}: 0 <= start <= stop is needed")
-    merged: list[tuple[int, int]] = []
-    for start, stop in pairs:
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        elif start < stop:
-            merged.append((start, stop))
-    return tuple(merged)
-
-
-def _runs(mask: torch.Tensor) -> TokenRanges:
-    """The runs of True in a bool `(tokens,)`."""
-    edge = mask.new_zeros(1)
-    change = torch.cat([edge, mask, edge]).diff().nonzero().squeeze(1).tolist()
-    return tuple(zip(change[::2], change[1::2], strict=True))
-
-
 _UNITS = {"B": 1} | {
     f"{prefix}{suffix}": base ** (power + 1)
     for power, prefix in enumerate("KMGT")
     for suffix, base in (("B", 1000), ("IB", 1024))
 }
+_ROUNDING = 1e-6  # 0.29 * 100 is 28.999… in floats
 _TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 BUDGET_FORMS = (
     "give a float in (0, 1], the share of the tokens seen; an int >= 1, entries per head on average; or text: "
@@ -313,7 +192,7 @@ class Budget:
             ValueError: less than one entry per head.
         """
         if isinstance(self.amount, float):
-            return max(1, int(self.amount * tokens + 1e-6)) * layout.segments  # 0.29 * 100 is 28.999… in floats
+            return max(1, int(self.amount * tokens + _ROUNDING)) * layout.segments
         if isinstance(self.amount, int):
             return self.amount * layout.segments
         number, unit = self._parsed()
@@ -332,6 +211,30 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Rules:
+    """Details in which released codes differ from each other; `Preset`s set them, and the defaults are ours.
+
+    Attributes:
+        rounding: the number that a budget given as a share is rounded down to a whole one of: the entries of a "head",
+            or those of a "group" of heads that compete (the whole row in the scope "global", a layer in "layer").
+        horizon: the time at which entries are scored between the chunks of a long input: the "end" of the input, or the
+            tokens "seen" so far.
+        floor: "lift": each head's best entries, a share `floor` of its budget, are kept before heads compete (AdaKV);
+            "add": heads compete for the rest of the budget, and each keeps that number of entries more (DBTrimKV).
+
+    Raises:
+        ValueError: something else.
+    """
+
+    rounding: Literal["head", "group"] = "head"
+    horizon: Literal["end", "seen"] = "end"
+    floor: Literal["lift", "add"] = "lift"
+
+    def __post_init__(self) -> None:
+        verify(self)
+
+
+@dataclass(frozen=True)
 class EvictionPlan:
     """The options of `evict` that determine which entries a cache evicts and when.
 
@@ -342,33 +245,43 @@ class EvictionPlan:
             layers more than those of higher ones (see `pyramid`), "layer" lets the heads of a layer compete, "global"
             all heads of all layers of a row. Rows never compete.
         sinks, recent: the first and last tokens of a row, always kept and counted in the budget. If they alone, with
-            the tokens of `protect`, would exceed it, fewer recent tokens are protected, then fewer sinks.
+            the tokens of `protect`, would exceed it, fewer recent tokens are protected, then fewer sinks. None is the
+            policy's own number, `Policy.default_protection`, and at most its share of the budget.
         buffer: tokens that may be written above the budget before eviction runs again.
         floor: the share of the per-head budget, in [0, 1], that every head is guaranteed where heads compete: its best
             entries, at least one, are kept before heads compete for the rest. 0 guarantees nothing.
         prefill_chunk: longer inputs run in chunks of so many tokens with an eviction after each; None runs all at once.
         protect: tokens given by the user that are never evicted.
+        schedule: when eviction runs: "bounded": at a prompt above the budget, and later above budget and buffer;
+            "filled": whenever budget and buffer are reached, by a prompt too; "once": at a prompt, never later. With a
+            budget of 1.0 and a policy that discards entries regardless of it, after every forward.
+        rules: further details.
 
     Raises:
-        ValueError: unknown scope or a number out of its range.
+        ValueError: unknown scope or schedule, or a number out of its range.
     """
 
     policy: Policy
     budget: Budget
     scope: str
-    sinks: int = 4
-    recent: int = 32
+    sinks: int | None = None
+    recent: int | None = None
     buffer: int = 128
     floor: float = 0.0
     prefill_chunk: int | None = None
     protect: ProtectedTokens | None = None
+    schedule: str = "bounded"
+    rules: Rules = Rules()
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
             raise ValueError(f"unknown scope {self.scope!r}; known: {', '.join(SCOPES)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
         for name in ("sinks", "recent", "buffer"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor is a share of the per-head budget in [0, 1], got {self.floor}")
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
@@ -391,12 +304,18 @@ class EvictionPlan:
 
     @property
     def evicts(self) -> bool:
-        return self.policy.evicts and not self.budget.unlimited
+        return self.policy.evicts and (not self.budget.unlimited or self.policy.discards)
+
+    def total(self, tokens: int, layout: BudgetLayout) -> int:
+        """Entries that a row which has seen `tokens` tokens may store; ValueError as `Budget.total`."""
+        if self.rules.rounding == "head" or not isinstance(self.budget.amount, float):
+            return self.budget.total(tokens, layout)
+        groups = {"global": [layout.segments], "layer": layout.heads}.get(self.scope, [1] * layout.segments)
+        return max(layout.segments, sum(int(self.budget.amount * tokens * heads + _ROUNDING) for heads in groups))
 
     def allocate(self, tokens: int, layout: BudgetLayout) -> BudgetAllocation:
         """Allocates the budget of a row that has seen `tokens` tokens to its groups of competitors."""
-        total = self.budget.total(tokens, layout)
-        return allocate(self.scope, total, tokens, layout, self.policy.window_size)
+        return allocate(self.scope, self.total(tokens, layout), tokens, layout, self.policy.window_size)
 
     def require_room(self, tokens: Sequence[int], layout: BudgetLayout) -> None:
         """Raises ValueError if `protect` exceeds the budget of a row that has seen `tokens[row]` tokens."""
@@ -404,7 +323,7 @@ class EvictionPlan:
             return
         self.protect.check_rows(len(tokens))
         for row, count in enumerate(tokens):
-            if self.evicts and self.budget.total(count, layout) < count * layout.segments:
+            if self.evicts and self.total(count, layout) < count * layout.segments:
                 self.protected(row, count, min(self.allocate(count, layout).shares))
 
     def protected(self, row: int, tokens: int, share: int) -> tuple[int, int]:
@@ -413,13 +332,17 @@ class EvictionPlan:
         Raises:
             ValueError: the tokens of `protect` alone are more.
         """
+        own = self.policy.default_protection
+        room = int(own.share * share + _ROUNDING)
+        sinks = min(own.sinks, room) if self.sinks is None else self.sinks
+        recent = min(own.recent, max(0, room - sinks)) if self.recent is None else self.recent
         if self.protect is not None:
-            return self.protect.limits(row, tokens, share, self.sinks, self.recent)
-        sinks = min(self.sinks, share)
-        return sinks, min(self.recent, share - sinks)
+            return self.protect.limits(row, tokens, share, sinks, recent)
+        sinks = min(sinks, share)
+        return sinks, min(recent, share - sinks)
 
     def due(self, stored: int, tokens: int, new: int, layout: BudgetLayout) -> bool:
-        """Whether a row must evict now: above budget after a prompt, above budget and buffer later.
+        """Whether a row must evict now, by the schedule.
 
         Args:
             stored: entries of the row in all segments.
@@ -429,7 +352,15 @@ class EvictionPlan:
         if not self.evicts or new == 0:
             return False
         prompt = tokens == new
-        return stored > self.budget.total(tokens, layout) + (0 if prompt else self.buffer * layout.segments)
+        if self.schedule == "once" and not prompt:
+            return False
+        if self.budget.unlimited:
+            return True  # the policy discards entries regardless of the budget
+        above = stored - self.total(tokens, layout)
+        room = self.buffer * layout.segments
+        if self.schedule == "filled":
+            return above >= max(1, room)
+        return above > (0 if prompt else room)
 
 
 _PLAIN = (bool, int, float, str, dict, list, tuple, type(None))
@@ -450,19 +381,22 @@ class PlanDocument:
     policy: PolicyDocument
     budget: float | int | str
     scope: str
-    sinks: int
-    recent: int
+    sinks: int | None
+    recent: int | None
     buffer: int
     floor: float
     prefill_chunk: int | None
     protect: ProtectedTokens | None
+    schedule: str = "bounded"
+    rules: Rules = Rules()
 
 
 def plan_to_json(plan: EvictionPlan) -> dict[str, Any]:
     """The plan as JSON values; ValueError if its policy has an option that is not a plain value."""
     plain = {each.name: getattr(plan, each.name) for each in fields(PlanDocument)}
     protect = None if plan.protect is None else vars(plan.protect)
-    first = {"policy": _policy_to_json(plan.policy), "budget": plan.budget.amount, "protect": protect}
+    nested = {"protect": protect, "rules": vars(plan.rules)}
+    first = {"policy": _policy_to_json(plan.policy), "budget": plan.budget.amount, **nested}
     return first | {name: value for name, value in plain.items() if name not in first}
 
 
@@ -518,6 +452,8 @@ def with_budget(plan: EvictionPlan, budget: float | int | str | None, gates: Ret
 def calibrated(plan: EvictionPlan, gates: RetentionGates | None) -> EvictionPlan:
     """A copy with the budget that `tenure calibrate` stored with the gates.
 
+    Sinks and recent tokens without numbers of their own are those of the calibration.
+
     Raises:
         ValueError: no gates, gates without a calibration or changed since, or a calibration for other options.
     """
@@ -529,6 +465,8 @@ def calibrated(plan: EvictionPlan, gates: RetentionGates | None) -> EvictionPlan
             "budget 'calibrated' needs gates that were calibrated: run `tenure calibrate --gates FOLDER` first, or "
             "give a number as the budget"
         )
+    sinks = found.sinks if plan.sinks is None else plan.sinks
+    plan = replace(plan, sinks=sinks, recent=found.recent if plan.recent is None else plan.recent)
     differing = _differences(plan, found)
     if differing:
         raise ValueError(
@@ -552,4 +490,5 @@ def _differences(plan: EvictionPlan, found: Calibration) -> list[str]:
         "recent": (plan.recent, found.recent),
     }
     differing = [f"{option} {now!r} (calibrated: {then!r})" for option, (now, then) in pairs.items() if now != then]
-    return differing + [option for option in ("prefill_chunk", "protect") if getattr(plan, option) is not None]
+    differing += [option for option in ("prefill_chunk", "protect") if getattr(plan, option) is not None]
+    return differing + ([f"rules {plan.rules}"] if plan.rules != Rules() else [])

@@ -49,13 +49,14 @@ def choose(
     time = torch.tensor(list(tokens), device=layers[0].device)
     layout = layout_of(layers)
     ends = list(tokens if horizon is None else horizon)
+    scored_at = list(tokens) if plan.rules.horizon == "seen" else ends
     shares = [plan.allocate(end, layout) if now else None for end, now in zip(ends, due, strict=True)]
     protected = _ProtectedPositions(plan, tokens, shares, time)
     evicting = torch.tensor(list(due), device=time.device).view(-1, 1, 1)
     scores, positions = [], []
     for index, layer in enumerate(layers):
         allowed = [0 if share is None else share.shares[index] for share in shares]
-        view = plan.policy.view(layer, time, query_positions, time.new_tensor(allowed), time.new_tensor(ends))
+        view = plan.policy.view(layer, time, query_positions, time.new_tensor(allowed), time.new_tensor(scored_at))
         conclude(layer, plan.policy, view, evicting)
         score = _checked(plan, layer.layer_idx, plan.policy.score(view), view.valid)
         score = torch.where(evicting, score, 0.0)  # a row that is not due keeps entries scored -inf
@@ -64,15 +65,12 @@ def choose(
         positions.append(view.positions)
     if plan.scope in ("head", "pyramid"):
         return _select_per_head(scores, positions, shares)
+    if plan.floor and plan.rules.floor == "add":
+        return _select_with_floor_added(scores, positions, shares, plan.scope, plan.floor)
     if plan.floor:
         floor = [0 if share is None else max(1, int(plan.floor * share.average)) for share in shares]
         scores = [_with_floor(score, place, floor) for score, place in zip(scores, positions, strict=True)]
-    if plan.scope == "global":
-        return _compete(scores, positions, [share and share.groups[0] for share in shares])
-    return [
-        _compete([score], [place], [share and share.groups[index] for share in shares])[0]
-        for index, (score, place) in enumerate(zip(scores, positions, strict=True))
-    ]
+    return _compete_in_groups(scores, positions, [share and share.groups for share in shares], plan.scope)
 
 
 def conclude(layer: RaggedLayer, policy: Policy, view: LayerView, evicting: torch.Tensor) -> None:
@@ -132,6 +130,32 @@ def _with_floor(score: torch.Tensor, positions: torch.Tensor, floor: list[int]) 
     """Scores with +inf for the `floor[row]` best entries of every head, which are kept regardless of other heads."""
     each = [k for k in floor for _ in range(score.shape[1])]
     return score.masked_fill(top_of_each_head(score, positions, each), torch.inf)
+
+
+def _select_with_floor_added(
+    scores: list[torch.Tensor], positions: list[torch.Tensor], shares: list[BudgetAllocation | None], scope: str,
+    floor: float,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Heads compete for a share 1 - `floor` of the budget; then each keeps as many and `floor` of the average more."""
+    rest = [None if share is None else [int(group * (1 - floor)) for group in share.groups] for share in shares]
+    more = scores[0].new_tensor([0 if share is None else int(share.average * floor) for share in shares]).long()
+    counts = [keep.sum(2) + more.unsqueeze(1) for keep in _compete_in_groups(scores, positions, rest, scope)]
+    return [
+        top_of_each_head(score, place, count.flatten().tolist())
+        for score, place, count in zip(scores, positions, counts, strict=True)
+    ]
+
+
+def _compete_in_groups(
+    scores: list[torch.Tensor], positions: list[torch.Tensor], allowed: list[list[int] | None], scope: str
+) -> list[torch.Tensor]:
+    """Keeps the best entries of each group of heads, the row or a layer; `allowed[row]`: how many, None keeps all."""
+    if scope == "global":
+        return _compete(scores, positions, [None if groups is None else groups[0] for groups in allowed])
+    return [
+        _compete([score], [place], [None if groups is None else groups[index] for groups in allowed])[0]
+        for index, (score, place) in enumerate(zip(scores, positions, strict=True))
+    ]
 
 
 def _compete(

@@ -121,7 +121,7 @@ class Session(Interceptor):
                     f"prefill_chunk needs RoPE that does not depend on the length of the input; {type(model).__name__} "
                     f"has {', '.join(sorted(scaled))}: leave prefill_chunk unset"
                 )
-        self.plan.budget.total(1, self.layout)
+        self.plan.total(1, self.layout)
         for policy in self.policies:
             check_model_has(policy, model, self._layers.values())
             if "hidden_states" in policy.needs and self.plan.prefill_chunk is not None:

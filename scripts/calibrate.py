@@ -104,7 +104,7 @@ class CalibrationPlan:
         tasks: of the questions.
         gates: possibly with an earlier calibration, which is replaced.
         texts, held_out: sources of documents for calibration and for validation.
-        sinks, recent: protected first and last tokens, as by default in `evict`.
+        sinks, recent: protected first and last tokens: the policy's own.
     """
 
     control: RiskControl
@@ -113,8 +113,8 @@ class CalibrationPlan:
     gates: RetentionGates
     texts: list[Document]
     held_out: list[Document]
-    sinks: int = 4
-    recent: int = 32
+    sinks: int
+    recent: int
 
     @property
     def budgets(self) -> list[float | int]:
@@ -193,7 +193,8 @@ def _check(config: CalibrateConfig) -> CalibrationPlan:
     documents = resolve_texts(config.data, "eval")
     # The gates were trained on the training essays; of the others, sorted by name, one half each.
     halves = (documents[::2], documents[1::2]) if config.data == "demo" else (documents, documents)
-    return CalibrationPlan(control, cells, tasks, gates, *halves)
+    own = cells[-1].policy.default_protection
+    return CalibrationPlan(control, cells, tasks, gates, *halves, own.sinks, own.recent)
 
 
 def long_texts(config: CalibrateConfig, tokenizer: Any, texts: Sequence[Document]) -> list[Document]:

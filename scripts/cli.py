@@ -95,6 +95,9 @@ COMMANDS: dict[str, Command] = {
     "bench engine": Command(
         "bench.bench_engine", "EngineBenchConfig", "Measure the serving engine against generate and what requests need"
     ),
+    "bench serve": Command(
+        "bench.bench_serve", "ServeBenchConfig", "Run agents over HTTP on tenure serve, and beside other servers"
+    ),
     "bench trace": Command(
         "bench.bench_trace", "TraceBenchConfig", "Record runs on a real model and compare the simulator's predictions"
     ),
@@ -117,6 +120,9 @@ COMMANDS: dict[str, Command] = {
         "simulate", "SimulateConfig", "Replay published set-ups, studies and traces of serving on a virtual clock"
     ),
     "soak": Command("soak.run_soak", "SoakConfig", "Random load with fault injection on tiers, prefetch and scheduler"),
+    "soak serve": Command(
+        "soak.run_serve_soak", "ServeSoakConfig", "Clients on a server, every answer checked; kill -9 and restarts"
+    ),
 }
 
 USAGE_ERROR = 2

@@ -160,11 +160,11 @@ def _stream_table(rows: Sequence[dict[str, Any]]) -> Table:
 def _attention_table(rows: Sequence[dict[str, Any]]) -> Table:
     notes = (
         "coverage: share of the answer's attention to the context that is on kept entries; evidence: attention on the "
-        "planted fact, and its difference to the full cache's"
+        "planted fact, and its difference to the full cache's; worst head: the least coverage of a case, on average"
     )
-    columns = ("coverage", "coverage"), ("worst_head", "worst head"), ("evidence", "evidence"), (
-        "evidence_gain", "gain",
-    )  # fmt: skip
+    columns = ("coverage", "coverage"), ("worst_head", "worst head"), ("below_half", "heads below ½"), (
+        "evidence", "evidence",
+    ), ("evidence_gain", "gain")  # fmt: skip
     title = f"{rows[0]['length']} tokens, {rows[0]['n']} cases a task, compressed before the question"
     return _table(title, notes, rows, columns)
 

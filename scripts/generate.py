@@ -38,10 +38,10 @@ class GenerateConfig:
     """Question about the prompt, asked after the prompt has been compressed."""
     model: str = "demo"
     """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
-    policy: str = "retention"
-    """Eviction policy: retention or retention_defensive (these need gates), defensive, layer_defensive, snapkv,
-    adakv, criticalkv, ada_criticalkv, pyramidkv, expected_attention, lagkv, keydiff, knorm, tova, h2o, streaming_llm,
-    random, or full."""
+    policy: str | None = None
+    """Eviction policy, by default retention or the preset's: retention or retention_defensive (these need gates),
+    defensive, layer_defensive, snapkv, adakv, criticalkv, ada_criticalkv, pyramidkv, expected_attention, lagkv,
+    keydiff, knorm, tova, h2o, streaming_llm, random, or full."""
     gates: str = "examples/smollm2-135m-gates"
     """Trained gates for the retention policies and the calibrated budget: a folder or Hub id."""
     budget: int | float | Literal["calibrated"] = 0.2
@@ -49,12 +49,14 @@ class GenerateConfig:
     the budget that `tenure calibrate` stored with the gates."""
     scope: Literal["auto", "global", "layer", "head", "pyramid"] = "auto"
     """The entries that compete for the budget: those of all heads, a layer, or a head; auto: the policy's default."""
-    sinks: int = 4
-    """Number of first tokens that are never evicted."""
-    recent: int = 32
-    """Number of last tokens that are never evicted."""
+    sinks: int | None = None
+    """Number of first tokens that are never evicted; by default the policy's own."""
+    recent: int | None = None
+    """Number of last tokens that are never evicted; by default the policy's own."""
     buffer: int = 128
     """Tokens that may exceed the budget before the next eviction."""
+    preset: Literal["defensivekv", "trimkv", "dbtrimkv", "kvpress"] | None = None
+    """Evict as a released code does; options that it fixes must be left out (docs/reference/presets.md)."""
     prefill_chunk: int | None = None
     """Process longer prompts in chunks of this many tokens, with an eviction after each, to bound peak memory."""
     max_new_tokens: int = 128
@@ -83,27 +85,23 @@ def main(config: GenerateConfig) -> int:
     prompt = _read_prompt(config)
     import torch
 
-    from ..eviction import evict, get_policy
+    from ..eviction import evict
     from ..eviction.plan import CALIBRATED
+    from ..eviction.presets import make_plan
     from ..retention import RetentionGates
 
-    policy = get_policy(config.policy)  # cheap checks first: mistakes are reported before the model is loaded
+    options: dict[str, Any] = {
+        "policy": config.policy, "budget": config.budget, "preset": config.preset,
+        "scope": None if config.scope == "auto" else config.scope, "sinks": config.sinks, "recent": config.recent,
+        "buffer": config.buffer, "prefill_chunk": config.prefill_chunk,
+    }  # fmt: skip
+    policy = make_plan(**options).policy  # cheap checks first: mistakes are reported before the model is loaded
     needs_gates = "log_beta" in policy.needs or config.budget == CALIBRATED
     gates = RetentionGates.from_pretrained(config.gates) if needs_gates else None
     model, tokenizer = load_model(config.model, config.device, config.dtype)
     torch.manual_seed(config.seed)
     context, rest = _encode(config, tokenizer, prompt)
-    with evict(
-        model,
-        policy=policy,
-        budget=config.budget,
-        scope=None if config.scope == "auto" else config.scope,
-        gates=gates.to(model.device) if gates else None,
-        sinks=config.sinks,
-        recent=config.recent,
-        buffer=config.buffer,
-        prefill_chunk=config.prefill_chunk,
-    ) as session:
+    with evict(model, gates=gates.to(model.device) if gates else None, **options) as session:
         started = time.perf_counter()
         tokens = _stream(config, model, tokenizer, session, context, rest)
         _show(config, session, tokens, time.perf_counter() - started)
@@ -182,7 +180,7 @@ def _show(config: GenerateConfig, session: Session, tokens: int, seconds: float)
     lengths = report.lengths[0]
     budget = session.plan.budget.amount
     shown = budget if isinstance(budget, str) else f"{budget:g}"
-    title = f"KV cache: {config.policy}, budget {shown}, scope {session.plan.scope}"
+    title = f"KV cache: {session.plan.policy.name}, budget {shown}, scope {session.plan.scope}"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="dim")
     table.add_column(justify="right")

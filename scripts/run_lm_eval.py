@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 HELP_FLAGS = ("-h", "--help")
 HELP = """usage: tenure eval [lm-eval's ARGUMENTS]
@@ -17,7 +18,9 @@ HELP = """usage: tenure eval [lm-eval's ARGUMENTS]
   scope=NAME             which entries compete: head, layer, global, pyramid (default: the policy's)
   gates=PATH             trained gates, for the retention policies
   prefill_chunk=N        process contexts in chunks of N tokens, with an eviction after each
-  sinks, recent, buffer  protected first and last tokens, tokens between evictions (4, 32, 128)
+  preset=NAME            evict as a released code does: defensivekv, trimkv, dbtrimkv, kvpress
+  sinks, recent          protected first and last tokens (default: the policy's)
+  schedule=once          bounded: evict again after every `buffer` (128) tokens that are written
   floor=0.2              share of a head's own budget that other heads cannot take (default: the policy's)
   question=auto          agnostic: compress before the question is read; aware: after it; auto: as the task says
   question_field=NAME, question_pattern=REGEX
@@ -53,5 +56,20 @@ def main(config: LmEvalArguments) -> int:
         names = ", ".join(name for name in task_names() if not name.endswith("_aware"))
         print(HELP.format(docstring=LmEvalArguments.__doc__, tasks=names), flush=True)
         arguments = ("run", "--help")
-    run(arguments)
+    _show(run(arguments))
     return 0
+
+
+def _show(models: Sequence[Mapping[str, Any]]) -> None:
+    """A table below lm-eval's own, which does not say what was evicted."""
+    for found in models:
+        if not found["contexts"]:
+            continue
+        rows = {
+            "policy": f"{found['policy']} ({found['scope']}), budget {found['budget']}, {found['schedule']}",
+            "preset": found["preset"] or "none",
+            "kept of the contexts": f"{found['kept_share']:.1%} of {found['contexts']:,}",
+            "memory": f"{found['bytes'] / 1e6:.1f} MB, at most {found['peak_bytes'] / 1e6:.1f} MB in one batch",
+        }
+        width = max(map(len, rows))
+        print("\n".join(f"|{name:<{width}}|{value}|" for name, value in rows.items()), flush=True)

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..serving.kvcache.eviction_policy import LinearCosts
     from ..serving.server import ApiKeys, Backend
 
+logger = logging.getLogger(__name__)
 UNITS = {
     "": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9,
     "TB": 10**12,
@@ -91,7 +92,8 @@ class ServeConfig:
     disk: Annotated[str | None, tyro.conf.arg(metavar="DIR:SIZE")] = None
     """Folder and size of the disk tier, as /var/cache/tenure:50GiB. Prompts in it survive a restart."""
     api_keys: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """File with a line `CLIENT KEY` for each accepted key, or `CLIENT KEY admin`; by default no key is asked for."""
+    """File with a line `CLIENT KEY` and options for each accepted key (docs/guides/serve-http.md, Clients); by default
+    no key is asked for. SIGHUP has it read again."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
@@ -144,7 +146,12 @@ class ServeConfig:
         return self.name or (Path(self.model).resolve().name if Path(self.model).is_dir() else self.model)
 
 
-def main(config: ServeConfig) -> int:
+def main(config: ServeConfig, link_bytes_per_s: float | None = None) -> int:
+    """Serves until it is stopped.
+
+    Args:
+        link_bytes_per_s: to which copies between host and device are throttled, for benchmarks; None: not at all.
+    """
     from ..retention import RetentionGates
     from ..serving.server import ApiKeys, ServerConfig, bind, build_app, run_server
 
@@ -156,17 +163,22 @@ def main(config: ServeConfig) -> int:
     if config.compress != "none":
         gates = RetentionGates.from_pretrained(find_gates(config.model, config.gates))
     server = ServerConfig(drain_s=config.drain_s)
-    with bind(config.host, config.port) as listening, backend(config, gates, console) as served:
+    with bind(config.host, config.port) as listening, backend(
+        config, gates, console, link_bytes_per_s
+    ) as served:
         host, port = listening.getsockname()[:2]
         app = build_app(served, keys, server)
-        run_server(app, served.client, listening, server, lambda: _announce(config, keys, host, port))
+        reload = None if config.api_keys is None else lambda: _reload(keys)
+        run_server(app, served.client, listening, server, lambda: _announce(config, keys, host, port), reload)
     print("stopped", flush=True)
     return 0
 
 
 @contextmanager
-def backend(config: ServeConfig, gates: RetentionGates | None, console: Console) -> Iterator[Backend]:
-    """Loads the model and starts its engine; ends both with the block."""
+def backend(
+    config: ServeConfig, gates: RetentionGates | None, console: Console, link_bytes_per_s: float | None = None
+) -> Iterator[Backend]:
+    """Loads the model and starts its engine; ends both with the block. The arguments are those of `main`."""
     from ..eviction import evict
     from ..serving import DiskPool, EngineClient, MemoryPool, SchedulerConfig, ThreadedTransfer, Tier, build_system
     from ..serving.engine import Compression, Engine
@@ -183,8 +195,12 @@ def backend(config: ServeConfig, gates: RetentionGates | None, console: Console)
         if config.disk_tier is not None:
             folder, size = config.disk_tier
             pools[Tier.DISK] = DiskPool(size, folder)
+        costs, links = measure_costs(session, CostEstimates()), None
+        if link_bytes_per_s is not None:
+            links = dict.fromkeys(((Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.DEVICE)), link_bytes_per_s)
+            costs = replace(costs, bytes_per_s=(link_bytes_per_s, costs.bytes_per_s[1]))
         system = build_system(
-            config.system, pools, ThreadedTransfer(), costs=measure_costs(session, CostEstimates()),
+            config.system, pools, ThreadedTransfer(links), costs=costs,
             bytes_per_token=PromptKV(session).bytes_per_token(), clock=time.monotonic, learn=True,
             scheduler_config=SchedulerConfig(), device=model.device,
         )  # fmt: skip
@@ -219,6 +235,16 @@ def measure_costs(session: Session, estimates: CostEstimates) -> LinearCosts:
         copy_s = time.perf_counter() - begun
     speeds = estimates.probe_bytes / copy_s, estimates.disk_bytes_per_s
     return LinearCosts(estimates.probe_tokens / compute_s, speeds, estimates.latency_s)
+
+
+def _reload(keys: ApiKeys) -> None:
+    """Reads the file of keys again; one that cannot be read changes nothing."""
+    try:
+        keys.reload()
+    except (OSError, ValueError) as error:
+        logger.error("the keys stay as they were: %s", error)
+    else:
+        print("the file of keys was read again", flush=True)
 
 
 def _announce(config: ServeConfig, keys: ApiKeys, host: str, port: int) -> None:

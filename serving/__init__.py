@@ -5,6 +5,7 @@ if not __name__.startswith("tenure."):
 
 from typing import TYPE_CHECKING, Any
 
+from .cache_report import CacheReport
 from .client import AnswerStream, EngineClient, EngineClientConfig, EngineHealth
 from .engine_loop import EngineLoop
 from .errors import (
@@ -25,6 +26,7 @@ from .kvcache.belady import Belady
 from .kvcache.disk_pool import DiskPool
 from .kvcache.disk_store import DiskConfig
 from .kvcache.estimates import Estimates
+from .kvcache.eviction_history import ComputedSpan, EvictionHistoryConfig, MissReason
 from .kvcache.eviction_policy import (
     LFU,
     LRU,
@@ -76,19 +78,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LFU", "LRU", "AgentSpec", "AllocStatus", "AnswerEvent", "AnswerStream", "ArenaConfig", "BadRequest", "Belady",
-    "CacheHandle", "Compression", "Detokenizer", "DiskConfig", "DiskPool", "Draining", "EagerWriteBackConfig",
-    "EdgeSpec", "Engine", "EngineClient", "EngineClientConfig", "EngineDead", "EngineHealth", "EngineLoop", "Estimates",
-    "EvictionPolicy", "ExpectedTime", "FinishReason", "FinishedBy", "Gone", "GraphConfig", "Hint", "HintConfig",
-    "HintReader", "KVPayload", "LearnedTransitions", "LinearCosts", "LinkSpeed", "LoadState", "MarkovConfig", "Match",
-    "MemoryPool", "NextCallPredictor", "PhantomPayload", "PhantomPool", "PredictionConfig", "PredictionMode",
+    "CacheHandle", "CacheReport", "Compression", "ComputedSpan", "Detokenizer", "DiskConfig", "DiskPool",
+    "Draining", "EagerWriteBackConfig", "EdgeSpec", "Engine", "EngineClient", "EngineClientConfig", "EngineDead",
+    "EngineHealth", "EngineLoop", "Estimates", "EvictionHistoryConfig", "EvictionPolicy", "ExpectedTime",
+    "FinishReason", "FinishedBy", "Gone", "GraphConfig", "Hint", "HintConfig", "HintReader", "KVPayload",
+    "LearnedTransitions", "LinearCosts", "LinkSpeed", "LoadState", "MarkovConfig", "Match", "MemoryPool",
+    "MissReason", "NextCallPredictor", "PhantomPayload", "PhantomPool", "PredictionConfig", "PredictionMode",
     "PrefetchConfig", "PrefetchMetrics", "Prefetcher", "PromptKV", "QueueFull", "Request", "RequestEnded",
     "RequestFailed", "RequestOutput", "RequestTimes", "SamplingParams", "ScheduledBatch", "ScheduledDecode",
     "ScheduledPrefill", "Scheduler", "SchedulerConfig", "SchedulerMetrics", "ServingError", "Status", "StepGraph",
     "StepsToExecution", "StorePolicy", "SuffixReuse", "SuffixReuseConfig", "System", "TensorPayload",
     "ThreadedTransfer", "Tier", "TierMetrics", "TierPolicy", "TieredCache", "TokenEvent", "TokenMask", "TooLarge",
-    "Urgency", "VirtualClock", "VirtualTransfer", "Workflow", "WorkflowSpec", "WriteBack", "build_system", "draw_svg",
-    "get_tier_policy", "hint_formats", "request_fields", "system_names", "tier_policy_names", "workflow_from_dict",
-    "workflow_from_json", "workflow_from_langgraph", "workflow_from_networkx", "workflow_from_yaml",
+    "Urgency", "VirtualClock", "VirtualTransfer", "Workflow", "WorkflowSpec", "WriteBack", "build_system",
+    "draw_svg", "get_tier_policy", "hint_formats", "request_fields", "system_names", "tier_policy_names",
+    "workflow_from_dict", "workflow_from_json", "workflow_from_langgraph", "workflow_from_networkx",
+    "workflow_from_yaml",
 ]  # fmt: skip
 
 # These need torch and transformers; a simulation or a scheduler of another engine does not.

@@ -242,9 +242,9 @@ class EngineClient:
     `close` (in asyncio: `await asyncio.to_thread(client.drain, 30.0)`). Messages take effect between two steps, in the
     order in which they were sent: a request may name a workflow that was added just before.
 
-    `add_workflow`, `remove_workflow`, `hint` and `flush` return a future with their result or error, which need not be
-    awaited (in asyncio: `asyncio.wrap_future`); errors are logged, too. After the engine's thread has died by an
-    exception every method except `health` and `close` raises `EngineDead`.
+    `add_workflow`, `replace_workflow`, `remove_workflow`, `hint` and `flush` return a future with their result or
+    error, which need not be awaited (in asyncio: `asyncio.wrap_future`); errors are logged, too. After the engine's
+    thread has died by an exception every method except `health` and `close` raises `EngineDead`.
 
     Args:
         engine: no other thread may call it, or change its graph, until `close` has returned. The client closes neither
@@ -348,6 +348,10 @@ class EngineClient:
 
         return self._call(add)
 
+    def replace_workflow(self, spec: WorkflowSpec, name: str | None = None, client: str = "") -> Future[bool]:
+        """Adds a workflow, or changes the one of that name, see `StepGraph.replace_workflow`."""
+        return self._call(lambda: self._engine.system.graph.replace_workflow(spec, name, client))
+
     def remove_workflow(self, name: str) -> Future[None]:
         """Removes a workflow from the step graph."""
         return self._call(lambda: self._engine.system.graph.remove_workflow(name))
@@ -419,8 +423,8 @@ class EngineClient:
 
     # Messages ---------------------------------------------------------------------------------------------------
 
-    def _call(self, call: Callable[[], Any]) -> Future[None]:
-        result: Future[None] = Future()
+    def _call(self, call: Callable[[], Any]) -> Future[Any]:
+        result: Future[Any] = Future()
         with self._lock:
             self._require_alive()
             if self._closed:

@@ -8,7 +8,7 @@ prompt. A hint that a session has ended ranks what only that session used behind
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 
 from .hints.hint import HintStore
 from .kvcache.radix_tree import TOKEN_BYTES, Pages
@@ -53,7 +53,7 @@ class Conversations:
         return self._agents.get(session)
 
     def hinted(self, session: Session, agent: str) -> None:
-        """A hint about `session` is in effect for `agent`, which stands for it."""
+        """A hint about `session` is in effect for `agent`, which stands for it; or it waits for its sub-agents."""
         self._agents[session], self._sessions[agent] = agent, session
         self._changed[agent] = None
 
@@ -61,19 +61,29 @@ class Conversations:
         """The hints in effect for `agents`, of sessions or not, have ended."""
         self._changed.update(dict.fromkeys(agent for agent in agents if agent in self._sessions))
 
-    def apply(self, tiers: TieredCache, hints: HintStore, by_agents: bool) -> None:
+    def changed(self, agent: str) -> None:
+        """What is known about the session of `agent` has changed, other than by a hint."""
+        if agent in self._sessions:
+            self._changed[agent] = None
+
+    def find(self, session: Session) -> tuple[Pages, Hashable] | None:
+        """The last prompt and answer of `session`, and their namespace; None if it is unknown."""
+        return self._prompts.get(session)
+
+    def apply(self, tiers: TieredCache, hints: HintStore, waiting: Collection[str], by_agents: bool) -> None:
         """Brings the tree in line with what has changed.
 
         Args:
+            waiting: agents of sessions that wait for their sub-agents: kept whatever the hints say.
             by_agents: the eviction policy ranks by agents; otherwise only ends of sessions have an effect.
         """
         changed, self._changed = self._changed, {}
         for agent in changed:
-            session, hint = self._sessions[agent], hints.current(agent)
+            session, hint, waits = self._sessions[agent], hints.current(agent), agent in waiting
             prompt, namespace = self._prompts.get(session, (None, None))
-            if hint is None:
+            if hint is None and not waits:
                 del self._agents[session], self._sessions[agent]
-            if hint is None or hint.evict or prompt is None:
+            if prompt is None or (not waits and (hint is None or hint.evict)):
                 if agent in self._tagged:
                     self._tagged.discard(agent)
                     tiers.forget_agent(agent)

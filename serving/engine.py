@@ -131,6 +131,7 @@ class Engine:
         if compression is not None:
             session.require_recorded(get_policy(compression.policy))
         self.pages = self._bind()
+        system.scheduler.namespaces.own = _client_namespace
         inputs, outputs = session.model.get_input_embeddings(), session.model.get_output_embeddings()
         if not (isinstance(inputs, torch.nn.Embedding) and isinstance(outputs, torch.nn.Linear)):
             raise ValueError(f"got a {type(session.model).__name__}; accepted: models with token embeddings and logits")
@@ -525,5 +526,10 @@ class Engine:
 
 def _own_namespace(request: Request) -> Hashable:
     """The namespace of a request as its client gave it; the engine has put it into one of its own."""
-    assert isinstance(request.namespace, tuple), "submit has done so"
-    return request.namespace[1]
+    return _client_namespace(request.namespace)
+
+
+def _client_namespace(namespace: Hashable) -> Hashable:
+    """The client's part of a namespace that `Engine._namespace` has made."""
+    assert isinstance(namespace, tuple), "submit has done so"
+    return namespace[1]

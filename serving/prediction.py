@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from tenure.checked import Count, Positive, verify
 
-from .conversations import Conversations
+from .conversations import Conversations, Session
 from .hints.hint import SESSION, ActionKind, Hint, HintAction, HintConfig, HintStore, SessionAction, session_agent
 from .kvcache.radix_tree import TOKEN_BYTES, Node, Pages, common_pages
 from .kvcache.tiered_cache import TieredCache
 from .request import Request
+from .session_tree import SessionTree, SessionTreeConfig
 from .workflow.durations import Duration
 from .workflow.graph import MIN_CHANCE, StepGraph
 from .workflow.markov import LearnedTransitions
@@ -42,6 +43,9 @@ class PredictionConfig:
             more than this counts as within them. Expected times stand still between two reads of the graph: without a
             margin an agent that misses by a rounding error would be checked again and again at the same time.
         silence_check_s: seconds between two checks for workflows without events.
+        max_agents_per_update: agents whose values are read again in one step though nothing has happened in their
+            workflows (γ has changed, or time has passed); the others follow in the next steps. The same for the agents
+            of clients whose quotas have changed because there is another client.
         max_prefix_agents, max_prefix_bytes: agents and bytes of prompts stored by `LearnedPrefixes`.
         max_owned_agents: agents whose owner is stored by `ClientQuotas`.
         max_sessions, max_session_bytes: sessions and bytes of their prompts stored by `Conversations`.
@@ -53,12 +57,14 @@ class PredictionConfig:
     held_steps: Positive = 32.0
     sight_margin: Positive = 0.1
     silence_check_s: Positive = 360.0
+    max_agents_per_update: Count = 32
     max_prefix_agents: Count = 10_000
     max_prefix_bytes: Count = 1 << 28
     max_owned_agents: Count = 100_000
     max_sessions: Count = 10_000
     max_session_bytes: Count = 1 << 28
     hints: HintConfig = field(default_factory=HintConfig)
+    session_tree: SessionTreeConfig = field(default_factory=SessionTreeConfig)
 
     def __post_init__(self) -> None:
         verify(self)
@@ -123,11 +129,12 @@ class ClientQuotas:
         self.capped: set[str] = set()
         self.capped_everywhere: set[str] = set()
         self._value = value
-        self._max_agents = config.max_owned_agents
+        self._max_agents, self._max_per_update = config.max_owned_agents, config.max_agents_per_update
         self._owner: dict[str, str] = {}
         self._agents: dict[str, set[str]] = {}
         self._hinted_only: set[str] = set()  # agents that their owners have never called
         self._num_clients = 0  # at the last update
+        self._due: dict[str, None] = {}  # clients whose caps are to be computed again, as there is another client
         self._used: dict[str, float] = {}  # bytes of the agents' prompts, by client, when they were last added up
 
     def key(self, agent: str, client: str) -> str:
@@ -171,6 +178,11 @@ class ClientQuotas:
         """Fraction of a tier's memory that `client` may protect whatever others do, 0 to 1."""
         return 1 / max(1, len(self._agents)) if client else 1.0
 
+    @property
+    def has_due(self) -> bool:
+        """Whether `update` has more to compute, without any change."""
+        return bool(self._due)
+
     def update(self, agents: Collection[str], tiers: TieredCache) -> set[str]:
         """Recomputes the caps after the values of `agents` changed; returns the agents capped or released by it.
 
@@ -179,19 +191,34 @@ class ClientQuotas:
         """
         moved = tiers.take_moved_agents()
         before, self._num_clients = self._num_clients, len(self._agents)
-        if before == self._num_clients and ((self._num_clients < 2 and not self.capped) or (not agents and not moved)):
-            return set()
-        clients = {self._owner[agent] for agent in (*agents, *moved) if isinstance(agent, str) and agent in self._owner}
         if before != self._num_clients:  # all quotas have changed
-            clients = set(self._agents)
+            self._due.update(dict.fromkeys(self._agents))
+        elif self._num_clients < 2 and not self.capped:
+            self._due.clear()
+            return set()
+        elif not (agents or moved or self._due):
+            return set()
         changed: set[str] = set()
-        for client in clients:
+        for client in self._clients_of({*agents, *moved}):
             owned = self._agents[client]
             capped, everywhere = self._over_quota(client, tiers) if len(self._agents) > 1 else (set(), set())
             changed |= (self.capped & owned) ^ capped | (self.capped_everywhere & owned) ^ everywhere
             self.capped = (self.capped - owned) | capped
             self.capped_everywhere = (self.capped_everywhere - owned) | everywhere
         return changed
+
+    def _clients_of(self, agents: Collection[Any]) -> list[str]:
+        """The clients that own these agents, and some of those that are due."""
+        clients = sorted({self._owner[agent] for agent in agents if isinstance(agent, str) and agent in self._owner})
+        for client in clients:
+            self._due.pop(client, None)
+        left = self._max_per_update
+        while self._due and left > 0:
+            client = next(iter(self._due))
+            del self._due[client]
+            clients.append(client)
+            left -= len(self._agents[client])
+        return clients
 
     def _over_quota(self, client: str, tiers: TieredCache) -> tuple[set[str], set[str]]:
         """The agents over the quota of the device, and of these the ones for which the largest tier has no room."""
@@ -220,6 +247,7 @@ class ClientQuotas:
         if not self._agents[client]:
             del self._agents[client]
             self._used.pop(client, None)
+            self._due.pop(client, None)
 
 
 class PredictionMode(Enum):
@@ -257,12 +285,14 @@ class NextCallPredictor:
         self.quotas = ClientQuotas(self._quota_value, config)
         self.step = Duration(config.step_s, config.step_s)
         self.conversations = Conversations(config.max_sessions, config.max_session_bytes)
+        self.session_tree = SessionTree(clock, config.session_tree)
+        self._parents: dict[Session, str] = {}  # the agents of sessions that wait for their sub-agents
+        self._parent_agents: set[str] = set()  # its values
         self._prefixes = LearnedPrefixes(page_size, config)
         self._on_lookup = on_lookup
         self._waiting: dict[str, int] = {}  # waiting requests by agent
         self._changed: set[str] = set()  # since the last push, other than by the graph
-        self._rate = graph.rate
-        self._clock, self._silence_checked_s = clock, clock()
+        self.clock, self._silence_checked_s = clock, clock()
         graph.separate_clients(self._claim)
 
     @property
@@ -274,13 +304,14 @@ class NextCallPredictor:
     def steps(self, agent: Any) -> float:
         """Steps to the next call of `agent`, for eviction; infinity: none predicted, or over its client's quota."""
         if agent not in self.quotas.capped:
-            return self.next_steps(agent)
+            return 0.0 if agent in self._parent_agents else self.next_steps(agent)
         everywhere = agent in self.quotas.capped_everywhere
         return math.inf if everywhere else max(self.next_steps(agent), self.config.held_steps)
 
     def reuse(self, agent: Any) -> float:
         """Value of the cache of `agent` by expected discounted reuse, 0 to 1, for eviction."""
-        value = 1.0 if agent in self._waiting else self.hints.reuse(agent, self.graph.retention_value(agent))
+        needed = agent in self._waiting or agent in self._parent_agents
+        value = 1.0 if needed else self.hints.reuse(agent, self.graph.retention_value(agent))
         if agent not in self.quotas.capped:
             return value
         everywhere = agent in self.quotas.capped_everywhere
@@ -332,6 +363,8 @@ class NextCallPredictor:
         return self.hints.steps(agent, self.graph.seconds(agent) / self._step_s) * self._step_s
 
     def _quota_value(self, agent: str) -> float:
+        if agent in self._parent_agents:
+            return 1.0 if self.by_time else 0.0
         return self._expected_reuse(agent) if self.by_time else -self.next_steps(agent)
 
     # Changes ----------------------------------------------------------------------------------------------------
@@ -345,14 +378,16 @@ class NextCallPredictor:
         expired = self.hints.pop_expired()
         self._changed |= expired
         self.conversations.expired(expired)
-        self.conversations.apply(tiers, self.hints, by_agents=self.mode is not PredictionMode.NONE)
+        self._release(self.session_tree.pop_silent())
+        by_agents = self.mode is not PredictionMode.NONE
+        self.conversations.apply(tiers, self.hints, self._parent_agents, by_agents)
         changed = sorted(self._changed_agents(tiers))
         if changed:
             tiers.values_changed(changed)
         return changed
 
     def _changed_agents(self, tiers: TieredCache) -> set[str]:
-        now = self._clock()
+        now = self.clock()
         if now - self._silence_checked_s > self.config.silence_check_s:
             self._silence_checked_s = now
             self.graph.clear_silent()
@@ -360,11 +395,13 @@ class NextCallPredictor:
         if self.mode is PredictionMode.NONE:
             return set()
         graph = self.graph
-        changed |= graph.changed_reuse() if self.by_time else graph.changed_steps()
-        if graph.rate != self._rate:  # values at different rates are not comparable
-            self._rate = graph.rate
-            changed.update(map(str, tiers.agents()))
+        changed |= graph.changed_reuse(self.config.max_agents_per_update) if self.by_time else graph.changed_steps()
         return changed | self.quotas.update(changed, tiers)
+
+    @property
+    def has_due(self) -> bool:
+        """Whether `push_values` has more to read, without any event."""
+        return self.graph.has_due or self.quotas.has_due
 
     # Events -----------------------------------------------------------------------------------------------------
 
@@ -380,6 +417,7 @@ class NextCallPredictor:
         """
         client, name = request.client, request.workflow
         if request.session is not None:
+            self.session_tree.observe((client, session_agent(request.session)))
             standing = self.conversations.agent((client, session_agent(request.session)))
             if standing is not None:
                 self._on_call(standing)
@@ -413,7 +451,7 @@ class NextCallPredictor:
         if name is None or agent is None or name not in self.graph:
             return None
         workflow = self.graph[name]
-        if workflow.current_name(agent) is None or workflow.client not in ("", client):
+        if workflow.persistent or workflow.current_name(agent) is None or workflow.client not in ("", client):
             return None
         if not workflow.client and client:
             try:
@@ -462,17 +500,26 @@ class NextCallPredictor:
         """A request has been answered; the KV of its prompt and answer is cached up to the node `end`."""
         if request.session is not None and end.parent is not None:
             prompt = Pages(b"".join(reversed([node.span for node in end.path()])))
-            self.conversations.observe((request.client, session_agent(request.session)), prompt, request.namespace)
+            session = request.client, session_agent(request.session)
+            self.conversations.observe(session, prompt, request.namespace)
+            self.session_tree.observe(session)
 
     def on_hint(self, hint: Hint) -> None:
         """Applies a hint to the agents that its client means by their names, and to its sessions."""
         client = hint.client
+        if hint.session is not None and hint.parent_session is not None:
+            self._link(client, session_agent(hint.session), session_agent(hint.parent_session))
         if hint.session_action is SessionAction.CLOSE and hint.session is not None:
             if self.learned is not None:
                 self.learned.end((client, hint.session))
             ended = session_agent(hint.session)
             if all(action.agent != ended for action in hint.actions):
                 hint = replace(hint, actions=(*hint.actions, HintAction(ActionKind.EVICT, ended)))
+            self._release(self.session_tree.release((client, ended)))
+            self._release(self.session_tree.end((client, ended)), fetch=True)
+        for action in hint.actions:
+            if action.kind is ActionKind.EVICT:
+                self._release(self.session_tree.release((client, action.agent)))
         keys = {agent: self.quotas.claim_by_hint(agent, client) for agent in hint.agents()}
         hint = replace(
             hint,
@@ -486,3 +533,29 @@ class NextCallPredictor:
                 self.conversations.hinted((client, agent), key)
         if hint.pause_s is not None and hint.agent is not None:
             self.graph.observe_pause(keys[hint.agent], hint.pause_s)
+
+    # Sub-agents -------------------------------------------------------------------------------------------------
+
+    def _link(self, client: str, child: str, parent: str) -> None:
+        """The session `child` is a sub-agent of `parent`, whose conversation is kept as if it were needed next."""
+        self._release(self.session_tree.link((client, child), (client, parent)))
+        session = client, parent
+        if session in self.session_tree and session not in self._parents:
+            key = self._parents[session] = self.quotas.claim_by_hint(parent, client)
+            self._parent_agents.add(key)
+            self.conversations.hinted(session, key)
+            self._changed.add(key)
+
+    def _release(self, sessions: Iterable[Session], fetch: bool = False) -> None:
+        """These sessions wait for no sub-agents any more.
+
+        Args:
+            fetch: the last one has ended, so the session is called next: its conversation is loaded ahead of that.
+        """
+        for session in sessions:
+            key = self._parents.pop(session)
+            self._parent_agents.discard(key)
+            if fetch:
+                self.hints.add(Hint("server", actions=(HintAction(ActionKind.FETCH, key),)), {key})
+            self.conversations.changed(key)
+            self._changed.add(key)

@@ -387,7 +387,8 @@ class Prefetcher:
             if refusal is _StartResult.DROPPED:
                 self._drop(request, None)
             return refusal
-        state = handle.load(Urgency.PREFETCH, request.priority, only_lower_ranked=self.only_lower_ranked)
+        with self.tiers.history.acting_for(client, request.agent.removesuffix(f"@{client}")):
+            state = handle.load(Urgency.PREFETCH, request.priority, only_lower_ranked=self.only_lower_ranked)
         if state is LoadState.LOADING:
             self._queue.dequeue(request)
             self._in_flight.add(InFlightPrefetch(request, handle, nbytes, seconds, client))

@@ -34,8 +34,8 @@ class Compression:
     policy: str | Policy = "retention"
     budget: float | int | str = 0.25
     scope: str | None = None
-    sinks: int = 4
-    recent: int = 32
+    sinks: int | None = None
+    recent: int | None = None
 
     def __post_init__(self) -> None:
         get_policy(self.policy)

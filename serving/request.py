@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from .cache_report import CacheReport
 from .kvcache.radix_tree import read_token_ids
 from .sampling.params import FinishedBy, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
 
+MAX_WORKFLOW_NAME = 128  # characters of a workflow's name at the server: inside the graph the client's precedes it
 MAX_NAME = 256  # characters of the name of a request, agent, workflow, session or client
 MAX_NUMBER = 2**31 - 1  # of the numbers of a request
 MAX_NAMESPACE_PARTS = 64  # names, numbers and tuples in a namespace, at every depth together
@@ -94,6 +96,7 @@ class Request:
         expected_tokens: expected length of the answer, charged by the fair queue until the real length is known;
             None: `max_new_tokens`.
         sampling: how an engine chooses the answer's tokens, and what ends it; greedy by default.
+        explain_cache: its output tells what of the prompt was reused, and why the rest was not (`RequestOutput.cache`).
 
     Raises:
         ValueError: a field is outside these ranges.
@@ -114,6 +117,7 @@ class Request:
     bytes_per_token: int | None = None
     expected_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    explain_cache: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.id, "a request")
@@ -139,6 +143,8 @@ class Request:
             raise ValueError(f"got store_policy={shown(self.store_policy)} for a request; accepted: a StorePolicy")
         if not isinstance(self.sampling, SamplingParams):
             raise ValueError(f"got sampling={shown(self.sampling)} for a request; accepted: SamplingParams")
+        if not isinstance(self.explain_cache, bool):
+            raise ValueError(f"got explain_cache={shown(self.explain_cache)} for a request; accepted: True or False")
         prompt = read_token_ids(self.prompt)
         if not len(prompt):
             raise ValueError(f"the request {self.id!r} has an empty prompt; accepted: one token or more")
@@ -191,6 +197,8 @@ class RequestOutput:
         recomputed_tokens: tokens that were cached below the device but recomputed, as that was faster than loading.
         num_preemptions: how often its memory was given to other requests, and it was computed anew later.
         finished_by: how the answer ended by itself; None: it did not, e.g. it has `max_new_tokens`.
+        cache: what of the prompt was reused, and why the rest was computed; None unless the request asked for it
+            (`explain_cache`) and was admitted.
     """
 
     request: Request
@@ -206,3 +214,4 @@ class RequestOutput:
     recomputed_tokens: int
     num_preemptions: int
     finished_by: FinishedBy | None = None
+    cache: CacheReport | None = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .kvcache.base import Tier
 from .kvcache.belady import Belady
 from .kvcache.estimates import Estimates
+from .kvcache.eviction_history import EvictionHistoryConfig
 from .kvcache.eviction_policy import (
     LFU,
     LRU,
@@ -111,7 +112,7 @@ def build_system(
     bytes_per_token: int, page_size: int = 16, graph: StepGraph | None = None,
     scheduler_config: SchedulerConfig | None = None, prefetch_config: PrefetchConfig | None = None,
     prompts: Iterable[Sequence[int]] | None = None, learn: bool = False, step_s: float = 5.0,
-    device: torch.device | None = None,
+    device: torch.device | None = None, history: EvictionHistoryConfig | None = None,
 ) -> System:  # fmt: skip
     """Builds the system of a preset.
 
@@ -129,6 +130,7 @@ def build_system(
         learn: learn the transitions of sessions for which no workflow is declared.
         step_s: assumed seconds from an agent's call to the next agent's, until calls have been observed.
         device: of the model; None: there is none, as in the simulator.
+        history: bounds of the record of evictions; None: the defaults.
 
     Raises:
         ValueError: an unknown name; `belady` without prompts, or another system with them; memory pools that do not fit
@@ -154,13 +156,13 @@ def build_system(
         "lfu": LFU,
         "ste": lambda: StepsToExecution(predictor.steps),
         "expected_time": lambda: ExpectedTime(
-            predictor.reuse, costs, rate=lambda: graph.rate, clock=clock, suffix_reuse=suffixes
+            predictor.reuse, costs, rate=lambda: graph.rate, clock=clock, phase=graph.phase, suffix_reuse=suffixes
         ),
         "belady": lambda: oracle,
     }[preset.eviction]()
     eager = EagerWriteBackConfig() if preset.eager_write_back else None
     policy = TierPolicy(eviction, preset.write_back, suffixes, eager)
-    tiers = TieredCache(used, backend, policy, page_size, clock)
+    tiers = TieredCache(used, backend, policy, page_size, clock, history)
     graph.share_lock(tiers.lock)
     estimates = Estimates(costs, tiers)
     prefetcher = None

@@ -19,16 +19,21 @@ from tenure.documents import load_yaml, parse_json, shown
 from ..runner import find_device
 from .boundary import FAMILIES, KNOWN
 from .generated_tasks import PREFIX, GeneratedCases, check_kinds, kinds_of, task_files
+from .model import answer_settings, created_models, settings_digest
 from .options import Options, check_config, find_config, load_gates
 from .registration import MODEL_TYPE, register, tasks_folder
 
 SUBCOMMANDS = ("ls", "validate")
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Runs lm-eval's own command line with these arguments.
 
-    `--model tenure` and the folder of the generated tasks are added unless the arguments name others.
+    `--model tenure` and the folder of the generated tasks are added unless the arguments name others; the path of
+    `--use_cache` gets a digest of the settings, so that each has answers of its own.
+
+    Returns:
+        For each model of this type: its options, and the measurements of its caches.
 
     Raises:
         ValueError: what `check` refuses.
@@ -49,11 +54,17 @@ def run(arguments: Sequence[str]) -> None:
         asked = peek(given)
         command = complete(given, asked)
         if asked.model in (None, MODEL_TYPE):
-            check(asked)
+            digest = check(asked)
+            command = [
+                f"{word}-{digest}" if flag in CACHE_FLAGS else word
+                for flag, word in zip(["", *command], command, strict=False)
+            ]
     before = sys.argv
     sys.argv = ["lm-eval", *command]
     try:
-        cli_evaluate()
+        with created_models() as models:
+            cli_evaluate()
+            return [model.measured for model in models]
     finally:
         sys.argv = before
 
@@ -151,13 +162,16 @@ def _pairs(flag: str, given: Any) -> dict[str, Any]:
         raise ValueError(f"got {text!r} as --{flag}; accepted: a=1,b=2 or a mapping in JSON") from None
 
 
+CACHE_FLAGS = ("--use_cache", "-c")
 FLAGS = ("device", "batch_size", "max_batch_size")  # lm-eval gives them to the model itself
 RULER_LENGTHS = "max_seq_lengths"  # in lm-eval's own ruler: tokens of whole prompts
 
 
-def check(asked: Asked) -> None:
+def check(asked: Asked) -> str:
     """Refuses, before the model is loaded, what cannot be evaluated.
 
+    Returns:
+        A digest of the settings that change answers.
     Raises:
         ValueError: wrong options; gates or a model that do not fit; a device that is not there; an unknown generated
             task, or one whose cases cannot be made; contexts beyond the model's positions; a task without a rule for
@@ -179,6 +193,7 @@ def check(asked: Asked) -> None:
     if options.question == "agnostic" and options.evicts and not options.question_pattern:
         unsure = [task for task in asked.tasks if options.question_field or not says_where(task)]
         check_fields(options, _loaded(asked, unsure))
+    return settings_digest(answer_settings(str(name), options, others, gates))
 
 
 def check_generated(asked: Asked, config: Any, question_tokens: int = 256) -> None:
@@ -208,10 +223,15 @@ def check_generated(asked: Asked, config: Any, question_tokens: int = 256) -> No
         raise ValueError(f"got {', '.join(unknown)} in --metadata; the generated tasks accept {', '.join(taken)}")
     given = asked.model_args | asked.metadata
     length = given.get("length", GeneratedCases.length)
+    if limit is not None and limit <= question_tokens:
+        raise ValueError(
+            f"generated contexts and {question_tokens} for question and answer exceed {room}; accepted: a model with "
+            f"more than {question_tokens} positions"
+        )
     if isinstance(length, int) and limit is not None and length + question_tokens > limit:
         raise ValueError(
             f"contexts of {length} tokens and {question_tokens} for question and answer exceed {room}: give --metadata "
-            f"length={max(1, limit - question_tokens)} or less"
+            f"length={limit - question_tokens} or less"
         )
     check_kinds(kinds, **given)
 

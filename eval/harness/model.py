@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache as once
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...eviction import Session, evict
+from ...retention import RetentionGates
+from ...retention.calibration import weights_digest
 from ..prompts import shared_start
 from .options import Options, check_config, find_config, load_gates
 from .scoring import CacheMeter, Scored, Scorer, left_padded
@@ -21,6 +26,43 @@ if TYPE_CHECKING:
     TenureLM: type[Evicting]
 
 _Hf: Any = object  # `TenureLM` puts lm-eval's class here
+
+CPU_BATCH = 8  # rows of `batch_size=auto` on a CPU, which never runs out of memory, but of patience
+SETTINGS_KEY = "tenure settings"  # of the answers in lm-eval's cache; its other keys are digests
+_NO_SETTINGS = ("device", "batch_size", "max_batch_size", "tokenizer")  # they change no answer, or are not plain
+_created: ContextVar[list[Evicting] | None] = ContextVar("created", default=None)
+
+
+@contextmanager
+def created_models() -> Iterator[list[Evicting]]:
+    """The models made within the block, as lm-eval hands out none of them."""
+    models: list[Evicting] = []
+    token = _created.set(models)
+    try:
+        yield models
+    finally:
+        _created.reset(token)
+
+
+def answer_settings(
+    pretrained: Any, options: Options, others: Mapping[str, Any], gates: RetentionGates | None
+) -> dict[str, Any]:
+    """Every setting that changes answers, as plain values for JSON: the key of answers that were cached.
+
+    Args:
+        pretrained: the model's name, or the model.
+        others: lm-eval's own model arguments.
+        gates: those that the options name.
+    """
+    name = pretrained if isinstance(pretrained, str) else str(pretrained.config._name_or_path)
+    plain = {key: str(value) for key, value in sorted(others.items()) if key not in _NO_SETTINGS}
+    weights = None if gates is None else weights_digest(gates.state_dict())
+    return {"pretrained": name, **options.to_dict(), "gates": weights, **plain}
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that differ where settings do."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Evicting(_Hf):
@@ -40,6 +82,8 @@ class Evicting(_Hf):
     def __init__(self, pretrained: Any, **arguments: Any) -> None:
         self.options, others = Options.split(arguments)
         gates = load_gates(self.options)
+        self.settings = answer_settings(pretrained, self.options, others, gates)
+        self._longest: int | None = None  # of the running requests: tokens of the longest one
         if isinstance(pretrained, str):
             pretrained, config = find_config(pretrained, others)
             others.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -54,6 +98,39 @@ class Evicting(_Hf):
         self._tails: list[int] = []  # of the running batch: tokens of each row's question
         with self._evicting():
             pass  # gates of another model are refused here, not after the first task is built
+        models = _created.get()
+        if models is not None:
+            models.append(self)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """lm-eval's, for `use_cache`, whose keys know the requests alone.
+
+        Raises:
+            ValueError: the file has answers of other settings.
+        """
+        answers = getattr(cache_hook, "dbdict", None)
+        if answers is not None:
+            text = json.dumps(self.settings, sort_keys=True)
+            found = answers.get(SETTINGS_KEY) if len(answers) else text
+            if found != text:
+                raise ValueError(
+                    f"got a --use_cache with answers of {_difference(found, self.settings)}; accepted: a cache of "
+                    "these settings, or a path of its own"
+                )
+            answers[SETTINGS_KEY] = text
+        super().set_cache_hook(cache_hook)
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        """lm-eval's, which tries rows of the model's maximal length; here, of the longest request."""
+        if self.device.type == "cpu":
+            return min(CPU_BATCH, self.max_batch_size)
+        if requests or self._longest is None:
+            return super()._detect_batch_size(requests, pos)
+        before, self._max_length = self._max_length, min(self._longest, self.max_length)
+        try:
+            return super()._detect_batch_size()
+        finally:
+            self._max_length = before
 
     @contextmanager
     def _evicting(self) -> Iterator[Session]:
@@ -78,11 +155,13 @@ class Evicting(_Hf):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         self._places = {}
+        self._longest = self._tokens_of(requests)
         with self._evicting():
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def _in_groups(self, requests: list[Any], run: Callable[[list[Any]], list[Any]]) -> list[Any]:
         places = [self._place(request) for request in requests]
+        self._longest = self._tokens_of(requests)
         answers: list[Any] = [None] * len(requests)
         for agnostic in (False, True):
             chosen = [number for number, place in enumerate(places) if (place is not None) == agnostic]
@@ -94,6 +173,18 @@ class Evicting(_Hf):
             for number, result in zip(chosen, results, strict=True):
                 answers[number] = result
         return answers
+
+    def _tokens_of(self, requests: list[Any]) -> int | None:
+        """Tokens of the longest request with what is generated for it; None unless a batch size has to be found."""
+        if self.batch_size != "auto" or not requests:
+            return None
+        lengths = []
+        for request in requests:
+            text, *rest = request.args
+            written = rest[0] if rest else ""
+            more = written.get("max_gen_toks", self.max_gen_toks) if isinstance(written, dict) else 0
+            lengths.append(len(self.tok_encode(text + (written if isinstance(written, str) else ""))) + more)
+        return max(lengths)
 
     def _place(self, request: Any) -> int | None:
         if not self.options.evicts:
@@ -133,6 +224,8 @@ class Evicting(_Hf):
         with torch.no_grad(), self._autocast():
             session.extend(cache, ids, mask, logits_to_keep=1)
         self.meter.compressed(cache, [len(one) for one in contexts])
+        # Of the cache transformers makes no copies for beams, as it does of the prompts.
+        cache.batch_repeat_interleave(kwargs.get("num_beams") or 1)
         asked, asked_mask = left_padded(questions, pad, context.device)
         ids, mask = torch.cat([ids, asked], 1), torch.cat([mask, asked_mask], 1)
         room = max_length - context.shape[1]
@@ -220,7 +313,22 @@ class Evicting(_Hf):
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's own, and under `tenure` the options and the measurements of the caches."""
-        return super().get_model_info() | {"tenure": self.options.to_dict() | self.meter.summary()}
+        return super().get_model_info() | {"tenure": self.measured}
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """The options, and the measurements of the caches so far."""
+        return self.options.to_dict() | self.meter.summary()
+
+
+def _difference(found: str | None, settings: Mapping[str, Any]) -> str:
+    """What cached answers were computed with, where it differs: `policy='retention' (now 'snapkv')`."""
+    if found is None:
+        return "unknown settings"
+    before = json.loads(found)
+    names = sorted({*before, *settings})
+    pairs = [(name, before.get(name), settings.get(name)) for name in names]
+    return ", ".join(f"{name}={old!r} (now {new!r})" for name, old, new in pairs if old != new)
 
 
 @once

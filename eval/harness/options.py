@@ -10,13 +10,15 @@ import torch
 
 from tenure.checked import verify
 
-from ...eviction import Budget, Policy, get_policy, policy_text
+from ...eviction import Policy, policy_text
 from ...eviction.plan import CALIBRATED, EvictionPlan, calibrated
+from ...eviction.presets import make_plan
 from ...retention import RetentionGates
 from .boundary import Boundaries
 
 DTYPES = ("dtype", "softmax_dtype", "mixed_precision_dtype")
 SEVERAL_DEVICES = ("parallelize", "tp_plan")
+LM_EVAL_SCHEDULE = "once"  # nothing is evicted while question and answer are written, as in the published tables
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Options:
         scope: the entries that compete; None for the policy's default.
         gates: folder or Hub id of trained gates, for policies that need them.
         prefill_chunk: tokens of the chunks in which contexts are read, with an eviction after each; None: in one piece.
-        sinks, recent, buffer, floor: as in `evict`.
+        sinks, recent, buffer, floor, preset: as in `evict`.
+        schedule: as in `evict`, but by default "once": the prompt, or its context, is compressed, and nothing is
+            evicted while question and answer are written. "bounded" evicts again whenever `buffer` tokens were added.
         question: "agnostic": a context is compressed before its question is read; "aware": the whole prompt is read and
             then compressed, as a served model does; "auto": by the field `aware` of the task's documents, and
             "aware" where there is none.
@@ -41,15 +45,17 @@ class Options:
             questions begin that nothing would use.
     """
 
-    policy: str | Policy = "retention"
+    policy: str | Policy | None = None
     budget: float | int | str = 0.2
     scope: str | None = None
     gates: Any = None
     prefill_chunk: int | None = None
-    sinks: int = 4
-    recent: int = 32
+    sinks: int | None = None
+    recent: int | None = None
     buffer: int = 128
     floor: float | None = None
+    schedule: str | None = None
+    preset: str | None = None
     question: Literal["auto", "agnostic", "aware"] = "auto"
     question_field: str | None = None
     question_pattern: str | None = None
@@ -84,22 +90,15 @@ class Options:
 
     @property
     def chosen(self) -> Policy:
-        return get_policy(self.policy)
+        return self.plan.policy
 
     @property
     def plan(self) -> EvictionPlan:
         """The plan that `evict` makes of the options, a calibrated budget not yet looked up."""
-        policy = self.chosen
-        return EvictionPlan(
-            policy,
-            Budget(1.0 if self.budget == CALIBRATED else self.budget),
-            self.scope or policy.default_scope,
-            self.sinks,
-            self.recent,
-            self.buffer,
-            floor=policy.default_floor if self.floor is None else self.floor,
-            prefill_chunk=self.prefill_chunk,
-        )
+        names = ("budget", "preset", "scope", "sinks", "recent", "buffer", "floor", "prefill_chunk")
+        plain = self.preset is None and self.schedule is None
+        schedule = LM_EVAL_SCHEDULE if plain else self.schedule
+        return make_plan(self.policy, schedule=schedule, **{name: getattr(self, name) for name in names})
 
     @property
     def evicts(self) -> bool:
@@ -118,8 +117,8 @@ class Options:
     @property
     def evict_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `evict`, the gates left out."""
-        names = ("budget", "scope", "prefill_chunk", "sinks", "recent", "buffer", "floor")
-        return {"policy": self.chosen} | {name: getattr(self, name) for name in names}
+        names = ("policy", "budget", "scope", "prefill_chunk", "sinks", "recent", "buffer", "floor", "preset")
+        return {name: getattr(self, name) for name in names} | {"schedule": self.plan.schedule}
 
     def to_dict(self) -> dict[str, Any]:
         """For the results: plain values by name, the policy with its options, the scope as it is used."""
@@ -127,7 +126,9 @@ class Options:
         gates = None if self.gates is None else getattr(self.gates, "info", None) or str(self.gates)
         if not self.evicts:
             shown |= {"budget": 1.0}
-        shown |= {"policy": policy_text(self.chosen), "scope": self.plan.scope if self.evicts else "none"}
+        plan = self.plan
+        shown |= {"policy": policy_text(plan.policy), "scope": plan.scope if self.evicts else "none"}
+        shown |= {"schedule": plan.schedule, "floor": plan.floor}
         return shown | {"gates": gates if gates is None or isinstance(gates, str) else gates.base_model}
 
 
@@ -140,7 +141,7 @@ def load_gates(options: Options) -> RetentionGates | None:
     if not options.needs_gates:
         return None
     if options.gates is None:
-        raise ValueError(f"policy {options.policy!r} needs gates: add gates=FOLDER to --model_args")
+        raise ValueError(f"policy {policy_text(options.chosen)!r} needs gates: add gates=FOLDER to --model_args")
     own = isinstance(options.gates, RetentionGates)
     gates = options.gates if own else RetentionGates.from_pretrained(options.gates)
     if options.budget == CALIBRATED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..cells import NO_SCOPE
+from .needle_grid import DEPTHS, NeedleGrid, depth_name, needle_grids
 from .numbers import Difference, MethodResult, SettingResults, is_full, method_label, settings_of
 from .run_folder import RecordedRun
 from .wording import between, budget_name, intervals_note, kept, run_line, short_names, signed, significant_line
@@ -25,6 +26,9 @@ def report_markdown(runs: Sequence[RecordedRun], differences: Sequence[Differenc
         for setting in settings_of(run.records):
             parts += [f"### {setting.title}", _means(setting)]
             parts += [text for budget in setting.budgets for text in (f"#### {kept(budget)}", _tasks(setting, budget))]
+        grids = needle_grids(run.records)
+        if grids:
+            parts += ["### Needle grid", _scores(grids), *map(_grid, grids)]
         if run.failures:
             parts += ["### Failures", "\n".join(f"* {one.name}: {one.error}" for one in run.failures)]
     return "\n\n".join(parts) + "\n"
@@ -46,6 +50,25 @@ def _means(setting: SettingResults) -> str:
         points = [setting.point(method, budget) for budget in budgets]
         cells = [cell(points[0]), *[""] * (len(budgets) - 1)] if is_full(method) else list(map(cell, points))
         rows.append([method_label(method), *cells])
+    return _table(rows)
+
+
+def _scores(grids: Sequence[NeedleGrid]) -> str:
+    rows = [["needles", "policy", "kept", "score", "cases"], ["---"] * 5]
+    rows += [
+        [grid.kind, method_label(grid.method), kept(grid.budget), f"{grid.score:.3f}", str(grid.cases)]
+        for grid in grids
+    ]
+    return _table(rows)
+
+
+def _grid(grid: NeedleGrid) -> str:
+    """Lengths across, depths down."""
+    rows = [[f"{grid.kind}: {method_label(grid.method)}, {kept(grid.budget)}", *map(str, grid.lengths)]]
+    rows.append(["---"] * len(rows[0]))
+    for row in range(DEPTHS):
+        values = [grid.cells.get((row, length)) for length in grid.lengths]
+        rows.append([depth_name(row), *("–" if value is None else f"{value:.2f}" for value in values)])
     return _table(rows)
 
 

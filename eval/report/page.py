@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from ..sweep.units import Failure
 from .charts import accuracy_chart, kl_chart, legend, styles
+from .needle_grid import DEPTHS, NeedleGrid, depth_name, needle_grids
 from .numbers import SEED, Amount, Difference, MethodResult, SettingResults, is_full, method_label, settings_of
 from .run_folder import RecordedRun
 from .wording import (
@@ -70,6 +71,9 @@ def _sections(run: RecordedRun, found: Sequence[SettingResults], folder: Path) -
         sections.append(("accuracy", "Accuracy", _accuracy(found)))
         sections.append(("curves", "Curves", _curves(found)))
         sections.append(("tasks", "Tasks", _heat_maps(found)))
+        grids = needle_grids(run.records)
+        if grids:
+            sections.append(("grid", "Needle grid", _needle_grids(grids)))
         sections.append(("kl", "KL to the full cache", _kl(found)))
     if run.failures:
         sections.append(("failures", f"Failures ({len(run.failures)})", failure_list(run.failures)))
@@ -126,6 +130,40 @@ def _heat_maps(found: Sequence[SettingResults]) -> str:
             name = escape(kept(budget)) if one.budgets else "full cache"
             made.append(f'<h4>{name}</h4><div class="card scroll">{heat_map_table(one, budget)}</div>')
     return note + "".join(made)
+
+
+def _needle_grids(grids: Sequence[NeedleGrid]) -> str:
+    note = (
+        '<p class="note">Accuracy by the tokens of the context (across) and the depth of the needle (down, from its '
+        "beginning). The score is the mean of a grid's cells.</p>"
+    )
+    made = []
+    for kind in dict.fromkeys(grid.kind for grid in grids):
+        cards = "".join(needle_grid_table(grid) for grid in grids if grid.kind == kind)
+        made.append(f'<h3>{escape(kind)}</h3><div class="card scroll">{cards}</div>')
+    return note + "".join(made)
+
+
+def needle_grid_table(grid: NeedleGrid) -> str:
+    """A heat map: lengths across, depths down, with the score above it."""
+    name = method_label(grid.method) if is_full(grid.method) else f"{method_label(grid.method)}, {kept(grid.budget)}"
+    head = "".join(f"<th>{length:,}</th>" for length in grid.lengths)
+    rows = []
+    for row in range(DEPTHS):
+        cells = []
+        for length in grid.lengths:
+            value = grid.cells.get((row, length))
+            if value is None:
+                cells.append('<td class="none">–</td>')
+                continue
+            background, ink = shade(value)
+            cells.append(f'<td style="background:{background};color:{ink}">{value:.2f}</td>')
+        rows.append(f"<tr><th>{depth_name(row)}</th>{''.join(cells)}</tr>")
+    caption = f"{escape(name)}: score {grid.score:.3f}, {grid.cases} cases"
+    return (
+        f'<p class="note">{caption}</p><table class="heat"><thead><tr><th>depth</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
 
 
 def _kl(found: Sequence[SettingResults]) -> str:

@@ -32,7 +32,9 @@ class SweepConfig:
         gates: folder or Hub id; None for those shipped for the demo model.
         data: texts: "demo" (held-out essays), a file or a folder.
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
-        sinks, recent: first and last tokens that always stay.
+        sinks, recent: first and last tokens that always stay; None for each policy's own.
+        preset: the released code whose rules all policies follow, see docs/reference/presets.md; a policy with a
+            +PRESET of its own follows that.
         together: cells that are asked in one batch, see `evaluate`.
         threads: CPU threads of a process; None shares the cores among the processes.
         output: folder of the results.
@@ -54,8 +56,9 @@ class SweepConfig:
     gates: str | None = None
     data: str = "demo"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    sinks: Annotated[int, Range(0)] = 4
-    recent: Annotated[int, Range(0)] = 32
+    sinks: Annotated[int, Range(0)] | None = None
+    recent: Annotated[int, Range(0)] | None = None
+    preset: str | None = None
     together: Annotated[int, Range(1)] = 8
     threads: Annotated[int, Range(1)] | None = None
     output: str = "runs/sweep"
@@ -82,14 +85,22 @@ class SweepConfig:
         """Every way to compress, the full cache once.
 
         Raises:
-            ValueError: an unknown policy or scope, or a budget out of range.
+            ValueError: an unknown policy, scope or preset, a budget out of range, or a value that a preset fixes.
         """
         names = []
         for name in self.policies:
             policy, at, chunk = name.partition("@")
+            if self.preset is not None and "+" not in policy:
+                kind, colon, scope = policy.partition(":")
+                policy = f"{kind}+{self.preset}{colon}{scope}"
+                name = f"{policy}{at}{chunk}"
             own = ":" in policy or not self.scopes
             names += [name] if own else [f"{policy}:{scope}{at}{chunk}" for scope in self.scopes]
-        return parse_cells(names, self.budgets, QUESTIONS[self.question])
+        cells = parse_cells(names, self.budgets, QUESTIONS[self.question])
+        tokens = [name for name in ("sinks", "recent") if getattr(self, name)]
+        if tokens and any(cell.preset for cell in cells):
+            raise ValueError(f"presets protect no tokens: leave out {', '.join(tokens)}, or the preset")
+        return cells
 
     def settings(self) -> dict[str, Any]:
         """The settings that the numbers depend on, as plain values for JSON."""

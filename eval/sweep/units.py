@@ -124,8 +124,8 @@ class UnitRunner:
     cells: Sequence[Cell]
     builder: Callable[[int, int], CaseBuilder]
     gates: RetentionGates | None = None
-    sinks: int = 4
-    recent: int = 32
+    sinks: int | None = None
+    recent: int | None = None
     together: int = 1
     _builders: dict[tuple[int, int], CaseBuilder] = field(default_factory=dict, init=False, repr=False)
 

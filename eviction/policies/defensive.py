@@ -8,13 +8,16 @@ from typing import ClassVar
 import torch
 
 from ..layer_view import LayerView
-from ..ops.naive import top_by_mass
+from ..ops.naive import mean_over_queries, pool_and_renormalise, top_by_mass
 from ..ops.radix_select import top_of_each_head
 from ..ops.value_norms import value_norms
 from .common import check_window, own_entries
 from .policy import Policy
 
 VALUE_NORMS = ("heads", "tokens", "raw", "none")
+PROTECTIONS = ("released", "cumulative")
+AGGREGATIONS = ("max", "mean")
+PRIORS = ("mean", "none")
 
 
 def flat_prior(worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -54,12 +57,43 @@ def mass_protection(
     return top_of_each_head(mean.masked_fill(~covering, -torch.inf), place, each)
 
 
+def released_protection(
+    mean: torch.Tensor, mass: float, counted: torch.Tensor, before: torch.Tensor, most: torch.Tensor
+) -> torch.Tensor:
+    """The entries that the released code protects beside the window.
+
+    The mean attention is normalised to sum to 1 over a head's entries outside the window. Entries are taken in its
+    order while their sum stays below `mass` less the bias of the layer: the entry that would cross it is not taken. The
+    bias is meant to be the window's own attention, but the code has cut the window off before it sums the last columns:
+    what it subtracts is the attention to the `window` tokens before the window, one number for all heads of a layer.
+
+    Args:
+        mean: fp32 `(batch, num_kv_heads, n)`: attention, mean over queries and heads of the group.
+        mass: `Defensive.mass`.
+        counted: bool `(batch, num_kv_heads, n)`: entries outside the window.
+        before: bool of that shape: those of the last `window` tokens before the window.
+        most: int64 `(batch,)`: maximal number of entries per head; none are taken if it is negative, where the released
+            code would protect all but that many.
+
+    Returns:
+        bool `(batch, num_kv_heads, n)`.
+    """
+    bias = mean.masked_fill(~before, 0.0).sum(2).mean(1, keepdim=True)
+    mean = mean.masked_fill(~counted, 0.0)
+    shares = (mean / mean.sum(2, keepdim=True)).nan_to_num(0.0)
+    crossing = (top_by_mass(shares, (mass - bias).expand(mean.shape[:2])) & counted).sum(2)
+    taken = torch.minimum(crossing - 1, most.view(-1, 1)).clamp(min=0)
+    place = torch.arange(mean.shape[2], device=mean.device).expand(mean.shape)
+    return top_of_each_head(shares.masked_fill(~counted, -torch.inf), place, taken.flatten().tolist())
+
+
 @dataclass(frozen=True)
 class Defensive(Policy):
     """Worst case of the attention of a window's queries, no less than its mean, times `‖v_i W_O‖₁`.
 
-    Source: "Taming the Fragility of KV Cache Eviction" (Feng et al., ICLR 2026), section 4; options as in the released
-    code. In addition to the window, the entries that cover `mass` of its attention are kept.
+    Source: "Taming the Fragility of KV Cache Eviction" (Feng et al., ICLR 2026), section 4; defaults as in the released
+    code, whose kept sets are reproduced to the entry. In addition to the window, the entries that cover `mass` of its
+    attention are protected.
 
     The paper compresses a prompt once. Here the worst case is a running maximum over the windows of all evictions: at
     each, the last `window` queries observe the entries outside the window, so that a prompt may be read in chunks, and
@@ -71,15 +105,25 @@ class Defensive(Policy):
         value_norm: normalisation of the value term: "heads", by its sum over the heads of the token (the released
             code); "tokens", by its sum over the entries of the head (the paper); "raw", not at all. "none": no value
             term.
-        mass: the share of the window's mean attention, in [0, 1], that the window and the best entries of each head
-            cover together (0.9 in the paper): these are kept regardless of their risk, up to a head's average budget.
-            0 protects none.
+        mass: the share of the window's mean attention, in [0, 1], that the protected entries of each head cover (0.9 in
+            the paper), up to a head's average budget. 0 protects the window alone.
+        protection: "released": as the released code does (see `released_protection`); protected entries and the window
+            get the layer's largest score, so that layers still compete for them. "cumulative": as the paper reads:
+            window and entries, with the one that crosses, cover `mass` of each head's attention together
+            (`mass_protection`), and are kept regardless of their risk.
+        aggregation: "max", the worst case over queries and heads of the group; "mean", the mean of the paper's
+            comparison.
+        prior: the least risk of an entry: "mean", the mean of its head's risks; "none"; or a number (the fixed
+            thresholds of the paper's comparison are 1e-3, 1e-4 and 1e-5).
     """
 
     window: int = 32
     kernel: int = 5
     value_norm: str = "heads"
     mass: float = 0.9
+    protection: str = "released"
+    aggregation: str = "max"
+    prior: str | float = "mean"
 
     name: ClassVar[str] = "defensive"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "queries", "output_weight"})
@@ -92,16 +136,31 @@ class Defensive(Policy):
             raise ValueError(f"mass is a share of the attention in [0, 1], got {self.mass}")
         if self.value_norm not in VALUE_NORMS:
             raise ValueError(f"unknown value_norm {self.value_norm!r}; known: {', '.join(VALUE_NORMS)}")
+        if self.protection not in PROTECTIONS:
+            raise ValueError(f"unknown protection {self.protection!r}; known: {', '.join(PROTECTIONS)}")
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"unknown aggregation {self.aggregation!r}; known: {', '.join(AGGREGATIONS)}")
+        if isinstance(self.prior, str) and self.prior not in PRIORS:
+            raise ValueError(f"unknown prior {self.prior!r}; known: {', '.join(PRIORS)}, or a number in [0, 1]")
+        if not isinstance(self.prior, str) and not 0 <= self.prior <= 1:
+            raise ValueError(f"prior is a share of the attention in [0, 1], got {self.prior}")
 
     @property
     def window_size(self) -> int:
         return self.window
 
     def conclude(self, view: LayerView) -> dict[str, torch.Tensor]:
-        new = {"worst": torch.maximum(view.state("worst"), view.worst_attention(self.kernel))}
+        now = view.worst_attention(self.kernel) if self.aggregation == "max" else self._mean_attention(view)
+        new = {"worst": torch.maximum(view.state("worst"), now)}
         if self.value_norm != "none":
             new["value"] = self._values(view)
         return new
+
+    def _mean_attention(self, view: LayerView) -> torch.Tensor:
+        """The mean in place of `worst_attention`: over queries and heads of the group, pooled and renormalised."""
+        counted = view.valid & ~own_entries(view, self.window)
+        pooled = pool_and_renormalise(view.window_attention, counted, self.kernel)
+        return mean_over_queries(pooled, view.query_positions)
 
     def _values(self, view: LayerView) -> torch.Tensor:
         """The state `value`, completed for the entries since the last eviction, which all heads still store."""
@@ -136,12 +195,21 @@ class Defensive(Policy):
                 total = value.masked_fill(~counted, 0.0).sum(2, keepdim=True)
                 value = value / total.clamp(min=torch.finfo(torch.float32).tiny)
             score = score * value
+        if self.protection == "cumulative":
+            return score.masked_fill(own | self._covering(view, own, counted), torch.inf)
+        highest = score.masked_fill(~counted, 0.0).amax((1, 2), keepdim=True)
+        return torch.where(own | self._covering(view, own, counted), highest, score)
+
+    def _covering(self, view: LayerView, own: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """The entries outside the window that are protected, bool `(batch, num_kv_heads, n)`."""
         if self.mass == 0:
-            return score.masked_fill(own, torch.inf)
-        mean = view.mean_attention
+            return torch.zeros_like(counted)
+        mean, most = view.mean_attention, view.budget - self.window
+        if self.protection == "released":
+            before = counted & own_entries(view, 2 * self.window)
+            return released_protection(mean, self.mass, counted, before, most)
         window_mass = mean.masked_fill(~own, 0.0).sum(2)
-        needed = mass_protection(mean, self.mass - window_mass, counted, view.budget - self.window)
-        return score.masked_fill(needed | own, torch.inf)
+        return mass_protection(mean, self.mass - window_mass, counted, most)
 
     def aggregate(self, view: LayerView, worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         """The risk of evicting each entry, fp32 `(batch, num_kv_heads, n)`.
@@ -150,7 +218,11 @@ class Defensive(Policy):
             worst: the worst case, of that shape.
             counted: bool of that shape: entries outside the window.
         """
-        return defensive_aggregate(worst, flat_prior(worst, counted))
+        if self.prior == "none":
+            return worst
+        if self.prior == "mean":
+            return defensive_aggregate(worst, flat_prior(worst, counted))
+        return worst.clamp(min=float(self.prior))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,20 @@ from ..cache_layer import RaggedLayer
 from ..layer_view import LayerView
 
 NEEDS = ("keys", "values", "log_beta", "queries", "output_weight", "query_statistics", "hidden_states")
+
+
+@dataclass(frozen=True)
+class Protection:
+    """First and last tokens that are kept regardless of their score.
+
+    Attributes:
+        sinks, recent: their numbers.
+        share: they take at most this share of a head's entries; recent tokens are given up first.
+    """
+
+    sinks: int = 4
+    recent: int = 32
+    share: float = 1.0
 
 
 class Policy(ABC):
@@ -27,6 +42,7 @@ class Policy(ABC):
         default_scope: the scope if the user gives none.
         default_floor: the share of the per-head budget that every head is guaranteed in the scopes "layer" and "global"
             if the user gives none (`EvictionPlan.floor`).
+        default_protection: the sinks and recent tokens that are protected if the user gives no numbers.
         evicts: False for a policy that keeps everything.
     """
 
@@ -35,12 +51,18 @@ class Policy(ABC):
     states: ClassVar[tuple[str, ...]] = ()
     default_scope: ClassVar[str] = "head"
     default_floor: ClassVar[float] = 0.0
+    default_protection: ClassVar[Protection] = Protection()
     evicts: ClassVar[bool] = True
 
     @property
     def window_size(self) -> int:
         """Number of the last queries that it reads; 0 unless it needs `queries`."""
         return 0
+
+    @property
+    def discards(self) -> bool:
+        """Whether it may score entries -inf, so that they are evicted without any budget."""
+        return False
 
     @abstractmethod
     def score(self, view: LayerView) -> torch.Tensor:

@@ -9,22 +9,25 @@ from typing import ClassVar
 import torch
 
 from ..layer_view import LayerView
-from .policy import Policy
+from .policy import Policy, Protection
 
 
-def log_retention(view: LayerView) -> torch.Tensor:
-    """`(T + 1 - i) · log β_i`, fp32 `(batch, num_kv_heads, n)`: the log of the retention at the next token.
+def log_retention(view: LayerView, age: int = 1) -> torch.Tensor:
+    """`(T + age - i) · log β_i`, fp32 `(batch, num_kv_heads, n)`; T tokens have been seen, positions i begin at 0.
+
+    The last token's position is T - 1 and the next one's T: with `age` 1, as in the released code, this is the log of
+    the retention one position after the next token, β^(T+1-i).
 
     Between the chunks of a prompt T is the end of the prompt: an entry is scored by its retention after the whole
     prompt has been read, so that the evictions after all chunks work towards the same choice.
     """
-    age = view.horizon.view(-1, 1, 1) + 1 - view.positions
-    return age.float() * view.log_beta
+    ages = view.horizon.view(-1, 1, 1) + age - view.positions
+    return ages.float() * view.log_beta
 
 
 @dataclass(frozen=True)
 class Retention(Policy):
-    """`score_i = (T + 1 - i) · log β_i`, the log of the retention β^(T+1-i) at the next token.
+    """`score_i = (T + 1 - i) · log β_i`, the log of the retention β^(T+1-i), with T tokens seen and i from 0.
 
     Source: TRIM-KV and DBTrimKV (Bui et al., "Cache What Lasts" and "Make Each Token Count"). Needs trained gates;
     scores of different layers and heads are comparable, hence the global scope.
@@ -32,26 +35,37 @@ class Retention(Policy):
     Attributes:
         lookahead: n, the number of next tokens summed over: `log Σ_{s=1..n} β^(T+s-i)`, the retention expected over
             them; the larger, the more β counts relative to age.
-        threshold: an entry whose retention at the next token is below it, in (0, 1), is evicted at the next eviction
-            even if the budget is not used up. Evictions run when the budget is exceeded; protected tokens of the plan
-            are kept.
+        threshold: an entry whose retention β^(T+1-i) is below it, in (0, 1), is evicted at the next eviction even if
+            the budget is not used up. Evictions run when the budget is exceeded, and with a budget of 1.0 after every
+            forward; protected tokens of the plan are kept.
+        age: the age of the entry at position T, 1; the released code adds 1 to it if there is a lookahead, which the
+            preset "dbtrimkv" does too.
     """
 
     lookahead: int = 1
     threshold: float | None = None
+    age: int = 1
 
     name: ClassVar[str] = "retention"
     needs: ClassVar[frozenset[str]] = frozenset({"log_beta"})
     default_scope: ClassVar[str] = "global"
+    # Measured on the training texts (docs/results/studies.md): more is dear at small budgets, none costs at large ones.
+    default_protection: ClassVar[Protection] = Protection(share=0.1)
 
     def __post_init__(self) -> None:
         if self.lookahead < 1:
             raise ValueError(f"lookahead must be at least 1 token, got {self.lookahead}")
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise ValueError(f"threshold is a retention in (0, 1), or None, got {self.threshold}")
+        if self.age < 0:
+            raise ValueError(f"age must not be negative, got {self.age}")
+
+    @property
+    def discards(self) -> bool:
+        return self.threshold is not None
 
     def score(self, view: LayerView) -> torch.Tensor:
-        now = log_retention(view)
+        now = log_retention(view, self.age)
         score = now
         if self.lookahead > 1:
             score = now + log_geometric_sum(view.log_beta, self.lookahead)

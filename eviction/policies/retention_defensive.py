@@ -35,10 +35,12 @@ class RetentionDefensive(Defensive):
     Attributes:
         mass: as in `Defensive`, but 0 by default: the entries that the window attends to would fill a small budget and
             displace those that the gates favour.
+        protection: as in `Defensive`, but "cumulative" by default: the window is always kept.
         combine: how retention and worst case are combined, one of these.
     """
 
     mass: float = 0.0
+    protection: str = "cumulative"
     combine: str = "product"
 
     name: ClassVar[str] = "retention_defensive"

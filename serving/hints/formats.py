@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..request import MAX_NAME, StorePolicy
@@ -19,6 +19,10 @@ PERCENT = (0.0, 35.0, 100.0)  # lowest, neutral, highest: retention priorities o
 DYNAMO = (-100.0, 0.0, 100.0)  # "higher first", without bounds there
 EDITS = {"offload": ActionKind.EVICT, "evict": ActionKind.EVICT, "prefetch": ActionKind.FETCH}
 KV_ACTIONS = {"kv.retain": ActionKind.RETAIN, "kv.evict": ActionKind.EVICT, "kv.fetch": ActionKind.FETCH}
+TRANSFERS = (
+    "do_remote_prefill", "do_remote_decode", "remote_engine_id", "remote_request_id", "remote_block_ids", "remote_host",
+    "remote_port", "tp_size", "transfer_id",
+)  # fmt: skip
 NEVER = 1e9  # steps to the next call of an agent that will not be called
 
 
@@ -139,9 +143,14 @@ class HintFields:
             return {}
         return HintFields(value, f"{self.what}.{name}", self.context)._document
 
-    def ignore(self, *names: str) -> None:
-        """Marks fields as known although they are not used."""
+    def value(self, name: str) -> Any:
+        """The field as it is, for another reader."""
+        return self._take(name)
+
+    def ignore(self, *names: str) -> bool:
+        """Marks fields as known although they are not used; returns whether there is one of them."""
         self._read.update(names)
+        return any(self._document.get(name) is not None for name in names)
 
     def finish(self) -> None:
         """Collects the fields that were not read as unknown."""
@@ -205,12 +214,36 @@ def sglang(document: Any, context: HintContext) -> Hint:
     )
 
 
+def sglang_session(document: Any, context: HintContext) -> Hint:
+    """`session_params` of SGLang: names the session. Its continuations are refused, as they would change the prompt.
+
+    Raises:
+        ValueError: also for `rid`, with which SGLang puts the tokens of an earlier request before this one's.
+    """
+    fields = HintFields(document, "session_params", context)
+    session, before = fields.text("id"), fields.text("rid")
+    if before is not None:
+        raise ValueError(
+            f"got {before[:60]!r} as session_params.rid; accepted: no such field: send the whole conversation, whose "
+            "known part is found in the cache"
+        )
+    fields.whole("offset")
+    fields.flag("replace")
+    fields.flag("drop_previous_output")
+    fields.finish()
+    return Hint("sglang_session", context.client, agent=context.agent, session=session or context.session)
+
+
 def dynamo(document: Any, context: HintContext) -> Hint:
-    """`nvext` of NVIDIA Dynamo, with `agent_hints` and `session_control`."""
+    """`nvext` of NVIDIA Dynamo: `agent_hints`, `agent_context`, `cache_salt`.
+
+    `session_control` was removed from Dynamo in June 2026; clients of earlier versions still send it.
+    """
     fields = HintFields(document, "nvext", context)
     hints, control = fields.inner("agent_hints"), fields.inner("session_control")
-    priority = expected = action = timeout = None
-    session, speculative = fields.text("session_id"), False
+    about_session = fields.inner("agent_context")
+    priority = expected = action = timeout = parent = None
+    session, salt, speculative = fields.text("session_id"), fields.text("cache_salt"), False
     fields.finish()
     if hints is not None:
         given, strict = hints.number("priority", -1e9, 1e9), hints.number("strict_priority", -1e9, 1e9)
@@ -219,15 +252,22 @@ def dynamo(document: Any, context: HintContext) -> Hint:
             priority = 1.0 if strict > 0 else 0.0  # within the client's own workflow only
         expected, speculative = hints.whole("osl", 1), hints.flag("speculative_prefill")
         hints.finish()
+    if about_session is not None:
+        session = about_session.text("session_id") or session
+        parent = about_session.text("parent_session_id")
+        action = SessionAction.CLOSE if about_session.flag("session_final") else None
+        about_session.ignore("compaction", "input_trigger", "session_type_id")
+        about_session.finish()
     if control is not None:
         session = control.text("session_id") or session
-        action = control.choice("action", [each.value for each in SessionAction])
+        chosen = control.choice("action", [each.value for each in SessionAction])
+        action = action if chosen is None else SessionAction(chosen)
         timeout = control.seconds("timeout")
         control.finish()
     about, actions = _target(context, None, session), []
     if speculative:
         actions.append((ActionKind.FETCH, NEUTRAL, context.bounded_ttl(timeout)))
-    elif action == "close":
+    elif action is SessionAction.CLOSE:
         actions.append((ActionKind.EVICT, NEUTRAL, context.bounded_ttl(timeout)))
     elif action is not None:
         actions.append((ActionKind.RETAIN, NEUTRAL, context.bounded_ttl(timeout)))
@@ -236,7 +276,9 @@ def dynamo(document: Any, context: HintContext) -> Hint:
         context.client,
         agent=context.agent,
         session=session or context.session,
-        session_action=None if action is None else SessionAction(action),
+        parent_session=parent,
+        session_action=action,
+        cache_salt=salt,
         priority=priority,
         expected_tokens=expected,
         actions=_actions(about, *actions),
@@ -244,10 +286,16 @@ def dynamo(document: Any, context: HintContext) -> Hint:
 
 
 def vllm(document: Any, context: HintContext) -> Hint:
-    """`agent_hint` of vLLM's RFC. `block_offset` is checked but unused: the prefix tree has its own pages."""
+    """`agent_hint` of vLLM's RFC (vllm-project/vllm issue 52113).
+
+    Block numbers are checked but unused: edits and cache control concern the whole conversation, as the prefix tree has
+    pages of its own.
+
+    Raises:
+        ValueError: also for `manage_request`, a request that is not to be answered.
+    """
     fields = HintFields(document, "agent_hint", context)
-    session = fields.text("session_id")
-    fields.text("parent_session_id")
+    session, parent = fields.text("session_id"), fields.text("parent_session_id")
     control, management = fields.inner("cache_control"), fields.inner("context_management")
     fields.finish()
     about, actions = _target(context, None, session), []
@@ -258,8 +306,15 @@ def vllm(document: Any, context: HintContext) -> Hint:
         actions.append((ActionKind.RETAIN, context.config.keep_priority, ttl))
         control.finish()
     if management is not None:
+        if management.flag("manage_request"):
+            raise ValueError(
+                "got true as agent_hint.context_management.manage_request; accepted: false, as every request is "
+                "answered; PUT and DELETE /v1/sessions/{id} keep and end a session"
+            )
         for edit in management.inners("edits"):
             kind = edit.text("type")
+            edit.whole("block_start")
+            edit.whole("block_end")
             if kind in EDITS:
                 actions.append((EDITS[kind], NEUTRAL, context.bounded_ttl(edit.seconds("ttl"))))
                 edit.finish()
@@ -271,12 +326,31 @@ def vllm(document: Any, context: HintContext) -> Hint:
         context.client,
         agent=context.agent,
         session=session or context.session,
+        parent_session=parent,
         actions=_actions(about, *actions),
     )
 
 
+def vllm_transfer(document: Any, context: HintContext) -> Hint:
+    """`kv_transfer_params` of vLLM: an envelope `kv_hints` in it is read.
+
+    Fields about transfers between engines have no meaning here.
+    """
+    fields = HintFields(document, "kv_transfer_params", context)
+    envelope = fields.value("kv_hints")
+    fields.ignore(*TRANSFERS, "kv_hint")  # the latter moves KV between Dynamo's workers
+    fields.finish()
+    if envelope is None:
+        return Hint("vllm_transfer", context.client, agent=context.agent, session=context.session)
+    return replace(kv_hints(envelope, context), source="vllm_transfer")
+
+
 def kv_hints(document: Any, context: HintContext) -> Hint:
-    """The `kv_hints` envelope of vLLM, SGLang and TensorRT-LLM."""
+    """The `kv_hints` envelope of vLLM, SGLang and TensorRT-LLM.
+
+    A `kv.fetch@1.0` gives `block_hashes` and the `source_control_endpoint` of the engine that has them. Nothing is ever
+    fetched from there; such an action has an effect only if it names an agent or a session, whose KV is then loaded.
+    """
     fields = HintFields(document, "kv_hints", context)
     fields.text("protocol_version")
     message = fields.text("message_id")
@@ -292,6 +366,11 @@ def kv_hints(document: Any, context: HintContext) -> Hint:
             context.unknown.add(f"{action.what}.action_type={kind}")
             continue
         own_agent, own_session = payload.text("agent_id"), payload.text("session_id")
+        # Where blocks lie on another engine is of no use: there is one engine, which finds them by their tokens.
+        remote = payload.ignore("block_hashes", "source_control_endpoint", "mode")
+        if remote and kind == "kv.fetch" and own_agent is None and own_session is None:
+            payload.finish()
+            continue
         if own_agent is None and own_session is None:
             own_agent, own_session = agent, session
         about = _target(context, own_agent, own_session)
@@ -401,8 +480,10 @@ FORMATS: dict[str, Callable[[Any, HintContext], Hint]] = {
     "kv_hints": kv_hints,
     "kvflow": kvflow,
     "sglang": sglang,
+    "sglang_session": sglang_session,
     "tensorrt": tensorrt,
     "vllm": vllm,
+    "vllm_transfer": vllm_transfer,
 }
 
 

@@ -90,7 +90,9 @@ class Hint:
         client: the sender as known to the server, not as stated in the message.
         message: name of the message; repeated names from one client are ignored.
         workflow, agent, session: the subject. Without an agent, the session stands for it (`session_agent`).
+        parent_session: the session that called this one as a sub-agent, and waits for it.
         session_action: change of the session's state.
+        cache_salt: divides the client's cache: prompts are shared with calls of the same salt only.
         priority: of the request it came with, 0 to 1.
         store_policy: whether the request's suffix and answer are stored.
         expected_tokens: length of the answer in tokens.
@@ -108,7 +110,9 @@ class Hint:
     workflow: str | None = None
     agent: str | None = None
     session: str | None = None
+    parent_session: str | None = None
     session_action: SessionAction | None = None
+    cache_salt: str | None = None
     priority: float | None = None
     store_policy: StorePolicy | None = None
     expected_tokens: int | None = None

@@ -255,8 +255,10 @@ class ExpectedTime(EvictionPolicy):
         reuse: of an agent, 0 to 1; without a number 0.
         costs: seconds to recompute or to reload.
         prior, half_life_s: of nodes in no fixed prompt.
-        rate, clock: γ in 1/s at present, and seconds. Values read at different times are compared as if they had grown
-            by exp(γ · time) since, as E[exp(-γT)] does while a call approaches.
+        rate, clock: γ in 1/s at present, and seconds.
+        phase: the integral of γ over the clock up to a time; None: γ never changes. Values read at different times are
+            compared as if they had grown by the exponential of its increase since, as E[exp(-γT)] does while a call
+            approaches. So values read under different γ can be compared for a while.
         suffix_reuse: learns how many of the nodes in no fixed prompt are used again, starting from `prior`.
         prefetch_margin: a prefetched prompt must be worth that many times what it displaces, because the transfer
             occupies the link for certain and what is displaced may have to be loaded again.
@@ -271,6 +273,7 @@ class ExpectedTime(EvictionPolicy):
     half_life_s: float = 30.0
     rate: Callable[[], float] = lambda: 0.0
     clock: Callable[[], float] = lambda: 0.0
+    phase: Callable[[float], float] | None = None
     suffix_reuse: SuffixReuse | None = None
     prefetch_margin: float = 2.0
     name = "expected_time"
@@ -298,19 +301,22 @@ class ExpectedTime(EvictionPolicy):
         return (value + local[0], *local)
 
     def value(self, agent: Agent) -> float:
-        return _log(min(1.0, read_value(self.reuse, agent, 0.0))) - self.rate() * self.clock()
+        return _log(min(1.0, read_value(self.reuse, agent, 0.0))) - self._phase(self.clock())
 
     def unowned_value(self, now: float) -> float:
         fading, rate = math.log(2) / self.half_life_s, self.rate()
         prior = self.prior if self.suffix_reuse is None else self.suffix_reuse.reuse_rate(self.prior)
-        return math.log(prior * fading / (fading + rate)) - now * (fading + rate)
+        return math.log(prior * fading / (fading + rate)) - now * fading - self._phase(now)
+
+    def _phase(self, now: float) -> float:
+        return self.rate() * now if self.phase is None else self.phase(now)
 
     def prefetch_bound(self, rank: Rank) -> Rank:
         return (rank[0] - math.log(self.prefetch_margin), *rank[1:])
 
     def prefers_discard(self, rank: Rank, nbytes: int, write_back_bytes: int, tier: Tier) -> bool:
         # The expected saving of the node against the certain wait of the request: a link is as fast both ways.
-        expected = math.exp(min(0.0, rank[0] + self.rate() * self.clock())) * nbytes
+        expected = math.exp(min(0.0, rank[0] + self._phase(self.clock()))) * nbytes
         return expected < self.costs.reload_s(write_back_bytes, tier)
 
 
@@ -340,10 +346,13 @@ class EagerWriteBackConfig:
     Attributes:
         max_tracked: nodes of a tier that are tracked until they are saved; beyond, the oldest is dropped.
         max_candidates: of these, the oldest that the next one is chosen from.
+        persist: fixed prompts are also copied to a disk that keeps them for the next process, whatever room there is
+            above: otherwise the most valuable ones would never leave the device, and be lost when the process ends.
     """
 
     max_tracked: int = 4096
     max_candidates: int = 64
+    persist: bool = True
 
 
 @dataclass(frozen=True)

@@ -150,11 +150,17 @@ class EagerWriteBack:
     it, on a link that is idle, and into memory that is available below; each node is tried once after it was stored. If
     an eviction needs the node meanwhile, the transfer becomes part of that (`TransferManager.convert_to_eviction`).
 
+    Independently of room, it copies fixed prompts from the device to a disk that outlives the process
+    (`EagerWriteBackConfig.persist`), in place of nodes of lower rank there. One eager transfer leaves a tier at a time.
+
     Called under the cache's lock.
     """
 
-    def __init__(self, storage: TierStorage, transfers: TransferManager, config: EagerWriteBackConfig) -> None:
-        self.storage, self.transfers, self.config = storage, transfers, config
+    def __init__(
+        self, storage: TierStorage, transfers: TransferManager, evictor: Evictor, config: EagerWriteBackConfig
+    ) -> None:
+        self.storage, self.transfers, self.evictor, self.config = storage, transfers, evictor, config
+        self._unpersisted: dict[Node, None] = {}
         self._unsaved: dict[Tier, dict[Node, None]] = {
             tier: {} for tier in storage.pools if _below(tier, storage) is not None
         }
@@ -165,18 +171,36 @@ class EagerWriteBack:
         """The prompt that ends at `node` has been stored on the device."""
         for each in node.path():
             self._track(each, Tier.DEVICE)
+            if self._persistent and each.fixed and each.copies[Tier.DISK] is None:
+                self._unpersisted[each] = None
+                if len(self._unpersisted) > self.config.max_tracked:
+                    del self._unpersisted[next(iter(self._unpersisted))]
+
+    @property
+    def _persistent(self) -> bool:
+        """Whether fixed prompts are copied to a disk for the next process; an engine makes its disk persistent."""
+        disk = self.storage.pools.get(Tier.DISK)
+        return self.config.persist and disk is not None and disk.persistent
 
     def _on_transfer_end(self, job: TransferJob) -> None:
         if job.outcome is Outcome.DONE and job.target != Tier.DEVICE:
             self._track(job.owner, job.target)
 
     def _track(self, node: Node, tier: Tier) -> None:
-        if tier in self._unsaved and node.fixed and not _is_saved(node, tier):
+        if tier in self._unsaved and node.fixed and not self._is_saved(node, tier):
             unsaved = self._unsaved[tier]
             unsaved[node] = None
             self._largest[tier] = max(self._largest[tier], node.allocated[tier])
             if len(unsaved) > self.config.max_tracked:
                 del unsaved[next(iter(unsaved))]
+
+    def _is_saved(self, node: Node, tier: Tier) -> bool:
+        """Whether a tier below has a copy. One on disk for the next process does not replace one in the host's memory.
+
+        Otherwise the copies on disk would keep prompts out of the host's memory, and all would be loaded from disk.
+        """
+        ignored = Tier.DISK if self._persistent and tier is Tier.DEVICE and Tier.HOST in self.storage.pools else None
+        return any(node.copies[lower] is not None for lower in TIERS[tier + 1 :] if lower is not ignored)
 
     def start_transfers(self) -> None:
         for tier, unsaved in self._unsaved.items():
@@ -184,9 +208,33 @@ class EagerWriteBack:
                 continue
             lower = _below(tier, self.storage)
             assert lower is not None, "only tiers above another one are tracked"
-            idle = all(job.link != (tier, lower) for job in self.transfers.jobs.values())
-            if idle and not self._has_room(tier, self._largest[tier]):
+            if self._is_idle(tier, lower) and not self._has_room(tier, self._largest[tier]):
                 self._start_transfer(tier, lower)
+        if self._unpersisted and self._is_idle(Tier.DEVICE, Tier.DISK):
+            self._persist()
+
+    def _is_idle(self, tier: Tier, lower: Tier) -> bool:
+        """Whether nothing is copied from `tier` to `lower`, nor eagerly to elsewhere."""
+        return not any(
+            job.source is tier and (job.target is lower or job.urgency is Urgency.EAGER)
+            for job in self.transfers.jobs.values()
+        )
+
+    def _persist(self) -> None:
+        """Starts to copy the oldest tracked node that nothing else moves to disk."""
+        for node in list(islice(self._unpersisted, self.config.max_candidates)):
+            payload = node.copies[Tier.DEVICE]
+            if payload is None or not node.fixed or node.copies[Tier.DISK] is not None:
+                del self._unpersisted[node]
+                continue
+            if node.in_transfer:
+                continue
+            del self._unpersisted[node]
+            needed = self.storage.needed_bytes(node, Tier.DISK, payload)
+            bound = self.storage.queues[Tier.DISK].rank(node)
+            if self.evictor.make_room(Tier.DISK, needed, bound) is AllocStatus.READY:
+                self.transfers.start(node, Tier.DISK, Urgency.EAGER)
+                return
 
     def _has_room(self, tier: Tier, nbytes: int) -> bool:
         """Whether `tier` can provide `nbytes` without evicting a fixed prompt."""
@@ -207,7 +255,7 @@ class EagerWriteBack:
         """The evictable ones of the oldest tracked nodes; those that need not be saved any more are dropped."""
         unsaved = self._unsaved[tier]
         for node in list(islice(unsaved, self.config.max_candidates)):
-            if not node.fixed or node.copies[tier] is None or _is_saved(node, tier):
+            if not node.fixed or node.copies[tier] is None or self._is_saved(node, tier):
                 del unsaved[node]
             elif node.evictable(tier):
                 yield node
@@ -215,8 +263,3 @@ class EagerWriteBack:
 
 def _below(tier: Tier, storage: TierStorage) -> Tier | None:
     return next((lower for lower in TIERS[tier + 1 :] if lower in storage.pools), None)
-
-
-def _is_saved(node: Node, tier: Tier) -> bool:
-    """Whether a tier below has a copy."""
-    return any(node.copies[lower] is not None for lower in TIERS[tier + 1 :])

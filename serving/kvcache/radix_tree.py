@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -115,18 +116,21 @@ class Node:
         copies: for each tier, the payload or None. allocated: the bytes that its pool counts for it.
         cached_children: for each tier, the children that have a copy in it or a descendant with one.
         transfer_id, transfer_link: of the node's transfer in progress, of which there is at most one; 0 and None.
-        group: the agents whose fixed prompts the span belongs to.
+        group: the agents whose fixed prompts the span belongs to. root: the one at which its path begins.
         last_used: seconds on the cache's clock. hits: how often the node was found.
         queue_entries: for each tier, the number of the node's valid entry in the `EvictionQueue`; 0: none.
     """
 
     __slots__ = (
-        "_chain_hash", "allocated", "cached_children", "children", "copies", "covers", "end", "group", "hits",
-        "last_used", "parent", "queue_entries", "ref_count", "span", "start", "transfer_id", "transfer_link",
+        "_chain_hash", "_checksum", "allocated", "cached_children", "children", "copies", "covers", "end", "group",
+        "hits", "last_used", "parent", "queue_entries", "ref_count", "root", "span", "start", "transfer_id",
+        "transfer_link",
     )  # fmt: skip
 
     def __init__(self, parent: Node | None, span: bytes, start: int, end: int, group: AgentGroup) -> None:
         self.parent = parent
+        if parent is not None:
+            self.root: RootNode = parent.root
         self.span = span
         self.start, self.end = start, end
         self.covers = end - start
@@ -142,6 +146,7 @@ class Node:
         self.last_used = 0.0
         self.hits = 0
         self._chain_hash: int | None = None
+        self._checksum: int | None = None
 
     def __repr__(self) -> str:
         return f"Node([{self.start}, {self.end}), {self.status.value}, ref_count={self.ref_count})"
@@ -221,14 +226,6 @@ class Node:
             yield node
             node = node.parent
 
-    @property
-    def root(self) -> RootNode:
-        node = self
-        while node.parent is not None:
-            node = node.parent
-        assert isinstance(node, RootNode), "paths begin at a root"
-        return node
-
     def chain(self) -> list[Node] | None:
         """The nodes whose copies together are the KV of the prompt up to `end`, in order; None if a part is missing."""
         node, chain = self, []
@@ -250,6 +247,20 @@ class Node:
             self._chain_hash = hash_pages(self.span, page_bytes, before)[-1] if self.span else before
         return self._chain_hash
 
+    def checksum(self) -> int:
+        """The CRC-32 of all tokens up to `end`, unchanged by splits; 0 for a root."""
+        if self._checksum is not None:
+            return self._checksum
+        unknown: list[Node] = []
+        node: Node | None = self
+        while node is not None and node._checksum is None:
+            unknown.append(node)
+            node = node.parent
+        value = 0 if node is None or node._checksum is None else node._checksum
+        for each in reversed(unknown):
+            value = each._checksum = crc32(each.span, value)
+        return value
+
 
 class RootNode(Node):
     """The node above the prompts of a namespace: no span and no data. It counts the references in its tree.
@@ -264,6 +275,10 @@ class RootNode(Node):
     def __init__(self, namespace: Hashable, group: AgentGroup) -> None:
         super().__init__(None, b"", 0, 0, group)
         self.namespace, self.retired = namespace, False
+
+    @property
+    def root(self) -> RootNode:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self  # not an attribute: that would be a reference cycle
 
 
 @dataclass(frozen=True)
@@ -442,7 +457,7 @@ class PrefixTree:
         node.span += span
         node.end += len(span) // TOKEN_BYTES
         node.covers += len(span) // TOKEN_BYTES
-        node._chain_hash = None
+        node._chain_hash = node._checksum = None
 
     def remove_leaf(self, node: Node) -> Node:
         """Removes a node without children, data and references; returns its parent."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 
 from .base import TIERS, KVPayload, PromptKey, Tier
 from .disk_pool import DiskPool
+from .eviction_history import EvictionHistory, MissReason
 from .eviction_policy import EvictionPolicy
 from .eviction_queue import EvictionQueue
 from .memory_pool import Pool
@@ -30,9 +32,10 @@ class TierStorage:
     """
 
     def __init__(
-        self, tree: PrefixTree, pools: Mapping[Tier, Pool], policy: EvictionPolicy, now: Callable[[], float]
-    ) -> None:
-        self.tree, self.pools = tree, dict(pools)
+        self, tree: PrefixTree, pools: Mapping[Tier, Pool], policy: EvictionPolicy, now: Callable[[], float],
+        history: EvictionHistory,
+    ) -> None:  # fmt: skip
+        self.tree, self.pools, self.history, self._now = tree, dict(pools), history, now
         self.retired: list[RootNode] = []  # with nodes below, or with handles that may add some
         self.queues = {tier: EvictionQueue(tier, policy, tree.agent_index, now) for tier in self.pools}
 
@@ -120,6 +123,12 @@ class TierStorage:
         self.pools[tier].discard(self.detach(node, tier))
         if not node.transfer_id and not node.has_data:
             node.covers = node.length
+
+    def lose(self, node: Node, tier: Tier) -> None:
+        """Discards the copy of `node` in `tier`, which cannot be read; the caller references the node."""
+        if not node.is_replicated:
+            self.history.record_node(node, node.covers, self._now(), MissReason.LOST)
+        self.free(node, tier)
 
     def _count_in_ancestors(self, node: Node, tier: Tier, change: int) -> None:
         """`node` and its descendants have got their first copy in `tier` (+1), or lost their last (-1)."""
@@ -364,8 +373,10 @@ class TierStorage:
 
     def evict(self, node: Node, tier: Tier) -> None:
         """Discards the copy of `node` in `tier`; with the last copy of an unreferenced node, all that builds on it."""
+        covers = node.covers
         self.free(node, tier)
         if not node.has_data and not node.ref_count:
+            self.history.record_node(node, covers, self._now())
             self._free_dependents(node)
             self.prune(node)
 
@@ -379,6 +390,8 @@ class TierStorage:
             dependents.append(each)
             pending += each.children.values()
         for each in reversed(dependents):
+            if each.has_data:
+                self.history.record_node(each, each.covers, self._now())
             for tier in self.pools:
                 if each.copies[tier] is not None:
                     self.free(each, tier)
@@ -401,6 +414,9 @@ class TierStorage:
 
     def retire(self) -> None:
         """All prompts stored so far are never found again; what nothing references is discarded, the rest later."""
+        for node in islice(self.tree, self.history.config.max_records):
+            if node.has_data:
+                self.history.record_node(node, node.covers, self._now(), MissReason.FLUSHED)
         self.retired += self.tree.retire_roots()
         self.free_retired()
 

@@ -12,6 +12,7 @@ from typing import Any
 from .agent_index import Agent, AgentIndex
 from .base import KVPayload, LoadState, Tier, Urgency
 from .disk_pool import DiskPool
+from .eviction_history import EvictionHistory, EvictionHistoryConfig
 from .eviction_policy import AllocStatus, TierPolicy
 from .evictor import EagerWriteBack, Evictor
 from .memory_pool import MemoryPool, Pool
@@ -33,8 +34,10 @@ class TieredCache:
         backend: moves bytes between them, in real or in virtual time. The cache owns and closes it.
         policy: what is evicted first, and what is written back.
         page_size: tokens a page. clock: seconds; the one of `backend` if that is virtual.
+        history: bounds of the record of what has left the cache.
     Attributes:
         handles: the live ones by id.
+        history: why tokens that were cached are not any more.
 
     Raises:
         ValueError: no pool for the device, or a page size below 1.
@@ -42,17 +45,20 @@ class TieredCache:
 
     def __init__(
         self, pools: Mapping[Tier, Pool], backend: TransferBackend, policy: TierPolicy, page_size: int = 16,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, history: EvictionHistoryConfig | None = None,
     ) -> None:  # fmt: skip
         if Tier.DEVICE not in pools:
             raise ValueError(f"got pools for {sorted(pools)}; a pool for Tier.DEVICE is needed")
         self.lock, self.clock, self.policy = threading.RLock(), clock, policy
         self.statistics = TierMetrics()
         self.tree = PrefixTree(page_size, AgentIndex(policy.eviction.value))
-        self.storage = TierStorage(self.tree, pools, policy.eviction, clock)
+        self.history = EvictionHistory(self.tree.page_bytes, history or EvictionHistoryConfig())
+        self.storage = TierStorage(self.tree, pools, policy.eviction, clock, self.history)
         self.transfers = TransferManager(self.storage, backend, self.statistics)
         self.evictor = Evictor(self.storage, self.transfers, policy)
-        self._eager = None if policy.eager is None else EagerWriteBack(self.storage, self.transfers, policy.eager)
+        self._eager = None if policy.eager is None else EagerWriteBack(
+            self.storage, self.transfers, self.evictor, policy.eager
+        )  # fmt: skip
         self.handles: dict[int, CacheHandle] = {}
         self._ids = count(1)
         self.restore_disk()

@@ -177,7 +177,7 @@ class TransferManager:
         self._count(job)
         if isinstance(job.error, LostPayloadError):
             logger.warning("a cached copy is lost: %s", job.error)
-            storage.free(node, job.source)
+            storage.lose(node, job.source)
         elif job.outcome is Outcome.FAILED:
             logger.warning("copying %s from %s to %s failed: %r", node, job.source.name, job.target.name, job.error)
         storage.release(node)

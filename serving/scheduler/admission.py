@@ -10,10 +10,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import Enum
 from itertools import islice
 
+from ..cache_report import AdmittedPrompt, part_of_page
+from ..client_namespaces import ClientNamespaces
 from ..kvcache.base import LoadState, Tier, Urgency
 from ..kvcache.estimates import Estimates, LoadChoice
+from ..kvcache.eviction_history import ComputedSpan, MissReason
 from ..kvcache.eviction_policy import AllocStatus
-from ..kvcache.radix_tree import Node
+from ..kvcache.miss_reasons import explain_misses
+from ..kvcache.radix_tree import TOKEN_BYTES, Node
 from ..kvcache.tiered_cache import CacheHandle, TieredCache
 from ..kvcache.transfer_queue import Outcome, TransferJob
 from ..metrics import SchedulerMetrics
@@ -131,6 +135,7 @@ class Admission:
         overdue: requests without memory for longer than `allocation_patience_s`. They precede the queue; while one of
             them finds no memory nobody else is admitted, unless it is only deferred.
         loading: requests with loads.
+        namespaces: used by the clients.
         shared: requests that wait for pages that others compute.
         changed: memory may have been freed since the last admission.
         starved: the last admission refused a request for lack of memory.
@@ -147,6 +152,7 @@ class Admission:
         self.queue = FairQueue(config.priority_window_s, config.max_idle_branches)
         self.overdue: dict[RequestState, None] = {}
         self.loading = PendingLoads()
+        self.namespaces = ClientNamespaces(config.max_idle_branches, config.max_client_namespaces)
         self.shared = SharedPages(config.page_patience_s, tiers.page_size, timers, tiers.clock)
         self.changed = self.starved = False
         self._running = 0  # requests that compute, during `admit`
@@ -160,6 +166,7 @@ class Admission:
 
     def add(self, state: RequestState) -> None:
         state.status = RequestStatus.WAITING
+        self.namespaces.observe(state.request.client, state.request.namespace)
         self.queue.push(state)
         self._announce(state, True)
         self.changed = True
@@ -249,7 +256,8 @@ class Admission:
             if state is None:
                 break
             try:
-                result = self._try_admit(state, idle and not ready and not self.loading, admitted)
+                with self.tiers.history.acting_for(state.request.client, state.request.agent):
+                    result = self._try_admit(state, idle and not ready and not self.loading, admitted)
             except Exception as error:
                 self._fail(state, error)
                 continue
@@ -404,17 +412,37 @@ class Admission:
             state.load_deadline = now + self.config.load_timeout_factor * max(choice.load_s, choice.alternative_s)
             self.timers.set(state.load_deadline, state)
             self.loading.add(state)
-        self._count(state, handle, missing, found)
+        self._count(state, handle, missing, found, choice)
         return AdmissionResult.LOADING if missing else AdmissionResult.ADMITTED
 
-    def _count(self, state: RequestState, handle: CacheHandle, missing: list[Node], found: int) -> None:
+    def _count(
+        self, state: RequestState, handle: CacheHandle, missing: list[Node], found: int, choice: LoadChoice
+    ) -> None:
         if not state.num_preemptions:
             state.cached_tokens, state.loaded_tokens = handle.length, 0
         state.loaded_tokens += sum(node.covers for node in missing)
         state.recomputed_tokens = found - handle.length
+        if state.request.explain_cache and not state.num_preemptions:
+            state.admitted_prompt = self._explain(state, handle, found, choice)
         if state.recomputed_tokens:
             self.metrics.recomputed_refused += state.force_recompute
             self.metrics.recomputed_late += not state.force_recompute
+
+    def _explain(self, state: RequestState, handle: CacheHandle, found: int, choice: LoadChoice) -> AdmittedPrompt:
+        """The tiers of what the handle covers, and the reasons why the rest is computed."""
+        reused: dict[Tier, int] = {}
+        for node in handle.nodes() or ():
+            tier = node.fastest_tier
+            assert tier is not None, "what a handle covers has data"
+            reused[tier] = reused.get(tier, 0) + node.covers
+        request, used, whole = state.request, handle.length, len(state.lookup_key) // TOKEN_BYTES
+        recomputed = MissReason.LOAD_FAILED if state.force_recompute else MissReason.FASTER
+        if choice.nodes and not used:  # see `_reserve_alone`
+            recomputed = MissReason.NO_MEMORY
+        others = self.namespaces.others(request.client, request.namespace)
+        spans = [ComputedSpan(used, found, recomputed)] if used < found else []
+        spans += explain_misses(self.tiers, state.lookup_key, request.namespace, found, request.client, others)
+        return AdmittedPrompt(reused, (*spans, *part_of_page(whole, state.num_prompt_tokens)))
 
     # Loads ------------------------------------------------------------------------------------------------------
 

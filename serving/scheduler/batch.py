@@ -10,9 +10,11 @@ import logging
 from collections.abc import Collection, Iterator
 
 from ..kvcache.base import KVPayload
+from ..kvcache.eviction_history import MissReason
 from ..kvcache.eviction_policy import AllocStatus
 from ..kvcache.tiered_cache import CacheHandle, TieredCache
 from ..metrics import SchedulerMetrics
+from ..request import StorePolicy
 from .request_memory import RequestMemory
 from .request_state import RequestState, RequestStatus, ScheduledBatch, ScheduledDecode, ScheduledPrefill, TokenRange
 from .scheduler_config import SchedulerConfig
@@ -145,8 +147,10 @@ class RunningRequests:
         with self.tiers.lock:
             reserved = self.tiers.reserved_bytes
             paid = min(state.reserved_bytes, (end - handle.length) * state.bytes_per_token)
+            request, history = state.request, self.tiers.history
             try:
-                status = self.tiers.store(handle, state.pages(end), payload, agent, state.num_fixed_tokens, paid)
+                with history.acting_for(request.client, request.agent):
+                    status = self.tiers.store(handle, state.pages(end), payload, agent, state.num_fixed_tokens, paid)
             except Exception as error:  # a cache may forget
                 # Whoever keeps the record would keep the pages alive, through the traceback.
                 error = error.with_traceback(None)
@@ -159,7 +163,20 @@ class RunningRequests:
                 # What was cached already: the driver goes on with the stored pages instead of its own copy.
                 self.tiers.unreserve(paid - passed)
                 state.reserved_bytes -= paid - passed
+            else:
+                self._record(state, handle.length, end, MissReason.NO_ROOM)
         self.metrics.stores += status is AllocStatus.READY
         self.metrics.stores_refused += status is not AllocStatus.READY and status is not None
         self.metrics.stores_failed += status is None
         self.metrics.events += 1
+
+    def record_not_stored(self, state: RequestState) -> None:
+        """Remembers what a request that has ended asked not to store, if it has computed that."""
+        if state.request.store_policy is StorePolicy.DISCARD:
+            end = min(state.num_computed_tokens, state.num_known_tokens)
+            self._record(state, state.storable_end(end), end - end % state.page_size, MissReason.NOT_STORED)
+
+    def _record(self, state: RequestState, start: int, end: int, reason: MissReason) -> None:
+        request = state.request
+        actor = request.client, request.agent
+        self.tiers.history.record_tokens(request.namespace, state.pages(end), start, self.tiers.clock(), reason, actor)

@@ -70,7 +70,8 @@ class RequestMemory:
     def grow(self, state: RequestState) -> AllocStatus:
         """Reserves the page that the next token of a decoding request needs, evicting for it."""
         more = self._required_to_grow(state) - state.reserved_bytes
-        status = self.tiers.reserve(more)
+        with self.tiers.history.acting_for(state.request.client, state.request.agent):
+            status = self.tiers.reserve(more)
         if status is AllocStatus.READY:
             state.reserved_bytes += more
         elif status is AllocStatus.REFUSED and self.tiers.cancel_prefetches(more):

@@ -11,6 +11,7 @@ from itertools import count
 
 import numpy as np
 
+from ..cache_report import AdmittedPrompt, CacheReport
 from ..kvcache.base import KVPayload
 from ..kvcache.radix_tree import TOKEN, TOKEN_BYTES, Pages, read_token_ids
 from ..kvcache.tiered_cache import CacheHandle
@@ -66,6 +67,8 @@ class RequestState:
         offered_end: end of the token range of the answer that was last to be stored.
         finished_by: how the answer ended by itself, as the driver found.
         output_tokens: the answer as far as its tokens were reported; tokens_known: all of them were.
+        admitted_prompt: what was known of its prompt's KV at its first admission, if the request asks for it.
+        followed_since: when it began to wait for pages of another request, in seconds. shared_s: of such waits so far.
     """
 
     request: Request
@@ -111,6 +114,9 @@ class RequestState:
     cached_tokens: int = 0
     loaded_tokens: int = 0
     recomputed_tokens: int = 0
+    admitted_prompt: AdmittedPrompt | None = None
+    followed_since: float = 0.0
+    shared_s: float = 0.0
 
     @classmethod
     def create(cls, request: Request, number: int, page_size: int, bytes_per_token: int, now: float) -> RequestState:
@@ -200,8 +206,16 @@ class RequestState:
         return RequestOutput(
             self.request, self.number, finish_reason, error, self.output_tokens, self.num_output_tokens, self.times,
             self.stalled_s, self.cached_tokens, self.loaded_tokens, self.recomputed_tokens, self.num_preemptions,
-            self.finished_by,
+            self.finished_by, self._cache_report(),
         )  # fmt: skip
+
+    def _cache_report(self) -> CacheReport | None:
+        if self.admitted_prompt is None or self.times.admitted is None:
+            return None
+        queued_s = max(0.0, self.times.admitted - self.times.arrived - self.stalled_s - self.shared_s)
+        return self.admitted_prompt.report(
+            self.num_prompt_tokens, self.cached_tokens, queued_s, self.stalled_s, self.shared_s
+        )
 
 
 @dataclass(eq=False)
@@ -266,12 +280,13 @@ class ScheduledDecode:
     def store_span(self) -> TokenRange | None:
         """Token range whose KV is wanted in `payload`: whenever a page has been filled; None: nothing.
 
+        Nothing is wanted of a request that another thread has ended meanwhile, by closing the scheduler.
+
         To be called once `tokens` is set. Answers whose tokens are not reported are not stored. The answer's last token
         is excluded: it has not been an input, so it has no KV.
         """
         state, handle = self.state, self.state.handle
-        assert handle is not None, "a decoding request has a handle"
-        if self.tokens is None or not state.tokens_known:
+        if handle is None or self.tokens is None or not state.tokens_known:
             return None
         new = min(len(self.tokens), self.remaining)
         end = state.storable_end(state.num_prompt_tokens + state.num_output_tokens + new - 1)

@@ -50,6 +50,7 @@ class Scheduler:
 
     Attributes:
         metrics: counters since the scheduler was made.
+        namespaces: used by the clients; an engine says what of them is the client's own (`ClientNamespaces.own`).
         vocab_size: prompts with larger token ids are refused; None: all are accepted. An engine sets it to its model's.
 
     Raises:
@@ -72,6 +73,7 @@ class Scheduler:
             tiers, estimates, self.config, self.metrics, self._timers, predictor, self._memory,
             lambda state, error: self._fail(state, "admitting", error), self._end_outgrown,
         )  # fmt: skip
+        self.namespaces = self._admission.namespaces
         self._running = RunningRequests(tiers, self.config, self.metrics, self._memory)
         self._preemption = Preemption(self._memory, self._running, self._admission)
         self._numbers = count(1)
@@ -80,6 +82,7 @@ class Scheduler:
         self._in_flight: ScheduledBatch | None = None
         self._batches = 0
         self._changed = False  # something has happened since the last `next_batch` that it may act on
+        self._predicting = False  # the next `next_batch` reads further predictions
         self._transfers_seen = 0
         self._closed: str | None = None
 
@@ -219,6 +222,7 @@ class Scheduler:
             self._changed = False
             self._transfers_seen = self.tiers.num_events
             self.tiers.poll()
+            self._predicting = False
             self._predict(self._push_predictions)
             self._expire()
             now, slots = self.tiers.clock(), self.config.max_num_seqs - len(self._running)
@@ -255,6 +259,7 @@ class Scheduler:
         changed = self.predictor.push_values(self.tiers)
         if changed and self.prefetcher is not None:
             self.prefetcher.values_changed(changed)
+        self._predicting = self.predictor.has_due
 
     def _expire(self) -> None:
         """Ends requests that have timed out, and gives up loads that have passed their deadline."""
@@ -333,6 +338,7 @@ class Scheduler:
         end = None if state.handle is None else state.handle.node
         self._admission.remove(state)
         self._running.remove(state)
+        self._running.record_not_stored(state)
         self._admission.settle_charge(state)
         now = self.tiers.clock()
         state.status, state.times.finished = RequestStatus.ENDED, now
@@ -395,9 +401,12 @@ class Scheduler:
     def next_time(self) -> float | None:
         """The next moment at which something happens without the driver, in seconds on the cache's clock.
 
-        That is the end of a transfer (in virtual time), a timeout, or a prefetch that becomes due.
+        That is the end of a transfer (in virtual time), a timeout, or a prefetch that becomes due; it is now, while
+        predictions are being read again.
         """
         with self.tiers.lock:
+            if self._predicting:
+                return self.tiers.clock()
             copies, timers = self.tiers.next_time(), self._timers.next_time()
             prefetches = None if self.prefetcher is None else self.prefetcher.next_time()
             return min((time for time in (copies, timers, prefetches) if time is not None), default=None)

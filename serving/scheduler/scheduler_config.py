@@ -39,7 +39,10 @@ class SchedulerConfig:
             2024, section 5.1).
         priority_window_s: a request of priority 1 precedes one of priority 0 that arrived up to this many seconds
             earlier; the bound keeps a workflow's requests from starving.
-        max_idle_branches: idle clients (and workflows of each) whose counters the fair queue remembers.
+        max_idle_branches: idle clients (and workflows of each) whose counters the fair queue remembers; and clients
+            whose namespaces are remembered.
+        max_client_namespaces: namespaces of a client in which a prompt that is not found is looked for, for the reason
+            that a request asks for (`Request.explain_cache`).
 
     Raises:
         ValueError: a value of another type or out of range, or no more batched tokens than sequences.
@@ -62,6 +65,7 @@ class SchedulerConfig:
     output_token_weight: Positive = 2
     priority_window_s: Positive = 10.0
     max_idle_branches: Count = 10_000
+    max_client_namespaces: Count = 16
 
     def __post_init__(self) -> None:
         verify(self)

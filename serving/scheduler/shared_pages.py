@@ -59,7 +59,7 @@ class SharedPages:
 
     def follow(self, state: RequestState, leader: RequestState, end: int) -> None:
         """`state` waits until `leader` has stored the tokens up to `end`."""
-        self._leader_of[state] = leader
+        self._leader_of[state], state.followed_since = leader, self.clock()
         self._followers.setdefault(leader, {})[state] = end
         self.timers.set(self.clock() + self.patience_s, state)
 
@@ -94,6 +94,7 @@ class SharedPages:
     def _release(self, state: RequestState) -> None:
         leader = self._leader_of.pop(state, None)
         if leader is not None:
+            state.shared_s += self.clock() - state.followed_since
             del self._followers[leader][state]
             if not self._followers[leader]:
                 del self._followers[leader]

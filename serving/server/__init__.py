@@ -14,8 +14,11 @@ from .api_keys import ApiKeys, Caller
 from .app import Backend, build_app
 from .http_server import bind, run_server
 from .prompts import PromptRenderer
+from .quotas import ClientLimits
 from .server_config import ServerConfig
 
 del _fastapi, _prometheus_client, _uvicorn
 
-__all__ = ["ApiKeys", "Backend", "Caller", "PromptRenderer", "ServerConfig", "bind", "build_app", "run_server"]
+__all__ = [
+    "ApiKeys", "Backend", "Caller", "ClientLimits", "PromptRenderer", "ServerConfig", "bind", "build_app", "run_server",
+]  # fmt: skip

@@ -11,6 +11,7 @@ from ..events import AnswerEvent
 from ..request import RequestOutput
 from ..sampling.sampler import TokenLogprobs
 from ..sampling.stop import REPLACEMENT
+from .cache_explanation import explanation
 
 PING = b": ping\n\n"  # a comment, which clients skip
 DONE = b"data: [DONE]\n\n"
@@ -57,13 +58,15 @@ class AnswerFormat(ABC):
     def whole(self, choices: Sequence[AnswerEvent], n: int) -> dict[str, Any]:
         """The response of a request without a stream, from the complete answers."""
         outputs = [one.output for one in choices if one.output is not None]
-        found = [self._whole_choice(number, one) for number, one in enumerate(choices)]
+        found = [self._whole_choice(number, one) | explanation(one.output) for number, one in enumerate(choices)]
         return self._base | {"object": self.whole_object, "choices": found, "usage": usage(outputs, n)}
 
     def events(self, choice: int, event: AnswerEvent) -> bytes:
         """The events of a stream for a part of an answer."""
         first = choice not in self._offsets
         found = self._chunk_choices(choice, event, first)
+        if event.output is not None:
+            found[-1] |= explanation(event.output)
         self._offsets[choice] = self._offsets.get(choice, 0) + len(event.text or "")
         return b"".join(self._event([one]) for one in found)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import BadRequest, Draining, EngineDead, Gone, QueueFull, ServingError, TooLarge
@@ -19,7 +21,12 @@ class ApiError(Exception):
         kind: `type` of the object, as OpenAI names them.
         param: the field of the request that is the reason, if it is one.
         code: a word for programs.
+        retry_after_s: seconds after which sending the request again is of use; None: the server's usual ones.
+        more_headers: of the response.
     """
+
+    retry_after_s: float | None = None
+    more_headers: Mapping[str, str] = {}
 
     def __init__(
         self, status: int, message: str, kind: str = INVALID, param: str | None = None, code: str | None = None
@@ -38,9 +45,13 @@ class ApiError(Exception):
 
     def headers(self, retry_after_s: int) -> dict[str, str]:
         """`Retry-After` where sending the request again is of use, `WWW-Authenticate` where a key is needed."""
+        found = dict(self.more_headers)
         if self.status in (429, 503):
-            return {"Retry-After": str(retry_after_s)}
-        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+            wait_s = retry_after_s if self.retry_after_s is None else max(1, math.ceil(self.retry_after_s))
+            found["Retry-After"] = str(wait_s)
+        if self.status == 401:
+            found["WWW-Authenticate"] = "Bearer"
+        return found
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -53,9 +64,11 @@ def not_found(message: str, code: str = "not_found", param: str | None = None) -
     return ApiError(404, message, param=param, code=code)
 
 
-def too_many(message: str) -> ApiError:
-    """Status 429: the same request may be answered later."""
-    return ApiError(429, message, "rate_limit_error", code="rate_limit_exceeded")
+def too_many(message: str, retry_after_s: float | None = None, headers: Mapping[str, str] | None = None) -> ApiError:
+    """Status 429: the same request may be answered later, if known after `retry_after_s` seconds."""
+    error = ApiError(429, message, "rate_limit_error", code="rate_limit_exceeded")
+    error.retry_after_s, error.more_headers = retry_after_s, headers or {}
+    return error
 
 
 def of_serving_error(error: ServingError) -> ApiError:

@@ -37,8 +37,9 @@ WITHOUT_EFFECT = frozenset(
 )
 # Hints by the field that carries them, with their format in `serving.hints`.
 HINT_FIELDS = {
-    "agent_hints": "sglang", "nvext": "dynamo", "agent_hint": "vllm", "kv_hints": "kv_hints",
-    "kv_cache_retention_config": "tensorrt", "kvflow": "kvflow",
+    "agent_hints": "sglang", "session_params": "sglang_session", "nvext": "dynamo", "agent_hint": "vllm",
+    "kv_transfer_params": "vllm_transfer", "kv_hints": "kv_hints", "kv_cache_retention_config": "tensorrt",
+    "kvflow": "kvflow",
 }  # fmt: skip
 
 
@@ -65,6 +66,8 @@ class GenerationBody(ABC):
         stop: a text, or up to 16, that end the answer.
         min_tokens: `SamplingParams.min_new_tokens`, by vLLM's name.
         n: answers to each prompt.
+        cache_salt: divides the client's cache: prompts are found by calls with the same salt only, as in vLLM.
+        explain_cache: each answer tells what of its prompt was reused, and why the rest was not.
     """
 
     model: Annotated[str, Size(1, MAX_NAME)]
@@ -85,6 +88,8 @@ class GenerationBody(ABC):
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Range(0, MAX_NUMBER)] | None = None
+    cache_salt: Annotated[str, Size(1, MAX_NAME)] | None = None
+    explain_cache: bool | None = None
 
     @property
     def include_usage(self) -> bool:

@@ -16,18 +16,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from tenure.checked import NotNegative, read
-
 from ..client import EngineClient
 from ..errors import ServingError
 from ..events import AnswerEvent
 from ..hints.formats import HintReader
-from ..hints.hint import NEUTRAL, ActionKind, Hint, HintAction, SessionAction, session_agent
+from ..hints.hint import Hint
 from ..request import Request as EngineRequest
-from ..request import check_name, shown
+from ..request import shown
 from ..system import System
-from ..workflow.loaders import workflow_from_json, workflow_from_yaml
-from ..workflow.spec import WorkflowSpec
+from .agent_endpoints import AgentEndpoints
 from .answers import DONE, PING, AnswerFormat, ChatFormat, CompletionFormat
 from .api_errors import SERVER, ApiError, bad_request, not_found, of_serving_error
 from .api_keys import ApiKeys, Caller
@@ -36,16 +33,16 @@ from .api_requests import (
     CompletionBody,
     GenerationBody,
     UnknownFields,
-    decode_body,
     parse_body,
     read_body,
-    require_whole_characters,
 )
-from .call_context import read_context, workflow_key
+from .cache_explanation import is_asked_for
+from .call_context import read_context
 from .event_stream import EventStream, read_bytes, unless_disconnected
-from .generation import ClientLoads, Generation
+from .generation import Generation
 from .http_metrics import HttpMetrics
 from .prompts import PromptRenderer, RenderedPrompt
+from .quotas import ClientLoads, Quotas
 from .server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -72,28 +69,19 @@ class Backend:
 
 
 @dataclass(frozen=True)
-class SessionKeep:
-    """The body of `PUT /v1/sessions/{id}`.
-
-    Attributes:
-        ttl_s: seconds for which the session's conversation is kept if there is room; None: `HintConfig.default_ttl_s`.
-    """
-
-    ttl_s: NotNegative | None = None
-
-
-@dataclass(frozen=True)
 class ReadCall:
     """A body, and what the engine is given for it, as the reading thread hands them over.
 
     Attributes:
         requests: the `n` answers of each prompt follow each other.
         hints: to be passed on before them.
+        last_hints: to be passed on when they have ended.
     """
 
     body: GenerationBody
     requests: list[EngineRequest]
     hints: list[Hint]
+    last_hints: list[Hint]
 
 
 class Endpoints:
@@ -105,12 +93,13 @@ class Endpoints:
     def __init__(self, backend: Backend, keys: ApiKeys, config: ServerConfig) -> None:
         self.backend, self.keys, self.config = backend, keys, config
         self.renderer = PromptRenderer(backend.tokenizer, backend.system.tiers.page_size)
-        self.metrics = HttpMetrics(backend.client, backend.system)
+        self.metrics = HttpMetrics(backend.client, backend.system, config.max_metric_clients)
         self._hint_reader = HintReader()
         self._unknown_fields = UnknownFields(config.max_warned_fields)
-        self._answers = ClientLoads(config.max_client_requests, "answers")
+        self._quotas = Quotas(keys.limits, config.max_client_requests)
         self._bodies = ClientLoads(config.max_client_bodies, "bodies")
         self._reader = ThreadPoolExecutor(1, "tenure-reader")
+        self.agents = AgentEndpoints(backend.client, backend.system, self, config, self._hint_reader.config)
 
     # Answers ----------------------------------------------------------------------------------------------------
 
@@ -126,24 +115,23 @@ class Endpoints:
         self, request: Request, kind: type[GenerationBody], read_prompts: Callable[[Any], list[RenderedPrompt]],
         format: type[AnswerFormat], prefix: str,
     ) -> Response:  # fmt: skip
-        caller = self._caller(request)
+        caller = self.caller(request)
         headers, id = dict(request.headers), f"{prefix}-{uuid.uuid4().hex}"
-        call = await self._read_body(
+        call = await self.read_body(
             request, caller, lambda raw: self._read_call(raw, headers, caller, kind, read_prompts, id)
         )
         answers = format(id, int(time.time()), call.body.model, self.renderer.token_text)
         for hint in call.hints:
             self.backend.client.hint(hint)
-        generation = Generation(self.backend.client, call.requests, self._answers)
-        headers = {"X-Request-Id": id}
+        generation = Generation(self.backend.client, call.requests, self._quotas, call.last_hints)
         if call.body.stream:
             events = generation.events(self.config.ping_s)
             # The status is sent after the first event (or ping), so that a refusal by the engine still has its own.
             first = await unless_disconnected(request, anext(events))  # pyright: ignore[reportArgumentType]
             encoded = self._encoded(first, events, generation, answers, call.body)
-            return EventStream(encoded, self.config.send_timeout_s, headers)
+            return EventStream(encoded, self.config.send_timeout_s, {"X-Request-Id": id} | generation.headers)
         choices = await unless_disconnected(request, self._collect(generation))
-        return JSONResponse(answers.whole(choices, call.body.n or 1), headers=headers)
+        return JSONResponse(answers.whole(choices, call.body.n or 1), headers={"X-Request-Id": id} | generation.headers)
 
     async def _collect(self, generation: Generation) -> list[AnswerEvent]:
         """The complete answers by choice."""
@@ -193,7 +181,7 @@ class Endpoints:
 
     # Reading, in a thread ---------------------------------------------------------------------------------------
 
-    async def _read_body(self, request: Request, caller: Caller, work: Callable[[bytes], T]) -> T:
+    async def read_body(self, request: Request, caller: Caller, work: Callable[[bytes], T]) -> T:
         """Receives a body, and returns the result of `work`, which reads it.
 
         Raises:
@@ -225,12 +213,14 @@ class Endpoints:
         body.sampling()  # its mistakes are found before the work of reading the prompt
         prompts = read_prompts(body)
         requests: list[EngineRequest] = []
-        found: list[Hint] = []
+        first: list[Hint] = []
+        last: list[Hint] = []
         for prompt in prompts:
-            context = read_context(hints, headers, caller, self._hint_reader, prompt.agent)
-            requests += self._requests(body, prompt, len(prompts), context.fields, f"{id}-{len(requests)}")
-            found += context.hints if prompt is prompts[0] else []
-        return ReadCall(body, requests, found)
+            context = read_context(hints, headers, caller, self._hint_reader, prompt.agent, body.cache_salt)
+            fields = context.fields | {"explain_cache": is_asked_for(body.explain_cache, headers)}
+            requests += self._requests(body, prompt, len(prompts), fields, f"{id}-{len(requests)}")
+            first, last = first or context.hints, last or context.last_hints
+        return ReadCall(body, requests, first, last)
 
     def _requests(
         self, body: GenerationBody, prompt: RenderedPrompt, num_prompts: int, fields: dict[str, Any], id: str
@@ -242,6 +232,9 @@ class Endpoints:
             raise bad_request(f"got {given}; accepted: up to {config.max_choices} answers", "n")
         default = config.default_max_tokens if isinstance(body, ChatBody) else config.default_completion_tokens
         room = max(1, self.backend.context_tokens - len(prompt.ids))
+        quota = self.keys.limits(fields["client"]).tokens_per_min
+        if quota is not None:  # of which all answers to all prompts have their share
+            room = max(1, min(room, (quota // num_prompts - len(prompt.ids)) // sampling.n))
         fields = {"fixed_tokens": prompt.fixed_tokens} | fields
         return [
             EngineRequest(
@@ -260,12 +253,12 @@ class Endpoints:
 
     async def models(self, request: Request) -> Response:
         """The models, of which there is one."""
-        self._caller(request)
+        self.caller(request)
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
         """A model by its name."""
-        self._caller(request)
+        self.caller(request)
         name = request.path_params["name"]
         if name != self.backend.model_name:
             raise self._no_model(name)
@@ -292,68 +285,7 @@ class Endpoints:
         text = await asyncio.to_thread(self.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    # Workflows, sessions, cache ---------------------------------------------------------------------------------
-
-    async def add_workflow(self, request: Request) -> Response:
-        """Declares a workflow of the client, in JSON or YAML."""
-        caller = self._caller(request)
-        in_yaml = "yaml" in request.headers.get("content-type", "")
-        spec = await self._read_body(request, caller, lambda raw: self._workflow(raw, in_yaml))
-        name = await self._read(lambda: workflow_key(spec.name, caller))
-        try:
-            await asyncio.wrap_future(self.backend.client.add_workflow(spec, name, caller.client))
-        except ValueError as error:
-            if isinstance(error, ServingError):
-                raise
-            raise bad_request(str(error).replace(name, spec.name)) from None
-        agents = [agent.name for agent in spec.agents]
-        return JSONResponse({"id": spec.name, "object": "workflow", "agents": agents}, 201)
-
-    def _workflow(self, raw: bytes, in_yaml: bool) -> WorkflowSpec:
-        if in_yaml and len(raw) > self.config.max_yaml_bytes:
-            raise ValueError(f"got {len(raw)} bytes of YAML; accepted: up to {self.config.max_yaml_bytes}, or JSON")
-        text = decode_body(raw)
-        spec = workflow_from_yaml(text) if in_yaml else workflow_from_json(text)
-        require_whole_characters(" ".join([spec.name, *(agent.name for agent in spec.agents)]))
-        return spec
-
-    async def end_workflow(self, request: Request) -> Response:
-        """Ends a workflow of the client."""
-        caller, name = self._caller(request), request.path_params["name"]
-        key = await self._read(lambda: workflow_key(name, caller))
-        try:
-            await asyncio.wrap_future(self.backend.client.remove_workflow(key))
-        except ValueError as error:
-            if isinstance(error, ServingError):
-                raise
-            raise not_found(f"got {shown(name)} as a workflow to end; accepted: one that was declared") from None
-        return JSONResponse({"id": name, "object": "workflow", "deleted": True})
-
-    async def end_session(self, request: Request) -> Response:
-        """The session has ended: what only it has used is evicted first."""
-        caller, session = self._session(request)
-        await self._hint(Hint("server", caller.client, session=session, session_action=SessionAction.CLOSE))
-        return JSONResponse({"id": session, "object": "session", "deleted": True})
-
-    async def keep_session(self, request: Request) -> Response:
-        """The session will go on: its conversation is kept, if there is room, for `ttl_s` seconds."""
-        caller, session = self._session(request)
-        keep = await self._read_body(request, caller, lambda raw: read(SessionKeep, parse_body(raw, self.config)))
-        config = self._hint_reader.config
-        ttl_s = config.bounded_ttl(keep.ttl_s)
-        action = HintAction(ActionKind.RETAIN, session_agent(session), max(NEUTRAL, config.keep_priority), ttl_s)
-        await self._hint(Hint("server", caller.client, session=session, ttl_s=ttl_s, actions=(action,)))
-        return JSONResponse({"id": session, "object": "session", "ttl_s": ttl_s})
-
-    def _session(self, request: Request) -> tuple[Caller, str]:
-        caller, session = self._caller(request), request.path_params["id"]
-        try:
-            return caller, check_name(session, "a session")
-        except ValueError as error:
-            raise bad_request(str(error)) from None
-
-    async def _hint(self, hint: Hint) -> None:
-        await asyncio.wrap_future(self.backend.client.hint(hint))
+    # Cache ------------------------------------------------------------------------------------------------------
 
     async def flush(self, request: Request) -> Response:
         """Discards all cached KV, for an admin."""
@@ -364,13 +296,14 @@ class Endpoints:
 
     # Checks -----------------------------------------------------------------------------------------------------
 
-    def _caller(self, request: Request) -> Caller:
+    def caller(self, request: Request) -> Caller:
         """The sender of the request.
 
         Raises:
             ApiError: 401, no known key; 403, see `_require_same_origin`.
         """
         caller = self.keys.caller(request.headers.get("authorization"))
+        request.state.client = caller.client  # for the metrics
         self._require_same_origin(request)
         return caller
 
@@ -420,7 +353,7 @@ class Gateway:
                 await self._app(scope, receive, noting)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            metrics.requests.labels(route, str(status)).inc()
+            metrics.observe_request(route, status, scope.get("state", {}).get("client"))
 
 
 def build_app(backend: Backend, keys: ApiKeys | None = None, config: ServerConfig | None = None) -> FastAPI:
@@ -440,10 +373,14 @@ def build_app(backend: Backend, keys: ApiKeys | None = None, config: ServerConfi
         ("GET", "/v1/models/{name:path}", endpoints.model),
         ("GET", "/health", endpoints.health),
         ("GET", "/metrics", endpoints.metrics_text),
-        ("POST", "/v1/workflows", endpoints.add_workflow),
-        ("DELETE", "/v1/workflows/{name:path}", endpoints.end_workflow),
-        ("DELETE", "/v1/sessions/{id:path}", endpoints.end_session),
-        ("PUT", "/v1/sessions/{id:path}", endpoints.keep_session),
+        ("GET", "/v1/workflows", endpoints.agents.workflows),
+        ("POST", "/v1/workflows", endpoints.agents.add_workflow),
+        ("GET", "/v1/workflows/{name:path}", endpoints.agents.workflow),
+        ("PUT", "/v1/workflows/{name:path}", endpoints.agents.replace_workflow),
+        ("DELETE", "/v1/workflows/{name:path}", endpoints.agents.end_workflow),
+        ("GET", "/v1/sessions/{id:path}", endpoints.agents.session),
+        ("DELETE", "/v1/sessions/{id:path}", endpoints.agents.end_session),
+        ("PUT", "/v1/sessions/{id:path}", endpoints.agents.keep_session),
         ("POST", "/admin/flush", endpoints.flush),
     ]
     for method, path, handler in routes:

@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 
 from ..client import AnswerStream, EngineClient
+from ..errors import ServingError
 from ..events import AnswerEvent
+from ..hints.hint import Hint
 from ..request import Request, RequestOutput
-from .api_errors import too_many
-
-
-class ClientLoads:
-    """Counts what each client has in progress; used by the event loop alone.
-
-    Args:
-        limit: of one client.
-        what: is counted, in the plural.
-    """
-
-    def __init__(self, limit: int, what: str) -> None:
-        self._limit, self._what = limit, what
-        self._counts: dict[str, int] = {}
-
-    @contextmanager
-    def admitted(self, client: str, count: int) -> Iterator[None]:
-        """Counts `count` more until the block is left.
-
-        Raises:
-            ApiError: 429, with these the client would have too many.
-        """
-        others = self._counts.get(client, 0)
-        if others + count > self._limit:
-            given = f"{count} {self._what} while {others} are in progress"
-            raise too_many(f"got {given}; accepted: up to {self._limit} at once")
-        self._counts[client] = others + count
-        try:
-            yield
-        finally:
-            self._counts[client] -= count
-            if not self._counts[client]:
-                del self._counts[client]
+from .quotas import Quotas
 
 
 class Generation:
@@ -49,15 +19,21 @@ class Generation:
 
     The last event of each choice is in `outputs`. All that has not ended when `events` is left is cancelled.
 
+    Args:
+        last_hints: passed on when all have ended, however they did.
     Attributes:
         requests: by choice.
         outputs: by choice; None until it has ended.
+        headers: of the response, about the client's quotas; known after the first event.
     """
 
-    def __init__(self, client: EngineClient, requests: Sequence[Request], loads: ClientLoads) -> None:
+    def __init__(
+        self, client: EngineClient, requests: Sequence[Request], quotas: Quotas, last_hints: Sequence[Hint] = ()
+    ) -> None:
         self.requests = requests
         self.outputs: list[RequestOutput | None] = [None] * len(requests)
-        self._client, self._loads = client, loads
+        self.headers: dict[str, str] = {}
+        self._client, self._quotas, self._last_hints = client, quotas, last_hints
 
     async def events(self, ping_s: float) -> AsyncIterator[tuple[int, AnswerEvent] | None]:
         """Choice and event, in the order of their arrival; None after `ping_s` seconds without one.
@@ -67,7 +43,8 @@ class Generation:
         """
         streams: list[AnswerStream] = []
         waiting: dict[asyncio.Task[AnswerEvent], int] = {}
-        with self._loads.admitted(self.requests[0].client, len(self.requests)):
+        with self._quotas.admitted(self.requests) as admission:
+            self.headers = admission.headers
             try:
                 for request in self.requests:
                     streams.append(self._client.submit(request))
@@ -80,14 +57,21 @@ class Generation:
                         choice, event = waiting.pop(task), task.result()
                         if event.output is None:
                             waiting[_next_event(streams[choice])] = choice
+                        admission.computed(choice, len(event.tokens), event.output)
                         self.outputs[choice] = event.output
                         yield choice, event
+            except ServingError:
+                admission.refused()
+                raise
             finally:
                 for stream in streams:
                     self._client.cancel(stream)
                 for task in waiting:
                     task.cancel()
                 await asyncio.gather(*waiting, return_exceptions=True)
+                with contextlib.suppress(ServingError):  # an engine that has stopped
+                    for hint in self._last_hints:
+                        self._client.hint(hint)
 
 
 def _next_event(stream: AnswerStream) -> asyncio.Task[AnswerEvent]:

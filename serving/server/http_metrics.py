@@ -17,6 +17,7 @@ from ..system import System
 
 # Seconds: from a cached prompt's first token on a GPU to a long prefill on a CPU.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+OTHERS = "(others)"  # no client is named so
 SCHEDULER_COUNTERS = {
     "batches": "batches computed",
     "prefill_tokens": "tokens of prompts computed",
@@ -65,10 +66,13 @@ class SystemCollector(Collector):
 class HttpMetrics:
     """The server's metrics.
 
-    Labels are the routes and statuses of this server only, never what a client has sent.
+    Labels are the routes and statuses of this server and the clients of its keys, never what a client has sent.
+
+    Args:
+        max_clients: that have series of their own; further ones share those of `OTHERS`.
     """
 
-    def __init__(self, client: EngineClient, system: System) -> None:
+    def __init__(self, client: EngineClient, system: System, max_clients: int) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(SystemCollector(client, system))
         options: dict[str, Any] = {"registry": self._registry}
@@ -77,7 +81,30 @@ class HttpMetrics:
             "tenure_first_token_seconds", "from arrival to the first token", buckets=BUCKETS, **options
         )
         self._answer = Histogram("tenure_answer_seconds", "from arrival to the end", buckets=BUCKETS, **options)
+        self._client_requests = Counter(
+            "tenure_client_requests", "answered requests of a client", ["client", "status"], **options
+        )
+        self._client_tokens = Counter(
+            "tenure_client_tokens", "tokens of a client's answered requests, by kind", ["client", "kind"], **options
+        )
+        self._max_clients, self._clients = max_clients, set[str]()
         self.started_s = time.time()
+
+    def observe_request(self, route: str, status: int, client: str | None) -> None:
+        """A request has been answered.
+
+        Args:
+            client: None: it had no key that is known.
+        """
+        self.requests.labels(route, str(status)).inc()
+        if client is not None:
+            self._client_requests.labels(self._label(client), str(status)).inc()
+
+    def _label(self, client: str) -> str:
+        if client not in self._clients and len(self._clients) >= self._max_clients:
+            return OTHERS
+        self._clients.add(client)
+        return client
 
     def observe(self, output: RequestOutput) -> None:
         """An answer is complete."""
@@ -86,6 +113,11 @@ class HttpMetrics:
             self._first_token.observe(times.first_token - times.arrived)
         if times.finished is not None:
             self._answer.observe(times.finished - times.arrived)
+        client = self._label(output.request.client)
+        # `n` answers have the same prompt; the metric counts it once for each, as the scheduler's do.
+        counts = (("prompt", len(output.request.prompt)), ("cached", output.cached_tokens))
+        for kind, tokens in (*counts, ("answer", output.num_output_tokens)):
+            self._client_tokens.labels(client, kind).inc(tokens)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -89,13 +89,17 @@ class DrainingServer(uvicorn.Server):
 
     The first signal begins to drain; a second Ctrl-C ends all requests at once. The signals are not raised again, so
     that the caller can close the system.
+
+    Args:
+        on_hangup: called by SIGHUP, which otherwise ends the process.
     """
 
     def __init__(
-        self, config: uvicorn.Config, client: EngineClient, drain_s: float, on_ready: Callable[[], None]
-    ) -> None:
+        self, config: uvicorn.Config, client: EngineClient, drain_s: float, on_ready: Callable[[], None],
+        on_hangup: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(config)
-        self._client, self._drain_s, self._on_ready = client, drain_s, on_ready
+        self._client, self._drain_s, self._on_ready, self._on_hangup = client, drain_s, on_ready, on_hangup
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -121,6 +125,9 @@ class DrainingServer(uvicorn.Server):
             yield
             return
         before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        on_hangup = self._on_hangup
+        if on_hangup is not None and hasattr(signal, "SIGHUP"):
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: on_hangup())
         try:
             yield
         finally:
@@ -129,8 +136,9 @@ class DrainingServer(uvicorn.Server):
 
 
 def make_server(
-    app: Any, client: EngineClient, config: ServerConfig, on_ready: Callable[[], None] = lambda: None
-) -> DrainingServer:
+    app: Any, client: EngineClient, config: ServerConfig, on_ready: Callable[[], None] = lambda: None,
+    on_hangup: Callable[[], None] | None = None,
+) -> DrainingServer:  # fmt: skip
     """The server of an application; `server.run(sockets=[bind(…)])` runs it until it is stopped."""
     protocol: Any = functools.partial(HeadTimeoutProtocol, config.head_timeout_s)
     settings = uvicorn.Config(
@@ -139,17 +147,18 @@ def make_server(
         timeout_keep_alive=config.keep_alive_s, limit_concurrency=config.max_connections,
         timeout_graceful_shutdown=int(config.drain_s + config.close_s + 1),
     )  # fmt: skip
-    return DrainingServer(settings, client, config.drain_s, on_ready)
+    return DrainingServer(settings, client, config.drain_s, on_ready, on_hangup)
 
 
 def run_server(
     app: Any, client: EngineClient, listening: socket.socket, config: ServerConfig | None = None,
-    on_ready: Callable[[], None] = lambda: None,
+    on_ready: Callable[[], None] = lambda: None, on_hangup: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
     """Serves until SIGINT or SIGTERM, then drains and closes the client.
 
     Args:
         listening: from `bind`; closed at the end.
         on_ready: called when requests are accepted.
+        on_hangup: called by SIGHUP, in the main thread.
     """
-    make_server(app, client, config or ServerConfig(), on_ready).run(sockets=[listening])
+    make_server(app, client, config or ServerConfig(), on_ready, on_hangup).run(sockets=[listening])

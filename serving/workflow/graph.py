@@ -30,7 +30,7 @@ class StepGraph:
         clock: seconds; a simulator passes its own.
         config: limits and tuned numbers.
     Attributes:
-        rate: γ in 1/s. It changes in `changed_reuse` only, which then reports all agents.
+        rate: γ in 1/s. It changes in `changed_reuse` only, which then reports all agents, in this call and the next.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, config: GraphConfig | None = None) -> None:
@@ -42,6 +42,8 @@ class StepGraph:
         self._workflows: dict[str, Workflow] = {}
         self._reuse: dict[Workflow, WorkflowReuse] = {}
         self._reported: dict[Workflow, float] = {}  # when `changed_reuse` last reported each workflow, oldest first
+        self._due: dict[Workflow, None] = {}  # to be reported by `changed_reuse` though nothing has happened in them
+        self._rate_since_s, self._phase_before = 0.0, 0.0  # of the present rate: its start, and `phase` then
 
     @property
     def lock(self) -> Any:
@@ -79,10 +81,7 @@ class StepGraph:
         name = check_name(spec.name if name is None else name, "a workflow")
         if name in self._workflows:
             raise ValueError(f"there is a workflow {name!r} already")
-        if (lack := self._exceeded_limit(spec)) is not None and self.expire(self.config.silence_s):
-            lack = self._exceeded_limit(spec)
-        if lack is not None:
-            raise ValueError(f"the workflow {name!r} does not fit: {lack} are accepted in all")
+        self._require_room(name, spec, client)
         workflow = self._workflows[name] = Workflow(name, self._state, client)
         try:
             for agent in spec.agents:
@@ -98,31 +97,82 @@ class StepGraph:
         self._reuse[workflow] = WorkflowReuse(workflow, self.rate)
         return workflow
 
-    def _exceeded_limit(self, spec: WorkflowSpec) -> str | None:
+    @locked
+    def replace_workflow(self, spec: WorkflowSpec, name: str | None = None, client: str = "") -> bool:
+        """As `add_workflow`, but a workflow of that name is changed: agents and edges that both declarations have keep
+        their calls in progress, predictions and habits, see `Workflow.change`.
+
+        Returns:
+            Whether a workflow was added.
+        Raises:
+            ValueError: an invalid name, the present workflow belongs to another client, or a limit is reached. Then
+                nothing has changed.
+        """
+        name = spec.name if name is None else name
+        present = self._workflows.get(name)
+        if present is None:
+            self.add_workflow(spec, name, client)
+            return True
+        if present.persistent or present.client not in ("", client):
+            raise ValueError(f"the workflow {name!r} is not this client's; accepted: another name")
+        self._require_room(name, spec, client, present)
+        if client:
+            for agent in spec.agents:
+                check_name(self._state.agent_key(agent.name, client), "an agent")
+        present.change(spec)
+        return False
+
+    def _require_room(self, name: str, spec: WorkflowSpec, client: str, present: Workflow | None = None) -> None:
+        """ValueError unless the graph has room for `spec` instead of `present`; silent workflows are removed for it."""
+        lack = self._exceeded_limit(spec, client, present)
+        if lack is not None and self.expire(self.config.silence_s, keep=present):
+            lack = self._exceeded_limit(spec, client, present)
+        if lack is not None:
+            raise ValueError(f"the workflow {name!r} does not fit: {lack}")
+
+    def _exceeded_limit(self, spec: WorkflowSpec, client: str, present: Workflow | None) -> str | None:
+        """The first limit that `spec` would exceed, instead of `present`, in words."""
         config, state = self.config, self._state
-        for kind, limit, wanted in (
-            ("workflows", config.max_workflows, len(self._workflows) + 1),
-            ("agents", config.max_agents, state.num_agents + len(spec.agents)),
-            ("edges", config.max_edges, state.num_edges + len(spec.edges)),
+        before = (0, 0, 0) if present is None else (1, len(present.ids), _num_edges(present))
+        wanted = 1, len(spec.agents), len(spec.edges)
+        used = len(self._workflows), state.num_agents, state.num_edges
+        own = (0, 0, 0)
+        if client:
+            mine = [workflow for workflow in self._workflows.values() if workflow.client == client]
+            own = len(mine), sum(len(one.ids) for one in mine), sum(map(_num_edges, mine))
+        for number, (kind, limit) in enumerate(
+            (("workflows", config.max_workflows), ("agents", config.max_agents), ("edges", config.max_edges))
         ):
-            if wanted > limit:
-                return f"{limit} {kind}"
+            more = wanted[number] - before[number]
+            if used[number] + more > limit:
+                return f"{limit} {kind} are accepted in all"
+            share = max(1, int(limit * config.client_share))
+            if client and own[number] + more > share:
+                return f"{share} {kind} of one client are accepted"
         return None
 
     @locked
     def remove_workflow(self, name: str) -> None:
-        """Removes a workflow that has ended, or whose client has disconnected; ValueError if there is none."""
+        """Removes a workflow that has ended, or whose client has disconnected; ValueError if none was declared."""
         workflow = self[name]
+        if workflow.persistent:
+            raise ValueError(f"the workflow {name!r} is learned and has no end; accepted: a declared one")
         workflow.close()
         del self._workflows[name], self._reuse[workflow]
         self._reported.pop(workflow, None)
+        self._due.pop(workflow, None)
 
     @locked
-    def expire(self, seconds: float) -> list[str]:
-        """Removes the workflows without an event for `seconds`, unless running or `persistent`; returns their names."""
+    def expire(self, seconds: float, keep: Workflow | None = None) -> list[str]:
+        """Removes the workflows without an event for `seconds`, unless running or `persistent`; returns their names.
+
+        Args:
+            keep: is not removed.
+        """
         limit = self._state.clock() - seconds
         silent = [name for name, workflow in self._workflows.items() if workflow.last_event_s < limit]
         old = [name for name in silent if not (self._workflows[name].running or self._workflows[name].persistent)]
+        old = [name for name in old if self._workflows[name] is not keep]
         for name in old:
             self.remove_workflow(name)
         return old
@@ -183,11 +233,17 @@ class StepGraph:
         members: Collection[Workflow] = self._state.members.get(agent, ())
         if len(members) == 1:
             (workflow,) = members
-            reach, reuse = self._reuse[workflow].chances()[agent]
+            reach, reuse = self._chances(workflow)[agent]
             return reach, min(reuse, reach)
         for workflow in sorted(members, key=lambda workflow: workflow.name):
-            reach, reuse = combine_first(reach, reuse, *self._reuse[workflow].chances()[agent])
+            reach, reuse = combine_first(reach, reuse, *self._chances(workflow)[agent])
         return reach, min(reuse, reach)  # they may differ by rounding only
+
+    def _chances(self, workflow: Workflow) -> dict[str, tuple[float, float]]:
+        reuse = self._reuse[workflow]
+        if reuse.rate != self.rate:
+            reuse = self._reuse[workflow] = WorkflowReuse(workflow, self.rate)
+        return reuse.chances()
 
     def reuse(self, agent: str) -> float:
         """Expected discounted reuse E[exp(-γT)] of the cache of `agent`, 0 to 1."""
@@ -230,35 +286,62 @@ class StepGraph:
         self._state.steps_changes = ChangeLog()
         return log.removed_agents.union(*(workflow.drain() for workflow in log.workflows))
 
-    def changed_reuse(self) -> set[str]:
+    @property
+    def has_due(self) -> bool:
+        """Whether `changed_reuse` has more to report, without any event."""
+        return bool(self._due)
+
+    def changed_reuse(self, limit: float = math.inf) -> set[str]:
         """The agents whose reuse may have changed: those of workflows with an event, and all after a change of γ.
 
         Active workflows without an event for `max_age` are reported again: `ExpectedTime` assumes that their calls
         have come nearer meanwhile.
+
+        Args:
+            limit: agents that are reported in one call though nothing has happened in their workflows; the others
+                follow in the next calls, so that none of these takes long. A workflow is reported as a whole.
         """
-        log, now = self._state.reuse_changes, self._state.clock()
-        if self.config.discount_s is None and self._adapt_rate():
-            log.workflows.update(self._reuse)
-        for workflow, reported in self._reported.items():
+        log, now, due = self._state.reuse_changes, self._state.clock(), self._due
+        if self.config.discount_s is None and self._adapt_rate(now):
+            due.update(dict.fromkeys(self._reuse))
+        while self._reported:
+            workflow, reported = next(iter(self._reported.items()))
             if (now - reported) * self.rate < self.config.max_age:
                 break
-            log.workflows.add(workflow)
-        if not log.workflows and not log.removed_agents:
+            del self._reported[workflow]
+            due[workflow] = None
+        if not log.workflows and not log.removed_agents and not due:
             return set()
         self._state.reuse_changes = ChangeLog()
-        for workflow in log.workflows:
+        workflows = log.workflows
+        for workflow in workflows:
+            due.pop(workflow, None)
+        while due and limit > 0:
+            workflow = next(iter(due))
+            del due[workflow]
+            workflows.add(workflow)
+            limit -= len(workflow.ids)
+        for workflow in sorted(workflows, key=lambda workflow: workflow.name):
             self._reported.pop(workflow, None)
             if workflow.running or workflow.pending or workflow.expected:
                 self._reported[workflow] = now
-        return log.removed_agents.union(*(workflow.ids for workflow in log.workflows))
+        return log.removed_agents.union(*(workflow.ids for workflow in workflows))
 
-    def _adapt_rate(self) -> bool:
+    def phase(self, now: float) -> float:
+        """The integral of γ over the clock up to `now` in seconds, but for a constant."""
+        return self._phase_before + self.rate * (now - self._rate_since_s)
+
+    def _adapt_rate(self, now: float) -> bool:
         """Adapts γ to the mean duration of a step; returns whether it changed."""
         config, calls, pauses = self.config, self._state.calls, self._state.pauses
         wanted = config.discount_steps * (calls.mean + pauses.mean)
         wanted = min(config.max_discount_s, max(config.min_discount_s, wanted))
         if not calls.count or 1 / config.rate_hysteresis < wanted * self.rate < config.rate_hysteresis:
             return False
+        self._phase_before, self._rate_since_s = self.phase(now), now
         self.rate = 1 / wanted
-        self._reuse = {workflow: WorkflowReuse(workflow, self.rate) for workflow in self._reuse}
         return True
+
+
+def _num_edges(workflow: Workflow) -> int:
+    return sum(map(len, workflow.branches.values()))

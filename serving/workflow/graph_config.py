@@ -117,6 +117,7 @@ class GraphConfig:
             the running mean of a step (a call and the pause after it), within `min_discount_s` and `max_discount_s`.
         default_call_s: seconds; guessed duration of a call of an unknown agent.
         max_workflows, max_agents, max_edges: declared by all clients together.
+        client_share: of these three, 0 to 1; the most that the workflows of one client may be.
         silence_s: seconds without an event after which a workflow may be removed for a new one, and its predictions
             are cleared.
         discount_steps: mean steps in 1/γ where `discount_s` is None.
@@ -135,6 +136,7 @@ class GraphConfig:
     max_workflows: Count = 10_000
     max_agents: Count = 100_000
     max_edges: Count = 1_000_000
+    client_share: Annotated[float, Range(0, 1, above=True)] = 0.5
     silence_s: Positive = 3600.0
     discount_steps: Positive = 0.4
     min_discount_s: Positive = 0.01

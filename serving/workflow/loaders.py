@@ -104,6 +104,19 @@ def workflow_from_yaml(text: str) -> WorkflowSpec:
     return workflow_from_dict(parse_yaml(text, "the workflow", "simulate", YAML_LIMITS))
 
 
+def workflow_to_dict(spec: WorkflowSpec) -> dict[str, Any]:
+    """A workflow as a document that `workflow_from_dict` reads."""
+    return {
+        "workflow": spec.name,
+        "agents": {
+            agent.name: {name: value for name, value in vars(agent).items() if name != "name" and value is not None}
+            for agent in spec.agents
+        },
+        "edges": [[edge.source, edge.target, edge.probability] for edge in spec.edges],
+        "start": list(spec.start),
+    }
+
+
 def workflow_from_networkx(graph: networkx.Graph, name: str | None = None) -> WorkflowSpec:
     """Converts a directed graph whose nodes and edges have the fields above as attributes.
 

@@ -262,6 +262,10 @@ class WorkflowReuse:
         workflow, now = self.workflow, self.workflow.graph_state.clock()
         version, at = self._read_at
         if version != workflow.version or abs(now - at) * self.rate > self.config.max_age:
+            if not (workflow.running or workflow.pending or workflow.expected):
+                self._chances = dict.fromkeys(workflow.ids, (0.0, 0.0))  # nothing leads to any call
+                self._read_at = (workflow.version, now)
+                return self._chances
             inputs = sum(len(workflow.solver.predecessors[n]) for n in workflow.names if workflow.solver.is_and[n])
             exact = len(workflow.ids) + inputs <= self.config.max_exact_targets
             self._chances = self._by_first_passages(now) if exact else self._by_most_probable_paths()

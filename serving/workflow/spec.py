@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from tenure.checked import Named, NotNegative, Range, Size, verify
@@ -12,6 +12,7 @@ from tenure.checked import Named, NotNegative, Range, Size, verify
 from ..request import MAX_NAME, check_name, shown
 
 JOINS = ("or", "and")
+MIN_REST = 1e-9  # a smaller probability that is missing to 1 is a rounding error
 Join = Literal["or", "and"]
 Name = Annotated[str, Size(1, MAX_NAME)]
 
@@ -126,3 +127,57 @@ class WorkflowSpec:
         for name in self.start:
             if name not in known:
                 raise ValueError(f"the workflow {self.name!r} starts at {name!r}, which is none of its agents")
+
+
+def without_agents(spec: WorkflowSpec, names: Collection[str]) -> WorkflowSpec:
+    """A workflow without the nodes that never call the model: their predecessors lead to their successors.
+
+    The probabilities of two edges are multiplied, and those of parallel ways added. A successor takes over the join of
+    the removed node where that is its only predecessor; other joins with several predecessors behind them become an OR,
+    the earlier of the two.
+
+    Raises:
+        ValueError: a name that is none of the workflow's agents.
+    """
+    agents = {agent.name: agent for agent in spec.agents}
+    edges = {(edge.source, edge.target): edge.probability for edge in spec.edges}
+    start = list(spec.start)
+    for name in names:
+        if name not in agents:
+            raise ValueError(f"got {shown(name)} as an agent to leave out; accepted: {', '.join(agents)}")
+    for name in dict.fromkeys(names):
+        removed = agents.pop(name)
+        sources = {s: p for (s, t), p in edges.items() if t == name != s}
+        targets = {t: p for (s, t), p in edges.items() if s == name != t}
+        for target in targets:
+            only = all(t != target for (s, t) in edges if s != name)
+            if only:
+                agents[target] = replace(agents[target], join=removed.join)
+            elif len(sources) > 1 and removed.join == "or":
+                agents[target] = replace(agents[target], join="or")
+        edges = {pair: p for pair, p in edges.items() if name not in pair}
+        for source, into in sources.items():
+            for target, onward in targets.items():
+                edges[source, target] = min(1.0, edges.get((source, target), 0.0) + into * onward)
+        if name in start:
+            start[start.index(name) : start.index(name) + 1] = targets
+    return WorkflowSpec(
+        spec.name, list(agents.values()), [EdgeSpec(*pair, p) for pair, p in edges.items()], list(dict.fromkeys(start))
+    )
+
+
+def repeated(spec: WorkflowSpec) -> WorkflowSpec:
+    """A workflow whose runs follow one another: an agent after which a run may end leads to the first agents as well.
+
+    The probability of such an edge is the one that is missing in the agent's branches, in equal parts for each first
+    agent; an agent without edges leads there always.
+    """
+    rest = {agent.name: 1.0 for agent in spec.agents}
+    edges = {(edge.source, edge.target): edge.probability for edge in spec.edges}
+    for (source, _), probability in edges.items():
+        rest[source] -= probability
+    for source, missing in rest.items():
+        if missing > MIN_REST:
+            for first in spec.start:
+                edges[source, first] = min(1.0, edges.get((source, first), 0.0) + missing / len(spec.start))
+    return WorkflowSpec(spec.name, spec.agents, [EdgeSpec(*pair, p) for pair, p in edges.items()], spec.start)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from .durations import AgentDurations, Duration
 from .graph_config import GraphConfig
-from .spec import JOINS, AgentSpec, EdgeSpec, check_name, check_probability
+from .spec import JOINS, AgentSpec, EdgeSpec, WorkflowSpec, check_name, check_probability
 from .steps_solver import JoinSolver
 from .transitions import PendingPredictions, TransitionCounts
 
@@ -83,6 +83,15 @@ class GraphState:
                 durations.call.prior = self.calls
             if spec.pause_s is None:
                 durations.pause.prior = self.pauses
+
+    def guess_again(self, agent: str, spec: AgentSpec) -> None:
+        """Replaces the guesses of the durations of `agent` by those given in `spec`, as far as none was observed."""
+        known = self.durations[agent]
+        guess = AgentDurations.guess(spec, self.config.default_call_s, self.config.durations)
+        if spec.call_s is not None and not known.call.count:
+            known.call = guess.call
+        if spec.pause_s is not None and not known.pause.count:
+            known.pause = guess.pause
 
     def rename_agent(self, workflow: Workflow, agent: str, name: str) -> None:
         """An agent of `workflow` is another one from now on, with the same guesses of durations and no observations."""
@@ -201,6 +210,42 @@ class Workflow:
         self._renamed = {declared: current for declared, current in self._renamed.items() if current != name}
         self.graph_state.remove_agent(self, name)
         self._record_structure()
+
+    @locked
+    def change(self, spec: WorkflowSpec) -> None:
+        """Gives it the agents, joins and edges of `spec`, which fit into the graph.
+
+        Agents and edges that were there before keep their calls in progress, predictions and habits; guesses of
+        durations are replaced where nothing has been observed. While nothing runs or is predicted, the first agents of
+        `spec` are expected.
+        """
+        kept = {self.current_name(agent.name) for agent in spec.agents}
+        for agent in [name for name in self.ids if name not in kept]:
+            self.remove_agent(agent)
+        for agent in spec.agents:
+            name = self.current_name(agent.name)
+            if name is None:
+                self.add_agent(agent)
+            else:
+                self.set_join(name, agent.join)
+                self.graph_state.guess_again(name, agent)
+        wanted = {(self._node(edge.source), self._node(edge.target)) for edge in spec.edges}
+        for source, row in self.branches.items():
+            for target in [one for one in row if (source, one) not in wanted]:
+                self._remove_edge(source, target)
+        for edge in spec.edges:
+            self.add_edge(edge)
+        if not self.running and not self.pending:
+            for node in list(self.expected):
+                self.expected.discard(node)
+                self._update_source(node)
+            for agent in spec.start:
+                self.expect(agent)
+
+    def declared_names(self) -> dict[str, str]:
+        """The names that agents were declared with, by their present ones."""
+        declared = {current: name for name, current in self._renamed.items()}
+        return {name: declared.get(name, name) for name in self.ids}
 
     @locked
     def bind(self, client: str) -> None:

@@ -117,7 +117,7 @@ def decode_one_by_one(model, context: list[int], following: list[int], **options
 @pytest.mark.parametrize("continuation", [" day", " " + passage(7, 30)])
 def test_continuations_are_scored_as_a_served_model_would_write_them(continuation, model, tokenizer):
     """Also over evictions: the continuation is longer than the buffer."""
-    options = {"policy": "streaming_llm", "budget": 40, "sinks": 2, "recent": 8, "buffer": 6}
+    options = {"policy": "streaming_llm", "budget": 40, "sinks": 2, "recent": 8, "buffer": 6, "schedule": "bounded"}
     context = passage(1, 80)
     ids = tokenizer(context + continuation)["input_ids"]
     before = tokenizer(context)["input_ids"]
@@ -137,7 +137,7 @@ def test_continuations_are_scored_as_a_served_model_would_write_them(continuatio
 
 
 def test_rolling_is_reading_a_document_from_its_first_token_on(model, tokenizer):
-    options = {"policy": "streaming_llm", "budget": 30, "sinks": 2, "recent": 8, "buffer": 9}
+    options = {"policy": "streaming_llm", "budget": 30, "sinks": 2, "recent": 8, "buffer": 9, "schedule": "bounded"}
     text = passage(3, 90)
     following = tokenizer(text)["input_ids"]
     logits = decode_one_by_one(model, [tokenizer.bos_token_id], following, **options)
@@ -220,7 +220,7 @@ def test_choices_behind_a_compressed_context(model, tokenizer):
 
 
 def test_rows_of_a_batch_are_independent_and_chunks_bound_the_peak(model, tokenizer):
-    options = {"policy": "streaming_llm", "budget": 40, "recent": 8, "buffer": 16}
+    options = {"policy": "streaming_llm", "budget": 40, "recent": 8, "buffer": 16, "schedule": "bounded"}
     docs = documents(False) + documents(True)
     together, chunked = lm(model, tokenizer, **options), lm(model, tokenizer, prefill_chunk=16, **options)
     alone = model_class()(pretrained=model, tokenizer=tokenizer, batch_size=1, **options)

@@ -12,6 +12,7 @@ from tenure.eval import CaseBuilder, Cell, RetrievalProbe, check_inputs, evaluat
 from tenure.eval.predictions import agreed, greedy_rows
 from tenure.eval.summary import markdown_tables
 from tenure.eviction import SnapKV, evict
+from tenure.eviction.presets import make_plan
 from tenure.retention import RetentionGates
 
 NAMES = ("full", "retention", "retention:head", "snapkv", "snapkv:layer", "keydiff", "knorm", "streaming_llm", "random")
@@ -284,6 +285,37 @@ def test_names_with_options_and_chunks():
     ):
         with pytest.raises(ValueError, match=message):
             parse_cells([name], [0.5])
+
+
+def test_presets_by_name():
+    cells = parse_cells(["snapkv+defensivekv", "layer_defensive+defensivekv", "retention+trimkv@256"], [0.5])
+    assert [cell.name for cell in cells] == [
+        "snapkv(window=32)+defensivekv", "layer_defensive+defensivekv", "retention+trimkv@256"
+    ]  # fmt: skip
+    assert [cell.scope for cell in cells] == ["head", "global", "head"]
+    plan = cells[1].plan(make_plan("knorm", sinks=4), 9)
+    assert (plan.sinks, plan.schedule, plan.rules.rounding, plan.buffer) == (0, "once", "group", 9)
+    for name, message in (
+        ("snapkv+none", "unknown preset 'none'; known: defensivekv"),
+        ("snapkv+defensivekv@64", "preset 'defensivekv' has prefill_chunk=None, got 64"),
+        ("snapkv+kvpress:layer", "preset 'kvpress' has scope='head', got 'layer'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_cells([name], [0.5])
+
+
+def test_a_cell_with_a_preset_keeps_what_evict_keeps(model, tokenizer, builder):
+    case, kept = builder.case("needle", 0), []
+    cells = parse_cells(["layer_defensive+defensivekv", "layer_defensive"], [0.45])
+    evaluate(
+        model, tokenizer, [case], cells,
+        inspect=lambda case, cell, cache: kept.append([[head.tolist() for head in cache.kept(n)[0]] for n in range(3)]),
+    )  # fmt: skip
+    with torch.no_grad(), evict(model, preset="defensivekv", budget=0.45) as session:
+        cache = session.new_cache()
+        session.extend(cache, case.context_ids)
+        assert kept[0] == [[head.tolist() for head in cache.kept(n)[0]] for n in range(3)]
+    assert kept[0] != kept[1]
 
 
 def test_a_context_in_chunks_is_compressed_after_each(model, gates, tokenizer, builder):

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tenure.eviction import evict
-from tenure.eviction.plan import ProtectedTokens
+from tenure.eviction.protected_tokens import ProtectedTokens
 
 POLICIES = ("retention", "snapkv", "knorm", "streaming_llm", "random")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tenure.eviction import Random, SnapKV, evict
-from tenure.eviction.plan import ProtectedTokens
+from tenure.eviction.protected_tokens import ProtectedTokens
 
 
 def test_what_cannot_be_cut_is_refused_before_anything_runs(tiny_llama, prompt):

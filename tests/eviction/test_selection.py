@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tenure.eviction.cache_layer import RaggedLayer
 from tenure.eviction.forward_state import SequenceState
 from tenure.eviction.ops.naive import top_by_mass, top_of_rows
-from tenure.eviction.plan import Budget, EvictionPlan, ProtectedTokens
+from tenure.eviction.plan import Budget, EvictionPlan
 from tenure.eviction.policies import Policy
+from tenure.eviction.protected_tokens import ProtectedTokens
 from tenure.eviction.selection import choose
 from tenure.eviction.storage.segment_store import SegmentStore
 from tenure.retention.decoder_layers import AttentionLayer

@@ -149,10 +149,13 @@ def test_no_namespace_of_a_client_is_that_of_another_kind_of_prompt(session):
     close(engine)
 
 
-def test_the_system_is_closed_by_another_thread_in_the_middle_of_a_step(session):
+@pytest.mark.parametrize("steps_before", [0, 4], ids=["prefill", "decode"])
+def test_the_system_is_closed_by_another_thread_in_the_middle_of_a_step(session, steps_before, caplog):
     engine = make_engine(session, "lru_reactive", prompts=12.0)
     for i in range(3):
         engine.submit(Request(f"r{i}", tokens(i, 20), 400))
+    for _ in range(steps_before):
+        assert not engine.step(0.0)
     entered, go_on, ended, failed = threading.Event(), threading.Event(), [], []
 
     def hook(*_) -> None:
@@ -175,6 +178,7 @@ def test_the_system_is_closed_by_another_thread_in_the_middle_of_a_step(session)
     thread.join(20)
     handle.remove()
     assert not failed and {one.error for one in ended} == {"shutting down"} and len(ended) == 3
+    assert "failed" not in caplog.text, "closing is no failure of a request"
     assert not engine._answering and engine.pages.num_free == engine.pages.num_pages
 
 

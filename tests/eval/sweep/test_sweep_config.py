@@ -37,6 +37,14 @@ def test_a_file_and_changes_to_it(file):
     assert [(unit.length, unit.index) for unit in units[::2]] == [(256, 0), (256, 1), (512, 0), (512, 1)]
 
 
+def test_a_preset_holds_for_all_policies_without_one(file):
+    text = "policies: [full, snapkv, keydiff+kvpress]\nbudgets: [0.5]\ntasks: [vt]\npreset: defensivekv\n"
+    cells = SweepConfig.from_yaml(file(text)).cells()
+    assert [cell.name for cell in cells] == ["full", "snapkv(window=32)+defensivekv", "keydiff+kvpress"]
+    with pytest.raises(ValueError, match="presets protect no tokens: leave out sinks, recent, or the preset"):
+        SweepConfig.from_yaml(file(text + "sinks: 4\nrecent: 32\n")).cells()
+
+
 def test_scopes_are_taken_with_policies_that_name_none(file):
     config = SweepConfig.from_yaml(file("policies: [full, 'snapkv:head', knorm@64]\nbudgets: [0.5]\ntasks: [vt]\n"
                                         "scopes: [layer, global]\n"))  # fmt: skip
@@ -89,7 +97,7 @@ def test_policies_and_budgets_are_refused_by_name(file):
 
 def test_the_table_is_what_the_issue_asks_for():
     config = SweepConfig.from_yaml(EXAMPLES / "sweep_smollm2.yaml")
-    assert set(config.policies) >= set(policy_names())
+    assert {policy.partition("(")[0] for policy in config.policies} >= set(policy_names())
     assert set(config.budgets) == {0.5, 0.2, 0.1, 0.05} and set(config.lengths) == {1024, 4096}
     assert len(config.tasks) >= 8 and set(config.tasks) <= set(TASKS)
     assert config.cases >= 25 and config.question == "agnostic" and config.model == "demo"

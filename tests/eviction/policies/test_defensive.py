@@ -11,7 +11,12 @@ from tenure.eviction import Defensive, LayerDefensive, LayerView, SnapKV, evict
 from tenure.eviction.ops.naive import norms_by_parts, pool_and_renormalise, worst_case
 from tenure.eviction.ops.value_norms import find_norm_kernel, norms_in_c, value_norms
 from tenure.eviction.policies.common import own_entries, window_attention
-from tenure.eviction.policies.defensive import defensive_aggregate, flat_prior, mass_protection
+from tenure.eviction.policies.defensive import (
+    defensive_aggregate,
+    flat_prior,
+    mass_protection,
+    released_protection,
+)
 from tenure.eviction.selection import conclude
 from tenure.retention.ops.kernel_choice import multiplies_bf16
 
@@ -190,7 +195,8 @@ def naive_scores(view: LayerView, policy: Defensive, worst: list[list[dict[int, 
 @pytest.mark.parametrize("options", [{}, {"value_norm": "tokens"}, {"value_norm": "raw"}, {"value_norm": "none"}])
 @torch.no_grad()
 def test_a_prompt_in_one_forward_equals_loops(tiny_model, prompt, family, options):
-    model, policy, ids = tiny_model(family), Defensive(window=6, kernel=3, **options), prompt(2, 30)
+    policy = Defensive(window=6, kernel=3, protection="cumulative", **options)
+    model, ids = tiny_model(family), prompt(2, 30)
     mask = torch.ones_like(ids)
     mask[1, :11] = 0
     with evict(model, "full", observe=[policy]) as session:
@@ -281,7 +287,8 @@ def test_the_value_term_is_that_of_all_heads_when_written(tiny_llama, prompt):
 
 @torch.no_grad()
 def test_window_and_mass_are_kept_and_heads_compete(tiny_llama, prompt):
-    with evict(tiny_llama, LayerDefensive(window=6), 0.8, sinks=0, recent=0) as session:
+    policy = LayerDefensive(window=6, protection="cumulative")
+    with evict(tiny_llama, policy, 0.8, sinks=0, recent=0) as session:
         tiny_llama(prompt(1, 60))
         report = session.report()
         assert report.entries == 48 * 6
@@ -298,14 +305,81 @@ def test_own_entries_are_those_of_the_last_tokens(hand_view):
 
 @torch.no_grad()
 def test_without_mass_only_the_window_is_protected(tiny_llama, prompt):
-    with evict(tiny_llama, "full", observe=[Defensive(window=4, mass=0.0), Defensive(window=4)]) as session:
+    policies = [Defensive(window=4, mass=mass, protection="cumulative") for mass in (0.0, 0.9)]
+    with evict(tiny_llama, "full", observe=policies) as session:
         cache = session.new_cache()
         tiny_llama(prompt(1, 40), past_key_values=cache)
         counts = []
-        for policy in (Defensive(window=4, mass=0.0), Defensive(window=4)):
+        for policy in policies:
             view = policy.view(cache.ragged[0], cache.tokens_seen, cache.query_positions, torch.tensor([12]))
             conclude(cache.ragged[0], policy, view, torch.ones(1, 1, 1, dtype=torch.bool))
             counts.append(policy.score(view).isinf().sum(2).flatten().tolist())
     assert counts[0] == [4, 4] and all(count > 4 for count in counts[1])
     with pytest.raises(ValueError, match=r"mass is a share of the attention in \[0, 1\], got 1\.5"):
         Defensive(mass=1.5)
+
+
+def test_released_protection_by_hand():
+    """Of 5 entries with the window in the third: shares .05/.9, .4/.9, .3/.9 and .15/.9, and a bias of .15."""
+    mean = torch.tensor([[[0.05, 0.4, 0.9, 0.3, 0.15]]])
+    counted = torch.tensor([[[True, True, False, True, True]]])
+    before = torch.tensor([[[False, False, False, False, True]]])
+    taken = released_protection(mean, 0.9, counted, before, torch.tensor([4]))
+    assert taken.tolist() == [[[False, True, False, False, False]]], "4/9 < 0.75 <= 7/9: the second would cross"
+    more = released_protection(mean, 0.99, counted, before, torch.tensor([4]))
+    assert more.tolist() == [[[False, True, False, True, False]]], "7/9 < 0.84 <= 8.5/9"
+    for most in (1, 0, -3):
+        fewer = released_protection(mean, 0.99, counted, before, torch.tensor([most]))
+        assert fewer.tolist() == [[[False, most == 1, False, False, False]]]
+
+
+@torch.no_grad()
+def test_released_protection_is_at_the_highest_score_of_the_layer(tiny_llama, prompt):
+    policy = Defensive(window=4)
+    with evict(tiny_llama, "full", observe=[policy]) as session:
+        cache = session.new_cache()
+        tiny_llama(prompt(1, 40), past_key_values=cache)
+        view = policy.view(cache.ragged[0], cache.tokens_seen, cache.query_positions, torch.tensor([12]))
+        conclude(cache.ragged[0], policy, view, torch.ones(1, 1, 1, dtype=torch.bool))
+        score = policy.score(view)
+    assert score.isfinite().all()
+    highest = (score == score.max()).sum(2).flatten().tolist()
+    assert all(4 < count <= 12 for count in highest) and (score[:, :, -4:] == score.max()).all()
+
+
+@torch.no_grad()
+def test_options_of_the_papers_comparison(tiny_llama, prompt):
+    """Mean aggregation, no prior and a fixed one, against the steps by hand."""
+    plain = {"window": 6, "kernel": 3, "value_norm": "none", "mass": 0.0, "protection": "cumulative"}
+    policies = {
+        "mean": Defensive(aggregation="mean", prior="none", **plain), "none": Defensive(prior="none", **plain),
+        "fixed": Defensive(prior=0.1, **plain),
+    }  # fmt: skip
+    with evict(tiny_llama, "full", observe=list(policies.values())) as session:
+        cache = session.new_cache()
+        tiny_llama(prompt(1, 30), past_key_values=cache)
+        scores = {}
+        for name, policy in policies.items():
+            view = policy.view(cache.ragged[0], cache.tokens_seen, cache.query_positions)
+            conclude(cache.ragged[0], policy, view, torch.ones(1, 1, 1, dtype=torch.bool))
+            scores[name] = policy.score(view)[..., :24]
+        counted = view.valid & (view.positions < 24)
+        pooled = pool_and_renormalise(view.window_attention, counted, 3)[..., :24]
+    torch.testing.assert_close(scores["mean"], pooled.mean((2, 3)))
+    torch.testing.assert_close(scores["none"], pooled.amax((2, 3)))
+    torch.testing.assert_close(scores["fixed"], pooled.amax((2, 3)).clamp(min=0.1))
+    assert (scores["fixed"] == 0.1).any() and (scores["fixed"] > 0.1).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protection": "none"}, r"unknown protection 'none'; known: released, cumulative"),
+        ({"aggregation": "median"}, r"unknown aggregation 'median'; known: max, mean"),
+        ({"prior": "max"}, r"unknown prior 'max'; known: mean, none, or a number in \[0, 1\]"),
+        ({"prior": 2.0}, r"prior is a share of the attention in \[0, 1\], got 2.0"),
+    ],
+)
+def test_unknown_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Defensive(**options)

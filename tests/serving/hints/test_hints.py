@@ -74,14 +74,53 @@ def test_dynamo():
     assert read("dynamo", {"agent_hints": {"speculative_prefill": True}}, agent="a").actions[0].agent == "a"
 
 
+def test_the_sessions_of_dynamo_today():
+    document = {
+        "agent_context": {"session_id": "child", "parent_session_id": "root", "session_final": True, "compaction": {}},
+        "cache_salt": "salt",
+    }
+    hint = read("dynamo", document, agent="planner")
+    assert (hint.session, hint.parent_session, hint.cache_salt) == ("child", "root", "salt")
+    assert hint.session_action is SessionAction.CLOSE
+    assert hint.actions == (HintAction(ActionKind.EVICT, "session:child", 0.5, 300.0),)
+    assert read("dynamo", {"agent_context": {"session_id": "s"}}).session_action is None
+
+
+def test_sglang_session_params():
+    hint = read("sglang_session", {"id": "s", "rid": None, "offset": 0, "replace": False}, agent="planner")
+    assert (hint.session, hint.agent, hint.actions) == ("s", "planner", ())
+    with pytest.raises(ValueError, match=r"got 'r1' as session_params.rid; accepted: no such field"):
+        read("sglang_session", {"id": "s", "rid": "r1"})
+
+
+def test_vllm_transfer_params():
+    fetch = {"action_type": "kv.fetch", "payload": {"agent_id": "a"}}
+    document = {"do_remote_prefill": True, "remote_host": "h", "kv_hints": {"message_id": "m", "actions": [fetch]}}
+    hint = read("vllm_transfer", document, session="s")
+    assert (hint.source, hint.message) == ("vllm_transfer", "m") and hint.actions[0].agent == "a"
+    assert read("vllm_transfer", {"do_remote_decode": False, "kv_hint": {"migrate": 1}}, agent="a").actions == ()
+
+
+def test_blocks_on_other_engines_are_not_fetched():
+    payload = {"source_control_endpoint": "tcp://10.0.0.1:25000", "block_hashes": list(range(5000)), "mode": "copy"}
+    action = {"action_id": "1", "action_type": "kv.fetch", "action_version": "1.0", "payload": payload}
+    assert read("kv_hints", {"protocol_version": "0.1", "actions": [action]}, agent="a", session="s").actions == ()
+    named = {"actions": [action | {"payload": payload | {"session_id": "s"}}]}
+    assert read("kv_hints", named).actions[0] == HintAction(ActionKind.FETCH, "session:s", 0.5, 300.0)
+
+
 def test_vllm():
     document = {
         "session_id": "s",
         "parent_session_id": "p",
         "cache_control": {"type": "ephemeral", "ttl": 7200, "block_offset": 12},
-        "context_management": {"edits": [{"type": "offload"}, {"type": "prefetch"}, {"type": "evict"}]},
+        "context_management": {
+            "manage_request": False,
+            "edits": [{"type": "offload", "block_start": 0, "block_end": 4}, {"type": "prefetch"}, {"type": "evict"}],
+        },
     }
     hint = read("vllm", document)
+    assert (hint.session, hint.parent_session) == ("s", "p")
     assert [action.kind.name for action in hint.actions] == ["RETAIN", "EVICT", "FETCH", "EVICT"]
     assert hint.actions[0].ttl_s == 3600.0, "no longer than an hour"
     assert read("vllm", {"session_id": "s", "cache_control": {}}).actions[0].ttl_s == 300.0
@@ -159,6 +198,10 @@ def test_kvflow():
         ("dynamo", {"agent_hints": {"speculative_prefill": "yes"}}, "accepted: true or false"),
         ("dynamo", {"session_control": {"action": "pin"}}, "accepted: open, bind, close"),
         ("vllm", {"cache_control": {"ttl": "5"}}, "got '5' as agent_hint.cache_control.ttl; accepted: a finite number"),
+        ("vllm", {"context_management": {"manage_request": True}}, "manage_request; accepted: false"),
+        ("sglang_session", {"id": []}, "got list as session_params.id"),
+        ("dynamo", {"agent_context": {"session_final": "yes"}}, "agent_context.session_final; accepted: true or false"),
+        ("vllm_transfer", {"kv_hints": 3}, "got int as kv_hints; accepted: an object"),
         ("kv_hints", {"actions": [{"action_type": "kv.retain", "payload": {"priority": 101}}]}, "from 0 to 100"),
         ("kv_hints", {"actions": [{"action_type": "kv.retain", "payload": {"token_range": [9, 2]}}]}, "start and end"),
         ("kv_hints", {"actions": [7]}, "got int as kv_hints.actions; accepted: an object"),
@@ -166,7 +209,7 @@ def test_kvflow():
         ("kvflow", {"agent_data": {"a": "soon"}}, "got 'soon' as steps of an agent; accepted: a number from 0 up"),
         ("kvflow", {"agent_data": {"a": -7}}, "got '-7' as steps"),
         ("kvflow", {"timestep_data": {"x": ["a"]}}, "got 'x' as steps"),
-        ("morse", {}, "unknown hint format 'morse'; known: dynamo, kv_hints, kvflow, sglang, tensorrt, vllm"),
+        ("morse", {}, "unknown hint format 'morse'; known: dynamo, kv_hints, kvflow, sglang, sglang_session, "),
     ],
 )
 def test_wrong_values_are_one_clear_error(source, document, message):
@@ -195,6 +238,7 @@ NAMES = (
     "agent_id", "session_id", "children_step_ids", "cache_ttl_ms", "agent_hints", "session_control", "priority", "osl",
     "cache_control", "context_management", "edits", "type", "ttl", "actions", "action_type", "payload", "token_range",
     "token_range_retention_configs", "token_end", "agent_data", "timestep_data", "timestep_cnt", "message_id",
+    "parent_session_id", "agent_context", "session_final", "cache_salt", "id", "rid", "kv_hints", "block_hashes",
 )  # fmt: skip
 
 

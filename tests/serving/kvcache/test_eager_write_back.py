@@ -8,19 +8,24 @@ from tenure.scripts.soak.faulty_kv import TOKEN_BYTES
 from tenure.serving import (
     LRU,
     AllocStatus,
+    DiskPool,
     EagerWriteBackConfig,
     ExpectedTime,
     LinearCosts,
     LoadState,
+    MemoryPool,
     Status,
     StepsToExecution,
     Tier,
     TieredCache,
     TierPolicy,
     Urgency,
+    VirtualClock,
+    VirtualTransfer,
     WriteBack,
     get_tier_policy,
 )
+from tenure.serving.kvcache.memory_pool import Pool
 from tenure.serving.kvcache.transfer_queue import Outcome
 
 from ..conftest import later, node_of
@@ -184,3 +189,87 @@ def test_an_urgent_request_evicts_a_node_that_is_saved_already(make_tiers, cache
     assert (node_of(tiers, A).copies[Tier.DEVICE] is None) is not waits
     assert tiers.evictor.make_room(Tier.DEVICE, 4 * kv.token_bytes) is AllocStatus.PENDING, "a prefetch waits for B"
     assert jobs(tiers) == [(B, Tier.HOST, Urgency.WRITE_BACK)]
+
+
+@pytest.fixture
+def persistent_tiers(tmp_path, kv):
+    """Caches with a disk for the next process, as an engine binds it; checked and closed at the end."""
+    made: list[TieredCache] = []
+
+    def make(device: int, host: int | None = None, disk: int = 10_000, policy: TierPolicy | None = None) -> TieredCache:
+        clock = VirtualClock()
+        pools: dict[Tier, Pool] = {Tier.DEVICE: MemoryPool(device * TOKEN_BYTES)}
+        if host is not None:
+            pools[Tier.HOST] = MemoryPool(host * TOKEN_BYTES)
+        pools[Tier.DISK] = DiskPool(disk, tmp_path, "weights")
+        policy = policy or by_steps(a=1, b=2, c=3)
+        made.append(TieredCache(pools, VirtualTransfer(clock, kv.links), policy, 2, clock))
+        return made[-1]
+
+    yield make
+    for tiers in made:
+        tiers.check()
+        tiers.close()
+        tiers.check()
+
+
+def test_fixed_prompts_are_kept_for_the_next_process_whatever_room_there_is(persistent_tiers, cached, kv):
+    tiers = persistent_tiers(device=100, host=100)
+    assert cached(tiers, [*A, 7, 7], "a", 4) and cached(tiers, B, "b", 4) and cached(tiers, [9] * 4)
+    for _ in range(4):
+        tiers.write_back_eagerly()
+        assert len(jobs(tiers)) <= 1, "one at a time"
+        later(tiers)
+    assert [node_of(tiers, p).copies[Tier.DISK] is not None for p in (A, B, [*A, 7, 7], [9] * 4)] == [
+        True, True, False, False,
+    ], "fixed prompts, and nothing else"  # fmt: skip
+    assert not any(node.copies[Tier.HOST] for node in tiers.tree), "the device has room"
+    assert tiers.statistics.bytes_moved == {(Tier.DEVICE, Tier.DISK): 8 * TOKEN_BYTES}, "each once"
+    tiers.close()
+    again = persistent_tiers(device=100, host=100)
+    with again.open([*B, 3, 3]) as handle:
+        assert handle.length == 4 and handle.wait(1e6) is LoadState.READY
+        kv.assert_holds(handle.payloads(), B)
+
+
+def test_a_copy_for_the_next_process_does_not_replace_one_in_the_host(persistent_tiers, cached):
+    tiers = persistent_tiers(device=8, host=16)
+    assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
+    for _ in range(4):
+        tiers.write_back_eagerly()
+        assert len(jobs(tiers)) <= 1, "one eager transfer leaves the device at a time"
+        later(tiers)
+    for prompt in (A, B):
+        assert all(node_of(tiers, prompt).copies[tier] is not None for tier in (Tier.HOST, Tier.DISK))
+
+
+def test_fixed_prompts_take_the_place_of_what_ranks_below_them_on_disk(persistent_tiers, cached):
+    tiers = persistent_tiers(
+        device=8, disk=2000, policy=TierPolicy(StepsToExecution({"a": 1.0}), WriteBack.ALL, eager=EAGER)
+    )
+    assert cached(tiers, C) and tiers.evictor.evict(node_of(tiers, C), Tier.DEVICE) is AllocStatus.READY
+    later(tiers)
+    disk = tiers.pools[Tier.DISK]
+    assert node_of(tiers, C).copies[Tier.DISK] is not None and disk.available < disk.used, "there is room for one"
+    assert cached(tiers, A, "a", 4)
+    tiers.write_back_eagerly()
+    later(tiers)
+    assert node_of(tiers, A).copies[Tier.DISK] is not None and not tiers.lookup(C).nodes
+
+
+def test_prompts_of_before_a_flush_are_not_kept(persistent_tiers, cached):
+    tiers = persistent_tiers(device=12)
+    assert cached(tiers, A, "a", 4) and cached(tiers, B, "b", 4)
+    with tiers.open(A) as first, tiers.open(B) as second:
+        assert len(jobs(tiers)) == 1 and first.length == second.length == 4
+        tiers.flush("new weights")
+        later(tiers)
+        assert not jobs(tiers) and tiers.pools[Tier.DISK].used == 0
+
+
+def test_keeping_for_the_next_process_is_optional(persistent_tiers, cached):
+    policy = TierPolicy(StepsToExecution({}), WriteBack.FIXED, eager=EagerWriteBackConfig(persist=False))
+    tiers = persistent_tiers(device=100, policy=policy)
+    assert cached(tiers, A, "a", 4)
+    tiers.write_back_eagerly()
+    assert not jobs(tiers)

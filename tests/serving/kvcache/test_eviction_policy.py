@@ -107,6 +107,24 @@ def test_the_reuse_probability_of_a_suffix_is_discounted_like_an_agents():
     )
 
 
+def test_values_read_before_and_after_a_change_of_the_discount_are_compared_as_calls_come_nearer():
+    """At 0 s, γ is 0.1; at 1000 s it becomes 0.5. A constant factor of γ · time would decide alone."""
+    now, rate, reuse = [0.0], [0.1], {"early": 0.5, "late": 0.5, "lower": 0.4}
+    order = ExpectedTime(
+        reuse, COSTS, rate=lambda: rate[0], clock=lambda: now[0],
+        phase=lambda at: 0.1 * min(at, 1000.0) + 0.5 * max(0.0, at - 1000.0),
+    )  # fmt: skip
+    now[0] = 999.0
+    early = order.value("early")
+    now[0], rate[0] = 1002.0, 0.5
+    grown = 0.1 * 1 + 0.5 * 2
+    assert early - order.value("late") == pytest.approx(grown), "its call has come nearer since"
+    assert early - order.value("lower") == pytest.approx(grown + math.log(0.5 / 0.4))
+    prior, fading = 0.05, math.log(2) / 30.0
+    unowned = order.unowned_value(1002.0)
+    assert unowned + 1002 * fading - early == pytest.approx(math.log(prior * fading / (fading + 0.5) / 0.5) - grown)
+
+
 def test_no_policy_hits_more_than_the_oracle():
     random = Random(3)
     calls = [min(int(random.expovariate(0.25)), 19) for _ in range(600)]

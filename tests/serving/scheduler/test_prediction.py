@@ -280,6 +280,30 @@ def test_a_hinted_pause_moves_the_expected_time(make_driver, ring, prompt_of):
     driver.run()
 
 
+def test_no_step_reads_all_predictions_when_the_discount_changes(make_driver, prompt_of, monkeypatch):
+    """40 workflows of 5 agents: as γ changes and clients come, a step reads a bounded number of values again."""
+    driver = make_driver("expected_time", device=400)
+    system, scheduler = driver.system, driver.system.scheduler
+    for n in range(40):
+        spec = WorkflowSpec(f"w{n}", [AgentSpec(f"w{n}.{i}") for i in range(5)], [EdgeSpec(f"w{n}.0", f"w{n}.1")])
+        system.graph.add_workflow(spec)
+    scheduler.next_batch()
+    counts, real = [], system.tiers.values_changed
+    monkeypatch.setattr(system.tiers, "values_changed", lambda agents: (counts.append(len(agents)), real(agents)))
+    rate = system.graph.rate
+    driver.serve("first", prompt_of("x", 20), new=90, workflow="w0", agent="w0.0", fixed_tokens=20, client="one")
+    scheduler.next_batch()
+    assert system.graph.rate != rate
+    assert 0 < max(counts) <= 32 + 2 * 5, "those of workflows with events, and max_agents_per_update and a workflow"
+    for _ in range(20):
+        if not system.predictor.has_due:
+            break
+        assert scheduler.next_time() == driver.clock()
+        assert scheduler.next_batch() is None
+    assert not system.predictor.has_due and sum(counts) >= 200
+    assert scheduler.next_time() is None or scheduler.next_time() > driver.clock()
+
+
 def test_duplicates_and_late_hints_change_nothing(make_driver):
     driver = make_driver("ste")
     fetch = Hint("kv_hints", message="m", actions=(HintAction(ActionKind.FETCH, "a"),))

@@ -91,6 +91,90 @@ def test_workflows_belong_to_their_client(serve, keys):
     assert [workflow.name for workflow in workflows(served)] == ["team-a/report"]
 
 
+def test_a_workflow_is_changed_without_losing_its_state(serve, keys):
+    served, url = serve(keys), "/workflows/report"
+
+    def put(document: Any, headers: Any = TEAM_A) -> httpx.Response:
+        return httpx.put(f"{served.url}{url}", json=document, headers=headers)
+
+    assert put(WORKFLOW).status_code == 201
+    names = TEAM_A | {"X-Tenure-Workflow": "report", "X-Tenure-Agent": "planner"}
+    assert served.post("/chat/completions", CHAT, headers=names).status_code == 200
+    (workflow,) = workflows(served)
+    served.until(lambda: bool(workflow.pending))
+    for again in (put(WORKFLOW), put(WORKFLOW | {"agents": ["writer", "planner"]})):
+        assert again.status_code == 200 and again.json()["id"] == "report"
+    assert workflows(served) == [workflow] and workflow.pending
+    assert put(WORKFLOW, TEAM_B).status_code == 201  # another client's workflow of the same name
+    for changed in ({"edges": [["planner", "writer", 0.5]]}, {"agents": {"planner": {}, "writer": {"join": "and"}}}):
+        assert put(WORKFLOW | changed).status_code == 200
+        assert [each for each in workflows(served) if each.client == "team-a"] == [workflow] and workflow.pending
+    assert put(WORKFLOW | {"edges": []}).status_code == 200 and not workflow.pending
+    wrong = put(WORKFLOW | {"workflow": "review"})
+    assert wrong.status_code == 400 and "'review'" in wrong.json()["error"]["message"]
+    assert put({"workflow": "report", "edges": [["a", "b"]]}).status_code == 400 and len(workflows(served)) == 2
+
+
+def test_workflows_are_listed_and_read_by_their_client(serve, keys):
+    served = serve(keys)
+    for team, names in ((TEAM_A, ("report", "a/b", "zebra")), (TEAM_B, ("report",))):
+        for name in names:
+            declared = httpx.post(f"{served.url}/workflows", json=WORKFLOW | {"workflow": name}, headers=team)
+            assert declared.status_code == 201
+
+    def get(path: str, headers: Any = TEAM_A) -> httpx.Response:
+        return httpx.get(f"{served.url}/workflows{path}", headers=headers)
+
+    found = get("").json()
+    assert [one["id"] for one in found["data"]] == ["a/b", "report", "zebra"] and not found["has_more"]
+    assert found["data"][1] == {
+        "id": "report", "object": "workflow", "agents": ["planner", "writer"], "running": 0,
+    }  # fmt: skip
+    part = get("?limit=1&after=a/b").json()
+    assert [one["id"] for one in part["data"]] == ["report"] and part["has_more"]
+    assert [one["id"] for one in get("", TEAM_B).json()["data"]] == ["report"]
+    for limit in ("0", "x", "-1", "1001", "9" * 50, "²"):
+        assert get(f"?limit={limit}").status_code == 400
+    names = TEAM_B | {"X-Tenure-Workflow": "report", "X-Tenure-Agent": "planner"}
+    assert served.post("/chat/completions", CHAT, headers=names).status_code == 200
+    served.until(lambda: get("/report", TEAM_B).json()["agents"]["writer"]["steps"] == 0)
+    theirs = get("/report", TEAM_B).json()
+    assert theirs["edges"] == [{"from": "planner", "to": "writer", "probability": 1.0}]
+    assert set(theirs["agents"]) == {"planner", "writer"}, "not the names by which clients are told apart"
+    assert get("/report").json()["agents"]["writer"] == {"join": "or", "running": 0, "steps": 1}
+    assert get("/team-b%2Freport").status_code == get("/learned").status_code == 404
+
+
+def test_the_learned_workflow_is_out_of_reach_without_keys(served):
+    assert httpx.get(f"{served.url}/workflows").json()["data"] == []
+    assert httpx.get(f"{served.url}/workflows/learned").status_code == 404
+    assert httpx.delete(f"{served.url}/workflows/learned").status_code == 404
+    refused = httpx.put(f"{served.url}/workflows/learned", json=WORKFLOW | {"workflow": "learned"})
+    assert refused.status_code == 400
+    assert served.post("/chat/completions", CHAT, headers={"X-Tenure-Session": "s"}).status_code == 200
+
+
+def test_a_session_is_read_by_its_client(serve, keys):
+    served = serve(keys)
+
+    def get(session: str, headers: Any = TEAM_A) -> httpx.Response:
+        return httpx.get(f"{served.url}/sessions/{session}", headers=headers)
+
+    assert get("talk").status_code == 404
+    body = CHAT | {"agent_hint": {"session_id": "talk", "parent_session_id": "root"}}
+    assert served.post("/chat/completions", body, headers=TEAM_A).status_code == 200
+    found = get("talk").json()
+    assert found.pop("cached_tokens") > 150
+    assert found == {
+        "id": "talk", "object": "session", "ended": False, "kept_s": None, "parent": "root", "sub_agents": [],
+    }  # fmt: skip
+    assert get("root").json()["sub_agents"] == ["talk"] and get("talk", TEAM_B).status_code == 404
+    httpx.put(f"{served.url}/sessions/talk", json={"ttl_s": 60}, headers=TEAM_A)
+    assert 50 < get("talk").json()["kept_s"] <= 60
+    httpx.delete(f"{served.url}/sessions/talk", headers=TEAM_A)
+    assert get("talk").json()["ended"] and get("talk").json()["parent"] is None and get("x" * 300).status_code == 400
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -119,6 +203,48 @@ def test_a_session_is_kept_and_ended(served):
     assert ended.json() == {"id": "talk", "object": "session", "deleted": True}
     served.until(lambda: (hint := hints.current("session:talk")) is not None and hint.evict)
     assert served.post("/chat/completions", CHAT, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("dialect", ["x-tenure", "x-dynamo", "x", "agent_hint", "nvext"])
+def test_a_parent_waits_for_its_sub_agents(served, dialect):
+    """By headers and by hints, as clients of several engines send them."""
+    headers, body = {}, CHAT | {"temperature": 0}
+    if dialect == "agent_hint":
+        body = body | {"agent_hint": {"session_id": "child", "parent_session_id": "root"}}
+    elif dialect == "nvext":
+        body = body | {"nvext": {"agent_context": {"session_id": "child", "parent_session_id": "root"}}}
+    else:
+        suffix = "" if dialect == "x-tenure" else "-id"
+        headers = {f"{dialect}-session{suffix}": "child", f"{dialect}-parent-session{suffix}": "root"}
+    root = {"X-Tenure-Session": "root"}
+    before = served.post("/chat/completions", CHAT | {"temperature": 0}, headers=root).json()
+    answer = served.post("/chat/completions", body, headers=headers).json()
+    assert answer["choices"] == before["choices"], "a hint changes no answer"
+    predictor = served.system.predictor
+    assert predictor.reuse("session:root") == 1.0 and "session:root" in agents(served)
+    if dialect == "nvext":
+        last: dict[str, Any] = {
+            "json": CHAT | {"nvext": {"agent_context": {"session_id": "child", "session_final": True}}}
+        }
+    else:
+        last = {"json": CHAT, "headers": {"X-Dynamo-Session-Id": "child", "X-Dynamo-Session-Final": "TRUE"}}
+    assert httpx.post(f"{served.url}/chat/completions", timeout=60, **last).status_code == 200
+    served.until(lambda: len(predictor.session_tree) == 0)
+    hint = predictor.hints.current("session:child")
+    assert hint is not None and hint.evict, "it has ended after its answer"
+    hint = predictor.hints.current("session:root")
+    assert hint is not None and not hint.evict and hint.steps == 0, "it is called next"
+
+
+def test_a_session_ends_with_its_last_call_also_when_the_client_goes(served):
+    headers = {"X-Tenure-Session": "talk", "X-Tenure-Session-Final": "true"}
+    body = CHAT | {"max_tokens": 500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{served.url}/chat/completions", json=body, headers=headers, timeout=60) as stream:
+        next(stream.iter_lines())
+    hints = served.system.predictor.hints
+    served.until(lambda: (hint := hints.current("session:talk")) is not None and hint.evict)
+    wrong = served.post("/chat/completions", CHAT, headers={"X-Tenure-Session-Final": "maybe"})
+    assert wrong.status_code == 400 and "accepted: true or false" in wrong.json()["error"]["message"]
 
 
 def test_bad_sessions_are_refused(served):

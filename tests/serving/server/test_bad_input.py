@@ -263,8 +263,14 @@ def test_a_full_queue_is_status_429(serve):
     from tenure.serving import SchedulerConfig
 
     served = serve(scheduler_config=SchedulerConfig(max_queued_requests=1))
-    held = threading.Event()
-    served.engine.between = held.wait
+    held, waits = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        waits.set()
+        held.wait()
+
+    served.engine.between = hold
+    assert waits.wait(20), "the engine takes all requests together"
     answers: list[httpx.Response] = []
     threads = [
         threading.Thread(target=lambda: answers.append(served.post("/chat/completions", CHAT))) for _ in range(4)

@@ -188,8 +188,13 @@ def test_the_command_drains_on_sigterm_and_takes_every_flag(folder):
     url = lines[-1].split()[1]
     headers = {"Authorization": "Bearer key-of-team-a-0123456789"}
     assert httpx.post(url, json=CHAT).status_code == 401
+    assert process.stdout is not None
+    (folder / "keys").write_text("team-a key-of-team-a-0123456789 tokens_per_min=100000\n")
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "the file of keys was read again\n"
     body = CHAT | {"model": "little", "max_tokens": 200, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as stream:
+        assert stream.headers["x-ratelimit-limit-tokens"] == "100000"
         events = (line for line in stream.iter_lines() if line)
         next(events)
         process.send_signal(signal.SIGTERM)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tenure.serving.server import ApiKeys
+from tenure.serving.server import ApiKeys, Caller
 from tenure.serving.server import api_keys as api_keys_module
 
 A, B, ADMIN = "key-of-team-a-0123456789", "key-of-team-b-0123456789", "key-of-the-admin-0123456"
@@ -30,6 +30,34 @@ def test_prompts_are_shared_inside_a_client_and_never_across(serve, keys):
     served = serve(keys)
     found = [cached(served.post("/chat/completions", CHAT, headers=bearer(key))) for key in (A, B, A, B)]
     assert found[:2] == [0, 0] and min(found[2:]) > 64
+
+
+def test_a_group_of_clients_shares_its_prompts_and_nobody_else_finds_them(serve):
+    shared = {A: Caller("team-a", False, "lab"), B: Caller("team-b", False, "lab"), ADMIN: Caller("lab", False)}
+    served = serve(ApiKeys(shared))
+    first, second, outside = (served.post("/chat/completions", CHAT, headers=bearer(key)) for key in (A, B, ADMIN))
+    assert cached(first) == cached(outside) == 0 and cached(second) > 64, "a client may be named like the group"
+
+
+def test_answers_are_the_same_whoever_has_computed_the_prompt(serve, keys):
+    served = serve(keys)
+    greedy = CHAT | {"temperature": 0, "max_tokens": 6}
+    found = [served.post("/chat/completions", greedy, headers=bearer(key)).json() for key in (A, B)]
+    for one in found:
+        assert one.pop("id") and one.pop("created")
+    assert found[0] == found[1], "nothing in it says that another client has sent the same"
+
+
+@pytest.mark.parametrize("field", ["cache_salt", "nvext"])
+def test_a_salt_divides_the_space_of_a_client(serve, keys, field):
+    served = serve(keys)
+    salted = [CHAT | {field: salt if field == "cache_salt" else {"cache_salt": salt}} for salt in ("x", "y")]
+    bodies = [CHAT, *salted, CHAT, *salted]
+    found = [cached(served.post("/chat/completions", body, headers=bearer(A))) for body in bodies]
+    assert found[:3] == [0, 0, 0] and min(found[3:]) > 64
+    assert cached(served.post("/chat/completions", salted[0], headers=bearer(B))) == 0
+    refused = served.post("/chat/completions", CHAT | {"cache_salt": ""}, headers=bearer(A))
+    assert refused.status_code == 400 and "cache_salt" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("hint", ["agent", "session", "workflow"])

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tenure.serving import VirtualClock
 from tenure.serving.workflow.graph import StepGraph
 from tenure.serving.workflow.graph_config import (
     DurationConfig,
@@ -19,6 +20,7 @@ from tenure.serving.workflow.graph_config import (
     ReuseConfig,
     TransitionConfig,
 )
+from tenure.serving.workflow.markov import LearnedTransitions
 from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
 HORIZON = 8
@@ -281,6 +283,46 @@ def test_active_workflows_without_events_are_reported_again():
     assert graph.changed_reuse() == set(), "nothing is in progress"
 
 
+def test_a_change_of_the_discount_is_reported_over_several_calls_events_first():
+    seconds = [0.0]
+    graph = StepGraph(lambda: seconds[0])
+    flows = [
+        graph.add_workflow(WorkflowSpec(f"w{n}", [AgentSpec(f"w{n}.{i}") for i in range(3)], []))
+        for n in range(6)
+    ]  # fmt: skip
+    graph.changed_reuse()
+    flows[0].start("w0.0")
+    seconds[0] = 100.0
+    flows[0].finish("w0.0", chose=[])
+    flows[5].start("w5.1")
+    before = graph.rate
+
+    def names(*numbers: int) -> set[str]:
+        return {f"w{n}.{i}" for n in numbers for i in range(3)}
+
+    assert graph.changed_reuse(limit=4) == names(0, 5, 1, 2) and graph.has_due, "events, and whole workflows up to 4"
+    assert graph.rate != before
+    flows[4].start("w4.2")
+    graph.remove_workflow("w3")
+    assert graph.changed_reuse(limit=1) == names(3, 4) and not graph.has_due, "w4 is not due twice"
+    assert graph.changed_reuse(limit=1) == set()
+
+
+def test_the_phase_is_the_integral_of_the_discount():
+    seconds = [10.0]
+    graph = StepGraph(lambda: seconds[0])
+    flow = graph.add_workflow(WorkflowSpec("w", [AgentSpec("a")], []))
+    first = graph.rate
+    start = graph.phase(10.0)
+    flow.start("a")
+    seconds[0] = 110.0
+    flow.finish("a")
+    assert graph.phase(110.0) - start == pytest.approx(100 * first)
+    graph.changed_reuse()
+    assert graph.rate != first and graph.phase(110.0) - start == pytest.approx(100 * first), "it does not jump"
+    assert graph.phase(120.0) - start == pytest.approx(100 * first + 10 * graph.rate)
+
+
 def test_an_unpredicted_call_lowers_the_validity_of_all_predictions():
     graph, names = StepGraph(lambda: 0.0), ["fork", "left", "right", "l", "r", "other"]
     edges = [EdgeSpec("fork", "left"), EdgeSpec("fork", "right"), EdgeSpec("left", "l"), EdgeSpec("right", "r")]
@@ -460,3 +502,73 @@ def test_tuned_numbers_are_checked(kind):
                 with pytest.raises(ValueError, match=f"got inf as {each.name}; accepted: a "):
                     kind(**{each.name: math.inf})
     assert GraphConfig(horizon=math.inf).horizon == math.inf
+
+
+def test_replacing_a_workflow_keeps_it_if_nothing_has_changed():
+    graph = StepGraph()
+    spec = WorkflowSpec("w", [AgentSpec("a"), AgentSpec("b")], [EdgeSpec("a", "b")], ["a"])
+    assert graph.replace_workflow(spec, client="team")
+    workflow = graph["w"]
+    workflow.start("a")
+    assert not graph.replace_workflow(spec, client="team") and graph["w"] is workflow
+    assert workflow.running and not workflow.expected
+    with pytest.raises(ValueError, match="is not this client's"):
+        graph.replace_workflow(spec, client="other")
+    assert not graph.replace_workflow(WorkflowSpec("w", [AgentSpec("a")]), client="team")
+    assert graph["w"] is workflow and (graph.agents, graph.edges) == (1, 0)
+
+
+def test_a_changed_workflow_keeps_the_state_of_what_it_still_has():
+    clock = VirtualClock()
+    graph = StepGraph(clock)
+    edges = [EdgeSpec("a", "b", 0.5), EdgeSpec("a", "c", 0.5)]
+    graph.add_workflow(WorkflowSpec("w", [AgentSpec(name) for name in "abc"], edges, ["a"]), client="team")
+    workflow = graph["w"]
+    workflow.start("a", 1)
+    clock.advance_to(2.0)
+    workflow.start("b", 2)
+    workflow.finish("a", 1)
+    more = WorkflowSpec(
+        "w", [AgentSpec("a"), AgentSpec("b", "and", call_s=9.0), AgentSpec("d", call_s=7.0)],
+        [EdgeSpec("a", "b", 0.5), EdgeSpec("b", "d")], ["d"],
+    )  # fmt: skip
+    assert not graph.replace_workflow(more, client="team") and graph["w"] is workflow
+    assert set(workflow.ids) == {"a", "b", "d"} and {(e.source, e.target) for e in workflow.edges()} == {
+        ("a", "b"), ("b", "d"),
+    }  # fmt: skip
+    assert (graph.agents, graph.edges) == (3, 2) and workflow.join("b") == "and"
+    assert list(workflow.pending) == [(workflow.ids["a"], workflow.ids["b"])], "the call of a is remembered"
+    assert workflow.running[workflow.ids["b"]] == {2: 2.0} and graph.next_steps("d") == 1
+    assert not workflow.expected, "a workflow that runs has begun already"
+    clock.advance_to(5.0)
+    workflow.finish("b", 2)
+    assert graph.next_steps("d") == 0 and workflow.graph_state.durations["b"].call.mean == 3.0
+    assert workflow.graph_state.durations["d"].call.mean == 7.0
+    fresh = StepGraph(clock)
+    fresh.add_workflow(WorkflowSpec("w", [AgentSpec("a"), AgentSpec("b")], (), ["a"]))
+    fresh.replace_workflow(WorkflowSpec("w", [AgentSpec("a", call_s=4.0), AgentSpec("b")], (), ["b"]))
+    assert fresh.steps("a") == math.inf and fresh.steps("b") == 0
+    assert fresh["w"].graph_state.durations["a"].call.mean == 4.0
+
+
+def test_a_change_that_does_not_fit_changes_nothing():
+    graph = StepGraph(config=GraphConfig(max_agents=4, max_edges=2, client_share=0.75))
+    spec = WorkflowSpec("w", [AgentSpec("a"), AgentSpec("b")], [EdgeSpec("a", "b")])
+    graph.add_workflow(spec, client="team")
+    for more, message in (
+        (WorkflowSpec("w", [AgentSpec(name) for name in "abcde"]), "4 agents are accepted in all"),
+        (WorkflowSpec("w", [AgentSpec(name) for name in "abcd"]), "3 agents of one client are accepted"),
+        (WorkflowSpec("w", spec.agents, [EdgeSpec("a", "b"), EdgeSpec("b", "a")]), "1 edges of one client"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            graph.replace_workflow(more, client="team")
+        assert graph["w"].edges() == spec.edges and (graph.agents, graph.edges) == (2, 1)
+    graph.add_workflow(WorkflowSpec("theirs", [AgentSpec("x")], [EdgeSpec("x", "x")]), client="other")
+
+
+def test_learned_workflows_are_nobodys():
+    graph = StepGraph()
+    LearnedTransitions(graph)
+    for call in (lambda: graph.remove_workflow("learned"), lambda: graph.replace_workflow(WorkflowSpec("learned", ()))):
+        with pytest.raises(ValueError, match="accepted: a"):
+            call()

@@ -19,8 +19,9 @@ from tenure.serving.workflow.loaders import (
     workflow_from_langgraph,
     workflow_from_networkx,
     workflow_from_yaml,
+    workflow_to_dict,
 )
-from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
+from tenure.serving.workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec, repeated, without_agents
 
 MAX_JSON, MAX_YAML = LIMITS.json_characters, LIMITS.yaml_characters
 YAML = """
@@ -247,3 +248,44 @@ def test_unknown_attributes_of_networkx_may_be_anything():
 def test_what_is_no_langgraph():
     with pytest.raises(ValueError, match="got int; accepted: a compiled LangGraph graph"):
         workflow_from_langgraph(3)
+
+
+def test_a_workflow_as_a_document_is_read_as_the_same_workflow():
+    agents = [AgentSpec("a", call_s=2.0, pause_spread_s=1.0), AgentSpec("b", "and"), AgentSpec("c")]
+    spec = WorkflowSpec("w", agents, [EdgeSpec("a", "b", 0.5), EdgeSpec("b", "a")], ["c", "a"])
+    assert workflow_from_dict(workflow_to_dict(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("edges", "joins", "removed", "expected", "expected_joins"),
+    [
+        ("am mb", "", "m", {"ab": 1.0}, ""),
+        ("am0.5 mb0.5 ab0.25", "", "m", {"ab": 0.5}, ""),
+        ("am bm mc", "m", "m", {"ac": 1.0, "bc": 1.0}, "c"),  # the fork's join is now that of c
+        ("am bm mc", "", "m", {"ac": 1.0, "bc": 1.0}, ""),
+        ("am mc bc", "c", "m", {"ac": 1.0, "bc": 1.0}, "c"),
+        ("am dm mc bc", "c", "m", {"ac": 1.0, "bc": 1.0, "dc": 1.0}, ""),  # c waits for one of a and d only
+        ("am dm mc bc", "mc", "m", {"ac": 1.0, "bc": 1.0, "dc": 1.0}, "c"),
+        ("am ma0.5", "", "m", {"aa": 0.5}, ""),
+        ("am mn nb", "", "mn", {"ab": 1.0}, ""),
+        ("mm ma", "", "m", {}, ""),
+    ],
+)
+def test_agents_that_are_left_out(edges, joins, removed, expected, expected_joins):
+    specs = [EdgeSpec(each[0], each[1], float(each[2:] or 1)) for each in edges.split()]
+    agents = [AgentSpec(name, "and" if name in joins else "or") for name in "abcdmn"]
+    found = without_agents(WorkflowSpec("w", agents, specs, ["m", "b"]), [*removed])
+    assert {edge.source + edge.target: edge.probability for edge in found.edges} == expected
+    assert {agent.name for agent in found.agents if agent.join == "and"} == {*expected_joins}
+    assert {agent.name for agent in found.agents} == {*"abcdmn"} - {*removed}
+    assert "m" not in found.start and found.start[-1] == "b"
+
+
+def test_a_workflow_that_is_repeated():
+    edges = [EdgeSpec("a", "b", 0.3), EdgeSpec("a", "c", 0.3), EdgeSpec("b", "c"), EdgeSpec("d", "a", 0.75)]
+    agents = [AgentSpec(name) for name in "abcd"]
+    found = repeated(WorkflowSpec("w", agents, edges, ["a", "b"]))
+    assert {edge.source + edge.target: edge.probability for edge in found.edges} == pytest.approx(
+        {"ab": 0.5, "ac": 0.3, "aa": 0.2, "bc": 1.0, "ca": 0.5, "cb": 0.5, "da": 0.875, "db": 0.125}
+    )
+    assert repeated(WorkflowSpec("w", agents)).edges == []
