@@ -17,6 +17,7 @@ from .policies import (
     Defensive,
     ExpectedAttention,
     Full,
+    GateScore,
     KeyDiff,
     Knorm,
     LagKV,
@@ -37,7 +38,7 @@ from .session import Session
 
 __all__ = [
     "H2O", "TOVA", "AdaCriticalKV", "AdaKV", "Budget", "CacheFileError", "CriticalKV", "Defensive", "ExpectedAttention",
-    "Full", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView", "Policy", "PyramidKV", "RaggedCache", "Random",
-    "Report", "Retention", "RetentionDefensive", "Session", "SnapKV", "StreamingLLM", "evict", "get_policy",
-    "policy_names", "policy_text",
+    "Full", "GateScore", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView", "Policy", "PyramidKV",
+    "RaggedCache", "Random", "Report", "Retention", "RetentionDefensive", "Session", "SnapKV", "StreamingLLM", "evict",
+    "get_policy", "policy_names", "policy_text",
 ]  # fmt: skip

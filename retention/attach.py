@@ -102,17 +102,21 @@ class Attached(GatedInterceptor):
     Attributes:
         segments: documents and padding of the last forward; None before the first.
         implementation: how the gated attention is computed, see `retention.ops.gated_attention`.
+        layers: the model's full-attention layers, found when the block is entered.
     """
+
+    reads_masks = False  # documents and padding are in `segments`
 
     def __init__(self, model: PreTrainedModel, gates: RetentionGates, implementation: Implementation) -> None:
         super().__init__(gates)
         self.model = model
         self.implementation: Implementation = implementation
         self.segments: Segments | None = None
+        self.layers: list[AttentionLayer] | None = None
 
     def again(self) -> AbstractContextManager[Any]:
         """Re-attaches while gradient checkpointing runs layers of the last forward again, after the block has ended."""
-        return nullcontext() if is_intercepted(self.model) else intercept(self.model, self)
+        return nullcontext() if is_intercepted(self.model) else intercept(self.model, self, self.layers)
 
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         inputs = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
@@ -141,9 +145,36 @@ class Attached(GatedInterceptor):
         return self.attention_call(attend)
 
 
+class AttachedPlain(Attached):
+    """The ungated model over whole sequences: gated attention at log β = 0, which needs no mask for packed rows."""
+
+    def call(self, layer: AttentionLayer, hidden_states: torch.Tensor) -> AttentionCall:
+        assert self.segments is not None
+        segments, implementation = self.segments, self.implementation
+
+        def attend(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softmax: Softmax
+        ) -> torch.Tensor:
+            ones = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
+            return gated_attention(query, key, value, ones, scaling, segments, implementation, softmax)
+
+        return self.attention_call(attend)
+
+
+@contextmanager
+def attach_plain(model: PreTrainedModel, gates: RetentionGates, implementation: Implementation) -> Iterator[None]:
+    """Inside the block a forward computes what the plain model computes, in memory linear in packed rows.
+
+    Args:
+        gates: not used; those of `attach`, which are checked there.
+    """
+    with intercept(model, AttachedPlain(model, gates, implementation)):
+        yield
+
+
 @contextmanager
 def attach(
-    model: PreTrainedModel, gates: RetentionGates, implementation: Implementation = "auto"
+    model: PreTrainedModel, gates: RetentionGates, implementation: Implementation = "auto", *, check: bool = True
 ) -> Iterator[Attached]:
     """Gates the full-attention layers of `model` inside the `with` block, for whole sequences (training).
 
@@ -151,13 +182,17 @@ def attach(
     `attention_mask`. The model itself is left unchanged: outside the block it computes as before, bit for bit.
     To generate under a budget use `tenure.eviction.evict`.
 
+    Args:
+        check: whether the gates are checked against the model, which waits for the model's device.
+
     Raises:
         UnsupportedModelError: tenure cannot attach to the model.
         ValueError: the gates do not fit the model, or it is already inside an attach() or evict() block.
     """
-    gates.check_model(model)
+    if check:
+        gates.check_model(model)
     attached = Attached(model, gates, implementation)
-    with intercept(model, attached):
+    with intercept(model, attached) as attached.layers:
         yield attached
 
 

@@ -20,7 +20,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,7 +28,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .decoder_layers import AttentionLayer, full_attention_layers, plain_model, text_config, text_decoder
+from .decoder_layers import (
+    AttentionLayer,
+    decoder_of,
+    full_attention_layers,
+    plain_model,
+    text_config,
+    text_decoder,
+)
 
 PREFIX = "tenure_"
 
@@ -42,7 +49,13 @@ class Interceptor(ABC):
 
     A call of the model is one `begin_call` … `end_call`, with one forward of the decoder in it, or several; a forward
     is one `begin` … `end`. A decoder that is called directly has no call around it.
+
+    Attributes:
+        reads_masks: False if no call reads an attention mask: then the model makes none of `seq_len²` elements for its
+            full-attention layers (it would for packed documents).
     """
+
+    reads_masks: ClassVar[bool] = True
 
     def begin_call(self, kwargs: dict[str, Any]) -> None:  # noqa: B027 - most handlers need nothing here
         """Called before the model's forward with its arguments by name."""
@@ -101,10 +114,15 @@ def is_intercepted(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def intercept(model: PreTrainedModel, interceptor: Interceptor) -> Iterator[list[AttentionLayer]]:
+def intercept(
+    model: PreTrainedModel, interceptor: Interceptor, layers: list[AttentionLayer] | None = None
+) -> Iterator[list[AttentionLayer]]:
     """Routes the full-attention layers of `model` through `interceptor` inside the `with` block.
 
     A compiled model runs uncompiled in it (and so does everything else that torch.compile has compiled).
+
+    Args:
+        layers: the model's full-attention layers, where an earlier block found them: finding takes milliseconds.
 
     Yields:
         The layers that are intercepted.
@@ -114,8 +132,8 @@ def intercept(model: PreTrainedModel, interceptor: Interceptor) -> Iterator[list
             block.
     """
     given, model = model, plain_model(model)
-    layers = full_attention_layers(model)
-    config, decoder = text_config(model), text_decoder(model)
+    layers = full_attention_layers(model) if layers is None else layers
+    config, decoder = text_config(model), decoder_of(model, layers)
     base = config._attn_implementation or "eager"
     if is_intercepted(model):
         hooks = [getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values()]
@@ -130,7 +148,7 @@ def intercept(model: PreTrainedModel, interceptor: Interceptor) -> Iterator[list
         )
     with ExitStack() as stack:
         stack.callback(setattr, config, "_attn_implementation", base)
-        config._attn_implementation = _register(base)
+        config._attn_implementation = _register(base, interceptor.reads_masks)
         hooks = _DecoderHooks(decoder, interceptor, config, config._attn_implementation)
         handles = [
             decoder.register_forward_pre_hook(hooks.before, with_kwargs=True),
@@ -188,9 +206,9 @@ def _pre_hook(layer: AttentionLayer, interceptor: Interceptor) -> Callable[..., 
     return before_attention
 
 
-def _register(base: str) -> str:
-    """Registers, once per base implementation, the attention function called `tenure_<base>`."""
-    name = PREFIX + base
+def _register(base: str, masks: bool) -> str:
+    """Registers, once, the attention function called `tenure_<base>`, or `tenure_maskless_<base>` without `masks`."""
+    name = PREFIX + ("" if masks else "maskless_") + base
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
 
@@ -207,8 +225,37 @@ def _register(base: str) -> str:
     AttentionInterface.register(name, attention)
     # Without a mask function of its own, a registered attention name gets no mask at all.
     if base in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        ordinary = ALL_MASK_ATTENTION_FUNCTIONS[base]
+        AttentionMaskInterface.register(name, ordinary if masks else _without_causal_masks(ordinary))
     return name
+
+
+def _without_causal_masks(ordinary: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function of transformers that gives None instead of a causal mask over whole documents.
+
+    Masks of sliding windows and chunks are made as ever, and so are those by which a token sees the next one (images,
+    prefixes), which attention calls refuse.
+    """
+
+    def mask(*, mask_function: Callable[..., torch.Tensor], local_size: int | None = None, **kwargs: Any) -> Any:
+        if local_size is None and not kwargs.get("use_vmap") and not _sees_the_next(mask_function, **kwargs):
+            return None
+        sizes = {} if local_size is None else {"local_size": local_size}
+        return ordinary(mask_function=mask_function, **sizes, **kwargs)
+
+    return mask
+
+
+def _sees_the_next(
+    mask_function: Callable[..., torch.Tensor], *, batch_size: int, q_length: int, q_offset: int = 0,
+    device: torch.device | str = "cpu", **kwargs: Any,
+) -> bool:  # fmt: skip
+    """Whether any token attends to the one after it."""
+    if q_length < 2:
+        return False
+    rows = torch.arange(batch_size, device=device)[:, None]
+    tokens = torch.arange(q_length - 1, device=device)[None] + q_offset
+    return bool(mask_function(rows, torch.zeros_like(rows), tokens, tokens + 1).any())
 
 
 def _base_function(base: str, module: nn.Module) -> AttentionFunction:

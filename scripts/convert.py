@@ -15,11 +15,11 @@ from .loading import load_model
 class ConvertConfig:
     """Convert released gates into a gates folder, and say in which sense the result is exact."""
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE_PATH")]
     """Folder with trimkv_weights.pth (TRIM-KV, DBTrimKV), or folder or file with KVzap's safetensors."""
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_PATH")]
     """Folder to write; it must not hold gates yet."""
-    model: str
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """Base model of the gates: Hub id, local folder, or `demo`."""
     revision: str | None = None
     """Revision of a Hub model."""

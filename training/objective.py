@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,12 +25,15 @@ from ..retention import (
     capacity_loss,
     read_prompt,
 )
+from ..retention.attach import attach_plain
 from ..retention.capacity import Scope
-from ..retention.decoder_layers import plain_model, text_decoder
+from ..retention.decoder_layers import plain_model, text_config, text_decoder
 from ..retention.ops import Implementation
 from ..retention.seams import model_logits
 from .batching import Batch
 from .model_checks import require_continuation, require_packing
+
+LOGITS_BYTES = 2**29  # of one fp32 tensor of logits; five exist at a time (two log-softmaxes, their inputs, a gradient)
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class Losses:
     """Losses of one batch, scalars with their graph, and numbers for the log.
 
     Attributes:
-        total: `(ntp + kl) / 2 + weight · capacity` (TRIM-KV, training objective).
+        total: `ntp_weight · ntp + kl_weight · kl + weight · capacity` (TRIM-KV's training objective with 1/2, 1/2, 1).
         ntp: cross-entropy to the text, nats a target token.
-        kl: forward KL(teacher ‖ student), nats a target token.
+        kl: KL between teacher and student, nats a target token.
         capacity: relative excess of occupancy over the budget.
         targets: number of target tokens.
         occupancy: `(layers, batch, num_kv_heads, positions)`, detached; rows that were run one by one follow each
@@ -84,16 +87,19 @@ class GateObjective(nn.Module):
         scope: `global` or `local` capacity loss.
         weight: λ of the capacity loss.
         samples: positions per row at which occupancy is evaluated; None for all.
-        chunk: target tokens whose logits exist at a time.
+        chunk: target tokens whose logits exist at a time; None for as many as fit `LOGITS_BYTES` in fp32.
         implementation: of the gated attention.
         evictions: one of them, drawn by `seed`, evicts a row's prompt at its end; without any, the prompt's keys decay
             for the tokens after it.
+        ntp_weight, kl_weight: of cross-entropy and KL.
+        kl_direction: `forward` is KL(teacher ‖ student), `reverse` is KL(student ‖ teacher).
     """
 
     def __init__(
         self, model: PreTrainedModel, gates: RetentionGates, budget: float, scope: Scope = "global",
-        weight: float = 1.0, samples: int | None = 64, chunk: int = 8192, implementation: Implementation = "auto",
-        evictions: Sequence[SoftEviction] = (),
+        weight: float = 1.0, samples: int | None = 64, chunk: int | None = None,
+        implementation: Implementation = "auto", evictions: Sequence[SoftEviction] = (), ntp_weight: float = 0.5,
+        kl_weight: float = 0.5, kl_direction: Literal["forward", "reverse"] = "forward",
     ) -> None:  # fmt: skip
         super().__init__()
         if budget <= 0:
@@ -103,12 +109,15 @@ class GateObjective(nn.Module):
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP2 shards layer by layer
         self.budget, self.weight = budget, weight
         self.scope: Scope = scope
-        self.samples, self.chunk = samples, chunk
+        self.ntp_weight, self.kl_weight, self.kl_direction = ntp_weight, kl_weight, kl_direction
+        self.samples = samples
+        self.chunk = max(1, LOGITS_BYTES // (4 * text_config(model).vocab_size)) if chunk is None else chunk
         self.implementation: Implementation = implementation
         self.evictions = tuple(evictions)
         self._student: Attached | None = None
         self._recomputes = False
         self._checkpointed: Sequence[nn.Module] = ()
+        self._checked = False  # gates against the model, which waits for the device
         self._packs = self._continues = False  # the model was seen to separate documents, to continue prompts
 
     def enable_gradient_checkpointing(self) -> None:
@@ -173,20 +182,26 @@ class GateObjective(nn.Module):
         ]
         capacity = torch.stack([one.loss for one in capacities]).mean()
         occupancy = torch.cat([one.occupancy for one in capacities], dim=-1)
-        return Losses((ntp + kl) / 2 + self.weight * capacity, ntp, kl, capacity, targets, occupancy)
+        # Halves are exact: with the default weights the sum is (ntp + kl) / 2 to the last bit.
+        quality_loss = self.ntp_weight * ntp + self.kl_weight * kl
+        return Losses(quality_loss + self.weight * capacity, ntp, kl, capacity, targets, occupancy)
 
     def _whole(self, batch: Batch) -> _Forward:
         """Every token under gates."""
-        if batch.attention_mask is None and bool((batch.position_ids.diff(dim=-1) != 1).any()):
+        packed = batch.attention_mask is None and bool((batch.position_ids.diff(dim=-1) != 1).any())
+        if packed:
             self.require_packing()
         decoder = text_decoder(self.model)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         inputs |= {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
-        with torch.no_grad():
+        # The model's own attention would make a mask of seq_len² elements for packed documents.
+        plain = attach_plain(self.model, self.gates, self.implementation) if packed else nullcontext()
+        with torch.no_grad(), plain:
             teacher = decoder(**inputs).last_hidden_state
         # Transformers checkpoints no layer in eval mode. The decoder stays in it: it may have dropout of its own.
         checkpointing = _mode(self._checkpointed, training=True)
-        with attach(self.model, self.gates, self.implementation) as attached, checkpointing:
+        with attach(self.model, self.gates, self.implementation, check=not self._checked) as attached, checkpointing:
+            self._checked = True
             self._student = attached
             student = decoder(**inputs).last_hidden_state
             self._student = None
@@ -242,7 +257,8 @@ class GateObjective(nn.Module):
             expected = self._logits(teacher).log_softmax(-1)
         predicted = self._logits(student).log_softmax(-1)
         ntp = F.nll_loss(predicted, labels, reduction="sum")
-        return ntp, F.kl_div(predicted, expected, reduction="sum", log_target=True)
+        one, other = (predicted, expected) if self.kl_direction == "forward" else (expected, predicted)
+        return ntp, F.kl_div(one, other, reduction="sum", log_target=True)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return model_logits(self.model, hidden_states).float()

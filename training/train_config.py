@@ -97,8 +97,14 @@ class TrainConfig:
     """λ, weight of the capacity loss."""
     capacity_samples: Count | None = 64
     """Positions per row at which occupancy is evaluated; None for all of them."""
-    logits_chunk: Count = 8192
-    """Target tokens whose logits exist at a time."""
+    ntp_weight: Annotated[float, Range(0)] = 0.5
+    """Weight of the cross-entropy to the text."""
+    kl_weight: Annotated[float, Range(0)] = 0.5
+    """Weight of the KL between the plain model and the gated one."""
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    """KL(teacher ‖ student), or KL(student ‖ teacher)."""
+    logits_chunk: Count | None = None
+    """Target tokens whose logits exist at a time; None for as many as fit 512 MiB."""
 
     steps: Count = 10_000
     """Optimizer steps."""

@@ -121,6 +121,7 @@ class _TrainingRun:
             model.eval(), self.gates, config.budget, config.scope, config.capacity_weight, config.capacity_samples,
             config.logits_chunk,
             evictions=[SoftEviction(budget, config.eviction_temperature) for budget in config.eviction_budgets],
+            ntp_weight=config.ntp_weight, kl_weight=config.kl_weight, kl_direction=config.kl_direction,
         )  # fmt: skip
         if config.gradient_checkpointing:
             objective.enable_gradient_checkpointing()

@@ -140,3 +140,78 @@ def test_prompts_and_recomputation_exclude_each_other(tiny_llama: PreTrainedMode
     objective.enable_gradient_checkpointing()
     with pytest.raises(ValueError, match="leave nothing to recompute"):
         objective(prompts())
+
+
+def test_weights_of_the_losses_and_the_direction_of_kl(tiny_llama: PreTrainedModel) -> None:
+    gates, batch = forgetful(tiny_llama), make_batch()
+    plain = GateObjective(tiny_llama, gates, budget=5)(batch)
+    assert torch.equal(plain.total, (plain.ntp + plain.kl) / 2 + plain.capacity)
+    weights = {"weight": 0.0, "ntp_weight": 0.0, "kl_weight": 2.0}
+    other = GateObjective(tiny_llama, gates, 5, kl_direction="reverse", **weights)(batch)
+    assert torch.equal(other.total, 2 * other.kl) and torch.equal(other.ntp, plain.ntp)
+    teacher = tiny_llama(batch.input_ids, use_cache=False).logits.log_softmax(-1)
+    with attach(tiny_llama, gates):
+        student = tiny_llama(batch.input_ids, use_cache=False).logits.log_softmax(-1)
+    target = batch.loss_mask[:, 1:]
+    kl = (student.exp() * (student - teacher)).sum(-1)[:, :-1][target].mean()
+    torch.testing.assert_close(other.kl, kl, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_are_chunked_by_bytes(tiny_llama: PreTrainedModel, tiny_model) -> None:
+    """The bound is that of one fp32 tensor of logits, whatever the vocabulary."""
+    gates = forgetful(tiny_llama)
+    assert GateObjective(tiny_llama, gates, budget=5).chunk == 2**29 // (4 * 128)
+    large = tiny_model("llama", vocab_size=151_936, hidden_size=8)
+    assert GateObjective(large, RetentionGates.for_model(large, gate_width=4), budget=5).chunk == 883
+    assert GateObjective(tiny_llama, gates, budget=5, chunk=7).chunk == 7
+
+
+def test_layers_are_found_once_a_step(tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputing a layer in backward attaches again, without a search of the model, and gates are checked once."""
+    from tenure.retention import seams
+
+    objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=5)
+    objective.enable_gradient_checkpointing()
+    found, checks = [], []
+    real, check = seams.full_attention_layers, RetentionGates.check_model
+    monkeypatch.setattr(seams, "full_attention_layers", lambda model: (found.append(1), real(model))[1])
+    monkeypatch.setattr(RetentionGates, "check_model", lambda *given: (checks.append(1), check(*given))[1])
+    for _ in range(2):
+        objective(make_batch()).total.backward()
+    assert len(found) == 2 and len(checks) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_packed_rows_make_no_square_tensor(tiny_model, family: str) -> None:
+    """Neither teacher nor student: memory is linear in packed rows (Gemma-3's sliding layers keep their masks)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from tenure.retention import seams
+
+    length = 400
+    model = tiny_model(family)
+    batch = replace(make_batch(1, length), position_ids=(torch.arange(length) % 50)[None])
+    batch.loss_mask[:, ::50] = False
+    objective = GateObjective(model, forgetful(model), budget=5)
+    objective.require_packing()
+    square = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() >= 2 and out.shape[-1] == out.shape[-2] == length:
+                square.append(str(func))
+            return out
+
+    with Sizes():
+        losses = objective(batch)
+    # A sliding layer makes one mask in each forward, of boolean steps over index tensors.
+    assert bool(square) == (family == "gemma3")
+    reference = GateObjective(model, objective.gates, budget=5)
+    reference._packs = True
+    ids = batch.input_ids.view(8, 50)
+    alone = replace(batch, input_ids=ids, position_ids=torch.arange(50).expand(8, 50),
+                    loss_mask=batch.loss_mask.view(8, 50))  # fmt: skip
+    torch.testing.assert_close(losses.kl, reference(alone).kl, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(losses.ntp, reference(alone).ntp, rtol=1e-3, atol=1e-5)
+    assert seams.PREFIX + "maskless_sdpa" in seams.ALL_ATTENTION_FUNCTIONS

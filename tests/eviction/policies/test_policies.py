@@ -16,6 +16,7 @@ from tenure.eviction import (
     Defensive,
     ExpectedAttention,
     Full,
+    GateScore,
     KeyDiff,
     Knorm,
     LagKV,
@@ -36,6 +37,7 @@ from tenure.eviction.policies.policy import NEEDS
 MATRIX: list[Policy] = [
     Retention(),
     Retention(lookahead=64),
+    GateScore(),
     SnapKV(window=8),
     SnapKV(window=6, kernel=3, pool="max"),
     AdaKV(window=8),
