@@ -76,6 +76,7 @@ PRESETS: Mapping[str, Preset] = {
         _KVPRESS_POLICIES,
         None,
         {**_NO_TOKENS, **_ONCE, "scope": None, "floor": None},
+        policy_options={"recent": 0.0, "average": True},  # of h2o: its ObservedAttentionPress
         free=None,
     ),
 }

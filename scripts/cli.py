@@ -119,7 +119,7 @@ COMMANDS: dict[str, Command] = {
     "simulate": Command(
         "simulate", "SimulateConfig", "Replay published set-ups, studies and traces of serving on a virtual clock"
     ),
-    "soak": Command("soak.run_soak", "SoakConfig", "Random load with fault injection on tiers, prefetch and scheduler"),
+    "soak": Command("soak.run_soak", "SoakConfig", "Random load with faults on tiers, prefetch, scheduler and engine"),
     "soak serve": Command(
         "soak.run_serve_soak", "ServeSoakConfig", "Clients on a server, every answer checked; kill -9 and restarts"
     ),

@@ -1,4 +1,4 @@
-"""`tenure soak`: random load with fault injection on tiers, prefetch and scheduler, checked after every step."""
+"""`tenure soak`: random load with faults on tiers, prefetch, scheduler and engine, checked after every step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ from ..output import write_json
 
 logger = logging.getLogger(__name__)
 LIFE = 300  # steps of one world
+CLIENTS_S = 20.0  # seconds of one engine behind clients in threads
 
 
 @dataclass
 class SoakConfig:
-    """Run random steps on a virtual clock, then threads on the real one; errors, lost requests and leaks fail."""
+    """Run random steps on a virtual clock, then threads on the real one; errors, lost requests and leaks fail.
+
+    The engine is tried with a tiny real model, whose every answer is compared token for token.
+    """
 
     steps: int = 1_000_000
     """Steps on the virtual clock, each followed by an integrity check; 0 skips this part."""
     seconds: float = 600.0
     """Duration of the threaded part, with a lowered switch interval and a watchdog; 0 skips it."""
+    engine_steps: int = 0
+    """Actions on an engine with a tiny model, each followed by a check of memory; 0 skips this part."""
+    engine_seconds: float = 0.0
+    """Duration of an engine behind clients in threads; 0 skips it."""
     seed: int = 0
     """Random seed. A failure names the seed of its world, which `--only` repeats."""
     only: int | None = None
@@ -32,8 +40,9 @@ class SoakConfig:
     """Also write the counts to this file."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.seconds < 0:
-            raise ValueError(f"got --steps {self.steps} and --seconds {self.seconds}; accepted: 0 or more")
+        for name in ("steps", "seconds", "engine_steps", "engine_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"got --{name.replace('_', '-')} {getattr(self, name)}; accepted: 0 or more")
 
 
 def main(config: SoakConfig) -> int:
@@ -45,6 +54,8 @@ def main(config: SoakConfig) -> int:
         counts |= _with_progress(config)
     if config.seconds:
         counts |= threads(config.seconds, config.seed)
+    if config.engine_steps or config.engine_seconds:
+        counts |= engines(config.engine_steps, config.engine_seconds, config.seed, config.only)
     console = Console()
     for name, value in counts.items():
         console.print(f"{name:<32} {value:>14,}" if isinstance(value, int) else f"{name:<32} {value:>14,.1f}")
@@ -109,3 +120,31 @@ def threads(seconds: float, seed: int) -> dict[str, Any]:
             counts["threads: hints"] += stress.hints
             counts["threads: preemptions"] += stress.system.scheduler.metrics.preemptions
     return {**counts, "seconds of threads": seconds}
+
+
+def engines(steps: int, seconds: float, seed: int, only: int | None = None) -> dict[str, Any]:
+    """Lives of engines on a tiny model, of `LIFE` actions and of `CLIENTS_S` seconds; what happened, in numbers."""
+    from .engine_world import clients_life, engine_life, tiny_answers
+
+    counts: Counter[str] = Counter()
+    begun, number = time.monotonic(), 0
+    with tiny_answers() as answers:
+        while counts["engine: actions"] < steps:
+            own = seed * 1_000_003 + number if only is None else only
+            try:
+                found = engine_life(answers, own, min(LIFE, steps))
+            except BaseException:
+                again = f"tenure soak --steps 0 --seconds 0 --engine-steps {min(LIFE, steps)} --only {own}"
+                logger.error("in the life of the seed %d: %s", own, again)
+                raise
+            counts.update({f"engine: {name}": n for name, n in found.items()})
+            number += 1
+            if number % 100 == 0:
+                logger.info("%d actions on engines, %.0f s", counts["engine: actions"], time.monotonic() - begun)
+            if only is not None:
+                break
+        left = seconds
+        while left > 0:
+            counts.update(clients_life(answers, seed + number, min(left, CLIENTS_S)))
+            left, number = left - CLIENTS_S, number + 1
+    return {**counts, "seconds of engines": time.monotonic() - begun}

@@ -155,12 +155,17 @@ class HintFields:
     def finish(self) -> None:
         """Collects the fields that were not read as unknown."""
         self.context.unknown.update(
-            f"{self.what}.{str(name)[:60]}" for name in self._document if name not in self._read
+            f"{self.what}.{_printable(name)}" for name in self._document if name not in self._read
         )
 
     def _wrong(self, name: str, value: Any, accepted: str) -> ValueError:
         shown = repr(value)[:60] if isinstance(value, (str, int, float, bool)) else _type(value)
         return ValueError(f"got {shown} as {self.what}.{name}; accepted: {accepted}")
+
+
+def _printable(name: Any) -> str:
+    """The beginning of a field's name for the log, in which a client could otherwise begin a line."""
+    return "".join(sign if sign.isprintable() else "?" for sign in str(name)[:60])
 
 
 def _type(value: Any) -> str:
@@ -319,7 +324,7 @@ def vllm(document: Any, context: HintContext) -> Hint:
                 actions.append((EDITS[kind], NEUTRAL, context.bounded_ttl(edit.seconds("ttl"))))
                 edit.finish()
             else:
-                context.unknown.add(f"{edit.what}.type={kind}")
+                context.unknown.add(f"{edit.what}.type={_printable(kind)}")
         management.finish()
     return Hint(
         "vllm",
@@ -363,7 +368,7 @@ def kv_hints(document: Any, context: HintContext) -> Hint:
         action.ignore("action_id", "action_version")
         action.finish()
         if kind not in KV_ACTIONS:
-            context.unknown.add(f"{action.what}.action_type={kind}")
+            context.unknown.add(f"{action.what}.action_type={_printable(kind)}")
             continue
         own_agent, own_session = payload.text("agent_id"), payload.text("session_id")
         # Where blocks lie on another engine is of no use: there is one engine, which finds them by their tokens.

@@ -24,7 +24,7 @@ from ..workflow.spec import WorkflowSpec
 from ..workflow.workflow import Workflow
 from .api_errors import ApiError, bad_request, not_found
 from .api_keys import Caller
-from .api_requests import decode_body, parse_body, require_whole_characters
+from .api_requests import UnknownFields, decode_body, parse_body, require_whole_characters
 from .call_context import workflow_key
 from .server_config import ServerConfig
 
@@ -62,9 +62,11 @@ class AgentEndpoints:
     """
 
     def __init__(
-        self, client: EngineClient, system: System, reader: Reader, config: ServerConfig, hints: HintConfig
-    ) -> None:
+        self, client: EngineClient, system: System, reader: Reader, config: ServerConfig, hints: HintConfig,
+        unknown_fields: UnknownFields,
+    ) -> None:  # fmt: skip
         self._client, self._system, self._reader, self._config, self._hints = client, system, reader, config, hints
+        self._unknown_fields = unknown_fields
 
     # Workflows --------------------------------------------------------------------------------------------------
 
@@ -157,8 +159,9 @@ class AgentEndpoints:
                 raise ValueError(
                     f"got {len(raw)} bytes of YAML; accepted: up to {self._config.max_yaml_bytes}, or JSON"
                 )
-            text = decode_body(raw)
-            spec = workflow_from_yaml(text) if in_yaml else workflow_from_json(text)
+            text, ignored = decode_body(raw), set[str]()
+            spec = workflow_from_yaml(text, ignored) if in_yaml else workflow_from_json(text, ignored)
+            self._unknown_fields.warn({f"workflow.{name}" for name in ignored})
             require_whole_characters(" ".join([spec.name, *(agent.name for agent in spec.agents)]))
             return spec
 

@@ -41,6 +41,7 @@ from .call_context import read_context
 from .event_stream import EventStream, read_bytes, unless_disconnected
 from .generation import Generation
 from .http_metrics import HttpMetrics
+from .openapi import openapi_document
 from .prompts import PromptRenderer, RenderedPrompt
 from .quotas import ClientLoads, Quotas
 from .server_config import ServerConfig
@@ -99,7 +100,9 @@ class Endpoints:
         self._quotas = Quotas(keys.limits, config.max_client_requests)
         self._bodies = ClientLoads(config.max_client_bodies, "bodies")
         self._reader = ThreadPoolExecutor(1, "tenure-reader")
-        self.agents = AgentEndpoints(backend.client, backend.system, self, config, self._hint_reader.config)
+        self.agents = AgentEndpoints(
+            backend.client, backend.system, self, config, self._hint_reader.config, self._unknown_fields
+        )
 
     # Answers ----------------------------------------------------------------------------------------------------
 
@@ -385,6 +388,8 @@ def build_app(backend: Backend, keys: ApiKeys | None = None, config: ServerConfi
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None)
+    document = openapi_document(routes, backend.model_name, endpoints.keys.required)
+    app.openapi = lambda: document
 
     async def api_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError), "registered for it"

@@ -15,7 +15,7 @@ The document, as a dict, JSON or YAML (`docs/concepts/step-graph.md` has an exam
       - {from: coder, to: tester, probability: 0.7}
     start: [planner]           # by default the agents that no edge leads to
 
-Unknown fields are ignored with one warning per document; invalid values raise ValueError.
+Unknown fields are ignored, with one warning per document or to the set `ignored`; invalid values raise ValueError.
 """
 
 from __future__ import annotations
@@ -61,16 +61,19 @@ class WorkflowDocument:
     start: tuple[Name, ...] | None = None
 
 
-def workflow_from_dict(document: Mapping[str, Any]) -> WorkflowSpec:
+def workflow_from_dict(document: Mapping[str, Any], ignored: set[str] | None = None) -> WorkflowSpec:
     """Converts a document with the fields listed at the top of this module.
 
     Only known fields are looked into, so aliases of a parsed YAML document are not followed further than these are
     deep.
 
+    Args:
+        ignored: receives the paths of unknown fields, of which there is no warning then.
+
     Raises:
         ValueError: a field has an invalid type or value.
     """
-    unknown: set[str] = set()
+    unknown: set[str] = set() if ignored is None else ignored
     found = read(WorkflowDocument, document, "the workflow", unknown)
     rows = found.agents if isinstance(found.agents, Mapping) else dict.fromkeys(found.agents)
     agents = [AgentSpec(name, **(vars(fields) if fields is not None else {})) for name, fields in rows.items()]
@@ -79,29 +82,29 @@ def workflow_from_dict(document: Mapping[str, Any]) -> WorkflowSpec:
         reached = {edge.target for edge in found.edges}
         start = [agent.name for agent in agents if agent.name not in reached]
     spec = WorkflowSpec(found.workflow, agents, list(found.edges), list(start))
-    if unknown:
+    if unknown and ignored is None:
         names = sorted({path.rpartition(".")[2] for path in unknown})
         warnings.warn(f"unknown fields of a workflow are ignored: {', '.join(names[:10])}", stacklevel=2)
     return spec
 
 
-def workflow_from_json(text: str) -> WorkflowSpec:
+def workflow_from_json(text: str, ignored: set[str] | None = None) -> WorkflowSpec:
     """As `workflow_from_dict`, from JSON text within `JSON_LIMITS`.
 
     Raises:
         ValueError: invalid JSON, too long or too deeply nested, or an invalid field.
     """
-    return workflow_from_dict(parse_json(text, "the workflow", JSON_LIMITS))
+    return workflow_from_dict(parse_json(text, "the workflow", JSON_LIMITS), ignored)
 
 
-def workflow_from_yaml(text: str) -> WorkflowSpec:
+def workflow_from_yaml(text: str, ignored: set[str] | None = None) -> WorkflowSpec:
     """As `workflow_from_dict`, from YAML text within `YAML_LIMITS`.
 
     Raises:
         ImportError: PyYAML is missing.
         ValueError: invalid YAML, too long or too deeply nested, or an invalid field.
     """
-    return workflow_from_dict(parse_yaml(text, "the workflow", "simulate", YAML_LIMITS))
+    return workflow_from_dict(parse_yaml(text, "the workflow", "simulate", YAML_LIMITS), ignored)
 
 
 def workflow_to_dict(spec: WorkflowSpec) -> dict[str, Any]:

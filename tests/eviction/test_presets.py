@@ -230,6 +230,23 @@ def test_snapkv_and_adakv_have_the_windows_of_each_source(tiny_llama, gates_for,
         follow(tiny_llama, gates_for(tiny_llama), prompt(2, 110), check(policy), 2, **options)
 
 
+@torch.no_grad()
+def test_criticalkv_selects_in_two_stages(tiny_llama, gates_for, prompt):
+    keep, window = 0.7, 32
+
+    def check(layers, stored, kept, first):
+        for index, layer in layers.items() if first else ():
+            score = snapkv_scores(layer, window)
+            count = int(score.shape[1] * keep)
+            second = (score + 1e-4) * layer.value_norms
+            second = second.scatter(1, score.topk(int(count * 0.5), 1).indices, torch.inf)
+            for head in range(2):
+                check_top([second[head]], [kept[index][head]], count, f"layer {index}, head {head}")
+
+    options = {"policy": "criticalkv", "preset": "defensivekv", "budget": keep, "lengths": (131, 113)}
+    follow(tiny_llama, gates_for(tiny_llama), prompt(2, 140), check, 0, **options)
+
+
 @pytest.mark.parametrize(("policy", "scores"), [("knorm", knorm_scores), ("keydiff", keydiff_scores)])
 @torch.no_grad()
 def test_keys_are_scored_as_in_kvpress(tiny_llama, gates_for, prompt, policy, scores):
@@ -294,6 +311,7 @@ def test_contradictions_are_refused(options, message):
 def test_presets_say_what_they_fix_and_leave_the_rest():
     assert make_plan(preset="kvpress", policy="snapkv(window=16)").policy == get_policy("snapkv", window=16)
     assert make_plan(preset="defensivekv", policy="criticalkv").policy.window == 32
+    assert make_plan(preset="kvpress", policy="h2o").policy == get_policy("h2o", recent=0.0, average=True)
     assert make_plan(preset="trimkv", sinks=0, scope="head", buffer=7).buffer == 7, "the preset's own value is no fault"
     plan = make_plan(preset="defensivekv", budget=0.2)
     assert (plan.policy, plan.scope) == (get_policy("layer_defensive"), "global")

@@ -225,6 +225,8 @@ def test_unknown_fields_are_warned_about_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reader.read("sglang", {"agent_id": "b", "mood": 2})
+    with pytest.warns(UserWarning, match=r"agent_hints\.a\?WARNING"):
+        reader.read("sglang", {"a\nWARNING": 1})
     with pytest.warns(UserWarning, match=r"kv_hints.actions.action_type=kv.compress"):
         assert reader.read("kv_hints", {"actions": [{"action_type": "kv.compress"}]}).actions == ()
 

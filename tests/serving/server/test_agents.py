@@ -145,6 +145,13 @@ def test_workflows_are_listed_and_read_by_their_client(serve, keys):
     assert get("/team-b%2Freport").status_code == get("/learned").status_code == 404
 
 
+def test_unknown_fields_of_workflows_are_logged_once(served, caplog):
+    for _ in range(2):
+        httpx.put(f"{served.url}/workflows/report", json=WORKFLOW | {"mood\nWARNING": 1}).raise_for_status()
+    found = [record.getMessage() for record in caplog.records if "mood" in record.getMessage()]
+    assert found == [r"unknown fields of requests are ignored: 'workflow.mood\nWARNING'"]
+
+
 def test_the_learned_workflow_is_out_of_reach_without_keys(served):
     assert httpx.get(f"{served.url}/workflows").json()["data"] == []
     assert httpx.get(f"{served.url}/workflows/learned").status_code == 404
