@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
 from .attention_arguments import is_causal, padding_mask, refuse_dropout, refuse_unknown, softmax_of
+from .context_parallel import SequencePart
 from .decoder_layers import AttentionLayer, DifferentiableStates, copy_cache_layer, text_config, text_decoder
 from .gates import RetentionGates
 from .ops import gated_attention
@@ -103,14 +104,20 @@ class Attached(GatedInterceptor):
         segments: documents and padding of the last forward; None before the first.
         implementation: how the gated attention is computed, see `retention.ops.gated_attention`.
         layers: the model's full-attention layers, found when the block is entered.
+        part: this process's part of the sequences, where several share them; then `segments` and `log_beta()` are
+            of the whole sequences.
     """
 
     reads_masks = False  # documents and padding are in `segments`
 
-    def __init__(self, model: PreTrainedModel, gates: RetentionGates, implementation: Implementation) -> None:
+    def __init__(
+        self, model: PreTrainedModel, gates: RetentionGates, implementation: Implementation,
+        part: SequencePart | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(gates)
         self.model = model
         self.implementation: Implementation = implementation
+        self.part = part
         self.segments: Segments | None = None
         self.layers: list[AttentionLayer] | None = None
 
@@ -122,60 +129,82 @@ class Attached(GatedInterceptor):
         inputs = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         if inputs is None:
             raise ValueError("the model was called without input_ids and without inputs_embeds")
+        self._log_beta = {}
+        if self.part is not None:
+            self.segments = self.part.segments
+            return kwargs
         mask = padding_mask(kwargs.get("attention_mask"), self._call_mask)
         self.segments = Segments.from_inputs(
             inputs.shape[0], inputs.shape[1], mask, kwargs.get("position_ids"), inputs.device
         )
-        self._log_beta = {}
         return kwargs
 
     def call(self, layer: AttentionLayer, hidden_states: torch.Tensor) -> AttentionCall:
         log_beta = self.gates.log_beta(layer.layer_idx, hidden_states)
-        # Gradient checkpointing runs a layer again in backward: the first run's graph is the one to keep.
-        self._log_beta.setdefault(layer.layer_idx, log_beta)
-        assert self.segments is not None
-        segments, implementation = self.segments, self.implementation
+        if self.part is None:
+            self._keep(layer, log_beta)
 
         def attend(
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softmax: Softmax
         ) -> torch.Tensor:
-            gates = _for_heads(log_beta, key)
-            return gated_attention(query, key, value, gates, scaling, segments, implementation, softmax)
+            if self.part is None:
+                return self._attend(query, key, value, _for_heads(log_beta, key), scaling, softmax)
+            key, value, gathered = self.part.context.gather(key, value, log_beta)
+            self._keep(layer, gathered)
+            return self._attend(query, key, value, _for_heads(gathered, key), scaling, softmax)
 
         return self.attention_call(attend)
+
+    def _keep(self, layer: AttentionLayer, log_beta: torch.Tensor) -> None:
+        # Gradient checkpointing runs a layer again in backward: the first run's graph is the one to keep.
+        self._log_beta.setdefault(layer.layer_idx, log_beta)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
+        softmax: Softmax,
+    ) -> torch.Tensor:  # fmt: skip
+        """Gated attention of this process's queries over all keys."""
+        assert self.segments is not None
+        if self.part is None:
+            return gated_attention(query, key, value, log_beta, scaling, self.segments, self.implementation, softmax)
+        kernels = self.implementation if self.implementation in ("auto", "triton") else "reference"
+        return self.part.attention(query, key, value, log_beta, scaling, kernels, softmax)
 
 
 class AttachedPlain(Attached):
     """The ungated model over whole sequences: gated attention at log β = 0, which needs no mask for packed rows."""
 
     def call(self, layer: AttentionLayer, hidden_states: torch.Tensor) -> AttentionCall:
-        assert self.segments is not None
-        segments, implementation = self.segments, self.implementation
-
         def attend(
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softmax: Softmax
         ) -> torch.Tensor:
-            ones = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
-            return gated_attention(query, key, value, ones, scaling, segments, implementation, softmax)
+            if self.part is not None:
+                key, value = self.part.context.gather(key, value)
+            none = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
+            return self._attend(query, key, value, none, scaling, softmax)
 
         return self.attention_call(attend)
 
 
 @contextmanager
-def attach_plain(model: PreTrainedModel, gates: RetentionGates, implementation: Implementation) -> Iterator[None]:
+def attach_plain(
+    model: PreTrainedModel, gates: RetentionGates, implementation: Implementation, part: SequencePart | None = None
+) -> Iterator[None]:
     """Inside the block a forward computes what the plain model computes, in memory linear in packed rows.
 
     Args:
         gates: not used; those of `attach`, which are checked there.
+        part: as in `attach`.
     """
-    with intercept(model, AttachedPlain(model, gates, implementation)):
+    with intercept(model, AttachedPlain(model, gates, implementation, part)):
         yield
 
 
 @contextmanager
 def attach(
-    model: PreTrainedModel, gates: RetentionGates, implementation: Implementation = "auto", *, check: bool = True
-) -> Iterator[Attached]:
+    model: PreTrainedModel, gates: RetentionGates, implementation: Implementation = "auto", *, check: bool = True,
+    part: SequencePart | None = None,
+) -> Iterator[Attached]:  # fmt: skip
     """Gates the full-attention layers of `model` inside the `with` block, for whole sequences (training).
 
     Packed documents are recognised by restarting `position_ids` (without a mask), padding by the 2-D
@@ -184,6 +213,7 @@ def attach(
 
     Args:
         check: whether the gates are checked against the model, which waits for the model's device.
+        part: the model is given this process's part of the sequences, with their `position_ids` and without a mask.
 
     Raises:
         UnsupportedModelError: tenure cannot attach to the model.
@@ -191,7 +221,7 @@ def attach(
     """
     if check:
         gates.check_model(model)
-    attached = Attached(model, gates, implementation)
+    attached = Attached(model, gates, implementation, part)
     with intercept(model, attached) as attached.layers:
         yield attached
 

@@ -14,6 +14,7 @@ On leaving, the hooks are removed and the configuration is restored, so the mode
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import threading
@@ -264,30 +265,55 @@ def _base_function(base: str, module: nn.Module) -> AttentionFunction:
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
-def model_logits(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The model's own logits of given last hidden states, with all that it does around its output embedding.
+class OutputHead:
+    """A model's own logits of given last hidden states, with all that it does around its output embedding.
 
-    The model runs over one token, and a hook puts the hidden states in place of the decoder's output: what a family
-    does after its decoder (scaling, capping, further layers) is nowhere written a second time.
-
-    Args:
-        hidden_states: `(n, hidden_size)`, the decoder's last hidden states of any tokens.
-
-    Returns:
-        `(n, vocab_size)`, the model's dtype, differentiable in `hidden_states`.
+    What a family does after its decoder (scaling, capping, further layers) is nowhere written a second time: the model
+    runs, and during a call a module that returns the given states takes the decoder's place, so that no layer runs.
+    One run of the decoder over one token, in the first call, shows what else its output holds.
     """
-    decoder, head = text_decoder(model), _language_model(model)
 
-    def replace(module: nn.Module, args: tuple, output: Any) -> Any:
-        output["last_hidden_state"] = hidden_states[None]
-        return output
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.head = _language_model(model)
+        decoder = text_decoder(model)
+        path = next(name for name, module in self.head.named_modules() if module is decoder)
+        parent, _, self.name = path.rpartition(".")
+        self.parent = self.head.get_submodule(parent)
+        self.decoder, self._form = decoder, None
 
-    handle = decoder.register_forward_hook(replace)
-    try:
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Args:
+            hidden_states: `(n, hidden_size)`, the decoder's last hidden states of any tokens.
+
+        Returns:
+            `(n, vocab_size)`, the model's dtype, differentiable in `hidden_states`.
+        """
         token = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
-        return head(input_ids=token, use_cache=False).logits[0]
-    finally:
-        handle.remove()
+        if self._form is None:
+            with torch.no_grad():
+                self._form = self.decoder(input_ids=token, use_cache=False)
+        output = copy.copy(self._form)
+        output["last_hidden_state"] = hidden_states[None]
+        modules = self.parent._modules
+        modules[self.name] = _Given(self.decoder, output)
+        try:
+            return self.head(input_ids=token, use_cache=False).logits[0]
+        finally:
+            modules[self.name] = self.decoder
+
+
+class _Given(nn.Module):
+    """In a decoder's place: returns a given output; anything else is the decoder's own."""
+
+    def __init__(self, decoder: nn.Module, output: Any) -> None:
+        super().__init__()
+        self.__dict__.update(_decoder=decoder, _output=output)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_decoder"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_output"]
 
 
 def _language_model(model: PreTrainedModel) -> PreTrainedModel:

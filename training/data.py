@@ -285,9 +285,7 @@ def _encode_records(
     Besides these a row has `length`, 0 if nothing in it can be predicted; `record`, the number of its record from 1 on;
     `lost`, the tokens of it that are cut; and `fault`, the reason for leaving it out, "" without one.
     """
-    out: dict[str, list[Any]] = {
-        name: [] for name in ("input_ids", "loss_mask", "length", "record", "lost", "fault")
-    }
+    out: dict[str, list[Any]] = {name: [] for name in ("input_ids", "loss_mask", "length", "record", "lost", "fault")}
 
     def add(input_ids: list[int], loss_mask: list[bool], index: int, lost: int = 0, fault: str = "") -> None:
         loss_mask = [False, *loss_mask[1:]][: len(input_ids)]

@@ -42,7 +42,7 @@ def with_launcher(config: TrainConfig, environment: Mapping[str, str] = os.envir
 
     Raises:
         ValueError: both give a value and they differ; a strategy that gates are not trained under (DeepSpeed, FSDP1,
-            Megatron, FSDP2 with weights on one rank only), or fp8.
+            Megatron, FSDP2 with weights on one rank only, accelerate's own context parallel), or fp8.
     """
     _refuse_strategies(environment)
     theirs = environment.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -79,6 +79,11 @@ def _refuse_strategies(environment: Mapping[str, str]) -> None:
         )
     if on("ACCELERATE_USE_MEGATRON_LM"):
         raise ValueError(f"got Megatron-LM from the launcher; {advice}")
+    if on("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        sizes = {name: environment.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1") for name in ("cp", "tp", "sp")}
+        given = ", ".join(f"parallelism_config_{name}_size {size}" for name, size in sizes.items() if size != "1")
+        if given:
+            raise ValueError(f"got {given} from the launcher; accepted: --context-parallel N of the training command")
     if on("ACCELERATE_USE_FSDP"):
         if environment.get("FSDP_VERSION", "1") != "2":
             raise ValueError(f"got FSDP version {environment.get('FSDP_VERSION', '1')} from the launcher; {advice}")

@@ -112,6 +112,8 @@ class TrainConfig:
     """Further steps after these, at `min_learning_rate`; a finished run continues when it is run again with more."""
     batch_size: Count = 1
     """Rows per device and forward."""
+    context_parallel: Count = 1
+    """Processes that share every sequence, each with a part of its tokens: for long contexts, full attention only."""
     accumulation: Count | None = None
     """Forwards per optimizer step on each device; None for the launcher's, or 1."""
     learning_rate: Annotated[float, Range(0, above=True)] = 2e-4
@@ -177,6 +179,11 @@ class TrainConfig:
             raise ValueError(
                 f"got best_metric {self.best_metric} and eval_every 0, so nothing is measured; accepted: an eval_every "
                 "above 0 with best_metric"
+            )
+        if self.prompt_share and self.context_parallel > 1:
+            raise ValueError(
+                f"got a prompt_share of {self.prompt_share} and context_parallel {self.context_parallel}; accepted: "
+                "one of them"
             )
         if self.prompt_share and self.gradient_checkpointing:
             raise ValueError(

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
 from ..retention import CheckpointInfo, RetentionGates, SoftEviction
+from ..retention.context_parallel import ContextGroup
 from .assets import DEMO_MODEL_ID
 from .batching import Batch, collate
 from .data import Example, ExampleSource, example_names
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 FREE_SETTINGS = frozenset(
     {"output_dir", "log_every", "log_seconds", "save_every", "save_minutes", "eval_every", "eval_budgets", "eval_cases"}
     | {"eval_length", "best_metric", "best_mode", "extend", "skip_nonfinite", "data_workers"}
-    | {"tracker", "project", "init_gates", "logits_chunk", "gradient_checkpointing"}
+    | {"tracker", "project", "init_gates", "logits_chunk", "gradient_checkpointing", "context_parallel"}
 )
 # gloo's threads give back the tensors of finished collectives under Python's lock, which the thread that destroys their
 # group holds while it waits for them: they get this time before.
@@ -60,7 +61,8 @@ def train(
     Resumes from the newest checkpoint in `config.output_dir/checkpoints` if there is one; rank 0 reads it for all, so
     that folder need not be shared. Micro-batch `m` of process `r` at step `s` takes the examples from
     `((s · accumulation + m) · processes + r) · batch_size` on, so one process with accumulation n sees what n
-    processes see. Under FSDP2 the frozen model is sharded and the gates are whole on every process.
+    processes see; with `context_parallel`, groups of processes take the place of processes. Under FSDP2 the frozen
+    model is sharded and the gates are whole on every process.
 
     Args:
         model: on the CPU; accelerate moves it. It is frozen.
@@ -113,6 +115,7 @@ class _TrainingRun:
         self.accumulation = config.accumulation
         self.output_dir = Path(config.output_dir)
         self.accelerator = _accelerator(config)
+        context = ContextGroup.of_size(config.context_parallel) if config.context_parallel > 1 else None
         torch.manual_seed(config.seed)
         self.gates = _initial_gates(config, model)
         name = DEMO_MODEL_ID if config.model == "demo" else config.model
@@ -122,6 +125,7 @@ class _TrainingRun:
             config.logits_chunk,
             evictions=[SoftEviction(budget, config.eviction_temperature) for budget in config.eviction_budgets],
             ntp_weight=config.ntp_weight, kl_weight=config.kl_weight, kl_direction=config.kl_direction,
+            context=context,
         )  # fmt: skip
         if config.gradient_checkpointing:
             objective.enable_gradient_checkpointing()
@@ -154,7 +158,16 @@ class _TrainingRun:
 
     @property
     def _global_batch(self) -> int:
-        return self.config.batch_size * self.accumulation * self.accelerator.num_processes
+        return self.config.batch_size * self.accumulation * self._replicas
+
+    @property
+    def _replicas(self) -> int:
+        """Processes, or groups of processes that share sequences, with examples of their own."""
+        return self.accelerator.num_processes // self.config.context_parallel
+
+    @property
+    def _replica(self) -> int:
+        return self.accelerator.process_index // self.config.context_parallel
 
     def _resume_settings(self) -> dict[str, Any]:
         """Processes times accumulation is what counts, not how they share it."""
@@ -204,7 +217,7 @@ class _TrainingRun:
     def batch(self, micro: int) -> tuple[Batch, int]:
         """This process's micro-batch of the current step, and the number of its first example."""
         config, accelerator = self.config, self.accelerator
-        forward = (self.step * self.accumulation + micro) * accelerator.num_processes + accelerator.process_index
+        forward = (self.step * self.accumulation + micro) * self._replicas + self._replica
         first = forward * config.batch_size
         examples = [self.source[first + row] for row in range(config.batch_size)]
         return collate(examples, self.pad_token_id).to(accelerator.device), first
@@ -243,7 +256,7 @@ class _TrainingRun:
         if not finite:
             self.log.write(self.step, {"skipped": float(len(self.state.skipped))})
         elif self.step % config.log_every == 0 or self.step in (1, config.last_step):
-            speed = self.tokens * self.accelerator.num_processes / (time.perf_counter() - self.started)
+            speed = self.tokens * self._replicas / (time.perf_counter() - self.started)
             extra = {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(norm or 0.0), "tokens_per_s": speed}
             self.log.write(self.step, values | extra | occupancy_metrics(occupancy))
             self.log.picture(self.step, occupancy.mean(dim=(1, 3)))
@@ -278,7 +291,7 @@ class _TrainingRun:
             return True
         # Every process names the batch at fault, which need not be its own.
         process = int(finite.argmin())
-        start = first + (process - self.accelerator.process_index) * self.config.batch_size
+        start = first + (process // self.config.context_parallel - self._replica) * self.config.batch_size
         self._skip("the loss", range(start, start + self.config.batch_size), f"process {process}")
         return False
 

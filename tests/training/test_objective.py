@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,26 @@ def test_losses_are_the_formulas(tiny_llama: PreTrainedModel, chunk: int) -> Non
     assert losses.targets == len(targets) and losses.kl > 1e-3
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_gradients_are_those_of_the_formulas(tiny_llama: PreTrainedModel, direction: Any) -> None:
+    """The gradient that is made in forward, against autograd through log-softmax of the whole vocabulary."""
+    batch, weights = make_batch(), {"ntp_weight": 0.7, "kl_weight": 0.2}
+    gates = forgetful(tiny_llama)
+    GateObjective(tiny_llama, gates, 5, weight=0.0, chunk=7, kl_direction=direction, **weights)(batch).total.backward()
+    with torch.no_grad():
+        teacher = tiny_llama(batch.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    reference = forgetful(tiny_llama)
+    with attach(tiny_llama, reference):
+        student = tiny_llama(batch.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    target = batch.loss_mask[:, 1:]
+    ntp = F.nll_loss(student[target], batch.input_ids[:, 1:][target])
+    one, other = (student, teacher) if direction == "forward" else (teacher, student)
+    kl = F.kl_div(one[target], other[target], reduction="sum", log_target=True) / target.sum()
+    (0.7 * ntp + 0.2 * kl).backward()
+    for ours, expected in zip(gates.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_only_gates_learn(tiny_llama: PreTrainedModel) -> None:
     objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=5)
     objective(make_batch()).total.backward()
@@ -71,7 +92,7 @@ def test_a_share_is_of_each_document(tiny_llama: PreTrainedModel) -> None:
     objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=0.2)
     position_ids = torch.cat([torch.arange(10), torch.arange(30)])[None]
     segments = Segments.from_inputs(1, 40, position_ids=position_ids)
-    limit = objective._limit(segments.document)
+    limit = objective._limit(segments)
     assert isinstance(limit, torch.Tensor)
     torch.testing.assert_close(limit, torch.tensor([[2.0] * 10 + [6.0] * 30]))
 
