@@ -42,8 +42,9 @@ class GenerateConfig:
     """Eviction policy, by default retention or the preset's: retention, retention_defensive or gate_score (these need
     gates), defensive, layer_defensive, snapkv, adakv, criticalkv, ada_criticalkv, pyramidkv, expected_attention, lagkv,
     keydiff, knorm, tova, h2o, streaming_llm, random, or full."""
-    gates: str = "examples/smollm2-135m-gates"
-    """Trained gates for the retention policies and the calibrated budget: a folder or Hub id."""
+    gates: str = "demo"
+    """Trained gates for the retention policies and the calibrated budget: a folder,
+    hub:OWNER/NAME, or demo for the shipped ones."""
     budget: int | float | Literal["calibrated"] = 0.2
     """Average number of entries to keep per head: a share of the tokens seen (0.2) or a number (256); calibrated uses
     the budget that `tenure calibrate` stored with the gates."""

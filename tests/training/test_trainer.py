@@ -146,6 +146,7 @@ def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path: Path, tiny_model, monk
 
 
 def test_tensorboard_shows_losses_and_pictures(tmp_path: Path, tiny_model) -> None:
+    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = settings(tmp_path, tracker="tensorboard", steps=3)
