@@ -267,7 +267,7 @@ def test_presets_on_smollm2(real_model_path, essay_texts):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(real_model_path, dtype=torch.float32).eval()
-    gates = RetentionGates.from_pretrained("examples/smollm2-135m-gates", model)
+    gates = RetentionGates.from_pretrained("demo", model)
     ids = torch.tensor([AutoTokenizer.from_pretrained(real_model_path)(essay_texts[0]).input_ids[:260]] * 2)
     heads, layers_count = 3, 30
 

@@ -153,7 +153,8 @@ def test_langchain(served):
 
     chat = ChatOpenAI(
         base_url=served.url, api_key=SecretStr("none"), model="tiny", max_completion_tokens=6, temperature=0,
-        max_retries=0, timeout=60, stream_usage=True, extra_body={"ignore_eos": True}, default_headers={"X-Tenure-Agent": "planner"},
+        max_retries=0, timeout=60, stream_usage=True, extra_body={"ignore_eos": True},
+        default_headers={"X-Tenure-Agent": "planner"},
     )  # fmt: skip
     messages = [SystemMessage("You plan, step by step, all day long, and you say who is next."), HumanMessage("Plan.")]
     whole = chat.invoke(messages)
