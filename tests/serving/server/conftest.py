@@ -20,7 +20,7 @@ from tenure.serving.prompt_cache import PromptKV
 from tenure.serving.sampling.grammar_compiler import GrammarCompiler
 from tenure.serving.sampling.grammar_config import GrammarConfig
 from tenure.serving.server import ApiKeys, Backend, Caller, ServerConfig, bind, build_app
-from tenure.serving.server.http_server import make_server
+from tenure.serving.server.http_server import DrainingServer, make_server
 
 from ..engines import gates_of
 
@@ -72,6 +72,7 @@ class Served:
     client: EngineClient
     system: System
     tokenizer: PreTrainedTokenizerFast
+    server: DrainingServer
     stop: Callable[[], None]
 
     @property
@@ -87,6 +88,10 @@ class Served:
         while not condition():
             assert time.monotonic() < end, "the condition does not hold in time"
             time.sleep(0.005)
+
+    def connections(self) -> set[Any]:
+        """The open ones, of clients."""
+        return self.server.server_state.connections
 
     def unfinished(self) -> int:
         health = self.client.health()
@@ -172,7 +177,7 @@ def serve(make_engine, tokenizer, make_grammars) -> Iterator[Callable[..., Serve
 
         stops.append(stop)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        return Served(url, engine, client, engine.system, tokenizer, stop)
+        return Served(url, engine, client, engine.system, tokenizer, server, stop)
 
     yield start
     for stop in stops:
