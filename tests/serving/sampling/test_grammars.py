@@ -68,7 +68,7 @@ def random_text(mask: Any, seed: int, max_tokens: int = 3000) -> str:
     for _ in range(max_tokens):
         allowed = allowed_tokens(mask)
         assert allowed, "there is always a way to go on"
-        ends = [token for token in allowed if token == END or TOKENIZER.decode([token]) in '"}]']
+        ends = [token for token in allowed if token == END or str(TOKENIZER.decode([token])) in '"}]']
         token = draw.choice(ends if ends and draw.random() < 0.4 else allowed)
         mask.accept(token)
         if token == END:
@@ -82,7 +82,7 @@ def random_text(mask: Any, seed: int, max_tokens: int = 3000) -> str:
 
 
 def _byte(token: int) -> int:
-    return _BYTES[TOKENIZER.convert_ids_to_tokens(token)]
+    return _BYTES[str(TOKENIZER.convert_ids_to_tokens(token))]
 
 
 def _bytes_by_character() -> dict[str, int]:
