@@ -47,7 +47,7 @@ class ServeBenchConfig:
     model: str = OWN_MODEL
     """Hub id, local folder, or `demo`."""
     gates: str | None = None
-    """Trained gates: a folder or Hub id; by default the gates shipped for the demo model."""
+    """Trained gates: a folder or hub:OWNER/NAME; by default the gates shipped for the demo model."""
     only: tuple[str, ...] = POINTS
     """Points to measure."""
     kept: float = 0.25
