@@ -167,8 +167,9 @@ def shown(value: Any) -> str:
 
 
 def shown_name(name: Any) -> str:
-    """A field's name for a message, up to 60 characters."""
-    return str(name)[:60]
+    """A field's name for a message: up to 60 characters, line ends and the like as escapes."""
+    text = str(name)[:60]
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _check_length(text: str | bytes, limit: int, name: str) -> None:
