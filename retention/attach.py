@@ -19,7 +19,16 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
 from .attention_arguments import is_causal, padding_mask, refuse_dropout, refuse_unknown, softmax_of
-from .decoder_layers import AttentionLayer, DifferentiableStates, copy_cache_layer, text_config, text_decoder
+from .decoder_layers import (
+    AttentionLayer,
+    DifferentiableStates,
+    copy_cache_layer,
+    execution_device,
+    full_attention_layers,
+    plain_model,
+    text_config,
+    text_decoder,
+)
 from .gates import RetentionGates
 from .ops import gated_attention
 from .ops.after_prompt import biased_attention, gated_attention_after
@@ -86,6 +95,14 @@ class GatedInterceptor(Interceptor):
             raise RuntimeError("log_beta() needs a forward of the attached model first")
         device = self.gates.bias.device
         return torch.stack([self._log_beta[index].to(device) for index in self.gates.layer_indices])
+
+
+def _require_one_device(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model that is placed on several devices."""
+    devices = sorted({str(execution_device(layer.module)) for layer in full_attention_layers(model)})
+    if len(devices) > 1:
+        kind = type(plain_model(model)).__name__
+        raise ValueError(f"got {kind} on {', '.join(devices)}; accepted by attach(): a model on one device")
 
 
 def _for_heads(per_entry: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -156,6 +173,7 @@ def attach(
         ValueError: the gates do not fit the model, or it is already inside an attach() or evict() block.
     """
     gates.check_model(model)
+    _require_one_device(model)
     attached = Attached(model, gates, implementation)
     with intercept(model, attached):
         yield attached
@@ -259,6 +277,7 @@ def attach_after(
         ValueError: the gates do not fit the model, or it is already inside an attach() or evict() block.
     """
     gates.check_model(model)
+    _require_one_device(model)
     attached = AttachedAfter(gates, prompt, eviction)
     with intercept(model, attached):
         yield attached

@@ -80,6 +80,12 @@ def execution_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def layer_device(model: PreTrainedModel, index: int) -> torch.device:
+    """The device on which decoder layer `index` computes: with `device_map`, layers are on several."""
+    layers: Any = plain_model(model).get_submodule(".".join(_path_to_layer(model)[:-1]))
+    return execution_device(layers[index])
+
+
 def text_config(model: PreTrainedModel) -> Any:
     """The configuration of the text decoder (`model.config` itself for text-only models)."""
     return plain_model(model).config.get_text_config(decoder=True)
@@ -124,12 +130,15 @@ def full_attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """The module that owns the decoder layers (`LlamaModel` inside `LlamaForCausalLM`)."""
-    model = plain_model(model)
-    name = full_attention_layers(model)[0].name
-    path = name.split(".")
+    return plain_model(model).get_submodule(".".join(_path_to_layer(model)[:-2]))
+
+
+def _path_to_layer(model: PreTrainedModel) -> list[str]:
+    """The names that lead to the first decoder layer with full attention, its number last."""
+    path = full_attention_layers(model)[0].name.split(".")
     while path and not path[-1].isdigit():
         path.pop()
-    return model.get_submodule(".".join(path[:-2]))
+    return path
 
 
 def unsupported(model: nn.Module, reason: str) -> UnsupportedModelError:

@@ -163,9 +163,7 @@ def main(config: ServeConfig, link_bytes_per_s: float | None = None) -> int:
     if config.compress != "none":
         gates = RetentionGates.from_pretrained(find_gates(config.model, config.gates))
     server = ServerConfig(drain_s=config.drain_s)
-    with bind(config.host, config.port) as listening, backend(
-        config, gates, console, link_bytes_per_s
-    ) as served:
+    with bind(config.host, config.port) as listening, backend(config, gates, console, link_bytes_per_s) as served:
         host, port = listening.getsockname()[:2]
         app = build_app(served, keys, server)
         reload = None if config.api_keys is None else lambda: _reload(keys)
