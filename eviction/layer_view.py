@@ -47,7 +47,7 @@ class LayerView:
         """
         assert layer.store is not None, "the layer has entries"
         self._layer, self._store = layer, layer.store
-        self._recorded = recorded
+        self._recorded = None if recorded is None else recorded.to(layer.device)
         self._states = states or {}
         # By width of the pooling; None without the worst case.
         self._risks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor]] = {}

@@ -69,7 +69,8 @@ class Rotary:
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, fp32 `(batch, n, rotary_dim)`, of int64 `positions` `(batch, n)`."""
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        return self._embedding(like, positions, **self._layer_type)
+        cos, sin = self._embedding(like, positions, **self._layer_type)
+        return cos.to(positions.device), sin.to(positions.device)  # from where accelerate computes them
 
     def undo(self, queries: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Queries before RoPE, fp32 `(batch, num_heads, n, head_dim)`, from those after it at these `angles`."""

@@ -46,15 +46,16 @@ def choose(
         ValueError: the policy's scores have the wrong shape or are not numbers; the budget is too small for the tokens
             that `plan.protect` names, or for one entry per head.
     """
-    time = torch.tensor(list(tokens), device=layers[0].device)
+    times = {device: torch.tensor(list(tokens), device=device) for device in {layer.device for layer in layers}}
     layout = layout_of(layers)
     ends = list(tokens if horizon is None else horizon)
     scored_at = list(tokens) if plan.rules.horizon == "seen" else ends
     shares = [plan.allocate(end, layout) if now else None for end, now in zip(ends, due, strict=True)]
-    protected = _ProtectedPositions(plan, tokens, shares, time)
-    evicting = torch.tensor(list(due), device=time.device).view(-1, 1, 1)
+    protected = {device: _ProtectedPositions(plan, tokens, shares, time) for device, time in times.items()}
     scores, positions, preferences = [], [], []
     for index, layer in enumerate(layers):
+        time = times[layer.device]
+        evicting = torch.tensor(list(due), device=layer.device).view(-1, 1, 1)
         allowed = [0 if share is None else share.shares[index] for share in shares]
         view = plan.policy.view(layer, time, query_positions, time.new_tensor(allowed), time.new_tensor(scored_at))
         conclude(layer, plan.policy, view, evicting)
@@ -62,7 +63,7 @@ def choose(
         if plan.scope == "preference":
             preferences.append(plan.policy.layer_preference(view).tolist())
         score = torch.where(evicting, score, 0.0)  # a row that is not due keeps entries scored -inf
-        score = score.masked_fill(protected.mask(view.positions, index), torch.inf)
+        score = score.masked_fill(protected[layer.device].mask(view.positions, index), torch.inf)
         scores.append(score.masked_fill(~view.valid, -torch.inf))
         positions.append(view.positions)
     if plan.scope == "preference":
@@ -154,8 +155,8 @@ def _select_with_floor_added(
 ) -> list[torch.Tensor]:  # fmt: skip
     """Heads compete for a share 1 - `floor` of the budget; then each keeps as many and `floor` of the average more."""
     rest = [None if share is None else [int(group * (1 - floor)) for group in share.groups] for share in shares]
-    more = scores[0].new_tensor([0 if share is None else int(share.average * floor) for share in shares]).long()
-    counts = [keep.sum(2) + more.unsqueeze(1) for keep in _compete_in_groups(scores, positions, rest, scope)]
+    more = torch.tensor([0 if share is None else int(share.average * floor) for share in shares]).unsqueeze(1)
+    counts = [keep.sum(2) + more.to(keep.device) for keep in _compete_in_groups(scores, positions, rest, scope)]
     return [
         top_of_each_head(score, place, count.flatten().tolist())
         for score, place, count in zip(scores, positions, counts, strict=True)
@@ -177,8 +178,12 @@ def _compete_in_groups(
 def _compete(
     scores: list[torch.Tensor], positions: list[torch.Tensor], allowed: list[int | None]
 ) -> list[torch.Tensor]:
-    """Keeps the best `allowed[row]` entries of each row over all heads of the given layers; None keeps all."""
-    batch = scores[0].shape[0]
+    """Keeps the best `allowed[row]` entries of each row over all heads of the given layers; None keeps all.
+
+    Layers on other devices than the first one's send their scores there, and get their part of the result back.
+    """
+    batch, devices, home = scores[0].shape[0], [score.device for score in scores], scores[0].device
+    scores, positions = [score.to(home) for score in scores], [place.to(home) for place in positions]
     segments = sum(score.shape[1] for score in scores)
     flat = torch.cat([score.flatten(1) for score in scores], dim=1)
     counts = [flat.shape[1] if k is None else k for k in allowed]
@@ -199,7 +204,10 @@ def _compete(
     else:
         keep = top_of_rows(flat, counts, order)
     parts = keep.split(sizes, dim=1)
-    return [part.view(batch, *score.shape[1:]) for part, score in zip(parts, scores, strict=True)]
+    return [
+        part.view(batch, *score.shape[1:]).to(device)
+        for part, score, device in zip(parts, scores, devices, strict=True)
+    ]
 
 
 def _select_per_head(

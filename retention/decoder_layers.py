@@ -80,6 +80,13 @@ def execution_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def layer_device(model: PreTrainedModel, index: int) -> torch.device:
+    """The device on which decoder layer `index` computes: with `device_map`, layers are on several."""
+    path = _path_to_layer(full_attention_layers(model))
+    layers: Any = plain_model(model).get_submodule(".".join(path[:-1]))
+    return execution_device(layers[index])
+
+
 def text_config(model: PreTrainedModel) -> Any:
     """The configuration of the text decoder (`model.config` itself for text-only models)."""
     return plain_model(model).config.get_text_config(decoder=True)
@@ -130,10 +137,15 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
 
 def decoder_of(model: PreTrainedModel, layers: list[AttentionLayer]) -> nn.Module:
     """The module that owns the decoder layers, of which some are given."""
+    return model.get_submodule(".".join(_path_to_layer(layers)[:-2]))
+
+
+def _path_to_layer(layers: list[AttentionLayer]) -> list[str]:
+    """The names that lead to the first of these layers' decoder layer, its number last."""
     path = layers[0].name.split(".")
     while path and not path[-1].isdigit():
         path.pop()
-    return model.get_submodule(".".join(path[:-2]))
+    return path
 
 
 def unsupported(model: nn.Module, reason: str) -> UnsupportedModelError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -147,6 +148,21 @@ class RetentionGates(nn.Module):
     @property
     def layer_indices(self) -> tuple[int, ...]:
         return self.config.layer_indices
+
+    @torch.no_grad()
+    def of_layers(self, layer_indices: Iterable[int]) -> RetentionGates:
+        """A copy with the gates of some layers, without a calibration."""
+        chosen = tuple(layer_indices)
+        part = RetentionGates(replace(self.config, layer_indices=chosen), self.info).to(self.bias.device)
+        state = {
+            name: tensor for name, tensor in self.state_dict().items() if name.split(".")[0] != "bodies"
+            or int(name.split(".")[1]) in chosen
+        }  # fmt: skip
+        if self.config.projection == "per_layer":
+            rows = [self._row[index] for index in chosen]
+            state |= {"weight": self.weight[rows], "bias": self.bias[rows]}
+        part.load_state_dict(state)
+        return part.requires_grad_(False)
 
     def log_beta(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """log β of every token for one layer.
