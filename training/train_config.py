@@ -124,6 +124,10 @@ class TrainConfig:
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = True
     """Recompute layers in backward, and read prompts again: less memory, a third more time."""
+    save_attention: bool = False
+    """With gradient checkpointing, keep the outputs of attention instead of computing attention again."""
+    tf32: bool = False
+    """Multiply fp32 matrices, which are the gates' under a bf16 model, in TF32 on GPUs."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Autocast of the model's forwards; None for the launcher's, or no."""
     skip_nonfinite: NoneOrMore = 0
