@@ -57,8 +57,8 @@ def read_released_gates(source: Path, model: PreTrainedModel) -> ReleasedGates:
 
     TRIM-KV ("rg": linear1, activation, linear2, bias) becomes `per_layer`. DBTrimKV ("rg10": linear1, linear2, linear3,
     bias) becomes `shared` if all layers hold the same linear3 and bias, which their code ties and their files need not,
-    and else `per_layer_deep`; the tensors decide. KVzap's score s becomes log β = logsigmoid(s), and Fast KVzip's score,
-    which lies in (0, 1), becomes log β = log s.
+    and else `per_layer_deep`; the tensors decide. KVzap's score s becomes log β = logsigmoid(s); Fast KVzip's score, in
+    (0, 1), becomes log β = log s.
 
     Args:
         source: not changed; a pickle is read with `weights_only`, which runs no code of it.
