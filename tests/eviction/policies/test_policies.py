@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tenure.eviction import (
+    CAKE,
     H2O,
+    RKV,
     TOVA,
     AdaCriticalKV,
     AdaKV,
@@ -48,6 +50,8 @@ MATRIX: list[Policy] = [
     *(RetentionDefensive(window=4, combine=how) for how in ("prior", "max", "product", "rank")),
     ExpectedAttention(),
     LagKV(lag=4),
+    RKV(window=4),
+    CAKE(window=4),
     TOVA(),
     H2O(),
     KeyDiff(),
@@ -106,6 +110,7 @@ def test_defaults_of_those_that_share_a_budget_between_heads():
     assert {name: defaults[name] for name in defaults.keys() - alone} == {
         "ada_criticalkv": ("layer", 0.2),
         "adakv": ("layer", 0.2),
+        "cake": ("preference", 0.0),
         "defensive": ("layer", 0.0),
         "layer_defensive": ("global", 0.0),
         "pyramidkv": ("pyramid", 0.0),
@@ -141,6 +146,12 @@ def test_defaults_of_those_that_share_a_budget_between_heads():
             {"threshold": 1.0},
             "got 1.0 as retention.threshold; accepted: a number above 0 and below 1 or nothing",
         ),
+        ("rkv", {"window": 0}, "got 0 as rkv.window; accepted: a whole number from 1"),
+        ("rkv", {"mix": 1.5}, "got 1.5 as rkv.mix; accepted: a number from 0 to 1"),
+        ("rkv", {"threshold": 2.0}, "got 2.0 as rkv.threshold; accepted: a number from -1 to 1"),
+        ("cake", {"window": 1}, "got 1 as cake.window; accepted: a whole number from 2"),
+        ("cake", {"gamma": -1.0}, "got -1.0 as cake.gamma; accepted: a number of 0 or more"),
+        ("cake", {"tau_entropy": 0.0}, "got 0.0 as cake.tau_entropy; accepted: a number above 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(name, options, message):
