@@ -19,6 +19,7 @@ from .policies import (
     Defensive,
     ExpectedAttention,
     Full,
+    GateScore,
     KeyDiff,
     Knorm,
     LagKV,
@@ -39,7 +40,7 @@ from .session import Session
 
 __all__ = [
     "CAKE", "H2O", "RKV", "TOVA", "AdaCriticalKV", "AdaKV", "Budget", "CacheFileError", "CriticalKV", "Defensive",
-    "ExpectedAttention", "Full", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView", "Policy", "PyramidKV",
-    "RaggedCache", "Random", "Report", "Retention", "RetentionDefensive", "Session", "SnapKV", "StreamingLLM", "evict",
-    "get_policy", "policy_names", "policy_text",
+    "ExpectedAttention", "Full", "GateScore", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView", "Policy",
+    "PyramidKV", "RaggedCache", "Random", "Report", "Retention", "RetentionDefensive", "Session", "SnapKV",
+    "StreamingLLM", "evict", "get_policy", "policy_names", "policy_text",
 ]  # fmt: skip

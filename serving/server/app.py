@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -134,7 +134,8 @@ class Endpoints:
             # The status is sent after the first event (or ping), so that a refusal by the engine still has its own.
             first = await unless_disconnected(request, anext(events))  # pyright: ignore[reportArgumentType]
             encoded = self._encoded(first, events, generation, answers, call.body)
-            return EventStream(encoded, self.config.send_timeout_s, {"X-Request-Id": id} | generation.headers)
+            headers = {"X-Request-Id": id} | generation.headers
+            return EventStream(encoded, self.config.send_timeout_s, headers, events.aclose)
         choices = await unless_disconnected(request, self._collect(generation))
         return JSONResponse(answers.whole(choices, call.body.n or 1), headers={"X-Request-Id": id} | generation.headers)
 
@@ -155,9 +156,9 @@ class Endpoints:
         return found
 
     async def _encoded(
-        self, first: tuple[int, AnswerEvent] | None, events: AsyncIterator[tuple[int, AnswerEvent] | None],
+        self, first: tuple[int, AnswerEvent] | None, events: AsyncGenerator[tuple[int, AnswerEvent] | None, None],
         generation: Generation, answers: AnswerFormat, body: GenerationBody,
-    ) -> AsyncIterator[bytes]:  # fmt: skip
+    ) -> AsyncGenerator[bytes, None]:  # fmt: skip
         """The events of a stream; an error after the first is its last event, as the status has been sent."""
         part = first
         try:
@@ -181,8 +182,6 @@ class Endpoints:
         except Exception:
             logger.exception("the stream %s has failed", answers.id)
             yield internal_error().event()
-        finally:
-            await events.aclose()  # pyright: ignore[reportAttributeAccessIssue]
 
     # Reading, in a thread ---------------------------------------------------------------------------------------
 

@@ -22,10 +22,11 @@ class ServerConfig:
         default_completion_tokens: of an answer to a completion that does not give a number, as OpenAI has it.
         max_client_requests: answers of one client that are being computed or wait; more get status 429.
         max_client_bodies: bodies of one client that are being received or read; more get status 429.
-        max_connections: connections at once; more get status 503.
+        max_connections: connections at once. Requests on further ones get status 503; from twice as many on, new ones
+            are closed at once.
         head_timeout_s: seconds in which the line and headers of a request must arrive.
-        body_timeout_s: seconds in which a body must arrive.
-        send_timeout_s: seconds for which a reader may take nothing before its connection is given up.
+        body_timeout_s: seconds in which a body must arrive; after an answer that did not wait for it, its rest.
+        send_timeout_s: seconds for which a reader may take (almost) nothing before its connection is given up.
         ping_s: seconds without an event after which a stream gets an SSE comment, so that nothing on the way closes it.
         keep_alive_s: seconds for which an idle connection stays open.
         drain_s: seconds in which the requests in progress may finish when the server is stopped.

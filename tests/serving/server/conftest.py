@@ -18,7 +18,7 @@ from tenure.serving import EngineClient, LinearCosts, MemoryPool, System, Thread
 from tenure.serving.engine import Compression, Engine
 from tenure.serving.prompt_cache import PromptKV
 from tenure.serving.server import ApiKeys, Backend, Caller, ServerConfig, bind, build_app
-from tenure.serving.server.http_server import make_server
+from tenure.serving.server.http_server import DrainingServer, make_server
 
 from ..engines import gates_of
 
@@ -70,6 +70,7 @@ class Served:
     client: EngineClient
     system: System
     tokenizer: PreTrainedTokenizerFast
+    server: DrainingServer
     stop: Callable[[], None]
 
     @property
@@ -85,6 +86,10 @@ class Served:
         while not condition():
             assert time.monotonic() < end, "the condition does not hold in time"
             time.sleep(0.005)
+
+    def connections(self) -> set[Any]:
+        """The open ones, of clients."""
+        return self.server.server_state.connections
 
     def unfinished(self) -> int:
         health = self.client.health()
@@ -154,7 +159,7 @@ def serve(make_engine, tokenizer) -> Iterator[Callable[..., Served]]:
 
         stops.append(stop)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        return Served(url, engine, client, engine.system, tokenizer, stop)
+        return Served(url, engine, client, engine.system, tokenizer, server, stop)
 
     yield start
     for stop in stops:
