@@ -28,6 +28,7 @@ class DocumentLimits:
         items: of one list or mapping.
         text: characters of one string.
         values: in the whole document; those that a YAML alias or merge key repeats count every time.
+        merged: fields that the merge keys of a YAML text copy.
         lines_bytes: of a file with a JSON document a line, unpacked; the other bounds are those of a line.
         line_bytes: of one of its lines.
     """
@@ -38,6 +39,7 @@ class DocumentLimits:
     items: int = 1 << 16
     text: int = 1 << 20
     values: int = 1 << 20
+    merged: int = 1 << 14
     lines_bytes: int = 1 << 28
     line_bytes: int = 1 << 20
 
@@ -134,8 +136,10 @@ def parse_yaml(text: str, name: str = "the document", extra: str = "train", limi
                         if isinstance(part, yaml.MappingNode):
                             self.flatten_mapping(part)
                             self.merged += len(part.value)
-                if self.merged > limits.values:
-                    raise ValueError(f"got merge keys that add more than {limits.values} fields to {name}")
+                if self.merged > limits.merged:
+                    raise ValueError(
+                        f"got merge keys that add more than {limits.merged} fields to {name}; accepted: up to that"
+                    )
             super().flatten_mapping(node)
 
     try:

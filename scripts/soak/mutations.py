@@ -39,7 +39,7 @@ TEXTS: tuple[bytes, ...] = tuple(
 
 def mutated(random: Random, name: str, data: bytes) -> bytes:
     """A variant of a file's content; `name` says by its suffix how deep the change can be."""
-    if random.random() < 0.05:
+    if random.random() < 0.02:
         return random.choice(TEXTS)
     if name.endswith(".gz") and random.random() < 0.7:
         return gzip.compress(mutated(random, name.removesuffix(".gz"), gzip.decompress(data)), 1)

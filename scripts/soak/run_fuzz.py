@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import resource
-import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +79,8 @@ class Outcomes:
 
 def main(config: FuzzConfig) -> int:
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # files are written at every attempt
+    with tempfile.TemporaryDirectory(dir=in_memory) as folder:
         outcomes = fuzz(Path(folder), config)
     rows = outcomes.rows()
     for name, counts in rows.items():
@@ -106,8 +107,11 @@ def fuzz(folder: Path, config: FuzzConfig) -> Outcomes:
                 f"no reader has {config.reader!r} in its name; known: {', '.join(r.name for r in readers)}"
             )
         for reader in chosen:  # also imports what is needed before the limit is set
-            prepare(reader, folder / "work", reader.files)
-            reader.read(folder / "work")
+            own = folder / "work" / reader.name
+            own.mkdir(parents=True)
+            for name, content in reader.files.items():
+                (own / name).write_bytes(content)
+            reader.read(own)
         numbers: Sequence[int] = range(config.attempts) if config.only is None else [config.only]
         with limited(config.memory_gb), time_limit_handler():
             for done, number in enumerate(numbers):
@@ -125,14 +129,16 @@ def attempt(
     from .mutations import mutated
 
     reader = random.choices(readers, [one.share for one in readers])[0]
-    files = dict(reader.files)
-    name = random.choice(list(files))
-    files[name] = mutated(random, name, files[name])
-    prepare(reader, folder, files)
+    folder = folder / reader.name
+    name = random.choice(list(reader.files))
+    (folder / name).write_bytes(mutated(random, name, reader.files[name]))
     if reader.seal is not None and random.random() < 0.7:
         with suppress(Exception):
             reader.seal(folder)
     outcome, error = outcome_of(reader, folder, config.seconds)
+    for each, content in reader.files.items():
+        if each == name or reader.seal is not None:
+            (folder / each).write_bytes(content)
     outcomes.counts[reader.name, outcome] += 1
     if outcome not in ("refused", "accepted"):
         again = f"tenure soak fuzz --seed {config.seed} --only {number}"
@@ -173,14 +179,6 @@ def is_sentence(message: str, folder: Path) -> bool:
     """Whether a message can be shown to a user as it is: a line of bounded length without control characters."""
     shown = message.replace(str(folder), "")
     return 0 < len(shown) <= MAX_MESSAGE and all(one.isprintable() for one in shown)
-
-
-def prepare(reader: Reader, folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes the files to an empty folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
 
 
 @contextmanager

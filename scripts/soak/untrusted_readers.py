@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ...eviction import Session
     from ...retention import RetentionGates
 
-FEW, SOME, MANY = 0.02, 0.3, 1.0  # shares of readers that take about 100, 3 and 0.3 ms
+FEW, SOME, MANY = 0.005, 0.08, 1.0  # shares of readers that take about 100, 5 and 0.3 ms
 
 
 class WrongResult(AssertionError):
@@ -296,7 +296,7 @@ def saved_cache(session: Session, folder: Path) -> Reader:
         require(not list(found.faults()), "the cache has faults after an eviction")
 
     content = (folder / "cache.safetensors").read_bytes()
-    return Reader("cache", {"cache.safetensors": content}, read, share=0.1)
+    return Reader("cache", {"cache.safetensors": content}, read, share=0.05)
 
 
 def prompt_file(folder: Path) -> Reader:
@@ -404,7 +404,7 @@ def trace(folder: Path) -> Reader:
         result = replay(machine_of(found), found, "lru_reactive")
         require(math.isfinite(result.makespan_s) and result.makespan_s >= 0, "a makespan that is no number")
 
-    return Reader("trace", {"a.jsonl": (folder / "a.jsonl").read_bytes()}, read, share=0.1)
+    return Reader("trace", {"a.jsonl": (folder / "a.jsonl").read_bytes()}, read, share=0.05)
 
 
 # The server's files and bodies ------------------------------------------------------------------------------------
