@@ -16,7 +16,8 @@ class ServerConfig:
         max_body_bytes: of a request's body; longer ones get status 413.
         max_yaml_bytes: of a workflow in YAML, which is read at about a hundredth of JSON's speed.
         max_header_bytes: of a request's line and headers together.
-        max_depth: levels of lists and objects inside one another in a body.
+        max_depth: levels of lists and objects inside one another in a body. A level of a JSON schema needs two or
+            three, so that tools of ten levels, as OpenAI allows, can be declared.
         max_choices: answers to one request: its prompts times `n`.
         default_max_tokens: of an answer to a chat that does not give a number; less where the context ends before.
         default_completion_tokens: of an answer to a completion that does not give a number, as OpenAI has it.
@@ -43,7 +44,7 @@ class ServerConfig:
     max_body_bytes: Count = 4 << 20
     max_yaml_bytes: Count = 64 << 10
     max_header_bytes: Count = 32 << 10
-    max_depth: Count = 16
+    max_depth: Count = 48
     max_choices: Count = 32
     default_max_tokens: Count = 1024
     default_completion_tokens: Count = 16
