@@ -19,6 +19,7 @@ from .calibration import Calibration, load_calibration, save_calibration, weight
 from .checkpoint import (
     CALIBRATION_FILE,
     CheckpointInfo,
+    check_layers,
     fingerprint,
     load_checkpoint,
     local_folder,
@@ -256,15 +257,19 @@ class RetentionGates(nn.Module):
             revision: of the Hub repository.
 
         Raises:
-            CheckpointError: files absent, truncated or altered; a newer schema; missing or unexpected keys; a
-                calibration that is broken or belongs to other gates.
+            CheckpointError: files absent, truncated or altered; a newer schema; missing or unexpected keys; weights
+                that are not finite; a calibration that is broken or belongs to other gates.
             ValueError: the gates do not belong to `model`.
         """
         where = local_folder(source, revision)
         document, weights = load_checkpoint(where)
         config, info = parse_config(document, str(source))
+        check_layers(weights, config.layer_indices, str(source))
+        with torch.device("meta"):  # shapes alone: sizes that only the configuration has are not allocated
+            expected = cls(config).state_dict()
+        state = parse_weights(weights, expected, str(source))
         gates = cls(config, info)
-        gates.load_state_dict(parse_weights(weights, gates.state_dict(), str(source)))
+        gates.load_state_dict(state)
         gates.calibration = load_calibration(where, gates.state_dict())
         if model is not None:
             gates.check_model(model)

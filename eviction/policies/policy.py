@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import torch
 
+from tenure.checked import verify
+
 from ..cache_layer import RaggedLayer
 from ..layer_view import LayerView
 
@@ -31,6 +33,9 @@ class Protection:
 class Policy(ABC):
     """Scores a layer's entries; a subclass is a frozen dataclass of its options, which are plain numbers and strings.
 
+    The options are checked against their annotations (`tenure.checked`) when an instance is made. A subclass with
+    further rules has a `__post_init__` that begins with `super().__post_init__()`.
+
     A policy holds no state between calls and writes to no tensor of a view: per-entry state is named in `states` and
     returned from `observe` or `conclude`. Rows must be scored independently: a row's scores may depend only on that
     row's entries.
@@ -53,6 +58,9 @@ class Policy(ABC):
     default_floor: ClassVar[float] = 0.0
     default_protection: ClassVar[Protection] = Protection()
     evicts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        verify(self, self.name)
 
     @property
     def window_size(self) -> int:
