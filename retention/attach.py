@@ -98,8 +98,12 @@ class GatedInterceptor(Interceptor):
 
 
 def _require_one_device(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model that is placed on several devices."""
-    devices = sorted({str(execution_device(layer.module)) for layer in full_attention_layers(model)})
+    """Raises ValueError for a model that is placed on several devices, or whose heads are divided among processes."""
+    layers = full_attention_layers(model)
+    devices = sorted({str(execution_device(layer.module)) for layer in layers})
+    if layers[0].shards.count > 1:
+        kind = type(plain_model(model)).__name__
+        raise ValueError(f"got {kind} in tensor parallel; accepted by attach(): a model whose process has all heads")
     if len(devices) > 1:
         kind = type(plain_model(model)).__name__
         raise ValueError(f"got {kind} on {', '.join(devices)}; accepted by attach(): a model on one device")
