@@ -234,7 +234,7 @@ class SequenceState:
 
     Attributes:
         tokens: real tokens each row has seen, evicted ones included; empty before the first forward.
-        stored: entries of each row in all layers and heads.
+        stored: entries of each row in all layers and heads, also those of other processes in tensor parallel.
         window_positions: int64 `(batch, size)`: positions of the recorded queries, -1 for none. Never written in
             place, so forks may share it.
         columns: columns seen, padding included.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..retention.head_shards import UNDIVIDED, HeadShards
 from ..retention.ops.kernel_choice import chosen_kernels
 from .cache_layer import RaggedLayer
 from .layer_view import LayerView
@@ -19,7 +20,8 @@ def layout_of(layers: Sequence[RaggedLayer]) -> BudgetLayout:
     """The budget layout of these layers; all have entries."""
     stores = [layer.store for layer in layers if layer.store is not None]
     assert len(stores) == len(layers), "every layer has entries"
-    heads = tuple(store.num_kv_heads for store in stores)
+    count = layers[0].attention.shards.count
+    heads = tuple(count * store.num_kv_heads for store in stores)
     entry_bytes = max((store.entry_bytes for store in stores), default=0)
     spare = max((store.spare for store in stores), default=1)
     return BudgetLayout(heads, entry_bytes, spare)
@@ -66,19 +68,20 @@ def choose(
         score = score.masked_fill(protected[layer.device].mask(view.positions, index), torch.inf)
         scores.append(score.masked_fill(~view.valid, -torch.inf))
         positions.append(view.positions)
+    shards = layers[0].attention.shards
     if plan.scope == "preference":
         shares = [
             share and _preferred(share, [layer[row] for layer in preferences], end, plan.policy.window_size, layout)
             for row, (share, end) in enumerate(zip(shares, ends, strict=True))
         ]
     if plan.scope in ("head", "pyramid", "preference"):
-        return _select_per_head(scores, positions, shares)
+        return _select_per_head(scores, positions, shares, shards)
     if plan.floor and plan.rules.floor == "add":
-        return _select_with_floor_added(scores, positions, shares, plan.scope, plan.floor)
+        return _select_with_floor_added(scores, positions, shares, plan.scope, plan.floor, shards)
     if plan.floor:
         floor = [0 if share is None else max(1, int(plan.floor * share.average)) for share in shares]
         scores = [_with_floor(score, place, floor) for score, place in zip(scores, positions, strict=True)]
-    return _compete_in_groups(scores, positions, [share and share.groups for share in shares], plan.scope)
+    return _compete_in_groups(scores, positions, [share and share.groups for share in shares], plan.scope, shards)
 
 
 def _preferred(
@@ -151,12 +154,12 @@ def _with_floor(score: torch.Tensor, positions: torch.Tensor, floor: list[int]) 
 
 def _select_with_floor_added(
     scores: list[torch.Tensor], positions: list[torch.Tensor], shares: list[BudgetAllocation | None], scope: str,
-    floor: float,
+    floor: float, shards: HeadShards,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Heads compete for a share 1 - `floor` of the budget; then each keeps as many and `floor` of the average more."""
     rest = [None if share is None else [int(group * (1 - floor)) for group in share.groups] for share in shares]
     more = torch.tensor([0 if share is None else int(share.average * floor) for share in shares]).unsqueeze(1)
-    counts = [keep.sum(2) + more.to(keep.device) for keep in _compete_in_groups(scores, positions, rest, scope)]
+    counts = [keep.sum(2) + more.to(keep.device) for keep in _compete_in_groups(scores, positions, rest, scope, shards)]
     return [
         top_of_each_head(score, place, count.flatten().tolist())
         for score, place, count in zip(scores, positions, counts, strict=True)
@@ -164,9 +167,26 @@ def _select_with_floor_added(
 
 
 def _compete_in_groups(
-    scores: list[torch.Tensor], positions: list[torch.Tensor], allowed: list[list[int] | None], scope: str
+    scores: list[torch.Tensor],
+    positions: list[torch.Tensor],
+    allowed: list[list[int] | None],
+    scope: str,
+    shards: HeadShards,
 ) -> list[torch.Tensor]:
-    """Keeps the best entries of each group of heads, the row or a layer; `allowed[row]`: how many, None keeps all."""
+    """Keeps the best entries of each group of heads, the row or a layer; `allowed[row]`: how many, None keeps all.
+
+    Heads in other processes take part: every process makes the same selection over all heads, and returns its own.
+    """
+    if shards.count > 1:
+        home, sizes = scores[0].device, [score.shape[2] for score in scores]
+        everywhere = (
+            shards.gathered([score.to(home) for score in scores], -torch.inf),
+            shards.gathered([place.to(home) for place in positions], -1),
+        )
+        keeps = _compete_in_groups(*everywhere, allowed, scope, UNDIVIDED)
+        return [
+            shards.own(keep)[:, :, :n].to(score.device) for keep, n, score in zip(keeps, sizes, scores, strict=True)
+        ]
     if scope == "global":
         return _compete(scores, positions, [None if groups is None else groups[0] for groups in allowed])
     return [
@@ -211,14 +231,18 @@ def _compete(
 
 
 def _select_per_head(
-    scores: list[torch.Tensor], positions: list[torch.Tensor], shares: list[BudgetAllocation | None]
+    scores: list[torch.Tensor],
+    positions: list[torch.Tensor],
+    shares: list[BudgetAllocation | None],
+    shards: HeadShards,
 ) -> list[torch.Tensor]:
     """Keeps the best entries of every head by its own number."""
     keeps, before = [], 0
     for score, place in zip(scores, positions, strict=True):
         _, heads, n = score.shape
-        own = slice(before, before + heads)
+        first = before + shards.index * heads
+        own = slice(first, first + heads)
         k = [one for share in shares for one in ([n] * heads if share is None else share.groups[own])]
         keeps.append(top_of_each_head(score, place, k))
-        before += heads
+        before += heads * shards.count
     return keeps

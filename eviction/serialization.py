@@ -168,8 +168,11 @@ def export_cache(cache: RaggedCache) -> tuple[dict[str, Any], dict[str, torch.Te
     """The header and tensors of a file: entries are copied, other tensors may be the cache's own.
 
     Raises:
-        ValueError: the cache is empty, or has layers that cannot be saved (state space).
+        ValueError: the cache is empty, has layers that cannot be saved (state space), or is of a model in tensor
+            parallel, of which a process has a part.
     """
+    if cache.ragged[0].attention.shards.count > 1:
+        raise ValueError("got a cache of a model in tensor parallel; accepted: one whose process has all heads")
     if not cache.stores:
         raise ValueError("the cache is empty: run the model with it before it is saved")
     tensors: dict[str, torch.Tensor] = {}

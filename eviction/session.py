@@ -63,6 +63,7 @@ class Session(Interceptor):
         recording: the part of these that caches hold.
         logits_to_keep: this argument of the running call of the model: the number of last logits that its caller reads;
             0 or a tensor of indices for all.
+        shards: the model's heads in this process.
         call_mask: `attention_mask` of the running call of the model; None if there was none.
         rope_deltas: M-RoPE's offsets, which each cache has of its own.
     """
@@ -76,6 +77,7 @@ class Session(Interceptor):
         self._config = text_config(model)
         self._depth = self._config.num_hidden_layers
         self._layers = {layer.layer_idx: layer for layer in full_attention_layers(model)}
+        self.shards = next(iter(self._layers.values())).shards
         self._devices = {index: execution_device(layer.module) for index, layer in self._layers.items()}
         self.policies = policies = (plan.policy, *observe)
         self._needs = frozenset().union(*(policy.needs for policy in policies))
@@ -90,7 +92,7 @@ class Session(Interceptor):
         self._check(model)
         self._gates = None
         if gates is not None and "log_beta" in self._needs:
-            self._gates = LayerGates(gates, self._devices)
+            self._gates = LayerGates(gates, self._devices, self.shards)
         self.observers = Observers(policies, Rotary(model) if "query_statistics" in self._needs else None)
         self._recorder = InputRecorder(Rotary(model) if "hidden_states" in self._needs else None)
         self.recording = Recording(
@@ -146,7 +148,7 @@ class Session(Interceptor):
         dim = max(layer.head_dim for layer in layers)
         width = dim * self.model.dtype.itemsize + torch.int32.itemsize
         kind = store_class(execution_device(self.model), self.model.dtype, dim)
-        return BudgetLayout(tuple(layer.num_kv_heads for layer in layers), width, kind.spare)
+        return BudgetLayout(tuple(layer.all_kv_heads for layer in layers), width, kind.spare)
 
     def new_cache(self) -> RaggedCache:
         """An empty cache for the block's model; ValueError while `generate` runs only some of its layers."""
@@ -442,6 +444,8 @@ def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[Att
             f"queries before RoPE, which are known for the model types {', '.join(ROTARY_TYPES)}; this one is "
             f"{text_config(model).model_type!r}"
         )
+    if not policy.scores_heads_alone and any(layer.shards.count > 1 for layer in layers):
+        reason = "all heads of a layer in one process, where tensor parallelism divides them"
     if reason:
         kind = type(model).__name__
         raise UnsupportedModelError(f"policy {policy.name!r} does not support {kind}: it needs {reason}")

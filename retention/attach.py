@@ -101,8 +101,11 @@ class GatedInterceptor(Interceptor):
 
 
 def _require_one_device(model: PreTrainedModel, layers: list[AttentionLayer]) -> None:
-    """Raises ValueError for a model whose `layers` are placed on several devices."""
+    """Raises ValueError for `layers` on several devices, or with heads that are divided among processes."""
     devices = sorted({str(execution_device(layer.module)) for layer in layers})
+    if layers[0].shards.count > 1:
+        kind = type(plain_model(model)).__name__
+        raise ValueError(f"got {kind} in tensor parallel; accepted by attach(): a model whose process has all heads")
     if len(devices) > 1:
         kind = type(plain_model(model)).__name__
         raise ValueError(f"got {kind} on {', '.join(devices)}; accepted by attach(): a model on one device")

@@ -86,7 +86,7 @@ class RetentionConfig:
             activation = "silu"  # a learned activation, such as Apertus' xIELU, is a part of the model
         found: dict[str, Any] = {
             "hidden_size": int(config.hidden_size),
-            "num_kv_heads": layers[0].num_kv_heads,
+            "num_kv_heads": layers[0].all_kv_heads,
             "layer_indices": tuple(layer.layer_idx for layer in layers),
             "activation": activation,
         }

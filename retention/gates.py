@@ -214,7 +214,7 @@ class RetentionGates(nn.Module):
         layers = full_attention_layers(model)
         found = {
             "hidden_size": int(text_config(model).hidden_size),
-            "num_kv_heads": layers[0].num_kv_heads,
+            "num_kv_heads": layers[0].all_kv_heads,
             "layer_indices": tuple(layer.layer_idx for layer in layers),
         }
         name = f"{type(model).__name__} {getattr(model.config, '_name_or_path', '')}".strip()

@@ -81,7 +81,8 @@ def test_the_output_projection(quantized: Any, tiny_model: Any) -> None:
     for layer, original in zip(full_attention_layers(quantized), plain, strict=True):
         weight = output_weight(layer, torch.float32)
         heads = torch.randn(5, layer.num_heads, layer.head_dim)
-        want = layer.module.o_proj(heads.flatten(1))
+        projection: Any = layer.module.o_proj
+        want = projection(heads.flatten(1))
         got = torch.einsum("thv,hvo->to", heads, weight)
         assert (got - want).norm() < 0.02 * want.norm()  # activations may be quantised, too
         exact = output_weight(original, torch.float32)
