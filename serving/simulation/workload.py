@@ -193,8 +193,10 @@ def make_plan(workload: WorkloadConfig, prefix: str) -> WorkflowPlan:
         return WorkflowPlan(following, {}, names[0], len(stages), alike)
     if workload.shape == "peer":
         plan, execute, express, review = names
-        following = {plan: ((execute,), (1.0,)), execute: ((express,), (1.0,)), express: ((review,), (1.0,))}
-        following[review] = ((plan, execute), (1 - PEER_REJECTED, PEER_REJECTED))
+        following = {
+            plan: ((execute,), (1.0,)), execute: ((express,), (1.0,)), express: ((review,), (1.0,)),
+            review: ((plan, execute), (1 - PEER_REJECTED, PEER_REJECTED)),
+        }  # fmt: skip
         return WorkflowPlan(following, {}, plan, len(names))
     planner, *middle, writer = names
     if workload.shape == "fan":
