@@ -41,6 +41,7 @@ CONFIGURATIONS = (
     ("tenure.serving", "PrefetchConfig"),
     ("tenure.serving", "GraphConfig"),
     ("tenure.serving.server", "ServerConfig"),
+    ("tenure.serving.server", "GrammarConfig"),
     ("tenure.serving", "SuffixReuseConfig"),
     ("tenure.serving", "EagerWriteBackConfig"),
     ("tenure.serving", "EvictionHistoryConfig"),
