@@ -70,6 +70,24 @@ class ForwardStep:
     _flat: torch.Tensor | None = field(default=None, repr=False)
     _columns: list[torch.Tensor] | None = field(default=None, repr=False)
     _model_mask: Any = field(default=None, repr=False)
+    _copies: dict[torch.device, ForwardStep] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> ForwardStep:
+        """This step for layers on `device`, where its tensors are copied to once; the step itself if it is there."""
+        if device == self.positions.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = self._changed(
+                valid=None if self.valid is None else self.valid.to(device),
+                positions=self.positions.to(device),
+                rope_positions=None if self.rope_positions is None else self.rope_positions.to(device),
+                angles=None if self.angles is None else (self.angles[0].to(device), self.angles[1].to(device)),
+            )
+        return self._copies[device]
+
+    def _changed(self, **fields: Any) -> ForwardStep:
+        """A step with these fields, which derives everything else anew."""
+        return replace(self, **fields, _mask=None, _flat=None, _columns=None, _model_mask=None, _copies={})
 
     def require_causal(self, mask: Any) -> None:
         """Raises ValueError if the model's attention mask is not causal, as attention over entries is."""
@@ -163,8 +181,7 @@ class ForwardStep:
             return replace(self, deferred=0) if self.deferred else self
         columns = slice(start, stop)
         valid = None if self.valid is None else self.valid[:, columns]
-        return replace(
-            self,
+        return self._changed(
             q_len=stop - start,
             counts=[stop - start] * len(self.counts) if valid is None else valid.sum(1).tolist(),
             valid=valid,
@@ -172,10 +189,6 @@ class ForwardStep:
             deferred=0,
             rope_positions=None if self.rope_positions is None else self.rope_positions[:, columns],
             angles=None if self.angles is None else (self.angles[0][:, columns], self.angles[1][:, columns]),
-            _mask=None,
-            _flat=None,
-            _columns=None,
-            _model_mask=None,
         )
 
 
@@ -221,7 +234,7 @@ class SequenceState:
 
     Attributes:
         tokens: real tokens each row has seen, evicted ones included; empty before the first forward.
-        stored: entries of each row in all layers and heads.
+        stored: entries of each row in all layers and heads, also those of other processes in tensor parallel.
         window_positions: int64 `(batch, size)`: positions of the recorded queries, -1 for none. Never written in
             place, so forks may share it.
         columns: columns seen, padding included.
@@ -313,6 +326,7 @@ class SequenceState:
         """
         before = self.tokens or [0] * batch
         counts = [q_len] * batch if valid is None else valid.sum(1).tolist()
+        valid = None if valid is None else valid.to(device)
         start = torch.tensor(before, dtype=torch.int32, device=device).unsqueeze(1)
         if valid is None:
             offsets = torch.arange(q_len, dtype=torch.int32, device=device)

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer
 from tenure.documents import DocumentLimits, parse_json, plain_line, shown
 
 from ..retention.checkpoint import fingerprint, write_atomic
-from ..retention.decoder_layers import replaces_tensors
+from ..retention.decoder_layers import execution_device, layer_device, replaces_tensors
 from .cache import RaggedCache, Recording
 from .cache_layer import RaggedLayer
 from .forward_state import SequenceState
@@ -168,8 +168,11 @@ def export_cache(cache: RaggedCache) -> tuple[dict[str, Any], dict[str, torch.Te
     """The header and tensors of a file: entries are copied, other tensors may be the cache's own.
 
     Raises:
-        ValueError: the cache is empty, or has layers that cannot be saved (state space).
+        ValueError: the cache is empty, has layers that cannot be saved (state space), or is of a model in tensor
+            parallel, of which a process has a part.
     """
+    if cache.ragged[0].attention.shards.count > 1:
+        raise ValueError("got a cache of a model in tensor parallel; accepted: one whose process has all heads")
     if not cache.stores:
         raise ValueError("the cache is empty: run the model with it before it is saved")
     tensors: dict[str, torch.Tensor] = {}
@@ -244,9 +247,9 @@ def restore(cache: RaggedCache, header: dict[str, Any], tensors: dict[str, torch
     Raises:
         KeyError, TypeError, ValueError: a value is missing, of another type, inconsistent, or does not fit the model.
     """
-    device = cache.recording.model.device
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    rows = SequenceState.restore(header["rows"], _with_prefix("rows.", tensors))
+    model = cache.recording.model
+    rows = {name: tensor.to(execution_device(model)) for name, tensor in _with_prefix("rows.", tensors).items()}
+    rows = SequenceState.restore(header["rows"], rows)
     floor = _number(header["last_eviction"], "last_eviction")
     if not rows.tokens or rows.columns == 0:
         raise ValueError("it has no rows")
@@ -257,7 +260,8 @@ def restore(cache: RaggedCache, header: dict[str, Any], tensors: dict[str, torch
     if saved != kinds:
         raise ValueError(f"it has the layers {plain_line(saved)}, the model's are {plain_line(kinds)}")
     for index, (layer, document) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-        own = _with_prefix(f"layers.{index}.", tensors)
+        device = layer_device(model, index)
+        own = {name: tensor.to(device) for name, tensor in _with_prefix(f"layers.{index}.", tensors).items()}
         if isinstance(layer, RaggedLayer):
             _fill_ragged(layer, document, own, rows)
         else:
@@ -490,7 +494,7 @@ def cache_of_slices(recording: Recording, slices: Sequence[Mapping[str, torch.Te
                 raise ValueError(f"{start}{name} are {tuple(whole.shape)}; accepted: (1, {heads}, {total}, …)")
             flat = whole.reshape(heads * total, -1)
             tensors[f"{start}entries.{name}"] = flat if name in ("key", "value") else flat.squeeze(1)
-        positions = torch.arange(total, dtype=torch.int32, device=recording.model.device)
+        positions = torch.arange(total, dtype=torch.int32, device=execution_device(recording.model))
         tensors[f"{start}entries.position"] = positions.repeat(heads)
         documents.append({"kind": "RaggedLayer", "lengths": [total] * heads, "scaling": layer.scaling})
     header = {

@@ -97,8 +97,19 @@ def fingerprint(model: PreTrainedModel) -> str:
 def _digest_of_rows(weight: Any) -> str:
     assert isinstance(weight, torch.Tensor)
     rows = torch.linspace(0, weight.shape[0] - 1, 16, dtype=torch.float32, device="cpu").long()
-    sample = weight.detach()[rows.to(weight.device)].to("cpu", torch.bfloat16).contiguous()
+    sample = _rows_of(weight.detach(), rows.to(weight.device)).to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def _rows_of(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of an embedding, which tensor parallelism may divide: then all processes make this call."""
+    if not hasattr(weight, "full_tensor"):
+        return weight[rows]
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = weight.device_mesh
+    everywhere = DTensor.from_local(rows, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return torch.nn.functional.embedding(everywhere, weight).full_tensor()  # type: ignore[attr-defined]
 
 
 def save_checkpoint(

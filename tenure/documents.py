@@ -250,8 +250,9 @@ def shown(value: Any) -> str:
 
 
 def shown_name(name: Any) -> str:
-    """A field's name for a message, up to 60 printable characters."""
-    return plain_line(name, 60)
+    """A field's name for a message: up to 60 characters, line ends and the like as escapes."""
+    text = str(name)[:60]
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def plain_line(text: Any, length: int = 300) -> str:

@@ -44,6 +44,7 @@ class CAKE(Policy):
     name: ClassVar[str] = "cake"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})
     default_scope: ClassVar[str] = "preference"
+    scores_heads_alone: ClassVar[bool] = False  # a layer's preference sums over its heads
 
     def __post_init__(self) -> None:
         super().__post_init__()

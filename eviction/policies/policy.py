@@ -49,6 +49,8 @@ class Policy(ABC):
             if the user gives none (`EvictionPlan.floor`).
         default_protection: the sinks and recent tokens that are protected if the user gives no numbers.
         evicts: False for a policy that keeps everything.
+        scores_heads_alone: False if a head's scores depend on other heads in ways that `LayerView.of_all_heads` does
+            not cover; such a policy is refused where tensor parallelism divides the heads.
     """
 
     name: ClassVar[str]
@@ -58,6 +60,7 @@ class Policy(ABC):
     default_floor: ClassVar[float] = 0.0
     default_protection: ClassVar[Protection] = Protection()
     evicts: ClassVar[bool] = True
+    scores_heads_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         verify(self, self.name)

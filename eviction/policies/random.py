@@ -26,7 +26,7 @@ class Random(Policy):
     name: ClassVar[str] = "random"
 
     def score(self, view: LayerView) -> torch.Tensor:
-        heads = torch.arange(view.shape[1], device=view.time.device).view(1, -1, 1)
+        heads = view.first_head + torch.arange(view.shape[1], device=view.time.device).view(1, -1, 1)
         mixed = _mix(_mix(_mix(view.positions + self.seed) + heads) + view.layer_idx)
         return (mixed & 0xFFFFFF).float() / 2**24
 

@@ -323,13 +323,13 @@ def test_released_protection_by_hand():
     """Of 5 entries with the window in the third: shares .05/.9, .4/.9, .3/.9 and .15/.9, and a bias of .15."""
     mean = torch.tensor([[[0.05, 0.4, 0.9, 0.3, 0.15]]])
     counted = torch.tensor([[[True, True, False, True, True]]])
-    before = torch.tensor([[[False, False, False, False, True]]])
-    taken = released_protection(mean, 0.9, counted, before, torch.tensor([4]))
+    bias = torch.tensor([[0.15]])
+    taken = released_protection(mean, 0.9, counted, bias, torch.tensor([4]))
     assert taken.tolist() == [[[False, True, False, False, False]]], "4/9 < 0.75 <= 7/9: the second would cross"
-    more = released_protection(mean, 0.99, counted, before, torch.tensor([4]))
+    more = released_protection(mean, 0.99, counted, bias, torch.tensor([4]))
     assert more.tolist() == [[[False, True, False, True, False]]], "7/9 < 0.84 <= 8.5/9"
     for most in (1, 0, -3):
-        fewer = released_protection(mean, 0.99, counted, before, torch.tensor([most]))
+        fewer = released_protection(mean, 0.99, counted, bias, torch.tensor([most]))
         assert fewer.tolist() == [[[False, most == 1, False, False, False]]]
 
 
