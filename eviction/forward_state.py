@@ -278,8 +278,8 @@ class SequenceState:
             KeyError, TypeError, ValueError: a value is missing or not a number.
         """
         rows = cls()
-        rows.tokens = [int(count) for count in document["tokens"]]
-        rows._runs = [(int(count), tensors.get(f"mask.{i}")) for i, count in enumerate(document["runs"])]
+        rows.tokens = [_whole(count) for count in document["tokens"]]
+        rows._runs = [(_whole(count), tensors.get(f"mask.{i}")) for i, count in enumerate(document["runs"])]
         rows.columns = sum(count for count, _ in rows._runs)
         rows.window_positions = tensors.get("window_positions")
         rows.rope_deltas = tensors.get("rope_deltas")
@@ -380,8 +380,11 @@ class SequenceState:
         for count, valid in self._runs:
             if valid is not None and (valid.dtype != torch.bool or valid.shape != (*batch, count)):
                 yield "padding masks are not bool (batch, columns)"
-        if self.rope_deltas is not None and self.rope_deltas.shape != (*batch, 1):
-            yield "rope_deltas are not (batch, 1)"
+        deltas = self.rope_deltas
+        if deltas is not None and (deltas.shape != (*batch, 1) or deltas.dtype != torch.int64):
+            yield "rope_deltas are not int64 (batch, 1)"
+        elif deltas is not None and bool((deltas.abs() >= 2**31).any()):
+            yield "rope_deltas are no offsets of positions"
         if self.columns != sum(count for count, _ in self._runs) or self.tokens_since(0) != self.tokens:
             yield "token counts and padding masks disagree"
 
@@ -427,3 +430,9 @@ class SequenceState:
             self._runs[-1] = (self._runs[-1][0] + count, None)
         else:
             self._runs.append((count, valid))
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.40} is not a whole number")
+    return value

@@ -92,7 +92,8 @@ def execution_device(model: nn.Module) -> torch.device:
 
 def layer_device(model: PreTrainedModel, index: int) -> torch.device:
     """The device on which decoder layer `index` computes: with `device_map`, layers are on several."""
-    layers: Any = plain_model(model).get_submodule(".".join(_path_to_layer(model)[:-1]))
+    path = _path_to_layer(full_attention_layers(model))
+    layers: Any = plain_model(model).get_submodule(".".join(path[:-1]))
     return execution_device(layers[index])
 
 
@@ -142,12 +143,18 @@ def full_attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """The module that owns the decoder layers (`LlamaModel` inside `LlamaForCausalLM`)."""
-    return plain_model(model).get_submodule(".".join(_path_to_layer(model)[:-2]))
+    model = plain_model(model)
+    return decoder_of(model, full_attention_layers(model))
 
 
-def _path_to_layer(model: PreTrainedModel) -> list[str]:
-    """The names that lead to the first decoder layer with full attention, its number last."""
-    path = full_attention_layers(model)[0].name.split(".")
+def decoder_of(model: PreTrainedModel, layers: list[AttentionLayer]) -> nn.Module:
+    """The module that owns the decoder layers, of which some are given."""
+    return model.get_submodule(".".join(_path_to_layer(layers)[:-2]))
+
+
+def _path_to_layer(layers: list[AttentionLayer]) -> list[str]:
+    """The names that lead to the first of these layers' decoder layer, its number last."""
+    path = layers[0].name.split(".")
     while path and not path[-1].isdigit():
         path.pop()
     return path

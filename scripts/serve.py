@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -78,7 +78,7 @@ class ServeConfig:
     name: str | None = None
     """Name by which clients ask for the model; by default --model, of a folder its last part."""
     gates: str | None = None
-    """Trained gates: a folder or Hub id; by default those shipped for the demo model."""
+    """Trained gates: a folder or hub:OWNER/NAME; by default those shipped for the demo model."""
     compress: Annotated[float | Literal["none"], tyro.conf.arg(metavar="SHARE|none")] = 0.25
     """Share of its entries that an agent's fixed prompt keeps; none: prompts are stored as they are, without gates."""
     system: Literal["expected_time", "ste_prefetch", "ste", "lru_prefetch", "hicache", "lru_reactive", "lfu", "lru"] = (
@@ -181,6 +181,7 @@ def backend(
     from ..serving import DiskPool, EngineClient, MemoryPool, SchedulerConfig, ThreadedTransfer, Tier, build_system
     from ..serving.engine import Compression, Engine
     from ..serving.prompt_cache import PromptKV
+    from ..serving.sampling.grammar_compiler import GrammarCompiler
     from ..serving.server import Backend
 
     model, tokenizer = load_with_gates(config, gates, console, config.threads)
@@ -207,7 +208,9 @@ def backend(
             with EngineClient(engine) as client:
                 limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
                 room = system.tiers.capacity() // system.scheduler.bytes_per_token
-                yield Backend(client, system, tokenizer, config.model_name, min(limit or room, room))
+                grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.end_token_ids)
+                with closing(grammars):
+                    yield Backend(client, system, tokenizer, config.model_name, min(limit or room, room), grammars)
         finally:
             system.close()
 
@@ -255,7 +258,10 @@ def _announce(config: ServeConfig, keys: ApiKeys, host: str, port: int) -> None:
         "max_tokens": 64,
     }
     key = " -H 'Authorization: Bearer KEY'" if keys.required else ""
-    print(f"serving {config.model_name} on http://{shown}:{port}/v1; try:", flush=True)
+    print(
+        f"serving {config.model_name} on http://{shown}:{port}/v1, live page at http://{shown}:{port}/; try:",
+        flush=True,
+    )
     print(
         f"curl http://{shown}:{port}/v1/chat/completions -H 'Content-Type: application/json'{key} -d "
         f"'{json.dumps(body)}'",

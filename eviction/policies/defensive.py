@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -11,13 +11,8 @@ from ..layer_view import LayerView
 from ..ops.naive import mean_over_queries, pool_and_renormalise, top_by_mass
 from ..ops.radix_select import top_of_each_head
 from ..ops.value_norms import value_norms
-from .common import check_window, own_entries
+from .common import Share, Window, check_kernel, own_entries
 from .policy import Policy
-
-VALUE_NORMS = ("heads", "tokens", "raw", "none")
-PROTECTIONS = ("released", "cumulative")
-AGGREGATIONS = ("max", "mean")
-PRIORS = ("mean", "none")
 
 
 def flat_prior(worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -116,13 +111,13 @@ class Defensive(Policy):
             thresholds of the paper's comparison are 1e-3, 1e-4 and 1e-5).
     """
 
-    window: int = 32
-    kernel: int = 5
-    value_norm: str = "heads"
-    mass: float = 0.9
-    protection: str = "released"
-    aggregation: str = "max"
-    prior: str | float = "mean"
+    window: Window = 32
+    kernel: Window = 5
+    value_norm: Literal["heads", "tokens", "raw", "none"] = "heads"
+    mass: Share = 0.9
+    protection: Literal["released", "cumulative"] = "released"
+    aggregation: Literal["max", "mean"] = "max"
+    prior: Literal["mean", "none"] | Share = "mean"
 
     name: ClassVar[str] = "defensive"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "queries", "output_weight"})
@@ -130,19 +125,8 @@ class Defensive(Policy):
     default_scope: ClassVar[str] = "layer"
 
     def __post_init__(self) -> None:
-        check_window(type(self).__name__, self.window, self.kernel)
-        if not 0 <= self.mass <= 1:
-            raise ValueError(f"mass is a share of the attention in [0, 1], got {self.mass}")
-        if self.value_norm not in VALUE_NORMS:
-            raise ValueError(f"unknown value_norm {self.value_norm!r}; known: {', '.join(VALUE_NORMS)}")
-        if self.protection not in PROTECTIONS:
-            raise ValueError(f"unknown protection {self.protection!r}; known: {', '.join(PROTECTIONS)}")
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"unknown aggregation {self.aggregation!r}; known: {', '.join(AGGREGATIONS)}")
-        if isinstance(self.prior, str) and self.prior not in PRIORS:
-            raise ValueError(f"unknown prior {self.prior!r}; known: {', '.join(PRIORS)}, or a number in [0, 1]")
-        if not isinstance(self.prior, str) and not 0 <= self.prior <= 1:
-            raise ValueError(f"prior is a share of the attention in [0, 1], got {self.prior}")
+        super().__post_init__()
+        check_kernel(type(self).__name__, self.kernel)
 
     @property
     def window_size(self) -> int:

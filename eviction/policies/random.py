@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+
+from tenure.checked import Range
 
 from ..layer_view import LayerView
 from .policy import Policy
@@ -19,7 +21,7 @@ class Random(Policy):
         seed: of the hash.
     """
 
-    seed: int = 0
+    seed: Annotated[int, Range(-(2**31), 2**31)] = 0
 
     name: ClassVar[str] = "random"
 

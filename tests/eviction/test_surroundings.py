@@ -296,7 +296,7 @@ class Gate(nn.Module):
 
 def test_output_projections_of_another_kind_are_refused(tiny_llama) -> None:
     tiny_llama.model.layers[1].self_attn.o_proj = Gate()
-    message = r"the output projection as a linear layer .*layers.1.self_attn does"
+    message = r"output projection as a linear layer .*layers.1.self_attn does"
     with pytest.raises(UnsupportedModelError, match=message), evict(tiny_llama, "criticalkv"):
         pass
 

@@ -101,6 +101,54 @@ def test_not_a_safetensors_file(folder: Path) -> None:
         RetentionGates.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weight", float("nan"), "weight in gates.safetensors has numbers that are not finite or beyond 1e"),
+        ("bias", float("inf"), "bias in gates.safetensors has numbers that are not finite"),
+        ("bodies.1.0.weight", -1e38, "bodies.1.0.weight in gates.safetensors has numbers that are not finite"),
+    ],
+)
+def test_weights_that_would_give_no_log_beta(folder: Path, name: str, value: float, message: str) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors[name].view(-1)[-1] = value
+    rewrite_weights(folder, tensors)
+    with pytest.raises(CheckpointError, match=message):
+        RetentionGates.from_pretrained(folder)
+
+
+def test_weights_of_whole_numbers(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    rewrite_weights(folder, tensors | {"bias": tensors["bias"].int()})
+    with pytest.raises(CheckpointError, match=r"bias in gates\.safetensors is torch\.int32; accepted: "):
+        RetentionGates.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 2**40}, "got 1099511627776 as hidden_size; accepted: a whole number from 1 to"),
+        (
+            {"hidden_size": 2**23, "gate_width": 2**23},
+            r"wrong shapes \['bodies.0.0.bias \(16,\) instead of \(8388608,\)",
+        ),
+        ({"layer_indices": list(range(10**5))}, "got 100000 items as gates.layer_indices; accepted: up to 65536"),
+        (
+            {"layer_indices": list(range(4096))},
+            r"it lacks those of the layers 3, 4, .* and 4083 more, and has those of no",
+        ),
+        ({"layer_indices": [0, 1]}, "and has those of the layers 2, which tenure_config.json does not name"),
+        ({"activation": "none"}, "got 'none' as activation; accepted: transformers' names"),
+    ],
+)
+def test_sizes_that_only_the_configuration_has_are_not_built(folder: Path, change: dict, message: str) -> None:
+    """2^23 squared weights a layer are 256 TB: nothing of that size may be made before the file is compared."""
+    document = json.loads((folder / CONFIG_FILE).read_text())
+    rewrite_config(folder, gates=document["gates"] | change)
+    with pytest.raises(CheckpointError, match=message):
+        RetentionGates.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
 def test_absent_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
@@ -122,10 +170,40 @@ def test_unknown_field(folder: Path) -> None:
         RetentionGates.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nothing", "a/b/c"])
-def test_no_such_folder(source: str) -> None:
-    with pytest.raises(CheckpointError, match="no gates at"):
+@pytest.mark.parametrize(
+    "source",
+    ["/nowhere/at/all", "./nothing", "a/b/c", "owner/name", "examples/absent", "hub:a", "hub:a/b/c", "hub:../b"],
+)
+def test_no_such_folder(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    with pytest.raises(CheckpointError, match=r"no gates at .*; accepted: a folder, demo, or hub:owner/name"):
         RetentionGates.from_pretrained(source)
+
+
+def test_gates_of_the_hub(folder: Path, gates: RetentionGates, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def give(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        if (repository, revision) != ("me/gates", "v1"):
+            raise OSError("404")
+        assert allow_patterns == [CONFIG_FILE, WEIGHTS_FILE, "calibration.json"]
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
+    found = RetentionGates.from_pretrained("hub:me/gates", revision="v1")
+    assert found.config == gates.config
+    with pytest.raises(CheckpointError, match="the Hub did not give the gates 'hub:me/other': 404"):
+        RetentionGates.from_pretrained("hub:me/other", revision="v1")
+
+
+def test_the_shipped_gates_have_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder of this name is ./demo
+    assert RetentionGates.from_pretrained("demo").info.base_model.endswith("SmolLM2-135M-Instruct")
+    with pytest.raises(CheckpointError, match=f"has no {CONFIG_FILE}"):
+        RetentionGates.from_pretrained("./demo")
 
 
 def test_wrong_base_model(gates: RetentionGates, tiny_llama: PreTrainedModel, tiny_model, tmp_path: Path) -> None:

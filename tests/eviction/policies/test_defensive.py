@@ -315,7 +315,7 @@ def test_without_mass_only_the_window_is_protected(tiny_llama, prompt):
             conclude(cache.ragged[0], policy, view, torch.ones(1, 1, 1, dtype=torch.bool))
             counts.append(policy.score(view).isinf().sum(2).flatten().tolist())
     assert counts[0] == [4, 4] and all(count > 4 for count in counts[1])
-    with pytest.raises(ValueError, match=r"mass is a share of the attention in \[0, 1\], got 1\.5"):
+    with pytest.raises(ValueError, match=r"got 1\.5 as defensive\.mass; accepted: a number from 0 to 1"):
         Defensive(mass=1.5)
 
 
@@ -374,10 +374,10 @@ def test_options_of_the_papers_comparison(tiny_llama, prompt):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protection": "none"}, r"unknown protection 'none'; known: released, cumulative"),
-        ({"aggregation": "median"}, r"unknown aggregation 'median'; known: max, mean"),
-        ({"prior": "max"}, r"unknown prior 'max'; known: mean, none, or a number in \[0, 1\]"),
-        ({"prior": 2.0}, r"prior is a share of the attention in \[0, 1\], got 2.0"),
+        ({"protection": "none"}, "got 'none' as defensive.protection; accepted: released, cumulative"),
+        ({"aggregation": "median"}, "got 'median' as defensive.aggregation; accepted: max, mean"),
+        ({"prior": "max"}, "got 'max' as defensive.prior; accepted: mean, none or a number from 0 to 1"),
+        ({"prior": 2.0}, "got 2.0 as defensive.prior; accepted: mean, none or a number from 0 to 1"),
     ],
 )
 def test_unknown_options_are_refused(options, message):
