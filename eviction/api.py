@@ -35,6 +35,7 @@ def evict(
     prefill_chunk: int | None = None,
     schedule: str | None = None,
     preset: str | None = None,
+    token_floors: Any = None,
 ) -> Iterator[Session]:
     """Within the block `model(...)` and `model.generate(...)` keep their KV cache within a budget.
 
@@ -67,6 +68,9 @@ def evict(
             buffer are reached. None for "bounded", or the preset's.
         preset: eviction as a released code does it: "defensivekv", "trimkv", "dbtrimkv" or "kvpress"
             (docs/reference/presets.md). Options that it fixes must be left out.
+        token_floors: pairs `(tokens, share)`, tokens in any form of `protect`: their best entries keep at least that
+            share of the budget of those that compete, as far as they have any. Shares add up to 1 at most. With
+            `modality_ranges` they are floors for images and text.
 
     Yields:
         The session: `new_cache()`, `extend()`, `load_cache()`, `report()`.
@@ -78,7 +82,7 @@ def evict(
     """
     plan = make_plan(
         policy, budget, preset=preset, scope=scope, floor=floor, protect=protect, sinks=sinks, recent=recent,
-        buffer=buffer, prefill_chunk=prefill_chunk, schedule=schedule,
+        buffer=buffer, prefill_chunk=prefill_chunk, schedule=schedule, token_floors=token_floors,
     )  # fmt: skip
     observed = tuple(get_policy(one) for one in ([observe] if isinstance(observe, str | Policy) else observe))
     if gates is not None and not isinstance(gates, RetentionGates):
