@@ -347,8 +347,10 @@ class EvictionPlan:
         room = int(own.share * share + _ROUNDING)
         sinks = min(own.sinks, room) if self.sinks is None else self.sinks
         recent = min(own.recent, max(0, room - sinks)) if self.recent is None else self.recent
+        floors = sum(int(share * floor.share) for floor in self.token_floors)
         if self.protect is not None:
-            return self.protect.limits(row, tokens, share, sinks, recent)
+            return self.protect.limits(row, tokens, share, sinks, recent, floors)
+        share -= floors
         sinks = min(sinks, share)
         return sinks, min(recent, share - sinks)
 

@@ -18,7 +18,8 @@ class TokenFloor:
     """A share of each group's budget that goes to the best entries of some tokens, before all entries compete.
 
     The floor is no allotment: these tokens may win more, and where they have fewer entries than the floor, others get
-    the rest. Protected tokens among them count towards it.
+    the rest. Protected tokens among them count towards it; sinks and recent tokens give way to it, tokens of `protect`
+    do not.
 
     Attributes:
         tokens: see `ProtectedTokens`; ranges may exceed what a row has seen.

@@ -77,7 +77,7 @@ def make_model(text_model: Path, image_token_id: int, tower: Path | None = TOWER
         tie_word_embeddings=True,
     )  # fmt: skip
     model = Idefics3ForConditionalGeneration(config)
-    model.model.text_model = text.model
+    model.model.text_model.load_state_dict(text.model.state_dict())
     model.tie_weights()
     model.generation_config = text.generation_config
     if tower is not None:
