@@ -35,6 +35,8 @@ LABELS = {
     ("keydiff", "head"): "KeyDiff",
     ("knorm", "head"): "Knorm",
     ("lagkv", "head"): "LagKV",
+    ("rkv", "head"): "R-KV",
+    ("cake", "preference"): "CAKE",
     ("tova", "head"): "TOVA",
     ("h2o", "head"): "H2O",
     ("streaming_llm", "head"): "StreamingLLM",

@@ -10,7 +10,9 @@ from .layer_view import LayerView
 from .modalities import ModalityKept, kept_by_modality, modality_ranges
 from .plan import Budget
 from .policies import (
+    CAKE,
     H2O,
+    RKV,
     TOVA,
     AdaCriticalKV,
     AdaKV,
@@ -38,8 +40,9 @@ from .session import Session
 from .token_floors import TokenFloor
 
 __all__ = [
-    "H2O", "TOVA", "AdaCriticalKV", "AdaKV", "Budget", "CacheFileError", "CriticalKV", "Defensive", "ExpectedAttention",
-    "Full", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView", "ModalityKept", "Policy", "PyramidKV",
-    "RaggedCache", "Random", "Report", "Retention", "RetentionDefensive", "Session", "SnapKV", "StreamingLLM",
-    "TokenFloor", "evict", "get_policy", "kept_by_modality", "modality_ranges", "policy_names", "policy_text",
+    "CAKE", "H2O", "RKV", "TOVA", "AdaCriticalKV", "AdaKV", "Budget", "CacheFileError", "CriticalKV", "Defensive",
+    "ExpectedAttention", "Full", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView", "ModalityKept", "Policy",
+    "PyramidKV", "RaggedCache", "Random", "Report", "Retention", "RetentionDefensive", "Session", "SnapKV",
+    "StreamingLLM", "TokenFloor", "evict", "get_policy", "kept_by_modality", "modality_ranges", "policy_names",
+    "policy_text",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,7 +21,7 @@ from .protected_tokens import ProtectedTokens
 from .storage.segment_store import StorageConfig
 from .token_floors import TokenFloor, token_floors
 
-SCOPES = ("global", "layer", "head", "pyramid")
+SCOPES = ("global", "layer", "head", "pyramid", "preference")
 SCHEDULES = ("bounded", "filled", "once")
 PYRAMID_BETA = 20  # β of PyramidKV, section 4
 CALIBRATED = "calibrated"  # the budget that `tenure calibrate` stored with the gates
@@ -70,9 +71,20 @@ def allocate(scope: str, total: int, tokens: int, layout: BudgetLayout, window: 
     Args:
         scope: one of `SCOPES`.
         tokens: tokens the row has seen.
-        window: tokens of the policy's observation window, for "pyramid".
+        window: tokens of the policy's observation window, for "pyramid" and "preference".
+
+    Raises:
+        ValueError: "preference", and layers with different numbers of heads.
     """
     average = total // layout.segments
+    if scope == "preference":
+        if len(set(layout.heads)) > 1:
+            raise ValueError(
+                f"scope 'preference' needs layers with the same number of key/value heads, got {layout.heads}: give "
+                "another scope"
+            )
+        # Layers differ once `by_preference` has been asked; a head keeps its window in any case.
+        return BudgetAllocation([average] * layout.segments, [min(average, window)] * len(layout.heads), average)
     if scope == "global":
         return BudgetAllocation([total], [average] * len(layout.heads), average)
     if scope == "layer":
@@ -106,6 +118,38 @@ def pyramid(average: float, tokens: int, layers: int, window: int = 0) -> list[f
     if layers == 1 or not tokens >= high >= low >= max(1, window):
         return [average] * layers
     return [high - (high - low) * layer / (layers - 1) for layer in range(layers)]
+
+
+def by_preference(average: int, preferences: Sequence[float], tokens: int, window: int) -> list[int]:
+    """Entries per head of each layer: the window, and the rest of the budget in proportion to the preferences.
+
+    Source: CAKE (Qin et al., 2025), section 3, with the rounding of its released code: shares are rounded down, what a
+    layer cannot hold is given to the others in equal parts, once, and so is the remainder. Where no head could hold the
+    window, or no layer is preferred, all layers get the same.
+
+    Args:
+        average: entries per head on average over the layers.
+        preferences: of the layers, not negative.
+        tokens: tokens the row has seen.
+        window: tokens of the observation window, which every layer keeps.
+    """
+    whole, most = sum(preferences), tokens - window
+    total = (average - window) * len(preferences)
+    if total < 0 or not 0 < whole < math.inf or average > tokens:
+        return [average] * len(preferences)
+    shares = [int(one / whole * total) for one in preferences]
+    excess = sum(max(one - most, 0) for one in shares)
+    shares = [min(one, most) for one in shares]
+    _spread(shares, excess, most)
+    _spread(shares, total - sum(shares), most)  # lost by rounding down
+    return [window + min(one, most) for one in shares]
+
+
+def _spread(shares: list[int], more: int, most: int) -> None:
+    """Gives `more` in equal parts to the shares below `most`, one more to the first ones."""
+    below = [index for index, one in enumerate(shares) if one < most]
+    for place, index in enumerate(below):
+        shares[index] += more // len(below) + (place < more % len(below))
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
@@ -243,8 +287,9 @@ class EvictionPlan:
         policy: scores the entries.
         budget: number of entries to keep.
         scope: which entries compete: "head" gives every (layer, head) the same number, "pyramid" the heads of lower
-            layers more than those of higher ones (see `pyramid`), "layer" lets the heads of a layer compete, "global"
-            all heads of all layers of a row. Rows never compete.
+            layers more than those of higher ones (see `pyramid`), "preference" those of preferred layers
+            (`by_preference`), "layer" lets the heads of a layer compete, "global" all heads of all layers of a row.
+            Rows never compete.
         sinks, recent: the first and last tokens of a row, always kept and counted in the budget. If they alone, with
             the tokens of `protect`, would exceed it, fewer recent tokens are protected, then fewer sinks. None is the
             policy's own number, `Policy.default_protection`, and at most its share of the budget.
@@ -280,6 +325,9 @@ class EvictionPlan:
         object.__setattr__(self, "token_floors", token_floors(self.token_floors))
         if self.scope not in SCOPES:
             raise ValueError(f"unknown scope {self.scope!r}; known: {', '.join(SCOPES)}")
+        if self.scope == "preference" and not self.policy.prefers_layers:
+            name = self.policy.name
+            raise ValueError(f"scope 'preference' needs a policy with layer preferences (cake), got {name!r}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
         for name in ("sinks", "recent", "buffer"):

@@ -12,7 +12,7 @@ from .cache_layer import RaggedLayer
 from .layer_view import LayerView
 from .ops.naive import top_of_rows
 from .ops.radix_select import select_with_kernels, top_of_each_head
-from .plan import BudgetAllocation, BudgetLayout, EvictionPlan
+from .plan import BudgetAllocation, BudgetLayout, EvictionPlan, by_preference
 from .policies.policy import Policy
 
 
@@ -54,20 +54,27 @@ def choose(
     shares = [plan.allocate(end, layout) if now else None for end, now in zip(ends, due, strict=True)]
     protected = _ProtectedPositions(plan, tokens, shares, time)
     evicting = torch.tensor(list(due), device=time.device).view(-1, 1, 1)
-    scores, positions = [], []
+    scores, positions, preferences = [], [], []
     for index, layer in enumerate(layers):
         allowed = [0 if share is None else share.shares[index] for share in shares]
         view = plan.policy.view(layer, time, query_positions, time.new_tensor(allowed), time.new_tensor(scored_at))
         conclude(layer, plan.policy, view, evicting)
         score = _checked(plan, layer.layer_idx, plan.policy.score(view), view.valid)
+        if plan.scope == "preference":
+            preferences.append(plan.policy.layer_preference(view).tolist())
         score = torch.where(evicting, score, 0.0)  # a row that is not due keeps entries scored -inf
         score = score.masked_fill(protected.mask(view.positions, index), torch.inf)
         scores.append(score.masked_fill(~view.valid, -torch.inf))
         positions.append(view.positions)
+    if plan.scope == "preference":
+        shares = [
+            share and _preferred(share, [layer[row] for layer in preferences], end, plan.policy.window_size, layout)
+            for row, (share, end) in enumerate(zip(shares, ends, strict=True))
+        ]
     for floor in plan.token_floors:
         inside = [floor.mask(place, tokens) for place in positions]
         scores = _with_token_floor(scores, positions, inside, shares, plan.scope, floor.share)
-    if plan.scope in ("head", "pyramid"):
+    if plan.scope in ("head", "pyramid", "preference"):
         return _select_per_head(scores, positions, shares)
     if plan.floor and plan.rules.floor == "add":
         return _select_with_floor_added(scores, positions, shares, plan.scope, plan.floor)
@@ -75,6 +82,15 @@ def choose(
         floor = [0 if share is None else max(1, int(plan.floor * share.average)) for share in shares]
         scores = [_with_floor(score, place, floor) for score, place in zip(scores, positions, strict=True)]
     return _compete_in_groups(scores, positions, [share and share.groups for share in shares], plan.scope)
+
+
+def _preferred(
+    share: BudgetAllocation, preferences: Sequence[float], tokens: int, window: int, layout: BudgetLayout
+) -> BudgetAllocation:
+    """The allocation by the layers' preferences of a row."""
+    numbers = by_preference(share.average, preferences, tokens, window)
+    groups = [number for number, heads in zip(numbers, layout.heads, strict=True) for _ in range(heads)]
+    return BudgetAllocation(groups, numbers, share.average)
 
 
 def conclude(layer: RaggedLayer, policy: Policy, view: LayerView, evicting: torch.Tensor) -> None:
@@ -143,7 +159,7 @@ def _with_token_floor(
     """Scores in which the best entries `inside` rank above all but protected ones, as many as `share` of the budget."""
     parts = [one and replace(one, groups=[int(group * share) for group in one.groups]) for one in shares]
     among = [score.masked_fill(~mask, -torch.inf) for score, mask in zip(scores, inside, strict=True)]
-    if scope in ("head", "pyramid"):
+    if scope in ("head", "pyramid", "preference"):
         best = _select_per_head(among, positions, parts)
     else:
         best = _compete_in_groups(among, positions, [one and one.groups for one in parts], scope)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,10 @@ CONFIG_FILE = "tenure_config.json"
 WEIGHTS_FILE = "gates.safetensors"
 CALIBRATION_FILE = "calibration.json"
 SCHEMA_VERSION = 1
+# The gates that come with the library, by name. A wheel has the checkout's examples/ in its top-level package.
+SHIPPED_GATES = {"demo": Path(__file__).resolve().parents[1] / "examples" / "smollm2-135m-gates"}
+HUB_PREFIX = "hub:"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -158,24 +163,33 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def local_folder(source: str | os.PathLike, revision: str | None = None) -> Path:
-    """The folder itself, or that of the Hub repository's files on this machine.
+    """The folder that gates are read from.
+
+    Args:
+        source: a folder; `demo` for the gates that come with the library; or `hub:owner/name`, whose files are fetched.
+            A text without this prefix never reaches the Hub: a path that does not exist would name a repository that
+            anybody may own.
 
     Raises:
-        CheckpointError: neither a folder nor a repository that the Hub gives.
+        CheckpointError: there is no such folder, or the Hub does not give the repository.
     """
-    path = Path(source)
+    text = str(source)
+    if text in SHIPPED_GATES:
+        return SHIPPED_GATES[text]
+    path = Path(source).expanduser()
     if path.is_dir():
         return path
-    text = str(source)
-    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise CheckpointError(f"no gates at {text!r}; a local folder or a Hub repository 'owner/name' is accepted")
+    repository = text.removeprefix(HUB_PREFIX)
+    if repository == text or not _HUB_ID.fullmatch(repository):
+        names = ", ".join(SHIPPED_GATES)
+        raise CheckpointError(f"no gates at {text!r}; accepted: a folder, {names}, or {HUB_PREFIX}owner/name")
     from huggingface_hub import snapshot_download
 
     try:
         files = [CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE]
-        return Path(snapshot_download(text, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except Exception as error:  # the Hub client raises many types, from requests to its own
-        raise CheckpointError(f"no folder {text!r} here, and the Hub did not give it: {error}") from error
+        raise CheckpointError(f"the Hub did not give the gates {text!r}: {error}") from error
 
 
 def parse_config(document: dict[str, Any], where: str) -> tuple[RetentionConfig, CheckpointInfo]:

@@ -215,10 +215,10 @@ class RetentionGates(nn.Module):
     def from_pretrained(
         cls, source: str | os.PathLike, model: PreTrainedModel | None = None, revision: str | None = None
     ) -> RetentionGates:
-        """Loads gates from a local folder or a Hub repository.
+        """Loads gates from a folder, by name, or from the Hub.
 
         Args:
-            source: folder, or `owner/name` on the Hub.
+            source: a folder; `demo` for the gates that come with the library; or `hub:owner/name`.
             model: if given, the gates are checked against it and moved to its device.
             revision: of the Hub repository.
 

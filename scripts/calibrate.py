@@ -38,8 +38,8 @@ class CalibrateConfig:
 
     model: str = "demo"
     """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
-    gates: str = "examples/smollm2-135m-gates"
-    """Trained gates: a folder, to which calibration.json is written, or with --out a Hub id."""
+    gates: str = "demo"
+    """Trained gates: a folder, to which calibration.json is written, or with --out hub:OWNER/NAME or demo."""
     out: Path | None = None
     """Save the gates with their calibration to this folder instead."""
     loss: Annotated[str, tyro.conf.arg(metavar="kl|answers|TASK")] = "kl"
@@ -65,7 +65,7 @@ class CalibrateConfig:
     """Tasks of the questions, for the losses kl and answers."""
     policy: str = "retention"
     """Eviction policy, with options as in retention(lookahead=16)."""
-    scope: Literal["auto", "global", "layer", "head", "pyramid"] = "auto"
+    scope: Literal["auto", "global", "layer", "head", "pyramid", "preference"] = "auto"
     """The entries that compete for the budget; auto is the policy's default."""
     data: str = "demo"
     """Texts to take documents from: `demo` (every other held-out essay), a text file or a folder."""
@@ -167,6 +167,7 @@ def _check(config: CalibrateConfig) -> CalibrationPlan:
     """Validates the configuration, with a ValueError for whatever is wrong, before the model is loaded."""
     from ..eval import Cell, RiskControl, check_inputs, tasks_of
     from ..retention import RetentionGates
+    from ..retention.checkpoint import SHIPPED_GATES
     from ..training.assets import resolve_model, resolve_texts
 
     tasks = tasks_of(config.loss, config.tasks)
@@ -183,7 +184,7 @@ def _check(config: CalibrateConfig) -> CalibrationPlan:
     cells = [Cell.of("full"), *(Cell.of(config.policy, budget, scope) for budget in budgets)]
     if not cells[-1].evicts:
         raise ValueError(f"policy {config.policy!r} evicts nothing: there is no budget to calibrate")
-    if config.out is None and not Path(config.gates).is_dir():
+    if config.out is None and (config.gates in SHIPPED_GATES or not Path(config.gates).expanduser().is_dir()):
         raise ValueError(f"{config.gates!r} is not a folder here: give --out for the gates with their calibration")
     gates = RetentionGates.from_pretrained(config.gates)
     source = resolve_model(config.model)
@@ -264,8 +265,9 @@ def _store(config: CalibrateConfig, gates: RetentionGates, calibration: Calibrat
 
     gates.calibration = calibration
     if config.out is None:
-        save_calibration(Path(config.gates), calibration)
-        return Path(config.gates) / CALIBRATION_FILE
+        folder = Path(config.gates).expanduser()
+        save_calibration(folder, calibration)
+        return folder / CALIBRATION_FILE
     gates.save_pretrained(config.out)
     return config.out / CALIBRATION_FILE
 

@@ -40,7 +40,7 @@ class FidelityConfig:
     model: str = "demo"
     """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
     gates: str | None = None
-    """Trained gates: a folder or Hub id; by default the gates shipped for the demo model."""
+    """Trained gates: a folder or hub:OWNER/NAME; by default the gates shipped for the demo model."""
     data: str = "demo"
     """Texts: `demo` (held-out essays), a text file or a folder."""
     policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY[:SCOPE] ...")] = POLICIES

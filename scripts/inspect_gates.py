@@ -28,7 +28,7 @@ class InspectConfig:
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """Folder with tenure_config.json and gates.safetensors, or a Hub id."""
+    """Folder with tenure_config.json and gates.safetensors; demo; or hub:OWNER/NAME."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Base model for measuring half-lives: Hub id, local folder, or `demo`."""
     data: str = "demo"

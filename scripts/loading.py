@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..retention import RetentionGates
 
-SHIPPED_GATES = Path("examples") / "smollm2-135m-gates"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"  # of the checkout; a wheel has them in tenure/
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -153,23 +153,26 @@ def run_versions() -> dict[str, str]:
     return {name: version(name) for name in ("tenure", "torch", "transformers")}
 
 
-def find_gates(model: str, gates: str | None) -> str | Path:
-    """The given gates, or the gates shipped for the demo model.
+def find_gates(model: str, gates: str | None) -> str:
+    """The given gates, or the name of those shipped for the demo model.
 
     Raises:
-        ValueError: none are given, and there are no shipped gates for this model or in this installation.
+        ValueError: none are given, and there are no shipped gates for this model.
     """
     if gates is not None:
         return gates
     if model != "demo":
         raise ValueError(f"the shipped gates fit the demo model only: give --gates for {model!r}")
-    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
-        if (root / SHIPPED_GATES).is_dir():
-            return root / SHIPPED_GATES
-    raise ValueError(
-        f"the shipped gates ({SHIPPED_GATES}) are part of the repository and not of the installed package: run this in "
-        "a checkout, or give --gates"
-    )
+    return "demo"
+
+
+def find_example(path: str | Path) -> Path:
+    """A YAML file by its path; or the one of this name that comes with the library, for `examples/NAME` or `NAME` where
+    there is no such file."""
+    path = Path(path).expanduser()
+    shipped = EXAMPLES / path.name
+    named = path == Path(path.name) or path == Path("examples") / path.name
+    return shipped if named and not path.exists() and shipped.is_file() else path
 
 
 @contextlib.contextmanager

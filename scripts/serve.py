@@ -78,7 +78,7 @@ class ServeConfig:
     name: str | None = None
     """Name by which clients ask for the model; by default --model, of a folder its last part."""
     gates: str | None = None
-    """Trained gates: a folder or Hub id; by default those shipped for the demo model."""
+    """Trained gates: a folder or hub:OWNER/NAME; by default those shipped for the demo model."""
     compress: Annotated[float | Literal["none"], tyro.conf.arg(metavar="SHARE|none")] = 0.25
     """Share of its entries that an agent's fixed prompt keeps; none: prompts are stored as they are, without gates."""
     system: Literal["expected_time", "ste_prefetch", "ste", "lru_prefetch", "hicache", "lru_reactive", "lfu", "lru"] = (
@@ -163,9 +163,7 @@ def main(config: ServeConfig, link_bytes_per_s: float | None = None) -> int:
     if config.compress != "none":
         gates = RetentionGates.from_pretrained(find_gates(config.model, config.gates))
     server = ServerConfig(drain_s=config.drain_s)
-    with bind(config.host, config.port) as listening, backend(
-        config, gates, console, link_bytes_per_s
-    ) as served:
+    with bind(config.host, config.port) as listening, backend(config, gates, console, link_bytes_per_s) as served:
         host, port = listening.getsockname()[:2]
         app = build_app(served, keys, server)
         reload = None if config.api_keys is None else lambda: _reload(keys)
@@ -257,7 +255,10 @@ def _announce(config: ServeConfig, keys: ApiKeys, host: str, port: int) -> None:
         "max_tokens": 64,
     }
     key = " -H 'Authorization: Bearer KEY'" if keys.required else ""
-    print(f"serving {config.model_name} on http://{shown}:{port}/v1; try:", flush=True)
+    print(
+        f"serving {config.model_name} on http://{shown}:{port}/v1, live page at http://{shown}:{port}/; try:",
+        flush=True,
+    )
     print(
         f"curl http://{shown}:{port}/v1/chat/completions -H 'Content-Type: application/json'{key} -d "
         f"'{json.dumps(body)}'",

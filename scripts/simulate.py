@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from .loading import find_example
 from .output import make_console, write_rows
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def main(config: SimulateConfig) -> int:
 
     if config.trace:
         return _trace(config)
-    setups = [_chosen(load_setup(path, config.set), config) for path in config.setups]
+    setups = [_chosen(load_setup(find_example(path), config.set), config) for path in config.setups]
     if config.study:
         return _study(setups[0], config)
     comparisons: list[PolicyComparison] = []
@@ -211,7 +212,9 @@ def _trace(config: SimulateConfig) -> int:
 
     path = config.trace or ""
     trace = read_trace(path)
-    machine = load_setup(config.setups[0], config.set).cells[0].machine if config.setups else machine_of(trace)
+    machine = (
+        load_setup(find_example(config.setups[0]), config.set).cells[0].machine if config.setups else machine_of(trace)
+    )
     cell = SimulationCell(Path(path).name, machine, WorkloadConfig())
     title = f"trace {path}: {len(trace.calls)} calls"
     setup = _chosen(SimulationSetup(Path(path).stem, title, "replayed", (cell,), repeats=1), config)

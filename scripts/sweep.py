@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .loading import load_model, needs_checkout
+from .loading import find_example, load_model, needs_checkout
 from .sweep_checks import check, load_gates, load_texts, make_builder, pick_devices
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class SweepCommand:
     model: str | None = None
     """Overrides the model of the YAML file."""
     gates: str | None = None
-    """Overrides the gates of the YAML file: a folder or Hub id."""
+    """Overrides the gates of the YAML file: a folder, demo or hub:OWNER/NAME."""
     question: Literal["agnostic", "aware", "both"] | None = None
     """Overrides the YAML file: compress caches before the question is read (agnostic), after it (aware), or both."""
     cases: int | None = None
@@ -68,7 +68,7 @@ def main(config: SweepCommand) -> int:
 
     given = {name: getattr(config, name) for name in ("model", "gates", "question", "cases")}
     changes = {name: value for name, value in given.items() if value is not None}
-    sweep = SweepConfig.from_yaml(config.config, **changes)
+    sweep = SweepConfig.from_yaml(find_example(config.config), **changes)
     devices = pick_devices(config.devices, config.processes)
     job = check(sweep, devices)
     start: Prepare = partial(prepare, sweep, job.threads)

@@ -152,10 +152,10 @@ def _settings(
 
 def _gates_settings(sweep: SweepConfig) -> dict[str, Any]:
     from ..retention.checkpoint import load_checkpoint, local_folder
-    from .loading import SHIPPED_GATES, find_gates
+    from .loading import find_gates
 
     document, _ = load_checkpoint(local_folder(find_gates(sweep.model, sweep.gates)))
-    return {"folder": sweep.gates or str(SHIPPED_GATES), "sha256": document["weights_sha256"]}
+    return {"folder": sweep.gates or "examples/smollm2-135m-gates", "sha256": document["weights_sha256"]}
 
 
 def _sha256(parts: Any) -> str:

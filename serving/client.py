@@ -17,13 +17,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from tenure.checked import Count, Positive, Range, verify
+from tenure.checked import Count, NotNegative, Positive, Range, verify
 
 from .engine_loop import EngineLoop
 from .errors import BadRequest, Draining, EngineDead, Gone, QueueFull, RequestFailed, ServingError
 from .events import AnswerEvent, Detokenizer, TokenEvent
 from .hints.hint import Hint
 from .request import FinishReason, Request, RequestOutput
+from .snapshot import SystemSnapshot
 from .workflow.spec import WorkflowSpec
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,14 @@ class EngineClientConfig:
     Attributes:
         idle_wait_s: seconds that an idle engine waits at a time; the age of the last step stays below it while idle.
         max_unfinished: requests that have been submitted and have not ended; `submit` refuses more.
+        snapshot_interval_s: seconds for which a snapshot is given to everybody who asks for one.
         max_messages: messages that the engine's thread has not taken yet; more are refused, except cancellations.
     """
 
     idle_wait_s: Positive = 0.5
     max_unfinished: Count = 20_000
     max_messages: Annotated[int, Range(1)] = 50_000
+    snapshot_interval_s: NotNegative = 0.5
 
     def __post_init__(self) -> None:
         verify(self)
@@ -261,6 +264,7 @@ class EngineClient:
         self._refusal: str | None = None  # why no new requests are taken
         self._dead: EngineDead | None = None
         self._closed = False  # the thread takes no further messages
+        self._snapshot: tuple[Future[Any] | None, float] = None, 0.0  # the last one, and when it was asked for
         # Of the engine's thread, the counters read by others:
         self._streams: dict[int, AnswerStream] = {}
         self._woken: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
@@ -365,6 +369,25 @@ class EngineClient:
         return self._call(self._engine.flush)
 
     # State ------------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Future[SystemSnapshot]:
+        """The state of the system between two steps, taken by the engine's thread.
+
+        Taken once in `snapshot_interval_s`, and once after whatever is in progress, however many ask: the future is
+        shared, so nobody may cancel it.
+
+        Raises:
+            EngineDead, Draining, QueueFull: see `EngineClient`.
+        """
+        now = time.monotonic()
+        with self._lock:
+            self._require_alive()
+            last, taken_s = self._snapshot
+            if last is not None and (not last.done() or now - taken_s < self.config.snapshot_interval_s):
+                return last
+        future = self._call(self._engine.snapshot)
+        self._snapshot = future, now
+        return future
 
     def health(self) -> EngineHealth:
         with self._lock:

@@ -40,6 +40,7 @@ from .sampling.row import SamplerRow
 from .sampling.sampler import Sampler, TokenLogprobs
 from .sampling.stop import StopChecker
 from .scheduler.request_state import RequestState, ScheduledBatch, ScheduledDecode, ScheduledPrefill, TokenRange
+from .snapshot import SnapshotConfig, SystemSnapshot, take_snapshot
 from .system import System
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Engine:
         compression: of fixed prompts; None: they are stored as they are.
         tokenizer: of transformers; needed for stop texts, and for events with text.
     Attributes:
-        pages: of the device pool.
+        pages: of the device pool. snapshot_config: bounds of what `snapshot` lists.
         busy_s: seconds spent on batches so far.
     Raises:
         ValueError: the session evicts by itself, the model or the policy cannot be used (see `check_packable` and
@@ -127,7 +128,7 @@ class Engine:
         check_packable(session.model)
         self.session, self.system, self.compression = session, system, compression
         self.kv = PromptKV(session, system.tiers.page_size)
-        self.busy_s = 0.0
+        self.busy_s, self.snapshot_config = 0.0, SnapshotConfig()
         if compression is not None:
             session.require_recorded(get_policy(compression.policy))
         self.pages = self._bind()
@@ -214,6 +215,10 @@ class Engine:
         disk = isinstance(self.system.tiers.pools.get(Tier.DISK), DiskPool)
         self.system.tiers.flush(kv_fingerprint(self.session) if disk else None)
         self._version = version_of(self._weights)
+
+    def snapshot(self) -> SystemSnapshot:
+        """The state of the system, see `take_snapshot`."""
+        return take_snapshot(self.system, self.snapshot_config)
 
     def wake(self) -> None:
         """Makes the step that waits, or else the next one, return without waiting; from any thread, at once."""

@@ -8,6 +8,7 @@ from typing import Protocol
 from .events import TokenEvent
 from .hints.hint import Hint
 from .request import Request, RequestOutput
+from .snapshot import SystemSnapshot
 from .workflow.graph import StepGraph
 
 
@@ -40,6 +41,10 @@ class EngineLoop(Protocol):
 
     def flush(self) -> None:
         """Discards all cached KV, and what runs on it."""
+        ...
+
+    def snapshot(self) -> SystemSnapshot:
+        """The state of the system, bounded in size and time."""
         ...
 
     def step(self, patience_s: float) -> Sequence[RequestOutput]:

@@ -22,6 +22,8 @@ PRESENT = [folder for folder in FOLDERS if (ROOT / folder).is_dir()]
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "runs", "wandb", "*.egg-info", "__pycache__")
 # Packages that only a checkout has.
 NOT_INSTALLED = ("scripts/bench", "scripts/soak")
+# The files of the shipped gates that are installed; the logs of their training are not.
+GATES_FILES = ("README.md", "calibration.json", "gates.safetensors", "tenure_config.json")
 # The package that is of no use without its extra, and says so when it is imported.
 SERVER = "tenure.serving.server"
 
@@ -87,6 +89,8 @@ def test_wheel_contents_equal_the_installed_packages(wheel: Path):
         files = [path for path in files if not path.name.startswith(".") and is_installed(path)]
         prefix = "" if folder == "tenure" else "tenure/"
         expected |= {f"{prefix}{path.relative_to(ROOT).as_posix()}" for path in files}
+    gates = {f"tenure/examples/smollm2-135m-gates/{name}" for name in GATES_FILES}
+    expected |= gates | {f"tenure/examples/{path.name}" for path in (ROOT / "examples").glob("*.yaml")}
     shipped = shipped_files(wheel)
     assert shipped == expected
     assert {"tenure/__init__.py", "tenure/__main__.py", "tenure/py.typed", "tenure/scripts/cli.py"} <= shipped
@@ -162,6 +166,33 @@ def test_a_plain_install_says_what_needs_a_checkout(arguments: list[str], plain_
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["inspect", "demo"], "Retention gates in demo"),
+        (["simulate", "kvflow_single.yaml", "--help"], "usage: tenure simulate"),
+        (["simulate", "examples/kvflow_single.yaml", "--cells", "none of these"], "no cell of kvflow_single has"),
+        (["inspect", "examples/smollm2-135m-gates"], "no gates at 'examples/smollm2-135m-gates'; accepted: a folder, "),
+    ],
+)
+def test_a_plain_install_finds_what_it_brings_along(
+    arguments: list[str], shown: str, plain_install: Path, tmp_path: Path
+):
+    """In an empty folder, and without the Hub: a connection would fail the test."""
+    offline = "import socket\ndef refuse(*_): raise AssertionError('a connection')\nsocket.socket.connect = refuse\n"
+    code = ALONE + offline + f"from tenure.scripts.cli import main\nsys.exit(main({arguments!r}))"
+    result = run_python(code, cwd=tmp_path, PYTHONPATH=str(plain_install))
+    assert shown in result.stdout + result.stderr and "Traceback" not in result.stderr, result.stderr[-2000:]
+
+
+@pytest.mark.real
+def test_a_plain_install_generates_in_an_empty_folder(plain_install: Path, tmp_path: Path, real_model_path: str):
+    arguments = ["generate", "--prompt", "The sky is", "--max-new-tokens", "2", "--device", "cpu"]
+    code = ALONE + f"from tenure.scripts.cli import main\nsys.exit(main({arguments!r}))"
+    result = run_python(code, cwd=tmp_path, PYTHONPATH=str(plain_install))
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr[-2000:]
+
+
 def test_this_install_resolves_everything_to_the_checkout(tmp_path: Path):
     """Tests run in an editable install; its hook has to find the top-level package beside the mapped folders."""
     code = (
@@ -235,7 +266,7 @@ def packages_present() -> list[str]:
 def test_every_package_is_listed_or_needs_a_checkout():
     unlisted = set(packages_present()) - set(packages_listed())
     assert all(name.startswith(("tenure.scripts.bench", "tenure.scripts.soak")) for name in unlisted), unlisted
-    assert set(packages_listed()) - set(packages_present()) == {"tenure"}
+    assert set(packages_listed()) - set(packages_present()) == {"tenure", "tenure.examples"}  # the latter is data only
 
 
 @pytest.mark.parametrize("package", packages_present())
@@ -270,6 +301,7 @@ def test_no_file_of_scripts_hides_a_module_when_run_as_a_script(folder: str):
 STATE = """
 import os, sys, threading
 import numpy, torch, transformers, logging, warnings, random
+import rich.default_styles  # which httpx imports, for benchmarks; it advances Python's random numbers
 from transformers.modeling_utils import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 def state():
@@ -293,6 +325,7 @@ def test_importing_everything_outside_the_checkout_has_no_side_effects(tmp_path:
     folder.mkdir()
     code = STATE + (
         "import importlib\n"
+        "import httpx  # draws a random number: it imports rich, where that is installed\n"
         "before = state()\n"
         f"for name in {module_names()!r}:\n"
         "    importlib.import_module(name)\n"

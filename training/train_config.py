@@ -40,7 +40,7 @@ class TrainConfig:
     initial_bias: float = 18.0
     """Output bias at the start; 18 means nothing is forgotten at step 0."""
     init_gates: str | None = None
-    """Start from these gates (folder or Hub id) instead of fresh ones."""
+    """Start from these gates (folder, demo or hub:OWNER/NAME) instead of fresh ones."""
 
     data: str = "synthetic"
     """`synthetic` (retrieval-style documents over `texts`), a Hub data set id, or JSONL, parquet or text files."""

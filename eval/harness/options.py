@@ -29,7 +29,7 @@ class Options:
         policy: a name with options, as `snapkv(window=16)`; "full" evicts nothing.
         budget: as in `evict`: a share, entries per head, or text such as "512MiB"; "calibrated" asks the gates.
         scope: the entries that compete; None for the policy's default.
-        gates: folder or Hub id of trained gates, for policies that need them.
+        gates: folder, demo or hub:OWNER/NAME of trained gates, for policies that need them.
         prefill_chunk: tokens of the chunks in which contexts are read, with an eviction after each; None: in one piece.
         sinks, recent, buffer, floor, preset: as in `evict`.
         schedule: as in `evict`, but by default "once": the prompt, or its context, is compressed, and nothing is

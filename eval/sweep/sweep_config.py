@@ -29,7 +29,7 @@ class SweepConfig:
         seeds: each gives cases of its own.
         cases: cases of each task, length and seed.
         model, revision: Hub id, local folder, or "demo"; a Hub model's revision.
-        gates: folder or Hub id; None for those shipped for the demo model.
+        gates: folder, demo or hub:OWNER/NAME; None for those shipped for the demo model.
         data: texts: "demo" (held-out essays), a file or a folder.
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
         sinks, recent: first and last tokens that always stay; None for each policy's own.

@@ -106,6 +106,15 @@ class Policy(ABC):
         """
         return {}
 
+    def layer_preference(self, view: LayerView) -> torch.Tensor:
+        """The weight of the layer in the scope "preference", fp32 `(batch,)`, not negative, if the policy has that."""
+        raise NotImplementedError(f"policy {self.name!r} has no layer preferences")
+
+    @property
+    def prefers_layers(self) -> bool:
+        """Whether it overrides `layer_preference`."""
+        return type(self).layer_preference is not Policy.layer_preference
+
     def state_key(self, state: str) -> str:
         """The name under which a layer stores one of `states`; policies that differ in an option do not share it."""
         return f"{self!r}.{state}"

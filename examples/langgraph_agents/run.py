@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "measuring"))
 
 import two_servers
 from graph import EXPERTS, OTHERS, build_graph, instructions

@@ -6,7 +6,7 @@ import sys
 import uuid
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "measuring"))
 
 import two_servers
 from agents import RunConfig, Runner

@@ -34,7 +34,7 @@ class AgentsBenchConfig:
     model: str = "demo"
     """Hub id, local folder, or `demo`."""
     gates: str | None = None
-    """Trained gates, a folder or Hub id; the shipped ones for the demo model."""
+    """Trained gates, a folder or hub:OWNER/NAME; the shipped ones for the demo model."""
     workflows: tuple[str, ...] = ("ring", "branching")
     """ring: each agent calls the next; branching: planner, workers, writer, critic."""
     systems: tuple[str, ...] = SYSTEMS

@@ -70,7 +70,7 @@ class DecodeBenchConfig:
     model: str = "demo"
     """Hub id, local folder, or `demo`."""
     gates: str | None = None
-    """Trained gates: a folder or Hub id; by default the gates shipped for the demo model."""
+    """Trained gates: a folder or hub:OWNER/NAME; by default the gates shipped for the demo model."""
     share: float = 0.2
     """Share of the cache to keep."""
     threads: int = 1

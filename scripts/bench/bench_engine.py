@@ -44,7 +44,7 @@ class EngineBenchConfig:
     model: str = "demo"
     """Hub id, local folder, or `demo`."""
     gates: str | None = None
-    """Trained gates: a folder or Hub id; by default the gates shipped for the demo model."""
+    """Trained gates: a folder or hub:OWNER/NAME; by default the gates shipped for the demo model."""
     dtype: Dtype = "float32"
     """The model's dtype."""
     only: tuple[str, ...] = tuple(ROWS)

@@ -47,7 +47,7 @@ class ServeBenchConfig:
     model: str = OWN_MODEL
     """Hub id, local folder, or `demo`."""
     gates: str | None = None
-    """Trained gates: a folder or Hub id; by default the gates shipped for the demo model."""
+    """Trained gates: a folder or hub:OWNER/NAME; by default the gates shipped for the demo model."""
     only: tuple[str, ...] = POINTS
     """Points to measure."""
     kept: float = 0.25
@@ -100,7 +100,7 @@ class ServeBenchConfig:
 
 @dataclass
 class ServeBench:
-    """What all points are measured with.
+    """The model and settings that all points are measured with.
 
     Attributes:
         session: with the model, in this process: the engine alone, and sizes of KV.

@@ -18,7 +18,7 @@ from ..output import write_rows
 from .benching import BenchRow, alternate, median_ratio, show
 
 if TYPE_CHECKING:
-    from ...serving import CacheHandle, EvictionPolicy, TieredCache
+    from ...serving import CacheHandle, EvictionHistoryConfig, EvictionPolicy, System, TieredCache
     from ...serving.kvcache.radix_tree import Node
 
 
@@ -52,6 +52,8 @@ def main(config: TreeBenchConfig) -> int:
     for name in ("lru", "ste", "expected_time"):
         rows += victim_rows(config, prompts, name)
     rows.append(value_row(config, prompts))
+    rows.append(history_row(config, prompts))
+    rows.append(snapshot_row(config))
     show(rows, f"{config.nodes} nodes, {config.nodes * config.span} tokens; medians of {config.runs} runs")
     if config.json:
         write_rows(rows, config.json)
@@ -71,8 +73,9 @@ def grow(config: TreeBenchConfig) -> list[list[int]]:
 
 
 def filled(
-    config: TreeBenchConfig, prompts: Sequence[list[int]], order: EvictionPolicy, agents: bool = False
-) -> TieredCache:
+    config: TreeBenchConfig, prompts: Sequence[list[int]], order: EvictionPolicy, agents: bool = False,
+    history: EvictionHistoryConfig | None = None,
+) -> TieredCache:  # fmt: skip
     """A device tier that has all prompts; with `agents`, every prompt is the fixed one of an agent by its number."""
     from ...serving import (
         PhantomPayload,
@@ -88,7 +91,12 @@ def filled(
     clock = VirtualClock()
     pool = PhantomPool(10**12)
     tiers = TieredCache(
-        {Tier.DEVICE: pool}, VirtualTransfer(clock, {}), TierPolicy(order, WriteBack.NOTHING), config.page, clock
+        {Tier.DEVICE: pool},
+        VirtualTransfer(clock, {}),
+        TierPolicy(order, WriteBack.NOTHING),
+        config.page,
+        clock,
+        history,
     )
     for number, prompt in enumerate(prompts):
         clock.advance_to(number)
@@ -258,3 +266,80 @@ def value_row(config: TreeBenchConfig, prompts: list[list[int]]) -> BenchRow:
     ours, peer = [1e6 * each / config.calls for each in seconds["ours"]], [1e6 * each for each in seconds["peer"]]
     middle, n = statistics.median(ours), config.runs
     return BenchRow("values/one_agent/vs_rank_all", middle, statistics.median(peer), median_ratio(peer, ours), "µs", n)
+
+
+def history_row(config: TreeBenchConfig, prompts: list[list[int]]) -> BenchRow:
+    """Choosing and evicting a victim, with and without a record of what it was (`EvictionHistory`)."""
+    from ...serving import LRU, EvictionHistoryConfig, Tier
+
+    count = max(1, config.nodes // (2 * (config.runs + 1)))
+    bounds = {"ours": EvictionHistoryConfig(), "peer": EvictionHistoryConfig(max_records=0)}
+    caches = {name: filled(config, prompts, LRU(), history=bound) for name, bound in bounds.items()}
+
+    def evict(tiers: TieredCache) -> None:
+        queue = tiers.storage.queues[Tier.DEVICE]
+        for _ in range(count):
+            node = queue.first()
+            assert node is not None
+            tiers.evictor.evict(node, Tier.DEVICE)
+
+    sides = {name: lambda tiers=tiers: evict(tiers) for name, tiers in caches.items()}
+    seconds = alternate(sides, config.runs, clock=time.process_time)
+    ours, peer = ([1e6 * each / count for each in seconds[name]] for name in ("ours", "peer"))
+    return BenchRow(
+        "victim/history/vs_without", statistics.median(ours), statistics.median(peer), median_ratio(ours, peer), "µs",
+        config.runs,
+    )  # fmt: skip
+
+
+SNAPSHOT_WORKFLOWS, SNAPSHOT_AGENTS, SNAPSHOT_AIM_MS = 100, 10, 20.0
+
+
+def snapshot_row(config: TreeBenchConfig) -> BenchRow:
+    """A snapshot of a system with 100 workflows of 10 agents each, a prompt of every agent, and 300 requests."""
+    from ...serving.snapshot import SnapshotConfig, take_snapshot
+
+    system = _busy_system(config)
+    sides = {"ours": lambda: take_snapshot(system, SnapshotConfig())}
+    ours = [1e3 * each for each in alternate(sides, 4 * config.runs, clock=time.process_time)["ours"]]
+    middle = statistics.median(ours)
+    return BenchRow("snapshot/1000_prompts", middle, SNAPSHOT_AIM_MS, middle / SNAPSHOT_AIM_MS, "ms", len(ours), "<= 1")
+
+
+def _busy_system(config: TreeBenchConfig) -> System:
+    from ...serving import (
+        AgentSpec,
+        EdgeSpec,
+        LinearCosts,
+        PhantomPayload,
+        PhantomPool,
+        Request,
+        Tier,
+        VirtualClock,
+        VirtualTransfer,
+        WorkflowSpec,
+        build_system,
+    )
+
+    clock = VirtualClock()
+    pools = {tier: PhantomPool(10**9) for tier in (Tier.DEVICE, Tier.HOST)}
+    system = build_system(
+        "expected_time", pools, VirtualTransfer(clock, {}), clock=clock, costs=LinearCosts(1000.0, (1e9, 1e9)),
+        bytes_per_token=1, page_size=config.page,
+    )  # fmt: skip
+    fixed = 10 * config.page
+    for number in range(SNAPSHOT_WORKFLOWS):
+        names = [f"{number}-{agent}" for agent in range(SNAPSHOT_AGENTS)]
+        ring = [EdgeSpec(a, b) for a, b in zip(names, names[1:] + names[:1], strict=True)]
+        branches = [EdgeSpec(names[i], names[(i + 3) % SNAPSHOT_AGENTS], 0.5) for i in range(0, SNAPSHOT_AGENTS, 2)]
+        system.graph.add_workflow(WorkflowSpec(str(number), [*map(AgentSpec, names)], ring + branches, names[:1]))
+        for place, name in enumerate(names):
+            prompt = [SNAPSHOT_AGENTS * number + place] * fixed + [place] * config.page
+            with system.tiers.open(prompt) as handle:
+                payload = PhantomPayload(len(prompt), len(prompt))
+                system.tiers.store(handle, prompt, payload, name, fixed)
+        for place in range(3):
+            request = Request(f"{number}-{place}", [place] * 100, 8, workflow=str(number), agent=names[place])
+            system.scheduler.submit(request)
+    system.scheduler.next_batch()
+    return system

@@ -139,7 +139,14 @@ class World:
         marked = len(FIXED[agent]) if agent and number % 3 else 0
         try:
             request = Request(
-                label, prompt, 1 + number % 10, workflow=workflow, agent=agent, fixed_tokens=marked, **options
+                label,
+                prompt,
+                1 + number % 10,
+                workflow=workflow,
+                agent=agent,
+                fixed_tokens=marked,
+                explain_cache=number % 2 == 0,
+                **options,
             )
             name = self.scheduler.submit(request)
         except ValueError as error:
@@ -262,6 +269,12 @@ class World:
             assert ended.error is None and ended.num_output_tokens >= 1
         else:
             assert ended.error, "an end without an answer says why"
+        report = ended.cache
+        if report is not None:
+            spans = report.computed
+            begins, ends = [each.start for each in spans], [report.reused_tokens, *(each.end for each in spans)]
+            assert [*begins, report.prompt_tokens] == ends, "a prompt is what was reused, and what was computed behind"
+            assert all(each.start < each.end for each in spans), "no reason is given for nothing"
 
     def counts(self) -> dict[str, int]:
         """Counters of everything that happened."""

@@ -133,7 +133,7 @@ class EvictionHistory:
         """The last copy of `node`, which covered `covers` tokens, is gone; None: it was evicted."""
         root, upper, span = node.root, node.parent, node.span
         assert upper is not None, "a root has no copies"
-        if root.retired:
+        if root.retired or not self.config.max_records:
             return
         if reason is None:
             reason = MissReason.RELEASED if node.last_used == -math.inf else MissReason.EVICTED

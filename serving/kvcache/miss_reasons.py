@@ -10,8 +10,8 @@ from .eviction_history import ComputedSpan, MissReason, Record
 from .radix_tree import TOKEN_BYTES, Node, PrefixTree, encode
 from .tiered_cache import TieredCache
 
-MAX_LOOKED_AT = 64  # nodes below one without data, one of which may hold its KV
-# Of these, when and for whom is reported only if the client itself has caused them: nobody learns of another one.
+MAX_INSPECTED = 64  # nodes below one without data, one of which may hold its KV
+# Of these, when and for whom is reported only if the same client has caused them.
 CAUSED_BY_CLIENTS = (MissReason.EVICTED, MissReason.RELEASED, MissReason.NOT_STORED, MissReason.NO_ROOM)
 
 
@@ -116,7 +116,7 @@ def _in_tree(tree: PrefixTree, key: bytes, namespace: Hashable, found: int) -> I
 
 def _holder(tree: PrefixTree, node: Node) -> Node | None:
     """The node whose copies hold the KV of `node`: it, or one below that could not be split."""
-    for each in (node, *islice(tree.below(node), MAX_LOOKED_AT)):
+    for each in (node, *islice(tree.below(node), MAX_INSPECTED)):
         if each.has_data and each.end - each.covers <= node.start:
             return each
     return None

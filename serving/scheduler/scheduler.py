@@ -15,7 +15,7 @@ from ..hints.hint import Hint
 from ..kvcache.estimates import Estimates
 from ..kvcache.radix_tree import Node
 from ..kvcache.tiered_cache import TieredCache
-from ..metrics import SchedulerMetrics
+from ..metrics import RecentCounts, SchedulerMetrics
 from ..prediction import NextCallPredictor
 from ..prefetch import Prefetcher
 from ..request import FinishReason, Request, RequestOutput, shown
@@ -49,7 +49,7 @@ class Scheduler:
             HiCache waits, layer by layer, for the loads of its requests, and all others wait for the batch.
 
     Attributes:
-        metrics: counters since the scheduler was made.
+        metrics: counters since the scheduler was made. recent: samples of them.
         namespaces: used by the clients; an engine says what of them is the client's own (`ClientNamespaces.own`).
         vocab_size: prompts with larger token ids are refused; None: all are accepted. An engine sets it to its model's.
 
@@ -65,7 +65,7 @@ class Scheduler:
             raise ValueError(f"got bytes_per_token={bytes_per_token}; accepted: 1 or more")
         self.tiers, self.predictor, self.prefetcher = tiers, predictor, prefetcher
         self.config, self.bytes_per_token, self.batch_waits = config or SchedulerConfig(), bytes_per_token, batch_waits
-        self.metrics = SchedulerMetrics()
+        self.metrics, self.recent = SchedulerMetrics(), RecentCounts()
         self.vocab_size: int | None = None
         self._timers = RequestTimers()
         self._memory = RequestMemory(tiers, self.config)
@@ -89,6 +89,14 @@ class Scheduler:
     def __len__(self) -> int:
         """Requests that have not ended."""
         return len(self._requests)
+
+    def requests(self) -> list[RequestState]:
+        """The requests that have not ended, in the order of their arrival; to be read under the cache's lock."""
+        return list(self._requests.values())
+
+    def is_sharing(self, state: RequestState) -> bool:
+        """Whether a request waits for pages that another one computes."""
+        return state in self._admission.shared
 
     # Requests ---------------------------------------------------------------------------------------------------
 
@@ -226,6 +234,8 @@ class Scheduler:
             self._predict(self._push_predictions)
             self._expire()
             now, slots = self.tiers.clock(), self.config.max_num_seqs - len(self._running)
+            statistics = self.tiers.statistics
+            self.recent.sample(now, self.metrics, statistics.tokens_asked, statistics.tokens_found)
             room = self._admission.changed
             for state in self._admission.admit(slots, list(self._running)):
                 try:

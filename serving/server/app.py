@@ -41,6 +41,7 @@ from .call_context import read_context
 from .event_stream import EventStream, read_bytes, unless_disconnected
 from .generation import Generation
 from .http_metrics import HttpMetrics
+from .live_page import FILES, LivePage
 from .openapi import openapi_document
 from .prompts import PromptRenderer, RenderedPrompt
 from .quotas import ClientLoads, Quotas
@@ -95,6 +96,7 @@ class Endpoints:
         self.backend, self.keys, self.config = backend, keys, config
         self.renderer = PromptRenderer(backend.tokenizer, backend.system.tiers.page_size)
         self.metrics = HttpMetrics(backend.client, backend.system, config.max_metric_clients)
+        self.page = LivePage(backend.client, backend.model_name, keys.required, config.state_wait_s)
         self._hint_reader = HintReader()
         self._unknown_fields = UnknownFields(config.max_warned_fields)
         self._quotas = Quotas(keys.limits, config.max_client_requests)
@@ -288,6 +290,18 @@ class Endpoints:
         text = await asyncio.to_thread(self.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    # The live page ----------------------------------------------------------------------------------------------
+
+    async def page_file(self, request: Request) -> Response:
+        """A file of the live page, which needs no key."""
+        return self.page.file(request.url.path)
+
+    async def state(self, request: Request) -> Response:
+        """The data of the live page, for an admin."""
+        self.keys.require_admin(request.headers.get("authorization"))
+        self._require_same_origin(request)
+        return await self.page.state()
+
     # Cache ------------------------------------------------------------------------------------------------------
 
     async def flush(self, request: Request) -> Response:
@@ -385,6 +399,8 @@ def build_app(backend: Backend, keys: ApiKeys | None = None, config: ServerConfi
         ("DELETE", "/v1/sessions/{id:path}", endpoints.agents.end_session),
         ("PUT", "/v1/sessions/{id:path}", endpoints.agents.keep_session),
         ("POST", "/admin/flush", endpoints.flush),
+        ("GET", "/admin/state", endpoints.state),
+        *(("GET", path, endpoints.page_file) for path in FILES),
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None)

@@ -31,6 +31,7 @@ class ServerConfig:
         drain_s: seconds in which the requests in progress may finish when the server is stopped.
         close_s: further seconds in which the readers of answers that were cut short may take their last event.
         retry_after_s: whole seconds that a client is asked to wait after status 429 or 503.
+        state_wait_s: seconds that the live page waits for the end of a step; then it gets the last state again.
         max_metric_clients: clients that have metrics of their own; further ones are added up.
         max_warned_fields: unknown fields of bodies that are remembered; beyond, there are no further warnings.
 
@@ -56,6 +57,7 @@ class ServerConfig:
     drain_s: Positive = 30.0
     close_s: Positive = 5.0
     retry_after_s: Count = 1
+    state_wait_s: Positive = 2.0
     max_metric_clients: Count = 200
     max_warned_fields: Count = 1000
 

@@ -21,7 +21,7 @@ from tenure.retention import RetentionGates
         ({"budget": "lots"}, "budget 'lots' is not understood: give a float .* '65536 entries', .* '512MiB'"),
         ({"budget": "5 entries"}, "'5 entries' is less than one entry for each of a row's 6 heads in 3 layers"),
         ({"budget": "64B"}, "'64B' is less than one entry"),
-        ({"scope": "row"}, "unknown scope 'row'; known: global, layer, head, pyramid"),
+        ({"scope": "row"}, "unknown scope 'row'; known: global, layer, head, pyramid, preference"),
         ({"policy": "lru"}, "unknown policy 'lru'; known: ada_criticalkv, adakv"),
         ({"policy": "retention"}, "needs gates"),
         ({"observe": ["retention"]}, "needs gates"),

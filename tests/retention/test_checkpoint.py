@@ -122,10 +122,40 @@ def test_unknown_field(folder: Path) -> None:
         RetentionGates.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nothing", "a/b/c"])
-def test_no_such_folder(source: str) -> None:
-    with pytest.raises(CheckpointError, match="no gates at"):
+@pytest.mark.parametrize(
+    "source",
+    ["/nowhere/at/all", "./nothing", "a/b/c", "owner/name", "examples/absent", "hub:a", "hub:a/b/c", "hub:../b"],
+)
+def test_no_such_folder(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    with pytest.raises(CheckpointError, match=r"no gates at .*; accepted: a folder, demo, or hub:owner/name"):
         RetentionGates.from_pretrained(source)
+
+
+def test_gates_of_the_hub(folder: Path, gates: RetentionGates, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def give(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        if (repository, revision) != ("me/gates", "v1"):
+            raise OSError("404")
+        assert allow_patterns == [CONFIG_FILE, WEIGHTS_FILE, "calibration.json"]
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
+    found = RetentionGates.from_pretrained("hub:me/gates", revision="v1")
+    assert found.config == gates.config
+    with pytest.raises(CheckpointError, match="the Hub did not give the gates 'hub:me/other': 404"):
+        RetentionGates.from_pretrained("hub:me/other", revision="v1")
+
+
+def test_the_shipped_gates_have_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder of this name is ./demo
+    assert RetentionGates.from_pretrained("demo").info.base_model.endswith("SmolLM2-135M-Instruct")
+    with pytest.raises(CheckpointError, match=f"has no {CONFIG_FILE}"):
+        RetentionGates.from_pretrained("./demo")
 
 
 def test_wrong_base_model(gates: RetentionGates, tiny_llama: PreTrainedModel, tiny_model, tmp_path: Path) -> None:

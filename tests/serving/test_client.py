@@ -388,6 +388,9 @@ def test_logprobs_and_the_engines_text_are_collected_with_the_tokens():
 
         def flush(self) -> None: ...
 
+        def snapshot(self) -> Any:
+            raise AssertionError("nobody looks")
+
     with EngineClient(Scripted()) as client:
         stream = client.submit(Request("r", [1], 3))
         while not client.health().num_running:
@@ -477,6 +480,26 @@ def test_health_shows_a_step_that_does_not_end(loop_engine, client):
     time.sleep(0.05)
     assert client.health().last_step_age_s >= 0.05
     go_on.set()
+
+
+def test_a_snapshot_is_shared_for_a_while(loop_engine, client):
+    release = threading.Event()
+    loop_engine.between = lambda: release.wait(20)
+    first = client.snapshot()
+    assert client.snapshot() is first, "it waits for the step to end"
+    release.set()
+    found = first.result(20)
+    assert found.system == loop_engine.system.name and found.requests == [] and found.cost_s < 5
+    time.sleep(client.config.snapshot_interval_s + 0.1)
+    stream = client.submit(Request("r", tokens(1, 20), 4))
+    output = stream.result(20)
+    later = client.snapshot().result(20)
+    assert later.taken > found.taken and later.submitted == 1 and later.finished["answered"] == 1
+    assert output.num_output_tokens <= later.recent.total.decode_tokens + 4
+    client.close()
+    time.sleep(client.config.snapshot_interval_s + 0.1)
+    with pytest.raises(Draining):
+        client.snapshot()
 
 
 def test_flush_and_cancelled_messages(loop_engine, client):

@@ -11,8 +11,8 @@ from tenure.eval import Record
 from tenure.eval.report import compare_runs, load_run, report_page
 from tenure.eval.sweep import Failure
 
+from ...browser import find_chromium, open_browser
 from ..made import made
-from .browser import find_chromium, open_browser
 
 NASTY = '</title><script>alert(1)</script><img src="https://example.org/x.png" onerror="alert(2)">'
 POLICIES = (

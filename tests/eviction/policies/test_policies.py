@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tenure.eviction import (
+    CAKE,
     H2O,
+    RKV,
     TOVA,
     AdaCriticalKV,
     AdaKV,
@@ -48,6 +50,8 @@ MATRIX: list[Policy] = [
     *(RetentionDefensive(window=4, combine=how) for how in ("prior", "max", "product", "rank")),
     ExpectedAttention(),
     LagKV(lag=4),
+    RKV(window=4),
+    CAKE(window=4),
     TOVA(),
     H2O(),
     KeyDiff(),
@@ -106,6 +110,7 @@ def test_defaults_of_those_that_share_a_budget_between_heads():
     assert {name: defaults[name] for name in defaults.keys() - alone} == {
         "ada_criticalkv": ("layer", 0.2),
         "adakv": ("layer", 0.2),
+        "cake": ("preference", 0.0),
         "defensive": ("layer", 0.0),
         "layer_defensive": ("global", 0.0),
         "pyramidkv": ("pyramid", 0.0),
@@ -129,6 +134,12 @@ def test_defaults_of_those_that_share_a_budget_between_heads():
         ("retention_defensive", {"combine": "sum"}, "unknown combine 'sum'; known: prior, max, product, rank"),
         ("expected_attention", {"future": 0}, "future must be at least 1 position, got 0"),
         ("expected_attention", {"epsilon": -1.0}, "epsilon must not be negative"),
+        ("rkv", {"window": 0}, "RKV's window must be at least 1, got 0"),
+        ("rkv", {"mix": 1.5}, r"mix is a weight in \[0, 1\], got 1.5"),
+        ("rkv", {"threshold": 2.0}, r"threshold is a cosine similarity in \[-1, 1\], got 2.0"),
+        ("cake", {"window": 1}, "CAKE's window must be at least 2, of one query there is no variance; got 1"),
+        ("cake", {"gamma": -1.0}, "gamma must be at least 0, got -1.0"),
+        ("cake", {"tau_entropy": 0.0}, "tau_entropy must be above 0, got 0.0"),
         ("lagkv", {"lag": 0}, "lag must be at least 1 entry, got 0"),
         ("lagkv", {"first": -1}, "first must not be negative, got -1"),
         ("h2o", {"recent": 2.0}, r"share of the budget in \[0, 1\], got 2.0"),

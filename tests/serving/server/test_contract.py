@@ -50,7 +50,7 @@ def test_no_generated_request_is_a_failure_of_the_server(serve):
     def try_out(operation: Any) -> None:
         @settings(
             max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=[*HealthCheck],  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         @given(case=operation.as_strategy())
         def check(case: Any) -> None:
@@ -149,10 +149,12 @@ def test_langchain(served):
 
     from langchain_core.messages import HumanMessage, SystemMessage
     from langchain_openai import ChatOpenAI
+    from pydantic import SecretStr
 
     chat = ChatOpenAI(
-        base_url=served.url, api_key="none", model="tiny", max_tokens=6, temperature=0, max_retries=0, timeout=60,
-        stream_usage=True, extra_body={"ignore_eos": True}, default_headers={"X-Tenure-Agent": "planner"},
+        base_url=served.url, api_key=SecretStr("none"), model="tiny", max_completion_tokens=6, temperature=0,
+        max_retries=0, timeout=60, stream_usage=True, extra_body={"ignore_eos": True},
+        default_headers={"X-Tenure-Agent": "planner"},
     )  # fmt: skip
     messages = [SystemMessage("You plan, step by step, all day long, and you say who is next."), HumanMessage("Plan.")]
     whole = chat.invoke(messages)

@@ -10,6 +10,7 @@ import pytest
 from tenure.serving.server import ApiKeys
 from tenure.serving.server.api_keys import QUOTAS
 from tenure.serving.server.api_requests import HINT_FIELDS
+from tenure.serving.server.cache_explanation import TEXTS
 from tenure.serving.server.call_context import HEADERS, LAST_CALL
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "guides" / "serve-http.md").read_text()
@@ -52,6 +53,8 @@ def test_the_tables_are_complete():
     assert dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", GUIDE, re.MULTILINE)) == HINT_FIELDS
     named = {name.lower() for name in re.findall(r"`((?:X-|Thread-)[\w-]+)`", GUIDE)}
     assert named == {name for names in (*HEADERS.values(), LAST_CALL) for name in names}
+    reasons = GUIDE.partition("### Why a prefix missed")[2].partition("### Errors")[0]
+    assert {reason.value for reason in TEXTS} == set(re.findall(r"`(\w+)`(?=[^|]*\|[^|]*\|$)", reasons, re.MULTILINE))
     options = {name for name in re.findall(r"^\| `(\w+)` \| (?!`)", GUIDE, re.MULTILINE)}
     assert options >= set(QUOTAS)
 

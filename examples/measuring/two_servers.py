@@ -1,7 +1,7 @@
 """Measures an agents' program at two servers that differ in their system only: `expected_time` and `lru_reactive`.
 
-Used by `run.py` of the examples beside this file. Both servers have the same memory, which holds a share of the agents'
-fixed prompts; the counters are those of `/metrics`.
+Used by `run.py` of the examples in the folders beside this one. Both servers have the same memory, which holds a share
+of the agents' fixed prompts; the counters are those of `/metrics`.
 """
 
 from __future__ import annotations

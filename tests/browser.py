@@ -87,11 +87,11 @@ class Browser:
                 return answer["result"]
             self.events.append(answer)
 
-    def load(self, path: Path, width: int, height: int = 900) -> None:
-        """Opens a file in a window of this size and waits until all of it has been loaded."""
+    def load(self, place: Path | str, width: int, height: int = 900) -> None:
+        """Opens a file or an address in a window of this size and waits until all of it has been loaded."""
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.events.clear()
-        self.ask("Page.navigate", url=path.as_uri())
+        self.ask("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
         self.evaluate("new Promise(done => setTimeout(done, 200))")  # for anything that would be fetched late
@@ -101,6 +101,22 @@ class Browser:
         found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def press(self, key: str, code: int) -> None:
+        """Presses a key without a text, such as Tab (9), as a person would."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def until(self, expression: str, seconds: float = 20.0) -> None:
+        """Waits until a JavaScript expression is true."""
+        deadline = time.monotonic() + seconds
+        while not self.evaluate(expression):
+            assert time.monotonic() < deadline, f"not true in time: {expression}"
+            time.sleep(0.05)
+
+    def prefer(self, scheme: str) -> None:
+        """Asks pages for a colour scheme, light or dark."""
+        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def requests(self) -> list[str]:
         """What was asked for since `load`, over the network or from files."""
