@@ -20,6 +20,7 @@ from .policies import (
     Defensive,
     ExpectedAttention,
     Full,
+    GateScore,
     KeyDiff,
     Knorm,
     LagKV,
@@ -41,8 +42,8 @@ from .token_floors import TokenFloor
 
 __all__ = [
     "CAKE", "H2O", "RKV", "TOVA", "AdaCriticalKV", "AdaKV", "Budget", "CacheFileError", "CriticalKV", "Defensive",
-    "ExpectedAttention", "Full", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView", "ModalityKept", "Policy",
-    "PyramidKV", "RaggedCache", "Random", "Report", "Retention", "RetentionDefensive", "Session", "SnapKV",
-    "StreamingLLM", "TokenFloor", "evict", "get_policy", "kept_by_modality", "modality_ranges", "policy_names",
-    "policy_text",
+    "ExpectedAttention", "Full", "GateScore", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView",
+    "ModalityKept", "Policy", "PyramidKV", "RaggedCache", "Random", "Report", "Retention", "RetentionDefensive",
+    "Session", "SnapKV", "StreamingLLM", "TokenFloor", "evict", "get_policy", "kept_by_modality", "modality_ranges",
+    "policy_names", "policy_text",
 ]  # fmt: skip

@@ -395,7 +395,14 @@ class RaggedCache(Cache):
         chosen = None if policy is None else get_policy(policy)
         guard = None if protect is None else ProtectedTokens.of(protect)
         plan = self.plan.changed(
-            chosen, None, scope=scope, floor=floor, sinks=sinks, recent=recent, buffer=buffer, protect=guard,
+            chosen,
+            None,
+            scope=scope,
+            floor=floor,
+            sinks=sinks,
+            recent=recent,
+            buffer=buffer,
+            protect=guard,
             token_floors=None if token_floors is None else tuple(token_floors),
         )
         plan = with_budget(plan, budget, self.recording.gates)

@@ -51,7 +51,9 @@ def modality_ranges(
     """
     if input_ids.ndim not in (1, 2) or (attention_mask is not None and attention_mask.shape != input_ids.shape):
         mask = None if attention_mask is None else tuple(attention_mask.shape)
-        raise ValueError(f"got input_ids {tuple(input_ids.shape)} and attention_mask {mask}; accepted: (batch, n) or (n,)")
+        raise ValueError(
+            f"got input_ids {tuple(input_ids.shape)} and attention_mask {mask}; accepted: (batch, n) or (n,) for both"
+        )
     ids = input_ids.reshape(-1, input_ids.shape[-1])
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.reshape(ids.shape) != 0
     known = placeholder_ids(config)

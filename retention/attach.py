@@ -8,7 +8,7 @@ gates, a forward and a backward over a fraction of the sequence.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
 from .attention_arguments import is_causal, padding_mask, refuse_dropout, refuse_unknown, softmax_of
+from .context_parallel import SequencePart
 from .decoder_layers import AttentionLayer, DifferentiableStates, copy_cache_layer, text_config, text_decoder
 from .gates import RetentionGates
 from .ops import gated_attention
@@ -102,62 +103,126 @@ class Attached(GatedInterceptor):
     Attributes:
         segments: documents and padding of the last forward; None before the first.
         implementation: how the gated attention is computed, see `retention.ops.gated_attention`.
+        layers: the model's full-attention layers, found when the block is entered.
+        part: this process's part of the sequences, where several share them; then `segments` and `log_beta()` are
+            of the whole sequences.
     """
 
-    def __init__(self, model: PreTrainedModel, gates: RetentionGates, implementation: Implementation) -> None:
+    reads_masks = False  # documents and padding are in `segments`
+
+    def __init__(
+        self, model: PreTrainedModel, gates: RetentionGates, implementation: Implementation,
+        part: SequencePart | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(gates)
         self.model = model
         self.implementation: Implementation = implementation
+        self.part = part
         self.segments: Segments | None = None
+        self.layers: list[AttentionLayer] | None = None
 
     def again(self) -> AbstractContextManager[Any]:
         """Re-attaches while gradient checkpointing runs layers of the last forward again, after the block has ended."""
-        return nullcontext() if is_intercepted(self.model) else intercept(self.model, self)
+        return nullcontext() if is_intercepted(self.model) else intercept(self.model, self, self.layers)
 
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         inputs = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         if inputs is None:
             raise ValueError("the model was called without input_ids and without inputs_embeds")
+        self._log_beta = {}
+        if self.part is not None:
+            self.segments = self.part.segments
+            return kwargs
         mask = padding_mask(kwargs.get("attention_mask"), self._call_mask)
         self.segments = Segments.from_inputs(
             inputs.shape[0], inputs.shape[1], mask, kwargs.get("position_ids"), inputs.device
         )
-        self._log_beta = {}
         return kwargs
 
     def call(self, layer: AttentionLayer, hidden_states: torch.Tensor) -> AttentionCall:
         log_beta = self.gates.log_beta(layer.layer_idx, hidden_states)
-        # Gradient checkpointing runs a layer again in backward: the first run's graph is the one to keep.
-        self._log_beta.setdefault(layer.layer_idx, log_beta)
-        assert self.segments is not None
-        segments, implementation = self.segments, self.implementation
+        if self.part is None:
+            self._keep(layer, log_beta)
 
         def attend(
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softmax: Softmax
         ) -> torch.Tensor:
-            gates = _for_heads(log_beta, key)
-            return gated_attention(query, key, value, gates, scaling, segments, implementation, softmax)
+            if self.part is None:
+                return self._attend(query, key, value, _for_heads(log_beta, key), scaling, softmax)
+            key, value, gathered = self.part.context.gather(key, value, log_beta)
+            self._keep(layer, gathered)
+            return self._attend(query, key, value, _for_heads(gathered, key), scaling, softmax)
+
+        return self.attention_call(attend)
+
+    def _keep(self, layer: AttentionLayer, log_beta: torch.Tensor) -> None:
+        # Gradient checkpointing runs a layer again in backward: the first run's graph is the one to keep.
+        self._log_beta.setdefault(layer.layer_idx, log_beta)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
+        softmax: Softmax,
+    ) -> torch.Tensor:  # fmt: skip
+        """Gated attention of this process's queries over all keys."""
+        assert self.segments is not None
+        if self.part is None:
+            return gated_attention(query, key, value, log_beta, scaling, self.segments, self.implementation, softmax)
+        kernels = self.implementation if self.implementation in ("auto", "triton") else "reference"
+        return self.part.attention(query, key, value, log_beta, scaling, kernels, softmax)
+
+
+class AttachedPlain(Attached):
+    """The ungated model over whole sequences: gated attention at log β = 0, which needs no mask for packed rows."""
+
+    def call(self, layer: AttentionLayer, hidden_states: torch.Tensor) -> AttentionCall:
+        def attend(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softmax: Softmax
+        ) -> torch.Tensor:
+            if self.part is not None:
+                key, value = self.part.context.gather(key, value)
+            none = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
+            return self._attend(query, key, value, none, scaling, softmax)
 
         return self.attention_call(attend)
 
 
 @contextmanager
+def attach_plain(
+    model: PreTrainedModel, gates: RetentionGates, implementation: Implementation, part: SequencePart | None = None
+) -> Iterator[None]:
+    """Inside the block a forward computes what the plain model computes, in memory linear in packed rows.
+
+    Args:
+        gates: not used; those of `attach`, which are checked there.
+        part: as in `attach`.
+    """
+    with intercept(model, AttachedPlain(model, gates, implementation, part)):
+        yield
+
+
+@contextmanager
 def attach(
-    model: PreTrainedModel, gates: RetentionGates, implementation: Implementation = "auto"
-) -> Iterator[Attached]:
+    model: PreTrainedModel, gates: RetentionGates, implementation: Implementation = "auto", *, check: bool = True,
+    part: SequencePart | None = None,
+) -> Iterator[Attached]:  # fmt: skip
     """Gates the full-attention layers of `model` inside the `with` block, for whole sequences (training).
 
     Packed documents are recognised by restarting `position_ids` (without a mask), padding by the 2-D
     `attention_mask`. The model itself is left unchanged: outside the block it computes as before, bit for bit.
     To generate under a budget use `tenure.eviction.evict`.
 
+    Args:
+        check: whether the gates are checked against the model, which waits for the model's device.
+        part: the model is given this process's part of the sequences, with their `position_ids` and without a mask.
+
     Raises:
         UnsupportedModelError: tenure cannot attach to the model.
         ValueError: the gates do not fit the model, or it is already inside an attach() or evict() block.
     """
-    gates.check_model(model)
-    attached = Attached(model, gates, implementation)
-    with intercept(model, attached):
+    if check:
+        gates.check_model(model)
+    attached = Attached(model, gates, implementation, part)
+    with intercept(model, attached) as attached.layers:
         yield attached
 
 
@@ -198,15 +263,21 @@ class _Reader(Interceptor):
 
 
 @torch.no_grad()
-def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor) -> Prompt:
+def read_prompt(
+    model: PreTrainedModel, input_ids: torch.Tensor, arguments: Mapping[str, Any] | None = None
+) -> Prompt:  # fmt: skip
     """Runs the plain model over `input_ids` `(batch, prompt_len)`, no padding; keeps what `attach_after` needs.
+
+    Args:
+        arguments: of the decoder, in place of the token ids: those of a prompt with images, see `image_inputs`.
 
     Raises:
         UnsupportedModelError: tenure cannot attach to the model.
     """
     reader, cache = _Reader(), DynamicCache(config=text_config(model))
     with intercept(model, reader):
-        text_decoder(model)(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        given = {"input_ids": input_ids} if arguments is None else dict(arguments)
+        text_decoder(model)(**given | {"past_key_values": cache, "use_cache": True})
     return Prompt(reader.hidden_states, cache, input_ids.shape[1])
 
 

@@ -125,8 +125,12 @@ def full_attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """The module that owns the decoder layers (`LlamaModel` inside `LlamaForCausalLM`)."""
     model = plain_model(model)
-    name = full_attention_layers(model)[0].name
-    path = name.split(".")
+    return decoder_of(model, full_attention_layers(model))
+
+
+def decoder_of(model: PreTrainedModel, layers: list[AttentionLayer]) -> nn.Module:
+    """The module that owns the decoder layers, of which some are given."""
+    path = layers[0].name.split(".")
     while path and not path[-1].isdigit():
         path.pop()
     return model.get_submodule(".".join(path[:-2]))

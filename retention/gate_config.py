@@ -13,7 +13,7 @@ from tenure.checked import Range, Size, read, verify
 
 from .decoder_layers import full_attention_layers, text_config
 
-Projection = Literal["per_layer", "shared", "shared_heads"]
+Projection = Literal["per_layer", "per_layer_deep", "shared", "shared_heads"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class RetentionConfig:
         gate_width: features inside a gate.
         projection: `per_layer` is TRIM-KV's gate ("rg": one hidden layer, an output projection a layer);
             `shared` is DBTrimKV's ("rg10": two hidden layers, ONE projection for all layers with a row per head
-            index); `shared_heads` is the wording of the DBTrimKV paper (one vector for all layers and heads over
-            features that each head has of its own).
+            index); `per_layer_deep` has two hidden layers and an output projection a layer (files of DBTrimKV whose
+            tensors differ by layer); `shared_heads` is the wording of the DBTrimKV paper (one vector for all layers and
+            heads over features that each head has of its own).
         activation: the model's MLP activation, by its transformers name.
         initial_bias: bias of the output before training; 18 means β ≈ 1, nothing is forgotten at step 0.
         init_std: standard deviation of the weights before training.

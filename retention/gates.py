@@ -97,7 +97,7 @@ class RetentionGates(nn.Module):
         bodies: one small MLP a layer, keyed by the layer's index.
         weight, bias: the output projection. `shared`: `(num_kv_heads, gate_width)` and `(num_kv_heads,)`, the same
             for all layers; `shared_heads`: `(1, gate_width)` and `(1,)`, the same for all layers and heads;
-            `per_layer`: `(num_layers, num_kv_heads, gate_width)` and `(num_layers, num_kv_heads)`.
+            `per_layer`, `per_layer_deep`: `(num_layers, num_kv_heads, gate_width)` and `(num_layers, num_kv_heads)`.
     """
 
     def __init__(self, config: RetentionConfig, info: CheckpointInfo | None = None) -> None:
@@ -109,6 +109,7 @@ class RetentionGates(nn.Module):
         self.bodies = nn.ModuleDict({str(index): self._body() for index in config.layer_indices})
         shape = {
             "per_layer": (len(config.layer_indices), heads),
+            "per_layer_deep": (len(config.layer_indices), heads),
             "shared": (heads,),
             "shared_heads": (1,),
         }[config.projection]
@@ -120,7 +121,7 @@ class RetentionGates(nn.Module):
     def _body(self) -> nn.Sequential:
         config, fp32 = self.config, torch.float32  # whatever torch's default dtype is
         layers = [nn.Linear(config.hidden_size, config.gate_width, dtype=fp32), ACT2FN[config.activation]]
-        if config.projection == "shared":
+        if config.projection in ("shared", "per_layer_deep"):
             layers += [nn.Linear(config.gate_width, config.gate_width, dtype=fp32), ACT2FN[config.activation]]
         elif config.projection == "shared_heads":
             features = config.num_kv_heads * config.gate_width
@@ -159,7 +160,7 @@ class RetentionGates(nn.Module):
             fp32 `(batch, num_kv_heads, seq_len)`, each value in (-∞, 0].
         """
         weight, bias = self.weight, self.bias
-        if self.config.projection == "per_layer":
+        if self.config.projection in ("per_layer", "per_layer_deep"):
             row = self._row[layer_idx]
             weight, bias = weight[row], bias[row]
         return gate_log_beta(self.config, hidden_states, [self.bodies[str(layer_idx)]], weight, bias).transpose(1, 2)

@@ -53,6 +53,8 @@ COMMANDS: dict[str, Command] = {
         "demo", "DemoConfig", "Evaluate the shipped gates on a real model, then train new ones for a few steps"
     ),
     "train": Command("train_gates", "TrainConfig", "Train retention gates on a frozen model"),
+    "preview": Command("preview", "TrainConfig", "Show what `train` would train on: counts, cuts, targets in colour"),
+    "convert": Command("convert", "ConvertConfig", "Convert released gates of TRIM-KV, DBTrimKV and KVzap"),
     "eval": Command(
         "run_lm_eval", "LmEvalArguments", "Run lm-eval under a KV-cache budget (--model tenure); takes all its flags"
     ),

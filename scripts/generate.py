@@ -47,9 +47,9 @@ class GenerateConfig:
     model: str = "demo"
     """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
     policy: str | None = None
-    """Eviction policy, by default retention or the preset's: retention or retention_defensive (these need gates),
-    defensive, layer_defensive, snapkv, adakv, criticalkv, ada_criticalkv, pyramidkv, expected_attention, lagkv, rkv,
-    cake, keydiff, knorm, tova, h2o, streaming_llm, random, or full."""
+    """Eviction policy, by default retention or the preset's: retention, retention_defensive or gate_score (these need
+    gates), defensive, layer_defensive, snapkv, adakv, criticalkv, ada_criticalkv, pyramidkv, expected_attention, lagkv,
+    rkv, cake, keydiff, knorm, tova, h2o, streaming_llm, random, or full."""
     gates: str = "demo"
     """Trained gates for the retention policies and the calibrated budget: a folder,
     hub:OWNER/NAME, or demo for the shipped ones."""

@@ -96,6 +96,21 @@ def _model_class(source: str | Path, revision: str | None) -> Any:
     return AutoModelForImageTextToText if config in both and config not in text else AutoModelForCausalLM
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model that is not loaded.
+
+    Raises:
+        ValueError: no such model.
+        AssetError: the demo model could not be downloaded or converted.
+    """
+    from ..training.assets import resolve_model
+
+    source = resolve_model(name)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
 def load_processor(name: str, revision: str | None = None) -> Any:
     """The processor of a model that takes images, with its tokenizer in it.
 

@@ -65,9 +65,7 @@ def open_image(path: str | os.PathLike[str], limits: ImageLimits = LIMITS) -> Im
             raise ImageError(f"there is no image file {_short(name)!r}")
         size = file.stat().st_size
         if size > limits.max_bytes:
-            raise ImageError(
-                f"the image {_short(name)!r} has {size:,} bytes; accepted: up to {limits.max_bytes:,}"
-            )
+            raise ImageError(f"the image {_short(name)!r} has {size:,} bytes; accepted: up to {limits.max_bytes:,}")
         data = file.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):

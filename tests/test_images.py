@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -25,7 +26,9 @@ def png_header(width: int, height: int) -> bytes:
     chunk = b"IHDR" + header
     empty = b"IDAT" + zlib.compress(b"")
     chunks = [(header, chunk), (empty[4:], empty)]
-    body = b"".join(struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole)) for data, whole in chunks)
+    body = b"".join(
+        struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole)) for data, whole in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -89,22 +92,20 @@ def test_bytes_that_change_at_random_never_raise_anything_else():
             data = bytearray(whole)
             for _ in range(rng.randrange(1, 6)):
                 data[rng.randrange(len(data))] = rng.randrange(256)
-            try:
+            with contextlib.suppress(ImageError):
                 assert max(read_image(bytes(data), "x").size) <= 4096
-            except ImageError:
-                pass
 
 
 @pytest.mark.parametrize("name", ["http://127.0.0.1:9/x.png", "https://example.org/x.png", "file:///etc/passwd",
                                   "data:image/png;base64,AAAA", "ftp://example.org/x"])  # fmt: skip
 def test_nothing_is_fetched(name):
-    with pytest.raises(ImageError, match="got the address .* accepted: a local file"):
+    with pytest.raises(ImageError, match=r"got the address .* accepted: a local file"):
         open_image(name)
 
 
 def test_files_that_are_none(tmp_path):
     for path in (tmp_path / "absent.png", tmp_path, Path("/dev/zero"), "a\0b"):
-        with pytest.raises(ImageError, match="there is no image file|cannot read the image"):
+        with pytest.raises(ImageError, match=r"there is no image file|cannot read the image"):
             open_image(path)
     large = tmp_path / "large"
     with large.open("wb") as file:

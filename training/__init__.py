@@ -5,12 +5,13 @@ if not __name__.startswith("tenure."):
 
 from .batching import Batch, PackedSource, collate
 from .data import Example, ExampleSource, load_examples
+from .launch import RUN_AGAIN, TrainingInterrupted
 from .objective import GateObjective, Losses
 from .synthetic import RetrievalDocuments
 from .train_config import TrainConfig
 from .trainer import NotFiniteError, train
 
 __all__ = [
-    "Batch", "Example", "ExampleSource", "GateObjective", "Losses", "NotFiniteError", "PackedSource",
-    "RetrievalDocuments", "TrainConfig", "collate", "load_examples", "train",
+    "RUN_AGAIN", "Batch", "Example", "ExampleSource", "GateObjective", "Losses", "NotFiniteError", "PackedSource",
+    "RetrievalDocuments", "TrainConfig", "TrainingInterrupted", "collate", "load_examples", "train",
 ]  # fmt: skip

@@ -78,8 +78,8 @@ def draw(rng: random.Random, kind: Kind | None = None, split: Split = "test") ->
     Args:
         rng: the only source of randomness.
         kind: what it shows; None draws one.
-        split: numbers of `train` and `test` are different ones. Words and shapes are closed lists, in both splits; where
-            and how large they are drawn is new each time.
+        split: numbers of `train` and `test` are different ones. Words and shapes are closed lists, the same in both;
+            where and how large they are drawn is new each time.
 
     Raises:
         ValueError: an unknown kind or split.

@@ -56,8 +56,8 @@ PICTURE_TASKS = {
     for task in (
         PictureTask("picture", "what the only picture of a text shows", ("picture",)),
         PictureTask("pictures", "what one of four pictures shows", ("picture",) * 4),
-        PictureTask("mixed_picture", "what one of two pictures beside two notes shows", ("picture", "picture", "note", "note")),
-        PictureTask("mixed_note", "what one of two notes beside two pictures says", ("note", "note", "picture", "picture")),
+        PictureTask("mixed_picture", "one of two pictures, with two notes", ("picture",) * 2 + ("note",) * 2),
+        PictureTask("mixed_note", "one of two notes, with two pictures", ("note",) * 2 + ("picture",) * 2),
     )
 }  # fmt: skip
 
@@ -111,7 +111,8 @@ class PictureCases:
         return Case(
             task=task, index=index, seed=self.seed, context_ids=tuple(context),
             question_ids=(*prompt.rest, *whole[:common]), answer_ids=tuple(whole[common:]), question=question,
-            answer=drawing.answer, depth=spans[0][0] / len(context) if spans else 0.0, facts=tuple(spans), key=city, inputs=prompt.extra,
+            answer=drawing.answer, depth=spans[0][0] / len(context) if spans else 0.0, facts=tuple(spans),
+            key=city, inputs=prompt.extra,
         )  # fmt: skip
 
     def parts(self, task: str, index: int) -> tuple[list[Any], str, str, Drawing]:

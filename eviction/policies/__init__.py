@@ -10,6 +10,7 @@ from .criticalkv import CriticalKV
 from .defensive import Defensive, LayerDefensive
 from .expected_attention import ExpectedAttention
 from .full import Full
+from .gate_score import GateScore
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
@@ -26,12 +27,13 @@ from .streaming_llm import StreamingLLM
 from .tova import TOVA
 
 register(
-    CAKE, H2O, RKV, TOVA, AdaCriticalKV, AdaKV, CriticalKV, Defensive, ExpectedAttention, Full, KeyDiff, Knorm, LagKV,
-    LayerDefensive, PyramidKV, Random, Retention, RetentionDefensive, SnapKV, StreamingLLM,
+    CAKE, H2O, RKV, TOVA, AdaCriticalKV, AdaKV, CriticalKV, Defensive, ExpectedAttention, Full, GateScore, KeyDiff,
+    Knorm, LagKV, LayerDefensive, PyramidKV, Random, Retention, RetentionDefensive, SnapKV, StreamingLLM,
 )  # fmt: skip
 
 __all__ = [
     "CAKE", "H2O", "RKV", "TOVA", "AdaCriticalKV", "AdaKV", "CriticalKV", "Defensive", "ExpectedAttention", "Full",
+    "GateScore",
     "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "Policy", "PyramidKV", "Random", "Retention", "RetentionDefensive",
     "SnapKV", "StreamingLLM", "get_policy", "policy_names", "policy_text",
 ]  # fmt: skip

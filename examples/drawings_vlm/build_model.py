@@ -1,6 +1,6 @@
 """A small vision-language model: SmolVLM's class (Idefics3), SmolLM2-135M-Instruct as its text model, a small tower.
 
-    python examples/drawings_vlm/build_model.py FOLDER
+    python examples/drawings_vlm/build_model.py FOLDER [TOWER.safetensors]
 
 writes a folder that transformers and `tenure --model FOLDER` load: the text model's weights as they are (downloaded
 once, see `tenure demo`), the tower and the connector from `tower.safetensors` beside this file, and a processor. The
@@ -88,15 +88,18 @@ def make_model(text_model: Path, image_token_id: int, tower: Path | None = TOWER
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: python examples/drawings_vlm/build_model.py FOLDER", file=sys.stderr)
+    if len(sys.argv) not in (2, 3):
+        print("usage: python examples/drawings_vlm/build_model.py FOLDER [TOWER.safetensors]", file=sys.stderr)
         return 2
+    tower = Path(sys.argv[2]) if len(sys.argv) == 3 else TOWER
+    import torch
+
     from tenure.training.assets import demo_model
 
     source = demo_model()
     processor = make_processor(source)
-    model = make_model(source, processor.image_token_id)
-    model.save_pretrained(sys.argv[1])
+    model = make_model(source, processor.image_token_id, tower)
+    model.to(torch.bfloat16).save_pretrained(sys.argv[1])
     processor.save_pretrained(sys.argv[1])
     print(f"wrote {sys.argv[1]}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     return 0

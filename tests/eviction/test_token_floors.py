@@ -58,9 +58,7 @@ def test_the_best_tokens_fill_the_floor_and_protected_ones_stay(tiny_llama, gate
         whole = session.new_cache()
         tiny_llama(prompt(1, 60), past_key_values=whole)
         guard = [(30, 34), (58, 60)]
-        held = whole.fork().compress(
-            "knorm", 10, "head", sinks=0, recent=0, protect=guard, token_floors=[(IMAGE, 0.4)]
-        )
+        held = whole.fork().compress("knorm", 10, "head", sinks=0, recent=0, protect=guard, token_floors=[(IMAGE, 0.4)])
         alone = whole.fork().compress("knorm", 10, "head", sinks=0, recent=0, protect=guard)
         for layer in held.ragged:
             for kept, plain in zip(held.kept(layer.layer_idx)[0], alone.kept(layer.layer_idx)[0], strict=True):

@@ -18,6 +18,7 @@ from tenure.eviction import (
     Defensive,
     ExpectedAttention,
     Full,
+    GateScore,
     KeyDiff,
     Knorm,
     LagKV,
@@ -38,6 +39,7 @@ from tenure.eviction.policies.policy import NEEDS
 MATRIX: list[Policy] = [
     Retention(),
     Retention(lookahead=64),
+    GateScore(),
     SnapKV(window=8),
     SnapKV(window=6, kernel=3, pool="max"),
     AdaKV(window=8),
@@ -112,6 +114,7 @@ def test_defaults_of_those_that_share_a_budget_between_heads():
         "adakv": ("layer", 0.2),
         "cake": ("preference", 0.0),
         "defensive": ("layer", 0.0),
+        "gate_score": ("global", 0.0),
         "layer_defensive": ("global", 0.0),
         "pyramidkv": ("pyramid", 0.0),
         "retention": ("global", 0.0),
