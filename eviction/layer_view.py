@@ -100,10 +100,10 @@ class LayerView:
         """A per-entry state by name, fp32 `(batch, num_kv_heads, n)`: one of the policy's `states`, or `log_beta`."""
         return self._dense(self._states.get(name, name))
 
-    @property
+    @cached_property
     def output_weight(self) -> torch.Tensor:
-        """`(num_heads, value_dim, hidden_size)`: W_O, a view; needs `output_weight`."""
-        return output_weight(self._layer.attention)
+        """`(num_heads, value_dim, hidden_size)`: W_O, a view if in memory; needs `output_weight`."""
+        return output_weight(self._layer.attention, self._store.value.dtype)
 
     @cached_property
     def value_norms(self) -> torch.Tensor:

@@ -446,8 +446,8 @@ def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[Att
         if without:
             names = ", ".join(OUTPUT_PROJECTIONS)
             reason = (
-                f"the output projection as a linear layer ({names}) with a floating-point weight in memory, which "
-                f"{without[0]} does not have"
+                f"the output projection as a linear layer ({names}) over the heads' outputs, which {without[0]} does "
+                "not have"
             )
     if policy.needs - {"log_beta"} and any(layer.latent for layer in layers):
         reason = "keys and values of every head, where this model's cache holds one latent for all of them"

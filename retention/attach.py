@@ -10,22 +10,31 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from .attention_arguments import is_causal, padding_mask, refuse_dropout, refuse_unknown, softmax_of
 from .context_parallel import SequencePart
-from .decoder_layers import AttentionLayer, DifferentiableStates, copy_cache_layer, text_config, text_decoder
+from .decoder_layers import (
+    AttentionLayer,
+    DifferentiableStates,
+    copy_cache_layer,
+    full_attention_layers,
+    text_config,
+    text_decoder,
+)
 from .gates import RetentionGates
 from .ops import gated_attention
 from .ops.after_prompt import biased_attention, gated_attention_after
 from .ops.gated_attention import Implementation
 from .ops.softmax import Softmax
+from .recomputed_prompt import GatesReader, recomputed_log_beta
 from .seams import AttentionCall, AttentionFunction, Interceptor, intercept, is_intercepted
 from .segments import Segments
 from .soft_eviction import SoftEviction
@@ -231,14 +240,27 @@ class Prompt:
     """A prompt that a model has read: its hidden states, keys and values.
 
     Attributes:
-        hidden_states: by layer index, the attention module's inputs `(batch, prompt_len, hidden_size)`.
+        input_ids: `(batch, prompt_len)`.
+        hidden_states: by layer index, the attention module's inputs `(batch, prompt_len, hidden_size)`; or none, when
+            the prompt is to be read again in backward.
         cache: keys, values and recurrent states of all layers; not to be written to, see `new_cache`.
-        length: tokens.
+        log_beta: by layer index, without a graph, in place of the hidden states.
     """
 
+    input_ids: torch.Tensor
     hidden_states: dict[int, torch.Tensor]
     cache: DynamicCache
-    length: int
+    log_beta: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.input_ids.shape[1]
+
+    @property
+    def in_keys_alone(self) -> bool:
+        """Whether keys and values of the full-attention layers are all that later tokens need of it."""
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def new_cache(self) -> DynamicCache:
         """A cache that starts with the prompt, and shares its tensors where layers replace theirs in every forward."""
@@ -264,43 +286,79 @@ class _Reader(Interceptor):
 
 @torch.no_grad()
 def read_prompt(
-    model: PreTrainedModel, input_ids: torch.Tensor, arguments: Mapping[str, Any] | None = None
+    model: PreTrainedModel, input_ids: torch.Tensor, gates: RetentionGates | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Prompt:  # fmt: skip
     """Runs the plain model over `input_ids` `(batch, prompt_len)`, no padding; keeps what `attach_after` needs.
 
     Args:
+        gates: if given, hidden states are not kept, but log β; backward then reads the prompt again. Not with
+            `arguments`.
         arguments: of the decoder, in place of the token ids: those of a prompt with images, see `image_inputs`.
 
     Raises:
         UnsupportedModelError: tenure cannot attach to the model.
     """
-    reader, cache = _Reader(), DynamicCache(config=text_config(model))
+    cache = DynamicCache(config=text_config(model))
+    reader = _Reader() if gates is None else GatesReader(gates)
     with intercept(model, reader):
         given = {"input_ids": input_ids} if arguments is None else dict(arguments)
         text_decoder(model)(**given | {"past_key_values": cache, "use_cache": True})
-    return Prompt(reader.hidden_states, cache, input_ids.shape[1])
+    if isinstance(reader, GatesReader):
+        return Prompt(input_ids, {}, cache, reader.log_beta)
+    return Prompt(input_ids, reader.hidden_states, cache)
+
+
+Recomputed = Literal["nothing", "gates", "layers"]
 
 
 class AttachedAfter(GatedInterceptor):
     """A model that continues a prompt under gates, as `attach_after` yields it."""
 
-    def __init__(self, gates: RetentionGates, prompt: Prompt, eviction: SoftEviction | None) -> None:
+    reads_masks = False  # one document a row, without padding
+
+    def __init__(
+        self, model: PreTrainedModel, gates: RetentionGates, prompt: Prompt, eviction: SoftEviction | None,
+        recomputed: Recomputed,
+    ) -> None:  # fmt: skip
         super().__init__(gates)
-        self.prompt = prompt
-        self._of_prompt = {index: gates.log_beta(index, prompt.hidden_states[index]) for index in gates.layer_indices}
+        self.model, self.prompt, self.recomputed = model, prompt, recomputed
+        self.layers: list[AttentionLayer] | None = None
+        self._of_prompt = self._prompt_log_beta()
         self._log_weight: dict[int, torch.Tensor] = {}
         if eviction is not None:
             weights = eviction.log_weight(torch.stack(list(self._of_prompt.values())))
             self._log_weight = dict(zip(gates.layer_indices, weights, strict=True))
 
+    def _prompt_log_beta(self) -> dict[int, torch.Tensor]:
+        gates, prompt = self.gates, self.prompt
+        if prompt.log_beta:
+            return recomputed_log_beta(self.model, gates, prompt.input_ids, prompt.log_beta)
+        if self.recomputed == "nothing":
+            return {index: gates.log_beta(index, prompt.hidden_states[index]) for index in gates.layer_indices}
+        found: dict[int, Any] = {
+            index: checkpoint(gates.log_beta, index, prompt.hidden_states[index], use_reentrant=False)
+            for index in gates.layer_indices
+        }
+        return found
+
+    def again(self) -> AbstractContextManager[Any]:
+        """As `Attached.again`."""
+        return nullcontext() if is_intercepted(self.model) else intercept(self.model, self, self.layers)
+
     def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._log_beta = {}
-        return kwargs | {"past_key_values": self.prompt.new_cache(), "use_cache": True}
+        if self.recomputed != "layers":
+            return kwargs | {"past_key_values": self.prompt.new_cache(), "use_cache": True}
+        # Transformers hands no cache to layers that it recomputes: the prompt's keys are joined in the attention.
+        ids = kwargs["input_ids"]
+        positions = torch.arange(self.prompt.length, self.prompt.length + ids.shape[1], device=ids.device)[None]
+        return kwargs | {"past_key_values": None, "use_cache": False, "position_ids": positions}
 
     def call(self, layer: AttentionLayer, hidden_states: torch.Tensor) -> AttentionCall:
         index = layer.layer_idx
         log_beta = torch.cat((self._of_prompt[index], self.gates.log_beta(index, hidden_states)), dim=-1)
-        self._log_beta[index] = log_beta
+        self._log_beta.setdefault(index, log_beta)
         bias = None
         if self._log_weight:
             bias = nn.functional.pad(self._log_weight[index], (0, hidden_states.shape[1]))
@@ -308,6 +366,9 @@ class AttachedAfter(GatedInterceptor):
         def attend(
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softmax: Softmax
         ) -> torch.Tensor:
+            if self.recomputed == "layers":
+                before: Any = self.prompt.cache.layers[index]
+                key, value = torch.cat((before.keys, key), dim=2), torch.cat((before.values, value), dim=2)
             if bias is None:
                 return gated_attention_after(query, key, value, _for_heads(log_beta, key), scaling, softmax=softmax)
             return biased_attention(query, key, value, _for_heads(bias, key), scaling, softmax=softmax)
@@ -317,19 +378,35 @@ class AttachedAfter(GatedInterceptor):
 
 @contextmanager
 def attach_after(
-    model: PreTrainedModel, gates: RetentionGates, prompt: Prompt, eviction: SoftEviction | None = None
-) -> Iterator[AttachedAfter]:
+    model: PreTrainedModel, gates: RetentionGates, prompt: Prompt, eviction: SoftEviction | None = None,
+    recomputed: Recomputed = "nothing",
+) -> Iterator[AttachedAfter]:  # fmt: skip
     """Inside the block a forward of the model's decoder continues `prompt`, under gates; no padding, no dropout.
 
     Args:
         eviction: the eviction of the prompt; the tokens after it are kept. None lets all keys decay instead, as in
             `attach`, for the queries after the prompt.
+        recomputed: what is computed again in backward, to save memory: `gates` over the prompt; `layers` after it as
+            well, for which the caller turns on gradient checkpointing and wraps recomputation in `again()`.
 
     Raises:
         UnsupportedModelError: tenure cannot attach to the model.
-        ValueError: the gates do not fit the model, or it is already inside an attach() or evict() block.
+        ValueError: the gates do not fit the model, or it is already inside an attach() or evict() block; `layers` with
+            a model whose layers keep more of a prompt than keys and values (windows, states, latents).
     """
     gates.check_model(model)
-    attached = AttachedAfter(gates, prompt, eviction)
-    with intercept(model, attached):
+    if recomputed not in get_args(Recomputed):
+        raise ValueError(f"got recomputed {recomputed!r}; accepted: {', '.join(get_args(Recomputed))}")
+    if recomputed == "layers" and not recomputes_after(model, prompt):
+        raise ValueError(
+            f"{type(model).__name__} keeps more of a prompt than the keys and values of full attention; accepted as "
+            "recomputed: nothing, gates"
+        )
+    attached = AttachedAfter(model, gates, prompt, eviction, recomputed)
+    with intercept(model, attached) as attached.layers:
         yield attached
+
+
+def recomputes_after(model: PreTrainedModel, prompt: Prompt) -> bool:
+    """Whether layers after a prompt can be computed again from its keys and values."""
+    return prompt.in_keys_alone and not any(layer.latent for layer in full_attention_layers(model))

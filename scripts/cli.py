@@ -61,6 +61,9 @@ COMMANDS: dict[str, Command] = {
     "fidelity": Command(
         "fidelity", "FidelityConfig", "Measure KL, perplexity and retained attention against the full cache"
     ),
+    "turns": Command(
+        "turns", "TurnsConfig", "Ask several questions on one kept context: SCBench, LongMemEval, MMDU or generated"
+    ),
     "sweep": Command(
         "sweep", "SweepCommand", "Evaluate policies × budgets on many cases; resumable, one process per device"
     ),

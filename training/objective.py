@@ -24,7 +24,7 @@ from ..retention import (
     capacity_loss,
     read_prompt,
 )
-from ..retention.attach import attach_plain
+from ..retention.attach import AttachedAfter, Recomputed, attach_plain, recomputes_after
 from ..retention.capacity import Scope
 from ..retention.context_parallel import ContextGroup, SequencePart, require_context_parallel
 from ..retention.decoder_layers import plain_model, text_config, text_decoder
@@ -129,14 +129,18 @@ class GateObjective(nn.Module):
         self.implementation: Implementation = implementation
         self.evictions = tuple(evictions)
         self._head: OutputHead | None = None  # made in the first forward
-        self._student: Attached | None = None
+        self._student: Attached | AttachedAfter | None = None
         self._recomputes = False
+        self.reads_prompts_again = True  # under gradient checkpointing; else the prompts' hidden states are kept
         self._checkpointed: Sequence[nn.Module] = ()
         self._checked = False  # gates against the model, which waits for the device
         self._packs = self._continues = False  # the model was seen to separate documents, to continue prompts
 
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes every decoder layer in backward, with its gates attached again; dropout stays off.
+
+        Prompts are read again in backward, and the layers after them recomputed if keys and values are all that those
+        need of a prompt.
 
         Raises:
             ValueError: the model does not support it.
@@ -172,8 +176,8 @@ class GateObjective(nn.Module):
         seed: of the positions at which occupancy is sampled, and of the evictions.
 
         Raises:
-            ValueError: no target token; prompts together with gradient checkpointing; packed documents or prompts that
-                the model does not support (`model_checks`).
+            ValueError: no target token; prompts together with `context`; packed documents or prompts that the model
+                does not support (`model_checks`).
         """
         rng = random.Random(seed)
         if any(batch.inputs) and self.context is not None:
@@ -181,8 +185,6 @@ class GateObjective(nn.Module):
         if any(batch.prompt_tokens):
             if self.context is not None:
                 raise ValueError("got prompts with context_parallel; accepted: one of them (set prompt_share to 0)")
-            if self._recomputes:
-                raise ValueError("prompts leave nothing to recompute: turn gradient checkpointing off")
         if any(batch.prompt_tokens) or any(batch.inputs):
             rows = [batch.row(index) for index in range(len(batch.input_ids))]
             runs = [self._after_prompt(row, rng) if any(row.prompt_tokens) else self._whole(row) for row in rows]
@@ -256,7 +258,9 @@ class GateObjective(nn.Module):
             self._continues = True
         start = row.prompt_tokens[0]
         images = image_inputs(self.model, row.input_ids[:, :start], row.inputs[0] or {}) if any(row.inputs) else None
-        prompt = read_prompt(self.model, row.input_ids[:, :start], images and images.arguments)
+        read_again = self._recomputes and self.reads_prompts_again and images is None
+        arguments = images and images.arguments
+        prompt = read_prompt(self.model, row.input_ids[:, :start], self.gates if read_again else None, arguments)
         rest: dict[str, Any] = {"input_ids": row.input_ids[:, start:], "use_cache": True}
         if images is not None and images.rope_deltas is not None:
             rest["position_ids"] = images.positions_after(start, rest["input_ids"].shape[1])
@@ -264,8 +268,14 @@ class GateObjective(nn.Module):
         with torch.no_grad():
             teacher = decoder(**rest, past_key_values=prompt.new_cache()).last_hidden_state
         eviction = rng.choice(self.evictions) if self.evictions else None
-        with attach_after(self.model, self.gates, prompt, eviction) as attached:
+        recomputed: Recomputed = "gates" if self._recomputes else "nothing"
+        if self._recomputes and recomputes_after(self.model, prompt):
+            recomputed = "layers"
+        checkpointing = _mode(self._checkpointed if recomputed == "layers" else (), training=True)
+        with attach_after(self.model, self.gates, prompt, eviction, recomputed) as attached, checkpointing:
+            self._student = attached
             student = decoder(**rest).last_hidden_state
+            self._student = None
         segments = Segments.whole(1, row.input_ids.shape[1], row.input_ids.device)
         following = _following(row.input_ids[:, start:], row.loss_mask[:, start:])
         return _Forward(teacher, student, *following, attached.log_beta(), segments)

@@ -126,7 +126,7 @@ class TrainConfig:
     max_grad_norm: Annotated[float, Range(0, above=True)] = 1.0
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = True
-    """Recompute layers in backward: less memory, a third more time."""
+    """Recompute layers in backward, and read prompts again: less memory, a third more time."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Autocast of the model's forwards; None for the launcher's, or no."""
     skip_nonfinite: NoneOrMore = 0
@@ -190,11 +190,6 @@ class TrainConfig:
             raise ValueError(
                 f"got a prompt_share of {self.prompt_share} and context_parallel {self.context_parallel}; accepted: "
                 "one of them"
-            )
-        if self.prompt_share and self.gradient_checkpointing:
-            raise ValueError(
-                f"got gradient_checkpointing with a prompt_share of {self.prompt_share}, but prompts are read without "
-                "a graph, so there is nothing to recompute; accepted: set gradient_checkpointing to false"
             )
 
     @property

@@ -139,6 +139,7 @@ class _TrainingRun:
         if not self.sharded and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             raise ValueError("got FSDP from the launcher and one process or no GPU, where accelerate ignores it; "
                              "accepted: several GPUs, or no FSDP")  # fmt: skip
+        objective.reads_prompts_again = not self.sharded  # a sharded model does not run whole inside a backward
         if self.sharded:
             # The gates stay whole on every process: their hooks run inside layers, and a checkpoint holds them whole.
             self.accelerator.state.fsdp_plugin.ignored_modules = [self.gates.to(self.accelerator.device)]

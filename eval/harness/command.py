@@ -22,6 +22,7 @@ from .generated_tasks import PREFIX, GeneratedCases, check_kinds, kinds_of, task
 from .model import answer_settings, created_models, settings_digest
 from .options import Options, check_config, find_config, load_gates
 from .registration import MODEL_TYPE, register, tasks_folder
+from .turn_tasks import TURNS, conversations
 
 SUBCOMMANDS = ("ls", "validate")
 
@@ -233,7 +234,11 @@ def check_generated(asked: Asked, config: Any, question_tokens: int = 256) -> No
             f"contexts of {length} tokens and {question_tokens} for question and answer exceed {room}: give --metadata "
             f"length={limit - question_tokens} or less"
         )
-    check_kinds(kinds, **given)
+    turns = [kind.removeprefix(TURNS) for kind in kinds if kind.startswith(TURNS)]
+    for kind in turns:
+        conversations(kind, **given | {"cases": 1})
+    if len(turns) < len(kinds):
+        check_kinds([kind for kind in kinds if not kind.startswith(TURNS)], **given)
 
 
 def check_fields(options: Options, tasks: dict[str, Any]) -> None:

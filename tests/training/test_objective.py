@@ -156,11 +156,44 @@ def test_a_prompt_is_read_without_gates(tiny_llama: PreTrainedModel) -> None:
     assert objective(replace(prompts(), prompt_tokens=(0, 0))).kl > 1e-3
 
 
-def test_prompts_and_recomputation_exclude_each_other(tiny_llama: PreTrainedModel) -> None:
-    objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=9)
+@pytest.mark.parametrize("read_again", [True, False])
+@pytest.mark.parametrize("evictions", [(), (SoftEviction(0.3, sinks=1, recent=2),)])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_recomputed_prompts_give_the_same_losses_and_gradients(
+    tiny_model, family: str, evictions: tuple, read_again: bool
+) -> None:
+    """Gemma-3's sliding layers need more of a prompt than keys: there the gates alone are recomputed."""
+    found = []
+    for recomputes in (False, True):
+        model = tiny_model(family)
+        objective = GateObjective(model, forgetful(model), budget=3, samples=None, evictions=evictions)
+        objective.reads_prompts_again = read_again
+        if recomputes:
+            objective.enable_gradient_checkpointing()
+        losses = objective(prompts(), seed=1)
+        losses.total.backward()
+        found.append([losses.ntp, losses.kl, losses.capacity.detach(), *(p.grad for p in objective.gates.parameters())])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
+        assert plain.abs().sum() > 0
+
+
+def test_a_prompt_that_is_read_again_keeps_no_hidden_states(tiny_llama: PreTrainedModel) -> None:
+    """Saved for backward are tensors of the tokens after it, keys and values, and log β."""
+    objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=3, evictions=(SoftEviction(0.3),))
     objective.enable_gradient_checkpointing()
-    with pytest.raises(ValueError, match="leave nothing to recompute"):
-        objective(prompts())
+    sizes: list[tuple[int, ...]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(tensor.shape))
+        return tensor
+
+    batch = make_batch(rows=1, length=60)
+    batch = replace(batch, loss_mask=batch.loss_mask & (torch.arange(60) > 50), prompt_tokens=(50,))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective(batch)
+    wide = [shape for shape in sizes if 50 in shape and shape[-1] in (32, 16)]  # hidden states, gates' features
+    assert not wide and sizes
 
 
 def test_weights_of_the_losses_and_the_direction_of_kl(tiny_llama: PreTrainedModel) -> None:

@@ -212,7 +212,6 @@ def test_wrong_config_files_are_named(tmp_path: Path, text: str, message: str) -
     [
         ({"eviction_budgets": (0.2,)}, "above 0 with eviction_budgets"),
         ({"prompt_share": 1.5}, "got 1.5 as prompt_share; accepted: a number from 0 to 1"),
-        ({"prompt_share": 0.5, "gradient_checkpointing": True}, "set gradient_checkpointing to false"),
         (
             {"prompt_share": 0.5, "eviction_budgets": (0.2, 2.0)},
             r"got 2.0 as eviction_budgets\[1\]; accepted: a number above 0 and up to 1",
