@@ -1,4 +1,4 @@
-"""Reads gates that others have released into `RetentionGates`: TRIM-KV, DBTrimKV and KVzap."""
+"""Reads gates that others have released into `RetentionGates`: TRIM-KV, DBTrimKV, KVzap and Fast KVzip."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ TRIMKV_FILE = "trimkv_weights.pth"
 _TRIMKV_KEY = re.compile(
     r"(?:\w+\.)*layers\.(\d+)\.self_attn\.retention_gate\.((?:linear[123]\.(?:weight|bias))|weight|bias)"
 )
+KVZIP_NAMES = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "q_norm.weight", "k_norm.weight", "k_base", "b")
+_KVZIP_KEY = re.compile(r"layers\.(\d+)\.(" + "|".join(re.escape(name) for name in KVZIP_NAMES) + ")")
 _KVZAP_KEY = re.compile(r"(?:\w+\.)*layers\.(\d+)\.((?:[02]\.)?(?:weight|bias))")
 
 Tensors = dict[int, dict[str, torch.Tensor]]  # by layer and name
@@ -51,11 +53,12 @@ class ReleasedGates:
 
 
 def read_released_gates(source: Path, model: PreTrainedModel) -> ReleasedGates:
-    """Reads a folder with `trimkv_weights.pth`, or a folder or file with KVzap's safetensors.
+    """Reads a folder with `trimkv_weights.pth`, a folder or file with KVzap's safetensors, or Fast KVzip's `.pt` file.
 
     TRIM-KV ("rg": linear1, activation, linear2, bias) becomes `per_layer`. DBTrimKV ("rg10": linear1, linear2, linear3,
     bias) becomes `shared` if all layers hold the same linear3 and bias, which their code ties and their files need not,
-    and else `per_layer_deep`; the tensors decide. KVzap's score s becomes log β = logsigmoid(s).
+    and else `per_layer_deep`; the tensors decide. KVzap's score s becomes log β = logsigmoid(s); Fast KVzip's score, in
+    (0, 1), becomes log β = log s.
 
     Args:
         source: not changed; a pickle is read with `weights_only`, which runs no code of it.
@@ -67,12 +70,13 @@ def read_released_gates(source: Path, model: PreTrainedModel) -> ReleasedGates:
     """
     if (source / TRIMKV_FILE).is_file():
         return _trimkv(source, model)
+    if source.suffix == ".pt" and source.is_file():
+        return _fast_kvzip(source, model)
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     if len(files) != 1 or not files[0].is_file() or files[0].suffix != ".safetensors":
-        kzip = ": Fast KVzip's .pt files hold another kind of gate" if source.suffix == ".pt" else ""
         raise CheckpointError(
-            f"got {source}, which is no released gate{kzip}; accepted: a folder with {TRIMKV_FILE} and config.json "
-            "(TRIM-KV, DBTrimKV), or one .safetensors file (KVzap)"
+            f"got {source}, which is no released gate; accepted: a folder with {TRIMKV_FILE} and config.json (TRIM-KV, "
+            "DBTrimKV), one .safetensors file (KVzap), or a .pt file (Fast KVzip)"
         )
     try:
         state = load_file(files[0])
@@ -81,12 +85,16 @@ def read_released_gates(source: Path, model: PreTrainedModel) -> ReleasedGates:
     return _kvzap(files[0], _by_layer(files[0], state, _KVZAP_KEY), model)
 
 
-def _trimkv(source: Path, model: PreTrainedModel) -> ReleasedGates:
-    path = source / TRIMKV_FILE
+def _unpickled(path: Path) -> Any:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path} holds more than tensors, or is broken: {str(error).splitlines()[0]}") from None
+
+
+def _trimkv(source: Path, model: PreTrainedModel) -> ReleasedGates:
+    path = source / TRIMKV_FILE
+    state = _unpickled(path)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}; accepted: tensors by name")
     tensors = _by_layer(path, state, _TRIMKV_KEY)
@@ -136,6 +144,36 @@ def _kvzap(path: Path, tensors: Tensors, model: PreTrainedModel) -> ReleasedGate
     )
     name = "KVzap MLP" if mlp else "KVzap linear"
     return ReleasedGates(_gates(path, config, model, bodies, weight, bias, name), name, "gate_score", note)
+
+
+def _fast_kvzip(path: Path, model: PreTrainedModel) -> ReleasedGates:
+    """`{"module": [a layer's tensors, …]}`, the attention layers in order."""
+    state = _unpickled(path)
+    modules = state.get("module") if isinstance(state, Mapping) else None
+    layers = full_attention_layers(model)
+    if not isinstance(modules, list) or len(modules) != len(layers):
+        count = f"{len(modules)} layers" if isinstance(modules, list) else "no list 'module'"
+        raise CheckpointError(f"{path} holds {count}; accepted: one gate for each of the model's {len(layers)} layers")
+    flat = {f"layers.{layer.layer_idx}.{name}": tensor for layer, parts in zip(layers, modules, strict=True)
+            for name, tensor in (parts.items() if isinstance(parts, Mapping) else {})}  # fmt: skip
+    tensors = _by_layer(path, flat, _KVZIP_KEY)
+    _require(path, tensors, list(KVZIP_NAMES), model)
+    first = tensors[layers[0].layer_idx]
+    sinks, (groups, dim) = first["k_base"].shape[-2], (first["b"].shape[-1], first["q_norm.weight"].shape[0])
+    config = RetentionConfig.for_model(
+        model, gate_width=dim, projection="fast_kvzip", num_groups=groups, num_sinks=sinks
+    )
+    gates = _empty(path, config, model, "Fast KVzip")
+    weights: dict[str, torch.Tensor] = {"weight": gates.weight.detach(), "bias": gates.bias.detach()}
+    for index, parts in tensors.items():
+        for name, tensor in parts.items():
+            shaped = tensor.squeeze(1) if name in ("k_base", "b") and tensor.dim() > 2 else tensor
+            weights[f"bodies.{index}.0.{name}"] = shaped
+    note = (
+        "log β = log(score): the released score in fp32 (theirs is computed in the file's dtype); it ranks without "
+        "age, so use the policy gate_score (released setting: 4 sinks and the last 8 tokens protected), not retention"
+    )
+    return ReleasedGates(_loaded(path, gates, weights, model), "Fast KVzip", "gate_score", note)
 
 
 def _by_layer(path: Path, state: Mapping[str, Any], pattern: re.Pattern[str]) -> Tensors:
@@ -202,13 +240,23 @@ def _gates(
     path: Path, config: RetentionConfig, model: PreTrainedModel,
     bodies: Mapping[int, list[tuple[torch.Tensor, torch.Tensor]]], weight: torch.Tensor, bias: torch.Tensor, kind: str,
 ) -> RetentionGates:  # fmt: skip
-    info = CheckpointInfo.for_model(model, training={"converted_from": kind, "file": path.name})
-    gates = RetentionGates(config, replace(info, metrics={}))
+    gates = _empty(path, config, model, kind)
     state = {"weight": weight, "bias": bias}
     for index in config.layer_indices:
         for step, (matrix, offset) in enumerate(bodies[index]):
             state[f"bodies.{index}.{2 * step}.weight"] = matrix
             state[f"bodies.{index}.{2 * step}.bias"] = offset
+    return _loaded(path, gates, state, model)
+
+
+def _empty(path: Path, config: RetentionConfig, model: PreTrainedModel, kind: str) -> RetentionGates:
+    info = CheckpointInfo.for_model(model, training={"converted_from": kind, "file": path.name})
+    return RetentionGates(config, replace(info, metrics={}))
+
+
+def _loaded(
+    path: Path, gates: RetentionGates, state: dict[str, torch.Tensor], model: PreTrainedModel
+) -> RetentionGates:  # fmt: skip
     try:
         gates.load_state_dict(state)
     except RuntimeError as error:  # one line a tensor of a wrong shape

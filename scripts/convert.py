@@ -1,4 +1,4 @@
-"""`tenure convert`: released gates of TRIM-KV, DBTrimKV and KVzap as a gates folder of tenure."""
+"""`tenure convert`: released gates of TRIM-KV, DBTrimKV, KVzap and Fast KVzip as a gates folder of tenure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ConvertConfig:
     """Convert released gates into a gates folder, and say in which sense the result is exact."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE_PATH")]
-    """Folder with trimkv_weights.pth (TRIM-KV, DBTrimKV), or folder or file with KVzap's safetensors."""
+    """Folder with trimkv_weights.pth (TRIM-KV, DBTrimKV), KVzap's safetensors, or Fast KVzip's .pt file."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_PATH")]
     """Folder to write; it must not hold gates yet."""
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")]

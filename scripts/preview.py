@@ -55,7 +55,8 @@ def summary(config: TrainConfig, source: Any, examples: Sequence[Example], held_
     targets = [sum(example.loss_mask) for example in examples]
     longest = max(config.lengths)
     rows: list[tuple[str, str]] = []
-    for name, part in (source.sources if isinstance(source, MixtureSource) else {config.data: source}).items():
+    whole = ", ".join(config.concatenate) or config.data
+    for name, part in (source.sources if isinstance(source, MixtureSource) else {whole: source}).items():
         inner = getattr(part, "source", part)  # of a packed source
         if hasattr(inner, "epoch_lengths"):
             tokens = sum(inner.epoch_lengths(0))

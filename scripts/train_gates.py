@@ -20,7 +20,14 @@ import tyro
 
 from tenure.training import TrainConfig
 from tenure.training.batching import PackedSource
-from tenure.training.data import Example, ExampleSource, MixtureSource, load_examples
+from tenure.training.data import (
+    ConcatenatedSource,
+    DatasetSource,
+    Example,
+    ExampleSource,
+    MixtureSource,
+    load_examples,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -61,6 +68,8 @@ def build_source(config: TrainConfig, tokenizer: Any) -> tuple[ExampleSource, li
     Raises:
         ValueError: no such data, or columns, weights or lengths that cannot be used.
     """
+    if config.concatenate:
+        return _concatenated(config, tokenizer)
     if not config.mixture:
         return _one_source(config, config.data, tokenizer)
     sources: dict[str, ExampleSource] = {}
@@ -116,14 +125,35 @@ def _one_source(config: TrainConfig, data: str, tokenizer: Any) -> tuple[Example
             prompt_share=config.prompt_share, seed=config.seed, bad_records=config.bad_records,
         )  # fmt: skip
         return images.held_out(config.held_out) if config.held_out else (images, [])
-    source, held_out = load_examples(
+    source, held_out = _data_set(config, data, tokenizer)
+    return (PackedSource(source, max(config.lengths)) if config.pack else source), held_out
+
+
+def _concatenated(config: TrainConfig, tokenizer: Any) -> tuple[ExampleSource, list[Example]]:
+    if "synthetic" in config.concatenate or len(set(config.concatenate)) < len(config.concatenate):
+        raise ValueError(
+            f"got {', '.join(config.concatenate)} to concatenate; accepted: different data sets, without synthetic "
+            "documents, which have no end (see mixture)"
+        )
+    parts: list[DatasetSource] = []
+    held_out: list[Example] = []
+    for data in config.concatenate:
+        part, held = _data_set(config, data, tokenizer)
+        parts.append(part)
+        held_out += held
+    source = ConcatenatedSource(parts, config.seed)
+    return (PackedSource(source, max(config.lengths)) if config.pack else source), held_out
+
+
+def _data_set(config: TrainConfig, data: str, tokenizer: Any) -> tuple[DatasetSource, list[Example]]:
+    """One data set, and the examples held out of it."""
+    source = load_examples(
         data, tokenizer, max_length=max(config.lengths), min_length=max(2, config.min_length),
         format=config.format, loss_on=config.loss_on, split=config.split, seed=config.seed, overlong=config.overlong,
         columns=config.columns, bad_records=config.bad_records, workers=config.data_workers,
-    ), []  # fmt: skip
-    if config.held_out:
-        source, held_out = source.held_out(config.held_out)
-    return (PackedSource(source, max(config.lengths)) if config.pack else source), held_out
+        keep_thoughts=config.keep_thoughts,
+    )  # fmt: skip
+    return source.held_out(config.held_out) if config.held_out else (source, [])
 
 
 def build_evaluation(

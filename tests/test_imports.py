@@ -48,7 +48,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("rollback",),
         ("cache",),
         ("serialization", "stacking", "packed", "modalities"),
-        ("session",),
+        ("layer_gates", "session"),
         ("prefill",),
         ("api",),
         ("integrations",),

@@ -15,8 +15,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def encode_messages(
-    messages: Sequence[dict[str, Any]], tokenizer: Any, tools: Sequence[Any] | None = None
-) -> tuple[list[int], list[bool]]:
+    messages: Sequence[dict[str, Any]], tokenizer: Any, tools: Sequence[Any] | None = None, *,
+    keep_thoughts: bool = False,
+) -> tuple[list[int], list[bool]]:  # fmt: skip
     """Token ids of a conversation in the tokenizer's chat template, and a mask of those that the assistant says.
 
     Those are what the template marks by `{% generation %}`. In a template without it they are found from renderings:
@@ -26,6 +27,8 @@ def encode_messages(
 
     Args:
         tools: definitions of tools, for templates that show them.
+        keep_thoughts: templates of reasoning models leave out the thoughts of earlier answers, or of all. This writes
+            every message's thoughts as `<think>…</think>` before its answer whatever the template does.
 
     Raises:
         RecordError: no messages, content that is no text, or a message that the template does not show.
@@ -33,7 +36,8 @@ def encode_messages(
     """
     turns = [plain_message(message) for message in messages]
     template = _template_text(tokenizer)
-    if _GENERATION.search(template):
+    thoughtful = keep_thoughts and any(turn["role"] == "assistant" and _thoughts(turn) for turn in turns)
+    if _GENERATION.search(template) and not thoughtful:
         encoded = tokenizer.apply_chat_template(
             turns, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -44,7 +48,14 @@ def encode_messages(
         )
 
     def render(part: Sequence[dict[str, Any]], prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(list(part), tools=tools, tokenize=False, add_generation_prompt=prompt)
+        shown, said = _without_thoughts(part) if keep_thoughts else (list(part), {})
+        text = tokenizer.apply_chat_template(shown, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        for mark, content in said.items():
+            found = re.search(rf"(?:<think>\s*</think>\s*)?{mark}", text)
+            if found is None:
+                raise RecordError("the chat template leaves out an assistant's message, so its thoughts have no place")
+            text = text[: found.start()] + content + text[found.end() :]
+        return text
 
     text = render(turns)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -58,6 +69,28 @@ def encode_messages(
         for place in _said(inside, input_ids, text, offsets, tokenizer):
             loss_mask[place] = True
     return input_ids, loss_mask
+
+
+def _thoughts(turn: dict[str, Any]) -> str:
+    """What an assistant thought: `reasoning_content`, or what its content has before `</think>`."""
+    content = turn["content"]
+    if "</think>" in content:
+        return content.partition("</think>")[0].rpartition("<think>")[2].strip()
+    return str(turn.get("reasoning_content") or "").strip()
+
+
+def _without_thoughts(turns: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Messages with a mark in place of every answer with thoughts, and what each mark stands for."""
+    shown, said = [], {}
+    for number, turn in enumerate(turns):
+        thoughts = _thoughts(turn) if turn["role"] == "assistant" else ""
+        if thoughts:
+            mark = f"{_SENTINEL}{number}{_SENTINEL}"
+            answer = turn["content"].rpartition("</think>")[2].lstrip()
+            said[mark] = f"<think>\n{thoughts}\n</think>\n\n{answer}"
+            turn = {name: value for name, value in turn.items() if name != "reasoning_content"} | {"content": mark}
+        shown.append(turn)
+    return shown, said
 
 
 def plain_message(message: Any) -> dict[str, Any]:

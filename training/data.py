@@ -62,15 +62,19 @@ class DatasetSource:
     seed: int = 0
     data: str = "data"
     _orders: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
-    _lengths: list[int] = field(init=False, repr=False)
+    lengths: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._lengths = list(self.dataset["length"])
+        self.lengths = list(self.dataset["length"])
 
     def name(self, index: int) -> str:
         """The record that an example was made of, by its number in the data from 1 on."""
         epoch, place = divmod(index, len(self))
-        return f"{self.data} record {self.dataset[self._order(epoch)[place]]['record']}"
+        return self.record_name(self._order(epoch)[place])
+
+    def record_name(self, row: int) -> str:
+        """The record that a row of the data set was made of."""
+        return f"{self.data} record {self.dataset[row]['record']}"
 
     def digest(self) -> str:
         """Digest of all tokens and targets, in the data's order."""
@@ -95,22 +99,68 @@ class DatasetSource:
 
     def __len__(self) -> int:
         """Examples per epoch."""
-        return len(self._lengths)
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
         epoch, place = divmod(index, len(self))
-        record = self.dataset[self._order(epoch)[place]]
+        return self.example(self._order(epoch)[place])
+
+    def example(self, row: int) -> Example:
+        """The example of a row of the data set."""
+        record = self.dataset[row]
         return Example(record["input_ids"], record["loss_mask"], self.kind)
 
     def epoch_lengths(self, epoch: int) -> Sequence[int]:
         """Number of tokens of each example of an epoch, in that epoch's order."""
-        return [self._lengths[row] for row in self._order(epoch)]
+        return [self.lengths[row] for row in self._order(epoch)]
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             if len(self._orders) > 1:
                 del self._orders[min(self._orders)]
             order = list(range(len(self)))
+            random.Random(f"{self.seed}:{epoch}").shuffle(order)
+            self._orders[epoch] = order
+        return self._orders[epoch]
+
+
+@dataclass
+class ConcatenatedSource:
+    """Several data sets as one: every epoch has each of their examples once, in one order over all of them."""
+
+    parts: Sequence[DatasetSource]
+    seed: int = 0
+    _orders: dict[int, list[tuple[int, int]]] = field(default_factory=dict, init=False, repr=False)
+
+    def __len__(self) -> int:
+        """Examples per epoch."""
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, index: int) -> Example:
+        part, row = self._row(index)
+        return self.parts[part].example(row)
+
+    def name(self, index: int) -> str:
+        """The record that an example was made of."""
+        part, row = self._row(index)
+        return self.parts[part].record_name(row)
+
+    def digest(self) -> str:
+        return digest(part.digest().encode() for part in self.parts)
+
+    def epoch_lengths(self, epoch: int) -> Sequence[int]:
+        """Number of tokens of each example of an epoch, in that epoch's order."""
+        return [self.parts[part].lengths[row] for part, row in self._order(epoch)]
+
+    def _row(self, index: int) -> tuple[int, int]:
+        epoch, place = divmod(index, len(self))
+        return self._order(epoch)[place]
+
+    def _order(self, epoch: int) -> list[tuple[int, int]]:
+        if epoch not in self._orders:
+            if len(self._orders) > 1:
+                del self._orders[min(self._orders)]
+            order = [(number, row) for number, part in enumerate(self.parts) for row in range(len(part))]
             random.Random(f"{self.seed}:{epoch}").shuffle(order)
             self._orders[epoch] = order
         return self._orders[epoch]
@@ -170,7 +220,7 @@ class MixtureSource:
 def load_examples(
     data: str, tokenizer: Any, *, max_length: int, min_length: int = 2, format: Format = "auto",
     loss_on: LossOn = "completion", split: str = "train", seed: int = 0, overlong: Overlong = "cut",
-    columns: Sequence[str] = (), bad_records: int = 0, workers: int = 1,
+    columns: Sequence[str] = (), bad_records: int = 0, workers: int = 1, keep_thoughts: bool = False,
 ) -> DatasetSource:  # fmt: skip
     """Reads and tokenises `data` (tokenised data is cached on disk by `datasets`).
 
@@ -190,6 +240,7 @@ def load_examples(
         columns: `ours=theirs` names of columns.
         bad_records: records that may be left out, counted and named, because they cannot be read.
         workers: processes that tokenise.
+        keep_thoughts: thoughts are kept where the chat template leaves them out, see `encode_messages`.
 
     Raises:
         ValueError: data that does not exist or is empty, a file of an unknown kind, missing columns, no chat template,
@@ -207,7 +258,7 @@ def load_examples(
     if kind == "chat" and not getattr(tokenizer, "chat_template", None):
         raise ValueError("format='chat' needs a tokenizer with a chat template; this one has none: use format='raw'")
     encoder = {"tokenizer": tokenizer, "kind": kind, "loss_on": loss_on, "max_length": max_length, "names": names,
-               "overlong": overlong}  # fmt: skip
+               "overlong": overlong, "keep_thoughts": keep_thoughts}  # fmt: skip
     with _tokenised_once(dataset, data):
         dataset = dataset.map(
             _encode_records, fn_kwargs=encoder, remove_columns=dataset.column_names, desc=f"Tokenising {data}",
@@ -280,7 +331,7 @@ def _kind(columns: Sequence[str], format: Format, data: str) -> str:
 
 def _encode_records(
     batch: dict[str, list[Any]], indices: list[int], tokenizer: Any, kind: str, loss_on: LossOn, max_length: int,
-    names: Mapping[str, str], overlong: Overlong,
+    names: Mapping[str, str], overlong: Overlong, keep_thoughts: bool = False,
 ) -> dict[str, list[Any]]:  # fmt: skip
     """Token ids and targets of records: one row each, or several windows.
 
@@ -298,7 +349,7 @@ def _encode_records(
     for place, index in enumerate(indices):
         try:
             record = plain_record({name: column[place] for name, column in batch.items()}, names)
-            input_ids, loss_mask = _encode(record, tokenizer, kind, loss_on)
+            input_ids, loss_mask = _encode(record, tokenizer, kind, loss_on, keep_thoughts)
         except RecordError as error:
             add([], [], index, fault=str(error))
             continue
@@ -313,14 +364,18 @@ def _encode_records(
     return out
 
 
-def _encode(record: dict[str, Any], tokenizer: Any, kind: str, loss_on: LossOn) -> tuple[list[int], list[bool]]:
+def _encode(
+    record: dict[str, Any], tokenizer: Any, kind: str, loss_on: LossOn, keep_thoughts: bool
+) -> tuple[list[int], list[bool]]:
     if kind == "raw":
         text = record.get("text")
         if text is not None and not isinstance(text, str):
             raise RecordError(f"its text is a {type(text).__name__}")
         input_ids = tokenizer(text or "")["input_ids"]
         return input_ids, [True] * len(input_ids)
-    input_ids, loss_mask = encode_messages(_messages(record), tokenizer, _tools(record))
+    input_ids, loss_mask = encode_messages(
+        _messages(record), tokenizer, _tools(record), keep_thoughts=keep_thoughts
+    )
     return input_ids, [True] * len(input_ids) if loss_on == "all" else loss_mask
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -130,17 +131,21 @@ class GateObjective(nn.Module):
         self.evictions = tuple(evictions)
         self._head: OutputHead | None = None  # made in the first forward
         self._student: Attached | AttachedAfter | None = None
-        self._recomputes = False
+        self._recomputes = self._saves_attention = False
         self.reads_prompts_again = True  # under gradient checkpointing; else the prompts' hidden states are kept
         self._checkpointed: Sequence[nn.Module] = ()
         self._checked = False  # gates against the model, which waits for the device
         self._packs = self._continues = False  # the model was seen to separate documents, to continue prompts
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, save_attention: bool = False) -> None:
         """Recomputes every decoder layer in backward, with its gates attached again; dropout stays off.
 
         Prompts are read again in backward, and the layers after them recomputed if keys and values are all that those
         need of a prompt.
+
+        Args:
+            save_attention: attention is not computed again: its outputs, `(batch, num_heads, seq_len, head_dim)` a
+                layer, are kept.
 
         Raises:
             ValueError: the model does not support it.
@@ -149,7 +154,7 @@ class GateObjective(nn.Module):
         if not self.model.supports_gradient_checkpointing or not layers:
             name = type(self.model).__name__
             raise ValueError(f"{name} has no gradient checkpointing; set gradient_checkpointing to false")
-        self._recomputes = True
+        self._recomputes, self._saves_attention = True, save_attention
         self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
         self.model.eval()
         self._checkpointed = layers
@@ -157,8 +162,9 @@ class GateObjective(nn.Module):
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Contexts of a layer's forward and of its recomputation, which runs when the attach block is over."""
         student = self._student
-        without_dropout = _Entered(lambda: _mode(self._checkpointed, training=False))
-        return without_dropout, nullcontext() if student is None else _Entered(student.again)
+        saving, saved = create_selective_checkpoint_contexts(_keep) if self._saves_attention else (nullcontext(),) * 2
+        forward = _Entered(lambda: _mode(self._checkpointed, training=False), saving)
+        return forward, saved if student is None else _Entered(student.again, saved)
 
     def require_packing(self) -> None:
         """Checks that the model separates packed documents, once; the first packed batch does it as well.
@@ -182,9 +188,8 @@ class GateObjective(nn.Module):
         rng = random.Random(seed)
         if any(batch.inputs) and self.context is not None:
             raise ValueError("got images with context_parallel; accepted: one of them (set images to false)")
-        if any(batch.prompt_tokens):
-            if self.context is not None:
-                raise ValueError("got prompts with context_parallel; accepted: one of them (set prompt_share to 0)")
+        if any(batch.prompt_tokens) and self.context is not None:
+            raise ValueError("got prompts with context_parallel; accepted: one of them (set prompt_share to 0)")
         if any(batch.prompt_tokens) or any(batch.inputs):
             rows = [batch.row(index) for index in range(len(batch.input_ids))]
             runs = [self._after_prompt(row, rng) if any(row.prompt_tokens) else self._whole(row) for row in rows]
@@ -384,12 +389,20 @@ def _mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
 class _Entered(AbstractContextManager[None]):
     """The context that `make` gives, made when it is entered: when a layer is recomputed, not when it first ran."""
 
-    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
-        self.make = make
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]], inner: AbstractContextManager[Any]) -> None:
+        self.make, self.inner = make, inner
 
     def __enter__(self) -> None:
-        self.context = self.make()
-        self.context.__enter__()
+        self.stack = ExitStack()
+        self.stack.enter_context(self.make())
+        self.stack.enter_context(self.inner)
 
     def __exit__(self, *error: Any) -> None:
-        self.context.__exit__(*error)
+        self.stack.__exit__(*error)
+
+
+def _keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What selective checkpointing keeps of a layer: outputs of attention, in torch's operators and in our kernel."""
+    name = str(operator)
+    attention = "scaled_dot_product" in name or name.startswith("tenure.gated_attention")
+    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE

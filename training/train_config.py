@@ -36,7 +36,8 @@ class TrainConfig:
     gate_width: Count = 512
     """Features inside a gate."""
     projection: Projection = "shared"
-    """Output projection: `shared` by all layers (DBTrimKV), `per_layer` (TRIM-KV), or `shared_heads`."""
+    """Output projection: `shared` by all layers (DBTrimKV), `per_layer` (TRIM-KV), `per_layer_deep` (DBTrimKV's body
+    with a projection a layer), or `shared_heads` (one for all heads)."""
     initial_bias: float = 18.0
     """Output bias at the start; 18 means nothing is forgotten at step 0."""
     init_gates: str | None = None
@@ -50,10 +51,14 @@ class TrainConfig:
     """How records of `data` are read: chat template over messages, or raw text."""
     loss_on: Literal["completion", "all"] = "completion"
     """Tokens the quality loss is taken over."""
+    keep_thoughts: bool = False
+    """Train on thoughts (`<think>…</think>`, `reasoning_content`) that the chat template would leave out."""
     split: str = "train"
     """Split of a Hub data set, a saved one, or a folder whose files or folders are named after splits."""
     mixture: tuple[str, ...] = ()
     """Instead of `data`: several of what it accepts, each as WEIGHT:DATA, such as `0.7:chat.jsonl 0.3:prose/`."""
+    concatenate: tuple[str, ...] = ()
+    """Instead of `data`: several of what it accepts, as one data set; an epoch has every example of each once."""
     columns: tuple[str, ...] = ()
     """Columns under other names, as NAME=COLUMN, such as `messages=dialog` or `text=body`."""
     overlong: Literal["cut", "windows", "drop"] = "cut"
@@ -127,6 +132,10 @@ class TrainConfig:
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = True
     """Recompute layers in backward, and read prompts again: less memory, a third more time."""
+    save_attention: bool = False
+    """With gradient checkpointing, keep the outputs of attention instead of computing attention again."""
+    tf32: bool = False
+    """Multiply fp32 matrices, which are the gates' under a bf16 model, in TF32 on GPUs."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Autocast of the model's forwards; None for the launcher's, or no."""
     skip_nonfinite: NoneOrMore = 0
@@ -169,22 +178,26 @@ class TrainConfig:
                 "got eviction_budgets and no prompt_share, but they act on prompts only; accepted: a prompt_share "
                 "above 0 with eviction_budgets"
             )
-        if self.mixture and self.data != "synthetic":
-            raise ValueError(f"got data {self.data} and a mixture; accepted: one of them")
+        given = [name for name in ("mixture", "concatenate") if getattr(self, name)]
+        if given and self.data != "synthetic":
+            what = "a mixture" if given == ["mixture"] else "data sets to concatenate"
+            raise ValueError(f"got data {self.data} and {what}; accepted: one of them")
+        if len(given) > 1:
+            raise ValueError("got a mixture and data sets to concatenate; accepted: one of them")
         if self.held_out and not self.eval_every:
             raise ValueError(
                 f"got held_out {self.held_out} and eval_every 0, so their losses are never computed; accepted: an "
                 "eval_every above 0 with held_out"
             )
-        if self.held_out and not self.mixture and self.data == "synthetic":
+        if self.held_out and not given and self.data == "synthetic":
             raise ValueError("got held_out with synthetic documents, which never repeat; accepted: data or a mixture")
         if self.best_metric and not self.eval_every:
             raise ValueError(
                 f"got best_metric {self.best_metric} and eval_every 0, so nothing is measured; accepted: an eval_every "
                 "above 0 with best_metric"
             )
-        if self.images and (self.pack or self.context_parallel > 1):
-            name = "pack" if self.pack else "context_parallel"
+        if self.images and (self.pack or self.concatenate or self.context_parallel > 1):
+            name = "pack" if self.pack else "concatenate" if self.concatenate else "context_parallel"
             raise ValueError(f"got images with {name}, but sequences with images run one by one; accepted: one of them")
         if self.prompt_share and self.context_parallel > 1:
             raise ValueError(

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_w
 from ..retention import CheckpointInfo, RetentionGates, SoftEviction
 from ..retention.context_parallel import ContextGroup
 from .assets import DEMO_MODEL_ID
+from .batches_ahead import BatchesAhead
 from .batching import Batch, collate
 from .data import Example, ExampleSource, example_names
 from .digests import base_digest, data_digest
@@ -40,6 +41,7 @@ FREE_SETTINGS = frozenset(
     {"output_dir", "log_every", "log_seconds", "save_every", "save_minutes", "eval_every", "eval_budgets", "eval_cases"}
     | {"eval_length", "best_metric", "best_mode", "extend", "skip_nonfinite", "data_workers"}
     | {"tracker", "project", "init_gates", "logits_chunk", "gradient_checkpointing", "context_parallel"}
+    | {"save_attention"}
 )
 # gloo's threads give back the tensors of finished collectives under Python's lock, which the thread that destroys their
 # group holds while it waits for them: they get this time before.
@@ -83,8 +85,9 @@ def train(
             different data; the launcher's settings contradict `config` or are not supported.
         OSError: a checkpoint cannot be written; the message names the file.
     """
-    with stop_signals() as stop:
+    with stop_signals() as stop, ExitStack() as closing:
         run = _TrainingRun(with_launcher(config), model, source, pad_token_id, evaluate, held_out)
+        closing.callback(run.close)
         while run.step < run.config.last_step:
             if run.evaluation_due:  # of the step before; a resumed run makes up for it
                 run.evaluate()
@@ -128,7 +131,7 @@ class _TrainingRun:
             context=context,
         )  # fmt: skip
         if config.gradient_checkpointing:
-            objective.enable_gradient_checkpointing()
+            objective.enable_gradient_checkpointing(config.save_attention)
         self.optimizer = torch.optim.AdamW(
             self.gates.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -142,7 +145,8 @@ class _TrainingRun:
         objective.reads_prompts_again = not self.sharded  # a sharded model does not run whole inside a backward
         if self.sharded:
             # The gates stay whole on every process: their hooks run inside layers, and a checkpoint holds them whole.
-            self.accelerator.state.fsdp_plugin.ignored_modules = [self.gates.to(self.accelerator.device)]
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin.ignored_modules = [self.gates.to(self.accelerator.device)]
         else:
             objective.to(self.accelerator.device)
         if config.pack:
@@ -151,6 +155,10 @@ class _TrainingRun:
         self.state = self._resume()
         self.step = self.state.step
         self.stopping = False
+        self._batches = BatchesAhead(self._make_batch)
+        self._matmul_precision = torch.get_float32_matmul_precision()
+        if config.tf32:
+            torch.set_float32_matmul_precision("high")
         self._saved_at, self._save_wanted = time.monotonic(), False
         self.log = MetricsLog(self.output_dir, self.accelerator, self.step)
         if config.tracker != "none":
@@ -217,11 +225,18 @@ class _TrainingRun:
 
     def batch(self, micro: int) -> tuple[Batch, int]:
         """This process's micro-batch of the current step, and the number of its first example."""
-        config, accelerator = self.config, self.accelerator
-        forward = (self.step * self.accumulation + micro) * self._replicas + self._replica
-        first = forward * config.batch_size
-        examples = [self.source[first + row] for row in range(config.batch_size)]
-        return collate(examples, self.pad_token_id).to(accelerator.device), first
+        first = self._first_example(self.step * self.accumulation + micro)
+        forwards = self.step * self.accumulation + micro + 1
+        end = self.config.last_step * self.accumulation
+        following = self._first_example(forwards) if forwards < end else None
+        return self._batches.get(first, following).to(self.accelerator.device), first
+
+    def _first_example(self, forward: int) -> int:
+        """The number of the first example of this process in its forward of a given number."""
+        return (forward * self._replicas + self._replica) * self.config.batch_size
+
+    def _make_batch(self, first: int) -> Batch:
+        return collate([self.source[first + row] for row in range(self.config.batch_size)], self.pad_token_id)
 
     def advance(self, stop: StopRequest) -> dict[str, float]:
         """One optimizer step; returns its losses, averaged over micro-batches and processes.
@@ -381,6 +396,10 @@ class _TrainingRun:
         on_main(self.accelerator, lambda: self.gates.save_pretrained(self.output_dir / "gates"), None)
         self.end()
         return self.gates
+
+    def close(self) -> None:
+        self._batches.close()
+        torch.set_float32_matmul_precision(self._matmul_precision)
 
     def end(self) -> None:
         self.accelerator.wait_for_everyone()

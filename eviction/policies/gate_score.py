@@ -16,8 +16,9 @@ from .policy import Policy
 class GateScore(Policy):
     """`score_i = log β_i = logsigmoid(s_i)`, s the gate's raw score; age does not count.
 
-    Source: KVzap (gates that predict KVzip's scores). Needs gates trained as scores, see `tenure convert`; gates of
-    TRIM-KV and DBTrimKV are decays and belong to `retention`. KVzap protects the last 128 tokens: set `recent`.
+    Source: KVzap and Fast KVzip (gates that predict KVzip's scores). Needs gates trained as scores, see `tenure
+    convert`; gates of TRIM-KV and DBTrimKV are decays and belong to `retention`. KVzap protects the last 128 tokens,
+    Fast KVzip in decoding the first 4 and the last 8: set `sinks` and `recent`.
 
     Attributes:
         threshold: entries with a raw score s below it are evicted at the next eviction even if the budget is not used

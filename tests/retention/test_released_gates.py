@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tenure.eviction import evict
 from tenure.retention import RetentionGates
 from tenure.retention.checkpoint import CheckpointError
+from tenure.retention.gates import gate_log_beta, stacked_steps
 from tenure.retention.released_gates import TRIMKV_FILE, read_released_gates
 
 LAYERS, HIDDEN, HEADS, WIDTH = 3, 32, 2, 512
@@ -128,6 +129,57 @@ def test_kvzap_scores_rank_entries_as_ours_do(tiny_llama: Any, tmp_path: Path, m
         torch.testing.assert_close(converted.gates.log_beta(index, x).double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def kvzip_layer(dim: int = 16, sinks: int = 16, groups: int = 2) -> dict[str, torch.Tensor]:
+    return {
+        "q_proj.weight": random_tensor(HEADS * groups * dim, HIDDEN),
+        "q_proj.bias": random_tensor(HEADS * groups * dim),
+        "k_proj.weight": random_tensor(HEADS * dim, HIDDEN), "q_norm.weight": 1 + 0.2 * random_tensor(dim),
+        "k_norm.weight": 1 + 0.2 * random_tensor(dim), "k_base": random_tensor(HEADS, 1, sinks, dim),
+        "b": random_tensor(HEADS, 1, groups),
+    }  # fmt: skip
+
+
+def kvzip_score(layer: dict[str, torch.Tensor], x: torch.Tensor, head: int) -> torch.Tensor:
+    """A head's scores of tokens `(seq, hidden)`, one at a time, from the paper's formula in float64."""
+    layer = {name: tensor.double() for name, tensor in layer.items()}
+    groups, dim = layer["b"].shape[-1], len(layer["q_norm.weight"])
+
+    def norm(vector: torch.Tensor, name: str) -> torch.Tensor:
+        return vector / (vector.square().mean() + 1e-6).sqrt() * layer[name]
+
+    scores = []
+    for token in x.double():
+        key = norm((layer["k_proj.weight"] @ token)[head * dim : (head + 1) * dim], "k_norm.weight")
+        found = []
+        for group in range(groups):
+            part = slice((head * groups + group) * dim, (head * groups + group + 1) * dim)
+            query = norm((layer["q_proj.weight"] @ token + layer["q_proj.bias"])[part], "q_norm.weight")
+            own = torch.exp(key @ query / dim**0.5 + layer["b"][head, 0, group])
+            found.append(own / (own + torch.exp(layer["k_base"][head, 0] @ query / dim**0.5).sum()))
+        scores.append(sum(found) / groups)
+    return torch.stack(scores)
+
+
+def test_fast_kvzips_scores_are_the_formula(tiny_llama: Any, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    layers = [kvzip_layer() for _ in range(LAYERS)]
+    torch.save({"module": layers}, tmp_path / "q2_dim16_sink16.pt")
+    converted = read_released_gates(tmp_path / "q2_dim16_sink16.pt", tiny_llama)
+    assert converted.kind == "Fast KVzip" and converted.policy == "gate_score"
+    converted.gates.save_pretrained(tmp_path / "out")
+    gates = RetentionGates.from_pretrained(tmp_path / "out", tiny_llama)
+    x = torch.randn(LAYERS, 7, HIDDEN)
+    for index in range(LAYERS):
+        expected = torch.stack([kvzip_score(layers[index], x[index], head) for head in range(HEADS)]).log()
+        torch.testing.assert_close(gates.log_beta(index, x[index][None])[0].double(), expected, rtol=1e-4, atol=1e-5)
+    stacked = gate_log_beta(gates.config, x, stacked_steps(gates), gates.weight, gates.bias)
+    for index in range(LAYERS):
+        torch.testing.assert_close(stacked[index].T, gates.log_beta(index, x[index][None])[0])
+    ids = (torch.randperm(125)[:40] + 3)[None]
+    with torch.no_grad(), evict(tiny_llama, "gate_score", budget=10, gates=gates):
+        assert tiny_llama.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 44)
+
+
 def test_gate_scores_evict_without_age_and_below_a_threshold(tiny_llama: Any, tmp_path: Path) -> None:
     save_file({f"layers.{index}.{name}": tensor for index in range(LAYERS)
                for name, tensor in (("weight", torch.randn(2, HIDDEN)), ("bias", torch.zeros(2)))},
@@ -182,9 +234,14 @@ def test_faulty_files_are_named(tiny_llama: Any, tmp_path: Path, capsys: Any) ->
         with pytest.raises(CheckpointError, match=message):
             read_released_gates(trimkv_folder(tmp_path / str(number), state, **values), tiny_llama)
     assert "code ran" not in capsys.readouterr().out
-    for name, message in (("q4.pt", "Fast KVzip's .pt files hold another kind"), ("none", "is no released gate")):
-        with pytest.raises(CheckpointError, match=message):
-            read_released_gates(tmp_path / name, tiny_llama)
+    with pytest.raises(CheckpointError, match="is no released gate"):
+        read_released_gates(tmp_path / "none", tiny_llama)
+    torch.save({"module": [kvzip_layer()] * 2}, tmp_path / "two.pt")
+    with pytest.raises(CheckpointError, match="holds 2 layers; accepted: one gate for each of the model's 3"):
+        read_released_gates(tmp_path / "two.pt", tiny_llama)
+    torch.save({"module": [kvzip_layer() | {"q_norm.weight": torch.ones(7)}] * 3}, tmp_path / "norm.pt")
+    with pytest.raises(CheckpointError, match="does not fit LlamaForCausalLM"):
+        read_released_gates(tmp_path / "norm.pt", tiny_llama)
 
 
 def test_the_command_writes_a_folder_and_says_what_is_exact(tiny_llama: Any, tmp_path: Path, capsys: Any) -> None:

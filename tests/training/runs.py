@@ -80,23 +80,22 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-class Signalling(Tokens):
-    """Sends a signal to its own process when an example of a given number is read."""
+def signal_at(model: Any, source: Tokens, number: int, name: str) -> None:
+    """Sends a signal to this process, once, when the model reads the example of a given number."""
+    row, sent = source[number].input_ids, []
 
-    def __init__(self, number: int, name: str, seed: int = 0) -> None:
-        super().__init__(seed)
-        self.number, self.signal = number, getattr(signal, name)
+    def notice(module: Any, arguments: Any) -> None:
+        if arguments[0][0].tolist() == row and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), getattr(signal, name))
 
-    def __getitem__(self, index: int) -> Example:
-        if index == self.number:
-            os.kill(os.getpid(), self.signal)
-        return super().__getitem__(index)
+    model.model.embed_tokens.register_forward_pre_hook(notice)
 
 
 def main(output_dir: Path, values: dict[str, Any]) -> int:
     """Trains a tiny model as `values` say; behaviours come out of them first.
 
-    `signal`: (example, name) of `Signalling`; `own_folder`, `own_data`: every rank has its own; `poison`: examples that
+    `signal`: (example, name) of `signal_at`; `own_folder`, `own_data`: every rank has its own; `poison`: examples that
     make the loss NaN; `evaluate_seconds`: duration of an evaluation; `limit_seconds`: the collectives' time limit;
     `kill_in_save`: SIGKILL while a step after this one is saved; `fsdp2`: the model is sharded.
     """
@@ -108,7 +107,9 @@ def main(output_dir: Path, values: dict[str, Any]) -> int:
         shard_on_cpu()
     model = conftest.build_tiny(values.pop("family", "llama"))
     seed = rank if values.pop("own_data", False) else 0
-    source: Tokens = Signalling(*values.pop("signal"), seed=seed) if "signal" in values else Tokens(seed)
+    source = Tokens(seed)
+    if "signal" in values:
+        signal_at(model, source, *values.pop("signal"))
     if values.pop("own_folder", False):
         output_dir = output_dir / f"rank{rank}"
     if "poison" in values:

@@ -43,8 +43,10 @@ def with_template(tokenizer: Any, template: str) -> Any:
     return other
 
 
-def said(messages: list[dict[str, Any]], tokenizer: Any, tools: list[Any] | None = None) -> str:
-    ids, mask = encode_messages(messages, tokenizer, tools)
+def said(
+    messages: list[dict[str, Any]], tokenizer: Any, tools: list[Any] | None = None, keep_thoughts: bool = False
+) -> str:
+    ids, mask = encode_messages(messages, tokenizer, tools, keep_thoughts=keep_thoughts)
     return tokenizer.decode([token for token, target in zip(ids, mask, strict=True) if target])
 
 
@@ -59,6 +61,28 @@ def test_thoughts_and_tool_calls_are_said_by_the_assistant(chat_tokenizer: Any) 
     )
     ids, _ = encode_messages(AGENT, agent, tools)
     assert '"name": "search"' in agent.decode(ids)
+
+
+def test_thoughts_that_templates_leave_out_are_kept_on_request(chat_tokenizer: Any) -> None:
+    """Those of earlier answers (after Qwen3's template), and of all answers (after R1's)."""
+    content = "message['content']"
+    reasoning = CHAT_TEMPLATE.replace(content, f"{content}.split('</think>')[-1].lstrip()")
+    inline = [
+        {"role": "user", "content": "What is work?"},
+        {"role": "assistant", "content": "<think>\nI know\n</think>\n\nTime."},
+        {"role": "user", "content": "Are you there? Time."},
+        {"role": "assistant", "content": "Money."},
+    ]
+    kept = "<think>\nI know\n</think>\n\nTime.<|im_end|>"
+    for template, messages, plain, wanted in (
+        (reasoning, inline, "Time.<|im_end|>Money.<|im_end|>", f"{kept}Money.<|im_end|>"),
+        (AGENT_TEMPLATE, AGENT[:3], "Time.<|im_end|>", kept),
+    ):
+        tokenizer = with_template(chat_tokenizer, template)
+        assert said(messages, tokenizer) == plain
+        assert said(messages, tokenizer, keep_thoughts=True) == wanted
+    agent = with_template(chat_tokenizer, AGENT_TEMPLATE)
+    assert said(AGENT, agent, keep_thoughts=True) == said(AGENT, agent).replace("Time.<|im_end|>", kept)
 
 
 def test_short_answers_are_not_found_in_other_turns(chat_tokenizer: Any) -> None:

@@ -22,7 +22,7 @@ from tenure.training.digests import base_digest
 from tenure.training.launch import RUN_AGAIN, stop_signals, with_launcher
 from tenure.training.run_state import latest_state, write_synced
 
-from .runs import Signalling, Tokens, losses, poison, run, settings, weights
+from .runs import Tokens, losses, poison, run, settings, signal_at, weights
 
 
 def checked(output_dir: Path, processes: int = 1, **values: Any) -> None:
@@ -102,7 +102,8 @@ def test_a_second_ctrl_c_interrupts_at_once() -> None:
 
 
 def test_signals_of_the_last_step_do_not_undo_the_run(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
-    train(settings(tmp_path, steps=2), tiny_llama, Signalling(1, "SIGTERM"))
+    signal_at(tiny_llama, source := Tokens(), 1, "SIGTERM")
+    train(settings(tmp_path, steps=2), tiny_llama, source)
     assert weights(tmp_path)
 
 
@@ -282,8 +283,9 @@ def test_an_evaluation_that_an_interruption_left_out_is_made_up_for(tiny_model, 
         return {"eval/kl": 0.0}
 
     config = settings(tmp_path, eval_every=4)
+    signal_at(model := tiny_model("llama"), source := Tokens(), 3, "SIGTERM")
     with pytest.raises(TrainingInterrupted, match="the state of step 4 is saved"):
-        train(config, tiny_model("llama"), Signalling(3, "SIGTERM"), evaluate=evaluate)
+        train(config, model, source, evaluate=evaluate)
     assert not seen
     train(config, tiny_model("llama"), Tokens(), evaluate=evaluate)
     assert len(seen) == 2 and seen[0] != seen[1]

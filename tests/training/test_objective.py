@@ -87,6 +87,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(any_tiny_model: PreTrai
         assert plain.abs().sum() > 0
 
 
+def test_saved_attention_is_not_computed_again(tiny_llama: PreTrainedModel) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Attentions(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = str(func)
+            self.count += "scaled_dot_product" in name and "backward" not in name
+            return func(*args, **(kwargs or {}))
+
+    found, counts = [], []
+    for save in (False, True):
+        objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=5)
+        objective.enable_gradient_checkpointing(save_attention=save)
+        objective(make_batch())  # the first one runs a token more, see OutputHead
+        with Attentions() as attentions:
+            objective(make_batch()).total.backward()
+        found.append([p.grad for p in objective.gates.parameters()])
+        counts.append(attentions.count)
+    assert counts == [9, 6], "of three layers: teacher, student, and its recomputation"
+    for one, other in zip(*found, strict=True):
+        assert one is not None and torch.equal(one, other)
+
+
 def test_a_share_is_of_each_document(tiny_llama: PreTrainedModel) -> None:
     """Packed documents of 10 and 30 tokens at 20 % have 2 and 6 entries."""
     objective = GateObjective(tiny_llama, forgetful(tiny_llama), budget=0.2)

@@ -67,3 +67,27 @@ def test_mixtures_are_built_and_wrong_ones_named(folder: Path, chat_tokenizer: A
         TrainConfig(data="x", mixture=("1:a",))
     with pytest.raises(ValueError, match="an eval_every above 0 with held_out"):
         TrainConfig(data="x", held_out=1)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_concatenated_data_sets_are_one(folder: Path, chat_tokenizer: Any, pack: bool) -> None:
+    names = (f"{folder}/chat.jsonl", f"{folder}/prose")
+    config = TrainConfig(concatenate=names, lengths=(64,), overlong="windows", pack=pack)
+    source: Any = build_source(config, chat_tokenizer)[0]
+    inner = source.source if pack else source
+    alone = [build_source(TrainConfig(data=name, lengths=(64,), overlong="windows"), chat_tokenizer)[0]
+             for name in names]  # fmt: skip
+    count = sum(len(one) for one in alone)  # type: ignore[arg-type]
+    assert len(inner) == count > 20
+    for epoch in range(2):
+        numbers = range(epoch * count, (epoch + 1) * count)
+        found = sorted((inner.name(number), inner[number].input_ids) for number in numbers)
+        assert found == sorted((one.name(n), one[n].input_ids) for one in alone for n in range(len(one)))  # type: ignore
+        assert inner.epoch_lengths(epoch) == [len(inner[number].input_ids) for number in numbers]
+    assert [inner.name(n) for n in range(count)] != [inner.name(n) for n in range(count, 2 * count)]
+    if pack:
+        assert max(len(source[row].input_ids) for row in range(source.rows(0))) <= 64
+    with pytest.raises(ValueError, match="accepted: different data sets, without synthetic"):
+        build_source(TrainConfig(concatenate=("synthetic", "a")), chat_tokenizer)
+    with pytest.raises(ValueError, match="got a mixture and data sets to concatenate"):
+        TrainConfig(concatenate=("a",), mixture=("1:a",))
