@@ -266,8 +266,7 @@ def restore(cache: RaggedCache, header: dict[str, Any], tensors: dict[str, torch
             _fill_ragged(layer, document, own, rows)
         else:
             _fill_foreign(layer, document["numbers"], own, rows)
-    if cache.plan.protect is not None:
-        cache.plan.protect.check_rows(len(rows.tokens))
+    cache.plan.check_rows(len(rows.tokens))
     for name in vars(cache.counters):
         setattr(cache.counters, name, _number(header["counters"][name], name))
     cache.adopt(rows, floor)
