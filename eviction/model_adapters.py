@@ -69,7 +69,8 @@ class Rotary:
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, fp32 `(batch, n, rotary_dim)`, of int64 `positions` `(batch, n)`."""
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        return self._embedding(like, positions, **self._layer_type)
+        cos, sin = self._embedding(like, positions, **self._layer_type)
+        return cos.to(positions.device), sin.to(positions.device)  # from where accelerate computes them
 
     def undo(self, queries: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Queries before RoPE, fp32 `(batch, num_heads, n, head_dim)`, from those after it at these `angles`."""
@@ -106,7 +107,9 @@ def has_output_weight(layer: AttentionLayer) -> bool:
     projection = _output_projection(layer)
     if projection is None:
         return False
-    weight = _readable_weight(projection)
+    weight = _readable_weight(projection, layer.shards.count > 1)
+    if weight is None and layer.shards.count > 1:
+        return False  # it sums over the heads of all processes
     width = _in_features(projection) if weight is None else weight.shape[0]
     return width > 0 and width % layer.num_heads == 0
 
@@ -126,7 +129,7 @@ def output_weight(layer: AttentionLayer, dtype: torch.dtype) -> torch.Tensor:
     """
     projection = _output_projection(layer)
     assert projection is not None, "the session has checked the module"
-    weight = _readable_weight(projection)
+    weight = _readable_weight(projection, layer.shards.count > 1)
     if weight is None:
         weight = _responses_to_unit_vectors(projection, dtype, execution_device(layer.module))
     return weight.unflatten(0, (layer.num_heads, -1))
@@ -146,15 +149,17 @@ def _in_features(projection: Any) -> int:
     return width if isinstance(width, int) else 0
 
 
-def _readable_weight(projection: Any) -> torch.Tensor | None:
+def _readable_weight(projection: Any, divided: bool) -> torch.Tensor | None:
     """The projection's matrix `(num_heads · value_dim, hidden_size)`, a view; None if it is not one tensor in memory.
 
-    Of a weight that tensor parallelism divides, the part of this process, whose heads it belongs to.
+    Args:
+        divided: whether tensor parallelism divides the heads: then of those of this process.
     """
     if not isinstance(projection, nn.Linear | Conv1D) or hasattr(projection, "get_base_layer"):
         return None  # of another kind, or with an adapter of peft
     weight = projection.weight.detach()
-    weight = weight.to_local() if hasattr(weight, "to_local") else weight  # a DTensor
+    if hasattr(weight, "to_local"):  # a DTensor
+        weight = weight.to_local() if divided else weight.full_tensor()
     if not weight.is_floating_point() or type(weight) is not torch.Tensor or weight.is_meta:
         return None  # quantised, or offloaded
     return weight if isinstance(projection, Conv1D) else weight.t()

@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from itertools import accumulate
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tenure.checked import read, verify
+from tenure.checked import Range, read, verify
+from tenure.documents import shown
 
 from ..retention.calibration import Calibration, weights_digest
 from ..retention.gates import RetentionGates
@@ -167,11 +168,14 @@ _UNITS = {"B": 1} | {
     for suffix, base in (("B", 1000), ("IB", 1024))
 }
 _ROUNDING = 1e-6  # 0.29 * 100 is 28.999… in floats
-_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+_TEXT = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]+|%)\s*")
 BUDGET_FORMS = (
     "give a float in (0, 1], the share of the tokens seen; an int >= 1, entries per head on average; or text: "
-    "'65536 entries', all entries of a row, or '512MiB' or '2GB' (B, KB, MB, GB, TB, KiB, MiB, GiB, TiB), its bytes"
+    "'20%', that share; '65536 entries', all entries of a row; or '512MiB' or '2GB' (B, KB, MB, GB, TB, KiB, MiB, GiB, "
+    "TiB), its bytes"
 )
+MAX_ENTRIES = 2**62  # of a budget, and bytes: what int64 holds
+Tokens = Annotated[int, Range(0, MAX_ENTRIES)]
 
 
 @dataclass(frozen=True)
@@ -180,8 +184,9 @@ class Budget:
 
     Attributes:
         amount: a float in (0, 1]: a share of the tokens that a row has seen; an int >= 1: entries per head, on average
-            over layers and heads; text: a row's total over layers and heads, "65536 entries", or the bytes allocated
-            for them, "512MiB" (1024²) or "512MB" (1000²), in upper or lower case.
+            over layers and heads; text: a share as "20%", which becomes a float; a row's total over layers and heads,
+            "65536 entries"; or the bytes allocated for them, "512MiB" (1024²) or "512MB" (1000²), in upper or lower
+            case.
 
     Raises:
         ValueError: the amount is none of these.
@@ -192,21 +197,26 @@ class Budget:
     def __post_init__(self) -> None:
         amount = self.amount
         if isinstance(amount, str):
-            if self._parsed()[0] < 1:
-                raise ValueError(f"budget {amount!r} is out of range: {BUDGET_FORMS}")
-            return
-        whole = isinstance(amount, Integral) and not isinstance(amount, bool) and amount >= 1
+            number, unit = self._parsed()
+            if unit != "%":
+                if not 1 <= number <= MAX_ENTRIES:
+                    raise ValueError(f"budget {shown(amount)} is out of range: {BUDGET_FORMS}")
+                return
+            amount = float(number / 100)
+        whole = isinstance(amount, Integral) and not isinstance(amount, bool) and 1 <= amount <= MAX_ENTRIES
         share = isinstance(amount, Real) and not isinstance(amount, Integral) and 0 < amount <= 1
         if not whole and not share:
-            raise ValueError(f"budget {amount!r} is out of range: {BUDGET_FORMS}")
+            raise ValueError(f"budget {shown(self.amount)} is out of range: {BUDGET_FORMS}")
         object.__setattr__(self, "amount", int(amount) if whole else float(amount))  # NumPy's numbers too
 
-    def _parsed(self) -> tuple[int, str]:
-        """(number, "entries" or "bytes") of a text."""
+    def _parsed(self) -> tuple[int | Decimal, str]:
+        """(number, "entries", "bytes" or "%") of a text."""
         match = _TEXT.fullmatch(str(self.amount))
         number, unit = match.groups() if match else ("", "")
         if unit.lower() in ("entry", "entries") and number.isdigit():
             return int(number), "entries"
+        if unit == "%":
+            return Decimal(number), "%"
         if unit.upper() in _UNITS:
             return int(Decimal(number) * _UNITS[unit.upper()]), "bytes"
         if self.amount == CALIBRATED:
@@ -214,7 +224,7 @@ class Budget:
                 "budget 'calibrated' is looked up in the gates by evict() and cache.compress(); here its number is "
                 "needed: gates.calibration.budget"
             )
-        raise ValueError(f"budget {self.amount!r} is not understood: {BUDGET_FORMS}")
+        raise ValueError(f"budget {shown(self.amount)} is not understood: {BUDGET_FORMS}")
 
     @property
     def unlimited(self) -> bool:
@@ -240,9 +250,9 @@ class Budget:
         if isinstance(self.amount, int):
             return self.amount * layout.segments
         number, unit = self._parsed()
-        entries = number
+        entries = int(number)
         if unit == "bytes":
-            entries = int((number / layout.entry_bytes - layout.segments * layout.spare) / (1 + layout.slack))
+            entries = int((entries / layout.entry_bytes - layout.segments * layout.spare) / (1 + layout.slack))
         if entries < layout.segments:
             least = f"{layout.segments} entries"
             if unit == "bytes":
@@ -309,31 +319,24 @@ class EvictionPlan:
     policy: Policy
     budget: Budget
     scope: str
-    sinks: int | None = None
-    recent: int | None = None
-    buffer: int = 128
-    floor: float = 0.0
-    prefill_chunk: int | None = None
+    sinks: Tokens | None = None
+    recent: Tokens | None = None
+    buffer: Tokens = 128
+    floor: Annotated[float, Range(0, 1)] = 0.0
+    prefill_chunk: Annotated[int, Range(1, MAX_ENTRIES)] | None = None
     protect: ProtectedTokens | None = None
     schedule: str = "bounded"
     rules: Rules = Rules()
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
-            raise ValueError(f"unknown scope {self.scope!r}; known: {', '.join(SCOPES)}")
+            raise ValueError(f"unknown scope {shown(self.scope)}; known: {', '.join(SCOPES)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {shown(self.schedule)}; known: {', '.join(SCHEDULES)}")
+        verify(self)
         if self.scope == "preference" and not self.policy.prefers_layers:
             name = self.policy.name
             raise ValueError(f"scope 'preference' needs a policy with layer preferences (cake), got {name!r}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
-        for name in ("sinks", "recent", "buffer"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor is a share of the per-head budget in [0, 1], got {self.floor}")
-        if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk must be at least 1 token, or None, got {self.prefill_chunk}")
 
     def changed(self, policy: Policy | None, budget: float | int | str | None, **options: Any) -> EvictionPlan:
         """A copy with the given options; None leaves an option as it is.

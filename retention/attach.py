@@ -25,7 +25,9 @@ from .decoder_layers import (
     AttentionLayer,
     DifferentiableStates,
     copy_cache_layer,
+    execution_device,
     full_attention_layers,
+    plain_model,
     text_config,
     text_decoder,
 )
@@ -96,6 +98,17 @@ class GatedInterceptor(Interceptor):
             raise RuntimeError("log_beta() needs a forward of the attached model first")
         device = self.gates.bias.device
         return torch.stack([self._log_beta[index].to(device) for index in self.gates.layer_indices])
+
+
+def _require_one_device(model: PreTrainedModel, layers: list[AttentionLayer]) -> None:
+    """Raises ValueError for `layers` on several devices, or with heads that are divided among processes."""
+    devices = sorted({str(execution_device(layer.module)) for layer in layers})
+    if layers[0].shards.count > 1:
+        kind = type(plain_model(model)).__name__
+        raise ValueError(f"got {kind} in tensor parallel; accepted by attach(): a model whose process has all heads")
+    if len(devices) > 1:
+        kind = type(plain_model(model)).__name__
+        raise ValueError(f"got {kind} on {', '.join(devices)}; accepted by attach(): a model on one device")
 
 
 def _for_heads(per_entry: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -232,6 +245,7 @@ def attach(
         gates.check_model(model)
     attached = Attached(model, gates, implementation, part)
     with intercept(model, attached) as attached.layers:
+        _require_one_device(model, attached.layers)
         yield attached
 
 
@@ -398,6 +412,7 @@ def attach_after(
         )
     attached = AttachedAfter(model, gates, prompt, eviction, recomputed)
     with intercept(model, attached) as attached.layers:
+        _require_one_device(model, attached.layers)
         yield attached
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from tenure.checked import Range, read, read_fields, verify
-from tenure.documents import parse_json, shown
+from tenure.documents import load_json, shown
 
 from .checkpoint import CALIBRATION_FILE, CheckpointError, write_atomic
 
@@ -162,7 +162,7 @@ def load_calibration(folder: Path, state: Mapping[str, torch.Tensor]) -> Calibra
     if not path.is_file():
         return None
     try:
-        calibration = Calibration.from_dict(parse_json(path.read_bytes(), "the file"))
+        calibration = Calibration.from_dict(load_json(path))
     except ValueError as error:
         raise CheckpointError(
             f"{path} cannot be used: {error}; remove the file, then `tenure calibrate` makes a new one"

@@ -10,9 +10,12 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from tenure.checked import Range, Size, read, verify
+from tenure.documents import plain_line, shown
 
 from .decoder_layers import full_attention_layers, text_config
 
+MAX_LAYERS = 4096  # of a model that gates are for
+Width = Annotated[int, Range(1, 1 << 24)]
 Projection = Literal["per_layer", "per_layer_deep", "shared", "shared_heads"]
 """Output projections of gates that are trained here."""
 
@@ -41,16 +44,16 @@ class RetentionConfig:
         ValueError: a value of another type or out of its range, or layers that are not distinct and rising.
     """
 
-    hidden_size: Annotated[int, Range(1)]
-    num_kv_heads: Annotated[int, Range(1)]
-    layer_indices: Annotated[tuple[Annotated[int, Range(0)], ...], Size(1)]
-    gate_width: Annotated[int, Range(1)] = 512
+    hidden_size: Width
+    num_kv_heads: Annotated[int, Range(1, 1 << 16)]
+    layer_indices: Annotated[tuple[Annotated[int, Range(0, 1 << 16)], ...], Size(1, MAX_LAYERS)]
+    gate_width: Width = 512
     projection: Projection | Literal["fast_kvzip"] = "shared"
     activation: str = "silu"
     initial_bias: float = 18.0
-    init_std: Annotated[float, Range(0)] = 0.02
-    num_groups: Annotated[int, Range(0)] = 0
-    num_sinks: Annotated[int, Range(0)] = 0
+    init_std: Annotated[float, Range(0, 1e6)] = 0.02
+    num_groups: Annotated[int, Range(0, 1 << 16)] = 0
+    num_sinks: Annotated[int, Range(0, 1 << 16)] = 0
 
     def __post_init__(self) -> None:
         verify(self)
@@ -60,8 +63,14 @@ class RetentionConfig:
                 f"got num_groups and num_sinks {sizes} with projection {self.projection!r}; accepted: above 0 with "
                 "fast_kvzip, and 0 with others"
             )
+        if self.activation not in ACT2FN:
+            raise ValueError(
+                f"got {shown(self.activation)} as activation; accepted: transformers' names, such as silu, gelu, relu"
+            )
         if sorted(set(self.layer_indices)) != list(self.layer_indices):
-            raise ValueError(f"got {self.layer_indices} as layer_indices; accepted: distinct layers in rising order")
+            raise ValueError(
+                f"got {plain_line(self.layer_indices, 100)} as layer_indices; accepted: distinct layers in rising order"
+            )
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **overrides: Any) -> RetentionConfig:
@@ -77,7 +86,7 @@ class RetentionConfig:
             activation = "silu"  # a learned activation, such as Apertus' xIELU, is a part of the model
         found: dict[str, Any] = {
             "hidden_size": int(config.hidden_size),
-            "num_kv_heads": layers[0].num_kv_heads,
+            "num_kv_heads": layers[0].all_kv_heads,
             "layer_indices": tuple(layer.layer_idx for layer in layers),
             "activation": activation,
         }

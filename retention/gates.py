@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from .calibration import Calibration, load_calibration, save_calibration, weight
 from .checkpoint import (
     CALIBRATION_FILE,
     CheckpointInfo,
+    check_layers,
     fingerprint,
     load_checkpoint,
     local_folder,
@@ -164,6 +166,21 @@ class RetentionGates(nn.Module):
     def layer_indices(self) -> tuple[int, ...]:
         return self.config.layer_indices
 
+    @torch.no_grad()
+    def of_layers(self, layer_indices: Iterable[int]) -> RetentionGates:
+        """A copy with the gates of some layers, without a calibration."""
+        chosen = tuple(layer_indices)
+        part = RetentionGates(replace(self.config, layer_indices=chosen), self.info).to(self.bias.device)
+        state = {
+            name: tensor for name, tensor in self.state_dict().items() if name.split(".")[0] != "bodies"
+            or int(name.split(".")[1]) in chosen
+        }  # fmt: skip
+        if self.config.projection == "per_layer":
+            rows = [self._row[index] for index in chosen]
+            state |= {"weight": self.weight[rows], "bias": self.bias[rows]}
+        part.load_state_dict(state)
+        return part.requires_grad_(False)
+
     def log_beta(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """log β of every token for one layer.
 
@@ -197,7 +214,7 @@ class RetentionGates(nn.Module):
         layers = full_attention_layers(model)
         found = {
             "hidden_size": int(text_config(model).hidden_size),
-            "num_kv_heads": layers[0].num_kv_heads,
+            "num_kv_heads": layers[0].all_kv_heads,
             "layer_indices": tuple(layer.layer_idx for layer in layers),
         }
         name = f"{type(model).__name__} {getattr(model.config, '_name_or_path', '')}".strip()
@@ -240,15 +257,19 @@ class RetentionGates(nn.Module):
             revision: of the Hub repository.
 
         Raises:
-            CheckpointError: files absent, truncated or altered; a newer schema; missing or unexpected keys; a
-                calibration that is broken or belongs to other gates.
+            CheckpointError: files absent, truncated or altered; a newer schema; missing or unexpected keys; weights
+                that are not finite; a calibration that is broken or belongs to other gates.
             ValueError: the gates do not belong to `model`.
         """
         where = local_folder(source, revision)
         document, weights = load_checkpoint(where)
         config, info = parse_config(document, str(source))
+        check_layers(weights, config.layer_indices, str(source))
+        with torch.device("meta"):  # shapes alone: sizes that only the configuration has are not allocated
+            expected = cls(config).state_dict()
+        state = parse_weights(weights, expected, str(source))
         gates = cls(config, info)
-        gates.load_state_dict(parse_weights(weights, gates.state_dict(), str(source)))
+        gates.load_state_dict(state)
         gates.calibration = load_calibration(where, gates.state_dict())
         if model is not None:
             gates.check_model(model)

@@ -126,6 +126,9 @@ COMMANDS: dict[str, Command] = {
         "simulate", "SimulateConfig", "Replay published set-ups, studies and traces of serving on a virtual clock"
     ),
     "soak": Command("soak.run_soak", "SoakConfig", "Random load with faults on tiers, prefetch, scheduler and engine"),
+    "soak fuzz": Command(
+        "soak.run_fuzz", "FuzzConfig", "Hostile files and texts for every reader: refused in a sentence, or right"
+    ),
     "soak serve": Command(
         "soak.run_serve_soak", "ServeSoakConfig", "Clients on a server, every answer checked; kill -9 and restarts"
     ),

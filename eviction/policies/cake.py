@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch.nn import functional as F
 
+from tenure.checked import NotNegative, Positive, Range
+
 from ..layer_view import LayerView
-from .common import check_window, own_entries
+from .common import MAX_WINDOW, Window, check_kernel, own_entries
 from .policy import Policy
 
 
@@ -33,24 +35,20 @@ class CAKE(Policy):
         tau_entropy, tau_variance: temperatures of the preference.
     """
 
-    window: int = 32
-    kernel: int = 5
-    gamma: float = 200.0
-    tau_entropy: float = 1.0
-    tau_variance: float = 1.0
+    window: Annotated[int, Range(2, MAX_WINDOW)] = 32  # of one query there is no variance
+    kernel: Window = 5
+    gamma: NotNegative = 200.0
+    tau_entropy: Positive = 1.0
+    tau_variance: Positive = 1.0
 
     name: ClassVar[str] = "cake"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})
     default_scope: ClassVar[str] = "preference"
+    scores_heads_alone: ClassVar[bool] = False  # a layer's preference sums over its heads
 
     def __post_init__(self) -> None:
-        check_window("CAKE", self.window, self.kernel)
-        if self.window < 2:
-            raise ValueError(f"CAKE's window must be at least 2, of one query there is no variance; got {self.window}")
-        for name in ("gamma", "tau_entropy", "tau_variance"):
-            value = getattr(self, name)
-            if value < 0 or (value == 0 and name != "gamma"):
-                raise ValueError(f"{name} must be {'at least' if name == 'gamma' else 'above'} 0, got {value}")
+        super().__post_init__()
+        check_kernel("CAKE", self.kernel)
 
     @property
     def window_size(self) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch.nn import functional as F
 
+from tenure.checked import Range
+
 from ..layer_view import LayerView
-from .common import check_window, own_entries
+from .common import Share, Window, check_kernel, own_entries
 from .policy import Policy
 
 
@@ -32,20 +34,17 @@ class RKV(Policy):
         threshold: keys with a greater cosine similarity are similar.
     """
 
-    window: int = 8
-    kernel: int = 7
-    mix: float = 0.07
-    threshold: float = 0.5
+    window: Window = 8
+    kernel: Window = 7
+    mix: Share = 0.07
+    threshold: Annotated[float, Range(-1, 1)] = 0.5
 
     name: ClassVar[str] = "rkv"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})
 
     def __post_init__(self) -> None:
-        check_window("RKV", self.window, self.kernel)
-        if not 0 <= self.mix <= 1:
-            raise ValueError(f"mix is a weight in [0, 1], got {self.mix}")
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold is a cosine similarity in [-1, 1], got {self.threshold}")
+        super().__post_init__()
+        check_kernel("RKV", self.kernel)
 
     @property
     def window_size(self) -> int:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from .constraint import Constraint
 from .grammar_config import GrammarConfig
 from .grammar_masks import LLGuidanceMask, XGrammarMask
-from .grammar_worker import receive, send
+from .grammar_worker import BUSY, receive, send
 from .params import SamplingParams, TokenMask
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ class GrammarCompiler:
         import xgrammar
 
         grammar = xgrammar.CompiledGrammar.deserialize_json(compiled.decode(), self._vocabularies["xgrammar"])
-        new_mask = partial(XGrammarMask, grammar, self._vocab_size, self._end_token_ids, self.config.max_step_s)
+        new_mask = partial(XGrammarMask, grammar, self._vocab_size, self._end_token_ids, self.config)
         return CompiledConstraint("xgrammar", len(compiled), new_mask)
 
     def _with_llguidance(self, constraint: Constraint) -> CompiledConstraint:
@@ -211,7 +211,7 @@ class GrammarCompiler:
         import llguidance
 
         matcher = llguidance.LLMatcher(self._vocabularies["llguidance"], source, log_level=0)
-        new_mask = partial(LLGuidanceMask, matcher, self._vocab_size, self._end_token_ids, self.config.max_step_s)
+        new_mask = partial(LLGuidanceMask, matcher, self._vocab_size, self._end_token_ids, self.config)
         return CompiledConstraint("llguidance", len(source) + _MATCHER_BYTES, new_mask)
 
     def _run(self, library: Library, source: str) -> bytes:
@@ -226,7 +226,7 @@ class GrammarCompiler:
         except OSError:  # it was ended from outside just now
             connection = self._worker(library).connect()
         with connection:
-            connection.settimeout(config.compile_s + config.start_s)
+            connection.settimeout(config.compile_s * BUSY + config.start_s)
             try:
                 send(connection, source.encode())
                 answer = receive(connection, config.max_compiled_bytes)
@@ -263,9 +263,16 @@ class GrammarCompiler:
         if library == "xgrammar":
             import xgrammar
 
-            return xgrammar.TokenizerInfo.from_huggingface(
+            found = xgrammar.TokenizerInfo.from_huggingface(
                 tokenizer, vocab_size=self._vocab_size, stop_token_ids=list(self._end_token_ids)
             )
+            # It would take a special token for its name as text, of which a decoded answer has nothing.
+            texts = [""] * self._vocab_size
+            special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+            for text, id in tokenizer.get_vocab().items():
+                if id < self._vocab_size and id not in special:
+                    texts[id] = text
+            return xgrammar.TokenizerInfo.from_vocab_and_metadata(texts, found.dump_metadata())
         import llguidance
 
         return llguidance.LLTokenizer(
@@ -308,7 +315,8 @@ def _key(client: str, source: str) -> tuple[str, bytes]:
 
 def _first_words(error: str) -> str:
     """A library's message without its place in the library's source, at most 300 characters."""
-    text = re.sub(r"\s1 \|.*", "", " ".join(error.split()))  # llguidance repeats the grammar
+    text = re.sub(r"\s1 \|.*| ?<state>.*", "", " ".join(error.split()))  # llguidance repeats the grammar
+    text = text.replace("NoExtensionBias", "no text is allowed")
     if text.startswith("["):
         text = text.partition(": ")[2] or text
     return text[:300]

@@ -16,11 +16,12 @@ class GrammarConfig:
         max_regex_characters: of a regular expression.
         max_choices: texts of a choice.
         max_whitespace: characters between two tokens of JSON; without a bound, weak models write nothing else.
-        compile_s: seconds for one grammar; then its process is ended.
+        compile_s: seconds of computing for one grammar; then its process is ended.
         compile_memory_bytes: address space that compiling may add to the process.
         max_compiled_bytes: of a compiled grammar.
         start_s: seconds in which a worker process must have imported its library; it is started at the first use.
-        max_step_s: seconds for the mask of one token, beyond which the answer ends with an error.
+        max_step_s, mean_step_s: seconds of masks for the first token of an answer, and for each further one, beyond
+            which the answer ends with an error: masks are computed between the steps of all answers.
         cache_bytes: of compiled grammars that are kept, of all clients.
         client_cache_bytes: the same, of one client; clients share none, as the time to an answer would tell.
         max_client_compiles: grammars of one client that are compiled at a time; more wait.
@@ -40,6 +41,7 @@ class GrammarConfig:
     max_compiled_bytes: Count = 32 << 20
     start_s: Positive = 60.0
     max_step_s: Positive = 0.25
+    mean_step_s: Positive = 0.01
     cache_bytes: Count = 256 << 20
     client_cache_bytes: Count = 32 << 20
     max_client_compiles: Count = 2

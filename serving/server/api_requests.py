@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from tenure.checked import Range, Size, read
 from tenure.documents import parse_json
@@ -41,7 +41,7 @@ ONLY_CHATS: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
 }
 # Fields whose unknown parts are refused, as they would change the answer.
-STRICT_FIELDS = ("response_format", "structured_outputs", "chat_template_kwargs", "tool_choice")
+STRICT_FIELDS = ("response_format", "structured_outputs", "chat_template_kwargs", "tool_choice", "text")
 # Fields about the account, storage or billing at OpenAI: known, and of no effect here.
 WITHOUT_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
@@ -68,7 +68,13 @@ class StreamOptions:
 
 
 class ApiBody(ABC):
-    """A body, as `read_body` reads it."""
+    """A body, as `read_body` reads it.
+
+    Attributes:
+        elsewhere: fields of other endpoints, and what this one has in their place: ignoring them would surprise.
+    """
+
+    elsewhere: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def generation(self) -> GenerationBody:
@@ -120,7 +126,7 @@ class GenerationBody(ApiBody):
     structured_outputs: StructuredOutputs | None = None
     guided_json: Mapping[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: tuple[str, ...] | None = None
+    guided_choice: tuple[Annotated[str, Size(1)], ...] | None = None
     guided_grammar: str | None = None
     cache_salt: Annotated[str, Size(1, MAX_NAME)] | None = None
     explain_cache: bool | None = None
@@ -236,6 +242,11 @@ class TemplateOptions:
 class ChatBody(GenerationBody):
     """The body of `/v1/chat/completions`."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "input": "messages", "prompt": "messages", "instructions": "a message of role system",
+        "max_output_tokens": "max_completion_tokens", "text": "response_format",
+    }  # fmt: skip
+
     messages: Annotated[tuple[ChatMessage, ...], Size(1)]
     tools: tuple[ToolSpec, ...] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -273,6 +284,12 @@ class ChatBody(GenerationBody):
 @dataclass(frozen=True, kw_only=True)
 class CompletionBody(GenerationBody):
     """The body of `/v1/completions`; a prompt is a text or token ids, or a list of these."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "messages": "prompt",
+        "max_completion_tokens": "max_tokens",
+        "max_output_tokens": "max_tokens",
+    }
 
     prompt: Any
     logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
@@ -340,11 +357,15 @@ def read_body(
     """A parsed body as its dataclass, and the hints in it by field.
 
     Raises:
-        ApiError: 400, a field is not supported.
+        ApiError: 400, a field is not supported, or belongs to another endpoint.
         ValueError: a field is missing, or of a wrong type or size.
     """
     if not isinstance(document, Mapping):
         raise ValueError(f"got {shown(document)} as the body; accepted: a JSON object")
+    for name in kind.elsewhere:
+        if document.get(name) is not None:
+            meant = kind.elsewhere[name]
+            raise bad_request(f"{name} is a field of other endpoints; accepted: {meant}", name, "unsupported_parameter")
     unsupported = kind.unsupported()
     for name, neutral in unsupported.items():
         value = document.get(name)

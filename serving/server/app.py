@@ -123,11 +123,11 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         """An answer to a conversation."""
-        return await self._generate(request, ChatBody, self._plan_chat, ChatFormat, "chatcmpl")
+        return await self._generate(request, ChatBody, self._plan_chat, ChatFormat, "chatcmpl-")
 
     async def response(self, request: Request) -> Response:
         """An answer in the form of OpenAI's responses; nothing is stored."""
-        return await self._generate(request, ResponsesBody, self._plan_chat, ResponsesFormat, "resp")
+        return await self._generate(request, ResponsesBody, self._plan_chat, ResponsesFormat, "resp_")
 
     async def no_stored_response(self, request: Request) -> Response:
         """404: responses are not stored."""
@@ -137,14 +137,14 @@ class Endpoints:
 
     async def completion(self, request: Request) -> Response:
         """The continuation of a text."""
-        return await self._generate(request, CompletionBody, self._plan_completion, CompletionFormat, "cmpl")
+        return await self._generate(request, CompletionBody, self._plan_completion, CompletionFormat, "cmpl-")
 
     async def _generate(
         self, request: Request, kind: type[ApiBody], plan: Callable[[Any], AnswerPlan],
         format: type[AnswerFormat], prefix: str,
     ) -> Response:  # fmt: skip
         caller = self.caller(request)
-        headers, id = dict(request.headers), f"{prefix}-{uuid.uuid4().hex}"
+        headers, id = dict(request.headers), f"{prefix}{uuid.uuid4().hex}"
         call = await self.read_body(
             request, caller, lambda raw: self._read_call(raw, headers, caller, kind, plan, format, id)
         )

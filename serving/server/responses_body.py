@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tenure.checked import Range, Size
 
 from ..request import MAX_NAME, MAX_NUMBER, shown
-from .api_requests import UNSUPPORTED, ApiBody, ChatBody, ChatMessage
+from .api_requests import UNSUPPORTED, ApiBody, ChatBody, ChatMessage, StreamOptions
 from .structured_output import ResponseFormat, SchemaFormat
 from .tool_calls import CalledFunction, FunctionName, FunctionSpec, MessageCall, NamedTool, ToolSpec
 
 # Fields that need a store of responses or tools of the server's own, and the values that ask for nothing.
 STATEFUL: dict[str, tuple[Any, ...]] = {
-    "previous_response_id": (), "conversation": (), "background": (False,), "prompt": (), "store": (False,),
+    "previous_response_id": (), "conversation": (), "background": (False,), "store": (False,),
     "max_tool_calls": (), "context_management": ([],), "truncation": ("disabled",), "top_logprobs": (0,),
+}  # fmt: skip
+# Fields that only chats have, and the values that ask for nothing.
+NOT_IN_RESPONSES: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "stop": ([],), "seed": (), "logprobs": (False,), "presence_penalty": (0, 0.0), "logit_bias": ({},),
+    "frequency_penalty": (0, 0.0), "structured_outputs": (), "chat_template_kwargs": ({},),
 }  # fmt: skip
 # Further parts of items that clients ask for as a matter of course; there are no such items, or no such parts.
 Includable = Literal[
@@ -77,16 +82,35 @@ class ResponsesTool:
     parameters: Mapping[str, Any] | None = None
     strict: bool | None = None
 
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError(
+                'got a tool without name; accepted: {"type": "function", "name": …, "parameters": …}, not nested as in '
+                "chats"
+            )
+
 
 @dataclass(frozen=True)
 class ResponsesTextFormat:
-    """The form of the text: as `response_format` of chats, with the schema's fields beside its type."""
+    """The form of the text: as `response_format` of chats, with the schema's fields beside its type.
+
+    Raises:
+        ValueError: a schema is missing, or there is one that the type does not have.
+    """
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
     schema: Mapping[str, Any] | None = None
     description: str | None = None
     strict: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("name", "schema") if getattr(self, name) is not None]
+        if len(given) != (2 if self.type == "json_schema" else 0):
+            raise ValueError(
+                f"got type {self.type} with {' and '.join(given) or 'neither name nor schema'}; accepted: "
+                '{"type": "json_schema", "name": …, "schema": …}, or another type alone'
+            )
 
 
 @dataclass(frozen=True)
@@ -110,8 +134,13 @@ class ResponsesBody(ApiBody):
     """The body of `/v1/responses`.
 
     Attributes:
-        include: of no effect.
+        include, stream_options: of no effect.
     """
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "messages": "input", "prompt": "input", "max_tokens": "max_output_tokens", "response_format": "text.format",
+        "max_completion_tokens": "max_output_tokens",
+    }  # fmt: skip
 
     model: Annotated[str, Size(1, MAX_NAME)]
     input: str | Annotated[tuple[InputItem, ...], Size(1)]
@@ -125,12 +154,13 @@ class ResponsesBody(ApiBody):
     parallel_tool_calls: bool | None = None
     text: ResponsesText | None = None
     include: tuple[Includable, ...] | None = None
+    stream_options: StreamOptions | None = None
     explain_cache: bool | None = None
     cache_salt: Annotated[str, Size(1, MAX_NAME)] | None = None
 
     @classmethod
     def unsupported(cls) -> dict[str, tuple[Any, ...]]:
-        return UNSUPPORTED | STATEFUL
+        return UNSUPPORTED | STATEFUL | NOT_IN_RESPONSES
 
     def generation(self) -> ChatBody:
         """The chat that asks for the same.
@@ -165,10 +195,12 @@ class ResponsesBody(ApiBody):
         if isinstance(self.input, str):
             return [*found, ChatMessage("user", self.input)]
         reasoning: str | None = None
-        for item in self.input:
+        called: set[str | None] = set()
+        for number, item in enumerate(self.input):
             if item.type == "reasoning":
                 reasoning = _text(item.content) or None
             elif item.type == "function_call":
+                called.add(item.call_id)
                 call = MessageCall(
                     item.call_id or "", "function", CalledFunction(item.name or "", item.arguments or "")
                 )
@@ -178,6 +210,11 @@ class ResponsesBody(ApiBody):
                 found.append(ChatMessage("assistant", last.text, tool_calls=calls, reasoning_content=thoughts))
                 reasoning = None
             elif item.type == "function_call_output":
+                if item.call_id not in called:
+                    raise ValueError(
+                        f"got {shown(item.call_id)} as input[{number}].call_id; accepted: the call_id of an earlier "
+                        "function_call"
+                    )
                 found.append(ChatMessage("tool", _text(item.output), tool_call_id=item.call_id))
             else:
                 assert item.role is not None, "checked"

@@ -15,6 +15,8 @@ from .api_errors import ApiError
 from .cache_explanation import explanation
 from .responses_body import ResponsesBody
 
+_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # of ids, as OpenAI has them
+
 
 class ResponsesFormat(AnswerFormat):
     """Of `/v1/responses`; there is one answer."""
@@ -89,7 +91,7 @@ class ResponsesFormat(AnswerFormat):
     def _open(self, kind: str, /, **fields: Any) -> bytes:
         """Begins an item, after completing the one before."""
         found = self._close("completed")
-        item: dict[str, Any] = {"id": f"{kind[:4]}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress"}
+        item: dict[str, Any] = {"id": f"{_PREFIXES[kind]}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress"}
         part: dict[str, Any] = {}
         if kind == "message":
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}

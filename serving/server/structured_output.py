@@ -38,12 +38,16 @@ class ResponseFormat:
 
     def __post_init__(self) -> None:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError(f"got type {self.type} and json_schema={self.json_schema}; accepted: both or neither")
+            given = "without" if self.json_schema is None else "with"
+            raise ValueError(
+                f"got type {self.type} {given} json_schema; accepted: "
+                '{"type": "json_schema", "json_schema": {"name": …, "schema": …}}, or another type alone'
+            )
 
 
 @dataclass(frozen=True)
 class StructuredOutputs:
-    """vLLM's `structured_outputs`, of which one is given.
+    """vLLM's `structured_outputs`, of which at most one is given.
 
     Attributes:
         json: a JSON schema, or its text.

@@ -69,7 +69,9 @@ class ToolSpec:
 
     def __post_init__(self) -> None:
         if self.function is None:
-            raise ValueError("got a tool without its function; accepted: with it")
+            raise ValueError(
+                'got a tool without function; accepted: {"type": "function", "function": {"name": …, "parameters": …}}'
+            )
 
     @property
     def spec(self) -> FunctionSpec:
@@ -105,7 +107,9 @@ class NamedTool:
 
     def __post_init__(self) -> None:
         if self.function is None:
-            raise ValueError("got a tool_choice without its function; accepted: with it")
+            raise ValueError(
+                'got a tool_choice without function; accepted: {"type": "function", "function": {"name": …}}'
+            )
 
     @property
     def name(self) -> str:

@@ -38,7 +38,8 @@ def quantize(model: Any, kind: str) -> Any:
         "int8": lambda: torchao.Int8WeightOnlyConfig(),
         "int8 activations": lambda: torchao.Int8DynamicActivationInt8WeightConfig(),
         "int4": lambda: torchao.IntxWeightOnlyConfig(
-            weight_dtype=torch.int4, granularity=torchao.granularity.PerGroup(32)
+            weight_dtype=getattr(torch, "int4"),  # noqa: B009 - missing in its types
+            granularity=torchao.granularity.PerGroup(32),
         ),
     }[kind]()
     torchao.quantize_(model.model.layers, config)
@@ -80,7 +81,8 @@ def test_the_output_projection(quantized: Any, tiny_model: Any) -> None:
     for layer, original in zip(full_attention_layers(quantized), plain, strict=True):
         weight = output_weight(layer, torch.float32)
         heads = torch.randn(5, layer.num_heads, layer.head_dim)
-        want = layer.module.o_proj(heads.flatten(1))
+        projection: Any = layer.module.o_proj
+        want = projection(heads.flatten(1))
         got = torch.einsum("thv,hvo->to", heads, weight)
         assert (got - want).norm() < 0.02 * want.norm()  # activations may be quantised, too
         exact = output_weight(original, torch.float32)
@@ -93,7 +95,7 @@ def test_gates_train(tiny_model: Any, prompt: Any, kind: str) -> None:
 
     torchao's products of quantised activations have no backward, with gates or without.
     """
-    quantized = quantize(tiny_model("llama", **SIZES), kind).requires_grad_(False)
+    quantized: Any = quantize(tiny_model("llama", **SIZES), kind).requires_grad_(False)
     gates = RetentionGates.for_model(quantized, gate_width=8)
     with attach(quantized, gates):
         quantized(prompt(1, 30)).logits.float().square().mean().backward()

@@ -18,6 +18,7 @@ from tenure.serving import EngineClient, LinearCosts, MemoryPool, System, Thread
 from tenure.serving.engine import Compression, Engine
 from tenure.serving.prompt_cache import PromptKV
 from tenure.serving.sampling.grammar_compiler import GrammarCompiler
+from tenure.serving.sampling.grammar_config import GrammarConfig
 from tenure.serving.server import ApiKeys, Backend, Caller, ServerConfig, bind, build_app
 from tenure.serving.server.http_server import DrainingServer, make_server
 
@@ -136,12 +137,12 @@ def make_engine(session, tokenizer) -> Iterator[Callable[..., PacedEngine]]:
 
 
 @pytest.fixture(scope="session")
-def make_grammars() -> Iterator[Callable[[PacedEngine], GrammarCompiler]]:
-    """The compiler of grammars for an engine; all tests share one, as its processes take a second to start."""
+def make_grammars() -> Iterator[Callable[..., GrammarCompiler]]:
+    """The compiler of grammars for an engine; shared by tests, as its processes take a second to start."""
     made: dict[Any, GrammarCompiler] = {}
 
-    def make(engine: PacedEngine) -> GrammarCompiler:
-        key = engine.vocab_size, engine.end_token_ids
+    def make(engine: PacedEngine, config: GrammarConfig | None = None) -> GrammarCompiler:
+        key = engine.vocab_size, engine.end_token_ids, config
         if key not in made:
             made[key] = GrammarCompiler(byte_tokenizer(), *key)
         return made[key]
@@ -158,11 +159,11 @@ def serve(make_engine, tokenizer, make_grammars) -> Iterator[Callable[..., Serve
 
     def start(
         keys: ApiKeys | None = None, config: ServerConfig | None = None, compression: Compression | None = None,
-        **options: Any,
+        grammars: GrammarConfig | None = None, **options: Any,
     ) -> Served:  # fmt: skip
         engine = make_engine(compression, **options)
         client, config = EngineClient(engine), config or ServerConfig(drain_s=5.0)
-        backend = Backend(client, engine.system, tokenizer, "tiny", CONTEXT, make_grammars(engine))
+        backend = Backend(client, engine.system, tokenizer, "tiny", CONTEXT, make_grammars(engine, grammars))
         ready, listening = threading.Event(), bind("127.0.0.1", 0)
         server = make_server(build_app(backend, keys, config), client, config, ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

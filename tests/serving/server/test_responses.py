@@ -39,7 +39,7 @@ def test_a_text_is_answered_as_a_chat(client):
     parts = [{"role": "user", "content": [{"type": "input_text", "text": "Rain?"}]}]
     again = ask(client, instructions="Be brief.", temperature=0, input=parts)
     assert again.output_text == found.output_text and again.usage.input_tokens_details.cached_tokens > 0
-    assert found.id.startswith("resp-") and found.store is False
+    assert found.id.startswith("resp_") and found.store is False
 
 
 def test_the_events_of_a_stream_make_up_the_response(client):
@@ -118,11 +118,25 @@ def test_reasoning_is_an_item_of_its_own(answering):
         ({"background": True}, "background is not supported"),
         ({"conversation": "c"}, "conversation is not supported"),
         ({"tools": [{"type": "web_search"}]}, "got 'web_search' as tools[0].type; accepted: function"),
-        ({"tools": [{"type": "function", "parameters": {}}]}, "the name of a function"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0]: got a tool without name; accepted"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "'a b' as the name of a function"),
+        ({"max_tokens": 3}, "max_tokens is a field of other endpoints; accepted: max_output_tokens"),
+        ({"messages": []}, "accepted: input"),
+        ({"response_format": {}}, "accepted: text.format"),
+        ({"stop": ["a"]}, "stop is not supported"),
+        ({"n": 2}, "n is not supported by this server; accepted: 1"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "got type json_schema with name; accepted"),
+        (
+            {"text": {"format": {"type": "json_object", "json_schema": {}}}},
+            "'text.format.json_schema' is not supported",
+        ),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type; accepted: message"),
         ({"input": [{"role": "user"}]}, "without content; accepted: with role, content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "'input_image'"),
-        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "the id of a call"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]},
+            "'c' as input[0].call_id; accepted: the call_id of",
+        ),
         ({"input": []}, "input"),
         ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"not": {}}}}}, "the keyword 'not'"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
