@@ -1,4 +1,4 @@
-"""Bytes counted on the meta device against sums by hand, and against a step of a real tiny model."""
+"""Bytes counted on the meta device against sums by hand, and the settings of a step on a small shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from tenure.scripts.bench import bench_memory
 from tenure.scripts.bench.live_bytes import LiveBytes
-
 
 LENGTH = 2048
 
