@@ -41,6 +41,7 @@ def evict(
     prefill_chunk: int | None = None,
     schedule: str | None = None,
     preset: str | None = None,
+    token_floors: Any = None,
 ) -> Iterator[Session]:
     """Within the block `model(...)` and `model.generate(...)` keep their KV cache within a budget.
 
@@ -75,6 +76,9 @@ def evict(
             buffer are reached. None for "bounded", or the preset's.
         preset: eviction as a released code does it: "defensivekv", "trimkv", "dbtrimkv" or "kvpress"
             (docs/reference/presets.md). Options that it fixes must be left out.
+        token_floors: pairs `(tokens, share)`, tokens in any form of `protect`: their best entries keep at least that
+            share of the budget of those that compete, as far as they have any. Shares add up to 1 at most. With
+            `modality_ranges` they are floors for images and text.
 
     Yields:
         The session: `new_cache()`, `extend()`, `load_cache()`, `report()`.
@@ -86,7 +90,7 @@ def evict(
     """
     plan = make_plan(
         policy, budget, preset=preset, scope=scope, floor=floor, protect=protect, sinks=sinks, recent=recent,
-        buffer=buffer, prefill_chunk=prefill_chunk, schedule=schedule,
+        buffer=buffer, prefill_chunk=prefill_chunk, schedule=schedule, token_floors=token_floors,
     )  # fmt: skip
     if isinstance(budget, int) and not isinstance(budget, bool) and budget <= SMALL_BUDGET:
         text = f"budget={budget} keeps {budget} entries per head on average; a share is a float or a text: '{budget}%'"

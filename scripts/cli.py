@@ -81,6 +81,9 @@ COMMANDS: dict[str, Command] = {
     "bench train": Command(
         "bench.bench_train", "TrainBenchConfig", "Time gated attention, a training step and decoding against peers"
     ),
+    "bench memory": Command(
+        "bench.bench_memory", "MemoryBenchConfig", "Count the memory of a training step of 4B and 8B models"
+    ),
     "bench decode": Command(
         "bench.bench_decode", "DecodeBenchConfig", "Time decoding from a compressed cache against the full cache"
     ),

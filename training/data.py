@@ -29,7 +29,8 @@ class Example:
     `input_ids`: token ids; `loss_mask`: True at a token that is a target, i.e. to be predicted from those before it
     (never the first); `kind`: where it comes from (`retrieval`, `text`, `chat`, `raw`); `position_ids`:
     None for 0, 1, 2, …, else they restart at 0 with every packed document. `prompt_tokens`: number
-    of first tokens that are a prompt, read without gates and compressed at its end; 0 in packed rows.
+    of first tokens that are a prompt, read without gates and compressed at its end; 0 in packed rows. `inputs`: what
+    the model takes of the example's images (`pixel_values` and so on); never packed.
     """
 
     input_ids: list[int]
@@ -37,6 +38,7 @@ class Example:
     kind: str
     position_ids: list[int] | None = None
     prompt_tokens: int = 0
+    inputs: Mapping[str, Any] | None = None
 
 
 class ExampleSource(Protocol):
