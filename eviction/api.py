@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from ..retention.gates import RetentionGates
 from ..retention.seams import intercept
@@ -17,6 +15,9 @@ from .policies.registry import get_policy
 from .prefill import chunked_prefill
 from .presets import make_plan
 from .session import Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @contextmanager

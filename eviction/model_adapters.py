@@ -6,14 +6,15 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..retention.decoder_layers import AttentionLayer, full_attention_layers, text_config, text_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Model types whose attention code was reviewed: every full-attention layer rotates the whole query by
 # `apply_rotary_pos_emb(q, k, cos, sin)` with the decoder's `rotary_emb` and one position a token.
@@ -114,6 +115,8 @@ def output_weight(layer: AttentionLayer) -> torch.Tensor:
 
 def _output_projection(layer: AttentionLayer) -> Any:
     """The linear layer that maps the heads' outputs to hidden states; None if it has another name or kind."""
+    from transformers.pytorch_utils import Conv1D
+
     found = (getattr(layer.module, name, None) for name in OUTPUT_PROJECTIONS)
     return next((module for module in found if isinstance(module, nn.Linear | Conv1D)), None)
 
@@ -121,4 +124,4 @@ def _output_projection(layer: AttentionLayer) -> Any:
 def _by_head(projection: Any) -> torch.Tensor:
     """The weight as `(num_heads · value_dim, hidden_size)`."""
     weight = projection.weight.detach()
-    return weight if isinstance(projection, Conv1D) else weight.t()
+    return weight.t() if isinstance(projection, nn.Linear) else weight  # Conv1D stores (in, out)

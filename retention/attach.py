@@ -11,11 +11,11 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from .attention_arguments import is_causal, padding_mask, refuse_dropout, refuse_unknown, softmax_of
@@ -28,6 +28,9 @@ from .ops.softmax import Softmax
 from .seams import AttentionCall, AttentionFunction, Interceptor, intercept, is_intercepted
 from .segments import Segments
 from .soft_eviction import SoftEviction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class GatedInterceptor(Interceptor):

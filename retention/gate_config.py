@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
-
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tenure.checked import Range, Size, read, verify
 
 from .decoder_layers import full_attention_layers, text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Projection = Literal["per_layer", "shared", "shared_heads"]
 
@@ -58,6 +57,9 @@ class RetentionConfig:
         Raises:
             UnsupportedModelError: tenure cannot attach to the model.
         """
+        from torch import nn
+        from transformers.activations import ACT2FN
+
         layers = full_attention_layers(model)
         config = text_config(model)
         activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu"

@@ -6,12 +6,11 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
 from .calibration import Calibration, load_calibration, save_calibration, weights_digest
 from .checkpoint import (
@@ -26,6 +25,9 @@ from .checkpoint import (
 )
 from .decoder_layers import execution_device, full_attention_layers, text_config
 from .gate_config import RetentionConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,8 @@ class RetentionGates(nn.Module):
         self.reset_parameters()
 
     def _body(self) -> nn.Sequential:
+        from transformers.activations import ACT2FN
+
         config, fp32 = self.config, torch.float32  # whatever torch's default dtype is
         layers = [nn.Linear(config.hidden_size, config.gate_width, dtype=fp32), ACT2FN[config.activation]]
         if config.projection == "shared":

@@ -20,15 +20,15 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .decoder_layers import AttentionLayer, full_attention_layers, plain_model, text_config, text_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIX = "tenure_"
 
@@ -190,6 +190,10 @@ def _pre_hook(layer: AttentionLayer, interceptor: Interceptor) -> Callable[..., 
 
 def _register(base: str) -> str:
     """Registers, once per base implementation, the attention function called `tenure_<base>`."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # slow: a model's classes have imported them
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     name = PREFIX + base
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
@@ -214,6 +218,8 @@ def _register(base: str) -> str:
 def _base_function(base: str, module: nn.Module) -> AttentionFunction:
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
@@ -245,6 +251,8 @@ def model_logits(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.T
 
 def _language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The innermost model around the decoder that has an output embedding: the text model of some with images."""
+    from transformers import PreTrainedModel
+
     model, decoder = plain_model(model), text_decoder(model)
     around = [
         module

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from .loading import Dtype, load_model
+from .output import make_console
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +173,6 @@ def _row(ids: list[int], model: Any) -> torch.Tensor:
 
 
 def _show(config: GenerateConfig, session: Session, tokens: int, seconds: float) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..eviction.plan import CALIBRATED
@@ -194,4 +194,4 @@ def _show(config: GenerateConfig, session: Session, tokens: int, seconds: float)
         assert session.gates is not None and session.gates.calibration is not None, "the block found the budget there"
         table.add_row("calibrated", session.gates.calibration.promise)
     table.add_row("new tokens", f"{tokens} in {seconds:.1f} s, prompt included")
-    Console(stderr=True).print(table)
+    make_console(stderr=True).print(table)

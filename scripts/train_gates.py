@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from tenure.training import TrainConfig
-from tenure.training.data import ExampleSource
+from tenure.scripts.output import make_console
+from tenure.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedModel
 
     from tenure.retention import RetentionGates
+    from tenure.training.data import ExampleSource
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +118,10 @@ def main(config: TrainConfig) -> int:
 
 
 def _progress() -> Progress:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, TextColumn("{task.fields[losses]}"), console=Console(stderr=True))
+    return Progress(*columns, TextColumn("{task.fields[losses]}"), console=make_console(stderr=True))
 
 
 def _say(text: str) -> None:

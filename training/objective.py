@@ -6,14 +6,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..retention import (
     Attached,
@@ -31,6 +29,9 @@ from ..retention.ops import Implementation
 from ..retention.seams import model_logits
 from .batching import Batch
 from .model_checks import require_continuation, require_packing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ class GateObjective(nn.Module):
         Raises:
             ValueError: the model does not support it.
         """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         layers = [m for m in text_decoder(self.model).modules() if isinstance(m, GradientCheckpointingLayer)]
         if not self.model.supports_gradient_checkpointing or not layers:
             name = type(self.model).__name__

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
 from ..retention import CheckpointInfo, RetentionGates, SoftEviction
 from .assets import DEMO_MODEL_ID
@@ -23,6 +22,7 @@ from .train_config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ FREE_SETTINGS = frozenset(
     {"output_dir", "log_every", "save_every", "eval_every", "eval_budgets", "eval_cases", "eval_length"}
     | {"tracker", "project", "init_gates", "logits_chunk", "gradient_checkpointing"}
 )
-Evaluate = Callable[[PreTrainedModel, RetentionGates], dict[str, float]]
+Evaluate = Callable[["PreTrainedModel", RetentionGates], dict[str, float]]
 
 
 class NotFiniteError(FloatingPointError):
@@ -200,6 +200,8 @@ class _TrainingRun:
 
 def _schedule(config: TrainConfig) -> Callable[[int], float]:
     """Factor of the learning rate by step: linear warm-up, then cosine to `min_learning_rate`. Stateless."""
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
     carrier = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
         carrier, config.warmup_steps, config.steps, min_lr=config.min_learning_rate

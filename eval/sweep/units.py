@@ -10,10 +10,9 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ...retention import RetentionGates
 from ..cases import Case, Record
@@ -21,6 +20,9 @@ from ..cells import Cell
 from ..runner import evaluate
 from ..tasks.builder import CaseBuilder
 from .sweep_config import SweepConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Violation(Exception):
 
 @dataclass
 class LoadCounts:
-    """What clients did and saw.
+    """Counts of all that clients did and saw.
 
     Attributes:
         done: by kind. excused: ended by a kill, a restart or a flush.

@@ -11,7 +11,7 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -324,6 +324,20 @@ def _store_prompts(trace: Trace, system: System, clock: VirtualClock, parts: int
         tiers.poll()
 
 
+def machine_about(machine: SimulatedMachine) -> dict[str, Any]:
+    """What `machine_of` finds a machine by, but for its rates, which follow from the batches of the trace."""
+    links, believed = machine.links, machine.believed
+    about: dict[str, Any] = {
+        "device_bytes": machine.device_bytes, "host_bytes": machine.host_bytes, "disk_bytes": machine.disk_bytes,
+        "link_bytes_per_s": links.host_bytes_per_s, "disk_bytes_per_s": links.disk_bytes_per_s,
+        "latency_s": links.latency_s, "copy_parts": machine.copy_parts, "whole_pages": machine.whole_pages,
+        "scheduler": asdict(machine.scheduler),
+    }  # fmt: skip
+    if isinstance(believed, LinearCosts):
+        about["believed"] = [believed.tokens_per_s, *believed.bytes_per_s, believed.latency_s]
+    return about
+
+
 def machine_of(trace: Trace) -> SimulatedMachine:
     """The machine that a trace was recorded on, with rates fitted to its batches.
 
@@ -332,7 +346,10 @@ def machine_of(trace: Trace) -> SimulatedMachine:
     """
     about = trace.about
     if not isinstance(about.get("device_bytes"), int):
-        raise ValueError(f"the trace does not say `device_bytes` in `about`: it says {', '.join(about) or 'nothing'}")
+        raise ValueError(
+            "the trace does not say on which machine it was recorded (`device_bytes` in `about`): name a set-up, whose "
+            "machine replays it"
+        )
     links = Links(about.get("link_bytes_per_s", 0.0), about.get("disk_bytes_per_s", 0.0), about.get("latency_s", 0.0))
     believed = about.get("believed")
     return SimulatedMachine(
