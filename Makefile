@@ -10,10 +10,14 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 INPUTS := setup.cfg pyproject.toml constraints.txt
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo test lint docs clean
+# Libraries of quantised weights, used by one test file; torchao prints warnings wherever it is installed.
+QUANTIZED := torchao==0.18.0 bitsandbytes==0.50.2
+
+.PHONY: help demo test quantized lint docs clean
 help:
 	@echo "make demo   set up, then show gates at work on a real model (args: ARGS=--quick)"
 	@echo "make test   set up, then run all tests (args: PYTEST_ARGS='tests/eviction -x')"
+	@echo "make quantized  test models with quantised weights; their libraries are installed beside .venv"
 	@echo "make lint   set up, then ruff and basedpyright"
 	@echo "make docs   set up, then build the documents into build/docs; broken links and anchors are errors"
 	@echo "make clean  remove .venv and what was built; downloads stay in the cache folder"
@@ -23,6 +27,14 @@ demo: $(VENV)/.ready-demo
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+quantized: $(VENV)/.ready-dev build/quantized/.ready
+	PYTHONPATH=build/quantized $(BIN)/python -m pytest -n 0 tests/eviction/test_quantized.py
+
+build/quantized/.ready: Makefile | $(BIN)/python
+	@rm -rf build/quantized
+	@$(PIP) install -q --no-deps --target build/quantized $(QUANTIZED)
+	@touch $@
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ NAVIGATION = {
     "Concepts": [f"concepts/{name}" for name in ("budgets", "ragged-cache", "tiers", "step-graph", "simulator")],
     "Reference": [f"reference/{name}" for name in ("api", "cli", "config", "presets", "models", "hints", "checkpoint")],
     "Results": ["reproduce", *(f"results/{name}" for name in (
-        "demo", "table", "gates", "studies", "benchmarks", "engine", "simulator", "kernels"))],
+        "demo", "table", "gates", "studies", "benchmarks", "engine", "serving", "simulator", "kernels"))],
 }  # fmt: skip
 API_PAGES = [f"api/{name}" for name in ("retention", "training", "eviction", "policies", "serving", "eval")]
 # The dataclasses on the reference page of configuration.
@@ -41,6 +41,7 @@ CONFIGURATIONS = (
     ("tenure.serving", "PrefetchConfig"),
     ("tenure.serving", "GraphConfig"),
     ("tenure.serving.server", "ServerConfig"),
+    ("tenure.serving.server", "GrammarConfig"),
     ("tenure.serving", "SuffixReuseConfig"),
     ("tenure.serving", "EagerWriteBackConfig"),
     ("tenure.serving", "EvictionHistoryConfig"),

@@ -166,10 +166,10 @@ def attention_rows(results: Sequence[Examined], seed: int = 0) -> list[dict[str,
     """One row for each task, length and cell, with 95% bootstrap intervals over the cases.
 
     A row has the columns of the tasks' rows, then `n`; `coverage`; `worst_head` and `worst_query`, the least of a
-    case; `least`: the least of all; `below_half`: the share of heads with a coverage under a half; and, where evidence
-    was planted, `evidence` and `full_evidence` (attention on it), `dilution` and `full_dilution` (one minus that), and
-    `evidence_gain`: their difference, with the p-value of the paired bootstrap. `heads` has the kept share of every
-    `[layer][head]`.
+    case; `least`: the least of all; `below_half`: the share of heads with a coverage under a half; `outliers`: their
+    number in all cases (DefensiveKV's figure); and, where evidence was planted, `evidence` and `full_evidence`
+    (attention on it), `dilution` and `full_dilution` (one minus that), and `evidence_gain`: their difference, with the
+    p-value of the paired bootstrap. `heads` has the kept share of every `[layer][head]`.
     """
     groups: dict[tuple, list[Examined]] = {}
     for result in results:
@@ -185,6 +185,7 @@ def attention_rows(results: Sequence[Examined], seed: int = 0) -> list[dict[str,
             "worst_query": mean_interval([one.worst.min() for one in group], seed).to_dict(),
             "least": float(min(one.coverage.min() for one in group)),
             "below_half": mean_interval([(one.coverage < 0.5).mean() for one in group], seed).to_dict(),
+            "outliers": int(sum((one.coverage < 0.5).sum() for one in group)),
             "heads": np.mean([one.kept for one in group], axis=0).round(4).tolist(),
         }
         if not any(np.isnan(one.evidence) for one in group):

@@ -6,8 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from tenure.checked import Count, KeptBudget, NotNegative, Range, Size
+
+Label = Annotated[str, Size(1, 200)]  # of a task, policy or scope
+Share = Annotated[float, Range(0, 1)]
 ALL, ANY = "all", "any"
 
 
@@ -81,7 +85,7 @@ def normalise(text: str) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """The measurements of one cell on one case.
+    """The measurements of one cell on one case. Annotations are checked where records are read from files.
 
     Attributes:
         task, length, index, seed, depth: the case.
@@ -102,26 +106,26 @@ class Record:
         aware: whether the question was read before the compression.
     """
 
-    task: str
-    length: int
-    index: int
+    task: Label
+    length: Count
+    index: Annotated[int, Range(0)]
     seed: int
-    depth: float
-    policy: str
-    scope: str
-    budget: float | int
+    depth: Share
+    policy: Label
+    scope: Label
+    budget: KeptBudget
     correct: bool
     answer: str
     prediction: str
     kl: float
-    top1: float
-    entries: int
-    bytes: int
-    kept_share: float
-    seconds: float
-    compress_seconds: float
-    read_seconds: float
-    score: float = 0.0
+    top1: Share
+    entries: Annotated[int, Range(0)]
+    bytes: Annotated[int, Range(0)]
+    kept_share: NotNegative
+    seconds: NotNegative
+    compress_seconds: NotNegative
+    read_seconds: NotNegative
+    score: Share = 0.0
     aware: bool = False
 
     @property

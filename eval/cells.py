@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
+
+from tenure.documents import shown
 
 from ..eviction import Budget, Policy, get_policy, policy_text
 from ..eviction.plan import SCOPES, EvictionPlan
@@ -35,6 +38,8 @@ LABELS = {
     ("keydiff", "head"): "KeyDiff",
     ("knorm", "head"): "Knorm",
     ("lagkv", "head"): "LagKV",
+    ("rkv", "head"): "R-KV",
+    ("cake", "preference"): "CAKE",
     ("tova", "head"): "TOVA",
     ("h2o", "head"): "H2O",
     ("streaming_llm", "head"): "StreamingLLM",
@@ -81,7 +86,7 @@ class Cell:
         if not chosen.evicts:
             return cls(chosen, NO_SCOPE, 1.0, aware=aware)
         if scope is not None and scope not in SCOPES:
-            raise ValueError(f"unknown scope {scope!r}; known: {', '.join(SCOPES)}")
+            raise ValueError(f"unknown scope {shown(scope)}; known: {', '.join(SCOPES)}")
         Budget(budget)
         if preset is not None:
             plan = make_plan(chosen, budget, preset=preset, scope=scope, prefill_chunk=prefill_chunk)
@@ -140,8 +145,8 @@ def parse_cells(names: Iterable[str], budgets: Iterable[float | int], aware: Ite
     budgets, aware = list(budgets), list(aware)
     for name in names:
         rest, at, chunk = name.partition("@")
-        if at and not chunk.isdecimal():
-            raise ValueError(f"{name!r}: after @ comes the number of a chunk's tokens, got {chunk!r}")
+        if at and not re.fullmatch("[0-9]{1,18}", chunk):
+            raise ValueError(f"{shown(name)}: after @ comes the number of a chunk's tokens, got {shown(chunk)}")
         rest, _, scope = rest.partition(":")
         policy, _, preset = rest.partition("+")
         for budget, knows in product(budgets, aware):

@@ -9,7 +9,9 @@ from .cache_report import Report
 from .layer_view import LayerView
 from .plan import Budget
 from .policies import (
+    CAKE,
     H2O,
+    RKV,
     TOVA,
     AdaCriticalKV,
     AdaKV,
@@ -17,6 +19,7 @@ from .policies import (
     Defensive,
     ExpectedAttention,
     Full,
+    GateScore,
     KeyDiff,
     Knorm,
     LagKV,
@@ -36,8 +39,8 @@ from .serialization import CacheFileError
 from .session import Session
 
 __all__ = [
-    "H2O", "TOVA", "AdaCriticalKV", "AdaKV", "Budget", "CacheFileError", "CriticalKV", "Defensive", "ExpectedAttention",
-    "Full", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView", "Policy", "PyramidKV", "RaggedCache", "Random",
-    "Report", "Retention", "RetentionDefensive", "Session", "SnapKV", "StreamingLLM", "evict", "get_policy",
-    "policy_names", "policy_text",
+    "CAKE", "H2O", "RKV", "TOVA", "AdaCriticalKV", "AdaKV", "Budget", "CacheFileError", "CriticalKV", "Defensive",
+    "ExpectedAttention", "Full", "GateScore", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView", "Policy",
+    "PyramidKV", "RaggedCache", "Random", "Report", "Retention", "RetentionDefensive", "Session", "SnapKV",
+    "StreamingLLM", "evict", "get_policy", "policy_names", "policy_text",
 ]  # fmt: skip

@@ -49,7 +49,8 @@ def evict(
             or a row's total: "65536 entries", or bytes as "512MiB" or "2GB". 1.0 evicts nothing. "calibrated" is the
             one that `tenure calibrate` stored with the gates; its guarantee holds for documents like those measured.
         scope: which entries compete: "global" (all layers and heads of a row), "layer" (its heads), "head" (each has
-            the same number), "pyramid" (as "head", with more in the lower layers). None for the policy's default.
+            the same number), "pyramid" (as "head", with more in the lower layers), "preference" (as "head", with more
+            in layers that the policy prefers: CAKE). None for the policy's default.
         gates: for the retention policy: gates, or where `RetentionGates.from_pretrained` finds them.
         sinks, recent: numbers of first and last tokens of each row that are always kept; they count towards the budget,
             and are reduced (recent ones first) where they would exceed it. None for the policy's, which were measured:

@@ -125,7 +125,7 @@ class RaggedCache(Cache):
 
     @property
     def entries(self) -> int:
-        """Entries stored in all rows, layers and heads."""
+        """Entries stored in all rows, layers and heads, of all processes if tensor parallelism divides the heads."""
         return sum(self.rows.stored)
 
     @property
@@ -197,9 +197,10 @@ class RaggedCache(Cache):
             yield "stored entries are counted wrong"
 
     def _stored_entries(self) -> list[int]:
-        """Entries of each row, counted in the storage."""
+        """Entries of each row, counted in the storage of all processes."""
         stores = self.stores
-        return [sum(store.row_entries(row) for store in stores) for row in range(len(self.rows.tokens))]
+        own = [sum(store.row_entries(row) for store in stores) for row in range(len(self.rows.tokens))]
+        return self.ragged[0].attention.shards.summed(own)
 
     def adopt(self, rows: SequenceState, floor: int) -> None:
         """Completes a new cache whose layers were filled with the entries of `rows`.

@@ -130,7 +130,8 @@ class RaggedLayer(CacheLayerMixin):
             raise ValueError(
                 "this cache belongs to an evict() block and works only inside it, with the block's own model"
             )
-        state = self._state
+        step = self._step = step.on(key_states.device)
+        state = {name: values.to(key_states.device) for name, values in self._state.items()}
         if self.observers.state_keys:
             shape, device = key_states.shape[:3], key_states.device
             fp32: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -221,7 +222,7 @@ class RaggedLayer(CacheLayerMixin):
         """Records and observes the first `step.q_len` deferred columns; their entries are stored already."""
         queries, self._deferred_queries = self._deferred_queries, None
         if step is not None and queries is not None:
-            self._observe(queries[:, :, : step.q_len], step)
+            self._observe(queries[:, :, : step.q_len], step.on(queries.device))
 
     def _record_queries(
         self, query: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, slots: torch.Tensor, in_place: bool

@@ -14,6 +14,8 @@ from .storage.segment_store import SegmentStore
 class Report:
     """The state of a cache; only the layers that evict are counted.
 
+    In tensor parallel a report counts the heads in this process, except for `peak_entries` and `evicted_entries`.
+
     Attributes:
         entries: entries stored now, in all rows, layers and heads.
         bytes: bytes allocated for them: keys, values, positions, per-entry state and free slots. Storage shared with a

@@ -70,6 +70,24 @@ class ForwardStep:
     _flat: torch.Tensor | None = field(default=None, repr=False)
     _columns: list[torch.Tensor] | None = field(default=None, repr=False)
     _model_mask: Any = field(default=None, repr=False)
+    _copies: dict[torch.device, ForwardStep] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> ForwardStep:
+        """This step for layers on `device`, where its tensors are copied to once; the step itself if it is there."""
+        if device == self.positions.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = self._changed(
+                valid=None if self.valid is None else self.valid.to(device),
+                positions=self.positions.to(device),
+                rope_positions=None if self.rope_positions is None else self.rope_positions.to(device),
+                angles=None if self.angles is None else (self.angles[0].to(device), self.angles[1].to(device)),
+            )
+        return self._copies[device]
+
+    def _changed(self, **fields: Any) -> ForwardStep:
+        """A step with these fields, which derives everything else anew."""
+        return replace(self, **fields, _mask=None, _flat=None, _columns=None, _model_mask=None, _copies={})
 
     def require_causal(self, mask: Any) -> None:
         """Raises ValueError if the model's attention mask is not causal, as attention over entries is."""
@@ -163,8 +181,7 @@ class ForwardStep:
             return replace(self, deferred=0) if self.deferred else self
         columns = slice(start, stop)
         valid = None if self.valid is None else self.valid[:, columns]
-        return replace(
-            self,
+        return self._changed(
             q_len=stop - start,
             counts=[stop - start] * len(self.counts) if valid is None else valid.sum(1).tolist(),
             valid=valid,
@@ -172,10 +189,6 @@ class ForwardStep:
             deferred=0,
             rope_positions=None if self.rope_positions is None else self.rope_positions[:, columns],
             angles=None if self.angles is None else (self.angles[0][:, columns], self.angles[1][:, columns]),
-            _mask=None,
-            _flat=None,
-            _columns=None,
-            _model_mask=None,
         )
 
 
@@ -221,7 +234,7 @@ class SequenceState:
 
     Attributes:
         tokens: real tokens each row has seen, evicted ones included; empty before the first forward.
-        stored: entries of each row in all layers and heads.
+        stored: entries of each row in all layers and heads, also those of other processes in tensor parallel.
         window_positions: int64 `(batch, size)`: positions of the recorded queries, -1 for none. Never written in
             place, so forks may share it.
         columns: columns seen, padding included.
@@ -265,8 +278,8 @@ class SequenceState:
             KeyError, TypeError, ValueError: a value is missing or not a number.
         """
         rows = cls()
-        rows.tokens = [int(count) for count in document["tokens"]]
-        rows._runs = [(int(count), tensors.get(f"mask.{i}")) for i, count in enumerate(document["runs"])]
+        rows.tokens = [_whole(count) for count in document["tokens"]]
+        rows._runs = [(_whole(count), tensors.get(f"mask.{i}")) for i, count in enumerate(document["runs"])]
         rows.columns = sum(count for count, _ in rows._runs)
         rows.window_positions = tensors.get("window_positions")
         rows.rope_deltas = tensors.get("rope_deltas")
@@ -313,6 +326,7 @@ class SequenceState:
         """
         before = self.tokens or [0] * batch
         counts = [q_len] * batch if valid is None else valid.sum(1).tolist()
+        valid = None if valid is None else valid.to(device)
         start = torch.tensor(before, dtype=torch.int32, device=device).unsqueeze(1)
         if valid is None:
             offsets = torch.arange(q_len, dtype=torch.int32, device=device)
@@ -366,8 +380,11 @@ class SequenceState:
         for count, valid in self._runs:
             if valid is not None and (valid.dtype != torch.bool or valid.shape != (*batch, count)):
                 yield "padding masks are not bool (batch, columns)"
-        if self.rope_deltas is not None and self.rope_deltas.shape != (*batch, 1):
-            yield "rope_deltas are not (batch, 1)"
+        deltas = self.rope_deltas
+        if deltas is not None and (deltas.shape != (*batch, 1) or deltas.dtype != torch.int64):
+            yield "rope_deltas are not int64 (batch, 1)"
+        elif deltas is not None and bool((deltas.abs() >= 2**31).any()):
+            yield "rope_deltas are no offsets of positions"
         if self.columns != sum(count for count, _ in self._runs) or self.tokens_since(0) != self.tokens:
             yield "token counts and padding masks disagree"
 
@@ -413,3 +430,9 @@ class SequenceState:
             self._runs[-1] = (self._runs[-1][0] + count, None)
         else:
             self._runs.append((count, valid))
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.40} is not a whole number")
+    return value

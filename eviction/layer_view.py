@@ -47,7 +47,7 @@ class LayerView:
         """
         assert layer.store is not None, "the layer has entries"
         self._layer, self._store = layer, layer.store
-        self._recorded = recorded
+        self._recorded = None if recorded is None else recorded.to(time.device)
         self._states = states or {}
         # By width of the pooling; None without the worst case.
         self._risks: dict[int | None, tuple[torch.Tensor | None, torch.Tensor]] = {}
@@ -96,14 +96,31 @@ class LayerView:
         """fp32 `(batch, num_kv_heads, n)`, each in (-∞, 0]; for policies that need `log_beta`."""
         return self.state("log_beta")
 
+    @property
+    def first_head(self) -> int:
+        """The number, in the layer, of the view's first head: not 0 where tensor parallelism divides the heads."""
+        return self.attention.shards.index * self.shape[1]
+
+    def of_all_heads(self, values: torch.Tensor, fill: float) -> torch.Tensor:
+        """`(batch, all key/value heads, n)` of the view's `(batch, num_kv_heads, n)`, also of those in other processes.
+
+        Args:
+            fill: for entries beyond a process's longest segment.
+        """
+        return self.attention.shards.gathered([values], fill)[0]
+
+    def of_own_heads(self, values: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor `(batch, all key/value heads, …)` for the heads of this view."""
+        return self.attention.shards.own(values)
+
     def state(self, name: str) -> torch.Tensor:
         """A per-entry state by name, fp32 `(batch, num_kv_heads, n)`: one of the policy's `states`, or `log_beta`."""
         return self._dense(self._states.get(name, name))
 
-    @property
+    @cached_property
     def output_weight(self) -> torch.Tensor:
-        """`(num_heads, value_dim, hidden_size)`: W_O, a view; needs `output_weight`."""
-        return output_weight(self._layer.attention)
+        """`(num_heads, value_dim, hidden_size)`: W_O, a view if in memory; needs `output_weight`."""
+        return output_weight(self._layer.attention, self._store.value.dtype)
 
     @cached_property
     def value_norms(self) -> torch.Tensor:

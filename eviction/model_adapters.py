@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from ..retention.decoder_layers import AttentionLayer, full_attention_layers, text_config, text_decoder
+from ..retention.decoder_layers import (
+    AttentionLayer,
+    execution_device,
+    full_attention_layers,
+    text_config,
+    text_decoder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +71,8 @@ class Rotary:
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, fp32 `(batch, n, rotary_dim)`, of int64 `positions` `(batch, n)`."""
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        return self._embedding(like, positions, **self._layer_type)
+        cos, sin = self._embedding(like, positions, **self._layer_type)
+        return cos.to(positions.device), sin.to(positions.device)  # from where accelerate computes them
 
     def undo(self, queries: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Queries before RoPE, fp32 `(batch, num_heads, n, head_dim)`, from those after it at these `angles`."""
@@ -97,31 +105,72 @@ class Rotary:
 
 
 def has_output_weight(layer: AttentionLayer) -> bool:
-    """Whether `output_weight` is available: the output projection has a floating-point weight in memory."""
+    """Whether `output_weight` is available: the output projection is a linear layer that takes the heads' values."""
     projection = _output_projection(layer)
-    if projection is None or not projection.weight.is_floating_point():
+    if projection is None:
         return False
-    if type(projection.weight.data) is not torch.Tensor or projection.weight.is_meta:
-        return False  # quantized by a tensor subclass, or offloaded
-    return _by_head(projection).shape[0] % layer.num_heads == 0
+    weight = _readable_weight(projection, layer.shards.count > 1)
+    if weight is None and layer.shards.count > 1:
+        return False  # it sums over the heads of all processes
+    width = _in_features(projection) if weight is None else weight.shape[0]
+    return width > 0 and width % layer.num_heads == 0
 
 
-def output_weight(layer: AttentionLayer) -> torch.Tensor:
-    """W_O of a layer with `has_output_weight`: `(num_heads, value_dim, hidden_size)`, a view of the weight."""
+@torch.no_grad()
+def output_weight(layer: AttentionLayer, dtype: torch.dtype) -> torch.Tensor:
+    """W_O of a layer with `has_output_weight`, as the model applies it now.
+
+    A weight that is quantised, offloaded by accelerate or extended by an adapter cannot be read; then W_O is what the
+    projection makes of unit vectors, at the cost of a forward of the projection over `num_heads · value_dim` tokens.
+
+    Args:
+        dtype: of the unit vectors where the projection's own weight has none (packed integers): the model's dtype.
+
+    Returns:
+        `(num_heads, value_dim, hidden_size)`: a view of the weight where it can be read, else a new tensor.
+    """
     projection = _output_projection(layer)
     assert projection is not None, "the session has checked the module"
-    return _by_head(projection).unflatten(0, (layer.num_heads, -1))
+    weight = _readable_weight(projection, layer.shards.count > 1)
+    if weight is None:
+        weight = _responses_to_unit_vectors(projection, dtype, execution_device(layer.module))
+    return weight.unflatten(0, (layer.num_heads, -1))
 
 
 def _output_projection(layer: AttentionLayer) -> Any:
     """The linear layer that maps the heads' outputs to hidden states; None if it has another name or kind."""
-    from transformers.pytorch_utils import Conv1D
-
     found = (getattr(layer.module, name, None) for name in OUTPUT_PROJECTIONS)
-    return next((module for module in found if isinstance(module, nn.Linear | Conv1D)), None)
+    return next((module for module in found if isinstance(module, nn.Module) and _in_features(module)), None)
 
 
-def _by_head(projection: Any) -> torch.Tensor:
-    """The weight as `(num_heads · value_dim, hidden_size)`."""
+def _in_features(projection: Any) -> int:
+    """Width of a linear layer's input, in the words of torch, peft and of quantised layers; 0 for other modules."""
+    if isinstance(projection, Conv1D):
+        return int(projection.nx)
+    width = getattr(projection, "in_features", 0)
+    return width if isinstance(width, int) else 0
+
+
+def _readable_weight(projection: Any, divided: bool) -> torch.Tensor | None:
+    """The projection's matrix `(num_heads · value_dim, hidden_size)`, a view; None if it is not one tensor in memory.
+
+    Args:
+        divided: whether tensor parallelism divides the heads: then of those of this process.
+    """
+    if not isinstance(projection, nn.Linear | Conv1D) or hasattr(projection, "get_base_layer"):
+        return None  # of another kind, or with an adapter of peft
     weight = projection.weight.detach()
+    if hasattr(weight, "to_local"):  # a DTensor
+        weight = weight.to_local() if divided else weight.full_tensor()
+    if not weight.is_floating_point() or type(weight) is not torch.Tensor or weight.is_meta:
+        return None  # quantised, or offloaded
     return weight.t() if isinstance(projection, nn.Linear) else weight  # Conv1D stores (in, out)
+
+
+def _responses_to_unit_vectors(projection: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    weight = getattr(projection, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        dtype = weight.dtype
+    units = torch.eye(_in_features(projection), dtype=dtype, device=device)
+    bias = projection(torch.zeros_like(units[:1]))  # zeros where the layer has none
+    return projection(units) - bias

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from itertools import accumulate
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tenure.checked import read, verify
+from tenure.checked import Range, read, verify
+from tenure.documents import shown
 
 from ..retention.calibration import Calibration, weights_digest
 from ..retention.gates import RetentionGates
@@ -19,7 +21,7 @@ from .policies.registry import get_policy, policy_text
 from .protected_tokens import ProtectedTokens
 from .storage.segment_store import StorageConfig
 
-SCOPES = ("global", "layer", "head", "pyramid")
+SCOPES = ("global", "layer", "head", "pyramid", "preference")
 SCHEDULES = ("bounded", "filled", "once")
 PYRAMID_BETA = 20  # β of PyramidKV, section 4
 CALIBRATED = "calibrated"  # the budget that `tenure calibrate` stored with the gates
@@ -69,9 +71,20 @@ def allocate(scope: str, total: int, tokens: int, layout: BudgetLayout, window: 
     Args:
         scope: one of `SCOPES`.
         tokens: tokens the row has seen.
-        window: tokens of the policy's observation window, for "pyramid".
+        window: tokens of the policy's observation window, for "pyramid" and "preference".
+
+    Raises:
+        ValueError: "preference", and layers with different numbers of heads.
     """
     average = total // layout.segments
+    if scope == "preference":
+        if len(set(layout.heads)) > 1:
+            raise ValueError(
+                f"scope 'preference' needs layers with the same number of key/value heads, got {layout.heads}: give "
+                "another scope"
+            )
+        # Layers differ once `by_preference` has been asked; a head keeps its window in any case.
+        return BudgetAllocation([average] * layout.segments, [min(average, window)] * len(layout.heads), average)
     if scope == "global":
         return BudgetAllocation([total], [average] * len(layout.heads), average)
     if scope == "layer":
@@ -107,6 +120,38 @@ def pyramid(average: float, tokens: int, layers: int, window: int = 0) -> list[f
     return [high - (high - low) * layer / (layers - 1) for layer in range(layers)]
 
 
+def by_preference(average: int, preferences: Sequence[float], tokens: int, window: int) -> list[int]:
+    """Entries per head of each layer: the window, and the rest of the budget in proportion to the preferences.
+
+    Source: CAKE (Qin et al., 2025), section 3, with the rounding of its released code: shares are rounded down, what a
+    layer cannot hold is given to the others in equal parts, once, and so is the remainder. Where no head could hold the
+    window, or no layer is preferred, all layers get the same.
+
+    Args:
+        average: entries per head on average over the layers.
+        preferences: of the layers, not negative.
+        tokens: tokens the row has seen.
+        window: tokens of the observation window, which every layer keeps.
+    """
+    whole, most = sum(preferences), tokens - window
+    total = (average - window) * len(preferences)
+    if total < 0 or not 0 < whole < math.inf or average > tokens:
+        return [average] * len(preferences)
+    shares = [int(one / whole * total) for one in preferences]
+    excess = sum(max(one - most, 0) for one in shares)
+    shares = [min(one, most) for one in shares]
+    _spread(shares, excess, most)
+    _spread(shares, total - sum(shares), most)  # lost by rounding down
+    return [window + min(one, most) for one in shares]
+
+
+def _spread(shares: list[int], more: int, most: int) -> None:
+    """Gives `more` in equal parts to the shares below `most`, one more to the first ones."""
+    below = [index for index, one in enumerate(shares) if one < most]
+    for place, index in enumerate(below):
+        shares[index] += more // len(below) + (place < more % len(below))
+
+
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """`total` in integer shares proportional to `weights`, rounded so that they add up to it exactly.
 
@@ -123,11 +168,14 @@ _UNITS = {"B": 1} | {
     for suffix, base in (("B", 1000), ("IB", 1024))
 }
 _ROUNDING = 1e-6  # 0.29 * 100 is 28.999… in floats
-_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+_TEXT = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]+|%)\s*")
 BUDGET_FORMS = (
     "give a float in (0, 1], the share of the tokens seen; an int >= 1, entries per head on average; or text: "
-    "'65536 entries', all entries of a row, or '512MiB' or '2GB' (B, KB, MB, GB, TB, KiB, MiB, GiB, TiB), its bytes"
+    "'20%', that share; '65536 entries', all entries of a row; or '512MiB' or '2GB' (B, KB, MB, GB, TB, KiB, MiB, GiB, "
+    "TiB), its bytes"
 )
+MAX_ENTRIES = 2**62  # of a budget, and bytes: what int64 holds
+Tokens = Annotated[int, Range(0, MAX_ENTRIES)]
 
 
 @dataclass(frozen=True)
@@ -136,8 +184,9 @@ class Budget:
 
     Attributes:
         amount: a float in (0, 1]: a share of the tokens that a row has seen; an int >= 1: entries per head, on average
-            over layers and heads; text: a row's total over layers and heads, "65536 entries", or the bytes allocated
-            for them, "512MiB" (1024²) or "512MB" (1000²), in upper or lower case.
+            over layers and heads; text: a share as "20%", which becomes a float; a row's total over layers and heads,
+            "65536 entries"; or the bytes allocated for them, "512MiB" (1024²) or "512MB" (1000²), in upper or lower
+            case.
 
     Raises:
         ValueError: the amount is none of these.
@@ -148,21 +197,26 @@ class Budget:
     def __post_init__(self) -> None:
         amount = self.amount
         if isinstance(amount, str):
-            if self._parsed()[0] < 1:
-                raise ValueError(f"budget {amount!r} is out of range: {BUDGET_FORMS}")
-            return
-        whole = isinstance(amount, Integral) and not isinstance(amount, bool) and amount >= 1
+            number, unit = self._parsed()
+            if unit != "%":
+                if not 1 <= number <= MAX_ENTRIES:
+                    raise ValueError(f"budget {shown(amount)} is out of range: {BUDGET_FORMS}")
+                return
+            amount = float(number / 100)
+        whole = isinstance(amount, Integral) and not isinstance(amount, bool) and 1 <= amount <= MAX_ENTRIES
         share = isinstance(amount, Real) and not isinstance(amount, Integral) and 0 < amount <= 1
         if not whole and not share:
-            raise ValueError(f"budget {amount!r} is out of range: {BUDGET_FORMS}")
+            raise ValueError(f"budget {shown(self.amount)} is out of range: {BUDGET_FORMS}")
         object.__setattr__(self, "amount", int(amount) if whole else float(amount))  # NumPy's numbers too
 
-    def _parsed(self) -> tuple[int, str]:
-        """(number, "entries" or "bytes") of a text."""
+    def _parsed(self) -> tuple[int | Decimal, str]:
+        """(number, "entries", "bytes" or "%") of a text."""
         match = _TEXT.fullmatch(str(self.amount))
         number, unit = match.groups() if match else ("", "")
         if unit.lower() in ("entry", "entries") and number.isdigit():
             return int(number), "entries"
+        if unit == "%":
+            return Decimal(number), "%"
         if unit.upper() in _UNITS:
             return int(Decimal(number) * _UNITS[unit.upper()]), "bytes"
         if self.amount == CALIBRATED:
@@ -170,7 +224,7 @@ class Budget:
                 "budget 'calibrated' is looked up in the gates by evict() and cache.compress(); here its number is "
                 "needed: gates.calibration.budget"
             )
-        raise ValueError(f"budget {self.amount!r} is not understood: {BUDGET_FORMS}")
+        raise ValueError(f"budget {shown(self.amount)} is not understood: {BUDGET_FORMS}")
 
     @property
     def unlimited(self) -> bool:
@@ -196,9 +250,9 @@ class Budget:
         if isinstance(self.amount, int):
             return self.amount * layout.segments
         number, unit = self._parsed()
-        entries = number
+        entries = int(number)
         if unit == "bytes":
-            entries = int((number / layout.entry_bytes - layout.segments * layout.spare) / (1 + layout.slack))
+            entries = int((entries / layout.entry_bytes - layout.segments * layout.spare) / (1 + layout.slack))
         if entries < layout.segments:
             least = f"{layout.segments} entries"
             if unit == "bytes":
@@ -242,8 +296,9 @@ class EvictionPlan:
         policy: scores the entries.
         budget: number of entries to keep.
         scope: which entries compete: "head" gives every (layer, head) the same number, "pyramid" the heads of lower
-            layers more than those of higher ones (see `pyramid`), "layer" lets the heads of a layer compete, "global"
-            all heads of all layers of a row. Rows never compete.
+            layers more than those of higher ones (see `pyramid`), "preference" those of preferred layers
+            (`by_preference`), "layer" lets the heads of a layer compete, "global" all heads of all layers of a row.
+            Rows never compete.
         sinks, recent: the first and last tokens of a row, always kept and counted in the budget. If they alone, with
             the tokens of `protect`, would exceed it, fewer recent tokens are protected, then fewer sinks. None is the
             policy's own number, `Policy.default_protection`, and at most its share of the budget.
@@ -264,28 +319,24 @@ class EvictionPlan:
     policy: Policy
     budget: Budget
     scope: str
-    sinks: int | None = None
-    recent: int | None = None
-    buffer: int = 128
-    floor: float = 0.0
-    prefill_chunk: int | None = None
+    sinks: Tokens | None = None
+    recent: Tokens | None = None
+    buffer: Tokens = 128
+    floor: Annotated[float, Range(0, 1)] = 0.0
+    prefill_chunk: Annotated[int, Range(1, MAX_ENTRIES)] | None = None
     protect: ProtectedTokens | None = None
     schedule: str = "bounded"
     rules: Rules = Rules()
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
-            raise ValueError(f"unknown scope {self.scope!r}; known: {', '.join(SCOPES)}")
+            raise ValueError(f"unknown scope {shown(self.scope)}; known: {', '.join(SCOPES)}")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
-        for name in ("sinks", "recent", "buffer"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor is a share of the per-head budget in [0, 1], got {self.floor}")
-        if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk must be at least 1 token, or None, got {self.prefill_chunk}")
+            raise ValueError(f"unknown schedule {shown(self.schedule)}; known: {', '.join(SCHEDULES)}")
+        verify(self)
+        if self.scope == "preference" and not self.policy.prefers_layers:
+            name = self.policy.name
+            raise ValueError(f"scope 'preference' needs a policy with layer preferences (cake), got {name!r}")
 
     def changed(self, policy: Policy | None, budget: float | int | str | None, **options: Any) -> EvictionPlan:
         """A copy with the given options; None leaves an option as it is.

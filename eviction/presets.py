@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
+from tenure.documents import shown
+
 from .plan import CALIBRATED, Budget, EvictionPlan, Rules
 from .policies.policy import Policy
 from .policies.registry import get_policy, policy_text
@@ -88,8 +90,8 @@ def get_preset(name: str) -> Preset:
     Raises:
         ValueError: there is none.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"unknown preset {shown(name)}; known: {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
+from tenure.checked import verify
+from tenure.documents import plain_line, shown
+
+MAX_TOKENS = 2**62
 TokenRanges = tuple[tuple[int, int], ...]
 PROTECT_FORMS = "give token ranges [(start, stop), …] or a bool mask (tokens,) or (batch, tokens)"
 
@@ -26,6 +31,18 @@ class ProtectedTokens:
 
     rows: tuple[TokenRanges, ...]
     shared: bool = True
+
+    def __post_init__(self) -> None:
+        verify(self)
+        if not self.rows or (self.shared and len(self.rows) > 1):
+            raise ValueError(f"protect has ranges for {len(self.rows)} rows; {PROTECT_FORMS}")
+        for ranges in self.rows:
+            ends = [0, *(end for pair in ranges for end in pair)]
+            if any(later < earlier for earlier, later in pairwise(ends)) or ends[-1] > MAX_TOKENS:
+                raise ValueError(
+                    f"protect has the ranges {plain_line(ranges, 60)}: sorted and disjoint ones are needed, with "
+                    "0 <= start <= stop"
+                )
 
     @classmethod
     def of(cls, given: Any) -> ProtectedTokens:
@@ -106,14 +123,19 @@ def _fitting(positions: Iterable[int], inside: set[int], left: int) -> int:
     return count
 
 
+def _shown_range(start: int, stop: int) -> str:
+    """`(3, 1)`, for messages."""
+    return f"({shown(start)}, {shown(stop)})"
+
+
 def _merged(given: Any) -> TokenRanges:
     try:
         pairs = sorted((int(start), int(stop)) for start, stop in given)
-    except (TypeError, ValueError):
-        raise ValueError(f"protect is {given!r}; {PROTECT_FORMS}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"protect is {plain_line(repr(given), 60)}; {PROTECT_FORMS}") from None
     for start, stop in pairs:
-        if start < 0 or stop < start:
-            raise ValueError(f"protect has the range {(start, stop)}: 0 <= start <= stop is needed")
+        if start < 0 or stop < start or stop > MAX_TOKENS:
+            raise ValueError(f"protect has the range {_shown_range(start, stop)}: 0 <= start <= stop is needed")
     merged: list[tuple[int, int]] = []
     for start, stop in pairs:
         if merged and start <= merged[-1][1]:

@@ -144,4 +144,6 @@ class InputRecorder:
         if step.first:
             layer.inputs = RecordedInputs(self.rotary, (None,) * len(step.counts))
         if layer.inputs is not None:
-            layer.inputs = layer.inputs.append(RecordedForward(hidden_states.detach(), positions, step.valid))
+            device, hidden_states = hidden_states.device, hidden_states.detach()
+            own = RecordedForward(hidden_states, positions.to(device), step.on(device).valid)
+            layer.inputs = layer.inputs.append(own)

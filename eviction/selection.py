@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
+from ..retention.head_shards import UNDIVIDED, HeadShards
 from ..retention.ops.kernel_choice import chosen_kernels
 from .cache_layer import RaggedLayer
 from .layer_view import LayerView
 from .ops.naive import top_of_rows
 from .ops.radix_select import select_with_kernels, top_of_each_head
-from .plan import BudgetAllocation, BudgetLayout, EvictionPlan
+from .plan import BudgetAllocation, BudgetLayout, EvictionPlan, by_preference
 from .policies.policy import Policy
 
 
@@ -19,7 +20,8 @@ def layout_of(layers: Sequence[RaggedLayer]) -> BudgetLayout:
     """The budget layout of these layers; all have entries."""
     stores = [layer.store for layer in layers if layer.store is not None]
     assert len(stores) == len(layers), "every layer has entries"
-    heads = tuple(store.num_kv_heads for store in stores)
+    count = layers[0].attention.shards.count
+    heads = tuple(count * store.num_kv_heads for store in stores)
     entry_bytes = max((store.entry_bytes for store in stores), default=0)
     spare = max((store.spare for store in stores), default=1)
     return BudgetLayout(heads, entry_bytes, spare)
@@ -46,31 +48,49 @@ def choose(
         ValueError: the policy's scores have the wrong shape or are not numbers; the budget is too small for the tokens
             that `plan.protect` names, or for one entry per head.
     """
-    time = torch.tensor(list(tokens), device=layers[0].device)
+    times = {device: torch.tensor(list(tokens), device=device) for device in {layer.device for layer in layers}}
     layout = layout_of(layers)
     ends = list(tokens if horizon is None else horizon)
     scored_at = list(tokens) if plan.rules.horizon == "seen" else ends
     shares = [plan.allocate(end, layout) if now else None for end, now in zip(ends, due, strict=True)]
-    protected = _ProtectedPositions(plan, tokens, shares, time)
-    evicting = torch.tensor(list(due), device=time.device).view(-1, 1, 1)
-    scores, positions = [], []
+    protected = {device: _ProtectedPositions(plan, tokens, shares, time) for device, time in times.items()}
+    scores, positions, preferences = [], [], []
     for index, layer in enumerate(layers):
+        time = times[layer.device]
+        evicting = torch.tensor(list(due), device=layer.device).view(-1, 1, 1)
         allowed = [0 if share is None else share.shares[index] for share in shares]
         view = plan.policy.view(layer, time, query_positions, time.new_tensor(allowed), time.new_tensor(scored_at))
         conclude(layer, plan.policy, view, evicting)
         score = _checked(plan, layer.layer_idx, plan.policy.score(view), view.valid)
+        if plan.scope == "preference":
+            preferences.append(plan.policy.layer_preference(view).tolist())
         score = torch.where(evicting, score, 0.0)  # a row that is not due keeps entries scored -inf
-        score = score.masked_fill(protected.mask(view.positions, index), torch.inf)
+        score = score.masked_fill(protected[layer.device].mask(view.positions, index), torch.inf)
         scores.append(score.masked_fill(~view.valid, -torch.inf))
         positions.append(view.positions)
-    if plan.scope in ("head", "pyramid"):
-        return _select_per_head(scores, positions, shares)
+    shards = layers[0].attention.shards
+    if plan.scope == "preference":
+        shares = [
+            share and _preferred(share, [layer[row] for layer in preferences], end, plan.policy.window_size, layout)
+            for row, (share, end) in enumerate(zip(shares, ends, strict=True))
+        ]
+    if plan.scope in ("head", "pyramid", "preference"):
+        return _select_per_head(scores, positions, shares, shards)
     if plan.floor and plan.rules.floor == "add":
-        return _select_with_floor_added(scores, positions, shares, plan.scope, plan.floor)
+        return _select_with_floor_added(scores, positions, shares, plan.scope, plan.floor, shards)
     if plan.floor:
         floor = [0 if share is None else max(1, int(plan.floor * share.average)) for share in shares]
         scores = [_with_floor(score, place, floor) for score, place in zip(scores, positions, strict=True)]
-    return _compete_in_groups(scores, positions, [share and share.groups for share in shares], plan.scope)
+    return _compete_in_groups(scores, positions, [share and share.groups for share in shares], plan.scope, shards)
+
+
+def _preferred(
+    share: BudgetAllocation, preferences: Sequence[float], tokens: int, window: int, layout: BudgetLayout
+) -> BudgetAllocation:
+    """The allocation by the layers' preferences of a row."""
+    numbers = by_preference(share.average, preferences, tokens, window)
+    groups = [number for number, heads in zip(numbers, layout.heads, strict=True) for _ in range(heads)]
+    return BudgetAllocation(groups, numbers, share.average)
 
 
 def conclude(layer: RaggedLayer, policy: Policy, view: LayerView, evicting: torch.Tensor) -> None:
@@ -134,12 +154,12 @@ def _with_floor(score: torch.Tensor, positions: torch.Tensor, floor: list[int]) 
 
 def _select_with_floor_added(
     scores: list[torch.Tensor], positions: list[torch.Tensor], shares: list[BudgetAllocation | None], scope: str,
-    floor: float,
+    floor: float, shards: HeadShards,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Heads compete for a share 1 - `floor` of the budget; then each keeps as many and `floor` of the average more."""
     rest = [None if share is None else [int(group * (1 - floor)) for group in share.groups] for share in shares]
-    more = scores[0].new_tensor([0 if share is None else int(share.average * floor) for share in shares]).long()
-    counts = [keep.sum(2) + more.unsqueeze(1) for keep in _compete_in_groups(scores, positions, rest, scope)]
+    more = torch.tensor([0 if share is None else int(share.average * floor) for share in shares]).unsqueeze(1)
+    counts = [keep.sum(2) + more.to(keep.device) for keep in _compete_in_groups(scores, positions, rest, scope, shards)]
     return [
         top_of_each_head(score, place, count.flatten().tolist())
         for score, place, count in zip(scores, positions, counts, strict=True)
@@ -147,9 +167,26 @@ def _select_with_floor_added(
 
 
 def _compete_in_groups(
-    scores: list[torch.Tensor], positions: list[torch.Tensor], allowed: list[list[int] | None], scope: str
+    scores: list[torch.Tensor],
+    positions: list[torch.Tensor],
+    allowed: list[list[int] | None],
+    scope: str,
+    shards: HeadShards,
 ) -> list[torch.Tensor]:
-    """Keeps the best entries of each group of heads, the row or a layer; `allowed[row]`: how many, None keeps all."""
+    """Keeps the best entries of each group of heads, the row or a layer; `allowed[row]`: how many, None keeps all.
+
+    Heads in other processes take part: every process makes the same selection over all heads, and returns its own.
+    """
+    if shards.count > 1:
+        home, sizes = scores[0].device, [score.shape[2] for score in scores]
+        everywhere = (
+            shards.gathered([score.to(home) for score in scores], -torch.inf),
+            shards.gathered([place.to(home) for place in positions], -1),
+        )
+        keeps = _compete_in_groups(*everywhere, allowed, scope, UNDIVIDED)
+        return [
+            shards.own(keep)[:, :, :n].to(score.device) for keep, n, score in zip(keeps, sizes, scores, strict=True)
+        ]
     if scope == "global":
         return _compete(scores, positions, [None if groups is None else groups[0] for groups in allowed])
     return [
@@ -161,8 +198,12 @@ def _compete_in_groups(
 def _compete(
     scores: list[torch.Tensor], positions: list[torch.Tensor], allowed: list[int | None]
 ) -> list[torch.Tensor]:
-    """Keeps the best `allowed[row]` entries of each row over all heads of the given layers; None keeps all."""
-    batch = scores[0].shape[0]
+    """Keeps the best `allowed[row]` entries of each row over all heads of the given layers; None keeps all.
+
+    Layers on other devices than the first one's send their scores there, and get their part of the result back.
+    """
+    batch, devices, home = scores[0].shape[0], [score.device for score in scores], scores[0].device
+    scores, positions = [score.to(home) for score in scores], [place.to(home) for place in positions]
     segments = sum(score.shape[1] for score in scores)
     flat = torch.cat([score.flatten(1) for score in scores], dim=1)
     counts = [flat.shape[1] if k is None else k for k in allowed]
@@ -183,18 +224,25 @@ def _compete(
     else:
         keep = top_of_rows(flat, counts, order)
     parts = keep.split(sizes, dim=1)
-    return [part.view(batch, *score.shape[1:]) for part, score in zip(parts, scores, strict=True)]
+    return [
+        part.view(batch, *score.shape[1:]).to(device)
+        for part, score, device in zip(parts, scores, devices, strict=True)
+    ]
 
 
 def _select_per_head(
-    scores: list[torch.Tensor], positions: list[torch.Tensor], shares: list[BudgetAllocation | None]
+    scores: list[torch.Tensor],
+    positions: list[torch.Tensor],
+    shares: list[BudgetAllocation | None],
+    shards: HeadShards,
 ) -> list[torch.Tensor]:
     """Keeps the best entries of every head by its own number."""
     keeps, before = [], 0
     for score, place in zip(scores, positions, strict=True):
         _, heads, n = score.shape
-        own = slice(before, before + heads)
+        first = before + shards.index * heads
+        own = slice(first, first + heads)
         k = [one for share in shares for one in ([n] * heads if share is None else share.groups[own])]
         keeps.append(top_of_each_head(score, place, k))
-        before += heads
+        before += heads * shards.count
     return keeps

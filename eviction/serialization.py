@@ -25,8 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from transformers.cache_utils import DynamicLayer
 
+from tenure.documents import DocumentLimits, parse_json, plain_line, shown
+
 from ..retention.checkpoint import fingerprint, write_atomic
-from ..retention.decoder_layers import replaces_tensors
+from ..retention.decoder_layers import execution_device, layer_device, replaces_tensors
 from .cache import RaggedCache, Recording
 from .cache_layer import RaggedLayer
 from .forward_state import SequenceState
@@ -38,6 +40,8 @@ from .storage.segment_store import SegmentStore
 
 SCHEMA_VERSION = 1
 HEADER = "tenure_cache"  # key of the header in the file's metadata
+HEADER_LIMITS = DocumentLimits(items=1 << 20, values=1 << 22)  # lengths of all heads and rows
+MAX_MAGNITUDE = 1e6  # of keys, values and queries: none of a model's come near; beyond, their products would overflow
 FOREIGN_NUMBERS = {"cumulative_length": int, "record_past": bool}  # of transformers' layers
 KVSlice = dict[str, torch.Tensor]
 
@@ -62,29 +66,31 @@ def load_cache(recording: Recording, path: str | os.PathLike) -> RaggedCache:
     except CacheFileError as error:
         raise CacheFileError(f"{file}: {error}") from None
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, RuntimeError) as error:
-        raise CacheFileError(f"{file} cannot be used: {error}") from None
+        raise CacheFileError(f"{file} cannot be used: {plain_line(error)}") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Header and tensors of a file, whose tensors must be exactly those that the header lists."""
-    if not path.is_file():
+    if not path.is_file():  # nor a device
         raise CacheFileError(f"no cache at {str(path)!r}; a file written by cache.save() is accepted")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(HEADER)
             # Clones: safe_open returns views of the mapped file.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()} if text else {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, KeyError, OSError) as error:  # KeyError: a dtype that torch does not have
         size = path.stat().st_size
-        raise CacheFileError(f"{path} ({size} bytes) is truncated or not a safetensors file: {error}") from None
+        raise CacheFileError(
+            f"{path} ({size} bytes) is truncated or not a safetensors file: {plain_line(error)}"
+        ) from None
     if text is None:
         raise CacheFileError(f"{path} is a safetensors file, but not a cache: cache.save() did not write it")
     try:
-        header = json.loads(text)
+        header = parse_json(text, "the header", HEADER_LIMITS)
         version = int(header["schema_version"])
         listed = {} if version > SCHEMA_VERSION else dict(header["tensors"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CacheFileError(f"{path} has a header that cannot be read: {error!r}") from None
+        raise CacheFileError(f"{path} has a header that cannot be read: {plain_line(repr(error))}") from None
     if version > SCHEMA_VERSION:
         raise CacheFileError(
             f"{path} has schema version {version}; this version of tenure reads up to {SCHEMA_VERSION}, a newer one is "
@@ -93,12 +99,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     missing, extra = sorted(set(listed) - set(tensors)), sorted(set(tensors) - set(listed))
     found = {name: _kind(value.dtype, value.shape) for name, value in tensors.items()}
     wrong = [
-        f"{name} {found[name]} instead of {listed[name]}"
+        f"{name} {found[name]} instead of {plain_line(listed[name], 60)}"
         for name in sorted(set(listed) & set(found))
         if found[name] != listed[name]
     ]
     if missing or extra or wrong:
-        raise CacheFileError(f"{path} does not hold its cache: missing {missing}, unexpected {extra}, wrong {wrong}")
+        raise CacheFileError(
+            f"{path} does not hold its cache: missing {plain_line(missing)}, unexpected {plain_line(extra)}, wrong "
+            f"{plain_line(wrong)}"
+        )
     return header, tensors
 
 
@@ -159,8 +168,11 @@ def export_cache(cache: RaggedCache) -> tuple[dict[str, Any], dict[str, torch.Te
     """The header and tensors of a file: entries are copied, other tensors may be the cache's own.
 
     Raises:
-        ValueError: the cache is empty, or has layers that cannot be saved (state space).
+        ValueError: the cache is empty, has layers that cannot be saved (state space), or is of a model in tensor
+            parallel, of which a process has a part.
     """
+    if cache.ragged[0].attention.shards.count > 1:
+        raise ValueError("got a cache of a model in tensor parallel; accepted: one whose process has all heads")
     if not cache.stores:
         raise ValueError("the cache is empty: run the model with it before it is saved")
     tensors: dict[str, torch.Tensor] = {}
@@ -235,9 +247,9 @@ def restore(cache: RaggedCache, header: dict[str, Any], tensors: dict[str, torch
     Raises:
         KeyError, TypeError, ValueError: a value is missing, of another type, inconsistent, or does not fit the model.
     """
-    device = cache.recording.model.device
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    rows = SequenceState.restore(header["rows"], _with_prefix("rows.", tensors))
+    model = cache.recording.model
+    rows = {name: tensor.to(execution_device(model)) for name, tensor in _with_prefix("rows.", tensors).items()}
+    rows = SequenceState.restore(header["rows"], rows)
     floor = _number(header["last_eviction"], "last_eviction")
     if not rows.tokens or rows.columns == 0:
         raise ValueError("it has no rows")
@@ -246,9 +258,10 @@ def restore(cache: RaggedCache, header: dict[str, Any], tensors: dict[str, torch
     kinds = [type(layer).__name__ for layer in cache.layers]
     saved = [layer["kind"] for layer in header["layers"]]
     if saved != kinds:
-        raise ValueError(f"it has the layers {saved}, the model's are {kinds}")
+        raise ValueError(f"it has the layers {plain_line(saved)}, the model's are {plain_line(kinds)}")
     for index, (layer, document) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-        own = _with_prefix(f"layers.{index}.", tensors)
+        device = layer_device(model, index)
+        own = {name: tensor.to(device) for name, tensor in _with_prefix(f"layers.{index}.", tensors).items()}
         if isinstance(layer, RaggedLayer):
             _fill_ragged(layer, document, own, rows)
         else:
@@ -280,6 +293,7 @@ def _fill_ragged(
             raise ValueError(
                 f"{name} is {buffer.dtype} {tuple(buffer.shape)}, expected {expected}, one number per entry"
             )
+    _check_numbers(buffers)
     whole = isinstance(lengths, list) and all(type(length) is int and length >= 0 for length in lengths)
     if not whole or len(lengths) != batch * attention.num_kv_heads or sum(lengths) != len(key):
         raise ValueError("the lengths of the segments do not add up to the entries")
@@ -293,6 +307,9 @@ def _fill_ragged(
     heads = (batch, attention.num_heads)
     if layer.ring_size:
         layer.window = _shaped(own["window"], (*heads, layer.ring_size, attention.head_dim), "the window of queries")
+        assert rows.window_positions is not None, "_check_window_positions has refused that"
+        recorded = layer.window.transpose(1, 2)[rows.window_positions >= 0]  # what other slots hold is never read
+        _require_finite(recorded, "recorded queries", MAX_MAGNITUDE)
     if layer.observers.rotary is not None:
         dim = attention.head_dim
         shapes = {"count": (batch,), "mean": (*heads, dim), "scatter": (*heads, dim, dim), "next_position": (batch,)}
@@ -300,6 +317,35 @@ def _fill_ragged(
         layer.statistics = QueryStatistics(
             **{name: _shaped(own[f"statistics.{name}"], shapes[name], f"statistics.{name}") for name in names}
         )
+        _check_statistics(layer.statistics)
+
+
+def _check_numbers(buffers: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError for entries that attention or a policy would make NaN of."""
+    for name, buffer in buffers.items():
+        if name in ("key", "value"):
+            _require_finite(buffer, f"{name}s", MAX_MAGNITUDE)
+        elif name == "log_beta" and not bool((buffer <= 0).all() and buffer.isfinite().all()):
+            raise ValueError("log β is not in (-∞, 0]")
+        elif name != "position" and bool(buffer.isnan().any()):
+            raise ValueError(f"{plain_line(name, 60)} is not a number for some entries")
+
+
+def _check_statistics(found: QueryStatistics) -> None:
+    _require_finite(found.mean, "statistics.mean", MAX_MAGNITUDE)
+    _require_finite(found.scatter, "statistics.scatter", math.inf)
+    if found.next_position.dtype != torch.int64 or not bool(
+        ((found.next_position >= 0) & (found.next_position < 2**31)).all()
+    ):
+        raise ValueError("statistics.next_position is not a position of every row")
+    if not bool(((found.count >= 0) & found.count.isfinite()).all()):
+        raise ValueError("statistics.count is not a number of queries for every row")
+
+
+def _require_finite(tensor: torch.Tensor, name: str, most: float) -> None:
+    """Raises ValueError unless the numbers are finite and at most `most` by magnitude."""
+    if not tensor.dtype.is_floating_point or not bool((tensor.abs() <= most).all() and tensor.isfinite().all()):
+        raise ValueError(f"{name} are not finite numbers" + (f" of up to {most:g}" if most < math.inf else ""))
 
 
 def _fill_foreign(layer: Any, numbers: Any, own: dict[str, torch.Tensor], rows: SequenceState) -> None:
@@ -308,6 +354,7 @@ def _fill_foreign(layer: Any, numbers: Any, own: dict[str, torch.Tensor], rows: 
     keys, values = own["keys"], own["values"]
     for tensor in (keys, values):
         bounded = type(layer) is not DynamicLayer  # which holds an image (cross-attention), of any length
+        _require_finite(tensor, "keys and values of a layer that does not evict", MAX_MAGNITUDE)
         if tensor.ndim != 4 or len(tensor) != len(rows.tokens) or (bounded and tensor.shape[2] > rows.columns):
             raise ValueError(f"a layer that does not evict has {tuple(tensor.shape)} for {len(rows.tokens)} rows")
     wanted = {name: kind for name, kind in FOREIGN_NUMBERS.items() if hasattr(layer, name)}
@@ -328,6 +375,8 @@ def _check_window_positions(rows: SequenceState, ring: int) -> None:
     if positions is None:
         raise ValueError("the positions of the recorded queries are missing")
     _shaped(positions, (len(rows.tokens), ring), "the positions of the recorded queries")
+    if positions.dtype != torch.int64:
+        raise ValueError(f"the positions of the recorded queries are {positions.dtype}, expected torch.int64")
     tokens = torch.tensor(rows.tokens, device=positions.device).unsqueeze(1)
     slots = torch.arange(ring, device=positions.device)
     if not bool(((positions == -1) | ((positions >= 0) & (positions < tokens) & (positions % ring == slots))).all()):
@@ -347,7 +396,7 @@ def _shaped(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Te
 
 def _number(value: Any, name: str) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{name} is {value!r}, not an integer >= 0")
+        raise ValueError(f"{name} is {shown(value)}, not an integer >= 0")
     return value
 
 
@@ -445,7 +494,7 @@ def cache_of_slices(recording: Recording, slices: Sequence[Mapping[str, torch.Te
                 raise ValueError(f"{start}{name} are {tuple(whole.shape)}; accepted: (1, {heads}, {total}, …)")
             flat = whole.reshape(heads * total, -1)
             tensors[f"{start}entries.{name}"] = flat if name in ("key", "value") else flat.squeeze(1)
-        positions = torch.arange(total, dtype=torch.int32, device=recording.model.device)
+        positions = torch.arange(total, dtype=torch.int32, device=execution_device(recording.model))
         tensors[f"{start}entries.position"] = positions.repeat(heads)
         documents.append({"kind": "RaggedLayer", "lengths": [total] * heads, "scaling": layer.scaling})
     header = {

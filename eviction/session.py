@@ -22,12 +22,13 @@ from ..retention.decoder_layers import (
     text_config,
     text_decoder,
 )
-from ..retention.gates import RetentionGates, gate_log_beta, stacked_steps
+from ..retention.gates import RetentionGates
 from ..retention.seams import AttentionCall, Interceptor
 from .cache import RaggedCache, Recording
 from .cache_layer import RaggedLayer
 from .cache_report import Report
 from .forward_state import RollbackConfig, SequenceState, new_tokens
+from .layer_gates import LayerGates
 from .model_adapters import (
     LENGTH_DEPENDENT,
     OUTPUT_PROJECTIONS,
@@ -64,6 +65,7 @@ class Session(Interceptor):
         recording: the part of these that caches hold.
         logits_to_keep: this argument of the running call of the model: the number of last logits that its caller reads;
             0 or a tensor of indices for all.
+        shards: the model's heads in this process.
         call_mask: `attention_mask` of the running call of the model; None if there was none.
         rope_deltas: M-RoPE's offsets, which each cache has of its own.
     """
@@ -77,6 +79,8 @@ class Session(Interceptor):
         self._config = text_config(model)
         self._depth = self._config.num_hidden_layers
         self._layers = {layer.layer_idx: layer for layer in full_attention_layers(model)}
+        self.shards = next(iter(self._layers.values())).shards
+        self._devices = {index: execution_device(layer.module) for index, layer in self._layers.items()}
         self.policies = policies = (plan.policy, *observe)
         self._needs = frozenset().union(*(policy.needs for policy in policies))
         self.window_size = max(policy.window_size for policy in policies)
@@ -90,12 +94,14 @@ class Session(Interceptor):
         modules = text_decoder(model).modules()
         self._checkpointed = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
         self._check(model)
-        self._gate_steps = stacked_steps(gates) if gates is not None and "log_beta" in self._needs else None
+        self._gates = None
+        if gates is not None and "log_beta" in self._needs:
+            self._gates = LayerGates(gates, self._devices, self.shards)
         self.observers = Observers(policies, Rotary(model) if "query_statistics" in self._needs else None)
         self._recorder = InputRecorder(Rotary(model) if "hidden_states" in self._needs else None)
         self.recording = Recording(
             model=model, gates=gates, policies=policies, window_size=self.window_size, observers=self.observers,
-            entry_states=("log_beta",) * (self._gate_steps is not None) + self.observers.state_keys, layout=self.layout,
+            entry_states=("log_beta",) * (self._gates is not None) + self.observers.state_keys, layout=self.layout,
             new_cache=self.new_cache, require=self.require_recorded, track=self.track, save=save_cache,
             rollback=RollbackConfig(),
         )  # fmt: skip
@@ -130,14 +136,8 @@ class Session(Interceptor):
             check_model_has(policy, model, self._layers.values())
             if "hidden_states" in policy.needs and self.plan.prefill_chunk is not None:
                 raise ValueError(f"policy {policy.name!r} scores a prompt as a whole: leave prefill_chunk unset")
-        devices = {execution_device(layer.module) for layer in self._layers.values()}
-        if len(devices) > 1:
-            raise ValueError(f"evict() needs the model on one device, its layers are on {sorted(map(str, devices))}")
         if self.gates is not None:
             self.gates.check_model(model)
-            given = next(self.gates.parameters()).device
-            if given not in devices:
-                raise ValueError(f"the gates are on {given}, the model is on {devices.pop()}: move them with .to()")
         elif "log_beta" in self._needs:
             name = next(policy.name for policy in self.policies if "log_beta" in policy.needs)
             raise ValueError(
@@ -152,7 +152,7 @@ class Session(Interceptor):
         dim = max(layer.head_dim for layer in layers)
         width = dim * self.model.dtype.itemsize + torch.int32.itemsize
         kind = store_class(execution_device(self.model), self.model.dtype, dim)
-        return BudgetLayout(tuple(layer.num_kv_heads for layer in layers), width, kind.spare)
+        return BudgetLayout(tuple(layer.all_kv_heads for layer in layers), width, kind.spare)
 
     def new_cache(self) -> RaggedCache:
         """An empty cache for the block's model; ValueError while `generate` runs only some of its layers."""
@@ -326,7 +326,7 @@ class Session(Interceptor):
         self.observers.begin(step, kwargs.get("position_ids"), cache.columns_seen)
         self._recorder.begin(step, kwargs.get("position_ids"), cache.columns_seen)
         self._running = cache
-        self._inputs = [] if self._gate_steps and not step.first and q_len == 1 and valid is None else None
+        self._inputs = [] if self._gates and not step.first and q_len == 1 and valid is None else None
         self.track(cache)
         return kwargs | {"past_key_values": cache, "use_cache": True}
 
@@ -383,16 +383,15 @@ class Session(Interceptor):
             return None
         state: dict[str, torch.Tensor] = {}
         if isinstance(self._running, PackedCache):
-            if self._running.gated is not None and self.gates is not None:
+            if self._running.gated is not None and self._gates is not None:
                 hidden_states = hidden_states[:, self._running.gated]
-                state["log_beta"] = self.gates.log_beta(layer.layer_idx, hidden_states)
+                state["log_beta"] = self._gates.log_beta(layer.layer_idx, hidden_states)
             return self._running.open_layer(layer.layer_idx, state)
         if self._inputs is not None:
             self._inputs.append(hidden_states)
-        elif self._gate_steps is not None:
-            assert self.gates is not None
+        elif self._gates is not None:
             with torch.no_grad():
-                state["log_beta"] = self.gates.log_beta(layer.layer_idx, hidden_states)
+                state["log_beta"] = self._gates.log_beta(layer.layer_idx, hidden_states)
         call = self._running.open_layer(layer.layer_idx, state)
         self._recorder.record(self._running.layers[layer.layer_idx], hidden_states)  # type: ignore[arg-type]
         return call
@@ -405,19 +404,14 @@ class Session(Interceptor):
         if isinstance(cache, PackedCache):
             return cache.end_step(completed)
         if completed and inputs:
-            for layer, values in zip(cache.ragged, self._log_beta_of_all_layers(inputs), strict=True):
+            assert self._gates is not None
+            log_beta = self._gates.of_all_layers(inputs)
+            for layer in cache.ragged:
                 assert layer.store is not None
-                layer.store.fill("log_beta", values)
+                layer.store.fill("log_beta", log_beta[layer.layer_idx])
         cache.end_step(completed)
         if completed and self._in_call:
             self.rope_deltas.store(cache.rows)
-
-    @torch.no_grad()
-    def _log_beta_of_all_layers(self, hidden_states: list[torch.Tensor]) -> torch.Tensor:
-        """log β of one token a row, fp32 `(layers, batch * num_kv_heads)`, by one call: one a layer would be slower."""
-        assert self.gates is not None and self._gate_steps is not None
-        tokens = torch.cat(hidden_states, dim=1).transpose(0, 1)  # (layers, batch, hidden_size)
-        return gate_log_beta(self.gates.config, tokens, self._gate_steps, self.gates.weight, self.gates.bias).flatten(1)
 
 
 def _refuse_repeated_prompt(position_ids: Any, columns: int) -> None:
@@ -442,8 +436,8 @@ def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[Att
         if without:
             names = ", ".join(OUTPUT_PROJECTIONS)
             reason = (
-                f"the output projection as a linear layer ({names}) with a floating-point weight in memory, which "
-                f"{without[0]} does not have"
+                f"the output projection as a linear layer ({names}) over the heads' outputs, which {without[0]} does "
+                "not have"
             )
     if policy.needs - {"log_beta"} and any(layer.latent for layer in layers):
         reason = "keys and values of every head, where this model's cache holds one latent for all of them"
@@ -454,6 +448,8 @@ def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[Att
             f"queries before RoPE, which are known for the model types {', '.join(ROTARY_TYPES)}; this one is "
             f"{text_config(model).model_type!r}"
         )
+    if not policy.scores_heads_alone and any(layer.shards.count > 1 for layer in layers):
+        reason = "all heads of a layer in one process, where tensor parallelism divides them"
     if reason:
         kind = type(model).__name__
         raise UnsupportedModelError(f"policy {policy.name!r} does not support {kind}: it needs {reason}")

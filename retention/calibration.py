@@ -11,14 +11,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from tenure.checked import Range, read, read_fields, verify
-from tenure.documents import parse_json, shown
+from tenure.checked import KeptBudget, Range, read, read_fields, verify
+from tenure.documents import load_json, shown
 
 from .checkpoint import CALIBRATION_FILE, CheckpointError, write_atomic
 
 SCHEMA_VERSION = 1
 Method = Literal["ltt", "crc"]
-KeptBudget = Annotated[float, Range(0, 1, above=True)] | Annotated[int, Range(1)]
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def load_calibration(folder: Path, state: Mapping[str, torch.Tensor]) -> Calibra
     if not path.is_file():
         return None
     try:
-        calibration = Calibration.from_dict(parse_json(path.read_bytes(), "the file"))
+        calibration = Calibration.from_dict(load_json(path))
     except ValueError as error:
         raise CheckpointError(
             f"{path} cannot be used: {error}; remove the file, then `tenure calibrate` makes a new one"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from tenure.checked import read, read_fields, verify
-from tenure.documents import parse_json
+from tenure.documents import DocumentLimits, file_bytes, load_json, parse_json, plain_line
 
 from .gate_config import RetentionConfig
 
@@ -28,6 +29,10 @@ CONFIG_FILE = "tenure_config.json"
 WEIGHTS_FILE = "gates.safetensors"
 CALIBRATION_FILE = "calibration.json"
 SCHEMA_VERSION = 1
+MAX_WEIGHT_BYTES = 16 << 30
+HEADER_LIMITS = DocumentLimits(depth=4)
+MAX_WEIGHT = 1e6  # by magnitude: up to it, log β is finite for all hidden states up to 1e3
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of weights in files
 # The gates that come with the library, by name. A wheel has the checkout's examples/ in its top-level package.
 SHIPPED_GATES = {"demo": Path(__file__).resolve().parents[1] / "examples" / "smollm2-135m-gates"}
 HUB_PREFIX = "hub:"
@@ -94,8 +99,19 @@ def fingerprint(model: PreTrainedModel) -> str:
 def _digest_of_rows(weight: Any) -> str:
     assert isinstance(weight, torch.Tensor)
     rows = torch.linspace(0, weight.shape[0] - 1, 16, dtype=torch.float32, device="cpu").long()
-    sample = weight.detach()[rows.to(weight.device)].to("cpu", torch.bfloat16).contiguous()
+    sample = _rows_of(weight.detach(), rows.to(weight.device)).to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def _rows_of(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of an embedding, which tensor parallelism may divide: then all processes make this call."""
+    if not hasattr(weight, "full_tensor"):
+        return weight[rows]
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = weight.device_mesh
+    everywhere = DTensor.from_local(rows, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return torch.nn.functional.embedding(everywhere, weight).full_tensor()  # type: ignore[attr-defined]
 
 
 def save_checkpoint(
@@ -146,7 +162,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], bytes]:
         if not (path / name).is_file():
             raise CheckpointError(f"{path} has no {name}; a gates folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
-        document = parse_json((path / CONFIG_FILE).read_bytes(), CONFIG_FILE)
+        document = load_json(path / CONFIG_FILE)
         version = read_fields(_Versioned, document, unknown=set())["schema_version"]
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG_FILE} is not a gates configuration: {error}") from None
@@ -155,7 +171,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], bytes]:
             f"{path / CONFIG_FILE} has schema version {version}; this version of tenure reads up to {SCHEMA_VERSION}, "
             "a newer one is needed"
         )
-    weights = (path / WEIGHTS_FILE).read_bytes()
+    try:
+        weights = file_bytes(path / WEIGHTS_FILE, MAX_WEIGHT_BYTES)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     if hashlib.sha256(weights).hexdigest() != document.get("weights_sha256"):
         raise CheckpointError(
             f"{path / WEIGHTS_FILE} ({len(weights)} bytes) is not the file {CONFIG_FILE} was saved with; it is "
@@ -204,22 +223,67 @@ def parse_config(document: dict[str, Any], where: str) -> tuple[RetentionConfig,
     return config, info
 
 
-def parse_weights(weights: bytes, expected: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
-    """Raises CheckpointError naming missing keys, unexpected keys and wrong shapes together."""
+def check_layers(weights: bytes, layer_indices: Sequence[int], where: str) -> None:
+    """Raises CheckpointError unless the file has weights for exactly these layers; nothing of their size is made."""
+    names = _header_names(weights, where)
+    stored = {name.split(".")[1] for name in names if name.startswith("bodies.") and name.count(".") > 1}
+    wanted = set(map(str, layer_indices))
+    if stored != wanted:
+        raise CheckpointError(
+            f"{where}: {WEIGHTS_FILE} does not hold these gates: it lacks those of {_some(wanted - stored)}, and has "
+            f"those of {_some(stored - wanted)}, which {CONFIG_FILE} does not name"
+        )
+
+
+def _some(layers: Iterable[str]) -> str:
+    names = sorted(layers, key=lambda name: (len(name), name))
+    if not names:
+        return "no other layer"
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"the layers {', '.join(plain_line(name, 20) for name in names[:10])}{more}"
+
+
+def _header_names(weights: bytes, where: str) -> list[str]:
+    """The names of the tensors in a safetensors file."""
+    try:
+        size = int.from_bytes(weights[:8], "little")
+        return list(parse_json(weights[8 : 8 + size], "its header", HEADER_LIMITS))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{where}: {WEIGHTS_FILE} is not a safetensors file: {error}") from None
+
+
+def parse_weights(weights: bytes, expected: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file in fp32.
+
+    Args:
+        expected: tensors of the same names and shapes; their values do not matter.
+
+    Raises:
+        CheckpointError: no safetensors file; missing keys, unexpected keys and wrong shapes, which are all named; a
+            dtype that is no float; numbers that are not finite or beyond `MAX_WEIGHT`.
+    """
     try:
         state = load_safetensors(weights)
-    except SafetensorError as error:
-        raise CheckpointError(f"{where}: {WEIGHTS_FILE} is not a safetensors file: {error}") from None
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise CheckpointError(f"{where}: {WEIGHTS_FILE} is not a safetensors file: {plain_line(error)}") from None
+    missing = sorted(set(expected) - set(state))[:10]
+    unexpected = [plain_line(name, 60) for name in sorted(set(state) - set(expected))[:10]]
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in sorted(set(state) & set(expected))
         if state[name].shape != expected[name].shape
-    ]
+    ][:10]
     if missing or unexpected or shapes:
         raise CheckpointError(
             f"{where}: {WEIGHTS_FILE} does not hold these gates: missing {missing}, unexpected {unexpected}, "
             f"wrong shapes {shapes}"
         )
+    for name, tensor in state.items():
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{where}: {name} in {WEIGHTS_FILE} is {tensor.dtype}; accepted: {FLOATS}")
+        if not bool((tensor.float().abs() <= MAX_WEIGHT).all()):  # False for NaN, too
+            raise CheckpointError(
+                f"{where}: {name} in {WEIGHTS_FILE} has numbers that are not finite or beyond {MAX_WEIGHT:g}: the "
+                "gates are damaged or their training diverged"
+            )
     return {name: tensor.float() for name, tensor in state.items()}

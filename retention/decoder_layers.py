@@ -14,6 +14,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from .head_shards import UNDIVIDED, HeadShards
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -40,9 +42,11 @@ class AttentionLayer:
         layer_idx: index of the layer in the decoder, the one its cache layer has.
         name: dotted module name, e.g. `model.layers.0.self_attn`.
         module: the attention module.
-        num_heads, num_kv_heads, head_dim: query heads, key/value heads and the key's head dimension.
+        num_heads, num_kv_heads, head_dim: query heads, key/value heads and the key's head dimension. Where tensor
+            parallelism divides the heads, those in this process.
         latent: the cache holds one latent a token, from which the module's `expand_kv` makes keys and values of all
             heads (MLA). Then `num_kv_heads` is 1 and `head_dim` is the latent's.
+        shards: the division of heads among processes.
         softmax: names what its softmax has in addition ("capped logits", "learned sinks"); empty for the ordinary one.
     """
 
@@ -54,6 +58,12 @@ class AttentionLayer:
     head_dim: int
     latent: bool = False
     softmax: str = ""
+    shards: HeadShards = UNDIVIDED
+
+    @property
+    def all_kv_heads(self) -> int:
+        """Key/value heads in all processes."""
+        return self.num_kv_heads * self.shards.count
 
 
 def plain_model(model: Any) -> PreTrainedModel:
@@ -85,6 +95,13 @@ def execution_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def layer_device(model: PreTrainedModel, index: int) -> torch.device:
+    """The device on which decoder layer `index` computes: with `device_map`, layers are on several."""
+    path = _path_to_layer(full_attention_layers(model))
+    layers: Any = plain_model(model).get_submodule(".".join(path[:-1]))
+    return execution_device(layers[index])
+
+
 def text_config(model: PreTrainedModel) -> Any:
     """The configuration of the text decoder (`model.config` itself for text-only models)."""
     return plain_model(model).config.get_text_config(decoder=True)
@@ -104,7 +121,9 @@ def full_attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     takes_cache = getattr(model, "_supports_default_dynamic_cache", None)
     if takes_cache is not None and not takes_cache():
         raise unsupported(model, "it does not take transformers' DynamicCache")
-    cache_layers = DynamicCache(config=config).layers
+    cache_layers, shards = DynamicCache(config=config).layers, HeadShards.of(model)
+    if _in_pipeline(model):
+        raise unsupported(model, "its layers are divided among processes (pp_size)")
     layers = []
     for name, module in model.named_modules():
         if not _is_attention(module, config):
@@ -118,7 +137,7 @@ def full_attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         reason = _reason_against(module, cache_layers[index], config)
         if reason:
             raise unsupported(model, reason)
-        layers.append(_attention_layer(index, name, module, config))
+        layers.append(_attention_layer(index, name, module, config, shards))
     if not layers:
         raise unsupported(model, "no causal full-attention layer that uses the attention interface was found")
     repeated = [index for index, count in Counter(layer.layer_idx for layer in layers).items() if count > 1]
@@ -130,11 +149,20 @@ def full_attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """The module that owns the decoder layers (`LlamaModel` inside `LlamaForCausalLM`)."""
     model = plain_model(model)
-    name = full_attention_layers(model)[0].name
-    path = name.split(".")
+    return decoder_of(model, full_attention_layers(model))
+
+
+def decoder_of(model: PreTrainedModel, layers: list[AttentionLayer]) -> nn.Module:
+    """The module that owns the decoder layers, of which some are given."""
+    return model.get_submodule(".".join(_path_to_layer(layers)[:-2]))
+
+
+def _path_to_layer(layers: list[AttentionLayer]) -> list[str]:
+    """The names that lead to the first of these layers' decoder layer, its number last."""
+    path = layers[0].name.split(".")
     while path and not path[-1].isdigit():
         path.pop()
-    return model.get_submodule(".".join(path[:-2]))
+    return path
 
 
 def unsupported(model: nn.Module, reason: str) -> UnsupportedModelError:
@@ -155,15 +183,23 @@ def _is_attention(module: nn.Module, config: Any) -> bool:
     return takes_kwargs and uses_interface and takes_cache
 
 
-def _attention_layer(index: int, name: str, module: nn.Module, config: Any) -> AttentionLayer:
-    num_heads = int(config.num_attention_heads)
-    if hasattr(module, "expand_kv"):
+def _in_pipeline(model: PreTrainedModel) -> bool:
+    """Whether transformers has divided the decoder's layers among processes."""
+    mesh = getattr(model, "_device_mesh", None)
+    return "pp" in (getattr(mesh, "mesh_dim_names", None) or ()) and mesh["pp"].size() > 1
+
+
+def _attention_layer(
+    index: int, name: str, module: nn.Module, config: Any, shards: HeadShards
+) -> AttentionLayer:  # fmt: skip
+    num_heads = int(config.num_attention_heads) // shards.count
+    if hasattr(module, "expand_kv"):  # every process has the same latents
         return AttentionLayer(index, name, module, num_heads, 1, int(module.kv_lora_rank), latent=True)  # type: ignore[arg-type]
     groups, head_dim = int(getattr(module, "num_key_value_groups", 1)), int(getattr(module, "head_dim", 0) or 0)
     softmax = "capped logits" if getattr(config, "attn_logit_softcapping", None) is not None else ""
     if getattr(module, "sinks", None) is not None:
         softmax = "learned sinks"
-    return AttentionLayer(index, name, module, num_heads, num_heads // groups, head_dim, softmax=softmax)
+    return AttentionLayer(index, name, module, num_heads, num_heads // groups, head_dim, softmax=softmax, shards=shards)
 
 
 def _reason_against(module: nn.Module, cache_layer: Any, config: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from .calibration import Calibration, load_calibration, save_calibration, weight
 from .checkpoint import (
     CALIBRATION_FILE,
     CheckpointInfo,
+    check_layers,
     fingerprint,
     load_checkpoint,
     local_folder,
@@ -25,6 +28,7 @@ from .checkpoint import (
 )
 from .decoder_layers import execution_device, full_attention_layers, text_config
 from .gate_config import RetentionConfig
+from .kvzip_gate import KVzipGate, StackedKVzipGates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,6 +82,9 @@ def gate_log_beta(
 def stacked_steps(gates: RetentionGates) -> list[GateStep]:
     """The MLPs of all layers as steps of `gate_log_beta`: a copy of their weights, to which later changes are lost."""
     steps: list[GateStep] = []
+    if gates.config.projection == "fast_kvzip":
+        bodies = [copy.deepcopy(gates.bodies[str(index)][0]) for index in gates.layer_indices]  # type: ignore[index]
+        return [StackedKVzipGates(bodies).requires_grad_(False)]
     for parts in zip(*(gates.bodies[str(index)] for index in gates.layer_indices), strict=True):
         if isinstance(parts[0], nn.Linear):
             weight = torch.stack([part.weight.detach() for part in parts])
@@ -99,7 +106,8 @@ class RetentionGates(nn.Module):
         bodies: one small MLP a layer, keyed by the layer's index.
         weight, bias: the output projection. `shared`: `(num_kv_heads, gate_width)` and `(num_kv_heads,)`, the same
             for all layers; `shared_heads`: `(1, gate_width)` and `(1,)`, the same for all layers and heads;
-            `per_layer`: `(num_layers, num_kv_heads, gate_width)` and `(num_layers, num_kv_heads)`.
+            `per_layer`, `per_layer_deep`: `(num_layers, num_kv_heads, gate_width)` and `(num_layers, num_kv_heads)`;
+            `fast_kvzip`: the identity and zeros.
     """
 
     def __init__(self, config: RetentionConfig, info: CheckpointInfo | None = None) -> None:
@@ -111,9 +119,12 @@ class RetentionGates(nn.Module):
         self.bodies = nn.ModuleDict({str(index): self._body() for index in config.layer_indices})
         shape = {
             "per_layer": (len(config.layer_indices), heads),
+            "per_layer_deep": (len(config.layer_indices), heads),
             "shared": (heads,),
             "shared_heads": (1,),
+            "fast_kvzip": (heads,),
         }[config.projection]
+        width = heads if config.projection == "fast_kvzip" else width
         self.weight = nn.Parameter(torch.empty(*shape, width, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(*shape, dtype=torch.float32))
         self._row = {index: row for row, index in enumerate(config.layer_indices)}
@@ -123,8 +134,11 @@ class RetentionGates(nn.Module):
         from transformers.activations import ACT2FN
 
         config, fp32 = self.config, torch.float32  # whatever torch's default dtype is
+        if config.projection == "fast_kvzip":
+            sizes = config.num_groups, config.gate_width, config.num_sinks
+            return nn.Sequential(KVzipGate(config.hidden_size, config.num_kv_heads, *sizes))
         layers = [nn.Linear(config.hidden_size, config.gate_width, dtype=fp32), ACT2FN[config.activation]]
-        if config.projection == "shared":
+        if config.projection in ("shared", "per_layer_deep"):
             layers += [nn.Linear(config.gate_width, config.gate_width, dtype=fp32), ACT2FN[config.activation]]
         elif config.projection == "shared_heads":
             features = config.num_kv_heads * config.gate_width
@@ -137,7 +151,12 @@ class RetentionGates(nn.Module):
         for module in self.bodies.modules():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(std=self.config.init_std)
-                module.bias.zero_()
+                if module.bias is not None:
+                    module.bias.zero_()
+        if self.config.projection == "fast_kvzip":
+            self.weight.copy_(torch.eye(self.config.num_kv_heads))
+            self.bias.zero_()
+            return
         self.weight.normal_(std=self.config.init_std)
         self.bias.fill_(self.config.initial_bias)
 
@@ -151,6 +170,21 @@ class RetentionGates(nn.Module):
     def layer_indices(self) -> tuple[int, ...]:
         return self.config.layer_indices
 
+    @torch.no_grad()
+    def of_layers(self, layer_indices: Iterable[int]) -> RetentionGates:
+        """A copy with the gates of some layers, without a calibration."""
+        chosen = tuple(layer_indices)
+        part = RetentionGates(replace(self.config, layer_indices=chosen), self.info).to(self.bias.device)
+        state = {
+            name: tensor for name, tensor in self.state_dict().items() if name.split(".")[0] != "bodies"
+            or int(name.split(".")[1]) in chosen
+        }  # fmt: skip
+        if self.config.projection == "per_layer":
+            rows = [self._row[index] for index in chosen]
+            state |= {"weight": self.weight[rows], "bias": self.bias[rows]}
+        part.load_state_dict(state)
+        return part.requires_grad_(False)
+
     def log_beta(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """log β of every token for one layer.
 
@@ -163,7 +197,7 @@ class RetentionGates(nn.Module):
             fp32 `(batch, num_kv_heads, seq_len)`, each value in (-∞, 0].
         """
         weight, bias = self.weight, self.bias
-        if self.config.projection == "per_layer":
+        if self.config.projection in ("per_layer", "per_layer_deep"):
             row = self._row[layer_idx]
             weight, bias = weight[row], bias[row]
         return gate_log_beta(self.config, hidden_states, [self.bodies[str(layer_idx)]], weight, bias).transpose(1, 2)
@@ -184,7 +218,7 @@ class RetentionGates(nn.Module):
         layers = full_attention_layers(model)
         found = {
             "hidden_size": int(text_config(model).hidden_size),
-            "num_kv_heads": layers[0].num_kv_heads,
+            "num_kv_heads": layers[0].all_kv_heads,
             "layer_indices": tuple(layer.layer_idx for layer in layers),
         }
         name = f"{type(model).__name__} {getattr(model.config, '_name_or_path', '')}".strip()
@@ -227,15 +261,19 @@ class RetentionGates(nn.Module):
             revision: of the Hub repository.
 
         Raises:
-            CheckpointError: files absent, truncated or altered; a newer schema; missing or unexpected keys; a
-                calibration that is broken or belongs to other gates.
+            CheckpointError: files absent, truncated or altered; a newer schema; missing or unexpected keys; weights
+                that are not finite; a calibration that is broken or belongs to other gates.
             ValueError: the gates do not belong to `model`.
         """
         where = local_folder(source, revision)
         document, weights = load_checkpoint(where)
         config, info = parse_config(document, str(source))
+        check_layers(weights, config.layer_indices, str(source))
+        with torch.device("meta"):  # shapes alone: sizes that only the configuration has are not allocated
+            expected = cls(config).state_dict()
+        state = parse_weights(weights, expected, str(source))
         gates = cls(config, info)
-        gates.load_state_dict(parse_weights(weights, gates.state_dict(), str(source)))
+        gates.load_state_dict(state)
         gates.calibration = load_calibration(where, gates.state_dict())
         if model is not None:
             gates.check_model(model)

@@ -14,18 +14,26 @@ On leaving, the hooks are removed and the configuration is restored, so the mode
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
-from .decoder_layers import AttentionLayer, full_attention_layers, plain_model, text_config, text_decoder
+from .decoder_layers import (
+    AttentionLayer,
+    decoder_of,
+    full_attention_layers,
+    plain_model,
+    text_config,
+    text_decoder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +50,13 @@ class Interceptor(ABC):
 
     A call of the model is one `begin_call` … `end_call`, with one forward of the decoder in it, or several; a forward
     is one `begin` … `end`. A decoder that is called directly has no call around it.
+
+    Attributes:
+        reads_masks: False if no call reads an attention mask: then the model makes none of `seq_len²` elements for its
+            full-attention layers (it would for packed documents).
     """
+
+    reads_masks: ClassVar[bool] = True
 
     def begin_call(self, kwargs: dict[str, Any]) -> None:  # noqa: B027 - most handlers need nothing here
         """Called before the model's forward with its arguments by name."""
@@ -101,10 +115,15 @@ def is_intercepted(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def intercept(model: PreTrainedModel, interceptor: Interceptor) -> Iterator[list[AttentionLayer]]:
+def intercept(
+    model: PreTrainedModel, interceptor: Interceptor, layers: list[AttentionLayer] | None = None
+) -> Iterator[list[AttentionLayer]]:
     """Routes the full-attention layers of `model` through `interceptor` inside the `with` block.
 
     A compiled model runs uncompiled in it (and so does everything else that torch.compile has compiled).
+
+    Args:
+        layers: the model's full-attention layers, where an earlier block found them: finding takes milliseconds.
 
     Yields:
         The layers that are intercepted.
@@ -114,8 +133,8 @@ def intercept(model: PreTrainedModel, interceptor: Interceptor) -> Iterator[list
             block.
     """
     given, model = model, plain_model(model)
-    layers = full_attention_layers(model)
-    config, decoder = text_config(model), text_decoder(model)
+    layers = full_attention_layers(model) if layers is None else layers
+    config, decoder = text_config(model), decoder_of(model, layers)
     base = config._attn_implementation or "eager"
     if is_intercepted(model):
         hooks = [getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values()]
@@ -130,7 +149,7 @@ def intercept(model: PreTrainedModel, interceptor: Interceptor) -> Iterator[list
         )
     with ExitStack() as stack:
         stack.callback(setattr, config, "_attn_implementation", base)
-        config._attn_implementation = _register(base)
+        config._attn_implementation = _register(base, interceptor.reads_masks)
         hooks = _DecoderHooks(decoder, interceptor, config, config._attn_implementation)
         handles = [
             decoder.register_forward_pre_hook(hooks.before, with_kwargs=True),
@@ -188,13 +207,13 @@ def _pre_hook(layer: AttentionLayer, interceptor: Interceptor) -> Callable[..., 
     return before_attention
 
 
-def _register(base: str) -> str:
-    """Registers, once per base implementation, the attention function called `tenure_<base>`."""
+def _register(base: str, masks: bool) -> str:
+    """Registers, once, the attention function called `tenure_<base>`, or `tenure_maskless_<base>` without `masks`."""
     from transformers import AttentionInterface, AttentionMaskInterface  # slow: a model's classes have imported them
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = PREFIX + base
+    name = PREFIX + ("" if masks else "maskless_") + base
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
 
@@ -211,8 +230,37 @@ def _register(base: str) -> str:
     AttentionInterface.register(name, attention)
     # Without a mask function of its own, a registered attention name gets no mask at all.
     if base in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        ordinary = ALL_MASK_ATTENTION_FUNCTIONS[base]
+        AttentionMaskInterface.register(name, ordinary if masks else _without_causal_masks(ordinary))
     return name
+
+
+def _without_causal_masks(ordinary: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function of transformers that gives None instead of a causal mask over whole documents.
+
+    Masks of sliding windows and chunks are made as ever, and so are those by which a token sees the next one (images,
+    prefixes), which attention calls refuse.
+    """
+
+    def mask(*, mask_function: Callable[..., torch.Tensor], local_size: int | None = None, **kwargs: Any) -> Any:
+        if local_size is None and not kwargs.get("use_vmap") and not _sees_the_next(mask_function, **kwargs):
+            return None
+        sizes = {} if local_size is None else {"local_size": local_size}
+        return ordinary(mask_function=mask_function, **sizes, **kwargs)
+
+    return mask
+
+
+def _sees_the_next(
+    mask_function: Callable[..., torch.Tensor], *, batch_size: int, q_length: int, q_offset: int = 0,
+    device: torch.device | str = "cpu", **kwargs: Any,
+) -> bool:  # fmt: skip
+    """Whether any token attends to the one after it."""
+    if q_length < 2:
+        return False
+    rows = torch.arange(batch_size, device=device)[:, None]
+    tokens = torch.arange(q_length - 1, device=device)[None] + q_offset
+    return bool(mask_function(rows, torch.zeros_like(rows), tokens, tokens + 1).any())
 
 
 def _base_function(base: str, module: nn.Module) -> AttentionFunction:
@@ -223,30 +271,55 @@ def _base_function(base: str, module: nn.Module) -> AttentionFunction:
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
-def model_logits(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The model's own logits of given last hidden states, with all that it does around its output embedding.
+class OutputHead:
+    """A model's own logits of given last hidden states, with all that it does around its output embedding.
 
-    The model runs over one token, and a hook puts the hidden states in place of the decoder's output: what a family
-    does after its decoder (scaling, capping, further layers) is nowhere written a second time.
-
-    Args:
-        hidden_states: `(n, hidden_size)`, the decoder's last hidden states of any tokens.
-
-    Returns:
-        `(n, vocab_size)`, the model's dtype, differentiable in `hidden_states`.
+    What a family does after its decoder (scaling, capping, further layers) is nowhere written a second time: the model
+    runs, and during a call a module that returns the given states takes the decoder's place, so that no layer runs.
+    One run of the decoder over one token, in the first call, shows what else its output holds.
     """
-    decoder, head = text_decoder(model), _language_model(model)
 
-    def replace(module: nn.Module, args: tuple, output: Any) -> Any:
-        output["last_hidden_state"] = hidden_states[None]
-        return output
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.head = _language_model(model)
+        decoder = text_decoder(model)
+        path = next(name for name, module in self.head.named_modules() if module is decoder)
+        parent, _, self.name = path.rpartition(".")
+        self.parent = self.head.get_submodule(parent)
+        self.decoder, self._form = decoder, None
 
-    handle = decoder.register_forward_hook(replace)
-    try:
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Args:
+            hidden_states: `(n, hidden_size)`, the decoder's last hidden states of any tokens.
+
+        Returns:
+            `(n, vocab_size)`, the model's dtype, differentiable in `hidden_states`.
+        """
         token = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
-        return head(input_ids=token, use_cache=False).logits[0]
-    finally:
-        handle.remove()
+        if self._form is None:
+            with torch.no_grad():
+                self._form = self.decoder(input_ids=token, use_cache=False)
+        output = copy.copy(self._form)
+        output["last_hidden_state"] = hidden_states[None]
+        modules = self.parent._modules
+        modules[self.name] = _Given(self.decoder, output)
+        try:
+            return self.head(input_ids=token, use_cache=False).logits[0]
+        finally:
+            modules[self.name] = self.decoder
+
+
+class _Given(nn.Module):
+    """In a decoder's place: returns a given output; anything else is the decoder's own."""
+
+    def __init__(self, decoder: nn.Module, output: Any) -> None:
+        super().__init__()
+        self.__dict__.update(_decoder=decoder, _output=output)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_decoder"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_output"]
 
 
 def _language_model(model: PreTrainedModel) -> PreTrainedModel:

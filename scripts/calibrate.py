@@ -66,7 +66,7 @@ class CalibrateConfig:
     """Tasks of the questions, for the losses kl and answers."""
     policy: str = "retention"
     """Eviction policy, with options as in retention(lookahead=16)."""
-    scope: Literal["auto", "global", "layer", "head", "pyramid"] = "auto"
+    scope: Literal["auto", "global", "layer", "head", "pyramid", "preference"] = "auto"
     """The entries that compete for the budget; auto is the policy's default."""
     data: str = "demo"
     """Texts to take documents from: `demo` (every other held-out essay), a text file or a folder."""

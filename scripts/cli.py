@@ -57,11 +57,16 @@ COMMANDS: dict[str, Command] = {
         "demo", "DemoConfig", "Evaluate the shipped gates on a real model, then train new ones for a few steps"
     ),
     "train": Command("train_gates", "TrainConfig", "Train retention gates on a frozen model"),
+    "preview": Command("preview", "TrainConfig", "Show what `train` would train on: counts, cuts, targets in colour"),
+    "convert": Command("convert", "ConvertConfig", "Convert released gates of TRIM-KV, DBTrimKV and KVzap"),
     "eval": Command(
         "run_lm_eval", "LmEvalArguments", "Run lm-eval under a KV-cache budget (--model tenure); takes all its flags"
     ),
     "fidelity": Command(
         "fidelity", "FidelityConfig", "Measure KL, perplexity and retained attention against the full cache"
+    ),
+    "turns": Command(
+        "turns", "TurnsConfig", "Ask several questions on one kept context: SCBench, LongMemEval, MMDU or generated"
     ),
     "sweep": Command(
         "sweep", "SweepCommand", "Evaluate policies × budgets on many cases; resumable, one process per device"
@@ -122,6 +127,9 @@ COMMANDS: dict[str, Command] = {
         "simulate", "SimulateConfig", "Replay published set-ups, studies and traces of serving on a virtual clock"
     ),
     "soak": Command("soak.run_soak", "SoakConfig", "Random load with faults on tiers, prefetch, scheduler and engine"),
+    "soak fuzz": Command(
+        "soak.run_fuzz", "FuzzConfig", "Hostile files and texts for every reader: refused in a sentence, or right"
+    ),
     "soak serve": Command(
         "soak.run_serve_soak", "ServeSoakConfig", "Clients on a server, every answer checked; kill -9 and restarts"
     ),

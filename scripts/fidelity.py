@@ -60,6 +60,10 @@ class FidelityConfig:
     """Cases per task; 0 skips this part."""
     seed: int = 0
     """Seed for documents and cases."""
+    sinks: int | None = None
+    """First tokens that are always kept; by default the policy's own number."""
+    recent: int | None = None
+    """Last tokens that are always kept; by default the policy's own number."""
     out: OutputFolder = Path("runs/fidelity")
     """Folder for fidelity.json."""
     device: str = "auto"
@@ -74,6 +78,8 @@ class FidelityConfig:
             raise ValueError("--policies, --budgets and --tasks take one or more values each")
         if self.length < 2:
             raise ValueError(f"--length is {self.length}; 2 or more is accepted")
+        if min(self.sinks or 0, self.recent or 0) < 0:
+            raise ValueError("--sinks and --recent take 0 or more")
         if self.chunk < 1:
             raise ValueError(f"--chunk is {self.chunk}; 1 or more is accepted")
 
@@ -91,14 +97,16 @@ def main(config: FidelityConfig) -> int:
     if config.documents:
         documents = draw_documents(tokenizer, texts, config.documents, config.length, config.seed)
         with _bar(console, "reading", config.documents * len(cells)) as advance:
-            streamed = stream(model, documents, cells, gates, config.chunk, progress=advance)
+            streamed = stream(
+                model, documents, cells, gates, config.chunk, config.sinks, config.recent, progress=advance
+            )
         result["stream"] = stream_rows(streamed)
         console.print(_stream_table(result["stream"]))
     evicting = [cell for cell in cells if cell.evicts]
     if config.cases and evicting:
         cases = CaseBuilder(tokenizer, texts, config.length, config.seed).cases(config.tasks, config.cases)
         with _bar(console, "attending", config.cases * len(config.tasks) * len(evicting)) as advance:
-            examined = examine(model, cases, evicting, gates, progress=advance)
+            examined = examine(model, cases, evicting, gates, config.sinks, config.recent, progress=advance)
         result["attention"] = attention_rows(examined)
         console.print(_attention_table(result["attention"]))
     result["settings"] = _settings(config, model, time.perf_counter() - started)
@@ -158,9 +166,10 @@ def _stream_table(rows: Sequence[dict[str, Any]]) -> Table:
 def _attention_table(rows: Sequence[dict[str, Any]]) -> Table:
     notes = (
         "coverage: share of the answer's attention to the context that is on kept entries; evidence: attention on the "
-        "planted fact, and its difference to the full cache's; worst head: the least coverage of a case, on average"
+        "planted fact, and its difference to the full cache's; worst head: the least coverage of a case, on average; "
+        "least: of all cases; outliers: heads of all cases with a coverage below ½"
     )
-    columns = ("coverage", "coverage"), ("worst_head", "worst head"), ("below_half", "heads below ½"), (
+    columns = ("coverage", "coverage"), ("worst_head", "worst head"), ("least", "least"), ("outliers", "outliers"), (
         "evidence", "evidence",
     ), ("evidence_gain", "gain")  # fmt: skip
     title = f"{rows[0]['length']} tokens, {rows[0]['n']} cases a task, compressed before the question"
@@ -185,7 +194,9 @@ def _table(title: str, notes: str, rows: Sequence[dict[str, Any]], columns: Sequ
     return table
 
 
-def _interval_text(found: dict[str, float]) -> str:
+def _interval_text(found: dict[str, float] | float) -> str:
+    if not isinstance(found, dict):
+        return f"{found:.3f}" if isinstance(found, float) else f"{found:,}"
     return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 

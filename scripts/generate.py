@@ -40,16 +40,16 @@ class GenerateConfig:
     model: str = "demo"
     """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
     policy: str | None = None
-    """Eviction policy, by default retention or the preset's: retention or retention_defensive (these need gates),
-    defensive, layer_defensive, snapkv, adakv, criticalkv, ada_criticalkv, pyramidkv, expected_attention, lagkv,
-    keydiff, knorm, tova, h2o, streaming_llm, random, or full."""
+    """Eviction policy, by default retention or the preset's: retention, retention_defensive or gate_score (these need
+    gates), defensive, layer_defensive, snapkv, adakv, criticalkv, ada_criticalkv, pyramidkv, expected_attention, lagkv,
+    rkv, cake, keydiff, knorm, tova, h2o, streaming_llm, random, or full."""
     gates: str = "demo"
     """Trained gates for the retention policies and the calibrated budget: a folder,
     hub:OWNER/NAME, or demo for the shipped ones."""
     budget: int | float | Literal["calibrated"] = 0.2
     """Average number of entries to keep per head: a share of the tokens seen (0.2) or a number (256); calibrated uses
     the budget that `tenure calibrate` stored with the gates."""
-    scope: Literal["auto", "global", "layer", "head", "pyramid"] = "auto"
+    scope: Literal["auto", "global", "layer", "head", "pyramid", "preference"] = "auto"
     """The entries that compete for the budget: those of all heads, a layer, or a head; auto: the policy's default."""
     sinks: int | None = None
     """Number of first tokens that are never evicted; by default the policy's own."""

@@ -85,6 +85,21 @@ def load_model(
     return model.to(target).eval(), tokenizer
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model that is not loaded.
+
+    Raises:
+        ValueError: no such model.
+        AssetError: the demo model could not be downloaded or converted.
+    """
+    from ..training.assets import resolve_model
+
+    source = resolve_model(name)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
 def load_with_gates(
     config: Any, gates: RetentionGates | None, console: Console, threads: int | None = None
 ) -> tuple[PreTrainedModel, Any]:

@@ -19,8 +19,8 @@ HELP = """usage: tenure eval [lm-eval's ARGUMENTS]
                          lm-eval's `hf` to the last digit
   budget=0.2             share of the tokens to keep, entries per head (256), or
                          bytes (512MiB)
-  scope=NAME             which entries compete: head, layer, global, pyramid
-                         (default: the policy's)
+  scope=NAME             which entries compete: head, layer, global, pyramid,
+                         preference (default: the policy's)
   gates=PATH             trained gates, for the retention policies: a folder,
                          demo for the shipped ones, or hub:OWNER/NAME
   prefill_chunk=N        process contexts in chunks of N tokens, with an

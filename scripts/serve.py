@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -181,6 +181,7 @@ def backend(
     from ..serving import DiskPool, EngineClient, MemoryPool, SchedulerConfig, ThreadedTransfer, Tier, build_system
     from ..serving.engine import Compression, Engine
     from ..serving.prompt_cache import PromptKV
+    from ..serving.sampling.grammar_compiler import GrammarCompiler
     from ..serving.server import Backend
 
     model, tokenizer = load_with_gates(config, gates, console, config.threads)
@@ -207,7 +208,9 @@ def backend(
             with EngineClient(engine) as client:
                 limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
                 room = system.tiers.capacity() // system.scheduler.bytes_per_token
-                yield Backend(client, system, tokenizer, config.model_name, min(limit or room, room))
+                grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.end_token_ids)
+                with closing(grammars):
+                    yield Backend(client, system, tokenizer, config.model_name, min(limit or room, room), grammars)
         finally:
             system.close()
 

@@ -195,6 +195,16 @@ class Engine:
         fixed_tokens = boundary or request.fixed_tokens
         return self.system.scheduler.submit(replace(request, namespace=namespace, fixed_tokens=fixed_tokens))
 
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits, and so of token masks."""
+        return self._sampler.vocab_size
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The model's end tokens."""
+        return self._sampler.eos_token_ids
+
     def _require_length(self, wanted: int, what: str) -> None:
         if self._max_tokens is not None and wanted > self._max_tokens:
             raise TooLarge(f"got {wanted} tokens of {what}; accepted: {self._max_tokens_of} {self._max_tokens}")

@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 from ..eviction.model_adapters import LENGTH_DEPENDENT, rope_parameters, rope_type
-from ..retention.decoder_layers import full_attention_layers
+from ..retention.decoder_layers import execution_device, full_attention_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,8 +17,9 @@ def check_packable(model: PreTrainedModel) -> None:
 
     Raises:
         ValueError: the model's `forward` takes no `position_ids` or no `logits_to_keep`, layers share their keys and
-            values, RoPE has several positions for each token, or its attention is over latents (MLA), or with capped
-            logits or learned sinks, which packed attention does not compute.
+            values, RoPE has several positions for each token, its attention is over latents (MLA), or with capped
+            logits or learned sinks, which packed attention does not compute, or it is on several devices or divided
+            among processes.
     """
     config = model.config.get_text_config(decoder=True)
     kind, parameters = type(model).__name__, inspect.signature(model.forward).parameters
@@ -34,6 +35,11 @@ def check_packable(model: PreTrainedModel) -> None:
             "values of their own"
         )
     layers = full_attention_layers(model)
+    if layers[0].shards.count > 1:
+        raise ValueError(f"got a {kind} in tensor parallel; accepted: models whose process has all heads")
+    devices = sorted({str(execution_device(layer.module)) for layer in layers})
+    if len(devices) > 1:
+        raise ValueError(f"got a {kind} on {', '.join(devices)}; accepted: models on one device, that of the pages")
     if any(layer.latent for layer in layers):
         raise ValueError(f"got a {kind}, whose cache holds latents; accepted: models whose cache holds keys and values")
     if altered := {layer.softmax for layer in layers} - {""}:

@@ -17,6 +17,7 @@ from .kvcache.eviction_policy import (
     EagerWriteBackConfig,
     EvictionPolicy,
     ExpectedTime,
+    HeldSteps,
     StepsToExecution,
     SuffixReuse,
     TierPolicy,
@@ -48,6 +49,7 @@ class SystemPreset:
         prefetch: fixed prompts are loaded ahead of their agents' calls.
         batch_waits: every batch waits for all loads, see `Scheduler`.
         eager_write_back: KV is saved below before it has to be evicted, see `TierPolicy`.
+        by_page: pages are evicted one by one, see `TierPolicy`.
     """
 
     stands_for: str
@@ -58,10 +60,12 @@ class SystemPreset:
     prefetch: bool = False
     batch_waits: bool = False
     eager_write_back: bool = False
+    by_page: bool = False
 
 
 PRESETS = {
     "lru": SystemPreset("SGLang with the device tier only", "lru", WriteBack.NOTHING, lower_tiers=False),
+    "vllm": SystemPreset("vLLM's prefix cache", "lru", WriteBack.NOTHING, lower_tiers=False, by_page=True),
     "lfu": SystemPreset("reactive loading, least frequently used", "lfu", WriteBack.ALL),
     "lru_reactive": SystemPreset("HiCache, if only requests that load had to wait", "lru", WriteBack.ALL),
     "hicache": SystemPreset("SGLang's HiCache", "lru", WriteBack.ALL, batch_waits=True),
@@ -70,6 +74,13 @@ PRESETS = {
     ),
     "ste": SystemPreset("KVFlow without its prefetch", "ste", WriteBack.FIXED, mode=PredictionMode.STEPS),
     "ste_prefetch": SystemPreset("KVFlow", "ste", WriteBack.FIXED, mode=PredictionMode.STEPS, prefetch=True),
+    "ste_holding": SystemPreset(
+        "KVFlow's released engine with enable_holding",
+        "ste_buckets",
+        WriteBack.FIXED,
+        mode=PredictionMode.STEPS,
+        prefetch=True,
+    ),
     "expected_time": SystemPreset(
         "tenure", "expected_time", WriteBack.WORTH, mode=PredictionMode.TIME, prefetch=True, eager_write_back=True
     ),
@@ -155,13 +166,14 @@ def build_system(
         "lru": LRU,
         "lfu": LFU,
         "ste": lambda: StepsToExecution(predictor.steps),
+        "ste_buckets": lambda: HeldSteps(predictor.steps),
         "expected_time": lambda: ExpectedTime(
             predictor.reuse, costs, rate=lambda: graph.rate, clock=clock, phase=graph.phase, suffix_reuse=suffixes
         ),
         "belady": lambda: oracle,
     }[preset.eviction]()
     eager = EagerWriteBackConfig() if preset.eager_write_back else None
-    policy = TierPolicy(eviction, preset.write_back, suffixes, eager)
+    policy = TierPolicy(eviction, preset.write_back, suffixes, eager, preset.by_page)
     tiers = TieredCache(used, backend, policy, page_size, clock, history)
     graph.share_lock(tiers.lock)
     estimates = Estimates(costs, tiers)

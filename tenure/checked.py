@@ -108,6 +108,8 @@ class NumbersToo:
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Count = Annotated[int, Range(1)]
+# A budget of KV entries: a share of the tokens, or entries per head. A union, whose members are tried in turn.
+KeptBudget = Annotated[float, Range(0, 1, above=True)] | Annotated[int, Range(1)]
 
 
 def read(cls: type[T], document: Any, name: str = "", unknown: set[str] | None = None) -> T:
@@ -282,7 +284,7 @@ def _converter(hint: Any, rules: tuple[Any, ...] = ()) -> Converter:
         if as_text and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if not fits(value):
-            raise ValueError(f"got {shown(value)} as {path}; accepted: {accepted}{_exponent_note(value)}")
+            raise ValueError(f"got {shown(value)} as {path}; accepted: {accepted}{_note(value)}")
         return value
 
     return convert
@@ -290,6 +292,7 @@ def _converter(hint: Any, rules: tuple[Any, ...] = ()) -> Converter:
 
 _PLAIN = (int, float, bool, str, type(None))
 _MAX = sys.float_info.max
+MAX_INT = 2**63 - 1  # of whole numbers: what the libraries that get them hold
 
 
 def _plain_number(value: Any) -> Any:
@@ -314,7 +317,9 @@ def _fits(hint: Any, rules: tuple[Any, ...]) -> Callable[[Any], bool]:
         return lambda value: isinstance(value, bool)
     ranges = [rule for rule in rules if isinstance(rule, Range)]
     if hint is int:
-        return lambda value: type(value) is int and all(one.holds(value) for one in ranges)
+        return lambda value: (
+            type(value) is int and -MAX_INT <= value <= MAX_INT and all(one.holds(value) for one in ranges)
+        )
     if hint is float:
         most = math.inf if any(isinstance(rule, OrInfinite) for rule in rules) else _MAX  # also of whole numbers
         return lambda value: (
@@ -345,7 +350,7 @@ def _union(hint: Any, rules: tuple[Any, ...]) -> Converter:
                 return candidate(value, path, unknown)
             except ValueError:
                 continue
-        raise ValueError(f"got {shown(value)} as {path}; accepted: {accepted}{_exponent_note(value)}")
+        raise ValueError(f"got {shown(value)} as {path}; accepted: {accepted}{_note(value)}")
 
     return convert
 
@@ -455,8 +460,11 @@ def describe(hint: Any, rules: tuple[Any, ...] = ()) -> str:
     return text + "".join(str(rule) for rule in rules if isinstance(rule, Range) and hint in (int, float))
 
 
-def _exponent_note(value: Any) -> str:
-    """A hint where a text is a number with an exponent that YAML 1.1 takes for text, as `2e-4`."""
+def _note(value: Any) -> str:
+    """A hint where a whole number is too large for any field, or a text is a number with an exponent, as `2e-4`, that
+    YAML 1.1 takes for text."""
+    if type(value) is int and abs(value) > MAX_INT:
+        return ", of up to 63 bits"
     if not isinstance(value, str) or "e" not in value.lower() or len(value) > 40:
         return ""
     try:

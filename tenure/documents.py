@@ -1,10 +1,18 @@
-"""Plain values from outside: JSON and YAML within bounds, and how values are shown in messages. Nothing is executed."""
+"""Plain values from outside: files, JSON and YAML within bounds, and how values are shown in messages.
+
+Nothing is executed, and nothing is read before its size is known: `file_bytes` and `json_lines` are the only ways to a
+file's content that other readers need.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
-from collections.abc import Mapping
+import stat
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +28,9 @@ class DocumentLimits:
         items: of one list or mapping.
         text: characters of one string.
         values: in the whole document; those that a YAML alias or merge key repeats count every time.
+        merged: fields that the merge keys of a YAML text copy.
+        lines_bytes: of a file with a JSON document a line, unpacked; the other bounds are those of a line.
+        line_bytes: of one of its lines.
     """
 
     json_characters: int = 16 << 20
@@ -28,6 +39,9 @@ class DocumentLimits:
     items: int = 1 << 16
     text: int = 1 << 20
     values: int = 1 << 20
+    merged: int = 1 << 14
+    lines_bytes: int = 1 << 28
+    line_bytes: int = 1 << 20
 
 
 LIMITS = DocumentLimits()
@@ -85,9 +99,13 @@ def parse_json(text: str | bytes, name: str = "the document", limits: DocumentLi
     try:
         return bounded(json.loads(text, parse_constant=refused), name, limits)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from None
+        raise ValueError(f"{name} is not JSON: {plain_line(error)}") from None
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply; accepted: up to {limits.depth} levels") from None
+    except ValueError as error:
+        if "integer string conversion" not in str(error):  # Python's own limit; its advice is for programmers
+            raise
+        raise ValueError(f"{name} has a whole number of thousands of digits; accepted: up to 63 bits") from None
 
 
 def parse_yaml(text: str, name: str = "the document", extra: str = "train", limits: DocumentLimits = LIMITS) -> Any:
@@ -118,18 +136,20 @@ def parse_yaml(text: str, name: str = "the document", extra: str = "train", limi
                         if isinstance(part, yaml.MappingNode):
                             self.flatten_mapping(part)
                             self.merged += len(part.value)
-                if self.merged > limits.values:
-                    raise ValueError(f"got merge keys that add more than {limits.values} fields to {name}")
+                if self.merged > limits.merged:
+                    raise ValueError(
+                        f"got merge keys that add more than {limits.merged} fields to {name}; accepted: up to that"
+                    )
             super().flatten_mapping(node)
 
     try:
         values = yaml.load(text, BoundedLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{name} is not YAML: {plain_line(error)}") from None
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply; accepted: up to {limits.depth} levels") from None
     except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:  # of values such as 2020-13-45
-        raise ValueError(f"{name} has a value that cannot be read: {error}") from None
+        raise ValueError(f"{name} has a value that cannot be read: {plain_line(error)}") from None
     return bounded(values, name, limits)
 
 
@@ -153,6 +173,69 @@ def load_yaml(path: str | Path, extra: str = "train", limits: DocumentLimits = L
     return parse_yaml(_file_text(Path(path), limits.yaml_characters), str(path), extra, limits)
 
 
+def json_lines(path: str | Path, limits: DocumentLimits = LIMITS) -> Iterator[tuple[int, Any]]:
+    """The number, from 1, and the values of every line of a file that is not empty; `.gz` is unpacked.
+
+    One line at a time is in memory.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: from the line that is no JSON or beyond the limits; see `file_lines`.
+    """
+    for number, line in file_lines(path, limits):
+        if line.strip():
+            yield number, parse_json(line, f"line {number} of {path}", limits)
+
+
+def file_lines(path: str | Path, limits: DocumentLimits = LIMITS) -> Iterator[tuple[int, bytes]]:
+    """The number, from 1, and the bytes of every line of a file, with its line break; `.gz` is unpacked.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no regular file, its lines or all of them are longer than the limits, or it cannot be
+            unpacked.
+    """
+    path, total, number = Path(path), 0, 0
+    require_file(path)
+    packed = path.suffix == ".gz"
+    with closing(gzip.open(path, "rb") if packed else path.open("rb")) as file:
+        try:
+            while line := file.readline(limits.line_bytes + 1):
+                total, number = total + len(line), number + 1
+                if len(line) > limits.line_bytes:
+                    raise ValueError(
+                        f"got more than {limits.line_bytes} bytes in line {number} of {path}; accepted: up to that"
+                    )
+                if total > limits.lines_bytes:
+                    raise ValueError(f"got more than {limits.lines_bytes} bytes in {path}; accepted: up to that")
+                yield number, line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} cannot be unpacked: {plain_line(error)}") from None
+
+
+def file_bytes(path: str | Path, limit: int) -> bytes:
+    """The content of a file of up to `limit` bytes.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: a folder, device or pipe, or more bytes.
+    """
+    path = Path(path)
+    require_file(path)
+    size = path.stat().st_size
+    if size > limit:
+        raise ValueError(f"got {path} of {size} bytes; accepted: up to {limit}")
+    with path.open("rb") as file:  # a file that grows in the meantime is not read further
+        return file.read(size)
+
+
+def require_file(path: str | Path) -> None:
+    """Raises ValueError for a folder, device, pipe or socket, and FileNotFoundError if there is nothing."""
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"got {'a folder' if stat.S_ISDIR(mode) else 'a device or pipe'} at {path}; accepted: a file")
+
+
 def shown(value: Any) -> str:
     """A value for a message: plain ones as they are, up to 60 characters; of others the type."""
     if isinstance(value, str):
@@ -167,8 +250,16 @@ def shown(value: Any) -> str:
 
 
 def shown_name(name: Any) -> str:
-    """A field's name for a message, up to 60 characters."""
-    return str(name)[:60]
+    """A field's name for a message: up to 60 characters, line ends and the like as escapes."""
+    text = str(name)[:60]
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def plain_line(text: Any, length: int = 300) -> str:
+    """A text of unknown origin, such as another library's message, as one line of up to `length` characters."""
+    line = " ".join(str(text)[: 8 * length].split())
+    line = "".join(one if one.isprintable() else repr(one)[1:-1] for one in line)
+    return line if len(line) <= length else f"{line[:length]}…"
 
 
 def _check_length(text: str | bytes, limit: int, name: str) -> None:
@@ -177,10 +268,8 @@ def _check_length(text: str | bytes, limit: int, name: str) -> None:
 
 
 def _file_text(path: Path, limit: int) -> str:
-    size = path.stat().st_size
-    if size > 4 * limit:  # UTF-8 has up to 4 bytes a character
-        raise ValueError(f"got {path} of {size} bytes; accepted: up to {limit} characters")
+    content = file_bytes(path, 4 * limit)  # UTF-8 has up to 4 bytes a character
     try:
-        return path.read_text(encoding="utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None

@@ -152,12 +152,14 @@ def test_command_lines_are_accepted(path: Path, monkeypatch) -> None:
         asked = peek(rest)
         _, others = Options.split(asked.model_args)
         assert others.keys() <= inspect.signature(hf.__init__).parameters.keys(), "what is not ours is of lm-eval's hf"
-        assert asked.tasks and len(kinds_of(asked.tasks)) == (13 if "tenure_ruler" in asked.tasks else 0)
+        assert asked.tasks and len(kinds_of(asked.tasks)) == (
+            13 if "tenure_ruler" in asked.tasks else sum(task.startswith("tenure_turns_") for task in asked.tasks)
+        )
 
 
 def test_the_documentation_of_evaluation_has_commands_of_every_kind() -> None:
     found = commands(DOCS / "guides" / "evaluate.md")
-    assert {words[0] for words in found} == {"eval", "fidelity", "sweep", "report"} and len(found) >= 12
+    assert {words[0] for words in found} == {"eval", "fidelity", "sweep", "report", "turns"} and len(found) >= 12
 
 
 def test_the_table_is_what_its_records_give_with_the_shipped_gates() -> None:

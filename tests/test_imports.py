@@ -47,7 +47,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("rollback",),
         ("cache",),
         ("serialization", "stacking", "packed"),
-        ("session",),
+        ("layer_gates", "session"),
         ("prefill",),
         ("api",),
         ("integrations",),

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("tenure", "retention", "training", "eviction", "serving", "eval", "scripts")
 PRESENT = [folder for folder in FOLDERS if (ROOT / folder).is_dir()]
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "runs", "wandb", "*.egg-info", "__pycache__")
-# Packages that only a checkout has.
-NOT_INSTALLED = ("scripts/bench", "scripts/soak")
+# Folders that only a checkout has.
+NOT_INSTALLED = ("scripts/bench", "scripts/slurm", "scripts/soak")
 # The files of the shipped gates that are installed; the logs of their training are not.
 GATES_FILES = ("README.md", "calibration.json", "gates.safetensors", "tenure_config.json")
 # The package that is of no use without its extra, and says so when it is imported.

@@ -6,7 +6,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from .data import Example
+from .data import Example, example_names
+from .digests import data_digest
 
 
 @dataclass
@@ -121,12 +122,22 @@ class PackedSource:
             )
 
     def __getitem__(self, index: int) -> Example:
+        return concatenate([self.source[document] for document in self.documents(index)])
+
+    def documents(self, index: int) -> list[int]:
+        """The numbers in `source` of a row's documents."""
         epoch = 0
         while index >= self._start(epoch + 1):
             epoch += 1
-        row = self._plan(epoch)[index - self._starts[epoch]]
         first = epoch * len(self.source)
-        return concatenate([self.source[first + place] for place in row])
+        return [first + place for place in self._plan(epoch)[index - self._starts[epoch]]]
+
+    def name(self, index: int) -> str:
+        """The names of a row's documents in their data."""
+        return example_names(self.source, self.documents(index))
+
+    def digest(self) -> str:
+        return data_digest(self.source)
 
     def rows(self, epoch: int) -> int:
         """Number of rows of an epoch."""

@@ -1,6 +1,5 @@
-"""Conversations as token ids with the assistant's tokens marked, for any tokenizer's chat template."""
+"""The text that chat templates put around questions and answers, as tokens."""
 
-from collections.abc import Sequence
 from typing import Any
 
 _SLOT = "slot<{}>slot"
@@ -78,55 +77,3 @@ def _plain_literals(turns: int) -> list[str]:
     # The document precedes the first question, whose label is therefore first_question_prefix.
     between = ["\nAnswer:", "\n\nQuestion: "] * turns
     return ["", *between[:-1], "\n"]
-
-
-def encode_messages(messages: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation in the tokenizer's chat template, and a mask of those that the assistant says.
-
-    The assistant's are the tokens of its messages' contents and the special token after each.
-
-    Raises:
-        ValueError: a tokenizer without offsets, or a template that does not repeat an assistant's message.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} gives no offsets; a fast tokenizer is needed to find the completions"
-        )
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    loss_mask = [False] * len(input_ids)
-    for start, stop in _assistant_spans(messages, text):
-        inside = [place for place, (begin, end) in enumerate(offsets) if begin < stop and end > start]
-        after = inside[-1] + 1 if inside else len(input_ids)
-        if after < len(input_ids) and is_special(tokenizer, input_ids[after]):
-            inside.append(after)
-        for place in inside:
-            loss_mask[place] = True
-    return input_ids, loss_mask
-
-
-def _assistant_spans(messages: Sequence[dict[str, Any]], text: str) -> list[tuple[int, int]]:
-    """Character ranges of the assistant's contents in the rendered conversation."""
-    spans, cursor = [], 0
-    for message in messages:
-        content = _plain_content(message).strip()
-        start = text.find(content, cursor)
-        if start < 0:  # reasoning models' templates drop the thoughts of earlier turns
-            content = content.rpartition("</think>")[2].strip()
-            start = text.find(content, cursor)
-        if start < 0:
-            if message["role"] == "assistant":
-                raise ValueError(
-                    "the chat template does not repeat an assistant's message, so its tokens cannot be found"
-                )
-            continue
-        if message["role"] == "assistant" and content:
-            spans.append((start, start + len(content)))
-        cursor = start + len(content)
-    return spans
-
-
-def _plain_content(message: dict[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)

@@ -11,6 +11,8 @@ from typing import Any
 SEPARATOR = "\n\n"
 _SENTENCE = re.compile(r"\s*\S(?:.{0,600}?(?:[.!?][\"'”’)\]]*(?=\s|\Z)|(?=\n\s*\n)|\Z)|.{600}\S*)", re.DOTALL)
 
+MOST_TRIED = 1000  # sentences that are tried as the first of a document
+
 
 @dataclass(frozen=True)
 class Sentence:
@@ -82,7 +84,8 @@ def opening(
         ValueError: no sentence is that short.
     """
     sentences: list[Sentence] = []
-    for _, sentence in zip(range(1000), stream, strict=False):
+    tried = 0
+    for sentence in stream:
         if not sentences:
             text = sentence.text.lstrip()
             sentence = Sentence(text, encode(text))
@@ -91,6 +94,10 @@ def opening(
             room -= len(sentence.ids)
         elif sentences:
             return sentences, chain([sentence], stream)
+        else:
+            tried += 1
+            if tried == MOST_TRIED:
+                break
     raise ValueError(f"no sentence of the given texts fits into {room:.0f} tokens; use a greater length")
 
 

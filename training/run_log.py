@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from .run_state import named_errors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -18,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "occupancy.png"
+RUN_ID_FILE = "wandb_run_id"
 
 
 class MetricsLog:
@@ -29,12 +33,25 @@ class MetricsLog:
     def __init__(self, output_dir: Path, accelerator: Accelerator, resumed_at: int) -> None:
         self.path = output_dir / METRICS_FILE
         self.accelerator = accelerator
+        self.resumed_at = resumed_at
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
             kept = [line for line in self._lines() if line.get("step", 0) <= resumed_at] if resumed_at else []
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.path)
+
+    def start_tracker(self, tracker: str, project: str, settings: dict[str, Any]) -> None:
+        """Starts accelerate's tracker; a resumed run continues the tracker's run, which is named after the folder."""
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
+        options: dict[str, Any] = {"tensorboard": {"purge_step": self.resumed_at + 1}}
+        if tracker == "wandb" and self.accelerator.is_main_process:
+            path = self.path.with_name(RUN_ID_FILE)
+            if not (self.resumed_at and path.is_file()):
+                path.write_text(uuid.uuid4().hex[:8])
+            folder = self.path.parent.resolve().name
+            options["wandb"] = {"id": path.read_text().strip(), "resume": "allow", "name": folder}
+        self.accelerator.init_trackers(project, config=plain, init_kwargs=options)
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -50,7 +67,7 @@ class MetricsLog:
     def write(self, step: int, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with named_errors(self.path), self.path.open("a") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
 
     def picture(self, step: int, occupancy: torch.Tensor) -> None:
@@ -74,7 +91,8 @@ class MetricsLog:
         pixels = np.asarray(canvas.buffer_rgba())[None, ..., :3]
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"occupancy": pixels}, step=step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"occupancy": pixels}, step=step, **layout)
 
 
 def occupancy_metrics(occupancy: torch.Tensor) -> dict[str, float]:

@@ -6,52 +6,107 @@ import json
 import logging
 import os
 import shutil
-import tempfile
-from dataclasses import dataclass
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from tenure.checked import Range, read
 from tenure.documents import load_json
 
 from ..retention import RetentionGates
+from .train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "step-"
+TEMPORARY_PREFIX = ".saving-"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True)
-class _RunState:
-    """The steps that are done, and the settings that change the loss curve."""
+class RunState:
+    """A run after some of its steps.
 
-    step: Annotated[int, Range(0)]
-    settings: dict[str, Any]
+    Attributes:
+        step: the steps that are done.
+        settings: those that change the loss curve, and the global batch.
+        digests: of `data` and `base`; states of older versions have none.
+        skipped: numbers of the steps that were skipped, because a loss or a gradient was not finite.
+        metrics: of the last evaluation.
+        evaluated: the step of that evaluation, 0 before one.
+        best: the best value of the chosen metric so far, or None.
+    """
+
+    step: Annotated[int, Range(0)] = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    skipped: tuple[int, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluated: int = 0
+    best: float | None = None
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Errors of the operating system inside the block name `path`, if they name none (a full disk does not)."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes a file that is on the disk, not only in the system's memory, when this returns; readable as umask says."""
+    with named_errors(path), path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Writes the names in a folder to the disk, where the system has that (Windows does not)."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_state(
-    folder: Path, step: int, gates: RetentionGates, optimizer: torch.optim.Optimizer, settings: dict[str, Any],
-    keep: int = 2,
-) -> Path:  # fmt: skip
+    folder: Path, state: RunState, gates: RetentionGates, optimizer: torch.optim.Optimizer, keep: int = 2
+) -> Path:
     """Writes `folder/step-NNNNNNNN` as one atomic step and drops all but the last `keep` checkpoints.
 
+    Files and names are synced before the checkpoint gets its name, so a crash of the machine leaves whole ones only.
     No random state is stored: data and sampling depend on the seed and the step alone.
+
+    Raises:
+        OSError: nothing is left of the new checkpoint; the message names the file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{PREFIX}{step:08d}"
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+    target = folder / f"{PREFIX}{state.step:08d}"
+    temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:
-        gates.save_pretrained(temporary)
-        save_file(_optimizer_tensors(optimizer), temporary / OPTIMIZER_FILE)
-        (temporary / STATE_FILE).write_text(json.dumps({"step": step, "settings": settings}, indent=2))
+        with named_errors(target):
+            temporary.mkdir(parents=True)
+            gates.save_pretrained(temporary)
+        write_synced(temporary / OPTIMIZER_FILE, save(_optimizer_tensors(optimizer)))
+        write_synced(temporary / STATE_FILE, json.dumps(asdict(state), indent=2).encode())
+        sync_folder(temporary)
         if target.exists():
             shutil.rmtree(target)
         os.replace(temporary, target)
+        sync_folder(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -62,38 +117,54 @@ def save_state(
 
 def latest_state(folder: Path) -> Path | None:
     """The newest complete checkpoint under `folder`; leftovers of a killed save are cleared away."""
-    for leftover in folder.glob(".saving-*"):
+    for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     complete = _complete(folder)
     return complete[-1] if complete else None
 
 
-def load_state(path: Path, gates: RetentionGates, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> int:
-    """Loads a checkpoint into `gates` and `optimizer`; returns the number of steps it has behind it.
+def read_state(path: Path, now: RunState) -> tuple[RunState, dict[str, torch.Tensor]]:
+    """A checkpoint and its tensors: `gates.…` and `optimizer.…`.
+
+    Args:
+        now: settings and digests of the run that resumes.
 
     Raises:
-        ValueError: the checkpoint was made with settings that change the loss curve; all are named.
+        ValueError: the checkpoint was made with settings that change the loss curve, with other data or another base
+            model; all differences are named.
     """
-    state = read(_RunState, load_json(path / STATE_FILE), str(path / STATE_FILE))
-    # Through JSON, so that tuples compare as the lists they become there.
-    now, then = json.loads(json.dumps(settings)), state.settings
-    names = [name for name in sorted(set(now) | set(then)) if now.get(name) != then.get(name)]
-    changed = [f"{name}: {then.get(name)!r} -> {now.get(name)!r}" for name in names]
+    state = read(RunState, load_json(path / STATE_FILE), str(path / STATE_FILE))
+    # Through JSON, so that tuples compare as the lists they become there. A setting that the checkpoint's version did
+    # not have is compared by its default.
+    settings, defaults = (json.loads(json.dumps(values)) for values in (now.settings, TrainConfig().to_dict()))
+    then = {name: default for name, default in defaults.items() if name in settings} | state.settings
+    names = [name for name in sorted(set(settings) | set(then)) if settings.get(name) != then.get(name)]
+    changed = [f"{name}: {then.get(name)!r} -> {settings.get(name)!r}" for name in names]
+    changed += [
+        f"digest of the {name}: {old} -> {now.digests[name]}"
+        for name, old in sorted(state.digests.items())
+        if now.digests.get(name, old) != old
+    ]
     if changed:
         raise ValueError(
             f"{path} was made with other settings ({'; '.join(changed)}); resume with those, or choose another "
             "output_dir (start from its gates with init_gates)"
         )
-    gates.load_state_dict(RetentionGates.from_pretrained(path).state_dict())
-    tensors = load_file(path / OPTIMIZER_FILE)
+    tensors = {f"gates.{name}": one for name, one in RetentionGates.from_pretrained(path).state_dict().items()}
+    return state, tensors | {f"optimizer.{name}": one for name, one in load_file(path / OPTIMIZER_FILE).items()}
+
+
+def apply_state(tensors: dict[str, torch.Tensor], gates: RetentionGates, optimizer: torch.optim.Optimizer) -> None:
+    """Loads the tensors of `read_state` into gates and optimizer."""
+    gates.load_state_dict({name.partition(".")[2]: one for name, one in tensors.items() if name.startswith("gates.")})
     saved = optimizer.state_dict()
     saved["state"] = {}
     for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        saved["state"].setdefault(int(index), {})[key] = tensor
+        owner, _, rest = name.partition(".")
+        if owner == "optimizer":
+            index, key = rest.split(".", 1)
+            saved["state"].setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict(saved)
-    logger.info("resumed from %s", path)
-    return state.step
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

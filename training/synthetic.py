@@ -14,6 +14,7 @@ from typing import Any
 from .chat import ChatFrame, starts_with_bos
 from .corpus import SEPARATOR, Corpus, Sentence, both_layouts, fill, opening
 from .data import Example
+from .digests import digest
 from .facts import FACT_KINDS, AnswerStyle, Fact, FactQuestion, draw, make_fact
 from .templates import (
     ACKNOWLEDGEMENTS,
@@ -297,6 +298,10 @@ class RetrievalDocuments:
 
     def __getitem__(self, index: int) -> Example:
         return self.example(index)
+
+    def digest(self) -> str:
+        """Digest of the texts and of one document, which depends on tokenizer and generator."""
+        return digest([*(text.encode() for text in self.texts), repr(self.example(0).input_ids).encode()])
 
     def example(self, index: int) -> Example:
         return self.document(index).example

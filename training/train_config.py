@@ -12,7 +12,7 @@ from tenure.documents import load_yaml
 Count = Annotated[int, Range(1)]
 NoneOrMore = Annotated[int, Range(0)]
 Share = Annotated[float, Range(0, 1)]
-Projection = Literal["per_layer", "shared", "shared_heads"]  # of `RetentionConfig`, which needs torch
+Projection = Literal["per_layer", "per_layer_deep", "shared", "shared_heads"]  # of `RetentionConfig`, which needs torch
 KeptShare = Annotated[float, Range(0, 1, above=True)]
 
 
@@ -35,7 +35,8 @@ class TrainConfig:
     gate_width: Count = 512
     """Features inside a gate."""
     projection: Projection = "shared"
-    """Output projection: `shared` by all layers (DBTrimKV), `per_layer` (TRIM-KV), or `shared_heads`."""
+    """Output projection: `shared` by all layers (DBTrimKV), `per_layer` (TRIM-KV), `per_layer_deep` (DBTrimKV's body
+    with a projection a layer), or `shared_heads` (one for all heads)."""
     initial_bias: float = 18.0
     """Output bias at the start; 18 means nothing is forgotten at step 0."""
     init_gates: str | None = None
@@ -49,8 +50,24 @@ class TrainConfig:
     """How records of `data` are read: chat template over messages, or raw text."""
     loss_on: Literal["completion", "all"] = "completion"
     """Tokens the quality loss is taken over."""
+    keep_thoughts: bool = False
+    """Train on thoughts (`<think>…</think>`, `reasoning_content`) that the chat template would leave out."""
     split: str = "train"
-    """Split of a Hub data set."""
+    """Split of a Hub data set, a saved one, or a folder whose files or folders are named after splits."""
+    mixture: tuple[str, ...] = ()
+    """Instead of `data`: several of what it accepts, each as WEIGHT:DATA, such as `0.7:chat.jsonl 0.3:prose/`."""
+    concatenate: tuple[str, ...] = ()
+    """Instead of `data`: several of what it accepts, as one data set; an epoch has every example of each once."""
+    columns: tuple[str, ...] = ()
+    """Columns under other names, as NAME=COLUMN, such as `messages=dialog` or `text=body`."""
+    overlong: Literal["cut", "windows", "drop"] = "cut"
+    """Documents longer than the longest length are cut, split into windows (texts; chats are cut), or left out."""
+    bad_records: NoneOrMore = 0
+    """Records of each data set that may be left out, counted and named, because they cannot be read."""
+    data_workers: Count = 1
+    """Processes that tokenise."""
+    held_out: NoneOrMore = 0
+    """Examples of each data set kept out of training, whose losses are logged every `eval_every` steps."""
     lengths: Annotated[tuple[Annotated[int, Range(64)], ...], Size(1)] = (512,)
     """Lengths of synthetic documents in tokens, drawn per example; the longest also bounds other data."""
     min_length: NoneOrMore = 0
@@ -84,15 +101,25 @@ class TrainConfig:
     """λ, weight of the capacity loss."""
     capacity_samples: Count | None = 64
     """Positions per row at which occupancy is evaluated; None for all of them."""
-    logits_chunk: Count = 8192
-    """Target tokens whose logits exist at a time."""
+    ntp_weight: Annotated[float, Range(0)] = 0.5
+    """Weight of the cross-entropy to the text."""
+    kl_weight: Annotated[float, Range(0)] = 0.5
+    """Weight of the KL between the plain model and the gated one."""
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    """KL(teacher ‖ student), or KL(student ‖ teacher)."""
+    logits_chunk: Count | None = None
+    """Target tokens whose logits exist at a time; None for as many as fit 512 MiB."""
 
     steps: Count = 10_000
     """Optimizer steps."""
+    extend: NoneOrMore = 0
+    """Further steps after these, at `min_learning_rate`; a finished run continues when it is run again with more."""
     batch_size: Count = 1
     """Rows per device and forward."""
-    accumulation: Count = 1
-    """Forwards per optimizer step on each device."""
+    context_parallel: Count = 1
+    """Processes that share every sequence, each with a part of its tokens: for long contexts, full attention only."""
+    accumulation: Count | None = None
+    """Forwards per optimizer step on each device; None for the launcher's, or 1."""
     learning_rate: Annotated[float, Range(0, above=True)] = 2e-4
     min_learning_rate: Annotated[float, Range(0)] = 1e-6
     warmup_steps: NoneOrMore = 100
@@ -100,13 +127,25 @@ class TrainConfig:
     max_grad_norm: Annotated[float, Range(0, above=True)] = 1.0
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = True
-    """Recompute layers in backward: less memory, a third more time."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Recompute layers in backward, and read prompts again: less memory, a third more time."""
+    save_attention: bool = False
+    """With gradient checkpointing, keep the outputs of attention instead of computing attention again."""
+    tf32: bool = False
+    """Multiply fp32 matrices, which are the gates' under a bf16 model, in TF32 on GPUs."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Autocast of the model's forwards; None for the launcher's, or no."""
+    skip_nonfinite: NoneOrMore = 0
+    """Steps of the run that may be skipped, with their examples logged, because a loss or gradient is not finite."""
     seed: int = 0
 
     log_every: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    log_seconds: Annotated[float, Range(0, above=True)] = 30.0
+    """Seconds between lines on stderr where that is no terminal."""
     save_every: Count = 100
     """Steps between checkpoints; the last two are kept."""
+    save_minutes: Annotated[float, Range(0)] = 0.0
+    """Also save whenever this time has passed since the last checkpoint; 0 for steps only."""
     eval_every: NoneOrMore = 0
     """Steps between evaluations under real eviction; 0 for none."""
     eval_budgets: tuple[KeptShare, ...] = (0.2,)
@@ -115,6 +154,10 @@ class TrainConfig:
     """Cases per retrieval task in the evaluation in the loop."""
     eval_length: Count = 512
     """Length of its documents in tokens."""
+    best_metric: str | None = None
+    """Keep the gates with the best value of this metric of the evaluation (`eval/kl@0.2`) in `output_dir/best`."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether its least or its greatest value is the best."""
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
     """Where accelerate's trackers log to; metrics.jsonl is written in any case."""
     project: str = "tenure"
@@ -131,11 +174,34 @@ class TrainConfig:
                 "got eviction_budgets and no prompt_share, but they act on prompts only; accepted: a prompt_share "
                 "above 0 with eviction_budgets"
             )
-        if self.prompt_share and self.gradient_checkpointing:
+        given = [name for name in ("mixture", "concatenate") if getattr(self, name)]
+        if given and self.data != "synthetic":
+            what = "a mixture" if given == ["mixture"] else "data sets to concatenate"
+            raise ValueError(f"got data {self.data} and {what}; accepted: one of them")
+        if len(given) > 1:
+            raise ValueError("got a mixture and data sets to concatenate; accepted: one of them")
+        if self.held_out and not self.eval_every:
             raise ValueError(
-                f"got gradient_checkpointing with a prompt_share of {self.prompt_share}, but prompts are read without "
-                "a graph, so there is nothing to recompute; accepted: set gradient_checkpointing to false"
+                f"got held_out {self.held_out} and eval_every 0, so their losses are never computed; accepted: an "
+                "eval_every above 0 with held_out"
             )
+        if self.held_out and not given and self.data == "synthetic":
+            raise ValueError("got held_out with synthetic documents, which never repeat; accepted: data or a mixture")
+        if self.best_metric and not self.eval_every:
+            raise ValueError(
+                f"got best_metric {self.best_metric} and eval_every 0, so nothing is measured; accepted: an eval_every "
+                "above 0 with best_metric"
+            )
+        if self.prompt_share and self.context_parallel > 1:
+            raise ValueError(
+                f"got a prompt_share of {self.prompt_share} and context_parallel {self.context_parallel}; accepted: "
+                "one of them"
+            )
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps at the end of the run."""
+        return self.steps + self.extend
 
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, as plain values and tuples."""

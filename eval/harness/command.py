@@ -14,11 +14,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenure.documents import load_yaml, parse_json, shown
+from tenure.checked import read
+from tenure.documents import load_yaml, parse_json, plain_line
 
 from .boundary import FAMILIES, KNOWN
 from .generated_tasks import PREFIX, GeneratedCases, check_kinds, kinds_of, task_files
 from .registration import MODEL_TYPE, register, tasks_folder
+from .turn_tasks import TURNS, conversations
 
 if TYPE_CHECKING:
     from .options import Options
@@ -127,27 +129,36 @@ def peek(arguments: Sequence[str]) -> Asked:
     for name, short in (("--model_args", "-a"), ("--tasks", "-t"), ("--metadata", None)):
         parser.add_argument(*([name, short] if short else [name]), nargs="+", action="extend", default=[])
     flags, _ = parser.parse_known_args(list(arguments))
-    stored = _stored(Path(flags.config)) if flags.config else {}
-    tasks = flags.tasks or stored.get("tasks") or []
+    stored = _stored(Path(flags.config)) if flags.config else StoredArguments()
+    tasks = flags.tasks or stored.tasks or []
     tasks = [tasks] if isinstance(tasks, str) else tasks
     return Asked(
-        flags.model or stored.get("model"),
-        _pairs("model_args", flags.model_args) or _pairs("model_args", stored.get("model_args") or {}),
-        _pairs("metadata", flags.metadata) or _pairs("metadata", stored.get("metadata") or {}),
-        [name for part in tasks for name in str(part).split(",") if name],
-        flags.include_path or stored.get("include_path"),
-        flags.device or stored.get("device"),
+        flags.model or stored.model,
+        _pairs("model_args", flags.model_args) or _pairs("model_args", stored.model_args or {}),
+        _pairs("metadata", flags.metadata) or _pairs("metadata", stored.metadata or {}),
+        [name for part in tasks for name in part.split(",") if name],
+        flags.include_path or stored.include_path,
+        flags.device or stored.device,
     )
 
 
-def _stored(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class StoredArguments:
+    """The arguments of a file at `--config` that are checked here; `Asked` describes them."""
+
+    model: str | None = None
+    model_args: dict[str, Any] | str | None = None
+    metadata: dict[str, Any] | str | None = None
+    tasks: tuple[str, ...] | str | None = None
+    include_path: str | None = None
+    device: str | None = None
+
+
+def _stored(path: Path) -> StoredArguments:
     try:
-        document = load_yaml(path, extra="eval")
+        return read(StoredArguments, load_yaml(path, extra="eval"), str(path), unknown=set())
     except FileNotFoundError:
         raise ValueError(f"no file at --config {str(path)!r}") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"got {shown(document)} in {path}; accepted: a mapping of lm-eval's arguments")
-    return document
 
 
 def _pairs(flag: str, given: Any) -> dict[str, Any]:
@@ -163,7 +174,7 @@ def _pairs(flag: str, given: Any) -> dict[str, Any]:
             return parse_json(text, f"--{flag}")
         return simple_parse_args_string(",".join(word.strip(",") for word in words)) if text else {}
     except ValueError:
-        raise ValueError(f"got {text!r} as --{flag}; accepted: a=1,b=2 or a mapping in JSON") from None
+        raise ValueError(f"got {plain_line(text)!r} as --{flag}; accepted: a=1,b=2 or a mapping in JSON") from None
 
 
 CACHE_FLAGS = ("--use_cache", "-c")
@@ -241,7 +252,11 @@ def check_generated(asked: Asked, config: Any, question_tokens: int = 256) -> No
             f"contexts of {length} tokens and {question_tokens} for question and answer exceed {room}: give --metadata "
             f"length={limit - question_tokens} or less"
         )
-    check_kinds(kinds, **given)
+    turns = [kind.removeprefix(TURNS) for kind in kinds if kind.startswith(TURNS)]
+    for kind in turns:
+        conversations(kind, **given | {"cases": 1})
+    if len(turns) < len(kinds):
+        check_kinds([kind for kind in kinds if not kind.startswith(TURNS)], **given)
 
 
 def check_fields(options: Options, tasks: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ class GeneratedCases:
         seed: another seed gives other cases.
         texts: `demo` (held-out essays), `pydoc` (Python's own help), a text file, a folder, or the texts themselves.
         tokenizer: a tokenizer or its name; None for that of the model, `pretrained`.
+        turns: of a generated conversation (`tenure_turns_*`).
+        file: a released file of SCBench or LongMemEval, for the tasks that read one.
 
     Raises:
         ValueError: a value of another type, or a number below 1.
@@ -39,6 +41,8 @@ class GeneratedCases:
     seed: int = 0
     texts: str | Sequence[str] = "demo"
     tokenizer: Any = None
+    turns: Annotated[int, Range(1)] = 5
+    file: str | None = None
 
     def __post_init__(self) -> None:
         verify(self)
@@ -56,7 +60,7 @@ class GeneratedCases:
         Raises:
             ValueError: no tokenizer, or texts that are not there.
         """
-        return CaseBuilder(_tokenizer(self.tokenizer), _texts(self.texts), self.length, self.seed)
+        return CaseBuilder(source_tokenizer(self.tokenizer), source_texts(self.texts), self.length, self.seed)
 
 
 def build(kind: str, aware: bool, **given: Any) -> dict[str, Any]:
@@ -121,7 +125,8 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
     return {"accuracy": answer_score(results[0], doc["outputs"], doc["match"])}
 
 
-def _tokenizer(source: Any) -> Any:
+def source_tokenizer(source: Any) -> Any:
+    """The tokenizer that `GeneratedCases.tokenizer` names; ValueError without one."""
     if source is None:
         raise ValueError(
             "lengths are counted in tokens: give pretrained=NAME in --model_args, or a tokenizer in --metadata"
@@ -142,7 +147,8 @@ def _named_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(resolve_model(name))
 
 
-def _texts(source: str | Sequence[str]) -> list[str]:
+def source_texts(source: str | Sequence[str]) -> list[str]:
+    """The texts that `GeneratedCases.texts` names; ValueError if they are not there."""
     from ...training.assets import pydoc_topics, resolve_texts
 
     if not isinstance(source, str):
@@ -152,7 +158,7 @@ def _texts(source: str | Sequence[str]) -> list[str]:
     return [document.text for document in resolve_texts(source, "eval")]
 
 
-PREFIX, AWARE = "tenure_", "_aware"
+PREFIX, AWARE, TURNS = "tenure_", "_aware", "turns"
 
 
 def task_files(name: str) -> list[str]:
@@ -163,8 +169,9 @@ def task_files(name: str) -> list[str]:
     """
     path = tasks_folder() / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(one for one in task_names() if not one.endswith(AWARE))
-        raise ValueError(f"no task {name!r}; known, each also with {AWARE}: {known}")
+        known = ", ".join(one for one in task_names() if not one.endswith(AWARE) and TURNS not in one)
+        turns = ", ".join(one for one in task_names() if TURNS in one)
+        raise ValueError(f"no task {name!r}; known, each also with {AWARE}: {known}; and {turns}")
     lines = path.read_text(encoding="utf-8").splitlines()
     members = [line[4:] for line in lines if line.startswith(f"  - {PREFIX}")]
     return [str(tasks_folder() / f"{member}.yaml") for member in members] or [str(path)]

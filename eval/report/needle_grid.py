@@ -47,13 +47,13 @@ class NeedleGrid:
 
 
 def needle_grids(records: Sequence[Record]) -> list[NeedleGrid]:
-    """The grids of question-agnostic records on needle tasks at two lengths or more.
+    """The grids of question-agnostic records of a known depth on needle tasks at two lengths or more.
 
     By kind, the full cache first, then by budget, the largest first, and by score, the highest first.
     """
     grids = []
     for kind, tasks in KINDS.items():
-        chosen = [record for record in records if record.task in tasks and not record.aware]
+        chosen = [record for record in records if record.task in tasks and not record.aware and record.depth >= 0]
         lengths = tuple(sorted({record.length for record in chosen}))
         if len(lengths) < 2:
             continue

@@ -36,10 +36,11 @@ def report_page(runs: Sequence[RecordedRun], differences: Sequence[Difference], 
     Args:
         folder: of the page; links to the raw files are relative to it.
     """
-    title = " and ".join(run.name for run in runs)
+    names = short_names(runs)
+    title = " and ".join(names)
     body = [f"<h1>{escape(title)}</h1>"]
-    for run in runs:
-        name = f"{run.name}: " if len(runs) > 1 else ""
+    for run, own in zip(runs, names, strict=True):
+        name = f"{own}: " if len(runs) > 1 else ""
         body.append(f'<p class="soft">{escape(name + run_line(run))}</p>')
         body += [f'<p class="warn">{escape(name + text)}</p>' for text in _warnings(run)]
     parts, navigation = [], []
@@ -48,7 +49,7 @@ def report_page(runs: Sequence[RecordedRun], differences: Sequence[Difference], 
         parts.append(_difference_section(runs, differences))
     for number, run in enumerate(runs):
         prefix = f"run{number}-"
-        name = f"{run.name}: " if len(runs) > 1 else ""
+        name = f"{names[number]}: " if len(runs) > 1 else ""
         links = []
         for anchor, heading, html in _sections(run, settings_of(run.records), folder):
             links.append(f'<a href="#{prefix}{anchor}">{escape(heading)}</a>')
@@ -179,8 +180,9 @@ def _kl(found: Sequence[SettingResults]) -> str:
 
 
 def _difference_section(runs: Sequence[RecordedRun], differences: Sequence[Difference]) -> str:
+    first, second = short_names(runs)
     note = (
-        f"{runs[1].name} minus {runs[0].name}, paired on the cases that both have, mean over tasks and lengths. The "
+        f"{second} minus {first}, paired on the cases that both have, mean over tasks and lengths. The "
         f"95 % intervals are the bootstrap's from 5000 resamples of the cases within task and length (seed {SEED}); p "
         f"(Holm) is adjusted for the {len(differences)} comparisons."
     )
@@ -198,7 +200,7 @@ def _raw(run: RecordedRun, folder: Path) -> str:
             address = os.path.relpath(path.resolve(), folder.resolve())
         except ValueError:  # on another drive
             address = str(path.resolve())
-        links.append(f'<li><a href="{escape(quote(Path(address).as_posix()))}">{escape(str(path))}</a></li>')
+        links.append(f'<li><a href="{escape(quote(Path(address).as_posix()))}">{escape(path.name)}</a></li>')
     return f"<ul>{''.join(links)}</ul>"
 
 

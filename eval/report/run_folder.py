@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tenure.checked import read, read_fields
-from tenure.documents import load_json, parse_json, shown
+from tenure.checked import Range, read, read_fields
+from tenure.documents import json_lines, load_json, shown
 
 from ..cases import Record
 from ..sweep.sweep_folder import SESSIONS, SETTINGS_FILE, part_paths, read_settings, read_units
@@ -17,8 +17,11 @@ from ..sweep.units import Failure, Unit
 
 RESULTS_FILE = "results.json"  # of `tenure demo`
 _NEEDED = ("task", "length", "seed", "index", "policy", "scope", "budget", "score")
-# Values of fields that another program leaves out, by type.
-_ABSENT = {"int": 0, "float": math.nan, "float | int": 0, "bool": False, "str": ""}
+# Values of fields that another program leaves out.
+_ABSENT = {
+    "depth": math.nan, "answer": "", "prediction": "", "kl": math.nan, "top1": math.nan, "entries": 0, "bytes": 0,
+    "kept_share": math.nan, "seconds": math.nan, "compress_seconds": math.nan, "read_seconds": math.nan,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,25 @@ class _DemoResults:
 
     records: list[dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _ShownSettings:
+    """The settings that a report shows in a sentence of their own; all of them are in its table."""
+
+    model: Mapping[str, Any] | str = ""
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    kvpress: Mapping[str, Any] = field(default_factory=dict)
+    sweep: Mapping[str, Any] = field(default_factory=dict)
+    units: Annotated[int, Range(0)] | None = None
+    sessions: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class _SweptTasks:
+    """Of the settings of a sweep: the order of its tasks."""
+
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +75,8 @@ class RecordedRun:
 
     @property
     def name(self) -> str:
-        return str(self.folder)
+        """Of the folder alone: where it is on this machine is nobody else's concern."""
+        return self.folder.resolve().name or str(self.folder)
 
     @property
     def done(self) -> int:
@@ -84,6 +107,10 @@ def load_run(folder: Path) -> RecordedRun:
             f"{folder} has neither {SETTINGS_FILE} with part-*.jsonl nor {RESULTS_FILE} nor other *.jsonl: give a "
             "folder that `tenure sweep` or `tenure demo` wrote"
         )
+    try:
+        read(_ShownSettings, run.settings, unknown=set())
+    except ValueError as error:
+        raise ValueError(f"the settings in {folder} cannot be used: {error}") from None
     if not run.records and not run.failures:
         raise ValueError(f"{folder} has no complete case yet")
     return run
@@ -101,10 +128,16 @@ def _sweep(folder: Path) -> RecordedRun:
             records += _records((line for line in units[unit] if "error" not in line), part)
         seen |= units.keys()
     order = {tuple(cell): number for number, cell in enumerate(settings["cells"])}
-    tasks = {task: number for number, task in enumerate(settings.get("sweep", {}).get("tasks", ()))}
+    swept = read(_SweptTasks, settings.get("sweep", {}), str(folder / SETTINGS_FILE), set())
+    tasks = {task: number for number, task in enumerate(swept.tasks)}
 
     def place(record: Record) -> tuple[Any, ...]:
-        cell = order[record.policy, record.scope, record.budget, record.aware]
+        cell = order.get((record.policy, record.scope, record.budget, record.aware))
+        if cell is None:
+            raise ValueError(
+                f"{folder} has a record of {shown(record.policy)}:{shown(record.scope)} at {record.budget}, which is "
+                f"not among the cells in {SETTINGS_FILE}"
+            )
         return tasks.get(record.task, 0), record.length, record.seed, record.index, cell
 
     records.sort(key=place)  # the same order whichever process wrote what
@@ -125,12 +158,7 @@ def _others(folder: Path) -> RecordedRun:
     files = sorted(folder.glob("*.jsonl"))
     records: list[Record] = []
     for path in files:
-        try:
-            texts = path.read_text(encoding="utf-8").splitlines()
-            lines = [parse_json(text, f"line {number}") for number, text in enumerate(texts, 1) if text.strip()]
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON lines: {error}") from None
-        records += _records(lines, path)
+        records += _records((line for _, line in json_lines(path)), path)
     settings: dict[str, Any] = {}
     if (folder / SETTINGS_FILE).is_file():
         settings = _json_mapping(folder / SETTINGS_FILE)
@@ -147,10 +175,9 @@ def _json_mapping(path: Path) -> dict[str, Any]:
 
 def _records(lines: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Record]:
     """Records whose numbers that were not measured are NaN."""
-    absent = {one.name: _ABSENT[str(one.type)] for one in fields(Record) if one.default is MISSING}
     for number, line in enumerate(lines, 1):
         try:
             values = read_fields(Record, line, _NEEDED, unknown=set())
         except ValueError as error:
             raise ValueError(f"{path}: record {number}: {error}") from None
-        yield Record(**absent | values | {"correct": values["score"] == 1.0})
+        yield Record(**_ABSENT | values | {"correct": values["score"] == 1.0})

@@ -78,9 +78,11 @@ def _plain(value: Any) -> str:
 
 
 def short_names(runs: Sequence[RecordedRun]) -> list[str]:
-    """The folders' own names where they differ, else as they were given."""
-    names = [run.folder.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [run.name for run in runs]
+    """The folders' own names; where they are the same, with the parents' names, or else with numbers."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = ["/".join(run.folder.resolve().parts[-2:]) for run in runs]
+    return names if len(set(names)) == len(names) else [f"{number}: {name}" for number, name in enumerate(names, 1)]
 
 
 def kept(budget: Amount) -> str:

@@ -12,17 +12,16 @@ import gzip
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tenure.checked import read
-from tenure.documents import load_json
+from tenure.checked import KeptBudget, Size, read
+from tenure.documents import file_lines, load_json, parse_json
 
 from ...retention.checkpoint import write_atomic
-from ..cases import Record
+from ..cases import Label, Record
 from .units import Failure, Unit
 
 SETTINGS_FILE = "settings.json"
@@ -59,38 +58,38 @@ def read_units(path: Path, cells: int) -> tuple[dict[Unit, list[Line]], bool]:
         cells: number of lines of a complete unit, unless the unit failed as a whole.
 
     Raises:
-        ValueError: a line before the last that no sweep wrote, or a compressed part that cannot be read to its end.
+        ValueError: a line before the last that no sweep wrote, or a file that is too long or cannot be unpacked.
     """
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} cannot be unpacked: {error}") from None
-    lines = raw.split(b"\n")
-    rest = lines.pop()  # the text after the last line break: empty, or a line cut short
+    lines, rest = 0, False  # whether the last line was cut short
     units: dict[Unit, list[Line]] = {}
-    for number, text in enumerate(lines, 1):
+    for number, text in file_lines(path):
+        rest = not text.endswith(b"\n")
+        if rest:
+            break
         try:
-            line = json.loads(text)
+            line = parse_json(text, f"line {number}")
             units.setdefault(Unit.of(line), []).append(line)
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}, is not a sweep's record: remove it or the file") from None
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}, is not a sweep's record: {error}: remove it or the file"
+            ) from None
+        lines += 1
     # A unit that is there twice was written by a process that outlived its parent, and by the next one.
     complete = {unit: found[:cells] for unit, found in units.items() if len(found) >= cells or is_whole_failure(found)}
-    return complete, not rest and sum(map(len, complete.values())) == len(lines)
+    return complete, not rest and sum(map(len, complete.values())) == lines
 
 
 def is_whole_failure(lines: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the lines of a unit say that the case itself failed."""
-    return len(lines) == 1 and "error" in lines[0] and lines[0]["policy"] is None
+    return len(lines) == 1 and "error" in lines[0] and lines[0].get("policy") is None
 
 
 @dataclass(frozen=True)
 class _SweepSettings:
     """Of settings.json: policy, scope, budget and awareness of every cell, in the order of a unit's lines."""
 
-    cells: tuple[tuple[str, str, float | int, bool], ...]
+    cells: Annotated[tuple[tuple[Label, Label, KeptBudget, bool], ...], Size(1)]
+    sessions: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass

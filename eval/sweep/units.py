@@ -10,12 +10,14 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
+from tenure.checked import Count, KeptBudget, Range, read_fields
+
 from ...retention import RetentionGates
-from ..cases import Case, Record
+from ..cases import Case, Label, Record
 from ..cells import Cell
 from ..runner import evaluate
 from ..tasks.builder import CaseBuilder
@@ -29,15 +31,15 @@ if TYPE_CHECKING:
 class Unit:
     """Case number `index` of a task at a length and a seed."""
 
-    task: str
-    length: int
+    task: Label
+    length: Count
     seed: int
-    index: int
+    index: Annotated[int, Range(0)]
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Unit:
-        """The unit that a record or a failure is of; KeyError without its fields."""
-        return cls(line["task"], line["length"], line["seed"], line["index"])
+        """The unit that a record or a failure is of; ValueError without its fields."""
+        return cls(**read_fields(cls, line, unknown=set()))
 
     @property
     def name(self) -> str:
@@ -68,15 +70,15 @@ class Failure:
         policy, scope, budget, aware: the cell as in `Record`; all None if the case itself failed.
     """
 
-    task: str
-    length: int
+    task: Label
+    length: Count
     seed: int
-    index: int
+    index: Annotated[int, Range(0)]
     error: str
     traceback: str
-    policy: str | None = None
-    scope: str | None = None
-    budget: float | int | None = None
+    policy: Label | None = None
+    scope: Label | None = None
+    budget: KeptBudget | None = None
     aware: bool | None = None
 
     @classmethod

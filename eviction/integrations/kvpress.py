@@ -380,6 +380,7 @@ class PressPolicy(Policy):
     name: ClassVar[str] = "kvpress"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "hidden_states"})
     states: ClassVar[tuple[str, ...]] = ("score",)
+    scores_heads_alone: ClassVar[bool] = False
 
     @property
     def default_scope(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]

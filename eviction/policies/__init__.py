@@ -5,10 +5,12 @@ if not __name__.startswith("tenure."):
 
 from .ada_criticalkv import AdaCriticalKV
 from .adakv import AdaKV
+from .cake import CAKE
 from .criticalkv import CriticalKV
 from .defensive import Defensive, LayerDefensive
 from .expected_attention import ExpectedAttention
 from .full import Full
+from .gate_score import GateScore
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
@@ -19,17 +21,19 @@ from .random import Random
 from .registry import get_policy, policy_names, policy_text, register
 from .retention import Retention
 from .retention_defensive import RetentionDefensive
+from .rkv import RKV
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
 from .tova import TOVA
 
 register(
-    H2O, TOVA, AdaCriticalKV, AdaKV, CriticalKV, Defensive, ExpectedAttention, Full, KeyDiff, Knorm, LagKV,
-    LayerDefensive, PyramidKV, Random, Retention, RetentionDefensive, SnapKV, StreamingLLM,
+    CAKE, H2O, RKV, TOVA, AdaCriticalKV, AdaKV, CriticalKV, Defensive, ExpectedAttention, Full, GateScore, KeyDiff,
+    Knorm, LagKV, LayerDefensive, PyramidKV, Random, Retention, RetentionDefensive, SnapKV, StreamingLLM,
 )  # fmt: skip
 
 __all__ = [
-    "H2O", "TOVA", "AdaCriticalKV", "AdaKV", "CriticalKV", "Defensive", "ExpectedAttention", "Full", "KeyDiff", "Knorm",
-    "LagKV", "LayerDefensive", "Policy", "PyramidKV", "Random", "Retention", "RetentionDefensive", "SnapKV",
-    "StreamingLLM", "get_policy", "policy_names", "policy_text",
+    "CAKE", "H2O", "RKV", "TOVA", "AdaCriticalKV", "AdaKV", "CriticalKV", "Defensive", "ExpectedAttention", "Full",
+    "GateScore",
+    "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "Policy", "PyramidKV", "Random", "Retention", "RetentionDefensive",
+    "SnapKV", "StreamingLLM", "get_policy", "policy_names", "policy_text",
 ]  # fmt: skip

@@ -28,7 +28,9 @@ class AdaCriticalKV(CriticalKV):
 
     def score(self, view: LayerView) -> torch.Tensor:
         attention = SnapKV.score(self, view)
-        budgets = head_budgets(attention, view.valid, view.budget, self.default_floor)
+        valid = view.of_all_heads(view.valid.to(attention.dtype), 0.0).bool()
+        of_all_heads = view.of_all_heads(attention, 0.0)
+        budgets = view.of_own_heads(head_budgets(of_all_heads, valid, view.budget, self.default_floor))
         critical = (attention + self.epsilon) * view.value_norms
         first = best_of_each_head(attention, view.valid, (budgets * self.first_stage).long())
         first |= own_entries(view, self.window)

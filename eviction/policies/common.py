@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+
+from tenure.checked import Range
 
 from ..layer_view import LayerView
 from ..ops.naive import attention_over
 
+MAX_WINDOW = 1 << 16  # queries that a cache records for every row, head and layer, and entries of a pooling
+Window = Annotated[int, Range(1, MAX_WINDOW)]
+Share = Annotated[float, Range(0, 1)]
+Tokens = Annotated[int, Range(0, 2**31)]  # a number or an age, which is added to positions
 
-def check_window(policy: str, window: int, kernel: int) -> None:
-    """Raises ValueError unless `window` is at least 1 and the pooling's `kernel` odd."""
-    if window < 1:
-        raise ValueError(f"{policy}'s window must be at least 1, got {window}")
-    if kernel < 1 or kernel % 2 == 0:
+
+def check_kernel(policy: str, kernel: int) -> None:
+    """Raises ValueError unless the pooling's `kernel` is odd."""
+    if kernel % 2 == 0:
         raise ValueError(f"{policy}'s kernel must be odd, got {kernel}")
 
 

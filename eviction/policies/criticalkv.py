@@ -7,8 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from tenure.checked import NotNegative
+
 from ..layer_view import LayerView
-from .common import best_of_each_head, own_entries
+from .common import Share, best_of_each_head, own_entries
 from .snapkv import SnapKV
 
 
@@ -24,18 +26,11 @@ class CriticalKV(SnapKV):
         epsilon: added to the score, so that entries without attention are ranked by their values.
     """
 
-    first_stage: float = 0.5
-    epsilon: float = 1e-4
+    first_stage: Share = 0.5
+    epsilon: NotNegative = 1e-4
 
     name: ClassVar[str] = "criticalkv"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "queries", "output_weight"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.first_stage <= 1:
-            raise ValueError(f"first_stage is a share of the budget in [0, 1], got {self.first_stage}")
-        if self.epsilon < 0:
-            raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
 
     def score(self, view: LayerView) -> torch.Tensor:
         attention = super().score(view)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -11,13 +11,8 @@ from ..layer_view import LayerView
 from ..ops.naive import mean_over_queries, pool_and_renormalise, top_by_mass
 from ..ops.radix_select import top_of_each_head
 from ..ops.value_norms import value_norms
-from .common import check_window, own_entries
+from .common import Share, Window, check_kernel, own_entries
 from .policy import Policy
-
-VALUE_NORMS = ("heads", "tokens", "raw", "none")
-PROTECTIONS = ("released", "cumulative")
-AGGREGATIONS = ("max", "mean")
-PRIORS = ("mean", "none")
 
 
 def flat_prior(worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -58,7 +53,7 @@ def mass_protection(
 
 
 def released_protection(
-    mean: torch.Tensor, mass: float, counted: torch.Tensor, before: torch.Tensor, most: torch.Tensor
+    mean: torch.Tensor, mass: float, counted: torch.Tensor, bias: torch.Tensor, most: torch.Tensor
 ) -> torch.Tensor:
     """The entries that the released code protects beside the window.
 
@@ -71,14 +66,13 @@ def released_protection(
         mean: fp32 `(batch, num_kv_heads, n)`: attention, mean over queries and heads of the group.
         mass: `Defensive.mass`.
         counted: bool `(batch, num_kv_heads, n)`: entries outside the window.
-        before: bool of that shape: those of the last `window` tokens before the window.
+        bias: fp32 `(batch, 1)`: the mean attention to the last `window` tokens before the window, mean over all heads.
         most: int64 `(batch,)`: maximal number of entries per head; none are taken if it is negative, where the released
             code would protect all but that many.
 
     Returns:
         bool `(batch, num_kv_heads, n)`.
     """
-    bias = mean.masked_fill(~before, 0.0).sum(2).mean(1, keepdim=True)
     mean = mean.masked_fill(~counted, 0.0)
     shares = (mean / mean.sum(2, keepdim=True)).nan_to_num(0.0)
     crossing = (top_by_mass(shares, (mass - bias).expand(mean.shape[:2])) & counted).sum(2)
@@ -117,13 +111,13 @@ class Defensive(Policy):
             thresholds of the paper's comparison are 1e-3, 1e-4 and 1e-5).
     """
 
-    window: int = 32
-    kernel: int = 5
-    value_norm: str = "heads"
-    mass: float = 0.9
-    protection: str = "released"
-    aggregation: str = "max"
-    prior: str | float = "mean"
+    window: Window = 32
+    kernel: Window = 5
+    value_norm: Literal["heads", "tokens", "raw", "none"] = "heads"
+    mass: Share = 0.9
+    protection: Literal["released", "cumulative"] = "released"
+    aggregation: Literal["max", "mean"] = "max"
+    prior: Literal["mean", "none"] | Share = "mean"
 
     name: ClassVar[str] = "defensive"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "queries", "output_weight"})
@@ -131,19 +125,8 @@ class Defensive(Policy):
     default_scope: ClassVar[str] = "layer"
 
     def __post_init__(self) -> None:
-        check_window(type(self).__name__, self.window, self.kernel)
-        if not 0 <= self.mass <= 1:
-            raise ValueError(f"mass is a share of the attention in [0, 1], got {self.mass}")
-        if self.value_norm not in VALUE_NORMS:
-            raise ValueError(f"unknown value_norm {self.value_norm!r}; known: {', '.join(VALUE_NORMS)}")
-        if self.protection not in PROTECTIONS:
-            raise ValueError(f"unknown protection {self.protection!r}; known: {', '.join(PROTECTIONS)}")
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"unknown aggregation {self.aggregation!r}; known: {', '.join(AGGREGATIONS)}")
-        if isinstance(self.prior, str) and self.prior not in PRIORS:
-            raise ValueError(f"unknown prior {self.prior!r}; known: {', '.join(PRIORS)}, or a number in [0, 1]")
-        if not isinstance(self.prior, str) and not 0 <= self.prior <= 1:
-            raise ValueError(f"prior is a share of the attention in [0, 1], got {self.prior}")
+        super().__post_init__()
+        check_kernel(type(self).__name__, self.kernel)
 
     @property
     def window_size(self) -> int:
@@ -173,17 +156,19 @@ class Defensive(Policy):
         if most == 0:
             return value
         if most == n and bool((added == n).all()):
-            return self._normalised(view.value_norms)
+            return self._normalised(view, view.value_norms)
         first = (stored - added.view(-1, 1)).unsqueeze(2)
         newest = (first + torch.arange(most, device=first.device)).clamp(max=n - 1)
         values = view.values.gather(2, newest.unsqueeze(3).expand(-1, -1, -1, view.values.shape[3]))
-        new = self._normalised(value_norms(values, view.output_weight))
+        new = self._normalised(view, value_norms(values, view.output_weight))
         slot = index - first
         return torch.where(slot >= 0, new.gather(2, slot.clamp(0, most - 1)), value)
 
-    def _normalised(self, norms: torch.Tensor) -> torch.Tensor:
+    def _normalised(self, view: LayerView, norms: torch.Tensor) -> torch.Tensor:
         """Normalised norms of values that belong to the same token in all heads, fp32 `(batch, num_kv_heads, n)`."""
-        return (norms / norms.sum(1, keepdim=True)).nan_to_num(0.0) if self.value_norm == "heads" else norms
+        if self.value_norm != "heads":
+            return norms
+        return (norms / view.of_all_heads(norms, 0.0).sum(1, keepdim=True)).nan_to_num(0.0)
 
     def score(self, view: LayerView) -> torch.Tensor:
         own = own_entries(view, self.window)
@@ -197,7 +182,8 @@ class Defensive(Policy):
             score = score * value
         if self.protection == "cumulative":
             return score.masked_fill(own | self._covering(view, own, counted), torch.inf)
-        highest = score.masked_fill(~counted, 0.0).amax((1, 2), keepdim=True)
+        highest = score.masked_fill(~counted, 0.0).amax(2, keepdim=True)
+        highest = view.of_all_heads(highest, 0.0).amax(1, keepdim=True)
         return torch.where(own | self._covering(view, own, counted), highest, score)
 
     def _covering(self, view: LayerView, own: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -207,7 +193,8 @@ class Defensive(Policy):
         mean, most = view.mean_attention, view.budget - self.window
         if self.protection == "released":
             before = counted & own_entries(view, 2 * self.window)
-            return released_protection(mean, self.mass, counted, before, most)
+            bias = view.of_all_heads(mean.masked_fill(~before, 0.0).sum(2, keepdim=True), 0.0).mean(1)
+            return released_protection(mean, self.mass, counted, bias, most)
         window_mass = mean.masked_fill(~own, 0.0).sum(2)
         return mass_protection(mean, self.mass - window_mass, counted, most)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+
+from tenure.checked import NotNegative, Range
 
 from ..layer_view import LayerView
 from ..recorded import StatisticsConfig
@@ -30,19 +32,13 @@ class ExpectedAttention(Policy):
         epsilon: added to the attention before that.
     """
 
-    future: int = 512
+    future: Annotated[int, Range(1, 1 << 20)] = 512
     covariance: bool = True
     value_norm: bool = True
-    epsilon: float = 0.0
+    epsilon: NotNegative = 0.0
 
     name: ClassVar[str] = "expected_attention"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "query_statistics"})
-
-    def __post_init__(self) -> None:
-        if self.future < 1:
-            raise ValueError(f"future must be at least 1 position, got {self.future}")
-        if self.epsilon < 0:
-            raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
 
     def score(self, view: LayerView) -> torch.Tensor:
         statistics = view.expected_queries

@@ -9,7 +9,7 @@ import torch
 
 from ..layer_view import LayerView
 from ..ops.window_risk import HELD_ON_CPU, HELD_ON_GPU, received_by_heads
-from .common import window_attention
+from .common import Share, window_attention
 from .policy import Policy
 
 
@@ -27,16 +27,12 @@ class H2O(Policy):
             entries; as `ObservedAttentionPress` of kvpress.
     """
 
-    recent: float = 0.5
+    recent: Share = 0.5
     average: bool = False
 
     name: ClassVar[str] = "h2o"
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     states: ClassVar[tuple[str, ...]] = ("attention",)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.recent <= 1:
-            raise ValueError(f"recent is a share of the budget in [0, 1], got {self.recent}")
 
     def observe(self, view: LayerView, queries: torch.Tensor, query_positions: torch.Tensor) -> dict[str, torch.Tensor]:
         held = HELD_ON_CPU if queries.device.type == "cpu" else HELD_ON_GPU

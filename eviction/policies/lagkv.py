@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
+from tenure.checked import Range
+
 from ..layer_view import LayerView
+from .common import Tokens
 from .policy import Policy
 
 
@@ -28,18 +31,12 @@ class LagKV(Policy):
         across: let partitions compete by the score itself instead of the rank.
     """
 
-    first: int = 4
-    lag: int = 128
+    first: Tokens = 4
+    lag: Annotated[int, Range(1, 2**31)] = 128
     across: bool = False
 
     name: ClassVar[str] = "lagkv"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
-
-    def __post_init__(self) -> None:
-        if self.first < 0:
-            raise ValueError(f"first must not be negative, got {self.first}")
-        if self.lag < 1:
-            raise ValueError(f"lag must be at least 1 entry, got {self.lag}")
 
     def score(self, view: LayerView) -> torch.Tensor:
         n = view.shape[2]

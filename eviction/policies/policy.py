@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import torch
 
+from tenure.checked import verify
+
 from ..cache_layer import RaggedLayer
 from ..layer_view import LayerView
 
@@ -31,6 +33,9 @@ class Protection:
 class Policy(ABC):
     """Scores a layer's entries; a subclass is a frozen dataclass of its options, which are plain numbers and strings.
 
+    The options are checked against their annotations (`tenure.checked`) when an instance is made. A subclass with
+    further rules has a `__post_init__` that begins with `super().__post_init__()`.
+
     A policy holds no state between calls and writes to no tensor of a view: per-entry state is named in `states` and
     returned from `observe` or `conclude`. Rows must be scored independently: a row's scores may depend only on that
     row's entries.
@@ -44,6 +49,8 @@ class Policy(ABC):
             if the user gives none (`EvictionPlan.floor`).
         default_protection: the sinks and recent tokens that are protected if the user gives no numbers.
         evicts: False for a policy that keeps everything.
+        scores_heads_alone: False if a head's scores depend on other heads in ways that `LayerView.of_all_heads` does
+            not cover; such a policy is refused where tensor parallelism divides the heads.
     """
 
     name: ClassVar[str]
@@ -53,6 +60,10 @@ class Policy(ABC):
     default_floor: ClassVar[float] = 0.0
     default_protection: ClassVar[Protection] = Protection()
     evicts: ClassVar[bool] = True
+    scores_heads_alone: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        verify(self, self.name)
 
     @property
     def window_size(self) -> int:
@@ -105,6 +116,15 @@ class Policy(ABC):
             The new values of those states that change, as in `observe`; `score` reads them by `view.state`.
         """
         return {}
+
+    def layer_preference(self, view: LayerView) -> torch.Tensor:
+        """The weight of the layer in the scope "preference", fp32 `(batch,)`, not negative, if the policy has that."""
+        raise NotImplementedError(f"policy {self.name!r} has no layer preferences")
+
+    @property
+    def prefers_layers(self) -> bool:
+        """Whether it overrides `layer_preference`."""
+        return type(self).layer_preference is not Policy.layer_preference
 
     def state_key(self, state: str) -> str:
         """The name under which a layer stores one of `states`; policies that differ in an option do not share it."""

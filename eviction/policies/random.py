@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+
+from tenure.checked import Range
 
 from ..layer_view import LayerView
 from .policy import Policy
@@ -19,12 +21,12 @@ class Random(Policy):
         seed: of the hash.
     """
 
-    seed: int = 0
+    seed: Annotated[int, Range(-(2**31), 2**31)] = 0
 
     name: ClassVar[str] = "random"
 
     def score(self, view: LayerView) -> torch.Tensor:
-        heads = torch.arange(view.shape[1], device=view.time.device).view(1, -1, 1)
+        heads = view.first_head + torch.arange(view.shape[1], device=view.time.device).view(1, -1, 1)
         mixed = _mix(_mix(_mix(view.positions + self.seed) + heads) + view.layer_idx)
         return (mixed & 0xFFFFFF).float() / 2**24
 

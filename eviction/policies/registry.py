@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from ast import literal_eval
 from dataclasses import fields, replace
 from typing import Any
+
+from tenure.documents import shown, shown_name
 
 from .policy import Policy
 
@@ -34,15 +35,22 @@ def get_policy(policy: str | Policy, **options: Any) -> Policy:
     if isinstance(policy, str):
         name, given = _parsed(policy)
         if name not in _CLASSES:
-            raise ValueError(f"unknown policy {name!r}; known: {', '.join(policy_names())}, or an instance of Policy")
+            raise ValueError(
+                f"unknown policy {shown(name)}; known: {', '.join(policy_names())}, or an instance of Policy"
+            )
         chosen, options = _CLASSES[name](), given | options
-    else:
+    elif isinstance(policy, Policy):
         chosen = policy
+    else:
+        raise ValueError(
+            f"got {shown(policy)} as the policy; accepted: {', '.join(policy_names())}, or an instance of Policy"
+        )
     known = [field.name for field in fields(chosen)]  # type: ignore[arg-type]  # policies are dataclasses
     unknown = [name for name in options if name not in known]
     if unknown:
         raise ValueError(
-            f"policy {chosen.name!r} has no option {', '.join(unknown)}; known: {', '.join(known) or 'none'}"
+            f"policy {chosen.name!r} has no option {', '.join(map(shown_name, unknown[:10]))}; known: "
+            f"{', '.join(known) or 'none'}"
         )
     return replace(chosen, **options) if options else chosen  # type: ignore[type-var]
 
@@ -56,18 +64,33 @@ def policy_text(policy: Policy) -> str:
     return f"{policy.name}({options})" if options else policy.name
 
 
+MAX_TEXT = 1000  # characters of a policy with its options
+_CONSTANTS = {"True": True, "False": False, "None": None, "true": True, "false": False}
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+
+
 def _parsed(text: str) -> tuple[str, dict[str, Any]]:
     """The name, and the options of its brackets: numbers, True, False, None, or words."""
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text) if len(text) <= MAX_TEXT else None
     if match is None:
-        raise ValueError(f"policy {text!r} is not understood: give a name, or NAME(OPTION=VALUE,...)")
+        raise ValueError(f"policy {shown(text)} is not understood: give a name, or NAME(OPTION=VALUE,...)")
     options = {}
     for part in filter(None, map(str.strip, (match[2] or "").split(","))):
         option, equals, value = map(str.strip, part.partition("="))
         if not equals or not value:
-            raise ValueError(f"policy {text!r} is not understood at {part!r}: options are OPTION=VALUE")
-        try:
-            options[option] = literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[option] = value
+            raise ValueError(f"policy {shown(text)} is not understood at {shown(part)}: options are OPTION=VALUE")
+        options[option] = _value(value)
     return match[1], options
+
+
+def _value(text: str) -> Any:
+    """A number, True, False, None, or the word itself, with or without quotes."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return text[1:-1] if quoted else text

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
+from tenure.checked import Range
+
 from ..layer_view import LayerView
+from .common import Tokens
 from .policy import Policy, Protection
 
 
@@ -42,23 +45,15 @@ class Retention(Policy):
             preset "dbtrimkv" does too.
     """
 
-    lookahead: int = 1
-    threshold: float | None = None
-    age: int = 1
+    lookahead: Annotated[int, Range(1, 2**31)] = 1
+    threshold: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
+    age: Tokens = 1
 
     name: ClassVar[str] = "retention"
     needs: ClassVar[frozenset[str]] = frozenset({"log_beta"})
     default_scope: ClassVar[str] = "global"
     # Measured on the training texts (docs/results/studies.md): more is dear at small budgets, none costs at large ones.
     default_protection: ClassVar[Protection] = Protection(share=0.1)
-
-    def __post_init__(self) -> None:
-        if self.lookahead < 1:
-            raise ValueError(f"lookahead must be at least 1 token, got {self.lookahead}")
-        if self.threshold is not None and not 0 < self.threshold < 1:
-            raise ValueError(f"threshold is a retention in (0, 1), or None, got {self.threshold}")
-        if self.age < 0:
-            raise ValueError(f"age must not be negative, got {self.age}")
 
     @property
     def discards(self) -> bool:

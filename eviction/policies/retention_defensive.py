@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 
 from ..layer_view import LayerView
-from .common import ranks
+from .common import Share, ranks
 from .defensive import Defensive, defensive_aggregate, flat_prior
 from .retention import log_retention
 
-COMBINATIONS = ("prior", "max", "product", "rank")
+Combination = Literal["prior", "max", "product", "rank"]
+COMBINATIONS: tuple[str, ...] = get_args(Combination)
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,13 @@ class RetentionDefensive(Defensive):
         combine: how retention and worst case are combined, one of these.
     """
 
-    mass: float = 0.0
-    protection: str = "cumulative"
-    combine: str = "product"
+    mass: Share = 0.0
+    protection: Literal["released", "cumulative"] = "cumulative"
+    combine: Combination = "product"
 
     name: ClassVar[str] = "retention_defensive"
     needs: ClassVar[frozenset[str]] = Defensive.needs | {"log_beta"}
     default_scope: ClassVar[str] = "global"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.combine not in COMBINATIONS:
-            raise ValueError(f"unknown combine {self.combine!r}; known: {', '.join(COMBINATIONS)}")
 
     def aggregate(self, view: LayerView, worst: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
         return combine(self.combine, worst, log_retention(view), counted)

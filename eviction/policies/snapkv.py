@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
 
 from ..layer_view import LayerView
-from .common import check_window, own_entries
+from .common import Window, check_kernel, own_entries
 from .policy import Policy
-
-POOLS = ("avg", "max")
 
 
 @dataclass(frozen=True)
@@ -28,17 +26,16 @@ class SnapKV(Policy):
         pool: "avg" or "max".
     """
 
-    window: int = 64
-    kernel: int = 5
-    pool: str = "avg"
+    window: Window = 64
+    kernel: Window = 5
+    pool: Literal["avg", "max"] = "avg"
 
     name: ClassVar[str] = "snapkv"
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "queries"})
 
     def __post_init__(self) -> None:
-        check_window(type(self).__name__, self.window, self.kernel)
-        if self.pool not in POOLS:
-            raise ValueError(f"unknown pool {self.pool!r}; known: {', '.join(POOLS)}")
+        super().__post_init__()
+        check_kernel(type(self).__name__, self.kernel)
 
     @property
     def window_size(self) -> int:

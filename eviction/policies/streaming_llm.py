@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..layer_view import LayerView
+from .common import Tokens
 from .policy import Policy
 
 
@@ -22,7 +23,7 @@ class StreamingLLM(Policy):
         first: number of first tokens that are kept.
     """
 
-    first: int = 4
+    first: Tokens = 4
 
     name: ClassVar[str] = "streaming_llm"
 

@@ -33,5 +33,6 @@ class TOVA(Policy):
         place = view.positions.clamp(min=0).flatten(1)
         total = attention.new_zeros(view.shape[0], int(view.time.max()))
         total.scatter_add_(1, place, attention.masked_fill(~view.valid, 0.0).flatten(1))
-        mean = total.gather(1, place).view(view.shape) / view.shape[1]
+        total = view.of_all_heads(total.unsqueeze(1), 0.0).sum(1)
+        mean = total.gather(1, place).view(view.shape) / view.attention.all_kv_heads
         return mean.masked_fill(own_entries(view, 1), torch.inf)

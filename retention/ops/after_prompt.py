@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..segments import Segments
 from . import naive
 from .channels import bias_channel, channels_after
 from .kernel_choice import Kernels, chosen_kernels
@@ -64,6 +65,45 @@ def biased_attention(
     from .gated_attention_triton import attention_after
 
     return attention_after(query, key, value, bias, scaling, decays=False, softmax=softmax)
+
+
+def gated_attention_part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
+    segments: Segments, first: int, kernels: Kernels = "auto", softmax: Softmax = ORDINARY,
+) -> torch.Tensor:  # fmt: skip
+    """`gated_attention` of the queries in columns `first` to `first + q_len` of packed or padded rows.
+
+    Args:
+        query: `(batch, num_heads, q_len, head_dim)`, after RoPE.
+        key, value, log_beta: of the whole rows, as in `gated_attention`.
+        segments: documents and padding of the whole rows.
+        kernels, softmax: as in `gated_attention_after`.
+
+    Returns:
+        `(batch, num_heads, q_len, value_dim)`, 0 on padding, differentiable in all four.
+
+    Raises:
+        ValueError: as `gated_attention_after`.
+    """
+    stop = first + query.shape[2]
+    if chosen_kernels(query.device, kernels) == "triton":
+        from .gated_attention_triton import attention_part
+
+        whole = (x[:, :, :stop] for x in (key, value, log_beta))
+        return attention_part(query, *whole, scaling, segments, softmax)
+    if segments.dense:
+        whole = (x[:, :, :stop] for x in (key, value, log_beta))
+        return gated_attention_after(query, *whole, scaling, "reference", softmax)
+    output = query.new_zeros(*query.shape[:-1], value.shape[-1])
+    for row, start, end in segments.spans:
+        begin, end = max(first, start), min(stop, end)
+        if begin < end:
+            queries = slice(row, row + 1), slice(None), slice(begin - first, end - first)
+            keys = slice(row, row + 1), slice(None), slice(start, end)
+            output[queries] = gated_attention_after(
+                query[queries], key[keys], value[keys], log_beta[keys], scaling, "reference", softmax
+            )
+    return output
 
 
 def _check_shapes(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> None:

@@ -89,6 +89,15 @@ def attention_after(
     return _attend(query, key, value, bias, scaling, (start, torch.full_like(start, key.shape[2])), decays, softmax)
 
 
+def attention_part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_beta: torch.Tensor, scaling: float,
+    segments: Segments, softmax: Softmax = ORDINARY,
+) -> torch.Tensor:  # fmt: skip
+    """`gated_attention_part` for the last queries of the columns that `key` has: the same kernels."""
+    start, end = (bound[:, : key.shape[2]].contiguous() for bound in segments.bounds)
+    return _attend(query, key, value, log_beta, scaling, (start, end.clamp_max(key.shape[2])), True, softmax)
+
+
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float,
     bounds: tuple[torch.Tensor, torch.Tensor], decays: bool, softmax: Softmax,

@@ -100,7 +100,7 @@ class ServeBenchConfig:
 
 @dataclass
 class ServeBench:
-    """The settings that all points are measured with.
+    """The model and settings that all points are measured with.
 
     Attributes:
         session: with the model, in this process: the engine alone, and sizes of KV.

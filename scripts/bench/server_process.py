@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-START_S = 600.0  # to import torch and load the model, on a machine that others use, too
+START_S = 1200.0  # to import, load and perhaps compile the model, on a machine that others use, too
 STOP_S = 60.0  # more than a server takes to drain
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from random import Random
@@ -56,7 +56,7 @@ class Violation(Exception):
 
 @dataclass
 class LoadCounts:
-    """Counts of all that clients did and saw.
+    """Counts and times of all clients together.
 
     Attributes:
         done: by kind. excused: ended by a kill, a restart or a flush.
@@ -282,7 +282,7 @@ class HttpLoad:
         self._compare(call, texts, reasons, usage)
         self.counts.first_token_s.append(first_s or 0.0)
 
-    async def _events(self, call: ExpectedCall, headers: dict[str, str]) -> AsyncIterator[dict[str, Any]]:
+    async def _events(self, call: ExpectedCall, headers: dict[str, str]) -> AsyncGenerator[dict[str, Any], None]:
         """The documents of a stream; a violation if it ends otherwise than with [DONE]."""
         body = {**call.body, "stream": True, "stream_options": {"include_usage": True}}
         async with self._http.stream("POST", f"/v1{call.path}", json=body, headers=headers) as response:

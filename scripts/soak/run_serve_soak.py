@@ -75,7 +75,7 @@ class ServeSoakConfig:
 
 @dataclass
 class ServerWatch:
-    """The server as it is seen from outside.
+    """Observations of the server from outside.
 
     Attributes:
         resident: seconds and bytes of resident memory, in the life without kills.

@@ -78,7 +78,7 @@ class HintFields:
 
     def checked(self, name: str, value: Any) -> str:
         """`value`, if it is valid as the field of that name."""
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 64:
             value = str(value)  # ids are often numbers
         if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
             raise self._wrong(name, value, f"a string of 1 to {MAX_NAME} characters")
@@ -473,7 +473,7 @@ def _steps(value: Any) -> float:
     """A number of steps, possibly as a string (JSON keys); -1 means never."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # 10^400
         number = -2.0
     if not -1 <= number < NEVER or isinstance(value, bool):
         raise ValueError(f"got {str(value)[:60]!r} as steps of an agent; accepted: a number from 0 up, or -1 for never")

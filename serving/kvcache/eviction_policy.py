@@ -118,6 +118,31 @@ class StepsToExecution(EvictionPolicy):
         return -math.inf
 
 
+@dataclass(frozen=True)
+class HeldSteps(StepsToExecution):
+    """Steps-to-execution in buckets, as KVFlow's released engine evicts with `enable_holding`.
+
+    Nodes in no fixed prompt first, then those of agents `most` or more steps away, then those one step nearer, and so
+    on; within a bucket the least recently used first. Agents without a number are in the first bucket.
+
+    Attributes:
+        most: steps of the first bucket.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    most: int = 3
+    name = "ste_buckets"
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ValueError(f"got most={self.most} steps; accepted: 1 or more")
+
+    def value(self, agent: Agent) -> float:
+        return -float(min(self.most, math.ceil(min(self.most, max(0.0, read_value(self.steps, agent, math.inf))))))
+
+
 class Costs(Protocol):
     """Seconds to obtain KV."""
 
@@ -364,18 +389,22 @@ class TierPolicy:
         write_back: the nodes whose last copies are saved below rather than dropped.
         suffix_reuse: estimates whether saving a suffix is worthwhile; for `WriteBack.WORTH` and for no other.
         eager: save fixed prompts before an eviction needs their memory (`EagerWriteBack`); None: only on eviction.
+        by_page: only as many pages of a victim are evicted as are needed, from its end on, as in vLLM's prefix cache.
 
     Raises:
         ValueError: one of `WriteBack.WORTH` and `suffix_reuse` without the other; `eager` although evictions save
-            nothing.
+            nothing; `by_page` although they save something.
     """
 
     eviction: EvictionPolicy
     write_back: WriteBack = WriteBack.ALL
     suffix_reuse: SuffixReuse | None = None
     eager: EagerWriteBackConfig | None = None
+    by_page: bool = False
 
     def __post_init__(self) -> None:
+        if self.by_page and self.write_back is not WriteBack.NOTHING:
+            raise ValueError(f"got by_page with {self.write_back}; accepted: with a WriteBack that saves nothing")
         if (self.write_back is WriteBack.WORTH) != (self.suffix_reuse is not None):
             given = "no suffix_reuse" if self.suffix_reuse is None else "suffix_reuse"
             raise ValueError(f"got {given} with {self.write_back}; accepted: suffix_reuse with WriteBack.WORTH alone")

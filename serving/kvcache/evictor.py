@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 
@@ -45,9 +46,20 @@ class Evictor:
                 return AllocStatus.REFUSED
             if self._will_outrank(victim, tier):
                 return AllocStatus.PENDING
+            if self.policy.by_page:
+                self._cut(victim, tier, nbytes - pool.available - pool.pending_free)
             if self.evict(victim, tier) is AllocStatus.PENDING:
                 return AllocStatus.PENDING
         return AllocStatus.READY if pool.can_allocate(nbytes) else AllocStatus.PENDING
+
+    def _cut(self, victim: Node, tier: Tier, missing_bytes: int) -> None:
+        """Splits a victim, if it can be split now, so that only the pages at its end that are needed are evicted."""
+        pages = victim.length // self.storage.tree.page_size
+        if pages < 2 or victim.covers != victim.length or victim.in_transfer:
+            return
+        kept = pages - math.ceil(missing_bytes * pages / victim.allocated[tier])
+        if kept > 0:
+            self.storage.split(victim, kept)
 
     def _discardable(self, tier: Tier, victim: Node | None) -> Node | None:
         """A replicated node to evict at once, if the next victim would have to be written back first."""

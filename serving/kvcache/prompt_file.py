@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from tenure.documents import plain_line
+
 from .base import Kind, KVPayload, LostPayloadError, PromptKey, group_layers
 
 if TYPE_CHECKING:
@@ -366,7 +368,9 @@ def read_index(path: Path, fingerprint: str, max_header_bytes: int) -> tuple[Pro
         try:
             layout, label = _parse_header(header)
         except (LookupError, TypeError, ValueError, RecursionError, OverflowError, AttributeError) as error:
-            raise LostPayloadError(f"{path} has an unreadable header: {error!r}") from error
+            raise LostPayloadError(
+                f"{path} has an unreadable header: {type(error).__name__}: {plain_line(error)}"
+            ) from error
         if layout.data_at > size:
             raise LostPayloadError(f"{path} ends within its index")
         key = _read(file, ID_BYTES * layout.prompt_tokens, path)

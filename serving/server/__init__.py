@@ -10,6 +10,8 @@ try:
 except ImportError as error:
     raise ImportError(f"serving over HTTP needs {error.name}: pip install 'tenure[serve]'") from None
 
+from ..sampling.grammar_compiler import GrammarCompiler
+from ..sampling.grammar_config import GrammarConfig
 from .api_keys import ApiKeys, Caller
 from .app import Backend, build_app
 from .http_server import bind, run_server
@@ -20,5 +22,6 @@ from .server_config import ServerConfig
 del _fastapi, _prometheus_client, _uvicorn
 
 __all__ = [
-    "ApiKeys", "Backend", "Caller", "ClientLimits", "PromptRenderer", "ServerConfig", "bind", "build_app", "run_server",
+    "ApiKeys", "Backend", "Caller", "ClientLimits", "GrammarCompiler", "GrammarConfig", "PromptRenderer",
+    "ServerConfig", "bind", "build_app", "run_server",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import BadRequest, Draining, EngineDead, Gone, QueueFull, ServingError, TooLarge
 from ..request import FinishReason
+from ..sampling.grammar_masks import MaskTooSlow
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 
@@ -90,4 +91,7 @@ def of_serving_error(error: ServingError) -> ApiError:
     if isinstance(error, Gone):
         timed_out = error.output is not None and error.output.finish_reason is FinishReason.TIMED_OUT
         return ApiError(503, message, SERVER, code="timed_out" if timed_out else "cancelled")
+    _, too_slow, reason = message.partition(f"{MaskTooSlow.__name__}: ")
+    if too_slow:
+        return bad_request(f"{reason}; use a simpler schema, expression or grammar", code="grammar_too_complex")
     return ApiError(500, "computing the answer failed; the operator's log says why", SERVER, code="request_failed")

@@ -8,29 +8,40 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from tenure.checked import Range, Size, read
 from tenure.documents import parse_json
 
 from ..request import MAX_NAME, MAX_NUMBER, shown
+from ..sampling.constraint import Constraint
 from ..sampling.params import MAX_LOGPROBS, SamplingParams
 from .api_errors import bad_request
 from .server_config import ServerConfig
+from .structured_output import ResponseFormat, StructuredOutputs, requested_constraint
+from .tool_calls import MessageCall, NamedTool, ToolSpec
 
 logger = logging.getLogger(__name__)
 Tokens = Annotated[int, Range(1, MAX_NUMBER)]
-Body = TypeVar("Body", bound="GenerationBody")
+Body = TypeVar("Body", bound="ApiBody")
 
 # Fields that this server does not carry out, and the values with which they ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
+    "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (),
     "web_search_options": (), "best_of": (1,), "echo": (False,), "suffix": ("",), "prompt_logprobs": (),
-    "chat_template": (), "chat_template_kwargs": ({},), "documents": ([],), "add_generation_prompt": (True,),
-    "continue_final_message": (False,), "use_beam_search": (False,), "structured_outputs": (), "guided_json": (),
-    "guided_regex": (), "guided_choice": (), "guided_grammar": (), "logits_processors": ([],), "prompt_embeds": (),
+    "chat_template": (), "documents": ([],), "add_generation_prompt": (True,), "continue_final_message": (False,),
+    "use_beam_search": (False,), "guided_decoding_backend": (), "guided_whitespace_pattern": (), "structural_tag": (),
+    "logits_processors": ([],), "prompt_embeds": (),
 }  # fmt: skip
+# The same, of completions only.
+ONLY_CHATS: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "chat_template_kwargs": ({},),
+}
+# Fields whose unknown parts are refused, as they would change the answer.
+STRICT_FIELDS = ("response_format", "structured_outputs", "chat_template_kwargs", "tool_choice", "text")
 # Fields about the account, storage or billing at OpenAI: known, and of no effect here.
 WITHOUT_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
@@ -56,8 +67,31 @@ class StreamOptions:
     include_obfuscation: bool | None = None
 
 
+class ApiBody(ABC):
+    """A body, as `read_body` reads it.
+
+    Attributes:
+        elsewhere: fields of other endpoints, and what this one has in their place: ignoring them would surprise.
+    """
+
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def generation(self) -> GenerationBody:
+        """What is to be computed.
+
+        Raises:
+            ValueError: a field of another form.
+        """
+
+    @classmethod
+    def unsupported(cls) -> dict[str, tuple[Any, ...]]:
+        """Fields that are refused, with the values that ask for nothing."""
+        return UNSUPPORTED
+
+
 @dataclass(frozen=True, kw_only=True)
-class GenerationBody(ABC):
+class GenerationBody(ApiBody):
     """Fields that chats and completions share. null is the default; sampling fields are those of `SamplingParams`.
 
     Attributes:
@@ -88,8 +122,17 @@ class GenerationBody(ABC):
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Range(0, MAX_NUMBER)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Mapping[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: tuple[Annotated[str, Size(1)], ...] | None = None
+    guided_grammar: str | None = None
     cache_salt: Annotated[str, Size(1, MAX_NAME)] | None = None
     explain_cache: bool | None = None
+
+    def generation(self) -> GenerationBody:
+        return self
 
     @property
     def include_usage(self) -> bool:
@@ -104,6 +147,17 @@ class GenerationBody(ABC):
     @abstractmethod
     def top_logprobs_wanted(self) -> int | None:
         """`SamplingParams.logprobs`."""
+
+    def constraint(self) -> tuple[str, Constraint] | None:
+        """The form that the text must have, with the field that says so; None: any.
+
+        Raises:
+            ApiError, ValueError: as `requested_constraint`.
+        """
+        guided = StructuredOutputs(
+            json=self.guided_json, regex=self.guided_regex, choice=self.guided_choice, grammar=self.guided_grammar
+        )
+        return requested_constraint(self.response_format, self.structured_outputs, guided)
 
     def sampling(self) -> SamplingParams:
         """The parameters of all `n` answers.
@@ -141,25 +195,63 @@ class ContentPart:
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """A message of a chat."""
+    """A message of a chat.
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[tuple[ContentPart, ...], Size(1)]
+    Attributes:
+        tool_calls: that the assistant has made.
+        tool_call_id: of a tool's message: the call whose result it is.
+        reasoning_content: that the assistant's answer came with; for templates that render it.
+
+    Raises:
+        ValueError: a message without what its role needs.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[tuple[ContentPart, ...], Size(1)] | None = None
     name: Annotated[str, Size(1, MAX_NAME)] | None = None
+    tool_calls: tuple[MessageCall, ...] | None = None
+    tool_call_id: Annotated[str, Size(1, MAX_NAME)] | None = None
+    reasoning_content: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"got tool_calls in a message of role {self.role}; accepted: of role assistant")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("got no content; accepted: a text or text parts, or an assistant's tool_calls")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError(
+                f"got role {self.role}, tool_call_id={shown(self.tool_call_id)}; accepted: role tool with it"
+            )
 
     @property
     def text(self) -> str:
         """The content as one text; parts are joined by line ends."""
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "\n".join(part.text for part in self.content if part.text is not None)
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """Variables of a chat template that a client may set."""
+
+    enable_thinking: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatBody(GenerationBody):
     """The body of `/v1/chat/completions`."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "input": "messages", "prompt": "messages", "instructions": "a message of role system",
+        "max_output_tokens": "max_completion_tokens", "text": "response_format",
+    }  # fmt: skip
+
     messages: Annotated[tuple[ChatMessage, ...], Size(1)]
+    tools: tuple[ToolSpec, ...] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
@@ -172,6 +264,14 @@ class ChatBody(GenerationBody):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError(f"got top_logprobs={self.top_logprobs} without logprobs; accepted: with logprobs=true")
+        called: set[str] = set()
+        for number, message in enumerate(self.messages):
+            called.update(call.id for call in message.tool_calls or ())
+            if message.tool_call_id is not None and message.tool_call_id not in called:
+                raise ValueError(
+                    f"got {shown(message.tool_call_id)} as messages[{number}].tool_call_id; accepted: the id of a call "
+                    "in an earlier message"
+                )
 
     @property
     def answer_tokens(self) -> int | None:
@@ -185,13 +285,24 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """The body of `/v1/completions`; a prompt is a text or token ids, or a list of these."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "messages": "prompt",
+        "max_completion_tokens": "max_tokens",
+        "max_output_tokens": "max_tokens",
+    }
+
     prompt: Any
     logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
+
+    @classmethod
+    def unsupported(cls) -> dict[str, tuple[Any, ...]]:
+        return UNSUPPORTED | ONLY_CHATS
 
     def top_logprobs_wanted(self) -> int | None:
         return self.logprobs
 
 
+_INDEX = re.compile(r"\[[0-9]+\]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped
 
 
@@ -228,11 +339,12 @@ class UnknownFields:
     """Warns once about each unknown field of bodies; used by the thread that reads them."""
 
     def __init__(self, max_fields: int) -> None:
-        self._max_fields, self._warned = max_fields, set()
+        self._max_fields, self._warned = max_fields, set[str]()
 
     def warn(self, unknown: set[str]) -> None:
         """Logs the fields of a body that are not known, except those it has logged before."""
-        fresh = sorted(name[:60] for name in unknown if name[:60] not in self._warned)
+        names = {_INDEX.sub("[]", name)[:60] for name in unknown}
+        fresh = sorted(names - self._warned)
         fresh = fresh[: self._max_fields - len(self._warned)]
         if fresh:
             self._warned.update(fresh)
@@ -245,12 +357,17 @@ def read_body(
     """A parsed body as its dataclass, and the hints in it by field.
 
     Raises:
-        ApiError: 400, a field is not supported.
+        ApiError: 400, a field is not supported, or belongs to another endpoint.
         ValueError: a field is missing, or of a wrong type or size.
     """
     if not isinstance(document, Mapping):
         raise ValueError(f"got {shown(document)} as the body; accepted: a JSON object")
-    for name, neutral in UNSUPPORTED.items():
+    for name in kind.elsewhere:
+        if document.get(name) is not None:
+            meant = kind.elsewhere[name]
+            raise bad_request(f"{name} is a field of other endpoints; accepted: {meant}", name, "unsupported_parameter")
+    unsupported = kind.unsupported()
+    for name, neutral in unsupported.items():
         value = document.get(name)
         if value is not None and not any(value == one and type(value) is type(one) for one in neutral):
             asked = f"; accepted: {' or '.join(map(shown, neutral))}, or no such field" if neutral else ""
@@ -259,9 +376,12 @@ def read_body(
     known = {
         name: value
         for name, value in document.items()
-        if name not in UNSUPPORTED and name not in HINT_FIELDS and name not in WITHOUT_EFFECT
+        if name not in unsupported and name not in HINT_FIELDS and name not in WITHOUT_EFFECT
     }
     unknown: set[str] = set()
     body = read(kind, known, unknown=unknown)
+    wrong = sorted(name for name in unknown if name.startswith(tuple(f"{one}." for one in STRICT_FIELDS)))
+    if wrong:
+        raise bad_request(f"{shown(wrong[0])} is not supported by this server", wrong[0], "unsupported_parameter")
     unknown_fields.warn(unknown)
     return body, hints

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,12 +23,15 @@ from ..hints.formats import HintReader
 from ..hints.hint import Hint
 from ..request import Request as EngineRequest
 from ..request import shown
+from ..sampling.grammar_compiler import GrammarCompiler
 from ..system import System
 from .agent_endpoints import AgentEndpoints
-from .answers import DONE, PING, AnswerFormat, ChatFormat, CompletionFormat
+from .answer_plan import AnswerPlan, plan_chat, plan_completion
+from .answers import PING, AnswerFormat, ChatFormat, CompletionFormat
 from .api_errors import SERVER, ApiError, bad_request, not_found, of_serving_error
 from .api_keys import ApiKeys, Caller
 from .api_requests import (
+    ApiBody,
     ChatBody,
     CompletionBody,
     GenerationBody,
@@ -38,6 +41,7 @@ from .api_requests import (
 )
 from .cache_explanation import is_asked_for
 from .call_context import read_context
+from .constraint_masks import ConstraintMasks
 from .event_stream import EventStream, read_bytes, unless_disconnected
 from .generation import Generation
 from .http_metrics import HttpMetrics
@@ -45,6 +49,8 @@ from .live_page import FILES, LivePage
 from .openapi import openapi_document
 from .prompts import PromptRenderer, RenderedPrompt
 from .quotas import ClientLoads, Quotas
+from .responses_body import ResponsesBody
+from .responses_format import ResponsesFormat
 from .server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -61,6 +67,7 @@ class Backend:
         tokenizer: of transformers.
         model_name: by which clients ask for the model.
         context_tokens: of prompt and answer together, by the model.
+        grammars: of the model's vocabulary, for answers of a given form; None: these are refused.
     """
 
     client: EngineClient
@@ -68,6 +75,7 @@ class Backend:
     tokenizer: Any
     model_name: str
     context_tokens: int
+    grammars: GrammarCompiler | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,16 @@ class ReadCall:
         requests: the `n` answers of each prompt follow each other.
         hints: to be passed on before them.
         last_hints: to be passed on when they have ended.
+        answers: writes the response.
+        plan: of the answers.
     """
 
     body: GenerationBody
     requests: list[EngineRequest]
     hints: list[Hint]
     last_hints: list[Hint]
+    answers: AnswerFormat
+    plan: AnswerPlan
 
 
 class Endpoints:
@@ -102,6 +114,7 @@ class Endpoints:
         self._quotas = Quotas(keys.limits, config.max_client_requests)
         self._bodies = ClientLoads(config.max_client_bodies, "bodies")
         self._reader = ThreadPoolExecutor(1, "tenure-reader")
+        self._masks = ConstraintMasks(backend.grammars)
         self.agents = AgentEndpoints(
             backend.client, backend.system, self, config, self._hint_reader.config, self._unknown_fields
         )
@@ -110,31 +123,45 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         """An answer to a conversation."""
-        return await self._generate(request, ChatBody, self._read_chat, ChatFormat, "chatcmpl")
+        return await self._generate(request, ChatBody, self._plan_chat, ChatFormat, "chatcmpl-")
+
+    async def response(self, request: Request) -> Response:
+        """An answer in the form of OpenAI's responses; nothing is stored."""
+        return await self._generate(request, ResponsesBody, self._plan_chat, ResponsesFormat, "resp_")
+
+    async def no_stored_response(self, request: Request) -> Response:
+        """404: responses are not stored."""
+        self.caller(request)
+        id = request.path_params["id"]
+        raise not_found(f"got {shown(id)} as a response; accepted: none, as responses are not stored")
 
     async def completion(self, request: Request) -> Response:
         """The continuation of a text."""
-        return await self._generate(request, CompletionBody, self._read_completion, CompletionFormat, "cmpl")
+        return await self._generate(request, CompletionBody, self._plan_completion, CompletionFormat, "cmpl-")
 
     async def _generate(
-        self, request: Request, kind: type[GenerationBody], read_prompts: Callable[[Any], list[RenderedPrompt]],
+        self, request: Request, kind: type[ApiBody], plan: Callable[[Any], AnswerPlan],
         format: type[AnswerFormat], prefix: str,
     ) -> Response:  # fmt: skip
         caller = self.caller(request)
-        headers, id = dict(request.headers), f"{prefix}-{uuid.uuid4().hex}"
+        headers, id = dict(request.headers), f"{prefix}{uuid.uuid4().hex}"
         call = await self.read_body(
-            request, caller, lambda raw: self._read_call(raw, headers, caller, kind, read_prompts, id)
+            request, caller, lambda raw: self._read_call(raw, headers, caller, kind, plan, format, id)
         )
-        answers = format(id, int(time.time()), call.body.model, self.renderer.token_text)
+        answers, requests = call.answers, call.requests
+        if call.plan.constraint is not None:
+            masks = await self._masks.compiled(call.plan.constraint, call.plan.field, caller.client)
+            requests = [replace(one, sampling=masks.on(one.sampling)) for one in requests]
         for hint in call.hints:
             self.backend.client.hint(hint)
-        generation = Generation(self.backend.client, call.requests, self._quotas, call.last_hints)
+        generation = Generation(self.backend.client, requests, self._quotas, call.last_hints)
         if call.body.stream:
             events = generation.events(self.config.ping_s)
             # The status is sent after the first event (or ping), so that a refusal by the engine still has its own.
             first = await unless_disconnected(request, anext(events))  # pyright: ignore[reportArgumentType]
             encoded = self._encoded(first, events, generation, answers, call.body)
-            return EventStream(encoded, self.config.send_timeout_s, {"X-Request-Id": id} | generation.headers)
+            headers = {"X-Request-Id": id} | generation.headers
+            return EventStream(encoded, self.config.send_timeout_s, headers, events.aclose)
         choices = await unless_disconnected(request, self._collect(generation))
         return JSONResponse(answers.whole(choices, call.body.n or 1), headers={"X-Request-Id": id} | generation.headers)
 
@@ -155,9 +182,9 @@ class Endpoints:
         return found
 
     async def _encoded(
-        self, first: tuple[int, AnswerEvent] | None, events: AsyncIterator[tuple[int, AnswerEvent] | None],
+        self, first: tuple[int, AnswerEvent] | None, events: AsyncGenerator[tuple[int, AnswerEvent] | None, None],
         generation: Generation, answers: AnswerFormat, body: GenerationBody,
-    ) -> AsyncIterator[bytes]:  # fmt: skip
+    ) -> AsyncGenerator[bytes, None]:  # fmt: skip
         """The events of a stream; an error after the first is its last event, as the status has been sent."""
         part = first
         try:
@@ -172,17 +199,13 @@ class Endpoints:
                     part = await anext(events)  # pyright: ignore[reportArgumentType]
                 except StopAsyncIteration:
                     break
-            if body.include_usage:
-                outputs = [one for one in generation.outputs if one is not None]
-                yield answers.usage_event(outputs, body.n or 1)
-            yield DONE
+            outputs = [one for one in generation.outputs if one is not None]
+            yield answers.end(outputs, body.n or 1, body.include_usage)
         except ServingError as error:
-            yield of_serving_error(error).event()
+            yield answers.error(of_serving_error(error))
         except Exception:
             logger.exception("the stream %s has failed", answers.id)
-            yield internal_error().event()
-        finally:
-            await events.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+            yield answers.error(internal_error())
 
     # Reading, in a thread ---------------------------------------------------------------------------------------
 
@@ -208,15 +231,17 @@ class Endpoints:
             raise bad_request(str(error)) from None
 
     def _read_call(
-        self, raw: bytes, headers: dict[str, str], caller: Caller, kind: type[GenerationBody],
-        read_prompts: Callable[[Any], list[RenderedPrompt]], id: str,
+        self, raw: bytes, headers: dict[str, str], caller: Caller, kind: type[ApiBody],
+        plan_of: Callable[[Any], AnswerPlan], format: type[AnswerFormat], id: str,
     ) -> ReadCall:  # fmt: skip
         document = parse_body(raw, self.config)
-        body, hints = read_body(kind, document, self.config, self._unknown_fields)
+        given, hints = read_body(kind, document, self.config, self._unknown_fields)
+        body = given.generation()
         if body.model != self.backend.model_name:
             raise self._no_model(body.model)
         body.sampling()  # its mistakes are found before the work of reading the prompt
-        prompts = read_prompts(body)
+        plan = plan_of(body)
+        prompts = plan.prompts
         requests: list[EngineRequest] = []
         first: list[Hint] = []
         last: list[Hint] = []
@@ -225,7 +250,8 @@ class Endpoints:
             fields = context.fields | {"explain_cache": is_asked_for(body.explain_cache, headers)}
             requests += self._requests(body, prompt, len(prompts), fields, f"{id}-{len(requests)}")
             first, last = first or context.hints, last or context.last_hints
-        return ReadCall(body, requests, first, last)
+        answers = format(id, int(time.time()), body.model, self.renderer.token_text, plan.make_parser, given)
+        return ReadCall(body, requests, first, last, answers, plan)
 
     def _requests(
         self, body: GenerationBody, prompt: RenderedPrompt, num_prompts: int, fields: dict[str, Any], id: str
@@ -248,11 +274,11 @@ class Endpoints:
             for choice in range(sampling.n)
         ]
 
-    def _read_chat(self, body: ChatBody) -> list[RenderedPrompt]:
-        return [self.renderer.chat(body.messages)]
+    def _plan_chat(self, body: ChatBody) -> AnswerPlan:
+        return plan_chat(body, self.renderer)
 
-    def _read_completion(self, body: CompletionBody) -> list[RenderedPrompt]:
-        return self.renderer.completion(body.prompt, self.config.max_choices)
+    def _plan_completion(self, body: CompletionBody) -> AnswerPlan:
+        return plan_completion(body, self.renderer, self.config.max_choices)
 
     # Models, health, metrics ------------------------------------------------------------------------------------
 
@@ -386,6 +412,8 @@ def build_app(backend: Backend, keys: ApiKeys | None = None, config: ServerConfi
     routes: list[tuple[str, str, Callable[..., Any]]] = [
         ("POST", "/v1/chat/completions", endpoints.chat),
         ("POST", "/v1/completions", endpoints.completion),
+        ("POST", "/v1/responses", endpoints.response),
+        ("GET", "/v1/responses/{id:path}", endpoints.no_stored_response),
         ("GET", "/v1/models", endpoints.models),
         ("GET", "/v1/models/{name:path}", endpoints.model),
         ("GET", "/health", endpoints.health),

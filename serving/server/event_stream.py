@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -83,18 +83,22 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
 
 
 class EventStream(Response):
-    """A response of server-sent events. `events` is closed when all are sent, or when the client has gone.
+    """A response of server-sent events, which are closed when all are sent, or when the client has gone.
 
     Args:
         events: encoded; an exception in it ends the connection.
         send_timeout_s: seconds for which a reader may take nothing.
+        close: called behind the end of `events`, also where the client had gone before the first of them.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], send_timeout_s: float, headers: dict[str, str]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], send_timeout_s: float, headers: dict[str, str],
+        close: Callable[[], Awaitable[None]],
+    ) -> None:  # fmt: skip
         self.status_code, self.background = 200, None
-        self._events, self._send_timeout_s = events, send_timeout_s
+        self._events, self._send_timeout_s, self._close = events, send_timeout_s, close
         self.init_headers(headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Message, receive: Receive, send: Callable[[Message], Awaitable[None]]) -> None:
@@ -107,7 +111,8 @@ class EventStream(Response):
             for task in (sending, gone):
                 task.cancel()
             await asyncio.gather(sending, gone, return_exceptions=True)
-            await self._events.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+            await self._events.aclose()
+            await self._close()  # closing a generator that has not begun does not run its `finally`
 
     async def _send_all(self, send: Callable[[Message], Awaitable[None]]) -> None:
         async def put(message: Message) -> None:

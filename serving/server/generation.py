@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from ..client import AnswerStream, EngineClient
 from ..errors import ServingError
@@ -35,7 +35,7 @@ class Generation:
         self.headers: dict[str, str] = {}
         self._client, self._quotas, self._last_hints = client, quotas, last_hints
 
-    async def events(self, ping_s: float) -> AsyncIterator[tuple[int, AnswerEvent] | None]:
+    async def events(self, ping_s: float) -> AsyncGenerator[tuple[int, AnswerEvent] | None, None]:
         """Choice and event, in the order of their arrival; None after `ping_s` seconds without one.
 
         Raises:

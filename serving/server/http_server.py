@@ -10,18 +10,24 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..client import EngineClient
 from ..errors import EngineDead
+from .http_protocol import BoundedProtocol
 from .server_config import ServerConfig
+
+try:
+    import resource
+except ImportError:
+    resource = None
 
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+OTHER_FILES = 256  # that are not connections: the model's, those of the disk tier, event loop and threads
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -45,43 +51,6 @@ def bind(host: str, port: int) -> socket.socket:
         bound.close()
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; give another --host or --port") from None
     return bound
-
-
-class HeadTimeoutProtocol(H11Protocol):
-    """uvicorn's protocol, which closes a connection on which the head of a request does not arrive in time.
-
-    uvicorn itself bounds the time between two requests only, so silent connections could take all places.
-
-    Args:
-        head_timeout_s: seconds from the first byte, or from the connection, to the end of the head.
-    """
-
-    def __init__(self, head_timeout_s: float, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._head_timeout_s = head_timeout_s
-        self._head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().connection_made(transport)
-        self._watch_head()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-
-    def _watch_head(self) -> None:
-        """Starts the time of a head that has not arrived, and ends that of one that has."""
-        if self.conn.their_state is not h11.IDLE:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-            self._head_timer = None
-        elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self._head_timeout_s, self.timeout_keep_alive_handler)
 
 
 class DrainingServer(uvicorn.Server):
@@ -140,25 +109,47 @@ def make_server(
     on_hangup: Callable[[], None] | None = None,
 ) -> DrainingServer:  # fmt: skip
     """The server of an application; `server.run(sockets=[bind(…)])` runs it until it is stopped."""
-    protocol: Any = functools.partial(HeadTimeoutProtocol, config.head_timeout_s)
+    protocol: Any = functools.partial(BoundedProtocol, config)
     settings = uvicorn.Config(
         app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
         proxy_headers=False, h11_max_incomplete_event_size=config.max_header_bytes,
         timeout_keep_alive=config.keep_alive_s, limit_concurrency=config.max_connections,
         timeout_graceful_shutdown=int(config.drain_s + config.close_s + 1),
+        log_level="error",  # its warnings are about what clients send, a line for each
     )  # fmt: skip
     return DrainingServer(settings, client, config.drain_s, on_ready, on_hangup)
+
+
+def fit_connections(config: ServerConfig) -> ServerConfig:
+    """Lets the process open a file for each connection that `config` allows, or lowers their number to what it may.
+
+    Without a file left, neither new connections nor the disk tier would work.
+    """
+    if resource is None:  # not on Windows
+        return config
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * config.max_connections + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return config
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        fitting = max(1, (allowed - OTHER_FILES) // 2)
+        logger.warning("%d files may be open at once: up to %d connections are served", allowed, fitting)
+        return replace(config, max_connections=fitting)
+    return config
 
 
 def run_server(
     app: Any, client: EngineClient, listening: socket.socket, config: ServerConfig | None = None,
     on_ready: Callable[[], None] = lambda: None, on_hangup: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
-    """Serves until SIGINT or SIGTERM, then drains and closes the client.
+    """Serves until SIGINT or SIGTERM, then drains and closes the client. The limit of open files is raised if need be.
 
     Args:
         listening: from `bind`; closed at the end.
         on_ready: called when requests are accepted.
         on_hangup: called by SIGHUP, in the main thread.
     """
-    make_server(app, client, config or ServerConfig(), on_ready, on_hangup).run(sockets=[listening])
+    config = fit_connections(config or ServerConfig())
+    make_server(app, client, config, on_ready, on_hangup).run(sockets=[listening])

@@ -16,6 +16,7 @@ from ..request import MAX_NAME
 from ..workflow.loaders import WorkflowDocument
 from .agent_endpoints import MAX_PAGE, PAGE, SessionKeep
 from .api_requests import HINT_FIELDS, ChatBody, CompletionBody
+from .responses_body import ResponsesBody
 
 Schema = dict[str, Any]
 Route = tuple[str, str, Callable[..., Any]]  # method, path as the router has it, handler
@@ -133,6 +134,13 @@ WORKFLOW = _object(id=TEXT, object=_constant("workflow"))
 CHAT_CHOICE = _object(
     index=WHOLE, message=_object(role=_constant("assistant"), content=TEXT_OR_NULL), finish_reason=TEXT
 )
+RESPONSE_USAGE = _object(
+    input_tokens=WHOLE, output_tokens=WHOLE, total_tokens=WHOLE, input_tokens_details=_object(cached_tokens=WHOLE),
+    output_tokens_details=_object(reasoning_tokens=WHOLE),
+)  # fmt: skip
+OUTPUT_ITEM = _object(
+    id=TEXT, type={"enum": ["message", "reasoning", "function_call"]}, status={"enum": ["completed", "incomplete"]}
+)
 RESPONSES: dict[str, Schema] = {
     "Error": _object(error=_object(message=TEXT, type=TEXT, param=TEXT_OR_NULL, code=TEXT_OR_NULL)),
     "ChatCompletion": _object(
@@ -142,6 +150,10 @@ RESPONSES: dict[str, Schema] = {
     "Completion": _object(
         id=TEXT, object=_constant("text_completion"), created=WHOLE, model=TEXT, usage=USAGE,
         choices=_list_of(_object(index=WHOLE, text=TEXT, finish_reason=TEXT)),
+    ),
+    "Response": _object(
+        id=TEXT, object=_constant("response"), created_at=WHOLE, model=TEXT, usage=RESPONSE_USAGE,
+        status={"enum": ["completed", "incomplete"]}, output=_list_of(OUTPUT_ITEM),
     ),
     "Model": MODEL,
     "ModelList": _object(object=_constant("list"), data=_list_of(MODEL)),
@@ -189,6 +201,8 @@ class Operation:
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/chat/completions"): Operation({"200": "ChatCompletion"}, ChatBody, stream=True),
     ("POST", "/v1/completions"): Operation({"200": "Completion"}, CompletionBody, stream=True),
+    ("POST", "/v1/responses"): Operation({"200": "Response"}, ResponsesBody, stream=True),
+    ("GET", "/v1/responses/{id}"): Operation({"404": "Error"}),
     ("GET", "/v1/models"): Operation({"200": "ModelList"}),
     ("GET", "/v1/models/{name}"): Operation({"200": "Model"}),
     ("GET", "/health"): Operation({"200": "Health", "503": "Health"}),
@@ -266,7 +280,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
 
 def _complete(schemas: dict[str, Schema], model_name: str) -> None:
     """What the dataclasses of bodies leave to code: the model's name, the forms of a prompt, and the hints."""
-    for name in (ChatBody.__name__, CompletionBody.__name__):
+    for name in (ChatBody.__name__, CompletionBody.__name__, ResponsesBody.__name__):
         body = schemas.get(name)
         if body is None:
             continue

@@ -16,16 +16,18 @@ class ServerConfig:
         max_body_bytes: of a request's body; longer ones get status 413.
         max_yaml_bytes: of a workflow in YAML, which is read at about a hundredth of JSON's speed.
         max_header_bytes: of a request's line and headers together.
-        max_depth: levels of lists and objects inside one another in a body.
+        max_depth: levels of lists and objects inside one another in a body. A level of a JSON schema needs two or
+            three, so that tools of ten levels, as OpenAI allows, can be declared.
         max_choices: answers to one request: its prompts times `n`.
         default_max_tokens: of an answer to a chat that does not give a number; less where the context ends before.
         default_completion_tokens: of an answer to a completion that does not give a number, as OpenAI has it.
         max_client_requests: answers of one client that are being computed or wait; more get status 429.
         max_client_bodies: bodies of one client that are being received or read; more get status 429.
-        max_connections: connections at once; more get status 503.
+        max_connections: connections at once. Requests on further ones get status 503; from twice as many on, new ones
+            are closed at once.
         head_timeout_s: seconds in which the line and headers of a request must arrive.
-        body_timeout_s: seconds in which a body must arrive.
-        send_timeout_s: seconds for which a reader may take nothing before its connection is given up.
+        body_timeout_s: seconds in which a body must arrive; after an answer that did not wait for it, its rest.
+        send_timeout_s: seconds for which a reader may take (almost) nothing before its connection is given up.
         ping_s: seconds without an event after which a stream gets an SSE comment, so that nothing on the way closes it.
         keep_alive_s: seconds for which an idle connection stays open.
         drain_s: seconds in which the requests in progress may finish when the server is stopped.
@@ -42,7 +44,7 @@ class ServerConfig:
     max_body_bytes: Count = 4 << 20
     max_yaml_bytes: Count = 64 << 10
     max_header_bytes: Count = 32 << 10
-    max_depth: Count = 16
+    max_depth: Count = 48
     max_choices: Count = 32
     default_max_tokens: Count = 1024
     default_completion_tokens: Count = 16

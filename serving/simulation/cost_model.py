@@ -56,7 +56,7 @@ class Links:
         latency_s: seconds before each part of a copy.
 
     Raises:
-        ValueError: a value below 0.
+        ValueError: a value below 0 or not finite.
     """
 
     host_bytes_per_s: float
@@ -64,7 +64,7 @@ class Links:
     latency_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.host_bytes_per_s, self.disk_bytes_per_s, self.latency_s) < 0:
+        if not all(0 <= one < math.inf for one in (self.host_bytes_per_s, self.disk_bytes_per_s, self.latency_s)):
             raise ValueError(
                 f"got links of {self.host_bytes_per_s} and {self.disk_bytes_per_s} bytes/s with {self.latency_s} s "
                 "before each part; accepted: 0 or more"
@@ -170,7 +170,7 @@ class RooflineCosts:
     overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.compute_share <= 1 and 0 < self.memory_share <= 1) or self.overhead_s < 0:
+        if not (0 < self.compute_share <= 1 and 0 < self.memory_share <= 1) or not (0 <= self.overhead_s < math.inf):
             raise ValueError(
                 f"got compute_share={self.compute_share}, memory_share={self.memory_share}, overhead_s="
                 f"{self.overhead_s}; accepted: shares above 0 and at most 1, an overhead of 0 or more"
@@ -183,7 +183,7 @@ class RooflineCosts:
             ValueError: the weights alone take more.
         """
         left = self.card.memory_bytes * memory_share - self.model.params * self.model.bytes_per_param
-        if left <= 0:
+        if not left > 0:
             raise ValueError(f"{self.model.name} does not fit in {memory_share:.0%} of {self.card.name}")
         return left
 

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from tenure.checked import Count, NotNegative, NumbersToo, Positive, read
+from tenure.checked import Count, NotNegative, NumbersToo, Positive, Range, read
 from tenure.documents import load_yaml, parse_yaml
 
 from ..prefetch import PrefetchConfig
 from ..scheduler.scheduler_config import SchedulerConfig
 from ..system import system_names
 from .cost_model import Links, RooflineCosts, get_card, get_model_spec
-from .simulator import SimulatedMachine
+from .simulator import MAX_COPY_PARTS, SimulatedMachine
 from .workload import WorkloadConfig
 
+MAX_TOKENS = 1e12  # of a pool
+Gigabytes = Annotated[float, Range(0, 1e6)]
 DEFAULT_POLICIES = ("lru", "lru_reactive", "lru_prefetch", "ste", "ste_prefetch", "expected_time")
 
 
@@ -67,7 +69,7 @@ class SimulationSetup:
                 raise ValueError(f"unknown policy {name!r:.60}; known: {', '.join(system_names())}")
         missing = [name for name in self.baselines if name not in self.policies]
         if missing:
-            raise ValueError(f"the baseline {missing[0]!r} is not among the policies {', '.join(self.policies)}")
+            raise ValueError(f"the baseline {missing[0]!r:.60} is not among the policies {', '.join(self.policies)}")
         if not self.cells or self.repeats < 1:
             raise ValueError(f"got {len(self.cells)} cells and {self.repeats} repeats; accepted: 1 or more of both")
 
@@ -90,10 +92,10 @@ class MachineFields:
 
     card: str = "h100"
     model: str = "llama-3.1-8b"
-    card_share: float = 0.88
-    pool_tokens: float | None = None
-    host_gb: NotNegative = 0
-    disk_gb: NotNegative = 0
+    card_share: Annotated[float, Range(0, 1, above=True)] = 0.88
+    pool_tokens: Annotated[float, Range(0, MAX_TOKENS)] | None = None
+    host_gb: Gigabytes = 0
+    disk_gb: Gigabytes = 0
     link_gb_s: NotNegative = 0
     disk_gb_s: NotNegative = 0
     host_copy_gb_s: Positive | None = None
@@ -102,7 +104,7 @@ class MachineFields:
     memory_share: float = RooflineCosts.memory_share
     overhead_s: float = RooflineCosts.overhead_s
     page_size: Count = SimulatedMachine.page_size
-    copy_parts: Count | None = None
+    copy_parts: Annotated[int, Range(1, MAX_COPY_PARTS)] | None = None
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     prefetch: PrefetchConfig | None = None
 
@@ -141,7 +143,7 @@ class CellFields:
     name: Annotated[str, NumbersToo()] | float = ""
     machine: Mapping[str, Any] | None = None
     workload: Mapping[str, Any] | None = None
-    paper: Mapping[str, float] = field(default_factory=dict)
+    paper: Mapping[str, Positive] = field(default_factory=dict)
     paper_policy: str = SimulationCell.paper_policy
     why: str = SimulationCell.why
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
+
+from tenure.checked import NotNegative, Positive, Range, read
 
 from ..kvcache.base import PhantomPayload, Tier
 from ..kvcache.eviction_policy import AllocStatus, Costs, LinearCosts
@@ -31,8 +33,10 @@ from .cost_model import BatchShape, CostModel, Links, fit_costs
 from .request_source import ClientRequests, RequestSource, SimulatedRequest, TraceRequests, WarmUpRequests
 from .results import SimulationResult, SimulationRun, TransferSnapshot, result_of
 from .timeline import Timeline
-from .trace import RecordingScheduler, Trace, TraceRecorder, batch_shape_of
+from .trace import MAX_BYTES, RecordingScheduler, Trace, TraceRecorder, batch_shape_of
 from .workload import WorkflowClient, WorkloadConfig, clients_of
+
+MAX_COPY_PARTS = 1 << 16  # each is an event of the simulation
 
 
 class CountedTransfer(VirtualTransfer):
@@ -344,21 +348,40 @@ def machine_of(trace: Trace) -> SimulatedMachine:
     Raises:
         ValueError: the trace does not state the size of the device's pool, or has too few batches.
     """
-    about = trace.about
-    if not isinstance(about.get("device_bytes"), int):
+    if "device_bytes" not in trace.about:
         raise ValueError(
             "the trace does not say on which machine it was recorded (`device_bytes` in `about`): name a set-up, whose "
             "machine replays it"
         )
-    links = Links(about.get("link_bytes_per_s", 0.0), about.get("disk_bytes_per_s", 0.0), about.get("latency_s", 0.0))
-    believed = about.get("believed")
+    about = read(RecordedMachine, trace.about, "`about` of the trace", unknown=set())
+    links = Links(about.link_bytes_per_s, about.disk_bytes_per_s, about.latency_s)
+    believed = about.believed
     return SimulatedMachine(
-        fit_costs(trace.batches, links), links, about["device_bytes"], about.get("host_bytes", 0),
-        about.get("disk_bytes", 0), trace.bytes_per_token, trace.page_size, about.get("copy_parts", 4),
-        _scheduler_config(about),
+        fit_costs(trace.batches, links), links, about.device_bytes, about.host_bytes, about.disk_bytes,
+        trace.bytes_per_token, trace.page_size, about.copy_parts, _scheduler_config(about),
         believed=LinearCosts(believed[0], (believed[1], believed[2]), believed[3]) if believed else None,
-        whole_pages=bool(about.get("whole_pages", False)),
+        whole_pages=about.whole_pages,
     )  # fmt: skip
+
+
+Bytes = Annotated[int, Range(0, MAX_BYTES)]
+
+
+@dataclass(frozen=True)
+class RecordedMachine:
+    """The facts of a machine in a trace; see `TraceRecorder`."""
+
+    device_bytes: Annotated[int, Range(1, MAX_BYTES)]
+    host_bytes: Bytes = 0
+    disk_bytes: Bytes = 0
+    link_bytes_per_s: NotNegative = 0.0
+    disk_bytes_per_s: NotNegative = 0.0
+    latency_s: NotNegative = 0.0
+    copy_parts: Annotated[int, Range(1, MAX_COPY_PARTS)] = 4
+    believed: tuple[Positive, NotNegative, NotNegative, NotNegative] | None = None
+    whole_pages: bool = False
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Earlier traces (of the same version) state the scheduler's budgets under `limits`, with these names.
@@ -374,7 +397,6 @@ EARLIER_FIELDS = {
 }
 
 
-def _scheduler_config(about: dict[str, Any]) -> SchedulerConfig:
-    given: dict[str, Any] = about.get("limits", {})
-    fields = {EARLIER_FIELDS.get(name, name): value for name, value in given.items()}
-    return SchedulerConfig(**fields, **about.get("scheduler", {}))
+def _scheduler_config(about: RecordedMachine) -> SchedulerConfig:
+    given = {EARLIER_FIELDS.get(name, name): value for name, value in about.limits.items()}
+    return read(SchedulerConfig, given | dict(about.scheduler), "`about` of the trace, scheduler")

@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 
-from ..request import MAX_NAME, Request, RequestOutput, StorePolicy
+from tenure.checked import NotNegative, Range, read
+from tenure.documents import DocumentLimits, json_lines, shown
+
+from ..request import MAX_NAME, MAX_NUMBER, Request, RequestOutput, StorePolicy
 from ..scheduler.request_state import ScheduledBatch
 from ..scheduler.scheduler import Scheduler
-from ..workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
+from ..workflow.spec import AgentSpec, EdgeSpec, Name, WorkflowSpec
 from .cost_model import BatchShape
 
 TRACE_VERSION = 1
+TRACE_LIMITS = DocumentLimits(items=1 << 20, lines_bytes=1 << 30, line_bytes=1 << 24)  # a prompt's tokens are one line
+MAX_BYTES = 1 << 50  # of KV: a token's or a prompt's
+Tokens = Annotated[int, Range(0, MAX_NUMBER)]
 
 
 class TraceRecorder:
@@ -227,52 +233,178 @@ def read_trace(path: str | Path) -> Trace:
     """Reads a trace.
 
     Raises:
-        ValueError: not a trace of this version; the message has the line's number.
+        OSError: the file cannot be opened.
+        ValueError: not a trace of this version, or a line that lacks a value or has a wrong one; the message has the
+            line's number.
     """
-    rows = list(_rows(Path(path)))
-    if not rows or rows[0].get("kind") != "trace" or rows[0].get("version") != TRACE_VERSION:
+    rows = _rows(Path(path))
+    head = next(rows, None)
+    if not isinstance(head, _Head):
         raise ValueError(f"{path} does not begin with a line of kind 'trace' and version {TRACE_VERSION}")
-    head = rows[0]
-    trace = Trace(head["bytes_per_token"], head["page_size"], head["about"])
-    prompts = {row["number"]: np.array(row["tokens"], dtype=np.int32) for row in rows if row["kind"] == "prompt"}
-    ends = {row["id"]: row for row in rows if row["kind"] == "end" and row["outcome"] == "answered"}
-    asked = [row for row in rows if row["kind"] == "call" and row["id"] in ends]
-    begin = min((row["at"] for row in asked), default=0.0)
-    trace.calls = [_call(row, ends[row["id"]], prompts, begin, ends) for row in asked]
+    trace = Trace(head.bytes_per_token, head.page_size, dict(head.about))
+    prompts: dict[int, np.ndarray] = {}
+    ends: dict[str, _End] = {}
+    asked: list[_Call] = []
     for row in rows:
-        if row["kind"] == "workflow":
-            agents = [AgentSpec(**agent) for agent in row["agents"]]
-            edges = [EdgeSpec(*edge) for edge in row["edges"]]
-            trace.workflows.append(WorkflowSpec(row["name"], agents, edges, row["start"]))
-        elif row["kind"] == "stored":
-            trace.stored.append((row["agent"], prompts[row["fixed"]], row["nbytes"]))
-        elif row["kind"] == "batch":
-            chunks = tuple((start, end) for start, end in row["chunks"])
-            trace.batches.append((BatchShape(chunks, tuple(row["contexts"]), row["steps"]), row["seconds"]))
+        if isinstance(row, _Prompt):
+            prompts[row.number] = row.tokens
+        elif isinstance(row, _End):
+            if row.outcome == "answered" and row.at is not None:
+                ends[row.id] = row
+        elif isinstance(row, _Call):
+            asked.append(row)
+        elif isinstance(row, _Workflow):
+            agents = [AgentSpec(**agent) for agent in row.agents]
+            trace.workflows.append(WorkflowSpec(row.name, agents, list(row.edges), list(row.start)))
+        elif isinstance(row, _Stored):
+            trace.stored.append((row.agent, _known(prompts, row.fixed, path), row.nbytes))
+        elif isinstance(row, _Batch):
+            shape = BatchShape(tuple((start, end) for start, end in row.chunks), row.contexts, row.steps)
+            trace.batches.append((shape, row.seconds))
+    answered = [row for row in asked if row.id in ends]
+    begin = min((row.at for row in answered), default=0.0)
+    trace.calls = [_call(row, ends, prompts, begin, path) for row in answered]
     return trace
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
-            if not isinstance(row, dict) or "kind" not in row:
-                raise ValueError(f"line {number} of {path} is no object with a 'kind'")
-            yield row
+@dataclass(frozen=True)
+class _Head:
+    """The first line."""
+
+    version: int
+    bytes_per_token: Annotated[int, Range(1, MAX_BYTES)]
+    page_size: Annotated[int, Range(1, MAX_NUMBER)]
+    about: Mapping[str, Any]
 
 
-def _call(row: dict, end: dict, prompts: dict[int, np.ndarray], begin: float, known: dict) -> TracedCall:
-    fixed = prompts[row["fixed"]] if row["fixed"] is not None else np.zeros(0, dtype=np.int32)
-    after = row["after"]
+@dataclass(frozen=True)
+class _Prompt:
+    """A fixed prompt, int32 `(tokens,)`."""
+
+    number: int
+    tokens: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _token_ids(self.tokens))
+
+
+@dataclass(frozen=True)
+class _Workflow:
+    """A declared workflow."""
+
+    name: Name
+    agents: tuple[Mapping[str, Any], ...]
+    edges: tuple[EdgeSpec, ...]
+    start: tuple[Name, ...]
+
+    def __post_init__(self) -> None:
+        for agent in self.agents:
+            read(AgentSpec, agent)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An agent's fixed prompt that was cached before the first call."""
+
+    agent: Name
+    fixed: int
+    nbytes: Annotated[int, Range(0, MAX_BYTES)]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A request, with the tokens after its fixed prompt, the call that it followed, and the seconds between."""
+
+    at: NotNegative
+    id: Name
+    agent: Name | None
+    workflow: Name | None
+    session: Name | None
+    client: str
+    priority: Annotated[float, Range(0, 1)]
+    keep: Literal["neutral", "discard"]
+    fixed: int | None
+    tokens: Any
+    max_new_tokens: Annotated[int, Range(1, MAX_NUMBER)]
+    after: tuple[str, NotNegative] | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _token_ids(self.tokens))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch; chunks of prompts are [start, end)."""
+
+    seconds: NotNegative
+    chunks: tuple[tuple[Tokens, Tokens], ...]
+    contexts: tuple[Tokens, ...]
+    steps: Annotated[int, Range(1, MAX_NUMBER)]
+
+    def __post_init__(self) -> None:
+        for start, end in self.chunks:
+            if end < start:
+                raise ValueError(f"got the chunk [{start}, {end}); accepted: an end that is not before the start")
+
+
+@dataclass(frozen=True)
+class _End:
+    """The end of a request."""
+
+    at: NotNegative | None
+    id: Name
+    outcome: str
+    produced: Tokens
+    stalled_s: NotNegative = 0.0
+    cached: Tokens = 0
+    loaded: Tokens = 0
+
+
+_KINDS: dict[str, type] = {
+    "trace": _Head, "prompt": _Prompt, "workflow": _Workflow, "stored": _Stored, "call": _Call, "batch": _Batch,
+    "end": _End,
+}  # fmt: skip
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """The lines of the known kinds, checked."""
+    for number, row in json_lines(path, TRACE_LIMITS):
+        where = f"line {number} of {path}"
+        kind = row.get("kind") if isinstance(row, dict) else None
+        if not isinstance(kind, str):
+            raise ValueError(f"{where} is no object with a 'kind'")
+        if kind == "trace" and row.get("version") != TRACE_VERSION:
+            raise ValueError(f"{path} does not begin with a line of kind 'trace' and version {TRACE_VERSION}")
+        if kind in _KINDS:
+            yield read(_KINDS[kind], row, where, unknown=set())
+
+
+def _token_ids(value: Any) -> np.ndarray:
+    """int32 `(tokens,)`; ValueError for anything but a list of token ids."""
+    found = np.asarray(value) if isinstance(value, list) and all(type(one) is int for one in value) else None
+    if found is None or (len(found) and not (found.dtype.kind == "i" and found.min() >= 0 and found.max() < 2**31)):
+        raise ValueError(f"got {shown(value)} as tokens; accepted: a list of token ids from 0 up to {2**31 - 1}")
+    return found.astype(np.int32)
+
+
+def _known(prompts: Mapping[int, np.ndarray], number: int, path: str | Path) -> np.ndarray:
+    if number not in prompts or not len(prompts[number]):
+        raise ValueError(f"{path} names the fixed prompt {shown(number)}, which no line before has with tokens")
+    return prompts[number]
+
+
+def _call(
+    row: _Call, ends: Mapping[str, _End], prompts: Mapping[int, np.ndarray], begin: float, path: str | Path
+) -> TracedCall:
+    fixed = np.zeros(0, dtype=np.int32) if row.fixed is None else _known(prompts, row.fixed, path)
+    prompt, end = np.concatenate((fixed, row.tokens)), ends[row.id]
+    if not len(prompt):
+        raise ValueError(f"{path} has the call {shown(row.id)} without tokens")
+    assert end.at is not None, "only answered calls with an end are among them"
     return TracedCall(
-        id=row["id"], at=row["at"] - begin, prompt=np.concatenate((fixed, np.array(row["tokens"], dtype=np.int32))),
-        fixed_tokens=len(fixed), agent=row["agent"], workflow=row["workflow"], session=row["session"],
-        client=row["client"], priority=row["priority"], store_policy=StorePolicy(row["keep"]),
-        max_new_tokens=row["max_new_tokens"],
-        after=(after[0], after[1]) if after is not None and after[0] in known else None,
-        num_output_tokens=end["produced"], took_s=end["at"] - row["at"], stalled_s=end.get("stalled_s", 0.0),
-        on_device=end.get("cached", 0) - end.get("loaded", 0),
+        id=row.id, at=row.at - begin, prompt=prompt, fixed_tokens=len(fixed), agent=row.agent, workflow=row.workflow,
+        session=row.session, client=row.client, priority=row.priority, store_policy=StorePolicy(row.keep),
+        max_new_tokens=row.max_new_tokens, after=row.after if row.after is not None and row.after[0] in ends else None,
+        num_output_tokens=end.produced, took_s=max(0.0, end.at - row.at), stalled_s=end.stalled_s,
+        on_device=end.cached - end.loaded,
     )  # fmt: skip

@@ -91,9 +91,14 @@ class WorkloadConfig:
     Attributes:
         shape: of each workflow. `ring`: stages in a circle, each with `branches` agents of which one is called;
             `branching`: a planner, then one of `branches` chains with probabilities that halve, then a writer, and
-            again; `fan`: a planner, all workers at once, and a writer that waits for all of them, and again.
+            again; `peer`: plan, execute, express and review, which then calls plan again or, with a probability of 0.3,
+            execute (PEER's pattern; its probabilities are ours); `fan`: a planner, all workers at once, and a writer
+            that waits for all of them, and again.
         workflows: number of workflows. shared: they call the same agents instead of their own.
         rounds: a workflow ends after this many times the calls of one round.
+        shared_prefix: share of their fixed prompts with which agents of one stage begin alike: those of a stage of a
+            ring, those at one place of the chains of a branching workflow, the workers of a fan. Agents that replace
+            others share nothing.
         fixed_tokens, dynamic_tokens, output_tokens: lengths of a call's fixed prompt, suffix and answer.
         tool_s: seconds between a call and the next. start_s: seconds until a workflow's first call.
         mispredicted: probability that a call is followed by an agent that the declared graph does not name; not for
@@ -110,12 +115,13 @@ class WorkloadConfig:
         ValueError: a value outside its range; more than `MAX_AGENTS` agents or `MAX_CALLS` calls in all.
     """
 
-    shape: Literal["ring", "branching", "fan"] = "ring"
+    shape: Literal["ring", "branching", "peer", "fan"] = "ring"
     agents: Annotated[int, Range(2)] = 10
     branches: Count = 1
     workflows: Count = 1
     shared: bool = False
     rounds: Count = 10
+    shared_prefix: Share = 0.0
     fixed_tokens: Distribution = field(default_factory=lambda: Distribution(4096))
     dynamic_tokens: Distribution = field(default_factory=lambda: Distribution(32))
     output_tokens: Distribution = field(default_factory=lambda: Distribution(32))
@@ -140,11 +146,13 @@ class WorkloadConfig:
                 f"got agents={self.agents}, workflows={self.workflows}, adversaries={self.adversaries} and "
                 f"rounds={self.rounds}; accepted: {MAX_AGENTS:,} agents and {MAX_CALLS:,} calls in all"
             )
+        if self.shape == "peer" and (self.agents != len(PEER) or self.branches != 1):
+            raise ValueError(f"got {self.agents} agents and {self.branches} branches; accepted: peer has 4 and 1")
         if self.shape == "fan" and (self.mispredicted or self.changes):
             raise ValueError(
                 "a fan accepts mispredicted=0 and changes=0: its writer waits for all of the declared workers"
             )
-        if self.shape != "ring" and self.agents < 2 + self.branches * (self.shape == "branching"):
+        if self.shape in ("branching", "fan") and self.agents < 2 + self.branches * (self.shape == "branching"):
             raise ValueError(f"got {self.agents} agents for the shape {self.shape!r}; accepted: more than its branches")
 
     @classmethod
@@ -157,6 +165,10 @@ class WorkloadConfig:
         return read(cls, given)
 
 
+PEER = ("plan", "execute", "express", "review")
+PEER_REJECTED = 0.3  # of the reviews, which call execute again
+
+
 @dataclass(frozen=True)
 class WorkflowPlan:
     """A workflow's agents and edges as they are declared; true except for mispredicted calls.
@@ -164,17 +176,20 @@ class WorkflowPlan:
     Attributes:
         following: by agent, the next agents and their probabilities; all of them at once if these are None.
         joins: by agent that waits for others, how many calls it waits for.
+        stages: by agent, the stage whose agents may begin their fixed prompts alike; none for agents alone in theirs.
     """
 
     following: dict[str, tuple[tuple[str, ...], tuple[float, ...] | None]]
     joins: dict[str, int]
     first: str
     calls: int
+    stages: dict[str, str] = field(default_factory=dict)
 
 
 def make_plan(workload: WorkloadConfig, prefix: str) -> WorkflowPlan:
     """The plan of one workflow; `prefix` begins the names of its agents and makes them its own."""
-    names = [f"{prefix}agent{number}" for number in range(workload.agents)]
+    roles = PEER if workload.shape == "peer" else [f"agent{number}" for number in range(workload.agents)]
+    names = [f"{prefix}{role}" for role in roles]
     if workload.shape == "ring":
         wide = workload.branches
         stages = [tuple(names[at : at + wide]) for at in range(0, len(names), wide)]
@@ -182,19 +197,29 @@ def make_plan(workload: WorkloadConfig, prefix: str) -> WorkflowPlan:
         for number, stage in enumerate(stages):
             after = stages[(number + 1) % len(stages)]
             following.update(dict.fromkeys(stage, (after, (1 / wide,) * wide)))
-        return WorkflowPlan(following, {}, names[0], len(stages))
+        alike = {name: stage[0] for stage in stages if wide > 1 for name in stage}
+        return WorkflowPlan(following, {}, names[0], len(stages), alike)
+    if workload.shape == "peer":
+        plan, execute, express, review = names
+        following = {
+            plan: ((execute,), (1.0,)), execute: ((express,), (1.0,)), express: ((review,), (1.0,)),
+            review: ((plan, execute), (1 - PEER_REJECTED, PEER_REJECTED)),
+        }  # fmt: skip
+        return WorkflowPlan(following, {}, plan, len(names))
     planner, *middle, writer = names
     if workload.shape == "fan":
         following = {planner: (tuple(middle), None), writer: ((planner,), (1.0,))}
         following |= {worker: ((writer,), (1.0,)) for worker in middle}
-        return WorkflowPlan(following, {writer: len(middle)}, planner, len(names))
+        return WorkflowPlan(following, {writer: len(middle)}, planner, len(names), dict.fromkeys(middle, middle[0]))
     chains = [middle[number :: workload.branches] for number in range(workload.branches)]
     chances = [0.5 ** (number + 1) for number in range(workload.branches)]
     chances[0] += 1 - sum(chances)
     following = {planner: (tuple(chain[0] for chain in chains), tuple(chances)), writer: ((planner,), (1.0,))}
     for chain in chains:
         following |= {agent: ((after,), (1.0,)) for agent, after in zip(chain, [*chain[1:], writer], strict=True)}
-    return WorkflowPlan(following, {}, planner, 2 + len(chains[0]))
+    places = [[chain[place] for chain in chains if place < len(chain)] for place in range(len(chains[0]))]
+    alike = {name: same[0] for same in places if len(same) > 1 for name in same}
+    return WorkflowPlan(following, {}, planner, 2 + len(chains[0]), alike)
 
 
 @dataclass(frozen=True)
@@ -268,7 +293,13 @@ class WorkflowClient:
         known = self._prompts.get(agent)
         if known is None:
             rng = seeded_rng("prompt", self.seed, agent)
-            known = self._prompts[agent] = self._tokens(rng, _count(self.workload.fixed_tokens.sample(rng)))
+            known = self._tokens(rng, _count(self.workload.fixed_tokens.sample(rng)))
+            stage = self.plan.stages.get(agent)
+            shared = round(self.workload.shared_prefix * len(known))
+            if stage is not None and shared:
+                known = known.copy()
+                known[:shared] = self._tokens(seeded_rng("stage", self.seed, stage), shared)
+            self._prompts[agent] = known
         return known
 
     def first_call(self) -> AgentCall:

@@ -33,7 +33,7 @@ def test_what_cannot_work_is_told_before_the_model_is_loaded(folder, tmp_path, m
         ({"policy": "snapkw"}, "unknown policy 'snapkw'; known: "),
         ({"policy": "snapkv", "budget": 1.5}, r"budget 1\.5 is out of range: give a float in \(0, 1\]"),
         ({"policy": "snapkv", "scope": "heads"}, "unknown scope 'heads'; known: "),
-        ({"policy": "snapkv", "prefill_chunk": 0}, "prefill_chunk must be at least 1 token"),
+        ({"policy": "snapkv", "prefill_chunk": 0}, "got 0 as prefill_chunk; accepted: a whole number"),
         ({"policy": "snapkv", "question": "late"}, "got 'late' as question; accepted: auto, agnostic, aware"),
         ({"policy": "snapkv", "question": "agnostic", "question_pattern": "("}, "is no regular expression"),
         ({"policy": "snapkv", "question_pattern": "a", "question_field": "b"}, "exclude each other"),
@@ -113,7 +113,10 @@ def test_wrong_command_lines_are_one_sentence(rest, message, folder, capsys):
 def test_a_command_line_needs_a_model_and_a_settings_file_a_mapping(tmp_path, capsys):
     assert cli.main(["eval", "--tasks", "tenure_vt"]) == 1
     assert "no model: add pretrained=NAME to --model_args" in capsys.readouterr().err
-    for text, message in (("a: [", "run.yaml is not YAML: while parsing"), ("- a", "got a list in ")):
+    for text, message in (
+        ("a: [", "run.yaml is not YAML: while parsing"),
+        ("- a", "run.yaml: got a list as the document; accepted: a mapping of model"),
+    ):
         (tmp_path / "run.yaml").write_text(text)
         assert cli.main(["eval", "--config", str(tmp_path / "run.yaml")]) == 1
         assert message in capsys.readouterr().err

@@ -281,7 +281,7 @@ def test_command_lines_are_completed(tmp_path):
     settings.write_text("model_args: {pretrained: y}\ntasks: [tenure_cwe]\nmodel: tenure\n")
     stored = peek(["--config", str(settings)])
     assert (stored.model, stored.model_args, stored.tasks) == ("tenure", {"pretrained": "y"}, ["tenure_cwe"])
-    assert len(task_names()) == 2 * (17 + 2) and len(task_files("tenure_memory_aware")) == 4
+    assert len(task_names()) == 2 * (17 + 2) + 5 + 1 and len(task_files("tenure_memory_aware")) == 4
     assert LmEvalArguments(("a",)).arguments == ("a",)
 
 

@@ -15,6 +15,7 @@ from tenure.eval.perplexity import draw_documents, stream, stream_rows
 from tenure.eviction import evict
 from tenure.retention import RetentionGates
 from tenure.scripts import cli
+from tenure.scripts.fidelity import FidelityConfig
 
 
 @pytest.fixture
@@ -138,6 +139,7 @@ def test_attention_rows(model, tokenizer, texts):
     ]  # fmt: skip
     half, fifth = rows[:2]
     assert half["coverage"]["value"] > fifth["coverage"]["value"] >= fifth["worst_head"]["value"] >= fifth["least"]
+    assert half["outliers"] == round(half["below_half"]["value"] * 2 * 3 * 2) <= fifth["outliers"] > 0
     assert half["dilution"]["value"] == pytest.approx(1 - half["evidence"]["value"])
     gain = half["evidence_gain"]
     assert gain["value"] == pytest.approx(half["evidence"]["value"] - half["full_evidence"]["value"])
@@ -163,6 +165,9 @@ def test_the_command_writes_every_row(model, tokenizer, texts, tmp_path):
     assert [row["policy"] for row in written["stream"]] == ["full", "snapkv"]
     assert [row["policy"] for row in written["attention"]] == ["snapkv"]
     assert written["settings"]["config"]["length"] == 300 and written["settings"]["versions"]["tenure"]
+    assert cli.main([*flags, "--sinks", "150", "--recent", "0", "--cases", "0"]) == 0
+    _, other = json.loads((tmp_path / "out" / "fidelity.json").read_text())["stream"]
+    assert other["kl"] != written["stream"][1]["kl"] and other["entries"] == written["stream"][1]["entries"]
     assert cli.main([*flags, "--budgets", "64", "--documents", "0"]) == 0
     (row,) = json.loads((tmp_path / "out" / "fidelity.json").read_text())["attention"]
     assert row["budget"] == 64 and np.mean(row["heads"]) == pytest.approx(64 / 300, abs=1e-3)
@@ -198,3 +203,8 @@ def test_what_the_command_refuses_before_the_model_is_loaded(model, tiny_model, 
         assert cli.main([*flags, *wrong]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("tenure fidelity: ") and message in line
+
+
+def test_numbers_of_protected_tokens_are_checked():
+    with pytest.raises(ValueError, match="--sinks and --recent take 0 or more"):
+        FidelityConfig(sinks=-1)

@@ -200,7 +200,7 @@ def test_output_projections_by_other_names(name: str, projection: str) -> None:
     assert has_output_weight(layer)
     module, heads = getattr(layer.module, projection), torch.randn(3, layer.num_heads, 8)
     want = module(heads.flatten(1)) - module(torch.zeros(3, layer.num_heads * 8))
-    got = torch.einsum("thv,hvo->to", heads, output_weight(layer))
+    got = torch.einsum("thv,hvo->to", heads, output_weight(layer, torch.float32))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     with evict(model, "criticalkv", 0.3, sinks=1, recent=2) as session:
         model(words())

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from tenure.eviction import evict
-from tenure.eviction.model_adapters import has_output_weight
+from tenure.eviction.model_adapters import has_output_weight, output_weight
 from tenure.retention import RetentionGates, UnsupportedModelError
 from tenure.retention.decoder_layers import full_attention_layers
 from tenure.retention.seams import is_intercepted
@@ -242,39 +242,62 @@ def test_a_wrapper_may_draft(tiny_llama, prompt) -> None:
         assert torch.equal(tiny_llama.generate(ids, **options), want)
 
 
-def test_offloaded_weights(tiny_model, prompt) -> None:
-    """Weights at rest are on `meta`: what reads them directly is refused, all else is as without offload."""
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+def test_offloaded_weights(tiny_model, prompt, tmp_path: Path, to: str) -> None:
+    """Weights at rest are on `meta`; policies that read W_O get it through the layer's own hooks."""
     accelerate = pytest.importorskip("accelerate")
     ids, kept = prompt(1, 120), {}
     gates = RetentionGates.for_model(tiny_model("llama"), gate_width=8, init_std=0.5, initial_bias=2.0)
+    policies = ("snapkv", "retention", "criticalkv", "ada_criticalkv", "defensive", "layer_defensive")
     for offloaded in (False, True):
         model = tiny_model("llama")
         if offloaded:
-            accelerate.cpu_offload(model, execution_device="cpu")
+            if to == "cpu":
+                accelerate.cpu_offload(model, execution_device="cpu")
+            else:
+                accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+            assert model.model.layers[0].self_attn.o_proj.weight.is_meta
             assert RetentionGates.for_model(model, gate_width=8).bias.device.type == "cpu"
-            with pytest.raises(UnsupportedModelError, match="'defensive' does not support"), evict(model, "defensive"):
-                pass
-        for policy in ("snapkv", "retention"):
+        for policy in policies:
             with evict(model, policy, 0.3, recent=4, gates=gates if policy == "retention" else None) as session:
                 cache = session.new_cache()
                 session.extend(cache, ids)
                 kept[policy, offloaded] = [head.tolist() for layer in range(3) for head in cache.kept(layer)[0]]
-    assert kept["snapkv", False] == kept["snapkv", True]
-    assert kept["retention", False] == kept["retention", True]
+    for policy in policies:
+        assert kept[policy, False] == kept[policy, True], policy
 
 
 class Quantized(torch.Tensor):
-    """A weight that says that it is floating point, as torchao's do."""
+    """A weight of another kind that says that it is floating point, as torchao's do."""
 
 
-def test_quantized_weights_cannot_be_read(tiny_llama) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_output_projections_that_cannot_be_read(tiny_llama, bias: bool) -> None:
+    """Then W_O is what the projection makes of unit vectors."""
     layer = full_attention_layers(tiny_llama)[0]
-    assert has_output_weight(layer)
     projection: Any = layer.module.o_proj
+    if bias:
+        projection.bias = nn.Parameter(torch.randn(32))
+    want = output_weight(layer, torch.float32).clone()
+    assert want.shape == (4, 8, 32)
     weight = projection.weight.detach().as_subclass(Quantized)
     projection.weight = nn.Parameter(weight, requires_grad=False)
-    assert not has_output_weight(layer)
-    with pytest.raises(UnsupportedModelError, match="'criticalkv' does not support"), evict(tiny_llama, "criticalkv"):
+    assert has_output_weight(layer)
+    torch.testing.assert_close(output_weight(layer, torch.float32).as_subclass(torch.Tensor), want)
+
+
+class Gate(nn.Module):
+    """An output projection that is no linear layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh()
+
+
+def test_output_projections_of_another_kind_are_refused(tiny_llama) -> None:
+    tiny_llama.model.layers[1].self_attn.o_proj = Gate()
+    message = r"output projection as a linear layer .*layers.1.self_attn does"
+    with pytest.raises(UnsupportedModelError, match=message), evict(tiny_llama, "criticalkv"):
         pass
 
 
@@ -344,11 +367,34 @@ def test_lora_adapters(tiny_llama, prompt, merged: bool) -> None:
     with evict(model, "knorm", 0.3, recent=4, buffer=2) as session:
         model.generate(input_ids=ids, **GREEDY)
         assert session.report().kept_share < 0.5
-    if not merged:  # W_O is the layer's weight and the adapter's
-        with pytest.raises(UnsupportedModelError, match="'criticalkv' does not support"), evict(model, "criticalkv"):
-            pass
+    if not merged:
         with model.disable_adapter(), evict(model, "knorm", 1.0):
             assert torch.equal(model.generate(input_ids=ids, **GREEDY), base)
+
+
+@torch.no_grad()
+def test_the_output_projection_with_adapters(tiny_llama, prompt) -> None:
+    """W_O is the layer's weight and the active adapter's: that of the merged model."""
+    peft = pytest.importorskip("peft")
+    layer = full_attention_layers(tiny_llama)[0]
+    base = output_weight(layer, torch.float32).clone()
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["o_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny_llama, config).eval()
+    model.add_adapter("other", config)
+    found = {}
+    for adapter in ("default", "other"):  # switched
+        model.set_adapter(adapter)
+        found[adapter] = output_weight(layer, torch.float32)
+        merged = copy.deepcopy(model).merge_and_unload()
+        want = output_weight(full_attention_layers(merged)[0], torch.float32)
+        torch.testing.assert_close(found[adapter], want, rtol=1e-4, atol=1e-4)
+        with evict(model, "criticalkv", 0.3, recent=4) as session:
+            model(prompt(1, 60))
+            assert session.report().kept_share < 0.4
+    with model.disable_adapter():
+        torch.testing.assert_close(output_weight(layer, torch.float32), base)
+    assert (found["default"] - found["other"]).norm() > base.norm() and (found["default"] - base).norm() > base.norm()
 
 
 @pytest.mark.parametrize("chunk", [None, 8])

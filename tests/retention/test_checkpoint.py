@@ -101,6 +101,54 @@ def test_not_a_safetensors_file(folder: Path) -> None:
         RetentionGates.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weight", float("nan"), "weight in gates.safetensors has numbers that are not finite or beyond 1e"),
+        ("bias", float("inf"), "bias in gates.safetensors has numbers that are not finite"),
+        ("bodies.1.0.weight", -1e38, "bodies.1.0.weight in gates.safetensors has numbers that are not finite"),
+    ],
+)
+def test_weights_that_would_give_no_log_beta(folder: Path, name: str, value: float, message: str) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors[name].view(-1)[-1] = value
+    rewrite_weights(folder, tensors)
+    with pytest.raises(CheckpointError, match=message):
+        RetentionGates.from_pretrained(folder)
+
+
+def test_weights_of_whole_numbers(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    rewrite_weights(folder, tensors | {"bias": tensors["bias"].int()})
+    with pytest.raises(CheckpointError, match=r"bias in gates\.safetensors is torch\.int32; accepted: "):
+        RetentionGates.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 2**40}, "got 1099511627776 as hidden_size; accepted: a whole number from 1 to"),
+        (
+            {"hidden_size": 2**23, "gate_width": 2**23},
+            r"wrong shapes \['bodies.0.0.bias \(16,\) instead of \(8388608,\)",
+        ),
+        ({"layer_indices": list(range(10**5))}, "got 100000 items as gates.layer_indices; accepted: up to 65536"),
+        (
+            {"layer_indices": list(range(4096))},
+            r"it lacks those of the layers 3, 4, .* and 4083 more, and has those of no",
+        ),
+        ({"layer_indices": [0, 1]}, "and has those of the layers 2, which tenure_config.json does not name"),
+        ({"activation": "none"}, "got 'none' as activation; accepted: transformers' names"),
+    ],
+)
+def test_sizes_that_only_the_configuration_has_are_not_built(folder: Path, change: dict, message: str) -> None:
+    """2^23 squared weights a layer are 256 TB: nothing of that size may be made before the file is compared."""
+    document = json.loads((folder / CONFIG_FILE).read_text())
+    rewrite_config(folder, gates=document["gates"] | change)
+    with pytest.raises(CheckpointError, match=message):
+        RetentionGates.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
 def test_absent_file(folder: Path, name: str) -> None:
     (folder / name).unlink()

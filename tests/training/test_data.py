@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tenure.training.batching import PackedSource
-from tenure.training.chat import encode_messages
+from tenure.training.conversations import encode_messages
 from tenure.training.data import DatasetSource, Example, load_examples
 
 CONVERSATION = [
@@ -161,13 +161,14 @@ def test_what_is_wrong_with_the_data_is_said(
 
 
 def test_what_is_wrong_with_the_place_is_said(tmp_path: Path, chat_tokenizer: Any, plain_tokenizer: Any) -> None:
-    (tmp_path / "x.csv").write_text("text\nwork\n")
-    with pytest.raises(ValueError, match=r"suffix '\.csv'; accepted are \.jsonl"):
-        load_examples(str(tmp_path / "x.csv"), chat_tokenizer, max_length=100)
+    (tmp_path / "x.docx").write_text("work")
+    for place in (tmp_path / "x.docx", tmp_path):
+        with pytest.raises(ValueError, match=r"holds \.docx; accepted: files of one kind out of \.jsonl"):
+            load_examples(str(place), chat_tokenizer, max_length=100)
     with pytest.raises(ValueError, match="there is no file or folder"):
         load_examples(str(tmp_path / "absent.jsonl"), chat_tokenizer, max_length=100)
-    with pytest.raises(ValueError, match=r"the folder .* holds \.csv; files of one kind out of"):
-        load_examples(str(tmp_path), chat_tokenizer, max_length=100)
+    with pytest.raises(ValueError, match="no file matches"):
+        load_examples(str(tmp_path / "*.jsonl"), chat_tokenizer, max_length=100)
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CONVERSATION}])
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
         load_examples(path, plain_tokenizer, max_length=100)

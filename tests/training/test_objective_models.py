@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from tenure.retention import RetentionGates, SoftEviction, attach_after, read_prompt
 from tenure.retention.decoder_layers import text_decoder
-from tenure.retention.seams import model_logits
+from tenure.retention.seams import OutputHead
 from tenure.scripts.bench.tiny_models import TEXT_ARCHITECTURES, Architecture
 from tenure.scripts.bench.tiny_vision_models import VISION_MODELS
 from tenure.training import Batch, GateObjective
@@ -40,16 +40,19 @@ SCALED = {
 @pytest.mark.parametrize("name", SCALED)
 def test_logits_are_the_models_own(name: str) -> None:
     model = SCALED[name].build()
-    hooks = len(text_decoder(model)._forward_hooks)
+    head, runs = OutputHead(model), []
+    text_decoder(model).register_forward_hook(lambda *given: runs.append(1))
     with torch.no_grad():
         want = model(IDS, use_cache=False).logits.flatten(0, 1)
         hidden = text_decoder(model)(input_ids=IDS, use_cache=False).last_hidden_state.flatten(0, 1)
-        got = model_logits(model, hidden)
+        got = head(hidden)
+        again = head(hidden[:3])
     assert got.shape == want.shape
+    torch.testing.assert_close(again, want[:3], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert len(text_decoder(model)._forward_hooks) == hooks
+    assert len(runs) == 3, "two forwards, and one token to see the decoder's output"
     hidden.requires_grad_()
-    model_logits(model, hidden).sum().backward()
+    head(hidden).sum().backward()
     assert hidden.grad is not None and hidden.grad.abs().sum() > 0
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,39 +14,7 @@ from tenure.retention import RetentionGates
 from tenure.training import Example, NotFiniteError, TrainConfig, train
 from tenure.training.run_state import latest_state
 
-
-class Tokens:
-    """Random documents, the second half to be predicted; a function of the index alone."""
-
-    def __getitem__(self, index: int) -> Example:
-        generator = torch.Generator().manual_seed(index)
-        input_ids = torch.randint(3, 128, (64,), generator=generator).tolist()
-        return Example(input_ids, [i >= 32 for i in range(64)], "text")
-
-
-def settings(output_dir: Path, **values: object) -> TrainConfig:
-    base = {
-        "gate_width": 16,
-        "initial_bias": 4.0,
-        "lengths": (64,),
-        "steps": 8,
-        "warmup_steps": 2,
-        "learning_rate": 5e-3,
-        "capacity_samples": 16,
-        "log_every": 1,
-        "save_every": 3,
-        "gradient_checkpointing": False,
-    }
-    return TrainConfig(output_dir=str(output_dir), **(base | values))  # type: ignore[arg-type]
-
-
-def losses(output_dir: Path) -> list[tuple[int, float, float, float]]:
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["ntp"], line["kl"], line["capacity"]) for line in lines]
-
-
-def weights(output_dir: Path) -> bytes:
-    return (output_dir / "gates" / "gates.safetensors").read_bytes()
+from .runs import Tokens, losses, run, settings, weights
 
 
 def test_capacity_falls_and_the_gates_are_saved(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
@@ -91,43 +56,10 @@ def test_other_settings_are_refused_on_resume(tiny_model, tmp_path: Path) -> Non
         train(settings(tmp_path, learning_rate=0.1), tiny_model("llama"), Tokens())
 
 
-SCRIPT = """
-import json, os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import conftest, test_trainer
-from tenure.training import run_state, train
-output = Path(sys.argv[2])
-values = json.loads(sys.argv[3])
-if values.pop("kill", False):
-    save = run_state.save_file
-    def killed(*args, **kwargs):
-        if (output / "checkpoints" / "step-00000003").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(*args, **kwargs)
-    run_state.save_file = killed
-train(test_trainer.settings(output, **values), conftest.build_tiny("llama"), test_trainer.Tokens())
-"""
-
-
-def run(output_dir: Path, launcher: tuple[str, ...] = (), **values: object) -> subprocess.CompletedProcess[str]:
-    """Trains in another process; the tests' own folder is put on its path for the tiny model."""
-    tests = Path(__file__).parents[1]
-    folder = output_dir.parent / "script"
-    folder.mkdir(exist_ok=True)
-    script = folder / "run.py"
-    script.write_text(SCRIPT)
-    (folder / "conftest.py").write_text((tests / "conftest.py").read_text())
-    (folder / "test_trainer.py").write_text(Path(__file__).read_text())
-    command = [sys.executable, *launcher, str(script), str(folder), str(output_dir), json.dumps(values)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-
-
 def test_kill_9_while_saving_keeps_the_last_good_checkpoint(tiny_model, tmp_path: Path) -> None:
     """The process dies inside the save of step 6: step 3 is still whole, and a resumed run ends as if nothing was."""
     train(settings(tmp_path / "whole"), tiny_model("llama"), Tokens())
-    result = run(tmp_path / "killed", kill=True)
+    result = run(tmp_path / "killed", kill_in_save=3)
     assert result.returncode == -signal.SIGKILL, result.stderr
     checkpoints = tmp_path / "killed" / "checkpoints"
     assert any(checkpoints.glob(".saving-*"))
@@ -142,7 +74,7 @@ def test_kill_9_while_saving_keeps_the_last_good_checkpoint(tiny_model, tmp_path
 def test_two_processes_equal_one_with_accumulation(tmp_path: Path) -> None:
     """gloo on CPU: the same examples, the same losses; sums of floats in another order are all that differs."""
     one = run(tmp_path / "one", accumulation=2)
-    two = run(tmp_path / "two", ("-m", "torch.distributed.run", "--nproc_per_node", "2"))
+    two = run(tmp_path / "two", 2)
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
     ours, reference = losses(tmp_path / "two"), losses(tmp_path / "one")
@@ -191,6 +123,65 @@ def test_offline_wandb_needs_no_account(tmp_path: Path, tiny_llama: PreTrainedMo
     assert any(name.startswith("offline-run") for name in written)
 
 
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path: Path, tiny_model, monkeypatch) -> None:
+    """Named after its folder, with versions, the global batch and digests in its configuration."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    started = []
+    real = wandb.init
+
+    def noted(**options: object) -> object:
+        started.append(options)
+        return real(**options)
+
+    monkeypatch.setattr(wandb, "init", noted)
+    for extend in (0, 2):
+        train(settings(tmp_path / "my-run", tracker="wandb", steps=2, extend=extend), tiny_model("llama"), Tokens())
+    assert started[0]["id"] == started[1]["id"] and started[0]["name"] == "my-run" and started[0]["resume"] == "allow"
+    train(settings(tmp_path / "other", tracker="wandb", steps=1), tiny_model("llama"), Tokens())
+    assert started[2]["id"] != started[0]["id"]
+
+
+def test_tensorboard_shows_losses_and_pictures(tmp_path: Path, tiny_model) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = settings(tmp_path, tracker="tensorboard", steps=3)
+    train(config, tiny_model("llama"), Tokens())
+    (folder,) = {path.parent for path in tmp_path.rglob("events.*") if path.parent.name == "tenure"}
+    events = EventAccumulator(str(folder)).Reload()
+    assert [one.step for one in events.Scalars("quality")] == [1, 2, 3]
+    picture = events.Images("occupancy")[0]
+    assert picture.width > 100 and picture.height > 100
+
+
+def test_a_missing_tracker_is_an_error(tmp_path: Path, tiny_llama: PreTrainedModel, monkeypatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="got tracker wandb, which is not installed: pip install wandb"):
+        train(settings(tmp_path, tracker="wandb"), tiny_llama, Tokens())
+
+
+def test_losses_of_held_out_examples_are_logged(tmp_path: Path, tiny_llama: PreTrainedModel) -> None:
+    held = [Tokens()[index] for index in range(100, 103)]
+    train(settings(tmp_path, eval_every=4, learning_rate=1e-12), tiny_llama, Tokens(), held_out=held)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "eval/held_out_ntp" in line]
+    assert [line["step"] for line in found] == [4, 8]
+    logits = [tiny_llama(torch.tensor([one.input_ids])).logits[0].log_softmax(-1) for one in held]
+    expected = [
+        -float(scores[place - 1, one.input_ids[place]]) for one, scores in zip(held, logits, strict=True)
+        for place in range(32, 64)
+    ]  # fmt: skip
+    # At β near 1 the student's losses are near the plain model's.
+    assert found[0]["eval/held_out_ntp"] == pytest.approx(sum(expected) / len(expected), rel=0.2)
+    assert found[0]["eval/held_out_kl"] > 0
+
+
 def test_starting_from_given_gates(tiny_model, tmp_path: Path) -> None:
     first = train(settings(tmp_path / "first", steps=2), tiny_model("llama"), Tokens())
     config = settings(tmp_path / "second", steps=1, learning_rate=1e-12, init_gates=str(tmp_path / "first" / "gates"))
@@ -221,7 +212,6 @@ def test_wrong_config_files_are_named(tmp_path: Path, text: str, message: str) -
     [
         ({"eviction_budgets": (0.2,)}, "above 0 with eviction_budgets"),
         ({"prompt_share": 1.5}, "got 1.5 as prompt_share; accepted: a number from 0 to 1"),
-        ({"prompt_share": 0.5, "gradient_checkpointing": True}, "set gradient_checkpointing to false"),
         (
             {"prompt_share": 0.5, "eviction_budgets": (0.2, 2.0)},
             r"got 2.0 as eviction_budgets\[1\]; accepted: a number above 0 and up to 1",

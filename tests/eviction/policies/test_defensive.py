@@ -315,7 +315,7 @@ def test_without_mass_only_the_window_is_protected(tiny_llama, prompt):
             conclude(cache.ragged[0], policy, view, torch.ones(1, 1, 1, dtype=torch.bool))
             counts.append(policy.score(view).isinf().sum(2).flatten().tolist())
     assert counts[0] == [4, 4] and all(count > 4 for count in counts[1])
-    with pytest.raises(ValueError, match=r"mass is a share of the attention in \[0, 1\], got 1\.5"):
+    with pytest.raises(ValueError, match=r"got 1\.5 as defensive\.mass; accepted: a number from 0 to 1"):
         Defensive(mass=1.5)
 
 
@@ -323,13 +323,13 @@ def test_released_protection_by_hand():
     """Of 5 entries with the window in the third: shares .05/.9, .4/.9, .3/.9 and .15/.9, and a bias of .15."""
     mean = torch.tensor([[[0.05, 0.4, 0.9, 0.3, 0.15]]])
     counted = torch.tensor([[[True, True, False, True, True]]])
-    before = torch.tensor([[[False, False, False, False, True]]])
-    taken = released_protection(mean, 0.9, counted, before, torch.tensor([4]))
+    bias = torch.tensor([[0.15]])
+    taken = released_protection(mean, 0.9, counted, bias, torch.tensor([4]))
     assert taken.tolist() == [[[False, True, False, False, False]]], "4/9 < 0.75 <= 7/9: the second would cross"
-    more = released_protection(mean, 0.99, counted, before, torch.tensor([4]))
+    more = released_protection(mean, 0.99, counted, bias, torch.tensor([4]))
     assert more.tolist() == [[[False, True, False, True, False]]], "7/9 < 0.84 <= 8.5/9"
     for most in (1, 0, -3):
-        fewer = released_protection(mean, 0.99, counted, before, torch.tensor([most]))
+        fewer = released_protection(mean, 0.99, counted, bias, torch.tensor([most]))
         assert fewer.tolist() == [[[False, most == 1, False, False, False]]]
 
 
@@ -374,10 +374,10 @@ def test_options_of_the_papers_comparison(tiny_llama, prompt):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protection": "none"}, r"unknown protection 'none'; known: released, cumulative"),
-        ({"aggregation": "median"}, r"unknown aggregation 'median'; known: max, mean"),
-        ({"prior": "max"}, r"unknown prior 'max'; known: mean, none, or a number in \[0, 1\]"),
-        ({"prior": 2.0}, r"prior is a share of the attention in \[0, 1\], got 2.0"),
+        ({"protection": "none"}, "got 'none' as defensive.protection; accepted: released, cumulative"),
+        ({"aggregation": "median"}, "got 'median' as defensive.aggregation; accepted: max, mean"),
+        ({"prior": "max"}, "got 'max' as defensive.prior; accepted: mean, none or a number from 0 to 1"),
+        ({"prior": 2.0}, "got 2.0 as defensive.prior; accepted: mean, none or a number from 0 to 1"),
     ],
 )
 def test_unknown_options_are_refused(options, message):

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tenure.eviction import (
+    CAKE,
     H2O,
+    RKV,
     TOVA,
     AdaCriticalKV,
     AdaKV,
@@ -16,6 +18,7 @@ from tenure.eviction import (
     Defensive,
     ExpectedAttention,
     Full,
+    GateScore,
     KeyDiff,
     Knorm,
     LagKV,
@@ -36,6 +39,7 @@ from tenure.eviction.policies.policy import NEEDS
 MATRIX: list[Policy] = [
     Retention(),
     Retention(lookahead=64),
+    GateScore(),
     SnapKV(window=8),
     SnapKV(window=6, kernel=3, pool="max"),
     AdaKV(window=8),
@@ -48,6 +52,8 @@ MATRIX: list[Policy] = [
     *(RetentionDefensive(window=4, combine=how) for how in ("prior", "max", "product", "rank")),
     ExpectedAttention(),
     LagKV(lag=4),
+    RKV(window=4),
+    CAKE(window=4),
     TOVA(),
     H2O(),
     KeyDiff(),
@@ -96,7 +102,7 @@ def test_options_are_given_by_name():
         get_policy("retention", window=8)
     with pytest.raises(ValueError, match="policy 'full' has no option window; known: none"):
         get_policy("full", window=8)
-    with pytest.raises(ValueError, match="SnapKV's window must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"got 0 as snapkv\.window; accepted: a whole number from 1 to"):
         get_policy("snapkv", window=0)
 
 
@@ -106,7 +112,9 @@ def test_defaults_of_those_that_share_a_budget_between_heads():
     assert {name: defaults[name] for name in defaults.keys() - alone} == {
         "ada_criticalkv": ("layer", 0.2),
         "adakv": ("layer", 0.2),
+        "cake": ("preference", 0.0),
         "defensive": ("layer", 0.0),
+        "gate_score": ("global", 0.0),
         "layer_defensive": ("global", 0.0),
         "pyramidkv": ("pyramid", 0.0),
         "retention": ("global", 0.0),
@@ -117,23 +125,36 @@ def test_defaults_of_those_that_share_a_budget_between_heads():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("snapkv", {"window": 0}, "SnapKV's window must be at least 1, got 0"),
+        ("snapkv", {"window": 0}, "got 0 as snapkv.window; accepted: a whole number from 1 to 65536"),
+        ("snapkv", {"window": 10**9}, "got 1000000000 as snapkv.window; accepted: a whole number from 1 to 65536"),
+        ("random", {"seed": "x"}, "got 'x' as random.seed; accepted: a whole number"),
+        ("defensive", {"mass": float("nan")}, "got nan as defensive.mass; accepted: a number from 0 to 1"),
         ("snapkv", {"kernel": 4}, "SnapKV's kernel must be odd, got 4"),
-        ("adakv", {"kernel": 0}, "AdaKV's kernel must be odd, got 0"),
-        ("snapkv", {"pool": "median"}, "unknown pool 'median'; known: avg, max"),
-        ("criticalkv", {"first_stage": 1.5}, r"share of the budget in \[0, 1\], got 1.5"),
-        ("criticalkv", {"epsilon": -1.0}, "epsilon must not be negative"),
-        ("defensive", {"window": 0}, "Defensive's window must be at least 1, got 0"),
+        ("adakv", {"kernel": 0}, "got 0 as adakv.kernel; accepted: a whole number from 1"),
+        ("snapkv", {"pool": "median"}, "got 'median' as snapkv.pool; accepted: avg, max"),
+        ("criticalkv", {"first_stage": 1.5}, "got 1.5 as criticalkv.first_stage; accepted: a number from 0 to 1"),
+        ("criticalkv", {"epsilon": -1.0}, "got -1.0 as criticalkv.epsilon; accepted: a number of 0 or more"),
+        ("defensive", {"window": 0}, "got 0 as defensive.window; accepted: a whole number from 1"),
         ("layer_defensive", {"kernel": 2}, "LayerDefensive's kernel must be odd, got 2"),
-        ("defensive", {"value_norm": "keys"}, "unknown value_norm 'keys'; known: heads, tokens, raw, none"),
-        ("retention_defensive", {"combine": "sum"}, "unknown combine 'sum'; known: prior, max, product, rank"),
-        ("expected_attention", {"future": 0}, "future must be at least 1 position, got 0"),
-        ("expected_attention", {"epsilon": -1.0}, "epsilon must not be negative"),
-        ("lagkv", {"lag": 0}, "lag must be at least 1 entry, got 0"),
-        ("lagkv", {"first": -1}, "first must not be negative, got -1"),
-        ("h2o", {"recent": 2.0}, r"share of the budget in \[0, 1\], got 2.0"),
-        ("retention", {"lookahead": 0}, "lookahead must be at least 1 token, got 0"),
-        ("retention", {"threshold": 1.0}, r"threshold is a retention in \(0, 1\), or None, got 1.0"),
+        ("defensive", {"value_norm": "keys"}, "got 'keys' as defensive.value_norm; accepted: heads, tokens, raw, none"),
+        ("retention_defensive", {"combine": "sum"}, "got 'sum' as retention_defensive.combine; accepted: prior, max"),
+        ("expected_attention", {"future": 0}, "got 0 as expected_attention.future; accepted: a whole number from 1"),
+        ("expected_attention", {"epsilon": -1.0}, "got -1.0 as expected_attention.epsilon; accepted: a number"),
+        ("lagkv", {"lag": 0}, "got 0 as lagkv.lag; accepted: a whole number from 1"),
+        ("lagkv", {"first": -1}, "got -1 as lagkv.first; accepted: a whole number from 0"),
+        ("h2o", {"recent": 2.0}, "got 2.0 as h2o.recent; accepted: a number from 0 to 1"),
+        ("retention", {"lookahead": 0}, "got 0 as retention.lookahead; accepted: a whole number from 1"),
+        (
+            "retention",
+            {"threshold": 1.0},
+            "got 1.0 as retention.threshold; accepted: a number above 0 and below 1 or nothing",
+        ),
+        ("rkv", {"window": 0}, "got 0 as rkv.window; accepted: a whole number from 1"),
+        ("rkv", {"mix": 1.5}, "got 1.5 as rkv.mix; accepted: a number from 0 to 1"),
+        ("rkv", {"threshold": 2.0}, "got 2.0 as rkv.threshold; accepted: a number from -1 to 1"),
+        ("cake", {"window": 1}, "got 1 as cake.window; accepted: a whole number from 2"),
+        ("cake", {"gamma": -1.0}, "got -1.0 as cake.gamma; accepted: a number of 0 or more"),
+        ("cake", {"tau_entropy": 0.0}, "got 0.0 as cake.tau_entropy; accepted: a number above 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(name, options, message):

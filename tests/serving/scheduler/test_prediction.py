@@ -321,9 +321,10 @@ def test_duplicates_and_late_hints_change_nothing(make_driver):
 
 def test_systems_by_name():
     assert system_names() == (
-        "lru", "lfu", "lru_reactive", "hicache", "lru_prefetch", "ste", "ste_prefetch", "expected_time", "belady"
+        "lru", "vllm", "lfu", "lru_reactive", "hicache", "lru_prefetch", "ste", "ste_prefetch", "ste_holding",
+        "expected_time", "belady",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="unknown system 'fifo'; known: lru, lfu, lru_reactive"):
+    with pytest.raises(ValueError, match="unknown system 'fifo'; known: lru, vllm, lfu, lru_reactive"):
         build_system("fifo", {}, None, clock=None, costs=None, bytes_per_token=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got no prompts for the system 'belady'"):
         build_system("belady", {}, None, clock=None, costs=None, bytes_per_token=1)  # type: ignore[arg-type]

@@ -96,6 +96,7 @@ def test_taking_one_changes_nothing(make_driver, prompt_of, ring):
     driver.serve("x", prompt_of("a", 21), agent="a", fixed_tokens=20, workflow="ring")
     driver.submit("y", prompt_of("b", 21), 5, agent="b", workflow="ring")
     before = take_snapshot(driver.system, SnapshotConfig())
+    after = before
     for _ in range(3):
         after = take_snapshot(driver.system, SnapshotConfig())
     same = {"taken": 0.0, "cost_s": 0.0}

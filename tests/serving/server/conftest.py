@@ -17,8 +17,10 @@ from tenure.eviction import Session, evict
 from tenure.serving import EngineClient, LinearCosts, MemoryPool, System, ThreadedTransfer, Tier, build_system
 from tenure.serving.engine import Compression, Engine
 from tenure.serving.prompt_cache import PromptKV
+from tenure.serving.sampling.grammar_compiler import GrammarCompiler
+from tenure.serving.sampling.grammar_config import GrammarConfig
 from tenure.serving.server import ApiKeys, Backend, Caller, ServerConfig, bind, build_app
-from tenure.serving.server.http_server import make_server
+from tenure.serving.server.http_server import DrainingServer, make_server
 
 from ..engines import gates_of
 
@@ -70,6 +72,7 @@ class Served:
     client: EngineClient
     system: System
     tokenizer: PreTrainedTokenizerFast
+    server: DrainingServer
     stop: Callable[[], None]
 
     @property
@@ -85,6 +88,10 @@ class Served:
         while not condition():
             assert time.monotonic() < end, "the condition does not hold in time"
             time.sleep(0.005)
+
+    def connections(self) -> set[Any]:
+        """The open ones, of clients."""
+        return self.server.server_state.connections
 
     def unfinished(self) -> int:
         health = self.client.health()
@@ -129,18 +136,34 @@ def make_engine(session, tokenizer) -> Iterator[Callable[..., PacedEngine]]:
         system.tiers.check()
 
 
+@pytest.fixture(scope="session")
+def make_grammars() -> Iterator[Callable[..., GrammarCompiler]]:
+    """The compiler of grammars for an engine; shared by tests, as its processes take a second to start."""
+    made: dict[Any, GrammarCompiler] = {}
+
+    def make(engine: PacedEngine, config: GrammarConfig | None = None) -> GrammarCompiler:
+        key = engine.vocab_size, engine.end_token_ids, config
+        if key not in made:
+            made[key] = GrammarCompiler(byte_tokenizer(), *key)
+        return made[key]
+
+    yield make
+    for one in made.values():
+        one.close()
+
+
 @pytest.fixture
-def serve(make_engine, tokenizer) -> Iterator[Callable[..., Served]]:
+def serve(make_engine, tokenizer, make_grammars) -> Iterator[Callable[..., Served]]:
     """Starts servers on free ports, each in a thread; stopped at the end."""
     stops: list[Callable[[], None]] = []
 
     def start(
         keys: ApiKeys | None = None, config: ServerConfig | None = None, compression: Compression | None = None,
-        **options: Any,
+        grammars: GrammarConfig | None = None, **options: Any,
     ) -> Served:  # fmt: skip
         engine = make_engine(compression, **options)
         client, config = EngineClient(engine), config or ServerConfig(drain_s=5.0)
-        backend = Backend(client, engine.system, tokenizer, "tiny", CONTEXT)
+        backend = Backend(client, engine.system, tokenizer, "tiny", CONTEXT, make_grammars(engine, grammars))
         ready, listening = threading.Event(), bind("127.0.0.1", 0)
         server = make_server(build_app(backend, keys, config), client, config, ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -154,7 +177,7 @@ def serve(make_engine, tokenizer) -> Iterator[Callable[..., Served]]:
 
         stops.append(stop)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        return Served(url, engine, client, engine.system, tokenizer, stop)
+        return Served(url, engine, client, engine.system, tokenizer, server, stop)
 
     yield start
     for stop in stops:

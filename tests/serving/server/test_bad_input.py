@@ -13,6 +13,8 @@ import pytest
 
 from tenure.serving.server import ServerConfig
 
+TOOL_CALL: dict[str, Any] = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
 
@@ -40,8 +42,13 @@ BAD_CHATS = [
     (with_fields(messages=[]), "messages"),
     (with_fields(messages="hi"), "messages"),
     (with_fields(model=7), "got 7 as model"),
-    (message(role="tool"), "messages[0].role; accepted: system, developer, user, assistant"),
-    (message(content=None), "messages[0].content"),
+    (message(role="function"), "messages[0].role; accepted: system, developer, user, assistant, tool"),
+    (message(role="tool"), "messages[0]: got role tool"),
+    (message(role="tool", tool_call_id="c1"), "messages[0].tool_call_id; accepted: the id of a call"),
+    (message(tool_calls=[TOOL_CALL]), "messages[0]: got tool_calls in a message of role user"),
+    (message(role="assistant", tool_calls=[TOOL_CALL | {"id": ""}]), "messages[0].tool_calls[0].id"),
+    (message(role="assistant", tool_calls=[TOOL_CALL | {"type": "custom"}]), "tool_calls[0].type; accepted: function"),
+    (message(content=None), "messages[0]: got no content"),
     (message(content=[]), "messages[0].content"),
     (message(content=[{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x"}}]), "image_url"),
     (message(content=[{"type": "input_audio"}]), "input_audio"),
@@ -87,20 +94,70 @@ def test_bad_chats_are_refused_and_the_server_goes_on(served):
     assert served.post("/chat/completions", CHAT).status_code == 200
 
 
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+BAD_FORMS = [
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type; accepted: function"),
+    ({"tools": [{"type": "function"}]}, "tools[0]"),
+    ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "'no spaces' as the name of a function"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "accepted: object"),
+    ({"tools": [TOOL, TOOL]}, "'f' twice in tools"),
+    ({"tools": [TOOL | {"function": {"name": f"f{i}"}} for i in range(129)]}, "got 129 tools; accepted: up to 128"),
+    ({"tool_choice": "required"}, "'required' without tools"),
+    ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "accepted: one of the tools"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice; accepted: none, auto, required"),
+    ({"response_format": {"type": "xml"}}, "response_format.type; accepted: text, json_object"),
+    ({"response_format": {"type": "json_schema"}}, "type json_schema without json_schema; accepted"),
+    ({"response_format": schema_format([])}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format and guided_regex"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "accepted: one of them"),
+    ({"tools": [{"type": "function", "name": "f"}]}, "tools[0]: got a tool without function; accepted: {"),
+    ({"max_output_tokens": 3}, "max_output_tokens is a field of other endpoints; accepted: max_completion_tokens"),
+    ({"input": "hi"}, "input is a field of other endpoints; accepted: messages"),
+    ({"guided_regex": r"[^\s\S]"}, "no text is allowed"),
+    ({"structured_outputs": {"whitespace_pattern": "a"}}, "structured_outputs.whitespace_pattern' is not supported"),
+    ({"guided_json": "no json"}, "a schema that is no JSON"),
+    ({"guided_regex": "("}, "cannot be enforced"),
+    ({"guided_regex": "(?=a)b"}, "cannot be enforced"),
+    ({"guided_regex": "a" * 5000}, "a regular expression of 5000 characters; accepted: 1 to 4096"),
+    ({"guided_choice": []}, "got 0 choices"),
+    ({"guided_grammar": "root ::= missing"}, "cannot be enforced"),
+    ({"guided_grammar": "a" * 70_000}, "accepted: up to 65536"),
+    ({"response_format": schema_format({"not": {"type": "string"}})}, "the keyword 'not' in the schema"),
+    ({"response_format": schema_format({"type": "array", "items": {"minLenght": 2}})}, "'minLenght' in the"),
+    ({"response_format": schema_format({"x-guidance": {"lenient": True}})}, "the keyword 'x-guidance'"),
+    ({"response_format": schema_format({"$ref": "http://127.0.0.1/x"})}, "accepted: a place in the schema"),
+    ({"response_format": schema_format({"$ref": "#/$defs/none"})}, "cannot be enforced"),
+    ({"response_format": schema_format({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})}, "Circular"),
+    ({"response_format": schema_format({"enum": ["x" * 70_000]})}, "bytes as the schema; accepted: up to 65536"),
+    ({"chat_template_kwargs": {"date_string": "x"}}, "chat_template_kwargs.date_string' is not supported"),
+]  # fmt: skip
+
+
+def test_bad_tools_and_forms_are_refused_and_the_server_goes_on(served):
+    for fields, text in BAD_FORMS:
+        error = check(served.post("/chat/completions", with_fields(**fields)), 400, text)
+        assert error["type"] == "invalid_request_error"
+    assert served.post("/chat/completions", CHAT).status_code == 200
+    body = {"model": "tiny", "prompt": "x", "tools": [TOOL]}
+    assert check(served.post("/completions", body), 400, "tools is not supported")["param"] == "tools"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
         ("functions", [{}]),
         ("function_call", {"name": "f"}),
-        ("response_format", {"type": "json_object"}),
+        ("guided_decoding_backend", "outlines"),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "x"}),
         ("prediction", {"type": "content"}),
         ("web_search_options", {}),
         ("chat_template", "{{ 1 }}"),
-        ("guided_regex", ".*"),
+        ("structural_tag", {}),
         ("best_of", 2),
         ("echo", True),
         ("suffix", "x"),
@@ -119,11 +176,33 @@ def test_fields_that_ask_for_nothing_are_accepted(served):
     assert served.post("/chat/completions", with_fields(**nothing)).status_code == 200
 
 
+def test_what_clients_of_agent_frameworks_send_is_accepted(served):
+    parts = [{"type": "text", "text": "Plan."}, {"type": "text", "text": "Briefly."}]
+    messages = [
+        {"role": "developer", "content": parts, "name": "desk"}, {"role": "user", "content": parts},
+        {"role": "assistant", "content": "", "refusal": None, "annotations": [], "audio": None, "function_call": None,
+         "tool_calls": [TOOL_CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": parts}, {"role": "assistant", "content": parts},
+        {"role": "user", "content": "Go on."},
+    ]  # fmt: skip
+    body = {
+        "model": "tiny", "messages": messages, "max_completion_tokens": 2, "stream_options": {"include_usage": True},
+        "stream": True, "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "user": "u", "tools": [TOOL],
+        "parallel_tool_calls": True, "tool_choice": "auto", "reasoning_effort": "low", "verbosity": "low",
+        "functions": None, "audio": None, "prediction": None, "response_format": {"type": "text"}, "logit_bias": {},
+        "prompt_cache_key": "k", "safety_identifier": "s",
+    }  # fmt: skip
+    found = served.post("/chat/completions", body)
+    assert found.status_code == 200 and found.text.endswith("data: [DONE]\n\n"), found.text
+    assert '"usage"' in found.text and '"error"' not in found.text
+
+
 def test_unknown_fields_warn_once(served, caplog):
-    for _ in range(2):
-        assert served.post("/chat/completions", with_fields(surprise=1)).status_code == 200
+    for n in (1, 3):
+        turns = [{"role": "user", "content": "hi", "surprise": 1}] * n
+        assert served.post("/chat/completions", with_fields(surprise=1, messages=turns)).status_code == 200
     assert [record.getMessage() for record in caplog.records if "surprise" in record.getMessage()] == [
-        "unknown fields of requests are ignored: 'surprise'"
+        "unknown fields of requests are ignored: 'messages[].surprise', 'surprise'"
     ]
 
 
@@ -142,9 +221,9 @@ def test_bodies_that_are_no_json_or_too_deep(served):
     for raw in (b"", b"{", b"\xff\xfe", utf16, b'{"model": NaN}', b"[" * 100_000, b"1" * 5000):
         check(httpx.post(url, content=raw), 400, "")
     deep: Any = "x"
-    for _ in range(17):
+    for _ in range(49):
         deep = [deep]
-    check(served.post("/chat/completions", with_fields(metadata=deep)), 400, "nested deeper than 16 levels")
+    check(served.post("/chat/completions", with_fields(metadata=deep)), 400, "nested deeper than 48 levels")
 
 
 def test_halves_of_characters(served):
@@ -215,7 +294,7 @@ def test_headers_that_are_too_long(served):
 def test_paths_and_methods_that_there_are_not(served):
     check(httpx.get(f"{served.root}/v1/nothing"), 404, "got GET /v1/nothing; accepted: POST /v1/chat/completions")
     check(httpx.get(f"{served.root}/v1/chat/completions"), 405, "got GET /v1/chat/completions")
-    check(httpx.post(f"{served.root}/v1/responses", json={}), 404, "POST /v1/completions")
+    check(httpx.post(f"{served.root}/v1/embeddings", json={}), 404, "POST /v1/responses")
 
 
 def test_a_page_of_another_site_is_refused(served):

@@ -19,6 +19,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tenure.serving.server import ApiKeys, Backend, Caller, build_app
 from tenure.serving.server.api_requests import HINT_FIELDS, UNSUPPORTED, WITHOUT_EFFECT, ChatBody, CompletionBody
 from tenure.serving.server.openapi import OPERATIONS, SchemaBuilder
+from tenure.serving.server.responses_body import STATEFUL, ResponsesBody
 from tenure.serving.workflow.loaders import WorkflowDocument
 
 EXAMPLES = int(os.environ.get("TENURE_API_EXAMPLES", "12"))  # of each endpoint
@@ -50,12 +51,14 @@ def test_no_generated_request_is_a_failure_of_the_server(serve):
     def try_out(operation: Any) -> None:
         @settings(
             max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=[*HealthCheck],  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         @given(case=operation.as_strategy())
         def check(case: Any) -> None:
             if isinstance(case.body, dict) and "completions" in operation.label:  # long answers would test the model
                 case.body["max_tokens"] = 2
+            if isinstance(case.body, dict) and operation.label.endswith("/responses"):
+                case.body["max_output_tokens"] = 2
             response = case.call(base_url=served.root, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
             case.validate_response(response, checks=wanted)
             check_error(response)
@@ -80,6 +83,8 @@ def test_the_document_describes_all_fields_and_endpoints(served):
     assert schemas["ChatBody"]["required"] == ["model", "messages"]
     assert schemas["ChatBody"]["properties"]["model"] == {"enum": ["tiny"]}
     assert not set(schemas["ChatBody"]["properties"]) & (set(UNSUPPORTED) | WITHOUT_EFFECT)
+    fields = set(schemas["ResponsesBody"]["properties"])
+    assert fields >= {"input", "instructions", *HINT_FIELDS} and not fields & (set(UNSUPPORTED) | set(STATEFUL))
     assert schemas["EdgeSpec"]["anyOf"][0]["required"] == ["from", "to"]
     for (method, path), operation in OPERATIONS.items():
         described = document["paths"][path][method.lower()]
@@ -96,7 +101,7 @@ def test_keys_are_described(served):
 
 def test_schemas_have_the_bounds_of_their_annotations():
     schemas = SchemaBuilder()
-    for body in (ChatBody, CompletionBody, WorkflowDocument):
+    for body in (ChatBody, CompletionBody, ResponsesBody, WorkflowDocument):
         schemas.of(body)
     chat = schemas.components["ChatBody"]["properties"]
     assert chat["n"] == {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 128}, {"type": "null"}]}
@@ -149,10 +154,12 @@ def test_langchain(served):
 
     from langchain_core.messages import HumanMessage, SystemMessage
     from langchain_openai import ChatOpenAI
+    from pydantic import SecretStr
 
     chat = ChatOpenAI(
-        base_url=served.url, api_key="none", model="tiny", max_tokens=6, temperature=0, max_retries=0, timeout=60,
-        stream_usage=True, extra_body={"ignore_eos": True}, default_headers={"X-Tenure-Agent": "planner"},
+        base_url=served.url, api_key=SecretStr("none"), model="tiny", max_completion_tokens=6, temperature=0,
+        max_retries=0, timeout=60, stream_usage=True, extra_body={"ignore_eos": True},
+        default_headers={"X-Tenure-Agent": "planner"},
     )  # fmt: skip
     messages = [SystemMessage("You plan, step by step, all day long, and you say who is next."), HumanMessage("Plan.")]
     whole = chat.invoke(messages)

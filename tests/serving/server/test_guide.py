@@ -24,7 +24,8 @@ def snippet(fragment: str) -> str:
 @pytest.mark.parametrize(
     ("fragment", "calls", "declared"),
     [
-        ("client = OpenAI(", 1, []),
+        ("stream=True", 1, []),
+        ('tool_choice="required"', 1, []),
         ("httpx.post(", 0, []),
         ("LangGraphWorkflows(", 2, ["report"]),
         ("AgentWorkflows(", 1, ["support"]),

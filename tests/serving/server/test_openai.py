@@ -255,10 +255,9 @@ def test_errors_have_their_types_in_the_client(client):
     with pytest.raises(openai.BadRequestError) as streamed:
         client.chat.completions.create(model="tiny", messages=chat(), max_tokens=3000, stream=True)
     assert streamed.value.code == "context_length_exceeded"
-    tool: Any = {"type": "function", "function": {"name": "search"}}
-    with pytest.raises(openai.BadRequestError, match="tools is not supported by this server") as tools:
-        client.chat.completions.create(model="tiny", messages=chat(), tools=[tool])
-    assert tools.value.param == "tools" and tools.value.code == "unsupported_parameter"
+    with pytest.raises(openai.BadRequestError, match="functions is not supported by this server") as functions:
+        client.chat.completions.create(model="tiny", messages=chat(), functions=[{"name": "search"}])
+    assert functions.value.param == "functions" and functions.value.code == "unsupported_parameter"
 
 
 def test_the_fixed_prompt_is_what_the_system_messages_give(tokenizer):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,35 @@ def test_branches_exclude_each_other() -> None:
     assert all({"01": 0, "23": 1, "45": 2}["".join(p for p in ("01", "23", "45") if name[-1] in p)] == at % 3
                for at, name in enumerate(called))  # fmt: skip
     assert 60 < sum(name.endswith("agent2") for name in called) < 140
+
+
+def test_peer_reviews_and_sends_back() -> None:
+    called = run(WorkflowClient(WorkloadConfig("peer", agents=4, rounds=200), 0, 0))
+    names = [name.rpartition("/")[2] for name in called]
+    assert names[:4] == ["plan", "execute", "express", "review"] and len(called) >= 800
+    after = [other for name, other in pairwise(names) if name == "review"]
+    assert set(after) == {"plan", "execute"} and 0.2 < after.count("execute") / len(after) < 0.4
+    with pytest.raises(ValueError, match="got 5 agents and 1 branches; accepted: peer has 4 and 1"):
+        WorkloadConfig("peer", agents=5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "alike"),
+    [("ring", [(0, 1), (2, 3)]), ("branching", [(1, 2), (3, 4)]), ("fan", [(1, 2), (2, 3)])],
+)
+def test_agents_of_a_stage_share_the_beginning_of_their_prompts(shape: Any, alike: list[tuple[int, int]]) -> None:
+    workload = WorkloadConfig(
+        shape, agents=6, branches=1 if shape == "fan" else 2, shared_prefix=0.25, fixed_tokens=Distribution(40)
+    )
+    client, other = WorkflowClient(workload, 0, 0), WorkflowClient(workload, 0, 1)
+    prompts = [client.fixed_prompt(f"workflow0/agent{number}") for number in range(6)]
+    for one, two in alike:
+        assert (prompts[one][:10] == prompts[two][:10]).all() and prompts[one][10] != prompts[two][10]
+    assert prompts[0][0] != prompts[5][0], "other stages do not"
+    place = alike[0][1]
+    assert (prompts[place][:10] != other.fixed_prompt(f"workflow1/agent{place}")[:10]).any(), "nor other workflows"
+    plain = WorkflowClient(replace(workload, shared_prefix=0.0), 0, 0).fixed_prompt(f"workflow0/agent{place}")
+    assert (plain[10:] == prompts[place][10:]).all(), "the rest is as without"
 
 
 def test_a_fan_waits_for_all_workers() -> None:
@@ -107,7 +138,7 @@ def test_hostile_clients_say_that_everybody_comes_next() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"shape": "star"}, "got 'star' as shape; accepted: ring, branching, fan"),
+        ({"shape": "star"}, "got 'star' as shape; accepted: ring, branching, peer, fan"),
         ({"agents": 1}, "got 1 as agents; accepted: a whole number of 2 or more"),
         ({"mispredicted": 1.5}, "got 1.5 as mispredicted; accepted: a number from 0 to 1"),
         ({"branches": 3}, "10 agents and 3 branches"),

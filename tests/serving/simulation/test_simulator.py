@@ -28,6 +28,31 @@ def test_ring_of_equal_agents_hits_as_often_as_it_can(small, room: int) -> None:
     assert by_steps >= 0.95 * oracle
 
 
+def test_a_cache_that_evicts_by_page_keeps_the_beginning_of_the_oldest_prompt(small) -> None:
+    """A ring of three with room for two and a half: whole prompts never hit under LRU, half of the oldest one does."""
+    machine, workload = small.machine(2.5), small.workload(agents=3, rounds=20)
+    assert simulate(machine, workload, "lru").hit_rate == 0.0
+    assert 0.2 < simulate(machine, workload, "vllm").hit_rate < 0.55
+    assert simulate(machine, workload, "vllm").bytes_moved == 0
+
+
+@pytest.mark.parametrize("agents", [4, 10])
+def test_buckets_of_steps_equal_steps_within_their_range(small, agents: int) -> None:
+    """In a ring of four all steps are within the buckets; in one of ten, prompts far away are evicted by age."""
+    machine, workload = small.machine(2 if agents == 4 else 5), small.workload(agents=agents, rounds=20)
+    exact, held = (simulate(machine, workload, name).hit_rate for name in ("ste_prefetch", "ste_holding"))
+    assert held == exact if agents == 4 else held <= exact
+
+
+def test_branches_that_share_a_prefix_hit_it(small) -> None:
+    """The shared half is hit also where the other agent of the stage was called before."""
+    plain = small.workload(agents=4, branches=2, rounds=40)
+    apart, alike = (
+        simulate(small.machine(2), replace(plain, shared_prefix=share), "lru").hit_rate for share in (0.0, 0.5)
+    )
+    assert alike > apart + 0.1
+
+
 @pytest.mark.parametrize("policy", ["ste_prefetch", "expected_time", "lru_prefetch"])
 def test_prefetch_hides_loads_that_are_shorter_than_calls(small, policy: str) -> None:
     """A load takes 64 ms and a call 97 ms: after the first call nothing waits."""

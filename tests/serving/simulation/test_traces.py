@@ -92,10 +92,13 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     path.write_text('{"kind":"trace","version":1,\n')
     with pytest.raises(ValueError, match=r"line 1 of .* is not JSON"):
         read_trace(path)
-    path.write_text('{"kind":"trace","version":1}\n[]\n')
-    with pytest.raises(ValueError, match=r"line 2 of .* is no object with a 'kind'"):
+    path.write_text('{"kind":"trace","version":1}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .*: the document lacks bytes_per_token, page_size, about"):
         read_trace(path)
     head = {"kind": "trace", "version": 1, "bytes_per_token": 1, "page_size": 1, "about": {"by": "me"}}
+    path.write_text(json.dumps(head) + "\n[]\n")
+    with pytest.raises(ValueError, match=r"line 2 of .* is no object with a 'kind'"):
+        read_trace(path)
     path.write_text(json.dumps(head) + "\n")
     with pytest.raises(ValueError, match=r"does not say on which machine it was recorded .*: name a set-up"):
         machine_of(read_trace(path))

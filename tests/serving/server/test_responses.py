@@ -1,0 +1,168 @@
+"""`/v1/responses` through the client's own calls: text, messages, tools, schemas, streams, and refusals by name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, Literal
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
+
+from .test_tool_calls import CALL, PARAMETERS, answering
+
+__all__ = ["answering"]  # a fixture
+
+TOOL: Any = {"type": "function", "name": "forecast", "parameters": PARAMETERS, "strict": False}
+
+
+@pytest.fixture
+def client(served) -> OpenAI:
+    return OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=60)
+
+
+def ask(client: OpenAI, **options: Any) -> Any:
+    return client.responses.create(**({"model": "tiny", "input": "Rain?", "max_output_tokens": 8} | options))
+
+
+def test_a_text_is_answered_as_a_chat(client):
+    messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}]
+    chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0)
+    found = ask(client, instructions="Be brief.", temperature=0, include=["reasoning.encrypted_content"])
+    assert found.output_text == chat.choices[0].message.content
+    assert found.usage.input_tokens == chat.usage.prompt_tokens
+    assert found.usage.output_tokens == chat.usage.completion_tokens
+    cut = ask(client, instructions="Be brief.", temperature=0, max_output_tokens=2)
+    assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": "Rain?"}]}]
+    again = ask(client, instructions="Be brief.", temperature=0, input=parts)
+    assert again.output_text == found.output_text and again.usage.input_tokens_details.cached_tokens > 0
+    assert found.id.startswith("resp_") and found.store is False
+
+
+def test_the_events_of_a_stream_make_up_the_response(client):
+    events = list(ask(client, temperature=0, stream=True, max_output_tokens=2))
+    assert [event.sequence_number for event in events] == [*range(len(events))]
+    assert [event.type for event in events[:4]] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+    ]  # fmt: skip
+    last = events[-1]
+    assert last.type == "response.incomplete" and last.response.incomplete_details
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == last.response.output_text
+
+
+def test_a_call_and_its_result(answering):
+    _, client = answering(f"I look.\n{CALL}")
+    found = ask(client, tools=[TOOL], max_output_tokens=200)
+    message, call = found.output
+    assert message.content[0].text == "I look." and found.status == "completed"
+    assert call.type == "function_call" and call.name == "forecast"
+    assert json.loads(call.arguments) == {"city": "Oslo", "days": 2}
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "wet"}
+    conversation: list[Any] = [{"role": "user", "content": "Rain?"}, *found.output, result]
+    assert ask(client, input=conversation, tools=[TOOL], max_output_tokens=200).output[1].type == "function_call"
+    events = list(ask(client, tools=[TOOL], max_output_tokens=200, stream=True))
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    done = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert "".join(deltas) == call.arguments == done[0].arguments and len(deltas) > 3
+    assert [event.item.type for event in events if event.type == "response.output_item.done"] == [
+        "message", "function_call",
+    ]  # fmt: skip
+
+
+def test_a_named_tool_is_called(answering):
+    _, client = answering()
+    found = ask(client, tools=[TOOL], tool_choice={"type": "function", "name": "forecast"}, max_output_tokens=200)
+    (call,) = found.output
+    assert json.loads(call.arguments)["city"] in ("Rome", "Oslo")
+
+
+class Answer(BaseModel):
+    kind: Literal["cat", "dog"]
+    sure: bool
+
+
+def test_models_are_parsed_by_the_client(client, served):
+    options: dict[str, Any] = {"model": "tiny", "input": "Which?", "text_format": Answer, "max_output_tokens": 200}
+    assert isinstance(client.responses.parse(**options).output_parsed, Answer)
+
+    async def stream() -> Any:
+        other = AsyncOpenAI(base_url=served.url, api_key="none", max_retries=0)
+        async with other, other.responses.stream(**options) as events:
+            async for _ in events:
+                pass
+            return await events.get_final_response()
+
+    assert isinstance(asyncio.run(stream()).output_parsed, Answer)
+
+
+def test_reasoning_is_an_item_of_its_own(answering):
+    _, client = answering("<think>\nhm\n</think>\n\nWet.", thinking="{# <think></think> #}")
+    thought, message = ask(client, max_output_tokens=100).output
+    assert thought.type == "reasoning" and thought.content[0].text == "hm" and message.content[0].text == "Wet."
+    events = list(ask(client, max_output_tokens=100, stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.reasoning_text.delta") == "hm"
+    conversation: list[Any] = [{"role": "user", "content": "Rain?"}, thought, message, {"role": "user", "content": "?"}]
+    assert ask(client, input=conversation, max_output_tokens=100).output[1].content[0].text == "Wet."
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id is not supported"),
+        ({"store": True}, "store is not supported by this server; accepted: False"),
+        ({"include": ["message.output_text.logprobs"]}, "got 'message.output_text.logprobs' as include[0]; accepted"),
+        ({"background": True}, "background is not supported"),
+        ({"conversation": "c"}, "conversation is not supported"),
+        ({"tools": [{"type": "web_search"}]}, "got 'web_search' as tools[0].type; accepted: function"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0]: got a tool without name; accepted"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "'a b' as the name of a function"),
+        ({"max_tokens": 3}, "max_tokens is a field of other endpoints; accepted: max_output_tokens"),
+        ({"messages": []}, "accepted: input"),
+        ({"response_format": {}}, "accepted: text.format"),
+        ({"stop": ["a"]}, "stop is not supported"),
+        ({"n": 2}, "n is not supported by this server; accepted: 1"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "got type json_schema with name; accepted"),
+        (
+            {"text": {"format": {"type": "json_object", "json_schema": {}}}},
+            "'text.format.json_schema' is not supported",
+        ),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type; accepted: message"),
+        ({"input": [{"role": "user"}]}, "without content; accepted: with role, content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "'input_image'"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]},
+            "'c' as input[0].call_id; accepted: the call_id of",
+        ),
+        ({"input": []}, "input"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"not": {}}}}}, "the keyword 'not'"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+    ],
+)
+def test_refusals_by_name(client, fields, text):
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, extra_body=fields)
+    assert text in error.value.message
+
+
+def test_responses_are_not_stored(client):
+    with pytest.raises(openai.NotFoundError, match="responses are not stored"):
+        client.responses.retrieve("resp_1")
+
+
+def test_calls_are_read_as_in_a_chat():
+    """An assistant's text and the calls that follow it are one message."""
+    from tenure.serving.server.responses_body import InputItem, InputPart, ResponsesBody
+
+    items = (
+        InputItem(role="user", content="Rain?"), InputItem("reasoning"), InputItem(role="assistant", content="I look."),
+        InputItem("function_call", call_id="c1", name="forecast", arguments="{}"),
+        InputItem("function_call", call_id="c2", name="forecast", arguments="{}"),
+        InputItem("function_call_output", call_id="c1", output=(InputPart("input_text", "wet"),)),
+    )  # fmt: skip
+    body = ResponsesBody(model="tiny", input=items, instructions="Be brief.")
+    roles = [(one.role, one.text, len(one.tool_calls or ())) for one in body.generation().messages]
+    assert roles == [("system", "Be brief.", 0), ("user", "Rain?", 0), ("assistant", "I look.", 2), ("tool", "wet", 0)]
