@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from ..eviction import LayerView, Policy, RaggedCache, evict
 from ..retention import RetentionGates
@@ -23,6 +22,9 @@ from .cells import Cell
 from .intervals import paired_bootstrap
 from .perplexity import mean_interval
 from .pictures import kept_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

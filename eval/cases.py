@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from tenure.checked import Count, NotNegative, Range, Size
-
-from ..retention.calibration import KeptBudget
+from tenure.checked import Count, KeptBudget, NotNegative, Range, Size
 
 Label = Annotated[str, Size(1, 200)]  # of a task, policy or scope
 Share = Annotated[float, Range(0, 1)]

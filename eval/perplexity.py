@@ -12,11 +12,10 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from ..eviction import RaggedCache, evict
 from ..retention import RetentionGates
@@ -25,6 +24,9 @@ from .intervals import Interval, bootstrap_mean
 from .predictions import kl_to_full, top1_agreement
 from .prompts import encode
 from .tasks.documents import SourceTexts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TASK = "stream"  # the name of these rows among those of tasks
 

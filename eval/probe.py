@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from ..retention import RetentionGates
 from .cases import Record
@@ -13,6 +11,9 @@ from .cells import Cell
 from .intervals import wilson
 from .runner import evaluate
 from .tasks.builder import CaseBuilder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class RetrievalProbe:

@@ -14,7 +14,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..eviction import RaggedCache, Session, evict
 from ..retention import RetentionGates
@@ -234,13 +233,14 @@ class CaseRunner:
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 def find_device(name: str, flag: str = "--device") -> torch.device:
     """The device called `name`.
 
     Raises:
-        ValueError: it is no device's name, or a GPU that this machine does not have.
+        ValueError: it is no device's name, or a device that this machine does not have.
     """
     import torch
 
@@ -250,4 +250,8 @@ def find_device(name: str, flag: str = "--device") -> torch.device:
         raise ValueError(f"{flag} has {name!r}; cpu, cuda, cuda:1 and so on are accepted") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"{flag} has {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    usable = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    if device.type not in usable:  # such as meta, which computes nothing
+        raise ValueError(f"{flag} has {name!r}; accepted on this machine: {', '.join(usable)}")
     return device

@@ -6,9 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from tenure.documents import shown
 
@@ -21,6 +19,9 @@ from .policies.registry import get_policy
 from .prefill import chunked_prefill
 from .presets import make_plan
 from .session import Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SMALL_BUDGET = 100  # a whole number up to it may be meant as a percentage
 

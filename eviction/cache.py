@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from ..retention.gates import RetentionGates
 from ..retention.seams import AttentionCall
@@ -26,6 +26,9 @@ from .recorders import Observers
 from .rollback import ForwardSnapshot, RollbackPoints, crop_layers, fork_layer
 from .selection import choose, layout_of
 from .storage.segment_store import SegmentStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,11 +6,10 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..retention.decoder_layers import (
@@ -20,6 +19,9 @@ from ..retention.decoder_layers import (
     text_config,
     text_decoder,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Model types whose attention code was reviewed: every full-attention layer rotates the whole query by
 # `apply_rotary_pos_emb(q, k, cos, sin)` with the decoder's `rotary_emb` and one position a token.
@@ -162,7 +164,7 @@ def _readable_weight(projection: Any, divided: bool) -> torch.Tensor | None:
         weight = weight.to_local() if divided else weight.full_tensor()
     if not weight.is_floating_point() or type(weight) is not torch.Tensor or weight.is_meta:
         return None  # quantised, or offloaded
-    return weight if isinstance(projection, Conv1D) else weight.t()
+    return weight.t() if isinstance(projection, nn.Linear) else weight  # Conv1D stores (in, out)
 
 
 def _responses_to_unit_vectors(projection: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from .forward_state import SequenceState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class RopeDeltas:

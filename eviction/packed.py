@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from ..retention.attention_arguments import refuse_dropout, refuse_unknown, softmax_of
@@ -23,6 +23,9 @@ from ..retention.seams import AttentionCall
 from .storage.page_lists import PageLists
 from .storage.page_reads import ListReads, PageReads, ReadsConfig, read_pages
 from .storage.partial_attention import attend_part, merged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

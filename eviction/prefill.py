@@ -10,17 +10,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..retention.attention_arguments import is_causal, padding_mask
 from ..retention.decoder_layers import text_config, text_decoder
 from .cache import RaggedCache
 from .forward_state import new_tokens
 from .session import Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Arguments of a decoder that have one column per new token, and the dimension of the columns.
 SPLIT = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import Cache, DynamicCache
 
 from ..retention.attention_arguments import padding_mask
 from ..retention.continuation import continues_from_cache
@@ -49,6 +48,9 @@ from .serialization import load_cache, save_cache
 from .stacking import stack
 from .storage.paged_store import store_class
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Session(Interceptor):
     """Yielded by `evict`: makes caches, reads tokens into them, loads and stacks them, and reports.
@@ -87,6 +89,8 @@ class Session(Interceptor):
         self.rope_deltas = RopeDeltas(model)
         # Other layers have no state but the tensors of their cache.
         self._continues = all(map(replaces_tensors, DynamicCache(config=self._config).layers))
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         modules = text_decoder(model).modules()
         self._checkpointed = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
         self._check(model)

@@ -11,12 +11,12 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from .attention_arguments import is_causal, padding_mask, refuse_dropout, refuse_unknown, softmax_of
@@ -40,6 +40,9 @@ from .recomputed_prompt import GatesReader, recomputed_log_beta
 from .seams import AttentionCall, AttentionFunction, Interceptor, intercept, is_intercepted
 from .segments import Segments
 from .soft_eviction import SoftEviction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class GatedInterceptor(Interceptor):

@@ -11,14 +11,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from tenure.checked import Range, read, read_fields, verify
+from tenure.checked import KeptBudget, Range, read, read_fields, verify
 from tenure.documents import load_json, shown
 
 from .checkpoint import CALIBRATION_FILE, CheckpointError, write_atomic
 
 SCHEMA_VERSION = 1
 Method = Literal["ltt", "crc"]
-KeptBudget = Annotated[float, Range(0, 1, above=True)] | Annotated[int, Range(1)]
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,20 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from transformers import PreTrainedModel
 
 from tenure.checked import read, read_fields, verify
 from tenure.documents import DocumentLimits, file_bytes, load_json, parse_json, plain_line
 
 from .gate_config import RetentionConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG_FILE = "tenure_config.json"
 WEIGHTS_FILE = "gates.safetensors"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from .decoder_layers import execution_device, text_config, text_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENS = 8  # of a prompt, and of its continuation
 

@@ -7,14 +7,17 @@ import inspect
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from .head_shards import UNDIVIDED, HeadShards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SUPPORTED_FAMILIES = (
     "Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Phi-3, Gemma-3 and other decoders of transformers >= 5.2 that use its "
@@ -69,6 +72,8 @@ def plain_model(model: Any) -> PreTrainedModel:
     Raises:
         ValueError: not a model, or wrapped by DataParallel, whose replicas hooks do not reach.
     """
+    from transformers import PreTrainedModel  # slow: a model's class has imported it
+
     if isinstance(model, PreTrainedModel):
         return model
     if isinstance(model, nn.Module) and not isinstance(model, nn.DataParallel):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
-
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tenure.checked import Range, Size, read, verify
 from tenure.documents import plain_line, shown
 
 from .decoder_layers import full_attention_layers, text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_LAYERS = 4096  # of a model that gates are for
 Width = Annotated[int, Range(1, 1 << 24)]
@@ -56,6 +55,8 @@ class RetentionConfig:
     num_sinks: Annotated[int, Range(0, 1 << 16)] = 0
 
     def __post_init__(self) -> None:
+        from transformers.activations import ACT2FN  # slow
+
         verify(self)
         sizes = self.num_groups, self.num_sinks
         if (min(sizes) if self.projection == "fast_kvzip" else 1 - max(sizes)) < 1:
@@ -79,6 +80,9 @@ class RetentionConfig:
         Raises:
             UnsupportedModelError: tenure cannot attach to the model.
         """
+        from torch import nn
+        from transformers.activations import ACT2FN
+
         layers = full_attention_layers(model)
         config = text_config(model)
         activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu"

@@ -8,12 +8,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
 from .calibration import Calibration, load_calibration, save_calibration, weights_digest
 from .checkpoint import (
@@ -30,6 +29,9 @@ from .checkpoint import (
 from .decoder_layers import execution_device, full_attention_layers, text_config
 from .gate_config import RetentionConfig
 from .kvzip_gate import KVzipGate, StackedKVzipGates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,8 @@ class RetentionGates(nn.Module):
         self.reset_parameters()
 
     def _body(self) -> nn.Sequential:
+        from transformers.activations import ACT2FN
+
         config, fp32 = self.config, torch.float32  # whatever torch's default dtype is
         if config.projection == "fast_kvzip":
             sizes = config.num_groups, config.gate_width, config.num_sinks

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Projections whose outputs hold keys, as transformers' plans name them; divided where their style is DIVIDED.
 KEY_PROJECTIONS = frozenset({"k_proj", "qkv_proj", "query_key_value"})

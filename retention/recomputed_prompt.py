@@ -6,14 +6,16 @@ several times that. Here neither outlives its layer, for one more plain forward 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from .decoder_layers import AttentionLayer, text_decoder
 from .gates import RetentionGates
 from .seams import Interceptor, intercept
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class GatesReader(Interceptor):

@@ -7,12 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
 
 from tenure.documents import load_json, plain_line, shown
 
@@ -20,6 +19,9 @@ from .checkpoint import MAX_WEIGHT, CheckpointError, CheckpointInfo
 from .decoder_layers import UnsupportedModelError, full_attention_layers
 from .gate_config import RetentionConfig
 from .gates import RetentionGates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

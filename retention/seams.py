@@ -21,13 +21,10 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .decoder_layers import (
     AttentionLayer,
@@ -37,6 +34,9 @@ from .decoder_layers import (
     text_config,
     text_decoder,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIX = "tenure_"
 
@@ -209,6 +209,10 @@ def _pre_hook(layer: AttentionLayer, interceptor: Interceptor) -> Callable[..., 
 
 def _register(base: str, masks: bool) -> str:
     """Registers, once, the attention function called `tenure_<base>`, or `tenure_maskless_<base>` without `masks`."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # slow: a model's classes have imported them
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     name = PREFIX + ("" if masks else "maskless_") + base
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
@@ -262,6 +266,8 @@ def _sees_the_next(
 def _base_function(base: str, module: nn.Module) -> AttentionFunction:
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
@@ -318,6 +324,8 @@ class _Given(nn.Module):
 
 def _language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The innermost model around the decoder that has an output embedding: the text model of some with images."""
+    from transformers import PreTrainedModel
+
     model, decoder = plain_model(model), text_decoder(model)
     around = [
         module

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from .loading import Dtype, load_with_gates, progress_bar
+from .output import OutputFile, OutputFolder, make_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +41,7 @@ class CalibrateConfig:
     """Hub id, local folder, or `demo` (SmolLM2-135M-Instruct, downloaded once)."""
     gates: str = "demo"
     """Trained gates: a folder, to which calibration.json is written, or with --out hub:OWNER/NAME or demo."""
-    out: Path | None = None
+    out: OutputFolder | None = None
     """Save the gates with their calibration to this folder instead."""
     loss: Annotated[str, tyro.conf.arg(metavar="kl|answers|TASK")] = "kl"
     """kl: KL to the full cache over question and answer, in nats; answers: the share of answers that are right with the
@@ -74,7 +75,7 @@ class CalibrateConfig:
     count how often random splits of all documents violate the bound."""
     seed: int = 0
     """Seed for documents, facts and their positions."""
-    json: Path | None = None
+    json: OutputFile | None = None
     """Also write the result and all cases to this file."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is the GPU if there is one."""
@@ -137,9 +138,7 @@ class MeasuredCases:
 
 
 def main(config: CalibrateConfig) -> int:
-    from rich.console import Console
-
-    console = Console()
+    console = make_console()
     plan = _check(config)
     model, tokenizer = load_with_gates(config, plan.gates, console, config.threads)
     texts = long_texts(config, tokenizer, plan.texts)

@@ -7,7 +7,10 @@ A sub-command's module has a config dataclass, whose fields and docstrings becom
 
 from __future__ import annotations
 
+import codecs
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +22,7 @@ from tenure import __version__
 from tenure.checked import verify
 
 from .loading import needs_checkout
+from .output import prepare_paths, wrapped, wrapped_output
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,11 @@ COMMANDS: dict[str, Command] = {
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+# What stands for the characters of messages and tables where the terminal's encoding has them not.
+ASCII = {
+    "×": "x", "·": "*", "−": "-", "–": "-", "—": "-", "…": "...", "±": "+-", "≤": "<=", "≥": ">=", "→": "->",
+    "½": "1/2", "β": "beta", "σ": "sigma", "Δ": "Delta", "’": "'", "│": "|", "─": "-", "━": "-", "╸": "-", "╺": "-",
+} | dict.fromkeys("╭╮╰╯├┤┬┴┼┌┐└┘╞╡╪┏┓┗┛┡┩╇", "+")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,9 +153,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: success; 1: failure, reported in one sentence on stderr; 2: wrong command line; 130: interrupted.
     """
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments or _debugging()
     arguments = [argument for argument in arguments if argument != "--traceback"]
+    return run_config("tenure", lambda: _dispatch(arguments, show_traceback), show_traceback)
+
+
+def _dispatch(arguments: Sequence[str], show_traceback: bool) -> int:
     if not arguments:
         print(overview(COMMANDS), file=sys.stderr)
         return USAGE_ERROR
@@ -175,35 +189,63 @@ def find_command(arguments: Sequence[str], commands: dict[str, Command]) -> str 
 def run_config(prog: str, call: Callable[[], int], show_traceback: bool | None = None) -> int:
     """Return the exit code of `call`; report its failures under the name `prog`, as described in `main`."""
     try:
-        return call()
+        try:
+            return call()
+        finally:  # what is left is written now, where a failure can be told; Python's own exit would print a traceback
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _discard_stdout()  # which may be what is full
         if (_debugging() if show_traceback is None else show_traceback) or not is_user_error(error):
             raise
         print(f"{prog}: {first_line(error)}", file=sys.stderr)
         return 1
 
 
+def _discard_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def prepare_streams() -> None:
+    """Opens the standard streams that the caller has closed on the null device, and makes all texts printable."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    codecs.register_error("tenure", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="tenure")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError), "registered for output only"
+    return "".join(ASCII.get(one, "?") for one in error.object[error.start : error.end]), error.end
+
+
 def _run(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     module = command.load()
     prog = f"tenure {name}"
-    if hasattr(module, "parse"):
-        return module.main(module.parse(arguments, prog))
-    import tyro
+    with wrapped_output():
+        if hasattr(module, "parse"):
+            config = module.parse(arguments, prog)
+        else:
+            import tyro
 
-    config = tyro.cli(command.config_class(), prog=prog, args=arguments)
-    try:
-        verify(config)  # numbers that are not finite, or beyond all bounds, pass comparisons of the config's own
-    except ValueError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    return module.main(config)
+            config = tyro.cli(command.config_class(), prog=prog, args=arguments)
+            try:
+                verify(config)  # numbers that are not finite, or beyond all bounds, pass comparisons of its own
+            except ValueError as error:
+                print(f"{prog}: {error}", file=sys.stderr)
+                return USAGE_ERROR
+    return module.main(prepare_paths(config))
 
 
 def _debugging() -> bool:
@@ -229,20 +271,26 @@ def overview(commands: dict[str, Command], group: str = "") -> str:
     """The help text that lists the sub-commands, one line each."""
     shown = {name: command for name, command in commands.items() if name.split()[0] == group or not group}
     width = max(map(len, shown), default=0)
-    rows = [f"  {name:<{width}}  {command.summary}" for name, command in shown.items()]
+    indent = " " * (width + 4)
+    rows = [wrapped(command.summary, f"  {name:<{width}}  ", indent) for name, command in shown.items()]
     command = f"tenure {group}".strip()
     return "\n".join(
         [
             f"usage: {command} COMMAND [options]",
             "",
-            "Learned KV-cache eviction: train retention gates, then generate with only the entries that earned tenure.",
+            wrapped(
+                "Learned KV-cache eviction: train retention gates, then generate with only the entries that earned "
+                "tenure."
+            ),
             "",
             "commands:",
             *rows,
             "",
-            "`tenure COMMAND --help` lists a command's options. --traceback (or TENURE_DEBUG=1) shows a failure's",
-            "traceback. bench and soak need a checkout of the repository. The demo's model and texts are cached in",
-            "$TENURE_CACHE if that is set.",
+            wrapped(
+                "`tenure COMMAND --help` lists a command's options. --traceback (or TENURE_DEBUG=1) shows a failure's "
+                "traceback. bench and soak need a checkout of the repository. The demo's model and texts are cached in "
+                "$TENURE_CACHE if that is set."
+            ),
         ]
     )
 

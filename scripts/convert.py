@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from .loading import load_model
+from .output import OutputFolder
 
 
 @dataclass
@@ -17,7 +18,7 @@ class ConvertConfig:
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE_PATH")]
     """Folder with trimkv_weights.pth (TRIM-KV, DBTrimKV), KVzap's safetensors, or Fast KVzip's .pt file."""
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_PATH")]
+    out: Annotated[OutputFolder, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_PATH")]
     """Folder to write; it must not hold gates yet."""
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """Base model of the gates: Hub id, local folder, or `demo`."""
@@ -31,7 +32,7 @@ def main(config: ConvertConfig) -> int:
     from ..retention.checkpoint import CONFIG_FILE
     from ..retention.released_gates import read_released_gates
 
-    source, out = Path(config.source).expanduser(), Path(config.out).expanduser()
+    source, out = Path(config.source).expanduser(), config.out
     if (out / CONFIG_FILE).exists():
         raise ValueError(f"got {out}, which holds gates already; accepted: another folder")
     if not source.exists():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from .loading import Dtype, find_gates, load_with_gates, progress_bar, run_versions
+from .output import WrittenFolder, make_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +81,7 @@ class DemoConfig:
     """Also keep 50% and 10%, use documents of 2048 tokens and the task date, and write results.md: up to an hour."""
     train_steps: int = 6
     """Training steps at the end; 0 skips training."""
-    out: Path = Path("runs/demo")
+    out: Annotated[Path, WrittenFolder("demo")] = Path("runs/demo")
     """Folder for results.json, kept.png, kept.html and the short training run."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is the GPU if there is one."""
@@ -127,11 +128,9 @@ class DemoPlan:
 
 
 def main(config: DemoConfig) -> int:
-    from rich.console import Console
-
     from ..eval import CaseBuilder
 
-    console = Console()
+    console = make_console()
     plan = DemoPlan.of(config)
     started = time.perf_counter()
     cells, gates, texts = _check(config, plan)

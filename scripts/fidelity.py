@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from .loading import Dtype, load_with_gates, pick_device, progress_bar, run_versions
+from .output import OutputFolder, make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,7 +64,7 @@ class FidelityConfig:
     """First tokens that are always kept; by default the policy's own number."""
     recent: int | None = None
     """Last tokens that are always kept; by default the policy's own number."""
-    out: Path = Path("runs/fidelity")
+    out: OutputFolder = Path("runs/fidelity")
     """Folder for fidelity.json."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is the GPU if there is one."""
@@ -84,16 +85,13 @@ class FidelityConfig:
 
 
 def main(config: FidelityConfig) -> int:
-    from rich.console import Console
-
     from ..eval import CaseBuilder
     from ..eval.attention_coverage import attention_rows, examine
     from ..eval.perplexity import draw_documents, stream, stream_rows
 
-    console = Console()
+    console = make_console()
     started = time.perf_counter()
     cells, gates, texts = _check(config)
-    config.out.mkdir(parents=True, exist_ok=True)  # fail now if the folder cannot be written
     model, tokenizer = load_with_gates(config, gates, console)
     result: dict[str, Any] = {"stream": [], "attention": []}
     if config.documents:

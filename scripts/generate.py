@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from .loading import Dtype, load_model, load_processor
+from .output import make_console
 
 if TYPE_CHECKING:
     import torch
@@ -243,7 +244,6 @@ def _placed(value: torch.Tensor, model: Any) -> torch.Tensor:
 
 
 def _show(config: GenerateConfig, session: Session, tokens: int, seconds: float, ranges: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..eviction import kept_by_modality
@@ -270,4 +270,4 @@ def _show(config: GenerateConfig, session: Session, tokens: int, seconds: float,
         assert session.gates is not None and session.gates.calibration is not None, "the block found the budget there"
         table.add_row("calibrated", session.gates.calibration.promise)
     table.add_row("new tokens", f"{tokens} in {seconds:.1f} s, prompt included")
-    Console(stderr=True).print(table)
+    make_console(stderr=True).print(table)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from .loading import load_model
+from .output import make_console
 
 if TYPE_CHECKING:
     import torch
@@ -42,12 +43,10 @@ class InspectConfig:
 
 
 def main(config: InspectConfig) -> int:
-    from rich.console import Console
-
     from ..retention import RetentionGates
 
     gates = RetentionGates.from_pretrained(config.path)
-    console = Console()
+    console = make_console()
     console.print(_summary(config.path, gates))
     for title, values in (("Training", gates.info.training), ("Metrics", gates.info.metrics)):
         if values:

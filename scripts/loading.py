@@ -70,7 +70,8 @@ def load_model(
     """
     from ..training.assets import DEMO_MODEL_ID, resolve_model  # first, before the slow imports
 
-    source, target = resolve_model(name), pick_device(device)
+    target = pick_device(device)
+    source = resolve_model(name, revision)
     import torch
     from transformers import AutoTokenizer
 

@@ -6,16 +6,17 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tenure.training import TrainConfig
-from tenure.training.data import Example, MixtureSource
+from tenure.training.train_config import TrainConfig
 
-from .loading import load_tokenizer
+from .output import make_console
 from .train_gates import build_source
 from .train_gates import parse as parse_train
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+    from tenure.training.data import Example
 
 SAMPLE = 256  # examples that the numbers of the table are taken over
 SHOWN = 2  # examples that are printed
@@ -30,12 +31,12 @@ def parse(arguments: Sequence[str], prog: str) -> TrainConfig:
 
 
 def main(config: TrainConfig) -> int:
-    from rich.console import Console
+    from .loading import load_tokenizer
 
     tokenizer = load_tokenizer(config.model, config.revision)
     source, held_out = build_source(config, tokenizer)
     examples = [source[index] for index in range(SAMPLE)]
-    console = Console()
+    console = make_console()
     console.print(summary(config, source, examples, len(held_out)))
     for number, example in enumerate(examples[:SHOWN]):
         name = source.name(number) if hasattr(source, "name") else example.kind
@@ -50,6 +51,8 @@ def summary(config: TrainConfig, source: Any, examples: Sequence[Example], held_
     Warnings about cut, short and faulty documents come from reading the data.
     """
     from rich.table import Table
+
+    from tenure.training.data import MixtureSource
 
     lengths = [len(example.input_ids) for example in examples]
     targets = [sum(example.loss_mask) for example in examples]

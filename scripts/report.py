@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from .output import WrittenFile
+
 
 @dataclass
 class ReportConfig:
@@ -19,14 +21,12 @@ class ReportConfig:
 
     runs: Annotated[list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN]")]
     """Folders that `tenure sweep` or `tenure demo` wrote; a sweep need not be finished."""
-    output: Path | None = None
+    output: Annotated[Path, WrittenFile((".html", ".htm"))] | None = None
     """Path of the page; by default report.html in the last run's folder."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.runs) <= 2:
             raise ValueError(f"{len(self.runs)} runs are named; one, or two to compare, are accepted")
-        if self.output is not None and self.output.suffix not in (".html", ".htm"):
-            raise ValueError(f"--output is {self.output}; a name that ends with .html is accepted")
 
 
 def main(config: ReportConfig) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from .loading import find_example
-from .output import make_console, write_rows
+from .output import PICTURES, OutputFile, WrittenFile, make_console, write_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..serving.simulation.setup import SimulationCell, SimulationSetup
     from ..serving.simulation.study import StudyPoint
 
+Picture = Annotated[Path, WrittenFile(PICTURES, "simulate")]
 SUMMED = ("bytes_moved", "stall_s")
 BYTES = ("bytes_moved", "bytes_wasted")
 
@@ -31,7 +32,7 @@ BYTES = ("bytes_moved", "bytes_wasted")
 class SimulateConfig:
     """Simulate serving policies and print their speed-ups over each baseline next to the published numbers."""
 
-    setups: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="PATH ...")] = field(default_factory=list)
+    setups: Annotated[list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="PATH ...")] = field(default_factory=list)
     """YAML set-ups (examples/kvflow_*.yaml; docs/reference/config.md has the format)."""
     policies: list[str] = field(default_factory=list)
     """Policies to run in addition to the baselines; by default those of the set-up."""
@@ -47,17 +48,17 @@ class SimulateConfig:
     """Vary the first cell's workload instead: mispredictions, noise, changes, tails, scale, adversarial clients."""
     workflows: list[int] = field(default_factory=lambda: [64, 250, 1000])
     """Numbers of workflows in the study."""
-    trace: str | None = None
+    trace: Path | None = None
     """Replay this trace (JSONL) on the first cell's machine, or without a set-up on the machine it was recorded on."""
-    record: str | None = None
+    record: OutputFile | None = None
     """Write a trace of the last policy's run of the first cell to this file."""
-    timeline: str | None = None
-    """Plot the tier of each agent's prompt over time, for the first cell, to this file (.png or .svg)."""
+    timeline: Picture | None = None
+    """Plot the tier of each agent's prompt over time, for the first cell, to this file (.png, .svg or .pdf)."""
     timeline_s: float | None = None
     """Limit that plot to this many seconds."""
-    plot: str | None = None
+    plot: Picture | None = None
     """Plot the speed-ups with their spread, or the study, to this file."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:
@@ -71,6 +72,8 @@ class SimulateConfig:
             raise ValueError("no set-up is named, as examples/kvflow_single.yaml, and no --trace")
         if (self.study or self.trace) and len(self.setups) > 1:
             raise ValueError(f"--study and --trace accept one set-up, not {len(self.setups)}")
+        if self.trace and (self.study or self.plot or self.timeline or self.record):
+            raise ValueError("--trace goes with --json; --study, --plot, --timeline and --record are for set-ups")
         if any(number < 1 for number in self.workflows):
             raise ValueError(f"--workflows accepts numbers from 1 up, not {min(self.workflows)}")
 
@@ -198,6 +201,7 @@ def _study(setup: SimulationSetup, config: SimulateConfig) -> int:
         )
     show_study(setup, points, baseline)
     if config.plot:
+        config.plot.parent.mkdir(parents=True, exist_ok=True)
         draw_study(points, config.plot, baseline)
     if config.json:
         write_rows(study_rows(setup.name, points, baseline), config.json)
@@ -212,14 +216,15 @@ def _trace(config: SimulateConfig) -> int:
     from ..serving.simulation.trace import read_trace
     from ..serving.simulation.workload import WorkloadConfig
 
-    path = config.trace or ""
+    path = config.trace
+    assert path is not None, "main has asked"
     trace = read_trace(path)
     machine = (
         load_setup(find_example(config.setups[0]), config.set).cells[0].machine if config.setups else machine_of(trace)
     )
-    cell = SimulationCell(Path(path).name, machine, WorkloadConfig())
+    cell = SimulationCell(path.name, machine, WorkloadConfig())
     title = f"trace {path}: {len(trace.calls)} calls"
-    setup = _chosen(SimulationSetup(Path(path).stem, title, "replayed", (cell,), repeats=1), config)
+    setup = _chosen(SimulationSetup(path.stem, title, "replayed", (cell,), repeats=1), config)
     begun = time.perf_counter()
     outcomes = run_parallel([partial(replay, machine, trace, policy) for policy in setup.policies], config.processes)
     by_policy = {policy: [outcome] for policy, outcome in zip(setup.policies, outcomes, strict=True)}
@@ -233,20 +238,23 @@ def _trace(config: SimulateConfig) -> int:
 def _extras(setup: SimulationSetup, comparisons: Sequence[PolicyComparison], config: SimulateConfig) -> None:
     """Plots and a recorded trace of the first cell."""
     from ..serving.simulation.plots import draw_speedups, draw_timelines
-    from ..serving.simulation.simulator import simulate
+    from ..serving.simulation.simulator import machine_about, simulate
     from ..serving.simulation.timeline import Timeline
     from ..serving.simulation.trace import TraceRecorder
 
     cell = setup.cells[0]
+    for path in filter(None, (config.timeline, config.record, config.plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if config.timeline:
         timelines = {policy: Timeline() for policy in setup.policies}
         for policy, timeline in timelines.items():
             simulate(cell.machine, cell.workload, policy, setup.seed, timeline=timeline)
         draw_timelines(timelines, config.timeline, config.timeline_s)
     if config.record:
-        about = {"setup": setup.name, "cell": cell.name, "policy": setup.policies[-1], "seed": setup.seed}
         machine = cell.machine
-        with TraceRecorder(Path(config.record), machine.bytes_per_token, machine.page_size, about) as recorder:
+        about = {"setup": setup.name, "cell": cell.name, "policy": setup.policies[-1], "seed": setup.seed}
+        about |= machine_about(machine)
+        with TraceRecorder(config.record, machine.bytes_per_token, machine.page_size, about) as recorder:
             simulate(cell.machine, cell.workload, setup.policies[-1], setup.seed, recorder=recorder)
     if config.plot:
         baseline = setup.baselines[-1]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from .loading import find_example, load_model, needs_checkout
+from .output import OutputFile, OutputFolder, Python
 from .sweep_checks import check, load_gates, load_texts, make_builder, pick_devices
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class SweepCommand:
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="YAML")]
     """Definition of the sweep; docs/reference/config.md lists the keys."""
-    output: Path | None = None
+    output: OutputFolder | None = None
     """Folder for the results; by default the one in the YAML file."""
     devices: list[str] = field(default_factory=list)
     """Devices, with one process each: cuda:0 cuda:1 …, or cpu. By default the GPU if there is one."""
@@ -50,9 +51,9 @@ class SweepCommand:
     """Overrides the YAML file: cases per task, length and seed."""
     retry_failed: bool = False
     """Run cases with failures again."""
-    export_cases: Path | None = None
+    export_cases: OutputFile | None = None
     """Only write the cases to this file, one JSON line each, for use by other programs."""
-    kvpress: Annotated[Path | None, tyro.conf.arg(metavar="PYTHON")] = None
+    kvpress: Annotated[Python | None, tyro.conf.arg(metavar="PYTHON")] = None
     """Run the same cases with kvpress instead: the Python of an environment that has it, from a checkout
     (examples/sweep_kvpress.yaml)."""
 

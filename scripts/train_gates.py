@@ -18,22 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from tenure.training import TrainConfig
-from tenure.training.batching import PackedSource
-from tenure.training.data import (
-    ConcatenatedSource,
-    DatasetSource,
-    Example,
-    ExampleSource,
-    MixtureSource,
-    load_examples,
-)
+from tenure.scripts.output import make_console
+from tenure.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedModel
 
     from tenure.retention import RetentionGates
+    from tenure.training.data import DatasetSource, Example, ExampleSource
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +61,8 @@ def build_source(config: TrainConfig, tokenizer: Any) -> tuple[ExampleSource, li
     Raises:
         ValueError: no such data, or columns, weights or lengths that cannot be used.
     """
+    from tenure.training.data import MixtureSource
+
     if config.concatenate:
         return _concatenated(config, tokenizer)
     if not config.mixture:
@@ -104,6 +99,7 @@ def parse_mixture(entries: Sequence[str]) -> dict[str, float]:
 
 def _one_source(config: TrainConfig, data: str, tokenizer: Any) -> tuple[ExampleSource, list[Example]]:
     from tenure.training.assets import resolve_texts
+    from tenure.training.batching import PackedSource
     from tenure.training.synthetic import RetrievalDocuments
 
     if data == "synthetic":
@@ -130,6 +126,9 @@ def _one_source(config: TrainConfig, data: str, tokenizer: Any) -> tuple[Example
 
 
 def _concatenated(config: TrainConfig, tokenizer: Any) -> tuple[ExampleSource, list[Example]]:
+    from tenure.training.batching import PackedSource
+    from tenure.training.data import ConcatenatedSource
+
     if "synthetic" in config.concatenate or len(set(config.concatenate)) < len(config.concatenate):
         raise ValueError(
             f"got {', '.join(config.concatenate)} to concatenate; accepted: different data sets, without synthetic "
@@ -147,6 +146,8 @@ def _concatenated(config: TrainConfig, tokenizer: Any) -> tuple[ExampleSource, l
 
 def _data_set(config: TrainConfig, data: str, tokenizer: Any) -> tuple[DatasetSource, list[Example]]:
     """One data set, and the examples held out of it."""
+    from tenure.training.data import load_examples
+
     source = load_examples(
         data, tokenizer, max_length=max(config.lengths), min_length=max(2, config.min_length),
         format=config.format, loss_on=config.loss_on, split=config.split, seed=config.seed, overlong=config.overlong,
@@ -244,11 +245,10 @@ def _losses(values: dict[str, float]) -> str:
 
 
 def _bar() -> Progress:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, TextColumn("{task.fields[losses]}"), console=Console(stderr=True))
+    return Progress(*columns, TextColumn("{task.fields[losses]}"), console=make_console(stderr=True))
 
 
 def _rank() -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from .loading import Dtype, load_with_gates, pick_device, progress_bar, run_versions
+from .output import OutputFolder, make_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,7 +63,7 @@ class TurnsConfig:
     """Filler of generated conversations: `demo` (held-out essays), a text file or a folder."""
     seed: int = 0
     """Seed of generated conversations."""
-    out: Path = Path("runs/turns")
+    out: OutputFolder = Path("runs/turns")
     """Folder for turns.jsonl."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is the GPU if there is one."""
@@ -85,11 +86,9 @@ class TurnsConfig:
 
 
 def main(config: TurnsConfig) -> int:
-    from rich.console import Console
-
     from ..eval.turns import TurnRecord, run_turns, turn_rows
 
-    console = Console()
+    console = make_console()
     started = time.perf_counter()
     cells, gates, conversations = _check(config)
     config.out.mkdir(parents=True, exist_ok=True)

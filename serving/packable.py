@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from ..eviction.model_adapters import LENGTH_DEPENDENT, rope_parameters, rope_type
 from ..retention.decoder_layers import execution_device, full_attention_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_packable(model: PreTrainedModel) -> None:

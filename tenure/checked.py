@@ -108,6 +108,8 @@ class NumbersToo:
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Count = Annotated[int, Range(1)]
+# A budget of KV entries: a share of the tokens, or entries per head. A union, whose members are tried in turn.
+KeptBudget = Annotated[float, Range(0, 1, above=True)] | Annotated[int, Range(1)]
 
 
 def read(cls: type[T], document: Any, name: str = "", unknown: set[str] | None = None) -> T:

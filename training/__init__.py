@@ -3,15 +3,39 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.training', not {__name__!r}: a second name would give duplicate classes")
 
-from .batching import Batch, PackedSource, collate
-from .data import Example, ExampleSource, load_examples
-from .launch import RUN_AGAIN, TrainingInterrupted
-from .objective import GateObjective, Losses
-from .synthetic import RetrievalDocuments
-from .train_config import TrainConfig
-from .trainer import NotFiniteError, train
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batching import Batch, PackedSource, collate
+    from .data import Example, ExampleSource, load_examples
+    from .launch import RUN_AGAIN, TrainingInterrupted
+    from .objective import GateObjective, Losses
+    from .synthetic import RetrievalDocuments
+    from .train_config import TrainConfig
+    from .trainer import NotFiniteError, train
 
 __all__ = [
     "RUN_AGAIN", "Batch", "Example", "ExampleSource", "GateObjective", "Losses", "NotFiniteError", "PackedSource",
     "RetrievalDocuments", "TrainConfig", "TrainingInterrupted", "collate", "load_examples", "train",
 ]  # fmt: skip
+
+# Imported on first use: `tenure train --help` reads the settings and needs no torch.
+_NAMES = {
+    "batching": "Batch PackedSource collate",
+    "data": "Example ExampleSource load_examples",
+    "launch": "RUN_AGAIN TrainingInterrupted",
+    "objective": "GateObjective Losses",
+    "synthetic": "RetrievalDocuments",
+    "train_config": "TrainConfig",
+    "trainer": "NotFiniteError train",
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value

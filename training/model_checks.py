@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from ..retention.continuation import check_token_ids, continues_from_cache, same_states
 from ..retention.decoder_layers import replaces_tensors, text_config, text_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENS = 8  # of each of two documents
 

@@ -6,14 +6,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..retention import (
     Attached,
@@ -34,6 +32,9 @@ from ..retention.ops import Implementation
 from ..retention.seams import OutputHead
 from .batching import Batch
 from .model_checks import require_continuation, require_packing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGITS_BYTES = 2**29  # of one fp32 tensor of logits; five exist at a time (logits and their log-softmaxes, a gradient)
 
@@ -150,6 +151,8 @@ class GateObjective(nn.Module):
         Raises:
             ValueError: the model does not support it.
         """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         layers = [m for m in text_decoder(self.model).modules() if isinstance(m, GradientCheckpointingLayer)]
         if not self.model.supports_gradient_checkpointing or not layers:
             name = type(self.model).__name__

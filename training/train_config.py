@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 from tenure.checked import Range, Size, read, verify
 from tenure.documents import load_yaml
 
-from ..retention.gate_config import Projection
-
 Count = Annotated[int, Range(1)]
 NoneOrMore = Annotated[int, Range(0)]
 Share = Annotated[float, Range(0, 1)]
+Projection = Literal["per_layer", "per_layer_deep", "shared", "shared_heads"]  # of `RetentionConfig`, which needs torch
 KeptShare = Annotated[float, Range(0, 1, above=True)]
 
 

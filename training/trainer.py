@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
 from ..retention import CheckpointInfo, RetentionGates, SoftEviction
 from ..retention.context_parallel import ContextGroup
@@ -33,6 +32,7 @@ from .train_config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ FREE_SETTINGS = frozenset(
 # gloo's threads give back the tensors of finished collectives under Python's lock, which the thread that destroys their
 # group holds while it waits for them: they get this time before.
 SETTLE_SECONDS = 0.2
-Evaluate = Callable[[PreTrainedModel, RetentionGates], dict[str, float]]
+Evaluate = Callable[["PreTrainedModel", RetentionGates], dict[str, float]]
 
 
 class NotFiniteError(FloatingPointError):
@@ -410,6 +410,8 @@ class _TrainingRun:
 
 def _schedule(config: TrainConfig) -> Callable[[int], float]:
     """Factor of the learning rate by step: linear warm-up, cosine to `min_learning_rate`, then that. Stateless."""
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
     carrier = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
         carrier, config.warmup_steps, config.steps, min_lr=config.min_learning_rate

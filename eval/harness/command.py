@@ -12,18 +12,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenure.checked import read
 from tenure.documents import load_yaml, parse_json, plain_line
 
-from ..runner import find_device
 from .boundary import FAMILIES, KNOWN
 from .generated_tasks import PREFIX, GeneratedCases, check_kinds, kinds_of, task_files
-from .model import answer_settings, created_models, settings_digest
-from .options import Options, check_config, find_config, load_gates
 from .registration import MODEL_TYPE, register, tasks_folder
 from .turn_tasks import TURNS, conversations
+
+if TYPE_CHECKING:
+    from .options import Options
 
 SUBCOMMANDS = ("ls", "validate")
 
@@ -64,6 +64,10 @@ def run(arguments: Sequence[str]) -> list[dict[str, Any]]:
     before = sys.argv
     sys.argv = ["lm-eval", *command]
     try:
+        if any(flag in command for flag in ("-h", "--help")):
+            cli_evaluate()  # ends the process
+        from .model import created_models  # needs torch
+
         with created_models() as models:
             cli_evaluate()
             return [model.measured for model in models]
@@ -188,6 +192,10 @@ def check(asked: Asked) -> str:
             task, or one whose cases cannot be made; contexts beyond the model's positions; a task without a rule for
             where its question begins, with `question=agnostic`.
     """
+    from ..runner import find_device
+    from .model import answer_settings, settings_digest
+    from .options import Options, check_config, find_config, load_gates
+
     options, others = Options.split(asked.model_args)
     for name in FLAGS:
         if name in others:

@@ -204,6 +204,6 @@ def find_config(name: str, others: dict[str, Any]) -> tuple[str, Any]:
 
     from ...training.assets import resolve_model
 
-    source = resolve_model(name)
+    source = resolve_model(name, others.get("revision"))
     own = {key: others[key] for key in ("revision", "trust_remote_code", "subfolder", "gguf_file") if others.get(key)}
     return source, AutoConfig.from_pretrained(source, **own)

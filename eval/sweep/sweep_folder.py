@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from tenure.checked import Size, read
+from tenure.checked import KeptBudget, Size, read
 from tenure.documents import file_lines, load_json, parse_json
 
-from ...retention.calibration import KeptBudget
 from ...retention.checkpoint import write_atomic
 from ..cases import Label, Record
 from .units import Failure, Unit

@@ -10,20 +10,21 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from transformers import PreTrainedModel
 
-from tenure.checked import Count, Range, read_fields
+from tenure.checked import Count, KeptBudget, Range, read_fields
 
 from ...retention import RetentionGates
-from ...retention.calibration import KeptBudget
 from ..cases import Case, Label, Record
 from ..cells import Cell
 from ..runner import evaluate
 from ..tasks.builder import CaseBuilder
 from .sweep_config import SweepConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from tenure.checked import verify
 
@@ -21,6 +20,9 @@ from ..intervals import bootstrap_mean
 from ..predictions import greedy_rows
 from ..prompts import encode
 from .conversation import ChatSeams, Conversation, Turn, chat_seams, turn_score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,17 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..layer_view import LayerView
 from ..model_adapters import Rotary
 from ..policies.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Reasons why presses cannot run, by class name; subclasses are refused too.
 _OWN_EVICTIONS = "evicts while tokens are generated, which evict() does itself after every `buffer` tokens"

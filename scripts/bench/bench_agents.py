@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from ..output import make_console, write_json
+from ..output import OutputFile, make_console, write_json
 from .agent_runs import AGENTS, WORKFLOWS, AgentRun, AgentRunSetting, AgentWorkload, make_workload, one_run
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class AgentsBenchConfig:
     """CPU threads of the model; copies run in separate threads."""
     seed: int = 0
     """Seed of the first turn, incremented per turn: determines branches and mispredicted calls."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..output import write_rows
+from ..output import OutputFile, Python, write_rows
 from .benching import BenchRow, alternate, essay_prompts, median_ratio, show
 
 if TYPE_CHECKING:
@@ -79,13 +79,13 @@ class DecodeBenchConfig:
     """Measured runs per side; medians are reported."""
     decode_tokens: int = 32
     """Tokens decoded per run."""
-    kvpress_python: Path | None = None
+    kvpress_python: Python | None = None
     """Python of an environment with kvpress: adds a row against its AdaKV."""
     contexts: tuple[int, ...] = (1024, 4096, 16384)
     """Measure at these contexts only."""
     quick: bool = False
     """Measure at 1024 tokens only."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..loading import Dtype, find_gates, load_model
-from ..output import make_console, write_rows
+from ..output import OutputFile, make_console, write_rows
 from . import engine_counts, engine_speed
 from .benching import BenchRow, show
 from .engine_runs import QUICK, EngineBench, EngineBenchSizes
@@ -61,7 +61,7 @@ class EngineBenchConfig:
     """Use few and short prompts."""
     seed: int = 0
     """Of the prompts."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:

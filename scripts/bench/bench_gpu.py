@@ -19,6 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..output import OutputFile
+
 FAILED, NO_CARD = 1, 2
 SECONDS, QUICK_SECONDS = 0.3, 0.1  # of timing a side
 LIMIT_S = 440.0  # after which no row is begun; the slowest one ends well within 8 minutes
@@ -32,7 +34,7 @@ class GpuBenchConfig:
     FlexAttention at the shapes of Qwen3-4B and Llama-3.1-8B. Takes at most 8 minutes. The exit code is 1 if a check
     fails or a kernel does not run, and 2 without a GPU."""
 
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write everything to this file."""
     quick: bool = False
     """Limit contexts to 32K, with fewer runs."""

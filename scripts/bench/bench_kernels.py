@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..output import OutputFile, make_console
+
 if TYPE_CHECKING:
     from .compiling import Compiled, KernelCase
 
@@ -24,7 +26,7 @@ class KernelsBenchConfig:
 
     only: str = ""
     """Compile only kernels whose name contains this text."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
 
@@ -65,7 +67,6 @@ def _cases(capability: int) -> list[KernelCase]:
 def _show(rows: list[Compiled]) -> None:
     """A line for each kernel, the cards side by side; models whose kernels come out alike share the line."""
     import triton
-    from rich.console import Console
     from rich.table import Column, Table
 
     cards = sorted({row.capability for row in rows})
@@ -74,10 +75,11 @@ def _show(rows: list[Compiled]) -> None:
     table = Table(Column("kernel"), *columns, title=title)
     for name, cells in dict.fromkeys((row.name, _cells(rows, row)) for row in rows):
         table.add_row(name, *cells)
-    Console().print(table)
+    console = make_console()
+    console.print(table)
     for row in rows:
         for problem in row.problems:
-            Console().print(f"{row.name}, {row.shape}, sm_{row.capability}: {problem}", style="red")
+            console.print(f"{row.name}, {row.shape}, sm_{row.capability}: {problem}", style="red")
 
 
 def _cells(rows: list[Compiled], like: Compiled) -> tuple[str, ...]:

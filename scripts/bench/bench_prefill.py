@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..loading import Dtype, load_model
-from ..output import write_rows
+from ..output import OutputFile, write_rows
 from .benching import BenchRow, essay_prompts, median_ratio, show
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class PrefillBenchConfig:
     """Measured runs; medians are reported."""
     quick: bool = False
     """Use only prompts of 1024 tokens."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..loading import find_gates, load_model
-from ..output import make_console, write_rows
+from ..output import OutputFile, Python, make_console, write_rows
 from .agent_runs import make_workload
 from .bench_agents import tokens
 from .benching import BenchRow, alternate, show
@@ -72,13 +72,13 @@ class ServeBenchConfig:
     """Server to compare with, as http://127.0.0.1:8001/v1; replaces the other points."""
     peer_model: str = PEER_MODEL
     """Model to ask there for."""
-    vllm_python: Path | None = None
+    vllm_python: Python | None = None
     """Python of an environment with vLLM's CPU build; replaces the other points."""
     peer_pools: tuple[float, ...] = (0.5,)
     """Device pools beside a peer, as shares of the uncompressed prompts."""
     seed: int = 0
     """Seed of the first run's calls, incremented per run."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:

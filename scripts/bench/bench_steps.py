@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..output import write_rows
+from ..output import OutputFile, write_rows
 from .benching import BenchRow, alternate, median_ratio, show
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class StepsBenchConfig:
     """Measured full solves; medians are reported."""
     updates: int = 300
     """Measured updates per graph; medians are reported."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..output import make_console, write_rows
+from ..output import OutputFile, make_console, write_rows
 from .agent_runs import AGENTS, WORKFLOWS, AgentRunSetting, AgentWorkload, make_workload, one_run
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class TraceBenchConfig:
     """Seed for branches."""
     keep: str | None = None
     """Keep the traces in this folder, for `tenure simulate --trace`."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..output import write_rows
+from ..output import OutputFile, write_rows
 from .benching import BenchRow, alternate, median_ratio, show
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class TrainBenchConfig:
     """Tokens decoded per run."""
     quick: bool = False
     """Skip slow rows: memory above 4096 tokens, decoding at 4096 tokens."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..output import write_rows
+from ..output import OutputFile, write_rows
 from .benching import BenchRow, alternate, median_ratio, show
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TreeBenchConfig:
     """Calls per run."""
     runs: int = 5
     """Measured runs per side; medians are reported."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..output import write_rows
+from ..output import OutputFile, Python, write_rows
 from .benching import BenchRow, show
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class KvpressBenchConfig:
     and give its Python. Both sides run the same prompts in float32 without protected tokens.
     """
 
-    python: Annotated[Path, tyro.conf.arg(metavar="PYTHON")]
+    python: Annotated[Python, tyro.conf.arg(metavar="PYTHON")]
     """Python of an environment that has kvpress."""
     model: str = "demo"
     """Local folder, or `demo`."""
@@ -48,7 +48,7 @@ class KvpressBenchConfig:
     """Tokens per essay."""
     shares: tuple[float, ...] = (0.2, 0.35, 0.5)
     """Shares of the entries to keep."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from ..bench.server_process import ServerProcess
-from ..output import make_console, write_json
+from ..output import OutputFile, make_console, write_json
 from .expected_answers import Catalog, make_catalog
 from .http_clients import HttpLoad, LoadCounts
 from .tiny_served import TinyServed, make_tiny_served
@@ -62,7 +62,7 @@ class ServeSoakConfig:
     """Of an answer."""
     seed: int = 0
     """Of calls, clients and moments."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the counts to this file."""
 
     def __post_init__(self) -> None:

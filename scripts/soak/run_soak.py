@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from ..output import write_json
+from ..output import OutputFile, make_console, write_json
 
 logger = logging.getLogger(__name__)
 LIFE = 300  # steps of one world
@@ -36,7 +36,7 @@ class SoakConfig:
     """Random seed. A failure names the seed of its world, which `--only` repeats."""
     only: int | None = None
     """Run only the world with this seed."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the counts to this file."""
 
     def __post_init__(self) -> None:
@@ -46,7 +46,6 @@ class SoakConfig:
 
 
 def main(config: SoakConfig) -> int:
-    from rich.console import Console
 
     logging.getLogger("tenure.serving").setLevel(logging.CRITICAL)  # faults are injected on purpose
     counts: dict[str, Any] = {}
@@ -56,7 +55,7 @@ def main(config: SoakConfig) -> int:
         counts |= threads(config.seconds, config.seed)
     if config.engine_steps or config.engine_seconds:
         counts |= engines(config.engine_steps, config.engine_seconds, config.seed, config.only)
-    console = Console()
+    console = make_console()
     for name, value in counts.items():
         console.print(f"{name:<32} {value:>14,}" if isinstance(value, int) else f"{name:<32} {value:>14,.1f}")
     if config.json:

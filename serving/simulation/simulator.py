@@ -11,13 +11,12 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, cast
 
 import numpy as np
 
 from tenure.checked import NotNegative, Positive, Range, read
-from tenure.documents import shown_name
 
 from ..kvcache.base import PhantomPayload, Tier
 from ..kvcache.eviction_policy import AllocStatus, Costs, LinearCosts
@@ -329,6 +328,20 @@ def _store_prompts(trace: Trace, system: System, clock: VirtualClock, parts: int
         tiers.poll()
 
 
+def machine_about(machine: SimulatedMachine) -> dict[str, Any]:
+    """What `machine_of` finds a machine by, but for its rates, which follow from the batches of the trace."""
+    links, believed = machine.links, machine.believed
+    about: dict[str, Any] = {
+        "device_bytes": machine.device_bytes, "host_bytes": machine.host_bytes, "disk_bytes": machine.disk_bytes,
+        "link_bytes_per_s": links.host_bytes_per_s, "disk_bytes_per_s": links.disk_bytes_per_s,
+        "latency_s": links.latency_s, "copy_parts": machine.copy_parts, "whole_pages": machine.whole_pages,
+        "scheduler": asdict(machine.scheduler),
+    }  # fmt: skip
+    if isinstance(believed, LinearCosts):
+        about["believed"] = [believed.tokens_per_s, *believed.bytes_per_s, believed.latency_s]
+    return about
+
+
 def machine_of(trace: Trace) -> SimulatedMachine:
     """The machine that a trace was recorded on, with rates fitted to its batches.
 
@@ -337,8 +350,8 @@ def machine_of(trace: Trace) -> SimulatedMachine:
     """
     if "device_bytes" not in trace.about:
         raise ValueError(
-            "the trace does not say `device_bytes` in `about`: it says "
-            f"{', '.join(map(shown_name, list(trace.about)[:10])) or 'nothing'}"
+            "the trace does not say on which machine it was recorded (`device_bytes` in `about`): name a set-up, whose "
+            "machine replays it"
         )
     about = read(RecordedMachine, trace.about, "`about` of the trace", unknown=set())
     links = Links(about.link_bytes_per_s, about.disk_bytes_per_s, about.latency_s)

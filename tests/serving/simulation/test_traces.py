@@ -100,5 +100,5 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"line 2 of .* is no object with a 'kind'"):
         read_trace(path)
     path.write_text(json.dumps(head) + "\n")
-    with pytest.raises(ValueError, match="does not say `device_bytes` in `about`: it says by"):
+    with pytest.raises(ValueError, match=r"does not say on which machine it was recorded .*: name a set-up"):
         machine_of(read_trace(path))
