@@ -267,7 +267,7 @@ class GrammarCompiler:
                 tokenizer, vocab_size=self._vocab_size, stop_token_ids=list(self._end_token_ids)
             )
             # It would take a special token for its name as text, of which a decoded answer has nothing.
-            texts = [""] * self._vocab_size
+            texts: list[bytes | str] = [""] * self._vocab_size
             special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
             for text, id in tokenizer.get_vocab().items():
                 if id < self._vocab_size and id not in special:
