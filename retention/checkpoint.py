@@ -248,8 +248,11 @@ def _header_names(weights: bytes, where: str) -> list[str]:
     """The names of the tensors in a safetensors file."""
     try:
         size = int.from_bytes(weights[:8], "little")
-        return list(parse_json(weights[8 : 8 + size], "its header", HEADER_LIMITS))
-    except (ValueError, TypeError) as error:
+        header = parse_json(weights[8 : 8 + size], "its header", HEADER_LIMITS)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no mapping")
+        return list(header)
+    except ValueError as error:
         raise CheckpointError(f"{where}: {WEIGHTS_FILE} is not a safetensors file: {error}") from None
 
 

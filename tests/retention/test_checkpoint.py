@@ -95,10 +95,11 @@ def test_missing_and_unexpected_keys_are_named_together(folder: Path) -> None:
 def test_not_a_safetensors_file(folder: Path) -> None:
     import hashlib
 
-    (folder / WEIGHTS_FILE).write_bytes(b"not tensors")
-    rewrite_config(folder, weights_sha256=hashlib.sha256(b"not tensors").hexdigest())
-    with pytest.raises(CheckpointError, match="not a safetensors file"):
-        RetentionGates.from_pretrained(folder)
+    for content in (b"not tensors", b"", (3).to_bytes(8, "little") + b"[0]"):
+        (folder / WEIGHTS_FILE).write_bytes(content)
+        rewrite_config(folder, weights_sha256=hashlib.sha256(content).hexdigest())
+        with pytest.raises(CheckpointError, match="not a safetensors file"):
+            RetentionGates.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
