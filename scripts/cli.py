@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from tenure import __version__
+from tenure.checked import verify
 
 from .loading import needs_checkout
 from .output import prepare_paths, wrapped, wrapped_output
@@ -83,6 +84,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "bench train": Command(
         "bench.bench_train", "TrainBenchConfig", "Time gated attention, a training step and decoding against peers"
+    ),
+    "bench memory": Command(
+        "bench.bench_memory", "MemoryBenchConfig", "Count the memory of a training step of 4B and 8B models"
     ),
     "bench decode": Command(
         "bench.bench_decode", "DecodeBenchConfig", "Time decoding from a compressed cache against the full cache"
@@ -236,6 +240,11 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             import tyro
 
             config = tyro.cli(command.config_class(), prog=prog, args=arguments)
+            try:
+                verify(config)  # numbers that are not finite, or beyond all bounds, pass comparisons of its own
+            except ValueError as error:
+                print(f"{prog}: {error}", file=sys.stderr)
+                return USAGE_ERROR
     return module.main(prepare_paths(config))
 
 
