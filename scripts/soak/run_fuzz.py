@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from ..output import write_json
+from ..output import OutputFile, write_json
 
 if TYPE_CHECKING:
     from .reader import Reader
@@ -46,7 +46,7 @@ class FuzzConfig:
     """CPU time of one attempt."""
     memory_gb: float = 1.0
     """Memory of all attempts, in addition to what is used before the first."""
-    json: str | None = None
+    json: OutputFile | None = None
     """Also write the counts to this file."""
 
     def __post_init__(self) -> None:
