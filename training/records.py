@@ -76,7 +76,7 @@ def load_records(data: str, split: str) -> Any:
         return datasets.load_dataset("text", data_files=names, split="train").rename_column("text", LINE)
     if kind == "text":
         return datasets.load_dataset("text", data_files=names, split="train", sample_by="document")
-    options = {"sep": "\t"} if files[0].name.partition(".")[2].startswith("tsv") else {}
+    options: dict[str, Any] = {"sep": "\t"} if files[0].name.partition(".")[2].startswith("tsv") else {}
     return datasets.load_dataset(str(kind), data_files=names, split="train", **options)
 
 
@@ -128,7 +128,7 @@ def _saved(path: Path, split: str) -> Any:
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise ValueError(f"{path} holds the splits {', '.join(sorted(loaded))}; got split {split!r}")
+            raise ValueError(f"{path} holds the splits {', '.join(map(str, sorted(loaded)))}; got split {split!r}")
         return loaded[split]
     return loaded
 
@@ -149,7 +149,8 @@ def _json_lines(path: Path) -> list[str]:
     """The records of a `.json` file, a list or one record a line, each as JSON on a line."""
     import fsspec
 
-    with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as file:
+    opened: Any = fsspec.open(str(path), "rt", encoding="utf-8", compression="infer")
+    with opened as file:
         text = file.read()
     if not text.lstrip().startswith("["):
         return text.splitlines()
