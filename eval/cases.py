@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -33,6 +33,7 @@ class Case:
         answers: texts that must be found in the generation; empty stands for `answer` alone.
         match: "all": the score is the share of `answers` that are found; "any": 1 if one of them is.
         extra_tokens: tokens that generation may take beyond the gold answer's length.
+        inputs: further inputs of the model for the context: `pixel_values` and the like of the images in it.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Case:
     answers: tuple[str, ...] = ()
     match: str = ALL
     extra_tokens: int = 4
+    inputs: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def length(self) -> int:

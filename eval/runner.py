@@ -9,7 +9,7 @@ most, is paid for once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,7 @@ class CaseRunner:
         self.model, self.tokenizer, self.session, self.case = model, tokenizer, session, case
         self._ending = end_tokens(model)
         self.cache = session.new_cache()
-        self._read(self.cache, case.context_ids, 1)
+        self._read(self.cache, case.context_ids, 1, case.inputs)
         self.reference = self._ask(self.cache.fork())
 
     def run(self, cells: Sequence[Cell], inspect: Callable[[Case, Cell, RaggedCache], None] | None) -> list[Record]:
@@ -167,7 +167,7 @@ class CaseRunner:
         if cell.prefill_chunk is not None:
             cache = self.session.new_cache()
             cache.plan = cell.plan(cache.plan, room)
-            self._read(cache, case.context_ids, 1)
+            self._read(cache, case.context_ids, 1, case.inputs)
             return _Compressed(cell, cache, None, self._now() - start)
         cache = self.cache.fork()
         question = self._read(cache, case.question_ids)[0] if cell.aware and cell.evicts else None
@@ -217,8 +217,11 @@ class CaseRunner:
                 answers[row] = tokens
         return [self._text(tokens) for tokens in answers]
 
-    def _read(self, cache: RaggedCache, ids: Sequence[int], logits_to_keep: int = 0) -> torch.Tensor:
-        return self.session.extend(cache, ids, logits_to_keep=logits_to_keep)
+    def _read(
+        self, cache: RaggedCache, ids: Sequence[int], logits_to_keep: int = 0, inputs: Mapping[str, Any] | None = None
+    ) -> torch.Tensor:
+        placed = {name: value.to(self.model.device) for name, value in (inputs or {}).items()}
+        return self.session.extend(cache, ids, logits_to_keep=logits_to_keep, inputs=placed)
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -7,6 +7,7 @@ from .api import evict
 from .cache import RaggedCache
 from .cache_report import Report
 from .layer_view import LayerView
+from .modalities import ModalityKept, kept_by_modality, modality_ranges
 from .plan import Budget
 from .policies import (
     CAKE,
@@ -37,10 +38,12 @@ from .policies import (
 )
 from .serialization import CacheFileError
 from .session import Session
+from .token_floors import TokenFloor
 
 __all__ = [
     "CAKE", "H2O", "RKV", "TOVA", "AdaCriticalKV", "AdaKV", "Budget", "CacheFileError", "CriticalKV", "Defensive",
-    "ExpectedAttention", "Full", "GateScore", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView", "Policy",
-    "PyramidKV", "RaggedCache", "Random", "Report", "Retention", "RetentionDefensive", "Session", "SnapKV",
-    "StreamingLLM", "evict", "get_policy", "policy_names", "policy_text",
+    "ExpectedAttention", "Full", "GateScore", "KeyDiff", "Knorm", "LagKV", "LayerDefensive", "LayerView",
+    "ModalityKept", "Policy", "PyramidKV", "RaggedCache", "Random", "Report", "Retention", "RetentionDefensive",
+    "Session", "SnapKV", "StreamingLLM", "TokenFloor", "evict", "get_policy", "kept_by_modality", "modality_ranges",
+    "policy_names", "policy_text",
 ]  # fmt: skip

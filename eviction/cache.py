@@ -257,6 +257,8 @@ class RaggedCache(Cache):
         if self._deferred is not None:
             self.drafting = self._input is not None  # there was no crop(): the deferred tokens were not drafts
             self.apply_deferred()
+        if not self.rows.tokens:
+            self.plan.check_rows(batch)
         if not self.rows.tokens and self._input is None and self.plan.protect is not None:
             counts = [q_len] * batch if valid is None else valid.sum(1).tolist()
             self.plan.require_room(counts, self.recording.layout)
@@ -370,6 +372,7 @@ class RaggedCache(Cache):
         buffer: int | None = None,
         floor: float | None = None,
         protect: Any = None,
+        token_floors: Any = None,
     ) -> RaggedCache:
         """Evicts down to the budget now, and continues under the changed plan.
 
@@ -377,7 +380,8 @@ class RaggedCache(Cache):
             policy: another policy; the session must have recorded what it needs (see `observe` of `evict`).
             scope, floor: None for the new policy's default, or the plan's if the policy is unchanged.
             gates: only the session's own gates are accepted: log β is recorded as tokens are written.
-            budget, sinks, recent, buffer, protect: as in `evict`; None leaves the plan's, `protect=[]` protects none.
+            budget, sinks, recent, buffer, protect, token_floors: as in `evict`; None leaves the plan's; `[]` protects
+                no tokens, or sets no floors.
                 The budget "calibrated" is that of the session's gates.
 
         Returns:
@@ -392,12 +396,21 @@ class RaggedCache(Cache):
         chosen = None if policy is None else get_policy(policy)
         guard = None if protect is None else ProtectedTokens.of(protect)
         plan = self.plan.changed(
-            chosen, None, scope=scope, floor=floor, sinks=sinks, recent=recent, buffer=buffer, protect=guard
+            chosen,
+            None,
+            scope=scope,
+            floor=floor,
+            sinks=sinks,
+            recent=recent,
+            buffer=buffer,
+            protect=guard,
+            token_floors=None if token_floors is None else tuple(token_floors),
         )
         plan = with_budget(plan, budget, self.recording.gates)
         self.recording.require(plan.policy)
         self.apply_deferred()
         tokens = self.rows.tokens
+        plan.check_rows(len(tokens) or 1)
         if self._layout is not None:
             plan.require_room(tokens, self._layout)
             if plan.evicts:

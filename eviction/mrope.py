@@ -24,6 +24,11 @@ class RopeDeltas:
         self._model = model
         self._holder: Any = next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
 
+    @property
+    def kept(self) -> bool:
+        """Whether the model has such offsets."""
+        return self._holder is not None
+
     def load(self, rows: SequenceState | None, positions_given: bool) -> None:
         """Before a call of the model: the offsets become those of the cache, whatever ran before.
 

@@ -20,6 +20,7 @@ from .policies.policy import Policy
 from .policies.registry import get_policy, policy_text
 from .protected_tokens import ProtectedTokens
 from .storage.segment_store import StorageConfig
+from .token_floors import TokenFloor, token_floors
 
 SCOPES = ("global", "layer", "head", "pyramid", "preference")
 SCHEDULES = ("bounded", "filled", "once")
@@ -311,6 +312,7 @@ class EvictionPlan:
             "filled": whenever budget and buffer are reached, by a prompt too; "once": at a prompt, never later. With a
             budget of 1.0 and a policy that discards entries regardless of it, after every forward.
         rules: further details.
+        token_floors: shares of the budget that the best entries of given tokens keep, see `TokenFloor`.
 
     Raises:
         ValueError: unknown scope or schedule, or a number out of its range.
@@ -327,8 +329,10 @@ class EvictionPlan:
     protect: ProtectedTokens | None = None
     schedule: str = "bounded"
     rules: Rules = Rules()
+    token_floors: tuple[TokenFloor, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "token_floors", token_floors(self.token_floors))
         if self.scope not in SCOPES:
             raise ValueError(f"unknown scope {shown(self.scope)}; known: {', '.join(SCOPES)}")
         if self.schedule not in SCHEDULES:
@@ -351,7 +355,14 @@ class EvictionPlan:
 
     def for_rows(self, rows: Sequence[int]) -> EvictionPlan:
         """The plan of a cache whose row `i` was row `rows[i]`."""
-        return self if self.protect is None else replace(self, protect=self.protect.for_rows(rows))
+        guard = None if self.protect is None else self.protect.for_rows(rows)
+        return replace(self, protect=guard, token_floors=tuple(floor.for_rows(rows) for floor in self.token_floors))
+
+    def check_rows(self, batch: int) -> None:
+        """Raises ValueError if tokens to protect, or those of a floor, were given for another number of rows."""
+        for tokens in (self.protect, *(floor.tokens for floor in self.token_floors)):
+            if tokens is not None:
+                tokens.check_rows(batch)
 
     @property
     def evicts(self) -> bool:
@@ -387,8 +398,10 @@ class EvictionPlan:
         room = int(own.share * share + _ROUNDING)
         sinks = min(own.sinks, room) if self.sinks is None else self.sinks
         recent = min(own.recent, max(0, room - sinks)) if self.recent is None else self.recent
+        floors = sum(int(share * floor.share) for floor in self.token_floors)
         if self.protect is not None:
-            return self.protect.limits(row, tokens, share, sinks, recent)
+            return self.protect.limits(row, tokens, share, sinks, recent, floors)
+        share -= floors
         sinks = min(sinks, share)
         return sinks, min(recent, share - sinks)
 
@@ -440,13 +453,15 @@ class PlanDocument:
     protect: ProtectedTokens | None
     schedule: str = "bounded"
     rules: Rules = Rules()
+    token_floors: tuple[TokenFloor, ...] = ()
 
 
 def plan_to_json(plan: EvictionPlan) -> dict[str, Any]:
     """The plan as JSON values; ValueError if its policy has an option that is not a plain value."""
     plain = {each.name: getattr(plan, each.name) for each in fields(PlanDocument)}
     protect = None if plan.protect is None else vars(plan.protect)
-    nested = {"protect": protect, "rules": vars(plan.rules)}
+    floors = [{"tokens": vars(floor.tokens), "share": floor.share} for floor in plan.token_floors]
+    nested = {"protect": protect, "rules": vars(plan.rules), "token_floors": floors}
     first = {"policy": _policy_to_json(plan.policy), "budget": plan.budget.amount, **nested}
     return first | {name: value for name, value in plain.items() if name not in first}
 
@@ -497,7 +512,11 @@ def with_budget(plan: EvictionPlan, budget: float | int | str | None, gates: Ret
     """
     if budget is None:
         return plan
-    return calibrated(plan, gates) if budget == CALIBRATED else replace(plan, budget=Budget(budget))
+    return (
+        calibrated(plan, gates)
+        if isinstance(budget, str) and budget == CALIBRATED
+        else replace(plan, budget=Budget(budget))
+    )
 
 
 def calibrated(plan: EvictionPlan, gates: RetentionGates | None) -> EvictionPlan:
@@ -542,4 +561,5 @@ def _differences(plan: EvictionPlan, found: Calibration) -> list[str]:
     }
     differing = [f"{option} {now!r} (calibrated: {then!r})" for option, (now, then) in pairs.items() if now != then]
     differing += [option for option in ("prefill_chunk", "protect") if getattr(plan, option) is not None]
+    differing += ["token_floors"] if plan.token_floors else []
     return differing + ([f"rules {plan.rules}"] if plan.rules != Rules() else [])

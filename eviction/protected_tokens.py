@@ -87,13 +87,16 @@ class ProtectedTokens:
                 table[row, start:stop] = True
         return table
 
-    def limits(self, row: int, tokens: int, share: int, sinks: int, recent: int) -> tuple[int, int]:
+    def limits(
+        self, row: int, tokens: int, share: int, sinks: int, recent: int, floors: int = 0
+    ) -> tuple[int, int]:  # fmt: skip
         """(sinks, recent) that fit into a row's share together with its protected tokens.
 
         Args:
             tokens: tokens the row has seen.
             share: entries that each of its heads may keep.
             sinks, recent: requested numbers of first and last tokens. Sinks take precedence over recent tokens.
+            floors: entries of the share that floors of other tokens claim before sinks and recent tokens.
 
         Raises:
             ValueError: the protected tokens alone are more than `share`.
@@ -104,6 +107,7 @@ class ProtectedTokens:
                 f"{share - left} of the {tokens} tokens of row {row} are protected, the budget leaves each head "
                 f"{share}: raise the budget or protect fewer tokens"
             )
+        left = max(0, left - floors)
         inside = {position for start, stop in self._ranges(row) for position in range(start, min(stop, sinks))}
         first = _fitting(range(min(sinks, tokens)), inside, left)
         left -= sum(position not in inside for position in range(first))

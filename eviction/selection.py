@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -74,6 +75,9 @@ def choose(
             share and _preferred(share, [layer[row] for layer in preferences], end, plan.policy.window_size, layout)
             for row, (share, end) in enumerate(zip(shares, ends, strict=True))
         ]
+    for floor in plan.token_floors:
+        inside = [floor.mask(place, tokens) for place in positions]
+        scores = _with_token_floor(scores, positions, inside, shares, plan.scope, floor.share, shards)
     if plan.scope in ("head", "pyramid", "preference"):
         return _select_per_head(scores, positions, shares, shards)
     if plan.floor and plan.rules.floor == "add":
@@ -150,6 +154,24 @@ def _with_floor(score: torch.Tensor, positions: torch.Tensor, floor: list[int]) 
     """Scores with +inf for the `floor[row]` best entries of every head, which are kept regardless of other heads."""
     each = [k for k in floor for _ in range(score.shape[1])]
     return score.masked_fill(top_of_each_head(score, positions, each), torch.inf)
+
+
+def _with_token_floor(
+    scores: list[torch.Tensor], positions: list[torch.Tensor], inside: list[torch.Tensor],
+    shares: list[BudgetAllocation | None], scope: str, share: float, shards: HeadShards,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Scores in which the best entries `inside` rank above all but protected ones, as many as `share` of the budget."""
+    parts = [one and replace(one, groups=[int(group * share) for group in one.groups]) for one in shares]
+    among = [score.masked_fill(~mask, -torch.inf) for score, mask in zip(scores, inside, strict=True)]
+    if scope in ("head", "pyramid", "preference"):
+        best = _select_per_head(among, positions, parts, shards)
+    else:
+        best = _compete_in_groups(among, positions, [one and one.groups for one in parts], scope, shards)
+    top = torch.finfo(torch.float32).max
+    return [
+        torch.where(keep & mask & (score < torch.inf), top, score)
+        for score, keep, mask in zip(scores, best, inside, strict=True)
+    ]
 
 
 def _select_with_floor_added(

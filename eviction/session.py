@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -182,7 +182,7 @@ class Session(Interceptor):
     @torch.no_grad()
     def extend(
         self, cache: RaggedCache, ids: torch.Tensor | Sequence[int], attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None, logits_to_keep: int = 0,
+        position_ids: torch.Tensor | None = None, logits_to_keep: int = 0, inputs: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Reads more tokens into `cache` by one call of the model, evicting as its plan says, and returns the logits.
 
@@ -197,12 +197,14 @@ class Session(Interceptor):
             position_ids: int64 `(batch or 1, n)` for RoPE. None: positions continue each row's real tokens, so that
                 padding has no effect on them.
             logits_to_keep: return the logits of so many last columns; 0 for all.
+            inputs: further arguments of the model, such as the `pixel_values` of the images among `ids`.
 
         Returns:
             Logits `(batch, n or logits_to_keep, vocab_size)`, the model's dtype.
         Raises:
             ValueError: another shape of `ids` or `attention_mask`, another number of rows than the cache has, a cache
-                of another block, or as the forward under `evict`.
+                of another block, images after the first tokens of a cache where they have positions of their own
+                (M-RoPE), or as the forward under `evict`.
         """
         device, rows = execution_device(self.model), cache.rows
         tokens = torch.as_tensor(ids, dtype=torch.long, device=device)
@@ -216,6 +218,12 @@ class Session(Interceptor):
                 "for each of the new tokens"
             )
         deltas = rows.rope_deltas
+        further = dict(inputs or {})
+        if further and rows.tokens and self.rope_deltas.kept:
+            raise ValueError(
+                f"got {', '.join(further)} for a cache that has {rows.columns} columns; accepted for a model that "
+                "numbers images by time, height and width: images among a cache's first tokens"
+            )
         if position_ids is None and (rows.padded or attention_mask is not None or deltas is not None):
             position_ids = self._positions_after(rows, tokens, attention_mask)
             if deltas is not None:  # text after an image: the same position in time, height and width
@@ -231,7 +239,7 @@ class Session(Interceptor):
         if position_ids is not None:
             given["position_ids"] = position_ids.to(device)
         call = {"past_key_values": cache, "use_cache": True, "logits_to_keep": logits_to_keep}
-        return self.model(input_ids=tokens, **given, **call).logits
+        return self.model(input_ids=tokens, **given, **further, **call).logits
 
     @staticmethod
     def _positions_after(rows: SequenceState, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

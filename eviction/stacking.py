@@ -32,7 +32,8 @@ def stack(caches: Sequence[RaggedCache]) -> RaggedCache:
     columns = max(cache.columns_seen for cache in caches)
     stacked = caches[0].recording.new_cache()
     stacked.observed = False
-    stacked.plan = replace(stacked.plan.changed(get_policy("full"), 1.0), protect=None, prefill_chunk=None)
+    plan = stacked.plan.changed(get_policy("full"), 1.0)
+    stacked.plan = replace(plan, protect=None, token_floors=(), prefill_chunk=None)
     for index, own in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         layer = stacked.layers[index]
         if isinstance(layer, RaggedLayer):

@@ -8,7 +8,7 @@ gates, a forward and a backward over a fraction of the sequence.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -299,11 +299,16 @@ class _Reader(Interceptor):
 
 
 @torch.no_grad()
-def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor, gates: RetentionGates | None = None) -> Prompt:
+def read_prompt(
+    model: PreTrainedModel, input_ids: torch.Tensor, gates: RetentionGates | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Prompt:  # fmt: skip
     """Runs the plain model over `input_ids` `(batch, prompt_len)`, no padding; keeps what `attach_after` needs.
 
     Args:
-        gates: if given, hidden states are not kept, but log β; backward then reads the prompt again.
+        gates: if given, hidden states are not kept, but log β; backward then reads the prompt again. Not with
+            `arguments`.
+        arguments: of the decoder, in place of the token ids: those of a prompt with images, see `image_inputs`.
 
     Raises:
         UnsupportedModelError: tenure cannot attach to the model.
@@ -311,7 +316,8 @@ def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor, gates: Retentio
     cache = DynamicCache(config=text_config(model))
     reader = _Reader() if gates is None else GatesReader(gates)
     with intercept(model, reader):
-        text_decoder(model)(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        given = {"input_ids": input_ids} if arguments is None else dict(arguments)
+        text_decoder(model)(**given | {"past_key_values": cache, "use_cache": True})
     if isinstance(reader, GatesReader):
         return Prompt(input_ids, {}, cache, reader.log_beta)
     return Prompt(input_ids, reader.hidden_states, cache)

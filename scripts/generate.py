@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .loading import Dtype, load_model
+from .loading import Dtype, load_model, load_processor
 
 if TYPE_CHECKING:
     import torch
 
     from ..eviction import Session
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0  # beyond, logits over it are no numbers in fp16, or all the same
+SMALL_BUDGET = 100  # a whole number up to it may be meant as a percentage
 INTRO = "Read this text, then answer the question about it."
 
 
@@ -34,6 +36,14 @@ class GenerateConfig:
     """Read the prompt from this file (- for stdin)."""
     data: Annotated[str | None, tyro.conf.arg(metavar="TEXTS")] = None
     """Use the first of these texts as the prompt: `demo` (held-out essays), a text file or a folder."""
+    image: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = ()
+    """Images shown before the prompt, in this order; the model must take images (PNG, JPEG, WEBP, GIF or BMP)."""
+    image_side: int = 1024
+    """Images are reduced to this many pixels on their longer side."""
+    protect_images: bool = False
+    """Never evict an image's tokens."""
+    image_floor: float | None = None
+    """Share of the budget, in (0, 1], that the images' tokens keep at least."""
     question: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """Question about the prompt, asked after the prompt has been compressed."""
     model: str = "demo"
@@ -45,9 +55,9 @@ class GenerateConfig:
     gates: str = "demo"
     """Trained gates for the retention policies and the calibrated budget: a folder,
     hub:OWNER/NAME, or demo for the shipped ones."""
-    budget: int | float | Literal["calibrated"] = 0.2
-    """Average number of entries to keep per head: a share of the tokens seen (0.2) or a number (256); calibrated uses
-    the budget that `tenure calibrate` stored with the gates."""
+    budget: Annotated[int | float | str, tyro.conf.arg(metavar="BUDGET")] = 0.2
+    """Entries to keep: a share of the tokens seen (0.2 or 20%), a number per head on average (256), or in all: "65536
+    entries", 512MiB; calibrated uses the budget that `tenure calibrate` stored with the gates."""
     scope: Literal["auto", "global", "layer", "head", "pyramid", "preference"] = "auto"
     """The entries that compete for the budget: those of all heads, a layer, or a head; auto: the policy's default."""
     sinks: int | None = None
@@ -78,15 +88,28 @@ class GenerateConfig:
             raise ValueError("give the prompt with one of --prompt, --prompt-file and --data")
         if self.question is not None and self.raw:
             raise ValueError("--question uses the model's chat template and --raw leaves it out: give one of them")
-        if self.max_new_tokens < 1 or self.temperature < 0:
-            raise ValueError("--max-new-tokens takes 1 or more, --temperature 0 or more")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens is {self.max_new_tokens}; 1 or more is accepted")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"--temperature is {self.temperature}; 0, or {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g} is accepted"
+            )
+        if self.image and self.raw:
+            raise ValueError("--image uses the model's chat template and --raw leaves it out: give one of them")
+        if (self.protect_images or self.image_floor is not None) and not self.image:
+            raise ValueError("--protect-images and --image-floor are about the tokens of images: give --image")
+        if self.image_floor is not None and not 0 < self.image_floor <= 1:
+            raise ValueError(f"--image-floor takes a share of the budget in (0, 1], got {self.image_floor}")
+        if self.image_side < 1:
+            raise ValueError(f"--image-side takes 1 or more pixels, got {self.image_side}")
 
 
 def main(config: GenerateConfig) -> int:
     prompt = _read_prompt(config)
+    images = _open_images(config)
     import torch
 
-    from ..eviction import evict
+    from ..eviction import evict, modality_ranges
     from ..eviction.plan import CALIBRATED
     from ..eviction.presets import make_plan
     from ..retention import RetentionGates
@@ -96,33 +119,56 @@ def main(config: GenerateConfig) -> int:
         "scope": None if config.scope == "auto" else config.scope, "sinks": config.sinks, "recent": config.recent,
         "buffer": config.buffer, "prefill_chunk": config.prefill_chunk,
     }  # fmt: skip
+    if isinstance(config.budget, int) and config.budget <= SMALL_BUDGET:
+        hint = f"--budget {config.budget} keeps {config.budget} entries per head; {config.budget} % is --budget "
+        print(f"{hint}{config.budget}%", file=sys.stderr)
     policy = make_plan(**options).policy  # cheap checks first: mistakes are reported before the model is loaded
     needs_gates = "log_beta" in policy.needs or config.budget == CALIBRATED
     gates = RetentionGates.from_pretrained(config.gates) if needs_gates else None
+    processor = load_processor(config.model) if images else None
     model, tokenizer = load_model(config.model, config.device, config.dtype)
     torch.manual_seed(config.seed)
-    context, rest = _encode(config, tokenizer, prompt)
+    if processor is None:
+        context, rest = _encode(config, tokenizer, prompt)
+        further, ranges = {}, {}
+    else:
+        context, rest, further = _encode_with_images(config, processor, prompt, images)
+        ranges = modality_ranges(model.config, torch.tensor(context + rest))[0]
+        tokens_of_images = ranges.get("image", ())
+        options["protect"] = tokens_of_images if config.protect_images else None
+        options["token_floors"] = [] if config.image_floor is None else [(tokens_of_images, config.image_floor)]
     with evict(model, gates=gates.to(model.device) if gates else None, **options) as session:
         started = time.perf_counter()
-        tokens = _stream(config, model, tokenizer, session, context, rest)
-        _show(config, session, tokens, time.perf_counter() - started)
+        tokens = _stream(config, model, tokenizer, session, context, rest, further)
+        _show(config, session, tokens, time.perf_counter() - started, ranges)
     return 0
 
 
+def _open_images(config: GenerateConfig) -> list[Any]:
+    """The images of the command line, before anything is loaded."""
+    if not config.image:
+        return []
+    from dataclasses import replace
+
+    from tenure.images import LIMITS, open_image
+
+    return [open_image(path, replace(LIMITS, max_side=config.image_side)) for path in config.image]
+
+
 def _read_prompt(config: GenerateConfig) -> str:
-    from ..training.assets import resolve_texts
+    from ..training.assets import MAX_TEXT_BYTES, read_text, resolve_texts
 
     if config.prompt is not None:
         text = config.prompt
     elif config.data is not None:
         text = resolve_texts(config.data, "eval")[0].text
     elif str(config.prompt_file) == "-":
-        text = sys.stdin.read()
+        text = sys.stdin.read(MAX_TEXT_BYTES)
     else:
         assert config.prompt_file is not None
         if not config.prompt_file.is_file():
             raise ValueError(f"no file {str(config.prompt_file)!r} to read the prompt from")
-        text = config.prompt_file.read_text(encoding="utf-8")
+        text = read_text(config.prompt_file)
     if not text.strip():
         raise ValueError("the prompt is empty")
     return text
@@ -143,22 +189,42 @@ def _encode(config: GenerateConfig, tokenizer: Any, prompt: str) -> tuple[list[i
     return [], encode(tokenizer, text)
 
 
+def _encode_with_images(
+    config: GenerateConfig, processor: Any, prompt: str, images: list[Any]
+) -> tuple[list[int], list[int], dict[str, Any]]:
+    """As `_encode`, with what the model takes of the images besides token ids."""
+    from ..eval.image_prompts import image_prompt
+
+    question = f"\n\n{config.question}" if config.question is not None else ""
+    intro = [f"{INTRO}\n\n"] if question else []
+    made = image_prompt(processor, [*intro, *images, f"\n{prompt}"], question)
+    return made.context_ids, made.rest, made.extra
+
+
 def _stream(
-    config: GenerateConfig, model: Any, tokenizer: Any, session: Session, context: list[int], rest: list[int]
-) -> int:
-    """Generate to stdout; returns the number of new tokens."""
+    config: GenerateConfig, model: Any, tokenizer: Any, session: Session, context: list[int], rest: list[int],
+    further: dict[str, Any],
+) -> int:  # fmt: skip
+    """Generate to stdout; returns the number of new tokens.
+
+    Args:
+        further: inputs of the model for the images of the prompt.
+    """
     import torch
     from transformers import TextStreamer
 
     cache = session.new_cache()
-    if context:
-        session.extend(cache, context, logits_to_keep=1)
+    further = {name: _placed(value, model) for name, value in further.items()}
+    if context and config.question is not None:
+        session.extend(cache, context, logits_to_keep=1, inputs=further)
+        further = {}  # the images are in the cache
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if config.temperature > 0:
         sampling = {"do_sample": True, "temperature": config.temperature}
     prompt = _row([*context, *rest], model)
     output = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=config.max_new_tokens,
+        prompt, **further, attention_mask=torch.ones_like(prompt), past_key_values=cache,
+        max_new_tokens=config.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), **sampling,
     )  # fmt: skip
@@ -171,10 +237,16 @@ def _row(ids: list[int], model: Any) -> torch.Tensor:
     return torch.tensor([ids], device=model.device)
 
 
-def _show(config: GenerateConfig, session: Session, tokens: int, seconds: float) -> None:
+def _placed(value: torch.Tensor, model: Any) -> torch.Tensor:
+    """On the model's device, pixels in its dtype."""
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+
+def _show(config: GenerateConfig, session: Session, tokens: int, seconds: float, ranges: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..eviction import kept_by_modality
     from ..eviction.plan import CALIBRATED
 
     report = session.report()
@@ -189,6 +261,10 @@ def _show(config: GenerateConfig, session: Session, tokens: int, seconds: float)
     table.add_row("most at any time", f"{report.peak_entries:,}")
     table.add_row("memory now / peak", f"{report.bytes / 1e6:.1f} / {report.peak_bytes / 1e6:.1f} MB")
     table.add_row("entries per head", f"{lengths.min()} to {lengths.max()}, mean {lengths.float().mean():.0f}")
+    if ranges:
+        for kept in kept_by_modality(session.last_cache, ranges):
+            shown = f"{kept.entries:,} of {kept.full_entries:,} ({kept.kept_share:.0%})"
+            table.add_row(f"of {kept.tokens:,} {kept.modality} tokens", shown)
     table.add_row("evicted", f"{report.evicted_entries:,} in {report.evictions} evictions")
     if config.budget == CALIBRATED:
         assert session.gates is not None and session.gates.calibration is not None, "the block found the budget there"

@@ -72,16 +72,28 @@ def load_model(
 
     source, target = resolve_model(name), pick_device(device)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if dtype == "auto":
         dtype = "float32" if target.type == "cpu" else "bfloat16"
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     with _bars_only_on_a_terminal():
-        model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=getattr(torch, dtype))
+        model: Any = _model_class(source, revision).from_pretrained(
+            source, revision=revision, dtype=getattr(torch, dtype)
+        )
     if name == "demo":  # so that gates trained on it name the model, not this machine's cache folder
         model.config._name_or_path = DEMO_MODEL_ID
     return model.to(target).eval(), tokenizer
+
+
+def _model_class(source: str | Path, revision: str | None) -> Any:
+    """The Auto class for a model that generates text: of text alone, or of text and images."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = type(AutoConfig.from_pretrained(source, revision=revision))
+    text = AutoModelForCausalLM._model_mapping  # Gemma-3 and others are in both, and load whole from either
+    both = AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if config in both and config not in text else AutoModelForCausalLM
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
@@ -97,6 +109,27 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def load_processor(name: str, revision: str | None = None) -> Any:
+    """The processor of a model that takes images, with its tokenizer in it.
+
+    Args:
+        name: as in `load_model`.
+
+    Raises:
+        ValueError: the model takes no images.
+        ImportError: its processor needs a package that is not installed; the message names it.
+    """
+    from ..training.assets import resolve_model
+
+    source = resolve_model(name)
+    from transformers import AutoProcessor
+
+    found = AutoProcessor.from_pretrained(source, revision=revision)
+    if getattr(found, "image_processor", None) is None or getattr(found, "tokenizer", None) is None:
+        raise ValueError(f"the model {name!r} takes no images: its processor is a {type(found).__name__}")
+    return found
 
 
 def load_with_gates(

@@ -116,6 +116,15 @@ def _one_source(config: TrainConfig, data: str, tokenizer: Any) -> tuple[Example
             dialogue_share=config.dialogue_share, repetition_share=config.repetition_share,
         )  # fmt: skip
         return documents, []
+    if config.images:
+        from tenure.scripts.loading import load_processor
+        from tenure.training.image_chats import load_image_chats
+
+        images = load_image_chats(
+            data, load_processor(config.model, config.revision), max_length=max(config.lengths),
+            prompt_share=config.prompt_share, seed=config.seed, bad_records=config.bad_records,
+        )  # fmt: skip
+        return images.held_out(config.held_out) if config.held_out else (images, [])
     source, held_out = _data_set(config, data, tokenizer)
     return (PackedSource(source, max(config.lengths)) if config.pack else source), held_out
 

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tenure": {"retention", "training", "eviction", "serving"},
     "scripts": {"retention", "training", "eviction", "serving", "eval", "tenure"},
 }
-SHARED = {f"{TOP}.checked", f"{TOP}.documents"}  # imported by all, import nothing else of the project
+SHARED = {f"{TOP}.checked", f"{TOP}.documents", f"{TOP}.images"}  # imported by all, import nothing else of the project
 MAIN_MAY_IMPORT = {"scripts"}  # `tenure/__main__.py`, which nothing imports
 FOLDERS = [folder for folder in MAY_IMPORT if (ROOT / folder).is_dir()]
 
@@ -41,12 +41,13 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("layer_view",),
         ("policies",),
         ("protected_tokens", "recorders", "cache_report"),
+        ("token_floors",),
         ("plan",),
         ("presets",),
         ("selection",),
         ("rollback",),
         ("cache",),
-        ("serialization", "stacking", "packed"),
+        ("serialization", "stacking", "packed", "modalities"),
         ("layer_gates", "session"),
         ("prefill",),
         ("api",),

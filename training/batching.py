@@ -1,8 +1,8 @@
 """Batches: several documents packed into a row, several rows into a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -17,7 +17,8 @@ class Batch:
     `input_ids`, `position_ids`: int64; positions restart at 0 with every document. `attention_mask`: int64, 0 on
     padding; None when nothing is padded or rows are packed (which transformers sees with `use_cache=False` only).
     `loss_mask`: bool, True at tokens that are to be predicted from those before them; False at the first token of every
-    document and on padding. `prompt_tokens`: tokens of each row's prompt, see `Example`.
+    document and on padding. `prompt_tokens`: tokens of each row's prompt, see `Example`. `inputs`: what the model takes
+    of each row's images, None for rows without; empty if no row has any.
     """
 
     input_ids: torch.Tensor
@@ -25,12 +26,14 @@ class Batch:
     attention_mask: torch.Tensor | None
     loss_mask: torch.Tensor
     prompt_tokens: tuple[int, ...] = ()
+    inputs: tuple[Mapping[str, Any] | None, ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         mask = None if self.attention_mask is None else self.attention_mask.to(device)
         return Batch(
             self.input_ids.to(device), self.position_ids.to(device), mask, self.loss_mask.to(device),
             self.prompt_tokens,
+            tuple(row and {name: value.to(device) for name, value in row.items()} for row in self.inputs),
         )  # fmt: skip
 
     def row(self, index: int) -> "Batch":
@@ -39,7 +42,8 @@ class Batch:
         input_ids, position_ids, loss_mask = (
             tensor[index, real][None] for tensor in (self.input_ids, self.position_ids, self.loss_mask)
         )
-        return Batch(input_ids, position_ids, None, loss_mask, self.prompt_tokens[index : index + 1])
+        own = slice(index, index + 1)
+        return Batch(input_ids, position_ids, None, loss_mask, self.prompt_tokens[own], self.inputs[own])
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, padding_side: Literal["left", "right"] = "right") -> Batch:
@@ -77,6 +81,7 @@ def collate(examples: Sequence[Example], pad_token_id: int, padding_side: Litera
         return Batch(
             input_ids, position_ids, None if min(lengths) == shape[1] else attention_mask,
             loss_mask & (position_ids > 0), tuple(example.prompt_tokens for example in examples),
+            tuple(example.inputs for example in examples) if any(example.inputs for example in examples) else (),
         )  # fmt: skip
     return Batch(input_ids, position_ids, None, loss_mask & (position_ids > 0))
 

@@ -29,6 +29,7 @@ from ..retention.attach import AttachedAfter, Recomputed, attach_plain, recomput
 from ..retention.capacity import Scope
 from ..retention.context_parallel import ContextGroup, SequencePart, require_context_parallel
 from ..retention.decoder_layers import plain_model, text_config, text_decoder
+from ..retention.image_inputs import image_inputs
 from ..retention.ops import Implementation
 from ..retention.seams import OutputHead
 from .batching import Batch
@@ -177,7 +178,7 @@ class GateObjective(nn.Module):
 
     def forward(self, batch: Batch, seed: int = 0) -> Losses:
         """Args:
-        batch: on the model's device. If rows have a prompt, all rows run one by one.
+        batch: on the model's device. If rows have a prompt or images, all rows run one by one.
         seed: of the positions at which occupancy is sampled, and of the evictions.
 
         Raises:
@@ -185,11 +186,13 @@ class GateObjective(nn.Module):
                 does not support (`model_checks`).
         """
         rng = random.Random(seed)
-        if any(batch.prompt_tokens):
-            if self.context is not None:
-                raise ValueError("got prompts with context_parallel; accepted: one of them (set prompt_share to 0)")
+        if any(batch.inputs) and self.context is not None:
+            raise ValueError("got images with context_parallel; accepted: one of them (set images to false)")
+        if any(batch.prompt_tokens) and self.context is not None:
+            raise ValueError("got prompts with context_parallel; accepted: one of them (set prompt_share to 0)")
+        if any(batch.prompt_tokens) or any(batch.inputs):
             rows = [batch.row(index) for index in range(len(batch.input_ids))]
-            runs = [self._after_prompt(row, rng) if row.prompt_tokens[0] else self._whole(row) for row in rows]
+            runs = [self._after_prompt(row, rng) if any(row.prompt_tokens) else self._whole(row) for row in rows]
         else:
             runs = [self._whole(batch)]
         targets = sum(run.targets for run in runs)
@@ -221,6 +224,9 @@ class GateObjective(nn.Module):
         next_ids, predicts, targets = _following(batch.input_ids, batch.loss_mask)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         inputs |= {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+        if any(batch.inputs):
+            # The tower runs once: teacher and student are given the same embeddings.
+            inputs = image_inputs(self.model, batch.input_ids, batch.inputs[0] or {}).arguments | {"use_cache": False}
         part = None if self.context is None else _divided(self.context, batch)
         if part is not None:
             inputs |= {name: _local(part, inputs[name]) for name in ("input_ids", "position_ids")}
@@ -256,9 +262,13 @@ class GateObjective(nn.Module):
             require_continuation(self.model)
             self._continues = True
         start = row.prompt_tokens[0]
-        read_again = self._recomputes and self.reads_prompts_again
-        prompt = read_prompt(self.model, row.input_ids[:, :start], self.gates if read_again else None)
-        rest = {"input_ids": row.input_ids[:, start:], "use_cache": True}
+        images = image_inputs(self.model, row.input_ids[:, :start], row.inputs[0] or {}) if any(row.inputs) else None
+        read_again = self._recomputes and self.reads_prompts_again and images is None
+        arguments = images and images.arguments
+        prompt = read_prompt(self.model, row.input_ids[:, :start], self.gates if read_again else None, arguments)
+        rest: dict[str, Any] = {"input_ids": row.input_ids[:, start:], "use_cache": True}
+        if images is not None and images.rope_deltas is not None:
+            rest["position_ids"] = images.positions_after(start, rest["input_ids"].shape[1])
         decoder = text_decoder(self.model)
         with torch.no_grad():
             teacher = decoder(**rest, past_key_values=prompt.new_cache()).last_hidden_state

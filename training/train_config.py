@@ -82,7 +82,8 @@ class TrainConfig:
     repetition_share: Share = 0.0
     """Share of synthetic documents that are one passage repeated over and over."""
     prompt_share: Share = 0.0
-    """Share of synthetic examples whose document is a prompt, read without gates and compressed at its end."""
+    """Share of synthetic examples whose document is a prompt, read without gates and compressed at its end; with images
+    all before the last question is one."""
     eviction_budgets: tuple[KeptShare, ...] = ()
     """Prompts are softly evicted at their end to one of these shares of their entries; none: their keys decay."""
     eviction_temperature: Annotated[float, Range(0, above=True)] = 0.5
@@ -91,6 +92,8 @@ class TrainConfig:
     """Fewest and most facts in a synthetic document."""
     questions: tuple[Count, Count] = (3, 6)
     """Fewest and most questions after it."""
+    images: bool = False
+    """Data are conversations with images: JSONL that names local files, through the model's processor."""
     pack: bool = False
     """Pack several documents into rows of the longest length; β never crosses a document."""
 
@@ -193,6 +196,9 @@ class TrainConfig:
                 f"got best_metric {self.best_metric} and eval_every 0, so nothing is measured; accepted: an eval_every "
                 "above 0 with best_metric"
             )
+        if self.images and (self.pack or self.concatenate or self.context_parallel > 1):
+            name = "pack" if self.pack else "concatenate" if self.concatenate else "context_parallel"
+            raise ValueError(f"got images with {name}, but sequences with images run one by one; accepted: one of them")
         if self.prompt_share and self.context_parallel > 1:
             raise ValueError(
                 f"got a prompt_share of {self.prompt_share} and context_parallel {self.context_parallel}; accepted: "

@@ -1,0 +1,74 @@
+"""A tiny random vision-language model (SmolVLM's class) with a processor, and picture files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    PreTrainedTokenizerFast,
+)
+
+SIDE = 16
+TOKENS = 4  # of an image
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_processor() -> Any:
+    """A byte-level processor: 4 tokens an image of 16 x 16 pixels."""
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*special, *letters])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": special[3:]})
+    images = Idefics3ImageProcessorPil(
+        do_image_splitting=False, size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}
+    )
+    return Idefics3Processor(images, tokenizer, image_seq_len=TOKENS, chat_template=CHAT_TEMPLATE)
+
+
+def tiny_model(processor: Any) -> Any:
+    """A random model for it, fp32, eval mode."""
+    torch.manual_seed(0)
+    text = {
+        "model_type": "llama", "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+    }  # fmt: skip
+    vision = {
+        "model_type": "idefics3_vision", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": SIDE, "patch_size": 4,
+    }  # fmt: skip
+    config = Idefics3Config(
+        text_config=text, vision_config=vision, scale_factor=2, image_token_id=processor.image_token_id
+    )
+    model = Idefics3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.model.connector.parameters():
+            parameter.normal_(std=0.3)  # images that differ have tokens that differ
+    return model
+
+
+def save_pictures(folder: Path, count: int) -> list[Path]:
+    """Plain pictures of different colours."""
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (20, 12), (40 * number % 256, 255 - 60 * number % 256, 90)).save(path)
+    return paths
