@@ -89,11 +89,11 @@ def gated_attention_part(
     if chosen_kernels(query.device, kernels) == "triton":
         from .gated_attention_triton import attention_part
 
-        whole = (x[:, :, :stop] for x in (key, value, log_beta))
-        return attention_part(query, *whole, scaling, segments, softmax)
+        key, value, log_beta = (x[:, :, :stop] for x in (key, value, log_beta))
+        return attention_part(query, key, value, log_beta, scaling, segments, softmax)
     if segments.dense:
-        whole = (x[:, :, :stop] for x in (key, value, log_beta))
-        return gated_attention_after(query, *whole, scaling, "reference", softmax)
+        key, value, log_beta = (x[:, :, :stop] for x in (key, value, log_beta))
+        return gated_attention_after(query, key, value, log_beta, scaling, "reference", softmax)
     output = query.new_zeros(*query.shape[:-1], value.shape[-1])
     for row, start, end in segments.spans:
         begin, end = max(first, start), min(stop, end)

@@ -76,7 +76,8 @@ def build(name: str) -> Any:
 
     shape: dict[str, Any] = SHAPES[name] | COMMON | {"tie_word_embeddings": name in TIED}
     with torch.device("meta"):
-        return Qwen3ForCausalLM(Qwen3Config(**shape)).to(torch.bfloat16).eval()
+        model: Any = Qwen3ForCausalLM(Qwen3Config(**shape))
+    return model.to(torch.bfloat16).eval()
 
 
 def row_of(length: int, packed: bool, prompt: bool) -> Any:
