@@ -74,7 +74,7 @@ def modality_ranges(
 
 @dataclass(frozen=True)
 class ModalityKept:
-    """What a row of a cache kept of the tokens of one modality.
+    """Counts of the tokens of one modality that a row of a cache kept.
 
     Attributes:
         modality: its name.
