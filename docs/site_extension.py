@@ -24,11 +24,12 @@ GATES = "examples/smollm2-135m-gates/README.md"  # shown as the page results/gat
 NAVIGATION = {
     "Start": ["getting-started", "architecture"],
     "Guides": [f"guides/{name}" for name in (
-        "compress", "train", "images", "evaluate", "serve-agents", "serve-http", "write-a-policy", "add-a-model")],
+        "compress", "images", "train", "evaluate", "serve-agents", "serve-http", "write-a-policy", "add-a-model")],
     "Concepts": [f"concepts/{name}" for name in ("budgets", "ragged-cache", "tiers", "step-graph", "simulator")],
     "Reference": [f"reference/{name}" for name in ("api", "cli", "config", "presets", "models", "hints", "checkpoint")],
     "Results": ["reproduce", *(f"results/{name}" for name in (
-        "demo", "table", "gates", "images", "studies", "benchmarks", "engine", "serving", "simulator", "kernels"))],
+        "demo", "table", "gates", "images", "studies", "benchmarks", "training-memory", "engine", "serving",
+        "simulator", "kernels"))],
 }  # fmt: skip
 API_PAGES = [f"api/{name}" for name in ("retention", "training", "eviction", "policies", "serving", "eval")]
 # The dataclasses on the reference page of configuration.

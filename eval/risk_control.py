@@ -96,6 +96,9 @@ class BudgetDecision:
         return count - 1 if count else None
 
 
+LEAST_BOUND = 1e-9  # relative to the largest loss
+
+
 @dataclass(frozen=True)
 class RiskControl:
     """A bound on a budget's expected loss, and the method that decides about it.
@@ -124,6 +127,11 @@ class RiskControl:
             raise ValueError(f"confidence must be between 0 and 1, got {self.confidence}")
         if not 0 < self.bound < self.max_loss:
             raise ValueError(f"the bound must be between 0 and the largest loss, {self.max_loss:g}, got {self.bound}")
+        if not self.bound / self.max_loss >= LEAST_BOUND:
+            raise ValueError(
+                f"got the bound {self.bound:g} of losses up to {self.max_loss:g}; accepted: {LEAST_BOUND:g} of the "
+                "largest or more, as less needs more cases than there are"
+            )
 
     @property
     def least_cases(self) -> int:

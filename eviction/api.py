@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from tenure.documents import shown
+
+from ..retention.decoder_layers import plain_model
 from ..retention.gates import RetentionGates
 from ..retention.seams import intercept
 from .plan import with_budget
@@ -17,6 +21,8 @@ from .policies.registry import get_policy
 from .prefill import chunked_prefill
 from .presets import make_plan
 from .session import Session
+
+SMALL_BUDGET = 100  # a whole number up to it may be meant as a percentage
 
 
 @contextmanager
@@ -46,8 +52,9 @@ def evict(
         model: a transformers decoder with full-attention layers; its other layers are unchanged.
         policy: a name (see `policy_names()`) or an instance. None for retention, or the preset's.
         budget: a float in (0, 1], the share of the tokens seen that is kept; an int >= 1, entries per head on average;
-            or a row's total: "65536 entries", or bytes as "512MiB" or "2GB". 1.0 evicts nothing. "calibrated" is the
-            one that `tenure calibrate` stored with the gates; its guarantee holds for documents like those measured.
+            so that 20 is no percentage; or text: that share, "20%", or a row's total, "65536 entries", or bytes,
+            "512MiB" or "2GB". 1.0 evicts nothing. "calibrated" is the one that `tenure calibrate` stored with the
+            gates; its guarantee holds for documents like those measured.
         scope: which entries compete: "global" (all layers and heads of a row), "layer" (its heads), "head" (each has
             the same number), "pyramid" (as "head", with more in the lower layers), "preference" (as "head", with more
             in layers that the policy prefers: CAKE). None for the policy's default.
@@ -85,8 +92,17 @@ def evict(
         policy, budget, preset=preset, scope=scope, floor=floor, protect=protect, sinks=sinks, recent=recent,
         buffer=buffer, prefill_chunk=prefill_chunk, schedule=schedule, token_floors=token_floors,
     )  # fmt: skip
-    observed = tuple(get_policy(one) for one in ([observe] if isinstance(observe, str | Policy) else observe))
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget <= SMALL_BUDGET:
+        text = f"budget={budget} keeps {budget} entries per head on average; a share is a float or a text: '{budget}%'"
+        warnings.warn(text, stacklevel=3)  # once for each place, which is two frames of contextlib further out
+    plain_model(model)  # refuses what is none
+    given = [observe] if isinstance(observe, str | Policy) else observe
+    if not isinstance(given, Iterable):
+        raise ValueError(f"got {shown(observe)} as observe; accepted: policies, by name or as instances")
+    observed = tuple(get_policy(one) for one in given)
     if gates is not None and not isinstance(gates, RetentionGates):
+        if not isinstance(gates, str | os.PathLike):
+            raise ValueError(f"got {shown(gates)} as gates; accepted: RetentionGates, or the folder or Hub id of some")
         gates = RetentionGates.from_pretrained(gates, model)
     session = Session(model, with_budget(plan, budget, gates), gates, observed)
     with intercept(model, session), session.rope_deltas.in_generate(), chunked_prefill(model, session):

@@ -74,7 +74,7 @@ def modality_ranges(
 
 @dataclass(frozen=True)
 class ModalityKept:
-    """Counts of the tokens of one modality that a row of a cache kept.
+    """The kept tokens of one modality, in a row of a cache.
 
     Attributes:
         modality: its name.
@@ -95,7 +95,7 @@ class ModalityKept:
 
 
 def kept_by_modality(cache: RaggedCache, ranges: Mapping[str, TokenRanges], row: int = 0) -> list[ModalityKept]:
-    """What a row of `cache` kept of each modality; only the layers that evict are counted.
+    """The kept tokens of each modality in a row of `cache`; only the layers that evict are counted.
 
     Args:
         ranges: of the row, see `modality_ranges`; tokens in no range (those generated since) count as text.

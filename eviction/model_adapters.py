@@ -157,7 +157,7 @@ def _readable_weight(projection: Any, divided: bool) -> torch.Tensor | None:
     """
     if not isinstance(projection, nn.Linear | Conv1D) or hasattr(projection, "get_base_layer"):
         return None  # of another kind, or with an adapter of peft
-    weight = projection.weight.detach()
+    weight: Any = projection.weight.detach()
     if hasattr(weight, "to_local"):  # a DTensor
         weight = weight.to_local() if divided else weight.full_tensor()
     if not weight.is_floating_point() or type(weight) is not torch.Tensor or weight.is_meta:

@@ -512,7 +512,11 @@ def with_budget(plan: EvictionPlan, budget: float | int | str | None, gates: Ret
     """
     if budget is None:
         return plan
-    return calibrated(plan, gates) if budget == CALIBRATED else replace(plan, budget=Budget(budget))
+    return (
+        calibrated(plan, gates)
+        if isinstance(budget, str) and budget == CALIBRATED
+        else replace(plan, budget=Budget(budget))
+    )
 
 
 def calibrated(plan: EvictionPlan, gates: RetentionGates | None) -> EvictionPlan:

@@ -130,7 +130,7 @@ def make_plan(
         rules = found.rules.get(chosen.name, found.rules.get("", rules))
     return EvictionPlan(
         chosen,
-        Budget(1.0 if budget == CALIBRATED else budget),
+        Budget(1.0 if isinstance(budget, str) and budget == CALIBRATED else budget),
         given.pop("scope", chosen.default_scope),
         floor=given.pop("floor", chosen.default_floor),
         protect=None if protect is None else ProtectedTokens.of(protect),

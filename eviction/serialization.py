@@ -307,7 +307,8 @@ def _fill_ragged(
     if layer.ring_size:
         layer.window = _shaped(own["window"], (*heads, layer.ring_size, attention.head_dim), "the window of queries")
         assert rows.window_positions is not None, "_check_window_positions has refused that"
-        recorded = layer.window.transpose(1, 2)[rows.window_positions >= 0]  # what other slots hold is never read
+        used = (rows.window_positions >= 0).to(layer.window.device)
+        recorded = layer.window.transpose(1, 2)[used]  # what other slots hold is never read
         _require_finite(recorded, "recorded queries", MAX_MAGNITUDE)
     if layer.observers.rotary is not None:
         dim = attention.head_dim

@@ -15,7 +15,7 @@ FLOOR_FORMS = "give pairs (tokens, share), tokens as in protect and a share of t
 
 @dataclass(frozen=True)
 class TokenFloor:
-    """A share of each group's budget that the best entries of some tokens take before all entries compete.
+    """A share of each group's budget for the best entries of some tokens, before all entries compete.
 
     The floor is no allotment: these tokens may win more, and where they have fewer entries than the floor, others get
     the rest. Protected tokens among them count towards it; sinks and recent tokens give way to it, tokens of `protect`

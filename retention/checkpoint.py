@@ -101,7 +101,7 @@ def _digest_of_rows(weight: Any) -> str:
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def _rows_of(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def _rows_of(weight: Any, rows: torch.Tensor) -> torch.Tensor:
     """Rows of an embedding, which tensor parallelism may divide: then all processes make this call."""
     if not hasattr(weight, "full_tensor"):
         return weight[rows]
@@ -109,7 +109,8 @@ def _rows_of(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
     mesh: Any = weight.device_mesh
     everywhere = DTensor.from_local(rows, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return torch.nn.functional.embedding(everywhere, weight).full_tensor()  # type: ignore[attr-defined]
+    found: Any = torch.nn.functional.embedding(everywhere, weight)
+    return found.full_tensor()
 
 
 def save_checkpoint(

@@ -180,7 +180,7 @@ def _is_attention(module: nn.Module, config: Any) -> bool:
 
 def _in_pipeline(model: PreTrainedModel) -> bool:
     """Whether transformers has divided the decoder's layers among processes."""
-    mesh = getattr(model, "_device_mesh", None)
+    mesh: Any = getattr(model, "_device_mesh", None)
     return "pp" in (getattr(mesh, "mesh_dim_names", None) or ()) and mesh["pp"].size() > 1
 
 

@@ -1,4 +1,4 @@
-"""The arguments that a model with images gives its text decoder, made once: several forwards share the tower's work."""
+"""The inputs that a model with images hands to its text decoder, taken once: several forwards share the tower's work."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from tenure.documents import load_json
+from tenure.documents import load_json, plain_line, shown
 
-from .checkpoint import CheckpointError, CheckpointInfo
-from .decoder_layers import full_attention_layers
+from .checkpoint import MAX_WEIGHT, CheckpointError, CheckpointInfo
+from .decoder_layers import UnsupportedModelError, full_attention_layers
 from .gate_config import RetentionConfig
 from .gates import RetentionGates
 
@@ -68,6 +67,15 @@ def read_released_gates(source: Path, model: PreTrainedModel) -> ReleasedGates:
         CheckpointError: no such file, a broken one, or tensors of another format or shape; the message names them.
         UnsupportedModelError: tenure cannot attach to the model.
     """
+    try:
+        return _read(source, model)
+    except (CheckpointError, UnsupportedModelError):
+        raise
+    except (IndexError, RuntimeError, ValueError) as error:  # shapes that do not fit each other
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {plain_line(error)}") from None
+
+
+def _read(source: Path, model: PreTrainedModel) -> ReleasedGates:
     if (source / TRIMKV_FILE).is_file():
         return _trimkv(source, model)
     if source.suffix == ".pt" and source.is_file():
@@ -80,16 +88,17 @@ def read_released_gates(source: Path, model: PreTrainedModel) -> ReleasedGates:
         )
     try:
         state = load_file(files[0])
-    except SafetensorError as error:
-        raise CheckpointError(f"{files[0]} is not a safetensors file: {error}") from None
+    except (SafetensorError, KeyError, OSError) as error:  # KeyError: a dtype that torch does not have
+        raise CheckpointError(f"{files[0]} is not a safetensors file: {plain_line(error)}") from None
     return _kvzap(files[0], _by_layer(files[0], state, _KVZAP_KEY), model)
 
 
 def _unpickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} holds more than tensors, or is broken: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged file makes the unpickler raise any type
+        reason = str(error).split("\n", 1)[0] or type(error).__name__
+        raise CheckpointError(f"{path} holds more than tensors, or is broken: {plain_line(reason)}") from None
 
 
 def _trimkv(source: Path, model: PreTrainedModel) -> ReleasedGates:
@@ -184,13 +193,25 @@ def _by_layer(path: Path, state: Mapping[str, Any], pattern: re.Pattern[str]) ->
     """
     tensors: Tensors = {}
     for name, tensor in state.items():
-        match = pattern.fullmatch(name)
+        match = pattern.fullmatch(name) if isinstance(name, str) and len(name) <= 200 else None
         if match is None or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise CheckpointError(f"{path} holds {name!r}, which is no tensor of a known gate (see `tenure convert`)")
+            raise CheckpointError(
+                f"{path} holds {shown(name)}, which is no tensor of a known gate (see `tenure convert`)"
+            )
+        _check_tensor(path, name, tensor)
         tensors.setdefault(int(match[1]), {})[match[2]] = tensor.float()
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
     return tensors
+
+
+def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises CheckpointError for a tensor that is larger than its file, or numbers that would give no log β."""
+    whole = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.ndim >= 1
+    if not whole or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+        raise CheckpointError(f"{path} holds {name} {tuple(tensor.shape)}, which has not as many numbers in the file")
+    if not bool((tensor.float().abs() <= MAX_WEIGHT).all()):  # False for NaN, too
+        raise CheckpointError(f"{path} holds {name} with numbers that are not finite or beyond {MAX_WEIGHT:g}")
 
 
 def _fill_tied(tensors: Tensors, names: tuple[str, ...]) -> None:
@@ -230,7 +251,7 @@ def _check_config(source: Path, config: RetentionConfig, kind: str) -> None:
     document = document if isinstance(document, dict) else {}
     expected = {"retention_gate": kind, "retention_gate_intermediate_size": config.gate_width,
                 "hidden_size": config.hidden_size, "num_key_value_heads": config.num_kv_heads}  # fmt: skip
-    wrong = [f"{name} {document[name]!r} instead of {value!r}" for name, value in expected.items()
+    wrong = [f"{name} {shown(document[name])} instead of {value!r}" for name, value in expected.items()
              if document.get(name, value) != value]  # fmt: skip
     if wrong:
         raise CheckpointError(f"{path} does not describe these tensors and this model: {'; '.join(wrong)}")

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from tenure import __version__
+from tenure.checked import verify
 
 from .loading import needs_checkout
 
@@ -79,6 +80,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "bench train": Command(
         "bench.bench_train", "TrainBenchConfig", "Time gated attention, a training step and decoding against peers"
+    ),
+    "bench memory": Command(
+        "bench.bench_memory", "MemoryBenchConfig", "Count the memory of a training step of 4B and 8B models"
     ),
     "bench decode": Command(
         "bench.bench_decode", "DecodeBenchConfig", "Time decoding from a compressed cache against the full cache"
@@ -193,7 +197,13 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return module.main(module.parse(arguments, prog))
     import tyro
 
-    return module.main(tyro.cli(command.config_class(), prog=prog, args=arguments))
+    config = tyro.cli(command.config_class(), prog=prog, args=arguments)
+    try:
+        verify(config)  # numbers that are not finite, or beyond all bounds, pass comparisons of the config's own
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return module.main(config)
 
 
 def _debugging() -> bool:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from ..eviction import Session
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0  # beyond, logits over it are no numbers in fp16, or all the same
+SMALL_BUDGET = 100  # a whole number up to it may be meant as a percentage
 INTRO = "Read this text, then answer the question about it."
 
 
@@ -53,9 +55,9 @@ class GenerateConfig:
     gates: str = "demo"
     """Trained gates for the retention policies and the calibrated budget: a folder,
     hub:OWNER/NAME, or demo for the shipped ones."""
-    budget: int | float | Literal["calibrated"] = 0.2
-    """Average number of entries to keep per head: a share of the tokens seen (0.2) or a number (256); calibrated uses
-    the budget that `tenure calibrate` stored with the gates."""
+    budget: Annotated[int | float | str, tyro.conf.arg(metavar="BUDGET")] = 0.2
+    """Entries to keep: a share of the tokens seen (0.2 or 20%), a number per head on average (256), or in all: "65536
+    entries", 512MiB; calibrated uses the budget that `tenure calibrate` stored with the gates."""
     scope: Literal["auto", "global", "layer", "head", "pyramid", "preference"] = "auto"
     """The entries that compete for the budget: those of all heads, a layer, or a head; auto: the policy's default."""
     sinks: int | None = None
@@ -86,6 +88,12 @@ class GenerateConfig:
             raise ValueError("give the prompt with one of --prompt, --prompt-file and --data")
         if self.question is not None and self.raw:
             raise ValueError("--question uses the model's chat template and --raw leaves it out: give one of them")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens is {self.max_new_tokens}; 1 or more is accepted")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"--temperature is {self.temperature}; 0, or {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g} is accepted"
+            )
         if self.image and self.raw:
             raise ValueError("--image uses the model's chat template and --raw leaves it out: give one of them")
         if (self.protect_images or self.image_floor is not None) and not self.image:
@@ -94,8 +102,6 @@ class GenerateConfig:
             raise ValueError(f"--image-floor takes a share of the budget in (0, 1], got {self.image_floor}")
         if self.image_side < 1:
             raise ValueError(f"--image-side takes 1 or more pixels, got {self.image_side}")
-        if self.max_new_tokens < 1 or self.temperature < 0:
-            raise ValueError("--max-new-tokens takes 1 or more, --temperature 0 or more")
 
 
 def main(config: GenerateConfig) -> int:
@@ -113,6 +119,9 @@ def main(config: GenerateConfig) -> int:
         "scope": None if config.scope == "auto" else config.scope, "sinks": config.sinks, "recent": config.recent,
         "buffer": config.buffer, "prefill_chunk": config.prefill_chunk,
     }  # fmt: skip
+    if isinstance(config.budget, int) and config.budget <= SMALL_BUDGET:
+        hint = f"--budget {config.budget} keeps {config.budget} entries per head; {config.budget} % is --budget "
+        print(f"{hint}{config.budget}%", file=sys.stderr)
     policy = make_plan(**options).policy  # cheap checks first: mistakes are reported before the model is loaded
     needs_gates = "log_beta" in policy.needs or config.budget == CALIBRATED
     gates = RetentionGates.from_pretrained(config.gates) if needs_gates else None
@@ -147,19 +156,19 @@ def _open_images(config: GenerateConfig) -> list[Any]:
 
 
 def _read_prompt(config: GenerateConfig) -> str:
-    from ..training.assets import resolve_texts
+    from ..training.assets import MAX_TEXT_BYTES, read_text, resolve_texts
 
     if config.prompt is not None:
         text = config.prompt
     elif config.data is not None:
         text = resolve_texts(config.data, "eval")[0].text
     elif str(config.prompt_file) == "-":
-        text = sys.stdin.read()
+        text = sys.stdin.read(MAX_TEXT_BYTES)
     else:
         assert config.prompt_file is not None
         if not config.prompt_file.is_file():
             raise ValueError(f"no file {str(config.prompt_file)!r} to read the prompt from")
-        text = config.prompt_file.read_text(encoding="utf-8")
+        text = read_text(config.prompt_file)
     if not text.strip():
         raise ValueError("the prompt is empty")
     return text

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from tenure.documents import shown
+
 from .loading import Dtype, find_gates, load_with_gates
 from .output import make_console
 
@@ -39,9 +41,9 @@ def read_bytes(text: str, flag: str) -> int:
     Raises:
         ValueError: anything else.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in UNITS:
-        raise ValueError(f"got {text!r} for {flag}; accepted: bytes, as 2GiB, 500MB or 1000000")
+        raise ValueError(f"got {shown(text)} for {flag}; accepted: bytes, as 2GiB, 500MB or 1000000")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

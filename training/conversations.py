@@ -104,7 +104,7 @@ def plain_message(message: Any) -> dict[str, Any]:
     turn = {name: value for name, value in message.items() if value is not None}
     content = turn.get("content", "")
     if isinstance(content, list):
-        parts = [part if isinstance(part, str) else part.get("text") for part in content]
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
             kinds = sorted({str(part.get("type")) for part in content if isinstance(part, dict)})
             raise RecordError(f"a message has content of the types {', '.join(kinds)}; accepted: text")
@@ -113,6 +113,8 @@ def plain_message(message: Any) -> dict[str, Any]:
         raise RecordError(f"a message has a {type(content).__name__} as content; accepted: text")
     turn["content"] = content
     if turn.get("tool_calls"):
+        if not isinstance(turn["tool_calls"], list):
+            raise RecordError(f"a message has a {type(turn['tool_calls']).__name__} as tool_calls; accepted: a list")
         turn["tool_calls"] = [_plain_call(call) for call in turn["tool_calls"]]
     return turn
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from tenure.documents import plain_line
+
 from .conversations import encode_messages
 from .digests import column_digest, data_digest, digest
 from .records import RecordError, known_columns, load_records, parse_columns, plain_record
@@ -351,7 +353,10 @@ def _encode_records(
             record = plain_record({name: column[place] for name, column in batch.items()}, names)
             input_ids, loss_mask = _encode(record, tokenizer, kind, loss_on, keep_thoughts)
         except RecordError as error:
-            add([], [], index, fault=str(error))
+            add([], [], index, fault=plain_line(error))
+            continue
+        except _encoding_errors() as error:
+            add([], [], index, fault=f"it cannot be encoded: {type(error).__name__} {plain_line(error)}")
             continue
         excess = max(0, len(input_ids) - max_length)
         if excess and overlong == "drop":
@@ -364,6 +369,15 @@ def _encode_records(
     return out
 
 
+def _encoding_errors() -> tuple[type[Exception], ...]:
+    """Errors of chat templates and tokenizers that are given values of another type."""
+    try:
+        from jinja2 import TemplateError
+    except ImportError:  # then there are no templates
+        return TypeError, AttributeError, LookupError
+    return TypeError, AttributeError, LookupError, TemplateError
+
+
 def _encode(
     record: dict[str, Any], tokenizer: Any, kind: str, loss_on: LossOn, keep_thoughts: bool
 ) -> tuple[list[int], list[bool]]:
@@ -373,9 +387,7 @@ def _encode(
             raise RecordError(f"its text is a {type(text).__name__}")
         input_ids = tokenizer(text or "")["input_ids"]
         return input_ids, [True] * len(input_ids)
-    input_ids, loss_mask = encode_messages(
-        _messages(record), tokenizer, _tools(record), keep_thoughts=keep_thoughts
-    )
+    input_ids, loss_mask = encode_messages(_messages(record), tokenizer, _tools(record), keep_thoughts=keep_thoughts)
     return input_ids, [True] * len(input_ids) if loss_on == "all" else loss_mask
 
 

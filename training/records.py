@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tenure.documents import plain_line
+
 KINDS = {
     ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
     ".arrow": "arrow", ".txt": "text", ".md": "text",
@@ -20,6 +22,7 @@ SPLIT_NAMES = {
     "train": ("train", "training"), "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }  # fmt: skip
+MAX_JSON_CHARACTERS = 1 << 30  # of a `.json` file, which is read at once; lines are not
 LINE = "line"
 """The one column of a data set whose records are lines of JSON."""
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
@@ -150,13 +153,19 @@ def _json_lines(path: Path) -> list[str]:
     import fsspec
 
     with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as file:
-        text = file.read()
+        parts, left = [], MAX_JSON_CHARACTERS
+        while left >= 0 and (part := file.read(1 << 20)):
+            parts.append(part)
+            left -= len(part)
+    text = "".join(parts)
+    if left < 0:
+        raise ValueError(f"{path} has more than {MAX_JSON_CHARACTERS} characters; accepted: JSONL, a record a line")
     if not text.lstrip().startswith("["):
         return text.splitlines()
     try:
         return [json.dumps(record) for record in json.loads(text)]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {plain_line(error)}") from None
 
 
 def parse_columns(columns: Sequence[str]) -> dict[str, str]:
@@ -182,8 +191,8 @@ def plain_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str
     if set(row) == {LINE}:
         try:
             record = json.loads(row[LINE])
-        except (json.JSONDecodeError, TypeError) as error:
-            raise RecordError(f"it is not JSON: {error}") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RecordError(f"it is not JSON: {plain_line(error)}") from None
         if not isinstance(record, dict):
             raise RecordError(f"it is a {type(record).__name__}, not a JSON object")
     else:  # Arrow gives every struct the fields of all, with nulls for the absent ones
@@ -198,7 +207,8 @@ def plain_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str
 def _from_sharegpt(turn: Any) -> Any:
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
-    role = ROLES.get(turn["from"], turn["from"])
+    role = turn["from"]
+    role = ROLES.get(role, role) if isinstance(role, str) else role
     return {"role": role, "content": turn.get("value")}
 
 

@@ -57,10 +57,13 @@ class MetricsLog:
         if not self.path.exists():
             return []
         lines = []
-        for text in self.path.read_text().splitlines():
+        for text in self.path.read_text(errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:  # the line a killed process was writing
+                line = json.loads(text)
+                if not isinstance(line, dict) or not isinstance(line.get("step", 0), int):
+                    raise ValueError("it is no step's")
+                lines.append(line)
+            except (ValueError, RecursionError):  # the line a killed process was writing
                 logger.warning("dropped a broken line of %s", self.path)
         return lines
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from tenure.checked import Range, read
-from tenure.documents import load_json
+from tenure.documents import load_json, plain_line, shown_name
 
-from ..retention import RetentionGates
+from ..retention import CheckpointError, RetentionGates
 from .train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ PREFIX = "step-"
 TEMPORARY_PREFIX = ".saving-"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+OPTIMIZER_KEY = re.compile(r"([0-9]{1,9})\.[a-z_]{1,40}")
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,10 @@ def read_state(path: Path, now: RunState) -> tuple[RunState, dict[str, torch.Ten
     settings, defaults = (json.loads(json.dumps(values)) for values in (now.settings, TrainConfig().to_dict()))
     then = {name: default for name, default in defaults.items() if name in settings} | state.settings
     names = [name for name in sorted(set(settings) | set(then)) if settings.get(name) != then.get(name)]
-    changed = [f"{name}: {then.get(name)!r} -> {settings.get(name)!r}" for name in names]
+    pairs = [(shown_name(name), then.get(name), settings.get(name)) for name in names[:20]]
+    changed = [f"{name}: {plain_line(repr(old), 100)} -> {plain_line(repr(new), 100)}" for name, old, new in pairs]
     changed += [
-        f"digest of the {name}: {old} -> {now.digests[name]}"
+        f"digest of the {shown_name(name)}: {plain_line(old, 60)} -> {now.digests[name]}"
         for name, old in sorted(state.digests.items())
         if now.digests.get(name, old) != old
     ]
@@ -150,8 +154,36 @@ def read_state(path: Path, now: RunState) -> tuple[RunState, dict[str, torch.Ten
             f"{path} was made with other settings ({'; '.join(changed)}); resume with those, or choose another "
             "output_dir (start from its gates with init_gates)"
         )
-    tensors = {f"gates.{name}": one for name, one in RetentionGates.from_pretrained(path).state_dict().items()}
-    return state, tensors | {f"optimizer.{name}": one for name, one in load_file(path / OPTIMIZER_FILE).items()}
+    gates = RetentionGates.from_pretrained(path)
+    tensors = {f"gates.{name}": one for name, one in gates.state_dict().items()}
+    shapes = [parameter.shape for parameter in gates.parameters()]
+    return state, tensors | {f"optimizer.{name}": one for name, one in _read_optimizer(path, shapes).items()}
+
+
+def _read_optimizer(path: Path, shapes: Sequence[torch.Size]) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors of a checkpoint, `NUMBER.KEY` with the number of a parameter.
+
+    Args:
+        shapes: of the parameters.
+
+    Raises:
+        CheckpointError: the file is absent, cut, or holds other tensors or numbers that are not finite.
+    """
+    file = path / OPTIMIZER_FILE
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, KeyError, OSError) as error:  # KeyError: a dtype that torch does not have
+        raise CheckpointError(f"{file} is absent, truncated or not a safetensors file: {plain_line(error)}") from None
+    for name, tensor in tensors.items():
+        match = OPTIMIZER_KEY.fullmatch(name)
+        number = -1 if match is None else int(match[1])
+        fits = 0 <= number < len(shapes) and tensor.shape in (shapes[number], torch.Size([]))
+        if not fits or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{file} holds {plain_line(name, 60)} {tuple(tensor.shape)}, which is no finite state of one of the "
+                f"{len(shapes)} parameters"
+            )
+    return tensors
 
 
 def apply_state(tensors: dict[str, torch.Tensor], gates: RetentionGates, optimizer: torch.optim.Optimizer) -> None:

@@ -7,10 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tenure.documents import DocumentLimits, json_lines, load_json, plain_line, shown
+
 from ..cases import ALL, ANY
 from .conversation import F1, LETTER, NUMBER, Conversation, Turn
 
 LETTERS = "ABCD"
+# The released files are up to a gigabyte; a context is one text.
+FILE_LIMITS = DocumentLimits(
+    json_characters=1 << 31, items=1 << 22, text=1 << 26, values=1 << 26, lines_bytes=1 << 32, line_bytes=1 << 28
+)
 # SCBench: by the file's name, (text before the context, text around a question, match, tokens of an answer), as in the
 # released templates for one context and several queries. Sets without a match here are scored by ROUGE or as code.
 SCBENCH: Mapping[str, tuple[str, str, str, int]] = {
@@ -61,8 +67,9 @@ def read_conversations(path: str | Path, format: str | None = None) -> list[Conv
         )
     try:
         return list(FORMATS[name](path))
-    except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name} is not in the format of {name}: {type(error).__name__} {error}") from None
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = f"{type(error).__name__} {plain_line(error)}"
+        raise ValueError(f"{path.name} is not in the format of {name}: {reason}") from None
 
 
 def _scbench(path: Path) -> Iterator[Conversation]:
@@ -73,29 +80,30 @@ def _scbench(path: Path) -> Iterator[Conversation]:
             f"{', '.join(SCBENCH)}"
         )
     before, around, match, tokens = SCBENCH[kind]
-    for number, line in enumerate(filter(str.strip, path.read_text(encoding="utf-8").splitlines())):
-        given = json.loads(line)
+    for number, (_, given) in enumerate(json_lines(path, FILE_LIMITS)):
         context = given["context"] if "context" in given else given["input"]
         turns = []
         for turn in given["multi_turns"]:
-            question = around.format(question=turn["input"])
+            question = around.format(question=_text(turn["input"]))
             answers = _texts(turn["answer"])
             if match == LETTER:
                 options = turn["options"]
+                options = list(map(_text, options))
                 listed = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, options, strict=True))
                 question += f"{listed}\n\nThe correct answer is"
                 answers = tuple(answer if answer in LETTERS else LETTERS[options.index(answer)] for answer in answers)
             turns.append(Turn(question, answers, answers[0] if match != ALL else "", match, tokens, kind))
-        yield Conversation(f"{kind}/{given.get('id', number)}", kind, before + context, tuple(turns))
+        yield Conversation(f"{kind}/{given.get('id', number)}", kind, before + _text(context), tuple(turns))
 
 
 def _longmemeval(path: Path) -> Iterator[Conversation]:
-    for given in json.loads(path.read_text(encoding="utf-8")):
-        sessions = sorted(zip(given["haystack_dates"], given["haystack_sessions"], strict=True), key=lambda one: one[0])
+    for given in load_json(path, FILE_LIMITS):
+        dated = zip(map(_text, given["haystack_dates"]), given["haystack_sessions"], strict=True)
+        sessions = sorted(dated, key=lambda one: one[0])
         history = "".join(session_text(place + 1, date, turns) for place, (date, turns) in enumerate(sessions))
         question = f"Current Date: {given['question_date']}\nQuestion: {given['question']}\nAnswer:"
         abstains = str(given["question_id"]).endswith("_abs")
-        kind = "abstention" if abstains else given["question_type"]
+        kind = "abstention" if abstains else _text(given["question_type"])
         turn = Turn(question, _texts(given["answer"]), match=F1 if abstains else ALL, kind=kind,
                     max_new_tokens=LONGMEMEVAL_TOKENS)  # fmt: skip
         yield Conversation(str(given["question_id"]), "longmemeval", LONGMEMEVAL_TASK + history, (turn,))
@@ -103,19 +111,25 @@ def _longmemeval(path: Path) -> Iterator[Conversation]:
 
 def session_text(number: int, date: str, turns: Sequence[Mapping[str, Any]]) -> str:
     """A session of LongMemEval's history, in JSON as its authors recommend; the labels of evidence are left out."""
-    plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    plain = [{"role": turn["role"], "content": _text(turn["content"])} for turn in turns]
     return f"\n### Session {number}:\nSession Date: {date}\nSession Content:\n\n{json.dumps(plain)}\n"
 
 
 def _mmdu(path: Path) -> Iterator[Conversation]:
-    given = json.loads(path.read_text(encoding="utf-8"))
+    given = load_json(path, FILE_LIMITS)
     for item in given.values() if isinstance(given, dict) else given:
         said = item["conversations"]
         turns = tuple(
             Turn(question["value"].strip(), (answer["value"],), match=F1, max_new_tokens=MMDU_TOKENS)
             for question, answer in zip(said[::2], said[1::2], strict=True)
         )
-        yield Conversation(str(item["id"]), "mmdu", "", turns, tuple(item["image"]))
+        yield Conversation(str(item["id"]), "mmdu", "", turns, tuple(map(_text, item["image"])))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"got {shown(value)}, which is no text")
+    return value
 
 
 def _texts(answer: Any) -> tuple[str, ...]:

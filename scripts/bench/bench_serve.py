@@ -64,7 +64,7 @@ class ServeBenchConfig:
     """Calls per run, in tens."""
     stream_tokens: int = 64
     """Tokens per answer of the 8 streams beside the engine alone."""
-    runs: int = 5
+    runs: int = 3
     """Measured runs of each side; medians are reported."""
     threads: int = 1
     """CPU threads of each server's model."""
@@ -194,13 +194,16 @@ def own_rows(bench: ServeBench) -> Iterator[BenchRow]:
             sides = {OURS: (OURS, nbytes, None), BASELINE: (BASELINE, nbytes, None)}
             for name, runs in measure(bench, names, sides):
                 target = "≥ 1.5" if (name, share) == ("ring", 0.5) else ""
-                yield makespan_row(f"serve/{name}/p{share * 100:.0f}/vs_{BASELINE}", runs[OURS], runs[BASELINE], target)
+                row = f"serve/{name}/p{share * 100:.0f}"
+                yield makespan_row(f"{row}/vs_{BASELINE}", runs[OURS], runs[BASELINE], target)
+                yield waited_row(f"{row}/waited_tokens/vs_{BASELINE}", runs[OURS], runs[BASELINE])
     if "compressed" in config.only:
         nbytes = bench.pool_bytes(bench.workloads("ring")[0], COMPRESSED_POOL)
         sides = {"compressed": (OURS, nbytes, config.kept), "plain": (OURS, nbytes, None)}
         for name, runs in measure(bench, ["ring"], sides):
-            row = f"serve/{name}/p{COMPRESSED_POOL * 100:02.0f}/compressed/vs_plain"
-            yield makespan_row(row, runs["compressed"], runs["plain"], "≥ 1.5")
+            row = f"serve/{name}/p{COMPRESSED_POOL * 100:02.0f}/compressed"
+            yield makespan_row(f"{row}/vs_plain", runs["compressed"], runs["plain"], "≥ 1.5")
+            yield waited_row(f"{row}/waited_tokens/vs_plain", runs["compressed"], runs["plain"])
     if "overhead" in config.only:
         yield from overhead_rows(bench)
 
@@ -241,6 +244,12 @@ def makespan_row(name: str, ours: Sequence[HttpRun], peer: Sequence[HttpRun], ta
     """Seconds of a run; the ratio is the median of the ratios turn by turn."""
     mine, other = ([run.makespan_s for run in runs] for runs in (ours, peer))
     return _times_row(name, mine, other, "s", target)
+
+
+def waited_row(name: str, ours: Sequence[HttpRun], peer: Sequence[HttpRun]) -> BenchRow:
+    """Tokens of all prompts of a run that were not on the device when their calls came."""
+    mine, other = ([run.waited_tokens or 0 for run in runs] for runs in (ours, peer))
+    return _times_row(name, mine, other, "tokens", "")
 
 
 def first_token_row(name: str, ours: Sequence[HttpRun], peer: Sequence[HttpRun]) -> BenchRow:
@@ -319,13 +328,13 @@ def peer_rows(bench: ServeBench) -> Iterator[BenchRow]:
         workloads = bench.workloads("ring")
         nbytes = bench.pool_bytes(workloads[0], share)
         with ExitStack() as stack:
+            url = config.peer_url or stack.enter_context(running(vllm_process(bench, nbytes)))
             servers = {
                 side: stack.enter_context(bench.server(system, nbytes, keep))
                 for side, (system, keep) in settings.items()
             }
             for server in servers.values():
                 server.declare(workloads[0])
-            url = config.peer_url or stack.enter_context(running(vllm_process(bench, nbytes)))
             servers[peer] = stack.enter_context(closing(AgentServer(url, config.peer_model)))
             runs = in_turn(servers, workloads)
         for side in settings:

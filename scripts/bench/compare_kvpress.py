@@ -25,11 +25,14 @@ REASONS = {
     "lagkv": "ties: what must stay scores 1, ranks repeat",
     "pyramidkv": "kvpress's average is no whole number",
 }
+DEFENSIVE = ("defensive", "layer_defensive")  # by a press of our own
 
 
 @dataclass
 class KvpressBenchConfig:
     """Compare the entries that each policy keeps of essay prompts with kvpress.
+
+    kvpress has no DefensiveKV: a press of our own, written from the released rules, stands in for it there.
 
     kvpress pins an older transformers: make an environment for it (`python -m venv kvp; kvp/bin/pip install kvpress`)
     and give its Python. Both sides run the same prompts in float32 without protected tokens.
@@ -107,7 +110,7 @@ def policies() -> dict[str, Policy]:
     from ...eviction import H2O, get_policy
 
     names = ("snapkv", "adakv", "criticalkv", "ada_criticalkv", "pyramidkv", "expected_attention")
-    names += ("keydiff", "lagkv", "knorm", "tova", "streaming_llm")
+    names += ("keydiff", "lagkv", "knorm", "tova", "streaming_llm", *DEFENSIVE)
     return {name: get_policy(name) for name in names} | {"observed_attention": H2O(recent=0.0, average=True)}
 
 
@@ -118,6 +121,7 @@ def kept_by_us(
     import torch
 
     from ...eviction import evict
+    from ...eviction.presets import make_plan
 
     for prompt in prompts:
         kept: dict[str, Any] = {}
@@ -127,7 +131,12 @@ def kept_by_us(
             for name, policy in policies().items():
                 kept[name] = []
                 for share in shares:
-                    fork = cache.fork().compress(policy, share, sinks=0, recent=0)
+                    fork = cache.fork()
+                    if name in DEFENSIVE:  # whole entries of all heads that compete, as its code counts them
+                        fork.plan = make_plan(policy, share, preset="defensivekv")
+                        fork.compress()
+                    else:
+                        fork.compress(policy, share, sinks=0, recent=0)
                     layers = [fork.kept(index)[0] for index in fork.report().layer_indices]
                     kept[name].append([[head.tolist() for head in layer] for layer in layers])
         yield kept

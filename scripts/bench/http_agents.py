@@ -69,12 +69,26 @@ class HttpRun:
         makespan_s: from the first call to the end of the last answer.
         first_token_s: from sending a call to its first text.
         cached_tokens: as the server reports them; None where it does not.
+        waited_tokens: of all prompts together, those that were not on the device when their call came, and were loaded
+            or computed for it; None where the server does not count them. Unlike times, this hardly depends on what
+            else the machine does.
     """
 
     makespan_s: float
     first_token_s: list[float]
     cached_tokens: list[int | None]
     answers: list[str]
+    waited_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    """The answer to a call: seconds to its first text, tokens as the server reports them, and the text."""
+
+    first_s: float
+    prompt_tokens: int
+    cached_tokens: int | None
+    text: str
 
 
 class AgentServer:
@@ -83,7 +97,7 @@ class AgentServer:
     Args:
         url: with the version.
         model: by which it is asked.
-        process: if it was started here.
+        process: of a `tenure serve` that was started here.
     """
 
     def __init__(self, url: str, model: str, process: ServerProcess | None = None) -> None:
@@ -111,15 +125,29 @@ class AgentServer:
         for agent in workload.systems:
             self._call(workload, ChatCall(agent, f"Are you ready, {agent}?"))
 
+    def loaded_tokens(self) -> int:
+        """Cached tokens so far that requests waited for while they were loaded to the device."""
+        assert self.process is not None, "it was started here"
+        response = self._http.get(f"{self.process.root}/metrics")
+        response.raise_for_status()
+        lines = response.text.splitlines()
+        return next(int(float(line.split()[1])) for line in lines if line.startswith("tenure_loaded_tokens_total "))
+
     def run(self, workload: ChatWorkload) -> HttpRun:
         """All calls of the workload."""
+        loaded = 0 if self.process is None else self.loaded_tokens()
         begun = time.perf_counter()
-        found = [self._call(workload, call) for call in workload.calls]
-        makespan_s = time.perf_counter() - begun
-        return HttpRun(makespan_s, [f for f, _, _ in found], [c for _, c, _ in found], [text for _, _, text in found])
+        answers = [self._call(workload, call) for call in workload.calls]
+        makespan_s, waited = time.perf_counter() - begun, None
+        if self.process is not None:
+            computed = sum(answer.prompt_tokens - (answer.cached_tokens or 0) for answer in answers)
+            waited = computed + self.loaded_tokens() - loaded
+        return HttpRun(
+            makespan_s, [answer.first_s for answer in answers], [answer.cached_tokens for answer in answers],
+            [answer.text for answer in answers], waited,
+        )  # fmt: skip
 
-    def _call(self, workload: ChatWorkload, call: ChatCall) -> tuple[float, int | None, str]:
-        """Seconds to the first text, cached tokens, and the answer."""
+    def _call(self, workload: ChatWorkload, call: ChatCall) -> ChatAnswer:
         turns = [*_turns(workload.systems[call.agent]), {"role": "user", "content": call.text}]
         body = {
             "model": self.model, "messages": turns, "max_tokens": workload.answer_tokens, "temperature": 0,
@@ -142,8 +170,9 @@ class AgentServer:
                     first_s = time.perf_counter() - begun
                 text, usage = text + part, event.get("usage") or usage
         end_s = time.perf_counter() - begun
-        details = (usage or {}).get("prompt_tokens_details") or {}
-        return first_s or end_s, details.get("cached_tokens"), text
+        found = usage or {}
+        details = found.get("prompt_tokens_details") or {}
+        return ChatAnswer(first_s or end_s, found.get("prompt_tokens", 0), details.get("cached_tokens"), text)
 
 
 def _turns(system: str) -> list[dict[str, str]]:

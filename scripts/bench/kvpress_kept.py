@@ -1,4 +1,4 @@
-"""Entries that kvpress keeps. Run by path in a Python with kvpress and without tenure; see `compare_kvpress`.
+"""Entries that kvpress keeps, with a press of our own for DefensiveKV. Run by path in a Python with kvpress; see below.
 
 `python kvpress_kept.py JOB OUT`: JOB is JSON with `model` (a folder), `prompts` (lists of token ids) and `shares` (of
 the entries that stay); OUT becomes JSON `[prompt][press][share][layer][head]` lists of kept positions.
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def presses() -> dict[str, Any]:
-    """A fresh press for each name; kvpress's defaults."""
+    """A fresh press for each name; kvpress's defaults, and `defensive_press`."""
     import kvpress  # pyright: ignore[reportMissingImports]
 
     snap = kvpress.SnapKVPress
@@ -30,7 +30,82 @@ def presses() -> dict[str, Any]:
         "tova": kvpress.TOVAPress(),
         "streaming_llm": kvpress.StreamingLLMPress(),
         "observed_attention": kvpress.ObservedAttentionPress(),
+        "defensive": defensive_press(all_layers=False),
+        "layer_defensive": defensive_press(all_layers=True),
     }
+
+
+def defensive_scores(attention: Any, norms: Any, tokens: int, share: float) -> Any:
+    """The released scores of DefensiveKV for one layer, `(heads, tokens)`, the window's own included.
+
+    Args:
+        attention: fp32 `(heads, groups, window, n)`, causal, to the n entries outside the window.
+        norms: fp32 `(heads, n)`: L1 norms of the projected values, mean over the heads of a group.
+        tokens: n and the window.
+        share: of the entries that stay.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    heads, _, window, n = attention.shape
+    pooled = F.avg_pool1d(attention.reshape(-1, 1, n), 5, stride=1, padding=2).view_as(attention)
+    pooled = pooled * attention.sum(-1, keepdim=True) / pooled.sum(-1, keepdim=True)
+    worst = pooled.amax((1, 2))
+    risk = torch.maximum(worst, worst.mean(-1, keepdim=True)) * norms
+    risk = risk / norms.sum(0)  # over the heads of a token
+    highest = risk.max()
+    # Entries that cover 0.9 of the mean attention, less what falls on the 32 tokens before the window, get the highest
+    # score; at most as many as a head's budget has beside the window.
+    mean = attention.mean((1, 2))
+    ordered, places = (mean / mean.sum(-1, keepdim=True)).sort(-1, descending=True)
+    needed = 0.9 - attention[..., max(0, n - window) :].sum(-1).mean()
+    count = (ordered.cumsum(-1) < needed).sum(-1).clamp(max=max(0, int(tokens * share) - window))
+    protected = torch.zeros_like(risk, dtype=torch.bool)
+    protected.scatter_(1, places, torch.arange(n).expand(heads, n) < count.unsqueeze(1))
+    risk = risk.masked_fill(protected, highest)
+    return F.pad(risk, (0, window), value=highest.item())
+
+
+def defensive_press(all_layers: bool, window: int = 32) -> Any:
+    """DefensiveKV, or with `all_layers` Layer-DefensiveKV, as a press that masks what it evicts."""
+    import kvpress  # pyright: ignore[reportMissingImports]
+    import torch
+
+    class DefensivePress(kvpress.BasePress):
+        compression_ratio = 0.0
+
+        def __init__(self) -> None:
+            self.waiting: list[tuple[Any, Any]] = []
+
+        def compress(
+            self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any
+        ) -> tuple[Any, Any]:
+            attention = kvpress.SnapKVPress.compute_window_attention(
+                module, hidden_states, keys, window, kwargs["position_embeddings"]
+            )
+            tokens, heads, share = keys.shape[2], keys.shape[1], 1 - self.compression_ratio
+            output = module.o_proj.weight.t().view(heads, -1, values.shape[3], module.o_proj.weight.shape[0])
+            norms = torch.stack([(values[0] @ output[:, group]).abs().sum(-1) for group in range(output.shape[1])])
+            grouped = attention[0].unflatten(0, (heads, -1)).float()
+            score = defensive_scores(grouped, norms.mean(0)[:, : tokens - window].float(), tokens, share)
+            self.waiting.append((module, score))
+            last = module.layer_idx == module.config.num_hidden_layers - 1
+            if not all_layers or last:
+                self.mask(share)
+            return keys, values
+
+        def mask(self, share: float) -> None:
+            scores = torch.stack([score for _, score in self.waiting])
+            layers, heads, tokens = scores.shape
+            kept = scores.flatten().topk(int(tokens * share * heads * layers + 1e-6)).indices
+            gone = torch.ones(scores.numel(), dtype=torch.bool)
+            gone[kept] = False
+            for (module, _), one in zip(self.waiting, gone.view_as(scores), strict=True):
+                head, place = one.nonzero(as_tuple=True)
+                module.masked_key_indices = (torch.zeros_like(head), head, place)
+            self.waiting = []
+
+    return DefensivePress()
 
 
 def main(job: dict[str, Any]) -> list[dict[str, list]]:

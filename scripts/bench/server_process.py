@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-START_S = 1200.0  # to import, load and perhaps compile the model, on a machine that others use, too
+START_S = 3600.0  # to import, load and perhaps compile the model, on a machine that others use, too
 STOP_S = 60.0  # more than a server takes to drain
 
 
@@ -73,6 +73,7 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment},
+                start_new_session=True,  # a group, which is killed with the processes that the server has started
             )
         end = time.monotonic() + START_S
         while not self._answers():
@@ -88,9 +89,9 @@ class ServerProcess:
             return False
 
     def kill(self) -> None:
-        """`kill -9`."""
-        if self._process is not None:
-            self._process.kill()
+        """`kill -9`, also of the processes that the server has started."""
+        if self._process is not None and self._process.returncode is None:  # else its number may be another's
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def stop(self) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..output import write_json
 
 if TYPE_CHECKING:
-    from .untrusted_readers import Reader
+    from .reader import Reader
 
 MAX_MESSAGE = 1200  # characters of one sentence, without the path of the file
 
@@ -155,7 +155,7 @@ def attempt(
 def outcome_of(reader: Reader, folder: Path, seconds: float) -> tuple[str, BaseException | None]:
     """The outcome of one attempt in words, "refused" and "accepted" being right, and the error."""
     from ...serving.kvcache.base import LostPayloadError
-    from .untrusted_readers import WrongResult
+    from .reader import WrongResult
 
     try:
         signal.setitimer(signal.ITIMER_PROF, seconds)

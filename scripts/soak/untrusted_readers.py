@@ -13,49 +13,20 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .mutations import SCRIPT
+from .reader import FEW, MANY, SOME, Reader, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...eviction import Session
     from ...retention import RetentionGates
-
-FEW, SOME, MANY = 0.005, 0.08, 1.0  # shares of readers that take about 100, 5 and 0.3 ms
-
-
-class WrongResult(AssertionError):
-    """A reader accepted what cannot be used."""
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A reader.
-
-    Attributes:
-        files: a valid input: content by the name of the file.
-        read: reads it from a folder.
-        seal: makes checksums in the folder right again after a change.
-        share: of the attempts.
-    """
-
-    name: str
-    files: Mapping[str, bytes]
-    read: Callable[[Path], object]
-    seal: Callable[[Path], None] | None = None
-    share: float = MANY
-
-
-def require(condition: object, what: str) -> None:
-    """Raises WrongResult unless it holds, under `python -O` too."""
-    if not condition:
-        raise WrongResult(what)
 
 
 @contextmanager
@@ -64,6 +35,7 @@ def all_readers(folder: Path) -> Iterator[list[Reader]]:
     import torch
 
     from ...eviction import evict
+    from .untrusted_training import training_readers
 
     warnings.simplefilter("ignore")  # of unknown fields, of which there are many
     logging.disable(logging.WARNING)
@@ -79,6 +51,7 @@ def all_readers(folder: Path) -> Iterator[list[Reader]]:
         yield [
             *documents(), *settings(), *texts(), gates_folder(gates, folder), saved_cache(session, folder), *runs(),
             trace(folder), *server(), prompt_file(folder),
+            *training_readers(tiny_gates(model), model, folder),
         ]  # fmt: skip
 
 

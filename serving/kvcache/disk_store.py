@@ -20,7 +20,9 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tenure.checked import Count, Positive, Range, verify
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -46,16 +48,14 @@ class DiskConfig:
         ValueError: a number that is not above 0, or less than 256 bytes for the label.
     """
 
-    block_tokens: int = 64
-    label_bytes: int = 1024
-    max_header_bytes: int = 2**24
-    stale_s: float = 14 * 86400.0
-    claim_timeout_s: float = 30.0
+    block_tokens: Count = 64
+    label_bytes: Annotated[int, Range(256)] = 1024
+    max_header_bytes: Count = 2**24
+    stale_s: Positive = 14 * 86400.0
+    claim_timeout_s: Positive = 30.0
 
     def __post_init__(self) -> None:
-        numbers = (self.block_tokens, self.max_header_bytes, self.stale_s, self.claim_timeout_s)
-        if min(numbers) <= 0 or self.label_bytes < 256:
-            raise ValueError(f"got {self}; accepted: numbers above 0, and label_bytes of 256 or more")
+        verify(self)
 
 
 class DiskStore:

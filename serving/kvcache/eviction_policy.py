@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
+from tenure.checked import NotNegative, Positive, verify
+
 from .agent_index import Agent
 from .base import Tier
 from .radix_tree import Node
@@ -163,9 +165,12 @@ class LinearCosts:
         bytes_per_s: of the links into DEVICE (from HOST) and into HOST (from DISK); 0 for one that does not exist.
     """
 
-    tokens_per_s: float
-    bytes_per_s: tuple[float, float]
-    latency_s: float = 0.0
+    tokens_per_s: Positive
+    bytes_per_s: tuple[NotNegative, NotNegative]
+    latency_s: NotNegative = 0.0
+
+    def __post_init__(self) -> None:
+        verify(self)
 
     def recompute_s(self, start: int, end: int) -> float:
         return (end - start) / self.tokens_per_s

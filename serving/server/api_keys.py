@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tenure.documents import file_bytes
+
 from .api_errors import ApiError
 from .quotas import NO_LIMITS, ClientLimits
 
@@ -139,11 +141,10 @@ def _known(callers: Mapping[str, Caller], limits: Mapping[str, ClientLimits]) ->
 
 def _read_file(path: Path) -> tuple[dict[str, Caller], dict[str, ClientLimits]]:
     """Callers by key, and quotas by client; raises as `ApiKeys.from_file`."""
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"got {path.stat().st_size} bytes in {path}; accepted: up to {MAX_FILE_BYTES}")
+    text = file_bytes(path, MAX_FILE_BYTES).decode("utf-8")
     admins: dict[str, tuple[str, bool]] = {}  # client and role by key
     options: dict[str, dict[str, Any]] = {}  # by client
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue

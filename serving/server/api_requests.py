@@ -348,7 +348,8 @@ class UnknownFields:
         fresh = fresh[: self._max_fields - len(self._warned)]
         if fresh:
             self._warned.update(fresh)
-            logger.warning("unknown fields of requests are ignored: %s", ", ".join(map(shown, fresh[:10])))
+            quoted = ", ".join(f"'{name}'" for name in fresh[:10])  # without line ends, see `shown_name`
+            logger.warning("unknown fields of requests are ignored: %s", quoted)
 
 
 def read_body(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import permutations
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -58,7 +59,8 @@ class SystemCollector(Collector):
             used.add_metric([tier.name.lower()], pool.used)
         yield from (capacity, used)
         moved = CounterMetricFamily("tenure_moved_bytes", "bytes copied between tiers", labels=["source", "target"])
-        for (source, target), nbytes in dict(tiers.statistics.bytes_moved).items():
+        nothing = dict.fromkeys(permutations(tiers.pools, 2), 0)  # a series that begins with its first copy has no rate
+        for (source, target), nbytes in {**nothing, **tiers.statistics.bytes_moved}.items():
             moved.add_metric([Tier(source).name.lower(), Tier(target).name.lower()], nbytes)
         yield moved
 

@@ -48,6 +48,9 @@ class InputPart:
 class InputItem:
     """An item of the input: a message, a call that the model has made, its result, or its reasoning.
 
+    Attributes:
+        id, status: of an item that was answered; of no effect.
+
     Raises:
         ValueError: a field is missing that the type needs.
     """
@@ -59,6 +62,8 @@ class InputItem:
     name: str | None = None
     arguments: str | None = None
     output: str | tuple[InputPart, ...] | None = None
+    id: str | None = None
+    status: str | None = None
 
     def __post_init__(self) -> None:
         needed = {

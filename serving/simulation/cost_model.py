@@ -18,6 +18,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from tenure.checked import NotNegative, verify
+
 from ..kvcache.base import Tier
 from ..kvcache.eviction_policy import Costs
 
@@ -59,16 +61,12 @@ class Links:
         ValueError: a value below 0 or not finite.
     """
 
-    host_bytes_per_s: float
-    disk_bytes_per_s: float = 0.0
-    latency_s: float = 0.0
+    host_bytes_per_s: NotNegative
+    disk_bytes_per_s: NotNegative = 0.0
+    latency_s: NotNegative = 0.0
 
     def __post_init__(self) -> None:
-        if not all(0 <= one < math.inf for one in (self.host_bytes_per_s, self.disk_bytes_per_s, self.latency_s)):
-            raise ValueError(
-                f"got links of {self.host_bytes_per_s} and {self.disk_bytes_per_s} bytes/s with {self.latency_s} s "
-                "before each part; accepted: 0 or more"
-            )
+        verify(self, "links")
 
     def reload_s(self, nbytes: int, tier: Tier) -> float:
         """Seconds to load `nbytes` into `tier` from the tier below; infinity if there is none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -61,7 +62,7 @@ class Distribution:
     def shorthand(value: Any) -> Any:
         """A number is the mean of a constant."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return {"mean": float(value)}
+            return {"mean": float(value) if abs(value) <= sys.float_info.max else value}
         raise ValueError(f"got {shown(value)} for a distribution; accepted: a number, or mean, kind and shape")
 
     def sample(self, rng: random.Random) -> float:

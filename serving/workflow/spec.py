@@ -107,6 +107,10 @@ class WorkflowSpec:
 
     def __post_init__(self) -> None:
         check_name(self.name, "a workflow")
+        for name, kind in (("agents", AgentSpec), ("edges", EdgeSpec), ("start", str)):
+            given = getattr(self, name)
+            if not isinstance(given, list | tuple) or not all(isinstance(one, kind) for one in given):
+                raise ValueError(f"got {shown(given)} as {name} of a workflow; accepted: a list of {kind.__name__}")
         known: set[str] = set()
         for agent in self.agents:
             if agent.name in known:

@@ -96,7 +96,7 @@ def test_mmdu_is_read_with_its_images(tmp_path):
         ("scbench_kv.jsonl", [{"context": "x"}], "scbench_kv.jsonl is not in the format of scbench: KeyError 'multi"),
         ("scbench_kv.jsonl", ["x"], "is not in the format of scbench: TypeError"),
         ("data.json", [KV], "got data.json, whose name tells no format: give one; accepted: scbench, longmemeval, m"),
-        ("longmemeval_s.json", [{}, {}], "is not in the format of longmemeval: JSONDecodeError"),
+        ("longmemeval_s.json", [{}, {}], "longmemeval_s.json is not JSON: Extra data"),
     ],
 )
 def test_other_files_are_refused(tmp_path, name, lines, message):

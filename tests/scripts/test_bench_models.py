@@ -18,6 +18,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/reference/models.md"
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "deepseek_v3"])
 def test_supported_models_pass_every_check_but_packing(name: str) -> None:
     row = check(name, TEXT_ARCHITECTURES[name].build)
+    assert table([row]).splitlines()[2] in PAGE.read_text().splitlines(), "the page is of another version"
     assert not row.faults and set(row.results) == set(CHECKS)
     assert all(row.results[kind] == "ok" for kind in CHECKS if kind != "packing")
 
@@ -27,6 +28,8 @@ def test_refusals_give_their_reason() -> None:
     rows.append(check("gemma3", VISION_MODELS["gemma3"]))
     assert not any(row.faults for row in rows)
     lines = table(rows).splitlines()[2:]
+    documented = PAGE.read_text().replace("| gemma3 (images) |", "| gemma3 |").splitlines()
+    assert [line for line in lines if line not in documented] == [], "the page is of another version"
     assert lines[0] == "| hrm_text | – |" + " – |" * 7 + " several of its attention layers share the cache layer 0 |"
     assert lines[1].startswith("| jamba | 2 of 4 | ✓ | ✓ | – | – | ✓ | – | – | question: its state-space")
     assert "prompts: hidden states after it differ from those of the whole text; packing: the state in its" in lines[1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from tenure.scripts import cli
 from tenure.scripts.bench import bench_serve
 from tenure.scripts.bench.bench_serve import ServeBench, ServeBenchConfig, in_turn, makespan_row, own_rows, peer_rows
 from tenure.scripts.bench.http_agents import ChatCall, ChatWorkload, HttpRun
+from tenure.scripts.bench.server_process import ServerProcess
 from tenure.scripts.soak.tiny_served import character_tokenizer, make_tiny_served
 
 SIZES = {"fixed": 64, "suffix": 8, "answer": 3, "rounds": 1, "runs": 1, "stream_tokens": 5}
@@ -38,8 +41,26 @@ def make_bench(tmp_path: Path) -> Iterator:
 
 def test_rows_of_compressed_prompts_and_of_the_overhead(make_bench):
     rows = {row.name: row for row in own_rows(make_bench(only=("compressed", "overhead")))}
-    assert list(rows) == ["serve/ring/p05/compressed/vs_plain", "serve/overhead", "serve/overhead/cpu"]
+    ring = "serve/ring/p05/compressed"
+    assert list(rows) == [f"{ring}/vs_plain", f"{ring}/waited_tokens/vs_plain", "serve/overhead", "serve/overhead/cpu"]
     assert all(row.ours > 0 and row.peer and row.ratio > 0 and row.n == 1 for row in rows.values())
+    # Each call waits at least for the user's message.
+    assert rows[f"{ring}/waited_tokens/vs_plain"].ours >= 10 * SIZES["suffix"]
+
+
+def test_a_server_that_is_killed_takes_its_processes_along(tmp_path):
+    """As vLLM's, whose engine is a process of its own."""
+    child = "import http.server as h; h.test(h.BaseHTTPRequestHandler, port=int(sys.argv[-1]), bind='127.0.0.1')"
+    health = "h.BaseHTTPRequestHandler.do_GET = lambda s: (s.send_response(200), s.end_headers())"
+    child = f"import sys, http.server as h; {health}; {child}"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, *sys.argv])"
+    server = ServerProcess([sys.executable, "-c", code], tmp_path / "log")
+    server.start()
+    assert httpx.get(f"{server.root}/health").status_code == 200
+    server.kill()
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{server.root}/health")
+    server.kill()  # no effect
 
 
 class FakeServer:

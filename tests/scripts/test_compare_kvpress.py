@@ -31,6 +31,23 @@ def test_kept_positions_are_found_by_their_keys_or_by_what_is_masked():
 
 
 @torch.no_grad()
+def test_the_press_for_defensivekv_scores_as_the_oracle_does():
+    from ..eviction.oracles import Layer, defensive_scores
+
+    torch.manual_seed(0)
+    heads, group, n, window, keep = 2, 3, 97, 32, 0.6
+    layer = Layer(
+        torch.randn(heads * group, n, 8).double(), torch.randn(heads, n, 8).double(), torch.randn(heads, n, 8).double(),
+        0.4, torch.zeros(heads, n), torch.randn(heads * group, 8, 12).double(),
+    )  # fmt: skip
+    expected = defensive_scores({0: layer}, keep, window)[0]
+    attention = layer.attention(window, torch.ones(heads, n, dtype=torch.bool))[..., : n - window]
+    found = kvpress_kept.defensive_scores(attention, layer.value_norms[:, : n - window], n, keep)
+    torch.testing.assert_close(found, expected)
+    assert (found == found.max()).sum() > heads * window, "some entries are protected"
+
+
+@torch.no_grad()
 def test_our_side_keeps_the_share(tiny_llama):
     prompt = [3 + i * 37 % 125 for i in range(300)]
     (kept,) = kept_by_us(tiny_llama, [prompt], (0.5,))

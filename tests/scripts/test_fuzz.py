@@ -12,8 +12,8 @@ from random import Random
 import pytest
 
 from tenure.scripts.soak import mutations
+from tenure.scripts.soak.reader import Reader, require
 from tenure.scripts.soak.run_fuzz import FuzzConfig, is_sentence, outcome_of, time_limit_handler
-from tenure.scripts.soak.untrusted_readers import Reader, require
 
 ATTEMPTS = 1500
 

@@ -92,6 +92,7 @@ def test_an_evaluation_may_last_longer_than_a_collective(tmp_path: Path) -> None
 
 
 def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
     with stop_signals() as request:
         signal.raise_signal(signal.SIGINT)
         assert request.name == "SIGINT"

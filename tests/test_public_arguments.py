@@ -1,0 +1,169 @@
+"""Public functions and configs with hostile arguments: ValueError with one sentence, or a result that can be used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tenure.documents import plain_line
+from tenure.eval import parse_cells
+from tenure.eval.sweep import SweepConfig
+from tenure.eviction import Budget, evict, get_policy, policy_names
+from tenure.eviction.presets import make_plan
+from tenure.retention import RetentionConfig, RetentionGates
+from tenure.scripts.soak.mutations import NASTY
+from tenure.serving import AgentSpec, Compression, EdgeSpec, PrefetchConfig, Request, SchedulerConfig, WorkflowSpec
+from tenure.serving.hints import HintConfig
+from tenure.serving.kvcache.disk_store import DiskConfig
+from tenure.serving.kvcache.eviction_policy import LinearCosts
+from tenure.serving.sampling.params import SamplingParams
+from tenure.serving.server.server_config import ServerConfig
+from tenure.serving.simulation.cost_model import Links
+from tenure.serving.simulation.workload import Distribution, WorkloadConfig
+from tenure.training import TrainConfig
+
+MAX_MESSAGE = 1500  # characters: the longest lists of accepted names are those of the settings of training
+OTHERS: tuple[Any, ...] = (
+    object(), torch.tensor(3), torch.zeros(2), np.float64("nan"), np.int64(3), np.zeros(3), b"x", 1j, (1, 2), {1, 2},
+    lambda: 1, Path("x"), float, range(3), 10**4000,
+)  # fmt: skip
+HOSTILE = st.sampled_from([*NASTY, *OTHERS])
+CALM = settings(
+    max_examples=120, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+
+
+@contextmanager
+def refused_in_a_sentence(what: str):
+    """Lets a ValueError pass whose message is one bounded line."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        assert 0 < len(text) <= MAX_MESSAGE and text.isprintable(), f"{what}: {text!r:.600}"
+
+
+OPTIONS: dict[str, Any] = {
+    "policy": "knorm", "budget": 4, "scope": "head", "sinks": 1, "recent": 2, "buffer": 2, "floor": 0.1,
+    "observe": ["snapkv(window=4)"], "protect": [(1, 2)], "prefill_chunk": 6, "schedule": "bounded", "preset": None,
+    "gates": None,
+}  # fmt: skip
+
+
+@CALM
+@given(st.dictionaries(st.sampled_from(list(OPTIONS)), HOSTILE, min_size=1, max_size=2))
+@pytest.mark.filterwarnings("ignore")
+def test_evict(tiny_llama, given: dict[str, Any]):
+    ids = torch.arange(3, 15).view(1, -1)
+    with (
+        refused_in_a_sentence(f"evict(**{plain_line(given, 200)})"),
+        torch.no_grad(),
+        evict(tiny_llama, **OPTIONS | given) as session,
+    ):
+        assert session.extend(session.new_cache(), ids).isfinite().all()
+    assert not any(module._forward_pre_hooks for module in tiny_llama.modules())
+
+
+@pytest.mark.parametrize("model", ["demo", None, 3, {}, torch.nn.Linear(2, 2)])
+def test_evict_needs_a_model(model):
+    with pytest.raises(ValueError, match="as model; accepted: a transformers model"), evict(model, "knorm", 4):
+        pass
+
+
+@CALM
+@given(st.dictionaries(st.sampled_from(["policy", "budget", "scope", "sinks", "recent", "buffer", "floor", "protect"]),
+                       HOSTILE, min_size=1, max_size=2))  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_compress(tiny_llama, given: dict[str, Any]):
+    ids = torch.arange(3, 15).view(1, -1)
+    with torch.no_grad(), evict(tiny_llama, "knorm", 1.0) as session:
+        cache = session.new_cache()
+        session.extend(cache, ids)
+        with refused_in_a_sentence(f"compress(**{plain_line(given, 200)})"):
+            cache.compress(**given)
+        assert not list(cache.faults())
+        assert session.extend(cache, ids[:, :1]).isfinite().all()
+
+
+@CALM
+@given(st.sampled_from(policy_names()), st.data())
+def test_options_of_policies(name: str, data: st.DataObject):
+    known = [one.name for one in fields(get_policy(name))]  # type: ignore[arg-type]
+    given = data.draw(st.dictionaries(st.sampled_from([*known, "other"]), HOSTILE, max_size=2))
+    with refused_in_a_sentence(f"get_policy({name}, {plain_line(given, 200)})"):
+        policy = get_policy(name, **given)
+        assert policy.window_size <= 1 << 16 and get_policy(policy) == policy
+
+
+@CALM
+@given(st.text(max_size=40) | st.from_regex(r"[0-9.e%]{1,12} ?(MiB|entries|%)?", fullmatch=True))
+def test_texts_of_budgets_policies_and_cells(text: str):
+    with refused_in_a_sentence("Budget"):
+        budget = Budget(text)
+        assert budget.in_bytes or isinstance(budget.amount, float | str)
+    for read in (get_policy, lambda text: make_plan(policy="knorm", budget=0.5, preset=text), lambda text: parse_cells([text], [0.5])):  # fmt: skip  # noqa: E501
+        with refused_in_a_sentence(f"{read} {text!r}"):
+            read(text)
+
+
+CONFIGS: dict[type, dict[str, Any]] = {
+    AgentSpec: {"name": "a"}, EdgeSpec: {"source": "a", "target": "b"}, SchedulerConfig: {}, PrefetchConfig: {},
+    WorkflowSpec: {"name": "w", "agents": [AgentSpec("a")]}, Request: {"id": "r", "prompt": [1], "max_new_tokens": 2},
+    HintConfig: {}, DiskConfig: {}, SamplingParams: {}, ServerConfig: {}, Links: {"host_bytes_per_s": 1e9},
+    LinearCosts: {"tokens_per_s": 1e4, "bytes_per_s": (1e9, 1e9)}, Distribution: {"mean": 3.0}, WorkloadConfig: {},
+    TrainConfig: {}, Compression: {"policy": "knorm", "budget": 0.5},
+    SweepConfig: {"policies": ("full",), "budgets": (0.5,), "tasks": ("needle",)},
+    RetentionConfig: {"hidden_size": 8, "num_kv_heads": 2, "layer_indices": (0, 1)},
+}  # fmt: skip
+
+
+@settings(CALM, max_examples=60)
+@given(data=st.data())
+@pytest.mark.parametrize("cls", list(CONFIGS), ids=lambda cls: cls.__name__)
+def test_configs(cls: type, data: st.DataObject):
+    name = data.draw(st.sampled_from([one.name for one in fields(cls) if one.init]))
+    value = data.draw(HOSTILE)
+    with refused_in_a_sentence(f"{cls.__name__}({name}={plain_line(repr(value), 200)})"):
+        made = cls(**CONFIGS[cls] | {name: value})
+        numbers = [one for one in vars(made).values() if isinstance(one, float)]
+        assert not any(math.isnan(one) for one in numbers), (
+            f"{cls.__name__}({name}={plain_line(repr(value), 200)}) holds NaN"
+        )
+        defaults = {one.name: one.default for one in fields(cls) if one.default is not MISSING}
+        for field, default in defaults.items():  # a negative size or time where the default is above 0
+            if isinstance(default, int | float) and default > 0 and field not in ("presence_penalty", "initial_bias"):
+                found = getattr(made, field)
+                assert isinstance(found, str | type(None) | list | tuple) or found >= 0, (
+                    f"{cls.__name__}.{field}={found}"
+                )
+
+
+@pytest.mark.parametrize("value", ["x", 3.5, b"x", [], object(), 10**400])
+def test_gates_of_another_kind(tiny_llama, value):
+    read: Callable[..., Any] = RetentionGates.from_pretrained
+    with refused_in_a_sentence("evict"), evict(tiny_llama, "retention", gates=value):
+        pytest.fail("accepted")
+    if isinstance(value, str):
+        with refused_in_a_sentence("from_pretrained"):
+            read(value)
+
+
+def test_a_small_whole_budget_gets_a_hint(tiny_llama):
+    with (
+        pytest.warns(UserWarning, match="budget=20 keeps 20 entries per head on average; .*'20%'"),
+        evict(tiny_llama, "knorm", 20) as session,
+    ):
+        assert session.plan.budget.amount == 20
+    with evict(tiny_llama, "knorm", "20%") as session:
+        assert session.plan.budget.amount == 0.2
