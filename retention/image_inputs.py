@@ -1,4 +1,4 @@
-"""The inputs that a model with images hands to its text decoder, taken once: several forwards share the tower's work."""
+"""The inputs that a model with images hands to its text decoder, taken once: several forwards share the tower."""
 
 from __future__ import annotations
 
