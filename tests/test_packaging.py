@@ -121,7 +121,8 @@ def test_wheel_metadata(wheel: Path):
     assert "Requires-Python: >=3.10" in text
     assert "License: Apache-2.0" in text
     extras = {line.split(": ")[1] for line in text.splitlines() if line.startswith("Provides-Extra: ")}
-    assert extras == {"demo", "train", "eval", "kvpress", "agents", "simulate", "serve", "docs", "test", "dev"}
+    features = {"demo", "train", "eval", "vision", "kvpress", "agents", "simulate", "serve"}
+    assert extras == features | {"docs", "test", "dev"}
 
 
 # An editable install's import hook takes part in every process of this environment; plain installs are tested alone.
