@@ -56,11 +56,13 @@ class Answering:
 
     Attributes:
         sequence: its pages; None while it waits after a preemption.
+        shared: the cached payloads whose pages the sequence is known to use.
         row: its sampling, from its first token on.
         stop: finds its stop texts; None without a tokenizer.
     """
 
     sequence: PagedSequence | None = None
+    shared: list[KVPayload] | None = None
     row: SamplerRow | None = None
     stop: StopChecker | None = None
 
@@ -310,6 +312,7 @@ class Engine:
             self.flush()
         self._drop([])
         batch = scheduler.next_batch()
+        self._share_stored()
         if batch is None:
             finished = self._take_finished()
             if not finished and not self._woken:
@@ -326,15 +329,11 @@ class Engine:
             raise
         finally:
             self.busy_s += time.perf_counter() - begun
-        offered = [each.state for each in (*batch.prefills, *batch.decodes) if each.payload is not None]
         try:
             scheduler.complete(batch)
         except Draining:  # another thread has closed the scheduler, which ended the requests of the batch
             return self._take_finished()
-        for state in offered:
-            sequence = self._answering[state].sequence
-            if state.handle is not None and sequence is not None:
-                sequence.share_stored(state.handle.payloads())
+        self._share_stored()
         return self._take_finished()
 
     def run(self) -> Iterator[RequestOutput]:
@@ -365,7 +364,23 @@ class Engine:
         if answering is not None:
             if answering.sequence is not None:
                 answering.sequence.release()
-            answering.sequence = sequence
+            answering.sequence, answering.shared = sequence, None
+
+    def _share_stored(self) -> None:
+        """Makes the requests' sequences use the pages that the cache has for what their handles cover.
+
+        They are others where another request has stored the same tokens, also while a copy of these was in transfer
+        and could not be split: the cache keeps one of the two, and the pages of the other are counted nowhere.
+        """
+        with self.system.tiers.lock:  # another thread may end them
+            for state, answering in self._answering.items():
+                sequence, handle = answering.sequence, state.handle
+                if sequence is None or handle is None or not sequence.start <= handle.length <= sequence.end:
+                    continue
+                payloads = handle.payloads()
+                if payloads != answering.shared:
+                    sequence.share_stored(payloads)
+                    answering.shared = payloads
 
     @torch.no_grad()
     def _compute(self, batch: ScheduledBatch) -> None:

@@ -8,6 +8,7 @@ from tenure.eviction import evict
 from tenure.serving import AllocStatus, FinishReason, Request, SamplingParams, Tier, system_names
 from tenure.serving import engine as engine_module
 from tenure.serving.engine import Compression
+from tenure.serving.kvcache.base import Urgency
 
 from .engines import (
     ANSWER,
@@ -201,6 +202,39 @@ def test_a_payload_that_was_split_gives_up_its_pages_whoever_still_has_it(sessio
     tiers.evictor.make_room(Tier.DEVICE, tiers.capacity())
     assert tiers.tree.size == 0 and engine.pages.num_free == engine.pages.num_pages
     assert payload is not None
+    close(engine)
+
+
+def test_a_request_uses_the_pages_that_the_cache_keeps_of_two(session, monkeypatch):
+    """A copy in transfer cannot be split, so another request computes the beginning, whose pages stay in the cache."""
+    engine = make_engine(session, "lru_reactive", prompts=6.0)
+    tiers, prompt = engine.system.tiers, fixed_prompt(0)
+    backend, waiting = tiers.transfers.backend, []
+    engine.submit(Request("first", prompt, 40))
+    while not (nodes := [node for node in tiers.tree if node.copies[Tier.DEVICE] is not None]):
+        engine.step()
+    with monkeypatch.context() as patched, tiers.lock:
+        patched.setattr(backend, "submit", waiting.append)
+        assert tiers.transfers.start(nodes[0], Tier.HOST, Urgency.EAGER) is not None
+    branch = prompt[: 2 * PAGE] + tokens(70, FIXED)
+    engine.submit(Request("second", branch, 40))
+    while sum(node.copies[Tier.DEVICE] is not None for node in tiers.tree) < 3:
+        engine.step()
+    backend.submit(waiting[0])
+    ended, branches = [], set()
+    while len(engine.system.scheduler):
+        ended += engine.step()
+        for state, answering in engine._answering.items():
+            assert state.handle is not None and answering.sequence is not None
+            stored = {page for payload in state.handle.payloads() for page in payload.table.flat}
+            assert stored <= {page for pages in answering.sequence.held for page in pages.numbers.flat}
+            branches.add(len(state.handle.payloads()))
+    assert max(branches) > 1, "the first prompt was split"
+    answers = {each.request.id: each.tokens for each in ended}
+    assert answers == {
+        "first": answer_without_cache(session, prompt, None, count=40),
+        "second": answer_without_cache(session, branch, None, count=40),
+    }
     close(engine)
 
 
