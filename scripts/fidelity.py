@@ -215,5 +215,6 @@ def _save(folder: Path, result: dict[str, Any]) -> Path:
     from ..retention.checkpoint import write_atomic
 
     path = folder / "fidelity.json"
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
     return path

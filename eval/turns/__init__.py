@@ -1,5 +1,8 @@
 """Conversations about one context: many questions or turns on a cache that is kept (SCBench, LongMemEval, MMDU)."""
 
+if not __name__.startswith("tenure."):
+    raise ImportError(f"import 'tenure.eval', not {__name__!r}: a second name would give duplicate classes")
+
 from typing import TYPE_CHECKING, Any
 
 from .conversation import Conversation, Turn, turn_score

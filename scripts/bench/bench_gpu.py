@@ -19,7 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..output import OutputFile
+if __package__:
+    from ..output import OutputFile
+else:  # run as a script, without the package
+    OutputFile = Path
 
 FAILED, NO_CARD = 1, 2
 SECONDS, QUICK_SECONDS = 0.3, 0.1  # of timing a side

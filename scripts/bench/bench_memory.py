@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from ..output import make_console
+from ..output import OutputFile, make_console
 
 SHAPES: dict[str, dict[str, Any]] = {
     "Qwen3-4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
@@ -43,7 +43,7 @@ class MemoryBenchConfig:
     """Shapes of models."""
     lengths: tuple[int, ...] = (8192, 32_768, 131_072)
     """Tokens of the row."""
-    output: str = "docs/results/training-memory.md"
+    output: OutputFile = Path("docs/results/training-memory.md")
     """File of the table."""
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ def main(config: MemoryBenchConfig) -> int:
                 console.print(f"{name}, {label}, {length}: {found[-1]:.1f} GB")
             rows.append((label, found))
         parts.append(table(name, config.lengths, rows))
-    Path(config.output).write_text(page(parts))
+    config.output.write_text(page(parts))
     console.print(f"The table is in {config.output}.")
     return 0
 

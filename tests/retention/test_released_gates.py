@@ -253,7 +253,7 @@ def test_the_command_writes_a_folder_and_says_what_is_exact(tiny_llama: Any, tmp
     tiny_llama.save_pretrained(tmp_path / "model")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))).save_pretrained(tmp_path / "model")
     source = trimkv_folder(tmp_path / "released", trimkv_state(deep=False))
-    config = ConvertConfig(str(source), str(tmp_path / "out"), model=str(tmp_path / "model"))
+    config = ConvertConfig(str(source), tmp_path / "out", model=str(tmp_path / "model"))
     assert main(config) == 0
     out = capsys.readouterr().out
     assert "TRIM-KV of 3 layers" in out and "exact: the same log β" in out and "--policy retention" in out

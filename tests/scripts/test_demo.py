@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tenure.retention import RetentionGates
-from tenure.scripts import demo, loading
-from tenure.scripts.demo import DemoConfig, DemoPlan, find_gates, main
+from tenure.scripts import demo
+from tenure.scripts.demo import DemoConfig, DemoPlan, main
 
 NASTY = 'He wrote </script><img src=x onerror="alert(1)"> & left it there. '
 TEXT = NASTY + " ".join(f"On day {day} the crew wrote down what the weather was like." for day in range(150))
@@ -195,10 +195,3 @@ def test_settings_that_exclude_each_other():
         DemoConfig(cases=0)
     with pytest.raises(ValueError, match="--threads is 0"):
         DemoConfig(threads=0)
-
-
-def test_shipped_gates_are_asked_for_by_name_when_absent(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "SHIPPED_GATES", Path("examples") / "not-there")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"not-there\) are part of the repository .* give --gates"):
-        find_gates("demo", None)

@@ -25,12 +25,14 @@ from .engines import (
     tokens,
 )
 
+DEVICE_ONLY = ("lru", "vllm")
+
 
 @pytest.mark.parametrize("how", [None, RETENTION], ids=["plain", "compressed"])
 @pytest.mark.parametrize("name", system_names())
 def test_answers_are_those_without_a_cache(session, name, how, tmp_path):
     """Too little room on the device and on the host: prompts go to the host, to disk, and come back."""
-    disk = None if name == "lru" else tmp_path
+    disk = None if name in DEVICE_ONLY else tmp_path
     room = {"prompts": 1.7, "host": 1.5} if how is None else {"prompts": 0.7, "host": 0.8}
     engine = make_engine(session, name, how, disk=disk, **room)  # pyright: ignore[reportArgumentType]
     for number, (agent, prompt) in enumerate(calls()):
@@ -40,9 +42,10 @@ def test_answers_are_those_without_a_cache(session, name, how, tmp_path):
         assert ended.tokens == answer_without_cache(session, prompt, how), f"call {number}"
     statistics = engine.system.tiers.statistics
     assert statistics.evicted_copies > 0
-    if name != "lru":  # which finds nothing in a ring
+    if name not in DEVICE_ONLY:  # these find nothing in a ring
         assert statistics.tokens_found > 0
-        assert statistics.bytes_moved[Tier.DEVICE, Tier.HOST] > 0 and statistics.bytes_moved[Tier.HOST, Tier.DEVICE] > 0
+        assert any(target is Tier.DEVICE for _, target in statistics.bytes_moved)
+        assert statistics.bytes_moved[Tier.DEVICE, Tier.HOST] > 0
     if disk is not None:
         assert sum(moved for (source, _), moved in statistics.bytes_moved.items() if source is Tier.DISK) > 0
     if engine.system.prefetcher is not None:

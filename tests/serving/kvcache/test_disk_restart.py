@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         DiskPool(10**4, tmp_path / "file" / "below", "weights")
-    with pytest.raises(ValueError, match="label_bytes of 256 or more"):
+    with pytest.raises(ValueError, match="got 10 as label_bytes; accepted: a whole number of 256 or more"):
         DiskConfig(label_bytes=10)
 
 

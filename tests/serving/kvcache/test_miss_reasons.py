@@ -154,6 +154,7 @@ def test_the_record_is_bounded_and_says_that_it_forgets(make_tiers, cached):
     for token in range(10):
         assert cached(tiers, [token] * 6)
     assert len(tiers.history) == 2
+    tiers = make_tiers(device=6)
     tiers.history.config = EvictionHistoryConfig(max_records=0)
     for token in range(10):
         assert cached(tiers, [token] * 6)

@@ -18,7 +18,7 @@ from tenure.serving import (
     get_tier_policy,
 )
 from tenure.serving.kvcache.agent_index import AgentGroup
-from tenure.serving.kvcache.radix_tree import Node
+from tenure.serving.kvcache.radix_tree import Node, RootNode
 
 EXPLORE = SuffixReuseConfig().explore_every
 COSTS = LinearCosts(100.0, (1000.0, 0.0))  # a token takes 10 ms to compute; a byte 1 ms to reload
@@ -33,7 +33,7 @@ def suffix(agent: str, nbytes: int = 20) -> Node:
     """Ten tokens behind the fixed prompt of `agent`: 100 ms to compute, 20 ms to reload."""
     group = AgentGroup()
     group.push(agent, -0.0)
-    root = Node(None, b"", 0, 0, AgentGroup())
+    root = RootNode(None, AgentGroup())
     prompt = Node(root, b"p", 0, 10, group)
     node = Node(prompt, b"s", 10, 20, AgentGroup())
     node.copies[Tier.DEVICE] = Copy(nbytes)  # type: ignore[assignment]  # only its size is read

@@ -91,7 +91,6 @@ def test_traffic_is_shown(serve, keys):
     assert [request["agent"] for request in snapshot["requests"]] == ["planner", "researcher"]
     assert all(request["stage"] == "decode" and request["client"] == "operator" for request in snapshot["requests"])
     assert snapshot["stages"]["decode"] == 2 and snapshot["finished"]["answered"] == 11
-    assert snapshot["recent"]["total"]["found_tokens"] > 64
 
 
 def test_a_long_step_gives_the_last_state_again(serve):

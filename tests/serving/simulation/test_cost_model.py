@@ -76,5 +76,5 @@ def test_what_cannot_be_is_refused() -> None:
         costs("qwen2.5-32b").pool_bytes(0.88)
     with pytest.raises(ValueError, match="unknown card 'h900'; known: h100, a10g"):
         get_card("h900")
-    with pytest.raises(ValueError, match="accepted: 0 or more"):
+    with pytest.raises(ValueError, match="accepted: a number of 0 or more"):
         Links(-1.0)

@@ -214,7 +214,7 @@ def aliases(levels: int, item: str, nest: str) -> str:
     ("text", "message"),
     [
         (aliases(10, "a", "[%s]"), "got more than 1048576 values in the workflow; accepted: up to 1048576"),
-        (aliases(10, "{a: 1}", "{<<: [%s]}"), "got merge keys that add more than 1048576 fields to the workflow"),
+        (aliases(10, "{a: 1}", "{<<: [%s]}"), "got merge keys that add more than 16384 fields to the workflow"),
     ],
 )
 def test_yaml_aliases_that_stand_for_a_billion_items(text, message):
