@@ -61,7 +61,7 @@ def image_inputs(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mappin
         found.update(named_arguments(names, args, kwargs))
         raise _DecoderReached
 
-    holder = next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
+    holder: Any = next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
     if holder is not None:
         holder.rope_deltas = None  # of whatever ran before
     placed = {name: _like(value, model) for name, value in inputs.items()}

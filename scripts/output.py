@@ -184,7 +184,7 @@ class _Held(io.StringIO):
         return self._target.isatty()
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._target.encoding
 
 

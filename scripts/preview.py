@@ -31,6 +31,7 @@ def parse(arguments: Sequence[str], prog: str) -> TrainConfig:
 
 
 def main(config: TrainConfig) -> int:
+    from ..training.data import example_names
     from .loading import load_tokenizer
 
     tokenizer = load_tokenizer(config.model, config.revision)
@@ -39,7 +40,7 @@ def main(config: TrainConfig) -> int:
     console = make_console()
     console.print(summary(config, source, examples, len(held_out)))
     for number, example in enumerate(examples[:SHOWN]):
-        name = source.name(number) if hasattr(source, "name") else example.kind
+        name = example_names(source, [number]) or example.kind
         console.rule(f"example {number}: {name}", align="left")
         console.print(marked(example, tokenizer))
     return 0
@@ -52,6 +53,7 @@ def summary(config: TrainConfig, source: Any, examples: Sequence[Example], held_
     """
     from rich.table import Table
 
+    from tenure.training.batching import PackedSource
     from tenure.training.data import MixtureSource
 
     lengths = [len(example.input_ids) for example in examples]
@@ -60,11 +62,11 @@ def summary(config: TrainConfig, source: Any, examples: Sequence[Example], held_
     rows: list[tuple[str, str]] = []
     whole = ", ".join(config.concatenate) or config.data
     for name, part in (source.sources if isinstance(source, MixtureSource) else {whole: source}).items():
-        inner = getattr(part, "source", part)  # of a packed source
+        inner: Any = getattr(part, "source", part)  # of a packed source
         if hasattr(inner, "epoch_lengths"):
             tokens = sum(inner.epoch_lengths(0))
             rows.append((f"{name}: examples, tokens an epoch", f"{len(inner):,}, {tokens:,}"))
-        if hasattr(part, "rows"):
+        if isinstance(part, PackedSource):
             fill = sum(inner.epoch_lengths(0)) / (part.rows(0) * part.length)
             rows.append((f"{name}: packed rows an epoch, their fill", f"{part.rows(0):,}, {fill:.1%}"))
     if held_out:

@@ -38,7 +38,7 @@ def test_formats(tmp_path, kind):
     path.write_bytes(encoded(Image.new("RGB", (20, 10), (200, 30, 30)), kind))
     image = open_image(path)
     assert image.mode == "RGB" and image.size == (20, 10)
-    assert all(abs(a - b) < 12 for a, b in zip(image.getpixel((5, 5)), (200, 30, 30), strict=True))
+    assert all(abs(a - b) < 12 for a, b in zip(image.getpixel((5, 5)), (200, 30, 30), strict=True))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16", "CMYK"])

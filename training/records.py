@@ -79,7 +79,7 @@ def load_records(data: str, split: str) -> Any:
         return datasets.load_dataset("text", data_files=names, split="train").rename_column("text", LINE)
     if kind == "text":
         return datasets.load_dataset("text", data_files=names, split="train", sample_by="document")
-    options = {"sep": "\t"} if files[0].name.partition(".")[2].startswith("tsv") else {}
+    options: dict[str, Any] = {"sep": "\t"} if files[0].name.partition(".")[2].startswith("tsv") else {}
     return datasets.load_dataset(str(kind), data_files=names, split="train", **options)
 
 
@@ -131,7 +131,7 @@ def _saved(path: Path, split: str) -> Any:
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise ValueError(f"{path} holds the splits {', '.join(sorted(loaded))}; got split {split!r}")
+            raise ValueError(f"{path} holds the splits {', '.join(sorted(map(str, loaded)))}; got split {split!r}")
         return loaded[split]
     return loaded
 
@@ -152,8 +152,10 @@ def _json_lines(path: Path) -> list[str]:
     """The records of a `.json` file, a list or one record a line, each as JSON on a line."""
     import fsspec
 
-    with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as file:
-        parts, left = [], MAX_JSON_CHARACTERS
+    opened: Any = fsspec.open(str(path), "rt", encoding="utf-8", compression="infer")
+    with opened as file:
+        parts: list[str] = []
+        left = MAX_JSON_CHARACTERS
         while left >= 0 and (part := file.read(1 << 20)):
             parts.append(part)
             left -= len(part)

@@ -78,7 +78,8 @@ class PictureCases:
     ) -> None:  # fmt: skip
         if filler < 0:
             raise ValueError(f"got {filler} sentences of filler; accepted: 0 or more")
-        self.processor, self.filler, self.seed, self.split = processor, filler, seed, split
+        self.processor, self.filler, self.seed = processor, filler, seed
+        self.split: Split = split
         self._source = SourceTexts(texts)
 
     def cases(self, tasks: Sequence[str], count: int) -> Iterator[Case]:

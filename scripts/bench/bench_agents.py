@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..output import OutputFile, make_console, write_json
@@ -249,7 +250,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     make_console().print(table)
 
 
-def write(rows: Sequence[dict[str, Any]], path: str) -> None:
+def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """The fields of a `SimulationRow` of `tenure simulate`, no more."""
     from ...serving.simulation.results import SimulationRow
 

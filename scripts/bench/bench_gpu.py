@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-if __package__:
+if TYPE_CHECKING or __package__:
     from ..output import OutputFile
 else:  # run as a script, without the package
     OutputFile = Path

@@ -132,7 +132,7 @@ def test_what_each_modality_kept(processor, tiny):
     assert sum(stop - start for spans in ranges.values() for start, stop in spans) == ids.shape[1]
     segments = 3 * 2
     for options in ({"protect": ranges["image"]}, {"token_floors": [(ranges["image"], 0.4)], "sinks": 0, "recent": 0}):
-        with evict(tiny, "streaming_llm", 16, "head", buffer=0, **options) as session:
+        with evict(tiny, "streaming_llm", 16, "head", buffer=0, **options) as session:  # pyright: ignore[reportArgumentType]
             cache = session.new_cache()
             session.extend(cache, made.context_ids, inputs=made.extra)
             text, pictures = kept_by_modality(cache, ranges)

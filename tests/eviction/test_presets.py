@@ -165,7 +165,7 @@ def test_between_chunks_dbtrimkv_scores_at_the_tokens_seen_so_far(tiny_llama, ga
             evicted(*args)
             kept.append({index: cache.kept(index)[0] for index in oracle.evicting})
 
-        cache._evict = note
+        cache._evict = note  # pyright: ignore[reportAttributeAccessIssue]
         session.extend(cache, ids)
     assert len(kept) == 5
     for number, (layers, stored) in enumerate(oracle.steps(ids[0].tolist(), [16, 32, 48, 64, 80])):
@@ -310,7 +310,7 @@ def test_contradictions_are_refused(options, message):
 
 def test_presets_say_what_they_fix_and_leave_the_rest():
     assert make_plan(preset="kvpress", policy="snapkv(window=16)").policy == get_policy("snapkv", window=16)
-    assert make_plan(preset="defensivekv", policy="criticalkv").policy.window == 32
+    assert make_plan(preset="defensivekv", policy="criticalkv").policy.window == 32  # pyright: ignore[reportAttributeAccessIssue]
     assert make_plan(preset="kvpress", policy="h2o").policy == get_policy("h2o", recent=0.0, average=True)
     assert make_plan(preset="trimkv", sinks=0, scope="head", buffer=7).buffer == 7, "the preset's own value is no fault"
     plan = make_plan(preset="defensivekv", budget=0.2)

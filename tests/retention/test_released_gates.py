@@ -194,7 +194,7 @@ def test_gate_scores_evict_without_age_and_below_a_threshold(tiny_llama: Any, tm
         )
     for options, kept in (({"budget": 10}, 10), ({"budget": 39, "policy": "gate_score(threshold=0.5)"}, None)):
         values = {"policy": "gate_score", "scope": "head", "sinks": 0, "recent": 0, "buffer": 0} | options
-        with torch.no_grad(), evict(tiny_llama, gates=gates, **values):
+        with torch.no_grad(), evict(tiny_llama, gates=gates, **values):  # pyright: ignore[reportArgumentType]
             cache = tiny_llama(ids, use_cache=True).past_key_values
         for index in range(LAYERS):
             score = gates.log_beta(index, inputs[index])[0]

@@ -41,7 +41,7 @@ def test_rows_of_systems_with_and_without_compression(session, tmp_path: Path, c
     assert rows["lru+25%"]["agents_fit"] >= 10 > rows["lru"]["agents_fit"]
     assert all(row["ttft_p50_s"] <= row["ttft_p99_s"] < row["makespan_s"] for row in rows.values())
     assert "ring, pool 50% of the prompts" in capsys.readouterr().out
-    write(list(rows.values()), str(tmp_path / "new" / "rows.json"))
+    write(list(rows.values()), tmp_path / "new" / "rows.json")
     written = json.loads((tmp_path / "new" / "rows.json").read_text())
     assert [set(row) for row in written] == [{field.name for field in fields(SimulationRow)}] * 6
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["rows.json"]

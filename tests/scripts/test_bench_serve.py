@@ -90,7 +90,7 @@ def chats(text: str) -> ChatWorkload:
 
 def test_sides_take_turns_on_the_same_calls_after_a_warm_up():
     servers = {"ours": FakeServer(), "peer": FakeServer()}
-    runs = in_turn(servers, [chats("first"), chats("second"), chats("third")])
+    runs = in_turn(servers, [chats("first"), chats("second"), chats("third")])  # pyright: ignore[reportArgumentType]
     for side, server in servers.items():
         assert server.asked == ["warm up", "first", "second", "third"]
         assert [run.answers for run in runs[side]] == [["SECOND"], ["THIRD"]], "the first run is not counted"

@@ -50,7 +50,7 @@ def test_the_full_cache_says_what_the_model_says(folder: Path, capsys: pytest.Ca
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=[text], images=[images], return_tensors="pt")
     with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)  # pyright: ignore[reportCallIssue]
     expected = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert run(folder, "--prompt", "What?", "--policy", "full", *pictures(folder, 0, 2)) == 0
     out, err = capsys.readouterr()

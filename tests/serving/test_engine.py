@@ -229,7 +229,7 @@ def test_a_request_uses_the_pages_that_the_cache_keeps_of_two(session, monkeypat
         ended += engine.step()
         for state, answering in engine._answering.items():
             assert state.handle is not None and answering.sequence is not None
-            stored = {page for payload in state.handle.payloads() for page in payload.table.flat}
+            stored = {page for payload in state.handle.payloads() for page in payload.table.flat}  # pyright: ignore[reportAttributeAccessIssue]
             assert stored <= {page for pages in answering.sequence.held for page in pages.numbers.flat}
             branches.add(len(state.handle.payloads()))
     assert max(branches) > 1, "the first prompt was split"

@@ -105,7 +105,7 @@ def main(output_dir: Path, values: dict[str, Any]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if values.pop("fsdp2", False):
         shard_on_cpu()
-    model = conftest.build_tiny(values.pop("family", "llama"))
+    model = conftest.build_tiny(values.pop("family", "llama"))  # pyright: ignore[reportAttributeAccessIssue]
     seed = rank if values.pop("own_data", False) else 0
     source = Tokens(seed)
     if "signal" in values:

@@ -294,7 +294,7 @@ def test_a_model_of_the_hub(monkeypatch: pytest.MonkeyPatch):
             raise EntryNotFoundError("no config.json")
         if name.isdigit():
             error = HfHubHTTPError.__new__(HfHubHTTPError)
-            error.response = type("Response", (), {"status_code": int(name)})()
+            error.response = type("Response", (), {"status_code": int(name)})()  # pyright: ignore[reportAttributeAccessIssue]
             raise error
         if name == "far":
             raise RuntimeError("[Errno -2] Name or service not known")

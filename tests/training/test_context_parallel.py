@@ -94,8 +94,8 @@ def results(build: Any, kind: str, seed: int, context: ContextGroup | None = Non
     found.total.backward()
     gradients = [parameter.grad for parameter in gates.parameters()]
     if context is not None:
-        gradients = [context.sum(gradient) / context.size for gradient in gradients]
-    return [*(one.detach() for one in (found.total, found.ntp, found.kl, found.capacity)), *gradients]
+        gradients = [context.sum(gradient) / context.size for gradient in gradients]  # pyright: ignore[reportArgumentType]
+    return [*(one.detach() for one in (found.total, found.ntp, found.kl, found.capacity)), *gradients]  # pyright: ignore[reportReturnType]
 
 
 def test_losses_and_gradients_are_those_of_one_process(tiny_model: Any, tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_attention_of_some_queries_is_a_part_of_all(kernels: Any) -> None:
     positions = torch.cat([torch.arange(n) for n in (7, 21, 12)])[None]
     segments = Segments.from_inputs(1, 40, position_ids=positions)
     first, stop = 5, 31
-    whole = gated_attention(*inputs, 0.25, segments, "naive")[:, :, first:stop]
+    whole = gated_attention(*inputs, 0.25, segments, "naive")[:, :, first:stop]  # pyright: ignore[reportCallIssue]
     query, *rest = inputs
-    part = gated_attention_part(query[:, :, first:stop], *rest, 0.25, segments, first, kernels)
+    part = gated_attention_part(query[:, :, first:stop], *rest, 0.25, segments, first, kernels)  # pyright: ignore[reportCallIssue]
     torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
     weight = torch.randn_like(whole)
     pairs = zip(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (part, whole)), strict=True)

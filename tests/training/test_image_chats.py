@@ -59,7 +59,7 @@ def test_targets_prompts_and_pixels_of_a_conversation(processor, tmp_path):
         example, decode = source[index], processor.tokenizer.decode
         said = decode([i for i, wanted in zip(example.input_ids, example.loss_mask, strict=True) if wanted])
         images = example.input_ids.count(processor.image_token_id) // TOKENS
-        assert example.inputs["pixel_values"].shape == (1, images, 3, 16, 16) and example.kind == "images"
+        assert example.inputs["pixel_values"].shape == (1, images, 3, 16, 16) and example.kind == "images"  # pyright: ignore[reportOptionalSubscript]
         if images == 2:
             assert said == "Blue.<|im_end|>"
             assert decode(example.input_ids[example.prompt_tokens :]).startswith("What?<|im_end|>")
@@ -145,7 +145,7 @@ def test_the_objective_is_that_of_the_models_own_forward_and_runs_the_tower_once
     assert len(counted) == 1
     ids = torch.tensor([example.input_ids])
     with torch.no_grad():
-        logits = model(input_ids=ids, **example.inputs).logits.log_softmax(-1)
+        logits = model(input_ids=ids, **example.inputs).logits.log_softmax(-1)  # pyright: ignore[reportCallIssue]
     target = torch.tensor(example.loss_mask)[1:]
     expected = -logits[0, :-1].gather(1, ids[0, 1:, None])[target].mean()
     if not prompt_share:
@@ -173,12 +173,12 @@ def test_the_decoders_arguments_give_the_models_own_output(processor, model, tmp
     save_pictures(tmp_path, 2)
     example = load_image_chats(write(tmp_path, chat("0.png", "1.png")), processor, max_length=500)[0]
     ids = torch.tensor([example.input_ids])
-    taken = image_inputs(model, ids, example.inputs)
+    taken = image_inputs(model, ids, example.inputs)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         hidden = model.model.text_model(**taken.arguments, use_cache=False).last_hidden_state
-        assert torch.equal(model.lm_head(hidden), model(input_ids=ids, **example.inputs).logits)
+        assert torch.equal(model.lm_head(hidden), model(input_ids=ids, **example.inputs).logits)  # pyright: ignore[reportCallIssue]
     with pytest.raises((ValueError, RuntimeError), match="tokens"):
-        image_inputs(model, ids[:, :20], example.inputs)
+        image_inputs(model, ids[:, :20], example.inputs)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_trainer_trains_on_images_and_resumes(processor, tmp_path):

@@ -43,7 +43,7 @@ def test_a_sharded_model_trains_the_same_gates_and_resumes_anywhere(data_paralle
     for name, sharded in (("again", True), ("without", False)):
         folder = tmp_path / name
         values = {"eval_every": 4, "evaluate_seconds": 0}
-        stopped = run(folder, 2, fsdp2=True, signal=(10, "SIGTERM"), **values)
+        stopped = run(folder, 2, fsdp2=True, signal=(10, "SIGTERM"), **values)  # pyright: ignore[reportArgumentType]
         assert "the state of step 6 is saved" in stopped.stdout, stopped.stderr[-3000:]
         checked(folder, 2, fsdp2=sharded, **values)
         assert losses(folder) == losses(data_parallel)

@@ -50,7 +50,7 @@ def test_gradients_are_those_of_the_formulas(tiny_llama: PreTrainedModel, direct
     """The gradient that is made in forward, against autograd through log-softmax of the whole vocabulary."""
     batch, weights = make_batch(), {"ntp_weight": 0.7, "kl_weight": 0.2}
     gates = forgetful(tiny_llama)
-    GateObjective(tiny_llama, gates, 5, weight=0.0, chunk=7, kl_direction=direction, **weights)(batch).total.backward()
+    GateObjective(tiny_llama, gates, 5, weight=0.0, chunk=7, kl_direction=direction, **weights)(batch).total.backward()  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         teacher = tiny_llama(batch.input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
     reference = forgetful(tiny_llama)
@@ -226,7 +226,7 @@ def test_weights_of_the_losses_and_the_direction_of_kl(tiny_llama: PreTrainedMod
     plain = GateObjective(tiny_llama, gates, budget=5)(batch)
     assert torch.equal(plain.total, (plain.ntp + plain.kl) / 2 + plain.capacity)
     weights = {"weight": 0.0, "ntp_weight": 0.0, "kl_weight": 2.0}
-    other = GateObjective(tiny_llama, gates, 5, kl_direction="reverse", **weights)(batch)
+    other = GateObjective(tiny_llama, gates, 5, kl_direction="reverse", **weights)(batch)  # pyright: ignore[reportArgumentType]
     assert torch.equal(other.total, 2 * other.kl) and torch.equal(other.ntp, plain.ntp)
     teacher = tiny_llama(batch.input_ids, use_cache=False).logits.log_softmax(-1)
     with attach(tiny_llama, gates):

@@ -310,6 +310,6 @@ def test_real_tokenizer_is_quick_and_exact(real_model_path: str, essay_texts: li
 @pytest.mark.parametrize("shares", [{}, {"repetition_share": 1.0}, {"dialogue_share": 1.0}])
 def test_documents_of_128k_tokens(plain_tokenizer: Any, texts: list[str], shares: dict[str, float]) -> None:
     """Passages of more than a thousand sentences, from texts that are repeated as needed."""
-    source = RetrievalDocuments(texts, plain_tokenizer, lengths=(131_072,), text_share=0.0, **shares)
+    source = RetrievalDocuments(texts, plain_tokenizer, lengths=(131_072,), text_share=0.0, **shares)  # pyright: ignore[reportArgumentType]
     example = source[0]
     assert 0.99 * 131_072 < len(example.input_ids) <= 131_072 and any(example.loss_mask)

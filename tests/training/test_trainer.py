@@ -135,7 +135,7 @@ def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path: Path, tiny_model, monk
 
     def noted(**options: object) -> object:
         started.append(options)
-        return real(**options)
+        return real(**options)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(wandb, "init", noted)
     for extend in (0, 2):

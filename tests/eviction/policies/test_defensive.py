@@ -363,8 +363,8 @@ def test_options_of_the_papers_comparison(tiny_llama, prompt):
             view = policy.view(cache.ragged[0], cache.tokens_seen, cache.query_positions)
             conclude(cache.ragged[0], policy, view, torch.ones(1, 1, 1, dtype=torch.bool))
             scores[name] = policy.score(view)[..., :24]
-        counted = view.valid & (view.positions < 24)
-        pooled = pool_and_renormalise(view.window_attention, counted, 3)[..., :24]
+        counted = view.valid & (view.positions < 24)  # pyright: ignore[reportPossiblyUnboundVariable]
+        pooled = pool_and_renormalise(view.window_attention, counted, 3)[..., :24]  # pyright: ignore[reportPossiblyUnboundVariable]
     torch.testing.assert_close(scores["mean"], pooled.mean((2, 3)))
     torch.testing.assert_close(scores["none"], pooled.amax((2, 3)))
     torch.testing.assert_close(scores["fixed"], pooled.amax((2, 3)).clamp(min=0.1))

@@ -48,7 +48,7 @@ def test_a_flat_retention_is_the_flat_prior():
 def test_everything_else_is_defensives(tiny_llama, gates_for, prompt):
     """The value term, the window and the protected entries; only the risk of the others differs."""
     plain = Defensive(window=4, protection="cumulative")
-    policies = [RetentionDefensive(window=4, mass=0.9, combine=how) for how in COMBINATIONS]
+    policies = [RetentionDefensive(window=4, mass=0.9, combine=how) for how in COMBINATIONS]  # pyright: ignore[reportArgumentType]
     with evict(tiny_llama, "full", gates=gates_for(tiny_llama), observe=[plain, *policies]) as session:
         cache = session.new_cache()
         tiny_llama(prompt(1, 30), past_key_values=cache)

@@ -162,7 +162,7 @@ def template_result(answer: str) -> tuple[str, str, list[tuple[str | None, str]]
     ids = tokenizer(answer)["input_ids"]
 
     def result(pieces: list[list[int]]) -> Any:
-        decoder = StopChecker(lambda some: tokenizer.decode(some, skip_special_tokens=False))
+        decoder = StopChecker(lambda some: tokenizer.decode(some, skip_special_tokens=False))  # pyright: ignore[reportArgumentType]
         parser = TemplateParser(tokenizer, "<|im_start|>assistant\n", [], decoder)
         parts = [*(parser.push("", piece) for piece in pieces), parser.finish()]
         return (

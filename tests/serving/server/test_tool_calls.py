@@ -186,7 +186,7 @@ def test_strict_tools_are_parsed_by_the_client(answering):
         model="tiny", messages=MESSAGES, tools=[tool], tool_choice="required", max_tokens=120, seed=2,
         parallel_tool_calls=False,
     )  # fmt: skip
-    (call,) = found.choices[0].message.tool_calls or ()
+    (call,) = found.choices[0].message.tool_calls or ()  # pyright: ignore[reportAssignmentType]
     assert isinstance(call.function.parsed_arguments, Trip)
 
 
@@ -255,7 +255,7 @@ def test_langchain_calls_and_is_given_the_result(answering):
         return f"{days} wet days in {city}"
 
     served, _ = answering(CALL)
-    chat = ChatOpenAI(base_url=served.url, api_key="none", model="tiny", max_tokens=200, max_retries=0, timeout=60)
+    chat = ChatOpenAI(base_url=served.url, api_key="none", model="tiny", max_tokens=200, max_retries=0, timeout=60)  # pyright: ignore[reportCallIssue]
     bound = chat.bind_tools([forecast])
     messages: list[Any] = [HumanMessage("Rain?")]
     answer = bound.invoke(messages)
@@ -265,7 +265,7 @@ def test_langchain_calls_and_is_given_the_result(answering):
     whole = parts[0]
     for part in parts[1:]:
         whole += part
-    assert [(one["name"], one["args"]) for one in whole.tool_calls] == [("forecast", {"city": "Oslo", "days": 2})]
+    assert [(one["name"], one["args"]) for one in whole.tool_calls] == [("forecast", {"city": "Oslo", "days": 2})]  # pyright: ignore[reportAttributeAccessIssue]
     messages += [answer, ToolMessage(forecast(**call["args"]), tool_call_id=call["id"])]
     assert bound.invoke(messages).tool_calls, "the conversation goes on"
 
@@ -274,7 +274,7 @@ def test_langchain_calls_and_is_given_the_result(answering):
 
     _, client = answering(template=TEMPLATE)
     free = ChatOpenAI(
-        base_url=str(client.base_url), api_key="none", model="tiny", max_tokens=120, max_retries=0, timeout=60
+        base_url=str(client.base_url), api_key="none", model="tiny", max_tokens=120, max_retries=0, timeout=60  # pyright: ignore[reportCallIssue]
     )
     for method in ("json_schema", "function_calling"):
         assert isinstance(free.with_structured_output(Weather, method=method).invoke(messages[:1]), Weather)
