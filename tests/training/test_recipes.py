@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from tenure.training import TrainConfig
+from tenure.retention import gate_config
+from tenure.training import TrainConfig, train_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "slurm" / "train.sbatch"
@@ -46,3 +48,8 @@ def test_an_interrupted_job_is_queued_again_and_a_failed_one_is_not(tmp_path: Pa
         assert submit(tmp_path, status, "a.yaml", "--seed", "2") == (status, ["scontrol show hostnames n", command])
     (tmp_path / "calls").unlink()
     assert submit(tmp_path, 0) == (2, [])
+
+
+def test_the_settings_name_the_projections_of_the_gates() -> None:
+    """They repeat the list, so that help needs no torch."""
+    assert get_args(train_config.Projection) == get_args(gate_config.Projection)
