@@ -43,7 +43,7 @@ def test_the_table_of_a_small_shape(monkeypatch: pytest.MonkeyPatch, tmp_path) -
     assert chunk >= default
     assert soft > max(gates, again)
     with patch.object(bench_memory, "step_bytes", lambda *given, **settings: 2e9):
-        config = bench_memory.MemoryBenchConfig(("small",), (1024,), str(tmp_path / "page.md"))  # pyright: ignore[reportArgumentType]
+        config = bench_memory.MemoryBenchConfig(("small",), (1024,), tmp_path / "page.md")
         assert bench_memory.main(config) == 0
     assert "| packed, checkpointing (default) | 2 |" in (tmp_path / "page.md").read_text()
     with pytest.raises(ValueError, match="--lengths 1024 and more"):

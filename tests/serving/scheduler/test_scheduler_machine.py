@@ -139,7 +139,7 @@ def test_many_random_steps():
 
 def test_the_command_counts_and_writes(tmp_path, capsys):
     target = tmp_path / "soak.json"
-    assert run_soak.main(run_soak.SoakConfig(steps=300, seconds=0, json=str(target))) == 0  # pyright: ignore[reportArgumentType]
+    assert run_soak.main(run_soak.SoakConfig(steps=300, seconds=0, json=target)) == 0
     assert "steps" in capsys.readouterr().out and '"steps": 300' in target.read_text()
     with pytest.raises(ValueError, match="got --steps -1"):
         run_soak.SoakConfig(steps=-1)
