@@ -70,8 +70,7 @@ class HttpRun:
         first_token_s: from sending a call to its first text.
         cached_tokens: as the server reports them; None where it does not.
         waited_tokens: of all prompts together, those that were not on the device when their call came, and were loaded
-            or computed for it; None where the server does not count them. Unlike times, this hardly depends on what
-            else the machine does.
+            or computed for it; None where the server does not count them.
     """
 
     makespan_s: float
