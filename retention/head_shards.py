@@ -1,4 +1,4 @@
-"""How tensor parallelism divides a model's key/value heads among processes, and sums and selections over all of them.
+"""The division of a model's key/value heads by tensor parallelism, and sums and selections over all processes.
 
 transformers (`tp_plan="auto"`) gives each process of a group the same number of consecutive heads of every layer.
 """

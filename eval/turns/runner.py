@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How turns follow each other.
+    """The way in which turns follow each other.
 
     Attributes:
         questions: "turns": each turn sees those before it; "shared": each question is asked on its own copy of the

@@ -1,4 +1,4 @@
-"""How well the model of `build_model.py` reads drawings it was not trained on, and the same facts written as text.
+"""Accuracy of the model of `build_model.py` on drawings it was not trained on, and on the same facts as text.
 
     python examples/drawings_vlm/read_pictures.py MODEL --count 200
 

@@ -249,7 +249,7 @@ class EngineWorld:
     # Checks -----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """What the pool counts is held, but for pages that are reserved and not written, or being copied to."""
+        """The pages that the pool counts are held, but for pages that are reserved and not written, or being copied to."""
         engine = self.engine
         tiers, pages, pool = engine.system.tiers, engine.pages, engine.system.tiers.pools[Tier.DEVICE]
         pages.check()

@@ -65,7 +65,7 @@ class Constraint(ABC):
 
     @property
     def gap(self) -> str | None:
-        """What in it xgrammar would accept without enforcing it; None: nothing."""
+        """The part of it that xgrammar would accept without enforcing it; None: nothing."""
         return next((gap for part in self.inner if (gap := part.gap) is not None), None)
 
     def structural_tag(self, max_whitespace: int) -> str:

@@ -85,7 +85,7 @@ def check_schema(schema: Any, name: str, max_bytes: int) -> None:
 
 
 def xgrammar_gap(schema: Any) -> str | None:
-    """What in a checked schema xgrammar 0.2 accepts without enforcing it, as words; None: nothing."""
+    """The part of a checked schema that xgrammar 0.2 accepts without enforcing it, as words; None: nothing."""
     for path, one in _schemas(schema, "the schema"):
         found = _gap(one) if isinstance(one, Mapping) else None
         if found is not None:
@@ -119,7 +119,7 @@ def _gap(schema: Mapping[str, Any]) -> str | None:
 
 
 def regex_gap(pattern: str) -> str | None:
-    """What in a regular expression xgrammar reads otherwise than JSON Schema and Python do, as words.
+    """The part of a regular expression that xgrammar reads otherwise than JSON Schema and Python do, as words.
 
     Its `.` and its negated classes also match line ends and quotes, and it takes inner anchors for nothing.
     """

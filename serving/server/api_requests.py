@@ -78,7 +78,7 @@ class ApiBody(ABC):
 
     @abstractmethod
     def generation(self) -> GenerationBody:
-        """What is to be computed.
+        """The request that is to be computed.
 
         Raises:
             ValueError: a field of another form.

@@ -47,7 +47,7 @@ def in_processes(folder: Path, body: Callable[[int], Any]) -> list[Any]:
         process.kill()
     errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
     assert not errors, errors[0]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 def forgetful(model: Any) -> RetentionGates:
