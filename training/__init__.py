@@ -3,7 +3,9 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.training', not {__name__!r}: a second name would give duplicate classes")
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tenure.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .batching import Batch, PackedSource, collate
@@ -29,13 +31,4 @@ _NAMES = {
     "train_config": "TrainConfig",
     "trainer": "NotFiniteError train",
 }
-_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    return value
+__getattr__ = lazy_names(__name__, _NAMES)

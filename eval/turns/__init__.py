@@ -3,7 +3,9 @@
 if not __name__.startswith("tenure."):
     raise ImportError(f"import 'tenure.eval', not {__name__!r}: a second name would give duplicate classes")
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tenure.lazy_names import lazy_names
 
 from .conversation import Conversation, Turn, turn_score
 from .generated import FAMILIES, ConversationBuilder
@@ -17,13 +19,5 @@ __all__ = [
     "read_conversations", "run_turns", "turn_rows", "turn_score",
 ]  # fmt: skip
 
-_OF_RUNNER = ("Protocol", "TurnRecord", "run_turns", "turn_rows")  # imported on first use, as it needs torch
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _OF_RUNNER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import runner
-
-    value = globals()[name] = getattr(runner, name)
-    return value
+# Imported on first use, as it needs torch.
+__getattr__ = lazy_names(__name__, {"runner": "Protocol TurnRecord run_turns turn_rows"})

@@ -249,7 +249,7 @@ class EngineWorld:
     # Checks -----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """The pages that the pool counts are held, but for pages that are reserved and not written, or being copied to."""
+        """All pages that the pool counts are held, but for those reserved and not written, or being copied to."""
         engine = self.engine
         tiers, pages, pool = engine.system.tiers, engine.pages, engine.system.tiers.pools[Tier.DEVICE]
         pages.check()
