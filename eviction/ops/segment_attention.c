@@ -19,7 +19,8 @@
 #error "KEY_DIM and VALUE_DIM are multiples of 8"
 #endif
 
-#define BLOCK 64 // entries whose keys are read together, and then their values
+#define BLOCK 128 // entries whose keys are read together, and then their values; a multiple of LANES
+#define AHEAD 16  // entries between the one that is read and the one that is brought into the nearest cache meanwhile
 #define WORTH_THREADS 4096 // entries, some 30 us of one thread: fewer take less time than starting others
 #define LOWEST -3.0e38f
 
@@ -68,18 +69,42 @@ static inline float widen(number x) { return x; }
 static inline number narrow(float x) { return x; }
 #endif
 
-static inline void prefetch(const number *from, int count) {
-    for (int d = 0; d < count; d += 64 / (int)sizeof(number)) __builtin_prefetch(from + d);
+// From memory into the second cache: the nearest one waits for fewer lines at a time than memory can deliver.
+static inline void fetch(const number *from, int count) {
+    for (int d = 0; d < count; d += 64 / (int)sizeof(number)) __builtin_prefetch(from + d, 0, 2);
 }
 
-static inline float sum_lanes(vec x) {
+static inline void fetch_near(const number *from, int count) {
+    for (int d = 0; d < count; d += 64 / (int)sizeof(number)) __builtin_prefetch(from + d, 0, 3);
+}
+
+// The sum of the lanes of each of LANES vectors, which are overwritten: lane i is that of vector i. A step with a width
+// adds the halves of each block of 2 * width lanes, and puts those of vector i + width behind those of vector i.
+#define LANE(i, width) (i) - (i) % (2 * (width)) + (i) % (width) + ((i) & (width) ? LANES : 0)
+#define TWO(i, width, more) LANE(i, width) + more, LANE(i + 1, width) + more
+#define FOUR(i, width, more) TWO(i, width, more), TWO(i + 2, width, more)
 #if LANES == 16
-    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+#define ALL(width, more) FOUR(0, width, more), FOUR(4, width, more), FOUR(8, width, more), FOUR(12, width, more)
 #elif LANES == 8
-    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+#define ALL(width, more) FOUR(0, width, more), FOUR(4, width, more)
+#else
+#define ALL(width, more) FOUR(0, width, more)
 #endif
-    return (x[0] + x[1]) + (x[2] + x[3]);
+#define STEP(width)                                                                     \
+    for (int i = 0; i < width; i++)                                                     \
+        of[i] = __builtin_shufflevector(of[i], of[i + width], ALL(width, 0)) +          \
+                __builtin_shufflevector(of[i], of[i + width], ALL(width, width));
+
+static inline vec sum_each(vec *of) {
+#if LANES == 16
+    STEP(8)
+#endif
+#if LANES >= 8
+    STEP(4)
+#endif
+    STEP(2)
+    STEP(1)
+    return of[0];
 }
 
 // exp(x) for x <= 0 with the polynomial of Cephes' expf, to 2e-7 of it; 0 below -87, where fp32 becomes denormal.
@@ -148,28 +173,35 @@ static void attend(const number *query, const number *key, const number *value, 
         const int64_t *at = slots[turn], *next = slots[!turn];
         following = take(lists, page_size, slots[!turn]);
         float weights[GROUP][BLOCK]; // first the logits
-        for (int i = 0; i < count; i++) {
-            const number *k = key + at[i] * KEY_DIM;
-            prefetch(value + at[i] * VALUE_DIM, VALUE_DIM);
-            vec logits[GROUP];
-            memset(logits, 0, sizeof logits);
-            for (int d = 0; d < KEY_DIM / LANES; d += 2) {
-                vec first, second;
-                load(k + d * LANES, &first, &second);
-                for (int g = 0; g < GROUP; g++) {
-                    logits[g] += first * scaled[g][d];
-                    logits[g] += second * scaled[g][d + 1];
+        int padded = (count + LANES - 1) / LANES * LANES;
+        for (int start = 0; start < padded; start += LANES) {
+            vec logits[GROUP][LANES];
+            for (int i = 0; i < LANES; i++) {
+                int place = start + i < count ? start + i : count - 1;
+                if (place + AHEAD < count) fetch_near(key + at[place + AHEAD] * KEY_DIM, KEY_DIM);
+                fetch(value + at[place] * VALUE_DIM, VALUE_DIM);
+                const number *k = key + at[place] * KEY_DIM;
+                vec products[GROUP];
+                memset(products, 0, sizeof products);
+                for (int d = 0; d < KEY_DIM / LANES; d += 2) {
+                    vec first, second;
+                    load(k + d * LANES, &first, &second);
+                    for (int g = 0; g < GROUP; g++) {
+                        products[g] += first * scaled[g][d];
+                        products[g] += second * scaled[g][d + 1];
+                    }
                 }
+                for (int g = 0; g < GROUP; g++) logits[g][i] = products[g];
             }
-            for (int g = 0; g < GROUP; g++) weights[g][i] = sum_lanes(logits[g]);
+            for (int g = 0; g < GROUP; g++) *(unaligned_vec *)(weights[g] + start) = sum_each(logits[g]);
         }
         for (int g = 0; g < GROUP; g++) {
             float most = highest[g], added = 0;
-            for (int i = count; i < BLOCK; i++) weights[g][i] = LOWEST;
+            for (int i = count; i < padded; i++) weights[g][i] = LOWEST;
 #pragma omp simd reduction(max : most)
-            for (int i = 0; i < BLOCK; i++) most = weights[g][i] > most ? weights[g][i] : most;
+            for (int i = 0; i < padded; i++) most = weights[g][i] > most ? weights[g][i] : most;
 #pragma omp simd reduction(+ : added)
-            for (int i = 0; i < BLOCK; i++) {
+            for (int i = 0; i < padded; i++) {
                 weights[g][i] = exponential(weights[g][i] - most);
                 added += weights[g][i];
             }
@@ -183,7 +215,8 @@ static void attend(const number *query, const number *key, const number *value, 
             memset(added, 0, sizeof added);
             for (int i = 0; i < count; i++) {
                 const number *v = value + at[i] * VALUE_DIM + tile;
-                if (tile == 0 && i < following) prefetch(key + next[i] * KEY_DIM, KEY_DIM);
+                if (tile == 0 && i < following) fetch(key + next[i] * KEY_DIM, KEY_DIM);
+                if (tile == 0 && i + AHEAD < count) fetch_near(value + at[i + AHEAD] * VALUE_DIM, VALUE_DIM);
                 for (int d = 0; d < TILE / LANES; d += 2) {
                     vec first, second;
                     load(v + d * LANES, &first, &second);
