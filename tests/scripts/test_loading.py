@@ -1,0 +1,39 @@
+"""The memory of a command's process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys
+import torch
+from tenure.scripts.loading import keep_freed_memory
+if sys.argv[1:] == ["kept"]:
+    keep_freed_memory()
+numbers = 2**24  # 64 MiB, of which glibc keeps nothing by default
+def faults():
+    torch.ones(numbers)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first, before, after = faults(), faults(), faults()
+print(after - before)
+"""
+
+
+GLIBC = sys.platform == "linux" and "glibc" in (os.confstr("CS_GNU_LIBC_VERSION") or "")
+
+
+@pytest.mark.skipif(not GLIBC, reason="needs glibc")
+def test_a_tensor_takes_the_memory_of_the_one_before() -> None:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def pages(*arguments: str, **environment: str) -> int:
+        command = [sys.executable, "-c", FAULTS, *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**plain, **environment})
+        return int(done.stdout)
+
+    assert pages() > 1000 > 100 > pages("kept")
+    assert pages("kept", MALLOC_MMAP_THRESHOLD_="131072") > 1000  # what the user has set holds
