@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"  # of the checkout; a wheel has them in tenure/
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's names of these settings for mallopt
-KEPT_BYTES = 2**30  # of the largest tensor whose memory the process keeps
+LARGEST_KEPT, MOST_KEPT = 2**25, 2**27  # bytes of one freed tensor, glibc's own upper limit; of all of them
 
 
 @contextlib.contextmanager
@@ -94,17 +94,17 @@ def load_model(
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory of freed CPU tensors for the next ones, where the C library is glibc.
+    """Lets this process keep up to 128 MiB of freed CPU tensors for the next ones, where the C library is glibc.
 
-    By default glibc returns every block of 32 MiB or more to the system, which clears it page by page for the next
-    layer: several times as slow as writing to it. Settings of the environment (`MALLOC_…`, glibc's manual, "Malloc
-    Tunable Parameters") take precedence.
+    By default glibc soon returns freed memory to the system, which clears it page by page for the tensors of the next
+    layer: a few percent of a prefill. Tensors above 32 MiB are returned at once, as by default. Settings of the
+    environment (`MALLOC_…`, glibc's manual, "Malloc Tunable Parameters") take precedence.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
         return
-    mallopt(MMAP_THRESHOLD, KEPT_BYTES)
-    mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
+    mallopt(TRIM_THRESHOLD, MOST_KEPT)
 
 
 def _model_class(source: str | Path, revision: str | None) -> Any:
