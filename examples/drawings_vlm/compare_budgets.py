@@ -4,8 +4,9 @@ Prints, by the modality of the asked item, the share of right answers, the KL to
 intervals, and what was kept of the entries of images and of text. Three tasks ask about a picture and one about a note,
 which has three times as many cases, so that both modalities have equally many.
 
-Records go to a JSONL file as they are made; `--table FILE` prints the table of such a file again. `--against FILE`
-prints what these gates change against those of the other file, paired by case.
+Records go to a JSONL file as they are made; `--table FILE` prints the table of such a file again, and of several that
+were joined, with seeds of their own. `--against FILE` prints what these gates change against those of the other file,
+paired by case.
 """
 
 from __future__ import annotations
@@ -60,14 +61,18 @@ def measure(options: argparse.Namespace) -> None:
         evaluate(model, tokenizer, cases, cells, gates, progress=write, inspect=inspect, together=3)
 
 
+def case_of(record: dict[str, Any]) -> tuple[str, int, int]:
+    return record["task"], record["seed"], record["index"]
+
+
 def by_cell(records: Rows) -> dict[str, dict[tuple[str, float], Rows]]:
     """For each modality the records of each scope and budget, of the cases that have all of them, in the same order."""
     cells = sorted({(r["scope"], r["budget"]) for r in records}, key=lambda cell: (cell[0] != "none", -cell[1], cell))
     done: dict[Any, int] = {}
     for r in records:
-        done[r["task"], r["index"]] = done.get((r["task"], r["index"]), 0) + 1
-    whole = [r for r in records if done[r["task"], r["index"]] == len(cells)]
-    whole.sort(key=lambda r: (r["task"], r["index"]))
+        done[case_of(r)] = done.get(case_of(r), 0) + 1
+    whole = [r for r in records if done[case_of(r)] == len(cells)]
+    whole.sort(key=case_of)
     return {
         name: {cell: [r for r in whole if r["task"] in tasks and (r["scope"], r["budget"]) == cell] for cell in cells}
         for name, tasks in MODALITIES.items()
@@ -99,8 +104,8 @@ def changes(records: Rows, before: Rows) -> str:
     old, new = by_cell(before), by_cell(records)
     for name, cells in new.items():
         for cell, rows in cells.items():
-            others = {(r["task"], r["index"]): r for r in old[name].get(cell, [])}
-            pairs = [(r, others[r["task"], r["index"]]) for r in rows if (r["task"], r["index"]) in others]
+            others = {case_of(r): r for r in old[name].get(cell, [])}
+            pairs = [(r, others[case_of(r)]) for r in rows if case_of(r) in others]
             if cell[0] == "none" or not pairs:
                 continue
 
