@@ -143,7 +143,7 @@ class NoRotation(Rotary):
         return mean, covariance
 
 
-class _Queries(Interceptor):
+class QueryProbe(Interceptor):
     """Keeps the queries of every full-attention layer, fp32 `(1, num_heads, n, head_dim)`."""
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ def find_rotary(model: PreTrainedModel, layers: list[AttentionLayer]) -> Rotary 
     shift = torch.tensor([13, 17, 19], device=count.device)[: len(positions), None, None] if rotary.axes else 13
     runs = []
     for place in (positions, positions + shift):
-        queries = _Queries()
+        queries = QueryProbe()
         with intercept(model, queries, layers):
             decoder(input_ids=ids, position_ids=place, use_cache=False)
         runs.append((place, queries.found))

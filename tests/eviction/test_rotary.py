@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tenure.eviction import ExpectedAttention, evict
-from tenure.eviction.model_adapters import ROTARY_TYPES, _Queries, find_rotary
+from tenure.eviction.model_adapters import ROTARY_TYPES, QueryProbe, find_rotary
 from tenure.retention.decoder_layers import full_attention_layers
 from tenure.retention.seams import intercept
 from tenure.scripts.bench.tiny_models import TEXT_ARCHITECTURES, Architecture
@@ -51,7 +51,7 @@ def test_scores_equal_the_formula(name: str) -> None:
     """Of the first full-attention layer, before which no layer knows positions: its queries are those at position 0."""
     model, inputs = built(name)
     mask, policy = inputs["attention_mask"].bool(), ExpectedAttention(future=FUTURE, epsilon=0.01)
-    layers, before = full_attention_layers(model), _Queries()
+    layers, before = full_attention_layers(model), QueryProbe()
     first = layers[0].layer_idx
     axes = (3,) if name in VISION_MODELS else ()
     with intercept(model, before, layers):
@@ -85,7 +85,7 @@ def test_scores_equal_the_formula(name: str) -> None:
 @torch.no_grad()
 def test_layers_without_rope_are_found(name: str) -> None:
     model, inputs = built(name)
-    layers, seen = full_attention_layers(model), _Queries()
+    layers, seen = full_attention_layers(model), QueryProbe()
     rotary = find_rotary(model, layers)
     assert rotary is not None and model.config.model_type not in ROTARY_TYPES
     without = [layer.layer_idx for layer in layers if rotary.of_layer(layer.layer_idx) is not rotary]
@@ -112,7 +112,7 @@ def test_the_average_is_that_of_the_models_own_queries(name: str) -> None:
     rotary = find_rotary(model, layers)
     assert rotary is not None and rotary.of_layer(1) is rotary
     for position in range(17, 22):
-        queries = _Queries()
+        queries = QueryProbe()
         with intercept(model, queries, layers):
             model(input_ids=torch.tensor([[9]]), position_ids=torch.full((1, 1), position), use_cache=False)
         runs.append(queries.found)
