@@ -196,7 +196,7 @@ def model_class() -> type[EvictingChat]:
     """
     try:
         from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
-        from loguru import logger as shown  # lmms-eval's, which shows on stderr what it is given
+        from loguru import logger as shown  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f"the model type 'tenure' needs lmms-eval: pip install lmms-eval ({error})") from error
     own = {"__module__": __name__, "__doc__": EvictingChat.__doc__, "_log": staticmethod(shown.info)}
