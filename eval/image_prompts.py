@@ -49,16 +49,26 @@ def image_prompt(processor: Any, parts: Sequence[Part], question: str = "") -> I
     Raises:
         ValueError: no chat template, one that drops the text, or text that spells the placeholder of an image.
     """
+    return conversation_prompt(processor, [("user", parts)], question)
+
+
+def conversation_prompt(processor: Any, turns: Sequence[tuple[str, Sequence[Part]]], question: str = "") -> ImagePrompt:
+    """As `image_prompt`, of a conversation: roles and parts of its turns, the last of which ends with `question`."""
+    parts = [part for _, given in turns for part in given]
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"prompts with images need a chat template, which this {type(processor).__name__} has not")
     token = str(getattr(processor, "image_token", "<image>"))
     for text in [*(part for part in parts if isinstance(part, str)), question]:
         if token in text:
             raise ValueError(f"got a text with {token!r}, which stands for an image; give images apart from the text")
-    content: list[dict[str, str]] = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts
+    chat: list[dict[str, Any]] = [
+        {
+            "role": role,
+            "content": [{"type": "text", "text": one} if isinstance(one, str) else {"type": "image"} for one in given],
+        }
+        for role, given in turns
     ]
-    chat = [{"role": "user", "content": [*content, {"type": "text", "text": _SLOT}]}]
+    chat[-1]["content"].append({"type": "text", "text": _SLOT})
     rendered = str(processor.apply_chat_template(chat, add_generation_prompt=True))
     before, found, after = rendered.partition(_SLOT)
     if not found:

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,31 @@ from typing import Any
 import numpy as np
 
 from ..eviction import RaggedCache
+from ..eviction.modalities import MODALITIES, modality_labels
+from ..eviction.protected_tokens import TokenRanges
 from ..retention.checkpoint import write_atomic
-from .cases import Case
 
 _SLOT = "__DATA__"
+
+
+@dataclass(frozen=True)
+class PageDocument:
+    """The document of a page.
+
+    Attributes:
+        texts: the text of each token, see `token_texts`; images' tokens are shown as squares.
+        question: asked after the compression; may be empty.
+        answer: the right one; None if it is not known.
+        facts: token ranges of planted sentences, the asked one first.
+        modalities: token ranges by modality, see `modality_ranges`. With images among them the page shows what every
+            layer and head kept of each modality.
+    """
+
+    texts: Sequence[str]
+    question: str = ""
+    answer: str | None = None
+    facts: Sequence[tuple[int, int]] = ()
+    modalities: Mapping[str, TokenRanges] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -28,47 +49,46 @@ class PagePolicy:
         label: name on the page.
         mask: bool `(layers, heads, tokens)`, see `kept_mask`.
         prediction: the generated answer.
-        correct: whether it was accepted.
-        kl: KL to the full cache in nats.
+        correct: whether it was accepted; None if nobody knows.
+        kl: KL to the full cache in nats; None if it was not measured.
     """
 
     label: str
     mask: np.ndarray
     prediction: str
-    correct: bool
-    kl: float
+    correct: bool | None = None
+    kl: float | None = None
 
 
 def save_token_page(
-    path: str | os.PathLike, case: Case, texts: Sequence[str], policies: Sequence[PagePolicy], subtitle: str
+    path: str | os.PathLike, document: PageDocument, policies: Sequence[PagePolicy], subtitle: str
 ) -> None:
     """Writes one self-contained HTML file, in one step: no request leaves the page.
 
     Args:
-        texts: the text of each context token, see `token_texts`.
         policies: the first one is shown first.
         subtitle: one line under the title, e.g. model and budget.
 
     Raises:
-        ValueError: masks, texts and context differ in length, or there is no policy.
+        ValueError: a mask is not of the document's tokens, or there is no policy.
     """
     if not policies:
         raise ValueError("the page needs at least one policy")
+    tokens = len(document.texts)
     for policy in policies:
-        if policy.mask.shape[-1] != case.length or len(texts) != case.length:
-            raise ValueError(
-                f"the page got {len(texts)} token texts and a mask of {policy.mask.shape[-1]} tokens for a context of "
-                f"{case.length}"
-            )
+        if policy.mask.shape[-1] != tokens:
+            raise ValueError(f"the page got a mask of {policy.mask.shape[-1]} tokens for a document of {tokens}")
     layers, heads, _ = policies[0].mask.shape
     data = {
         "subtitle": subtitle,
-        "texts": list(texts),
-        "facts": [list(span) for span in case.facts],
-        "question": case.question,
-        "answer": case.answer,
+        "texts": list(document.texts),
+        "facts": [list(span) for span in document.facts],
+        "question": document.question,
+        "answer": document.answer,
         "layers": layers,
         "heads": heads,
+        "modalities": MODALITIES if len(document.modalities) > 1 else [],
+        "modalityOf": modality_labels(document.modalities, tokens).tolist() if len(document.modalities) > 1 else [],
         "policies": [_policy(policy) for policy in policies],
     }
     template = files(__package__ or "tenure.eval").joinpath("token_page.html").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from .forward_state import ForwardStep
 from .model_adapters import Rotary
 from .recorded import QueryStatistics, RecordedInputs
 from .storage.attention import ragged_attention
-from .storage.dense_attention import explicit_attention, latent_attention
+from .storage.dense_attention import latent_attention
 from .storage.paged_store import store_class
 from .storage.segment_store import SegmentStore, is_frozen
 
@@ -198,10 +198,7 @@ class RaggedLayer(CacheLayerMixin):
             expand: Any = self.attention.module.expand_kv  # a part of the model, in its dtype, or autocast's
             return latent_attention(store, expand, query, scaling, step)
         with without_autocast(query.device):
-            query = query.to(store.key.dtype)
-            if softmax.ordinary:
-                return ragged_attention(store, query, scaling, step)
-            return explicit_attention(store, query, scaling, step, softmax)
+            return ragged_attention(store, query.to(store.key.dtype), scaling, step, softmax)
 
     def _observe_step(self, query: torch.Tensor, step: ForwardStep) -> None:
         """Records and observes the queries of the running forward, the deferred ones later."""

@@ -145,10 +145,10 @@ class LayerView:
 
     @property
     def rotary(self) -> Rotary:
-        """The model's rotation of queries; for policies that need `query_statistics`."""
+        """The rotation of the layer's queries; for policies that need `query_statistics`."""
         rotary = self._layer.observers.rotary
         assert rotary is not None, "the policy needs query statistics and the session records them"
-        return rotary
+        return rotary.of_layer(self._layer.layer_idx)
 
     @cached_property
     def _newest(self) -> torch.Tensor:

@@ -79,19 +79,32 @@ class ModalityKept:
     Attributes:
         modality: its name.
         tokens: tokens of the prompt and what was generated.
-        entries: their entries now, in all layers and heads.
-        full_entries: the entries of a cache that evicts nothing.
+        heads: for each layer that evicts the entries that each head kept of them.
     """
 
     modality: str
     tokens: int
-    entries: int
-    full_entries: int
+    heads: tuple[tuple[int, ...], ...]
+
+    @property
+    def entries(self) -> int:
+        """Their entries now, in all layers and heads."""
+        return sum(map(sum, self.heads))
+
+    @property
+    def full_entries(self) -> int:
+        """The entries of a cache that evicts nothing."""
+        return self.tokens * sum(map(len, self.heads))
 
     @property
     def kept_share(self) -> float:
         """`entries / full_entries`."""
         return self.entries / self.full_entries if self.full_entries else 1.0
+
+    @property
+    def head_shares(self) -> torch.Tensor:
+        """float64 `(layers, heads)`: the share of the tokens that each head kept."""
+        return torch.tensor(self.heads, dtype=torch.float64) / max(1, self.tokens)
 
 
 def kept_by_modality(cache: RaggedCache, ranges: Mapping[str, TokenRanges], row: int = 0) -> list[ModalityKept]:
@@ -100,20 +113,16 @@ def kept_by_modality(cache: RaggedCache, ranges: Mapping[str, TokenRanges], row:
     Args:
         ranges: of the row, see `modality_ranges`; tokens in no range (those generated since) count as text.
     """
-    tokens = int(cache.tokens_seen[row])
-    labels = modality_labels(ranges, tokens)
-    names = [name for name in MODALITIES if name in ranges or (name == TEXT and bool((labels == 0).any()))]
-    counts = torch.zeros(len(MODALITIES), dtype=torch.long)
-    segments = 0
-    for layer in cache.ragged:
-        for positions in cache.kept(layer.layer_idx)[row]:
-            counts += labels[positions.cpu()].bincount(minlength=len(MODALITIES))
-            segments += 1
-    present = labels.bincount(minlength=len(MODALITIES))
+    labels = modality_labels(ranges, int(cache.tokens_seen[row]))
+    present = labels.bincount(minlength=len(MODALITIES)).tolist()
+    layers = [
+        [labels[positions.cpu()].bincount(minlength=len(MODALITIES)).tolist() for positions in kept]
+        for kept in (cache.kept(layer.layer_idx)[row] for layer in cache.ragged)
+    ]
     return [
-        ModalityKept(name, int(present[place]), int(counts[place]), int(present[place]) * segments)
+        ModalityKept(name, present[place], tuple(tuple(head[place] for head in heads) for heads in layers))
         for place, name in enumerate(MODALITIES)
-        if name in names
+        if name in ranges or (name == TEXT and present[place])
     ]
 
 

@@ -1,4 +1,4 @@
-"""Parts of a model that policies read: its rotary embedding (`Rotary`) and a layer's output projection W_O."""
+"""Parts of a model that policies read: the rotation of its queries (`Rotary`) and a layer's output projection W_O."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..retention.continuation import TOKENS, check_token_ids, same_states
 from ..retention.decoder_layers import (
     AttentionLayer,
     execution_device,
@@ -19,16 +20,20 @@ from ..retention.decoder_layers import (
     text_config,
     text_decoder,
 )
+from ..retention.seams import AttentionCall, Interceptor, intercept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Model types whose attention code was reviewed: every full-attention layer rotates the whole query by
-# `apply_rotary_pos_emb(q, k, cos, sin)` with the decoder's `rotary_emb` and one position a token.
+# `apply_rotary_pos_emb(q, k, cos, sin)` with the decoder's `rotary_emb` and one position a token. Others are tried out
+# (`find_rotary`), except for kvpress's presses, which compute queries and rotations by themselves.
 ROTARY_TYPES = ("gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
 
+MROPE_AXES = 3  # time, height and width
+
 # Names of the output projection in attention modules.
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
 # Kinds of RoPE whose frequencies depend on the length of the input, so that a prompt's chunks would get others.
 LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
 
@@ -45,8 +50,8 @@ def rope_type(parameters: Mapping[str, Any]) -> str:
     return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
-def rotates_queries(model: PreTrainedModel) -> bool:
-    """Whether `Rotary` supports the way `model` rotates its queries."""
+def is_rotary_reviewed(model: PreTrainedModel) -> bool:
+    """Whether the way `model` rotates its queries is one that `ROTARY_TYPES` names."""
     return text_config(model).model_type in ROTARY_TYPES
 
 
@@ -54,22 +59,38 @@ class Rotary:
     """The rotation R(p) that a model gives the query at position p, through the model's own functions.
 
     R is linear in its cosines and sines, so the inverse and the average over positions are rotations with other cosines
-    and sines, for whichever pairs of channels a model rotates.
+    and sines, for whichever pairs of channels a model rotates. Channels behind the cosines' are left as they are
+    (partial rotary). With M-RoPE a token has three positions, of which text behind the prompt has three equal ones.
+
+    Args:
+        unrotated: layers that do not rotate their queries (NoPE).
+    Attributes:
+        axes: positions of a token: 3 with M-RoPE, else 0, for one without an axis of its own.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        assert rotates_queries(model), "the session has checked the model"
+    def __init__(self, model: PreTrainedModel, unrotated: frozenset[int] = frozenset()) -> None:
+        self._unrotated = unrotated
         # A copy: the module may rescale its frequencies for positions beyond those that the model has seen.
-        self._embedding: Any = copy.deepcopy(text_decoder(model).rotary_emb)
+        self._embedding: Any = copy.deepcopy(getattr(text_decoder(model), "rotary_emb", None))
         module = full_attention_layers(model)[0].module
-        self._apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = sys.modules[
-            type(module).__module__
-        ].apply_rotary_pos_emb
-        typed = "layer_type" in inspect.signature(self._embedding.forward).parameters
+        functions = sys.modules[type(module).__module__]
+        self._apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = getattr(functions, "apply_rotary_pos_emb", None)  # type: ignore[assignment]
+        forward = getattr(self._embedding, "forward", None)
+        typed = forward is not None and "layer_type" in inspect.signature(forward).parameters
         self._layer_type = {"layer_type": "full_attention"} if typed else {}
+        self.axes = MROPE_AXES if any("mrope_section" in each for each in rope_parameters(text_config(model))) else 0
+
+    def of_layer(self, layer_idx: int) -> Rotary:
+        """The rotation of a layer's queries."""
+        return NoRotation() if layer_idx in self._unrotated else self
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, fp32 `(batch, n, rotary_dim)`, of int64 `positions` `(batch, n)`."""
+        """Cosines and sines, fp32 `(batch, n, rotary_dim)`, of int64 `positions` `(batch, n)`, or three with M-RoPE."""
+        if self._embedding is None:
+            none = torch.empty(*positions.shape[-2:], 0, device=positions.device)
+            return none, none
+        if self.axes and positions.ndim == 2:
+            positions = positions.expand(self.axes, -1, -1)
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
         cos, sin = self._embedding(like, positions, **self._layer_type)
         return cos.to(positions.device), sin.to(positions.device)  # from where accelerate computes them
@@ -101,7 +122,80 @@ class Rotary:
         return rotated, covariance
 
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return self._apply(x, x[:, :1], cos, sin)[0]
+        rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        if not rest.shape[-1]:
+            return self._apply(x, x[:, :1], cos, sin)[0]
+        return torch.cat([self._apply(rotated, rotated[:, :1], cos, sin)[0], rest], -1)
+
+
+class NoRotation(Rotary):
+    """Of layers that do not rotate their queries."""
+
+    def __init__(self) -> None:
+        pass
+
+    def undo(self, queries: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return queries.float()
+
+    def average(
+        self, mean: torch.Tensor, covariance: torch.Tensor, start: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return mean, covariance
+
+
+class QueryProbe(Interceptor):
+    """Keeps the queries of every full-attention layer, fp32 `(1, num_heads, n, head_dim)`."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, torch.Tensor] = {}
+
+    def begin(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return kwargs
+
+    def call(self, layer: AttentionLayer, hidden_states: torch.Tensor) -> AttentionCall:
+        def keep(base: AttentionCall, module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.found[layer.layer_idx] = query.float()
+            return base(module, query, *args, **kwargs)
+
+        return keep
+
+
+@torch.no_grad()
+def find_rotary(model: PreTrainedModel, layers: list[AttentionLayer]) -> Rotary | None:
+    """The rotation of a model's queries; None if they are not rotated by its own `rotary_emb` and function.
+
+    Models that are not among `ROTARY_TYPES` read a few tokens twice, at positions that differ by a constant: every
+    layer's queries before RoPE are the same both times, and so are those of a layer without RoPE. With M-RoPE the
+    constant is another for each axis, and each axis counts in another way.
+    """
+    if is_rotary_reviewed(model):
+        return Rotary(model)
+    decoder: Any = text_decoder(model)
+    config = text_config(model)
+    scaled = any("llama_4_scaling_beta" in each for each in rope_parameters(config))  # by position, far from 0
+    scaled |= bool(getattr(config, "attn_temperature_tuning", False))
+    if scaled or "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return None
+    rotary = Rotary(model)
+    ids, count = check_token_ids(model, TOKENS), torch.arange(TOKENS, device=execution_device(model))
+    positions = torch.stack([count, 2 * count, count // 2])[:, None] if rotary.axes else count[None]
+    shift = torch.tensor([13, 17, 19], device=count.device)[: len(positions), None, None] if rotary.axes else 13
+    runs = []
+    for place in (positions, positions + shift):
+        queries = QueryProbe()
+        with intercept(model, queries, layers):
+            decoder(input_ids=ids, position_ids=place, use_cache=False)
+        runs.append((place, queries.found))
+    (_, first), (_, second) = runs
+    unrotated = frozenset(index for index, states in first.items() if same_states(second[index], states))
+    for index in first.keys() - unrotated:
+        try:
+            states, again = (rotary.undo(found[index], rotary.angles(place)) for place, found in runs)
+        except (RuntimeError, TypeError, ValueError):  # no such function, or one of other arguments
+            return None
+        if states.shape != first[index].shape or not same_states(again, states):
+            return None
+    return Rotary(model, unrotated)
 
 
 def has_output_weight(layer: AttentionLayer) -> bool:

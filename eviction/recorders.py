@@ -57,8 +57,10 @@ class Observers:
             ValueError: position ids of another shape.
         """
         if self.rotary is not None:
-            positions = _rope_positions(step, position_ids, columns, "statistics of the queries need")
-            step.rope_positions, step.angles = positions, self.rotary.angles(positions)
+            axes, purpose = self.rotary.axes, "statistics of the queries need"
+            positions = _rope_positions(step, position_ids, columns, purpose, axes)
+            step.angles = self.rotary.angles(positions)
+            step.rope_positions = positions.amax(0) if axes else positions
 
     def observe(self, layer: RaggedLayer, queries: torch.Tensor, step: ForwardStep) -> None:
         """Updates a layer from its post-RoPE queries `(batch, num_heads, step.q_len, head_dim)`.
@@ -90,7 +92,7 @@ class Observers:
         positions, angles = step.rope_positions, step.angles
         assert self.rotary is not None and positions is not None and angles is not None, "begin came first"
         batch, num_heads, q_len, head_dim = queries.shape
-        statistics = layer.statistics
+        statistics, rotary = layer.statistics, self.rotary.of_layer(layer.layer_idx)
         if statistics is None:
             statistics = QueryStatistics.empty(batch, num_heads, head_dim, queries.device)
         real = positions if step.valid is None else positions.masked_fill(~step.valid, -1)
@@ -102,20 +104,29 @@ class Observers:
         chunk = self.statistics.chunk
         for start in range(0, q_len, chunk):
             part = slice(start, start + chunk)
-            unrotated = self.rotary.undo(queries[:, :, part], (angles[0][:, part], angles[1][:, part]))
+            unrotated = rotary.undo(queries[:, :, part], (angles[0][:, part], angles[1][:, part]))
             statistics = statistics.updated(unrotated, counts[:, part], after)
         return statistics
 
 
-def _rope_positions(step: ForwardStep, given: torch.Tensor | None, columns: int, purpose: str) -> torch.Tensor:
-    """int64 `(batch, q_len)`: the position ids as given to the model, or its default, which counts columns."""
+def _rope_positions(
+    step: ForwardStep, given: torch.Tensor | None, columns: int, purpose: str, axes: int = 0
+) -> torch.Tensor:
+    """int64 `(batch, q_len)`: the position ids as given to the model, or its default, which counts columns.
+
+    Args:
+        axes: of M-RoPE: then the result is `(axes, batch, q_len)`, and ids may be given for each axis, behind the
+            tokens' indices or without them.
+    """
     batch, q_len = step.positions.shape
     device = step.positions.device
     if given is None:
         given = torch.arange(columns, columns + q_len, device=device).unsqueeze(0)
-    elif given.ndim != 2 or given.shape[1] != q_len:
+    apart = axes > 0 and given.ndim == 3 and len(given) in (axes, axes + 1)
+    if (given.ndim != 2 and not apart) or given.shape[-1] != q_len:
         raise ValueError(f"{purpose} position_ids (batch, {q_len}), got {tuple(given.shape)}")
-    return given.to(device).long().expand(batch, q_len)
+    own = given[-axes:] if apart else given
+    return own.to(device).long().expand(*((axes,) if axes else ()), batch, q_len)
 
 
 class InputRecorder:

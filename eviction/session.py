@@ -34,10 +34,11 @@ from .model_adapters import (
     OUTPUT_PROJECTIONS,
     ROTARY_TYPES,
     Rotary,
+    find_rotary,
     has_output_weight,
+    is_rotary_reviewed,
     rope_parameters,
     rope_type,
-    rotates_queries,
 )
 from .mrope import RopeDeltas
 from .packed import PackedCache
@@ -97,7 +98,7 @@ class Session(Interceptor):
         self._gates = None
         if gates is not None and "log_beta" in self._needs:
             self._gates = LayerGates(gates, self._devices, self.shards)
-        self.observers = Observers(policies, Rotary(model) if "query_statistics" in self._needs else None)
+        self.observers = Observers(policies, self._find_rotary())
         self._recorder = InputRecorder(Rotary(model) if "hidden_states" in self._needs else None)
         self.recording = Recording(
             model=model, gates=gates, policies=policies, window_size=self.window_size, observers=self.observers,
@@ -144,6 +145,19 @@ class Session(Interceptor):
                 f"policy {name!r} needs gates: give gates=RetentionGates.from_pretrained(folder), or the folder; "
                 "`tenure train` trains them. Other policies, such as 'snapkv', need none"
             )
+
+    def _find_rotary(self) -> Rotary | None:
+        """The rotation of the model's queries, if a policy needs it; UnsupportedModelError if it is not known."""
+        policy = next((policy for policy in self.policies if "query_statistics" in policy.needs), None)
+        if policy is None:
+            return None
+        rotary = find_rotary(self.model, list(self._layers.values()))
+        if rotary is None:
+            raise UnsupportedModelError(
+                f"policy {policy.name!r} does not support {type(self.model).__name__}: it needs queries before RoPE, "
+                f"and models of type {self._config.model_type!r} do not rotate them by their decoder's rotary embedding"
+            )
+        return rotary
 
     @property
     def layout(self) -> BudgetLayout:
@@ -451,7 +465,7 @@ def check_model_has(policy: Policy, model: PreTrainedModel, layers: Iterable[Att
         reason = "keys and values of every head, where this model's cache holds one latent for all of them"
     elif softmaxes and (policy.observes or policy.needs & {"queries", "query_statistics", "hidden_states"}):
         reason = f"the weights of an ordinary softmax, where this model's attention has {softmaxes.pop()}"
-    elif policy.needs & {"query_statistics", "hidden_states"} and not rotates_queries(model):
+    elif "hidden_states" in policy.needs and not is_rotary_reviewed(model):
         reason = (
             f"queries before RoPE, which are known for the model types {', '.join(ROTARY_TYPES)}; this one is "
             f"{text_config(model).model_type!r}"

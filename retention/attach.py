@@ -111,7 +111,9 @@ def _require_one_device(model: PreTrainedModel, layers: list[AttentionLayer]) ->
         raise ValueError(f"got {kind} in tensor parallel; accepted by attach(): a model whose process has all heads")
     if len(devices) > 1:
         kind = type(plain_model(model)).__name__
-        raise ValueError(f"got {kind} on {', '.join(devices)}; accepted by attach(): a model on one device")
+        raise ValueError(
+            f"got {kind} on {', '.join(devices)}; accepted by attach(): a model on one device, or divided by FSDP2"
+        )
 
 
 def _for_heads(per_entry: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -421,7 +421,7 @@ class KeptPictures:
         """Writes kept.png and kept.html, or nothing if none of the pictured policies ran."""
         import numpy as np
 
-        from ..eval.pictures import save_heat_map, save_token_page
+        from ..eval.pictures import PageDocument, save_heat_map, save_token_page
         from ..eval.prompts import token_texts
         from ..eval.summary import budget_text
 
@@ -434,12 +434,14 @@ class KeptPictures:
             files.append(folder / "kept.png")
         if self._case is not None:
             policies = [self._on_page(name, records) for name in ON_THE_PAGE if name in self._masks]
-            texts = token_texts(tokenizer, list(self._case.context_ids))
+            case = self._case
+            texts = token_texts(tokenizer, list(case.context_ids))
             subtitle = (
                 f"{settings['model']}, {self.length} tokens, {budget_text(self.budget)} of the cache kept, compressed "
                 "before the question was known"
             )
-            save_token_page(folder / "kept.html", self._case, texts, policies, subtitle)
+            document = PageDocument(texts, case.question, case.answer, case.facts)
+            save_token_page(folder / "kept.html", document, policies, subtitle)
             files.append(folder / "kept.html")
         return files
 

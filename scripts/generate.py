@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from .loading import Dtype, load_model, load_processor
-from .output import make_console
+from .output import WrittenFile, make_console
 
 if TYPE_CHECKING:
     import torch
 
-    from ..eviction import Session
+    from ..eviction import ModalityKept, Session
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0  # beyond, logits over it are no numbers in fp16, or all the same
 SMALL_BUDGET = 100  # a whole number up to it may be meant as a percentage
@@ -79,6 +79,10 @@ class GenerateConfig:
     """Seed for sampling."""
     raw: bool = False
     """Continue the prompt as given, without the model's chat template."""
+    heat_map: Annotated[Path | None, WrittenFile((".png",), extra="demo"), tyro.conf.arg(metavar="FILE")] = None
+    """Draw what each layer and head kept, as a PNG; with images, of each modality."""
+    page: Annotated[Path | None, WrittenFile((".html",)), tyro.conf.arg(metavar="FILE")] = None
+    """Write an HTML page that shades every token by the heads that kept it."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is the GPU if there is one."""
     dtype: Dtype = "auto"
@@ -140,8 +144,10 @@ def main(config: GenerateConfig) -> int:
         options["token_floors"] = [] if config.image_floor is None else [(tokens_of_images, config.image_floor)]
     with evict(model, gates=gates.to(model.device) if gates else None, **options) as session:
         started = time.perf_counter()
-        tokens = _stream(config, model, tokenizer, session, context, rest, further)
-        _show(config, session, tokens, time.perf_counter() - started, ranges)
+        ids = _stream(config, model, tokenizer, session, context, rest, further)
+        new = len(ids) - len(context) - len(rest)
+        _show(config, session, new, time.perf_counter() - started, ranges)
+        _draw(config, session, tokenizer, ids, new, ranges)
     return 0
 
 
@@ -205,8 +211,8 @@ def _encode_with_images(
 def _stream(
     config: GenerateConfig, model: Any, tokenizer: Any, session: Session, context: list[int], rest: list[int],
     further: dict[str, Any],
-) -> int:  # fmt: skip
-    """Generate to stdout; returns the number of new tokens.
+) -> list[int]:  # fmt: skip
+    """Generate to stdout; returns all token ids, the prompt's included.
 
     Args:
         further: inputs of the model for the images of the prompt.
@@ -229,7 +235,7 @@ def _stream(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), **sampling,
     )  # fmt: skip
-    return output.shape[1] - prompt.shape[1]
+    return output[0].tolist()
 
 
 def _row(ids: list[int], model: Any) -> torch.Tensor:
@@ -265,9 +271,51 @@ def _show(config: GenerateConfig, session: Session, tokens: int, seconds: float,
         for kept in kept_by_modality(session.last_cache, ranges):
             shown = f"{kept.entries:,} of {kept.full_entries:,} ({kept.kept_share:.0%})"
             table.add_row(f"of {kept.tokens:,} {kept.modality} tokens", shown)
+            table.add_row("  by layer", _layer_shares(kept, report.layer_indices))
     table.add_row("evicted", f"{report.evicted_entries:,} in {report.evictions} evictions")
     if config.budget == CALIBRATED:
         assert session.gates is not None and session.gates.calibration is not None, "the block found the budget there"
         table.add_row("calibrated", session.gates.calibration.promise)
     table.add_row("new tokens", f"{tokens} in {seconds:.1f} s, prompt included")
     make_console(stderr=True).print(table)
+
+
+def _layer_shares(kept: ModalityKept, layer_indices: tuple[int, ...]) -> str:
+    """The layers that kept the least and the most of a modality."""
+    shares = kept.head_shares.mean(1)
+    least, most = int(shares.argmin()), int(shares.argmax())
+    return f"{shares[least]:.0%} (layer {layer_indices[least]}) to {shares[most]:.0%} (layer {layer_indices[most]})"
+
+
+def _draw(
+    config: GenerateConfig, session: Session, tokenizer: Any, ids: list[int], new: int, ranges: dict[str, Any]
+) -> None:
+    """Writes the pictures that were asked for.
+
+    Args:
+        ids: of prompt and answer; `new` of them are the answer's.
+    """
+    if config.heat_map is None and config.page is None:
+        return
+    from ..eval.pictures import PageDocument, PagePolicy, kept_mask, kept_share, save_heat_map, save_token_page
+    from ..eval.prompts import token_texts
+    from ..eviction import kept_by_modality
+
+    for path in (config.heat_map, config.page):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    cache, policy = session.last_cache, session.plan.policy.name
+    seen = int(cache.tokens_seen[0])  # the last token of an answer may not have been read
+    if config.heat_map is not None:
+        shares = {"all tokens": kept_share(cache)}
+        if len(ranges) > 1:
+            shares = {
+                f"{kept.tokens} {kept.modality} tokens": kept.head_shares.numpy()
+                for kept in kept_by_modality(cache, ranges)
+            }
+        save_heat_map(config.heat_map, shares, f"What {policy} kept of {seen} tokens")
+    if config.page is not None:
+        document = PageDocument(token_texts(tokenizer, ids[:seen]), config.question or "", modalities=ranges)
+        answer = tokenizer.decode(ids[len(ids) - new :], skip_special_tokens=True)
+        subtitle = f"{config.model}, {seen} tokens, {session.report().kept_share:.0%} of the cache kept"
+        save_token_page(config.page, document, [PagePolicy(policy, kept_mask(cache), answer)], subtitle)

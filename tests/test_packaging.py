@@ -116,7 +116,9 @@ def test_wheel_metadata(wheel: Path):
         (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         text = archive.read(metadata).decode()
         (entry_points,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-        assert "tenure = tenure.scripts.cli:main" in archive.read(entry_points).decode()
+        named = archive.read(entry_points).decode()
+        assert "tenure = tenure.scripts.cli:main" in named
+        assert "[lmms_eval.models]\ntenure = tenure.eval.harness.lmms_model:manifest" in named
         assert any(name.endswith("LICENSE") for name in archive.namelist())
     assert "Requires-Python: >=3.10" in text
     assert "License: Apache-2.0" in text

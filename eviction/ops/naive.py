@@ -192,9 +192,10 @@ def copy_entries(
 
 def ragged_decode(
     query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, table: torch.Tensor,
-    lengths: torch.Tensor, hidden: torch.Tensor | None, scaling: float,
+    lengths: torch.Tensor, hidden: torch.Tensor | None, scaling: float, sinks: torch.Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Same contract as `ops.paged_attention.ragged_decode_part`, in fp32 (fp64 for fp64 inputs)."""
+    """Same contract as `ops.paged_attention.ragged_decode_part`, in fp32 (fp64 for fp64 inputs); softcap 0: no cap."""
     batch, num_heads, q_len, _ = query.shape
     heads, size = len(lengths) // batch, key_pages.shape[1]
     group = num_heads // heads
@@ -211,8 +212,14 @@ def ragged_decode(
         seen = torch.arange(length, device=query.device) < length - unseen
         seen &= unseen >= 0
         own = slice(head * group, (head + 1) * group)
-        logits = (query[row, own].to(wide) @ key.T * scaling).masked_fill(~seen, -torch.inf)
-        weights = logits.softmax(-1).masked_fill(~seen.any(1, keepdim=True), 0.0)
+        logits = query[row, own].to(wide) @ key.T * scaling
+        if softcap:
+            logits = torch.tanh(logits / softcap) * softcap
+        logits = logits.masked_fill(~seen, -torch.inf)
+        if sinks is not None:  # an entry whose value is zero
+            sink = sinks[own].to(wide).view(-1, 1, 1).expand(-1, len(unseen), 1)
+            logits, value = torch.cat([logits, sink], -1), torch.cat([value, value.new_zeros(1, value.shape[1])])
+        weights = logits.softmax(-1).masked_fill(logits.isneginf().all(-1, keepdim=True), 0.0)
         out[row, :, own] = (weights @ value).transpose(0, 1).to(query.dtype)
         log_total[row, :, own] = logits.logsumexp(-1).T.float()
     return out, log_total

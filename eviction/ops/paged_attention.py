@@ -17,7 +17,9 @@ from functools import cache
 
 import torch
 
+from ...retention.ops.gated_attention_kernels import LOG2_E, capped
 from ...retention.ops.kernel_choice import LAUNCH_OPTIONS, chosen_kernels, dot_precision, launching_on
+from ...retention.ops.softmax import ORDINARY, Softmax
 from ...retention.ops.triton_language import constexpr, dot, jit, tl
 from . import naive
 from .page_table import PAGE_SIZES
@@ -51,11 +53,12 @@ def attend_piece(
     query_row, query_head, query_token,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
-    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (PROGRAMS + segments, tiles of rows): one piece of one segment, for some rows.
 
-    Writes the softmax of the piece times its values, and the base-2 logarithm of its denominator.
+    Writes the softmax of the piece times its values, and the base-2 logarithm of its denominator. `scale` and SOFTCAP,
+    0 for no cap, are of logits in powers of two.
     """
     program, tile = tl.program_id(0), tl.program_id(1)
     lane, length, pieces, piece = _pieces(lengths, segments, PROGRAMS, SEGMENTS, BLOCK)
@@ -91,7 +94,7 @@ def attend_piece(
         # Free slots may contain anything, NaN included: they are never read.
         whole = stored[:, None] & (key_dim < KEY_DIM)[None, :]
         k = tl.load(key_pages + slot[:, None] * KEY_DIM + key_dim[None, :], mask=whole, other=0.0)
-        logits = dot(q, tl.trans(k), None, PRECISION) * scale
+        logits = capped(dot(q, tl.trans(k), None, PRECISION) * scale, SOFTCAP)
         logits = tl.where(entry[None, :] < tl.minimum(limit, stop)[:, None], logits, float("-inf"))
         new = tl.maximum(highest, tl.max(logits, 1))
         base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no entry yet
@@ -112,13 +115,14 @@ def attend_piece(
 
 @jit
 def merge_pieces(
-    partial, log_sum, lengths, out, log_total, segments, heads, q_len, tiles,
+    partial, log_sum, lengths, sinks, out, log_total, segments, heads, q_len, tiles,
     GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr, SEGMENTS: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """Grid (segments, rows): merges the pieces of a segment for one row; zeros if it has seen no entry.
 
-    `log_total` gets the logarithm of the softmax denominator, -inf if it has seen none.
+    `log_total` gets the logarithm of the softmax denominator, -inf if it has seen none. `sinks`, a logit of each query
+    head or None, are in the denominator.
     """
     segment, row = tl.program_id(0), tl.program_id(1)
     lane, _, pieces, _ = _pieces(lengths, segments, PROGRAMS, SEGMENTS, BLOCK)
@@ -141,10 +145,17 @@ def merge_pieces(
         result = result * shrink + tl.sum(parts * weight[:, None], 0)
         total = total * shrink + tl.sum(weight, 0)
         highest = new
+    batch, head = segment // heads, segment % heads
+    if sinks is not None:
+        sink = tl.load(sinks + head * GROUP + row % GROUP + tl.arange(0, 1)).to(tl.float32) * LOG2_E
+        new = tl.maximum(highest, sink)
+        shrink = tl.exp2(highest - new)
+        result = result * shrink
+        total = total * shrink + tl.exp2(sink - new)
+        highest = new
     some = tl.where(total > 0.0, total, 1.0)
     result = result / some
     logs = tl.where(total > 0.0, (highest + tl.log2(some)) * LN2, float("-inf"))
-    batch, head = segment // heads, segment % heads
     at = (batch.to(tl.int64) * q_len + row // GROUP) * heads * GROUP + head * GROUP + row % GROUP
     tl.store(out + at * VALUE_DIM + dim, result.to(out.dtype.element_ty), mask=dim < VALUE_DIM)
     tl.store(log_total + at + tl.arange(0, 1), logs)
@@ -170,7 +181,7 @@ def tile_sizes(group: int, q_len: int, key_dim: int, value_dim: int, itemsize: i
 
 def _launch(
     query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, table: torch.Tensor,
-    lengths: torch.Tensor, hidden: torch.Tensor | None, scaling: float,
+    lengths: torch.Tensor, hidden: torch.Tensor | None, scaling: float, sinks: torch.Tensor | None, softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, num_heads, q_len, key_dim = query.shape
@@ -191,10 +202,11 @@ def _launch(
         attend_piece[(programs + segments, tiles)](
             query, key_pages, value_pages, table, lengths, hidden, partial, log_sum, scaling * LOG2E, segments, heads,
             q_len, table.shape[1], *query.stride()[:3], KEY_DIM=key_dim, KEY_BLOCK=_power(key_dim), PAGE=page,
-            SEGMENTS=lanes, PRECISION=dot_precision(query.dtype), **sizes, **shared, **LAUNCH_OPTIONS,
+            SEGMENTS=lanes, PRECISION=dot_precision(query.dtype), SOFTCAP=softcap * LOG2E, **sizes, **shared,
+            **LAUNCH_OPTIONS,
         )  # fmt: skip
         merge_pieces[(segments, group * q_len)](
-            partial, log_sum, lengths, out, log_total, segments, heads, q_len, tiles, ROWS=sizes["ROWS"],
+            partial, log_sum, lengths, sinks, out, log_total, segments, heads, q_len, tiles, ROWS=sizes["ROWS"],
             BLOCK=sizes["BLOCK"], SEGMENTS=lanes, MERGED=MERGED, **shared, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out, log_total
@@ -203,14 +215,14 @@ def _launch(
 @torch.library.custom_op("tenure::ragged_decode", mutates_args=())
 def _ragged_decode(
     query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, table: torch.Tensor,
-    lengths: torch.Tensor, hidden: torch.Tensor | None, scaling: float,
+    lengths: torch.Tensor, hidden: torch.Tensor | None, scaling: float, sinks: torch.Tensor | None, softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     run = _launch if chosen_kernels(query.device) == "triton" else naive.ragged_decode
-    return run(query, key_pages, value_pages, table, lengths, hidden, scaling)
+    return run(query, key_pages, value_pages, table, lengths, hidden, scaling, sinks, softcap)
 
 
 @_ragged_decode.register_fake
-def _(query, key_pages, value_pages, table, lengths, hidden, scaling):
+def _(query, key_pages, value_pages, table, lengths, hidden, scaling, sinks, softcap):
     batch, num_heads, q_len, _ = query.shape
     rows = batch, q_len, num_heads
     return query.new_empty(*rows, value_pages.shape[2]), query.new_empty(rows, dtype=torch.float32)
@@ -218,7 +230,7 @@ def _(query, key_pages, value_pages, table, lengths, hidden, scaling):
 
 def ragged_decode(
     query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor,
-    scaling: float, hidden: torch.Tensor | None = None,
+    scaling: float, hidden: torch.Tensor | None = None, softmax: Softmax = ORDINARY,
 ) -> torch.Tensor:  # fmt: skip
     """Attention of the newest tokens, whose entries have been appended, over everything in their segments.
 
@@ -233,27 +245,32 @@ def ragged_decode(
         scaling: factor of the logits.
         hidden: int32 `(batch, q_len)`: number of the newest entries that a token must not see, those of later tokens;
             -1 for padding. None: no padding, `q_len - 1 - i` for token i.
+        softmax: the model's own variant of it.
 
     Returns:
         `(batch, q_len, num_heads, value_dim)`; zeros for padding and where a segment has no entries to see.
     Raises:
         ValueError: unsupported shapes or dtypes.
     """
-    return ragged_decode_part(query, key_pages, value_pages, table, lengths, scaling, hidden)[0]
+    return ragged_decode_part(query, key_pages, value_pages, table, lengths, scaling, hidden, softmax)[0]
 
 
 def ragged_decode_part(
     query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor,
-    scaling: float, hidden: torch.Tensor | None = None,
+    scaling: float, hidden: torch.Tensor | None = None, softmax: Softmax = ORDINARY,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As `ragged_decode`, for segments that are one part of a context; see `storage.partial_attention`.
 
     Returns:
-        The result, and the natural logarithm of its softmax denominator, fp32 `(batch, q_len, num_heads)`: -inf where
-        a token sees no entries.
+        The result, and the natural logarithm of its softmax denominator, fp32 `(batch, q_len, num_heads)`, sinks
+        included; without them -inf where a token sees no entries.
     """
     _check(query, key_pages, value_pages, table, lengths, hidden)
-    return _ragged_decode(query, key_pages, value_pages, table, lengths, hidden, float(scaling))
+    sinks, num_heads = None if softmax.sinks is None else softmax.sinks.detach().contiguous(), query.shape[1]
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"ragged decode got sinks {tuple(sinks.shape)}; accepted: ({num_heads},), one a query head")
+    softcap = softmax.softcap or 0.0
+    return _ragged_decode(query, key_pages, value_pages, table, lengths, hidden, float(scaling), sinks, softcap)
 
 
 def _check(

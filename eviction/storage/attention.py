@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...retention.ops.softmax import ORDINARY, Softmax
 from ..forward_state import ForwardStep
 from ..ops.segment_attention import find_kernel, segment_attention
+from .dense_attention import explicit_attention
 from .paged_store import PagedStore
 from .segment_store import SegmentStore
 
 
 def ragged_attention(
-    store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep
+    store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep, softmax: Softmax = ORDINARY
 ) -> torch.Tensor:
     """Attention of the newest tokens, already appended to `store`, over everything stored.
 
@@ -21,12 +23,15 @@ def ragged_attention(
         query: `(batch, num_heads, q_len, head_dim)`, post-RoPE.
         scaling: factor of the logits; None for `head_dim ** -0.5`.
         step: the running forward.
+        softmax: the model's own variant of it.
 
     Returns:
         `(batch, q_len, num_heads, value_dim)`; zeros for padding.
     """
     if isinstance(store, PagedStore):
-        return store.attend(query, scaling, step)
+        return store.attend(query, scaling, step, softmax)
+    if not softmax.ordinary:
+        return explicit_attention(store, query, scaling, step, softmax)
     if step.valid is not None:
         return _padded(store, query, scaling, step)
     if query.shape[2] == 1:

@@ -4,7 +4,8 @@
   holds, for every token, a compressed latent and a rotated key part; the attention module expands them to keys and
   values of every head (`expand_kv`). That is done for the stored entries at every forward, so memory is saved, and not
   time: the expansion of n entries costs what a prompt of n tokens pays for it.
-* Other softmaxes (capped logits, learned sinks): logits are made explicitly, one key/value head at a time.
+* Other softmaxes (capped logits, learned sinks) where entries are not in pages, whose kernel has them: logits are made
+  explicitly, one key/value head at a time.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def latent_attention(
 def explicit_attention(
     store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep, softmax: Softmax
 ) -> torch.Tensor:
-    """As `attention.ragged_attention`, with another softmax; logits and weights are fp32."""
+    """As `attention.ragged_attention`, with a softmax that fused attention lacks; logits and weights are fp32."""
     heads = store.num_kv_heads
     group = query.shape[1] // heads
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from ...retention.ops.kernel_choice import chosen_kernels
+from ...retention.ops.softmax import ORDINARY, Softmax
 from ..forward_state import ForwardStep
 from ..ops.copy_entries import copy_entries
 from ..ops.page_table import append_entries, move_entries, release_pages, write_state
@@ -270,12 +271,14 @@ class PagedStore(SegmentStore):
             slots = locations.index([segment], [length])
             yield self.key[slots][None, None], self.value[slots][None, None]
 
-    def attend(self, query: torch.Tensor, scaling: float | None, step: ForwardStep) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, scaling: float | None, step: ForwardStep, softmax: Softmax = ORDINARY
+    ) -> torch.Tensor:
         """Attention of the step's queries over the pages; see `ragged_attention`."""
         newer = None if step.valid is None else step.newer_tokens
         factor = float(query.shape[-1] ** -0.5) if scaling is None else scaling
         key, value = self.paged("key"), self.paged("value")
-        return ragged_decode(query, key, value, self.table, self.device_lengths, factor, newer)
+        return ragged_decode(query, key, value, self.table, self.device_lengths, factor, newer, softmax)
 
     def faults(self) -> Iterator[str]:
         """Violated invariants: every page is owned once or free, host and device agree, positions ascend."""

@@ -24,6 +24,7 @@ ROWS = 32  # of a decoding batch
 PAGE = 16  # of the runtime
 MULTIPROCESSORS = {80: 108, 90: 132}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+SOFTCAP = 50.0  # Gemma-2's
 TF32 = Constant("tf32")
 HEAD_STRIDES = {"row": HEADS * DIM, "head": DIM, "token": HEADS * DIM}  # of one token: only divisibility by 16 matters
 
@@ -58,25 +59,27 @@ def _strides(name: str, *axes: str) -> dict[str, int]:
 
 def _decode_cases(model: str, multiprocessors: int, dtype: torch.dtype) -> list[KernelCase]:
     cases, stored = [], POINTERS[dtype]
-    for q_len, page, rows, hidden in (
-        (1, 16, 1, None), (1, 32, 1, None), (1, 64, 1, None), (1, 128, 1, None), (16, 16, 1, None), (16, 16, 1, "*i32"),
-        (1, 16, ROWS, None),
+    for q_len, page, rows, hidden, ordinary in (
+        (1, 16, 1, None, True), (1, 32, 1, None, True), (1, 64, 1, None, True), (1, 128, 1, None, True),
+        (16, 16, 1, None, True), (16, 16, 1, "*i32", True), (1, 16, ROWS, None, True), (1, 16, 1, None, False),
     ):  # fmt: skip
         tile: dict[str, Any] = paged_attention.tile_sizes(GROUP, q_len, DIM, DIM, dtype.itemsize)
         options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
         segments = rows * KV_HEADS
         given = {
             "query": stored, "key_pages": stored, "value_pages": stored, "table": "*i32",
-            "lengths": "*i32", "hidden": hidden, "partial": "*fp32", "log_sum": "*fp32", "out": stored,
-            "log_total": "*fp32", "scale": "fp32", "GROUP": GROUP, "KEY_DIM": DIM, "VALUE_DIM": DIM,
-            "KEY_BLOCK": DIM, "VALUE_BLOCK": DIM,
+            "lengths": "*i32", "hidden": hidden, "sinks": None if ordinary else stored, "partial": "*fp32",
+            "log_sum": "*fp32", "out": stored, "log_total": "*fp32", "scale": "fp32", "GROUP": GROUP,
+            "KEY_DIM": DIM, "VALUE_DIM": DIM, "KEY_BLOCK": DIM, "VALUE_BLOCK": DIM,
             "PAGE": page, "PROGRAMS": paged_attention.WAVES * multiprocessors, "SEGMENTS": max(16, segments),
-            "MERGED": paged_attention.MERGED, "PRECISION": _precision(dtype), **tile,
+            "MERGED": paged_attention.MERGED, "PRECISION": _precision(dtype),
+            "SOFTCAP": 0.0 if ordinary else SOFTCAP * paged_attention.LOG2E, **tile,
         }  # fmt: skip
         tiles = -(-GROUP * q_len // tile["ROWS"])
         sizes = {"segments": segments, "heads": KV_HEADS, "q_len": q_len, "width": TOKENS // page, "tiles": tiles}
         sizes |= _strides("query", "row", "head", "token")
         name = f"q={q_len}, pages of {page}{f', {rows} rows' if rows > 1 else ''}{', padding' if hidden else ''}"
+        name += "" if ordinary else ", sinks and cap"
         cases.append(_case(f"ragged decode, {name}", model, paged_attention.attend_piece, given, sizes, **options))
         if page == 16 and hidden is None:
             cases.append(_case(f"ragged decode merge, {name}", model, paged_attention.merge_pieces, given, sizes))

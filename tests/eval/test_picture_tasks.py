@@ -11,6 +11,7 @@ import torch
 
 from tenure.eval.cells import parse_cells
 from tenure.eval.image_prompts import image_prompt
+from tenure.eval.pictures import kept_mask
 from tenure.eval.runner import evaluate
 from tenure.eval.tasks.drawings import COLOURS, KINDS, SHAPES, SIZE, WORDS, draw, held_out
 from tenure.eval.tasks.picture_tasks import PICTURE_TASKS, PictureCases
@@ -139,6 +140,12 @@ def test_what_each_modality_kept(processor, tiny):
             assert (text.modality, pictures.modality) == ("text", "image")
             assert pictures.tokens == 2 * TOKENS and pictures.full_entries == 2 * TOKENS * segments
             assert text.entries + pictures.entries == cache.entries
+            where = torch.zeros(ids.shape[1], dtype=torch.bool)
+            for start, stop in ranges["image"]:
+                where[start:stop] = True
+            mask = torch.from_numpy(kept_mask(cache))
+            torch.testing.assert_close(pictures.head_shares, mask[..., where].double().mean(-1))
+            torch.testing.assert_close(text.head_shares, mask[..., ~where].double().mean(-1))
             assert pictures.entries == (2 * TOKENS if "protect" in options else 6) * segments
             session.extend(cache, [70, 71])
             assert kept_by_modality(cache, ranges)[0].tokens == text.tokens + 2, "tokens read later are text"

@@ -191,7 +191,9 @@ def test_images_of_cross_attention_are_saved(tmp_path: Path) -> None:
         assert torch.equal(model(QUESTION, past_key_values=loaded, cross_attention_mask=seen).logits, want)
 
 
-@pytest.mark.parametrize(("name", "projection"), [("opt", "out_proj"), ("phi", "dense"), ("gpt2", "c_proj")])
+@pytest.mark.parametrize(
+    ("name", "projection"), [("opt", "out_proj"), ("phi", "dense"), ("gpt2", "c_proj"), ("modernbert-decoder", "Wo")]
+)
 @torch.no_grad()
 def test_output_projections_by_other_names(name: str, projection: str) -> None:
     """W_O by head, applied to the heads' outputs, is the module's own projection; policies that read it run."""

@@ -20,6 +20,7 @@ from tenure.eviction import (
     evict,
 )
 from tenure.retention.decoder_layers import UnsupportedModelError
+from tenure.scripts.bench.tiny_models import TEXT_ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,13 @@ def test_a_model_without_an_output_projection_is_refused_by_name(tiny_llama, pol
         session.new_cache().compress(policy, 0.5)
 
 
-def test_a_model_whose_rotation_is_not_known_is_refused_by_name(tiny_llama, monkeypatch):
-    monkeypatch.setattr("tenure.eviction.model_adapters.ROTARY_TYPES", ("qwen3",))
-    message = "policy 'expected_attention' does not support LlamaForCausalLM: it needs queries before RoPE, .*'llama'"
-    with pytest.raises(UnsupportedModelError, match=message), evict(tiny_llama, "expected_attention"):
+@pytest.mark.parametrize("name", ["gpt2", "ministral3", "gemma4_text"])
+def test_a_model_whose_rotation_is_not_known_is_refused_by_name(name):
+    """Learned positions, queries that grow with their position, and a rotation by another function."""
+    model = TEXT_ARCHITECTURES[name].build()
+    kind = type(model).__name__
+    message = f"policy 'expected_attention' does not support {kind}: it needs queries before RoPE, .*'{name}'"
+    with pytest.raises(UnsupportedModelError, match=message), evict(model, "expected_attention"):
         pass
 
 

@@ -14,8 +14,10 @@ from tenure.retention.decoder_layers import full_attention_layers
 from tenure.scripts.bench.tiny_models import TEXT_ARCHITECTURES, Architecture
 from tenure.training import Batch, GateObjective
 
+from ..launches import running
 from .tiny_prompts import IDS, MASK, forgetful
 
+__all__ = ["running"]
 FULL = ["full_attention"] * 3
 MODELS = {
     "gpt_oss": TEXT_ARCHITECTURES["gpt_oss"],
@@ -70,6 +72,28 @@ def test_steps_after_an_eviction_see_the_kept_entries(name: str) -> None:
         for handle in handles:
             handle.remove()
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma2"])
+@torch.no_grad()
+def test_pages_and_their_kernel_give_the_same(name: str, running: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded rows, an eviction and two forwards after it; the kernel runs in Triton's interpreter."""
+    monkeypatch.setattr("tenure.eviction.ops.paged_attention.PROGRAMS", 1)  # each costs the interpreter milliseconds
+    settings = {"num_hidden_layers": 1, "layer_types": FULL[:1]} | MODELS[name].settings
+    model = Architecture(name, settings).build()
+    found = {}
+    for kernels in ("reference", "triton"):
+        monkeypatch.setenv("TENURE_KERNELS", kernels)
+        with evict(model, "keydiff", 0.4, "layer", sinks=1, recent=2) as session:
+            cache = session.new_cache()
+            model(IDS[:, :30], attention_mask=MASK[:, :30], past_key_values=cache)
+            logits = [
+                model(IDS[:, start:stop], attention_mask=MASK[:, :stop], past_key_values=cache).logits
+                for start, stop in ((30, 31), (31, 34))
+            ]
+            found[kernels] = torch.cat(logits, 1)
+        assert ("attend_piece" in running) == (kernels == "triton")
+    torch.testing.assert_close(found["triton"], found["reference"], rtol=1e-5, atol=1e-5)
 
 
 def _masked(visible: torch.Tensor):

@@ -29,6 +29,7 @@ KERNELS = (
     "occupancy forward everywhere", "occupancy backward everywhere", "occupancy forward at samples",
     "occupancy backward at samples", "ragged decode, q=1, pages of 16", "ragged decode, q=1, pages of 32",
     "ragged decode, q=1, pages of 64", "ragged decode, q=1, pages of 128", "ragged decode, q=16, pages of 16",
+    "ragged decode, q=1, pages of 16, sinks and cap",
     "ragged decode merge, q=1, pages of 16", "ragged decode merge, q=16, pages of 16", "append, plan",
     "append one token", "append a prompt", "append one state", "append a prompt's states",
     "compaction, keys or values", "compaction, positions", "compaction, states", "release, plan", "release",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from tenure.eval.pictures import PageDocument, PagePolicy, save_token_page
 from tenure.retention import RetentionGates
 from tenure.scripts import cli
 from tenure.scripts.loading import load_model, load_processor
 
+from ..browser import find_chromium, open_browser
 from ..tiny_vision import TOKENS, save_pictures, tiny_model, tiny_processor
 
 
@@ -74,6 +78,44 @@ def test_a_budget_with_and_without_a_question(folder: Path, capsys: pytest.Captu
     assert kept >= 6 * 3 * 2
 
 
+def test_what_was_kept_is_drawn_by_modality(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    heat_map, page = tmp_path / "out" / "kept.png", tmp_path / "kept.html"
+    arguments = ["--prompt", "A <b> text. " * 8, "--question", "Which colour?", *pictures(folder, 0, 1)]
+    arguments += ["--budget", "20", "--recent", "2", "--scope", "head", "--buffer", "200"]
+    assert run(folder, *arguments, "--heat-map", str(heat_map), "--page", str(page)) == 0
+    shown = capsys.readouterr().err
+    assert heat_map.read_bytes().startswith(b"\x89PNG") and shown.count("by layer") == 2
+    data = json.loads(page.read_text().partition('<script type="application/json" id="data">')[2].partition("<")[0])
+    (policy,) = data["policies"]
+    of_images = [data["modalities"][kind] == "image" for kind in data["modalityOf"]]
+    assert sum(of_images) == 2 * TOKENS and len(of_images) == len(data["texts"]) == len(policy["masks"])
+    kept = sum(int(mask, 16).bit_count() for mask, image in zip(policy["masks"], of_images, strict=True) if image)
+    assert f"{kept} of {2 * TOKENS * 3 * 2} (" in shown, "the report counts the same entries"
+    assert data["answer"] is None and policy["correct"] is None and data["question"] == "Which colour?"
+    assert run(folder, "--prompt", "x", "--policy", "knorm", "--page", str(tmp_path / "text.html")) == 0
+    assert '"modalities":[]' in (tmp_path / "text.html").read_text(), "a page of text alone has no such part"
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
+def test_the_page_shows_modalities_in_a_browser(tmp_path: Path):
+    mask = np.zeros((3, 2, 6), dtype=bool)
+    mask[:, :, 0] = mask[1, 0, 2:5] = True
+    document = PageDocument(["<i>", "a", "p", "p", "p", "b"], modalities={"image": ((2, 5),), "text": ((0, 2), (5, 6))})
+    policies = [PagePolicy("these", mask, "yes"), PagePolicy("the others", ~mask, "no")]
+    save_token_page(tmp_path / "page.html", document, policies, "")
+    with open_browser(tmp_path / "profile") as browser:
+        browser.load(tmp_path / "page.html", 900)
+        titles = "[...document.querySelectorAll('#modalities h3')].map(title => title.textContent)"
+        assert browser.evaluate(titles) == ["text 33.3% of 3 tokens", "image 16.7% of 3 tokens"]
+        cells = "[...document.querySelectorAll('.shares')].map(strip => strip.children[1].title)"
+        assert browser.evaluate(cells) == ["layer 1, head 0: 33.3% of the text tokens",
+                                           "layer 1, head 0: 100.0% of the image tokens"]  # fmt: skip
+        browser.evaluate("document.querySelectorAll('#tabs button')[1].click()")
+        assert browser.evaluate(titles) == ["text 66.7% of 3 tokens", "image 83.3% of 3 tokens"]
+        assert browser.evaluate("document.getElementById('document').textContent") == "<i>a▦▦▦b"
+        assert browser.complaints() == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
@@ -84,6 +126,7 @@ def test_a_budget_with_and_without_a_question(folder: Path, capsys: pytest.Captu
         (["--protect-images"], 2, "are about the tokens of images: give --image"),
         (["--image", "x.png", "--image-floor", "1.5"], 2, "takes a share of the budget in (0, 1], got 1.5"),
         (["--image", "x.png", "--image-side", "0"], 2, "--image-side takes 1 or more pixels, got 0"),
+        (["--heat-map", "kept.svg"], 1, "--heat-map is 'kept.svg'; accepted: a name that ends with .png"),
     ],
 )
 def test_what_is_refused(folder: Path, arguments, code, sentence, capsys: pytest.CaptureFixture[str]):

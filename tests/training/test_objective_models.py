@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tenure.retention import RetentionGates, SoftEviction, attach_after, read_prompt
+from tenure.retention.continuation import check_token_ids, continues_from_cache
 from tenure.retention.decoder_layers import text_decoder
 from tenure.retention.seams import OutputHead
 from tenure.scripts.bench.tiny_models import TEXT_ARCHITECTURES, Architecture
@@ -130,3 +133,12 @@ def test_prompts_are_refused_where_a_model_cannot_continue_them(name: str) -> No
     message = "does not continue a prompt from its cache: .*; set prompt_share to 0"
     with pytest.raises(ValueError, match=message):
         objective(batch(prompt_tokens=(PROMPT, PROMPT)))
+
+
+@pytest.mark.real
+def test_rounding_in_bf16_is_not_taken_for_a_fault(real_model_path: str) -> None:
+    """Its first ids are control tokens, on whose massive states rounding is as large as the faults looked for."""
+    model: Any = AutoModelForCausalLM.from_pretrained(real_model_path, dtype=torch.bfloat16).eval()
+    ids = check_token_ids(model, 16)
+    assert ids.unique().numel() == 16 and ids[0, 1] > 1000 and ids.max() < model.config.vocab_size
+    assert continues_from_cache(model)

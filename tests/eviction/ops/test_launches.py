@@ -15,6 +15,7 @@ from tenure.scripts.bench.eviction_kernel_cases import (
     MODELS,
     MULTIPROCESSORS,
     ROWS,
+    SOFTCAP,
     TOKENS,
     WINDOW,
     model_cases,
@@ -26,12 +27,15 @@ __all__ = ["record"]
 INT = torch.int32
 
 
-def launch_decode(q_len: int, size: int, padded: bool = False, segments: int = KV_HEADS) -> None:
+def launch_decode(
+    q_len: int, size: int, padded: bool = False, segments: int = KV_HEADS, softcap: float = 0.0
+) -> None:
     rows, width = segments // KV_HEADS, TOKENS // size
     key_pages, value_pages = meta(segments * width, size, DIM), meta(segments * width, size, DIM)
     hidden = meta(rows, q_len, dtype=INT) if padded else None
     query, table = heads_behind_tokens(rows, HEADS, q_len, DIM), meta(segments, width, dtype=INT)
-    paged_attention._launch(query, key_pages, value_pages, table, meta(segments, dtype=INT), hidden, 0.088)
+    sinks, lengths = meta(HEADS) if softcap else None, meta(segments, dtype=INT)
+    paged_attention._launch(query, key_pages, value_pages, table, lengths, hidden, 0.088, sinks, softcap)
 
 
 def launch_pages(n: int) -> None:
@@ -87,6 +91,7 @@ def test_the_runtime(model, capability, record, monkeypatch) -> None:
         for padded in (False, True):
             launch_decode(16, 16, padded)
         launch_decode(1, 16, segments=ROWS * KV_HEADS)
+        launch_decode(1, 16, softcap=SOFTCAP)
         launch_pages(1)
         launch_pages(TOKENS)
         launch_copies()

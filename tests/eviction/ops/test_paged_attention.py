@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tenure.eviction.ops import naive, paged_attention
-from tenure.eviction.ops.paged_attention import ragged_decode
+from tenure.eviction.ops.paged_attention import ragged_decode, ragged_decode_part
 from tenure.retention.ops.kernel_choice import interpreting
+from tenure.retention.ops.softmax import Softmax
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")  # also of what is kept between two kernels
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -62,6 +63,49 @@ def test_padding_gives_zeros_and_hides_the_right_entries(filled_segments, device
     got = ragged_decode(query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, 0.3, hidden)
     torch.testing.assert_close(got.double(), in_double(query, pages, 0.3, hidden), atol=2e-6, rtol=2e-6)
     assert not got[0, 0].any() and not got[0, 2].any() and not got[1].any() and got[0, 3].all()
+
+
+def with_sink_entries(query, pages, scaling, softcap, sinks):
+    """An oracle in fp64 that knows nothing of the twin: every segment gets one more entry, whose value is zero."""
+    batch, num_heads, q_len, _ = query.shape
+    heads = len(pages.lengths) // batch
+    group = num_heads // heads
+    out, log_sums = [], []
+    for row in range(batch):
+        for head in range(num_heads):
+            segment = row * heads + head // group
+            key, value = (pages.entries(segment, each).double() for each in (pages.key_pages, pages.value_pages))
+            logits = query[row, head].double() @ key.T * scaling
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            newer = torch.arange(len(key)) >= len(key) - q_len + 1 + torch.arange(q_len)[:, None]
+            logits = logits.masked_fill(newer.to(logits.device), -torch.inf)
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[head].double().expand(q_len, 1)], 1)
+                value = torch.cat([value, value.new_zeros(1, value.shape[1])])
+            out.append(logits.softmax(1).nan_to_num(0.0) @ value)
+            log_sums.append(logits.logsumexp(1))
+    shape = batch, num_heads, q_len
+    return torch.stack(out).view(*shape, -1).transpose(1, 2), torch.stack(log_sums).view(shape).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("softcap", "with_sinks", "case"), [(2.0, False, 3), (None, True, 3), (2.0, True, 2), (2.0, True, 6)]
+)
+def test_capped_logits_and_sinks(softcap, with_sinks, case, kernels, filled_segments, device, monkeypatch):
+    monkeypatch.setenv("TENURE_KERNELS", kernels)
+    monkeypatch.setattr(paged_attention, "PROGRAMS", 2)  # each costs the interpreter milliseconds
+    batch, heads, group, q_len, dim, value_dim, size, lengths, dtype = CASES[case]
+    pages = filled_segments(lengths, size, dim, value_dim, dtype)
+    query = queries(batch, heads * group, q_len, dim, dtype, device)
+    sinks = torch.linspace(-4.0, 6.0, heads * group, device=device, dtype=dtype) if with_sinks else None
+    given = query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, 0.7
+    got, log_sum = ragged_decode_part(*given, softmax=Softmax(softcap, sinks))
+    expected, expected_log_sum = with_sink_entries(query, pages, 0.7, softcap, sinks)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(log_sum.double(), expected_log_sum, atol=tolerance, rtol=tolerance)
+    assert not torch.allclose(in_double(query, pages, 0.7), expected, atol=0.1), "the ordinary softmax is another"
 
 
 @pytest.mark.parametrize("programs", [1, 3, 40])
@@ -124,6 +168,8 @@ def test_wrong_inputs_are_named(filled_segments, device):
         ragged_decode(query[..., :4], *given)
     with pytest.raises(ValueError, match=r"queries \(1, 3, 1, 8\) for 2 segments"):
         ragged_decode(queries(1, 3, 1, 8, torch.float32, device), *given)
+    with pytest.raises(ValueError, match=r"got sinks \(3,\); accepted: \(2,\), one a query head"):
+        ragged_decode(query, *given, softmax=Softmax(sinks=torch.zeros(3, device=device)))
     with pytest.raises(ValueError, match=r"lengths torch.int64 \(2,\).*accepted: contiguous torch.int32"):
         ragged_decode(query, given[0], given[1], given[2], pages.lengths.long(), scaling=0.3)
 
@@ -135,5 +181,6 @@ def test_opcheck(padded, kernels, filled_segments, device, monkeypatch):
     pages = filled_segments([5, 20], 16, 8, 4)
     query = queries(1, 4, 2, 8, torch.float32, device)
     hidden = torch.tensor([[-1, 0]], dtype=torch.int32, device=device) if padded else None
-    arguments = (query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, hidden, 0.3)
+    sinks = torch.zeros(4, device=device) if padded else None
+    arguments = (query, pages.key_pages, pages.value_pages, pages.table, pages.lengths, hidden, 0.3, sinks, 5.0)
     torch.library.opcheck(torch.ops.tenure.ragged_decode.default, arguments)
