@@ -132,7 +132,7 @@ def test_the_other_example_can_be_read():
     assert not any("log_beta" in cell.policy.needs for cell in config.cells()), "there are no gates for this model"
 
 
-@pytest.mark.parametrize("name", ["unseen", "protection", "baselines", "papers"])
+@pytest.mark.parametrize("name", ["unseen", "protection", "baselines", "papers", "defensive"])
 def test_further_examples_can_be_read(name):
     config = SweepConfig.from_yaml(EXAMPLES / f"sweep_{name}.yaml")
     assert set(config.tasks) <= set(TASKS) and config.cells()[0].name == "full"
