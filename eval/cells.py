@@ -113,7 +113,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The policy with its options, in brackets the protection, after a + the preset, after an @ the chunks' tokens."""
+        """The policy with its options, in brackets the protection, then the preset and the tokens of its chunks."""
         text = policy_text(self.policy) + ("" if self.protection is None else _brackets(self.protection))
         text += "" if self.preset is None else f"+{self.preset}"
         return text if self.prefill_chunk is None else f"{text}@{self.prefill_chunk}"

@@ -211,7 +211,9 @@ def resolve_texts(data: str, split: Split = "all") -> list[Document]:
     elif root.is_file():
         named = [(root.stem, root)]
     else:
-        raise ValueError(f"no file or folder {data!r}; give 'demo', 'demo:train', a text file, or a folder of .txt and .md files")
+        raise ValueError(
+            f"no file or folder {data!r}; give 'demo', 'demo:train', a text file, or a folder of .txt and .md files"
+        )
     documents = [Document(name, read_text(path)) for name, path in named]
     documents = [document for document in documents if document.text.strip()]
     if not documents:

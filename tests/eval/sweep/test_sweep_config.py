@@ -49,7 +49,8 @@ def test_a_preset_holds_for_all_policies_without_one(file):
 
 
 def test_brackets_give_a_policy_its_protected_tokens(file):
-    text = "policies: [full, 'knorm[4,32]', 'knorm[0,0]@64', 'snapkv[4,8,10%,50%]:layer']\nbudgets: [0.5]\ntasks: [vt]\n"
+    text = "policies: [full, 'knorm[4,32]', 'knorm[0,0]@64', 'snapkv[4,8,10%,50%]:layer']\n"
+    text += "budgets: [0.5]\ntasks: [vt]\n"
     cells = SweepConfig.from_yaml(file(text)).cells()
     assert [cell.name for cell in cells] == ["full", "knorm[4,32]", "knorm[0,0]@64", "snapkv[4,8,10%,50%]"]
     base = cells[1].plan(EvictionPlan(get_policy("full"), Budget(1.0), "head"), 5)

@@ -8,9 +8,9 @@ import json
 import pytest
 
 from tenure.eval import CaseBuilder, Record, evaluate, parse_cells
-from tenure.scripts.sweep_checks import make_builder
 from tenure.eval.sweep import Failure, Unit, UnitRunner, export_cases
 from tenure.eviction import KeyDiff, Knorm
+from tenure.scripts.sweep_checks import make_builder
 
 LENGTH = 350
 CELLS = parse_cells(["full", "keydiff", "knorm", "streaming_llm"], [0.5, 0.2])
