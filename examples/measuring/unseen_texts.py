@@ -1,6 +1,6 @@
 """Writes four kinds of text that the shipped gates have never seen, from what every Python has.
 
-    python examples/unseen_texts.py runs/texts
+    python examples/measuring/unseen_texts.py runs/texts
 
 `help` has Python's own help topics, `code` sources of its standard library, `licences` the licence files of installed
 packages, and `records` a table of Unicode's characters, a sentence a row. The gates were trained on English essays.
@@ -67,5 +67,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit("give the folder to write to: python examples/unseen_texts.py runs/texts")
+        raise SystemExit("give the folder to write to: python examples/measuring/unseen_texts.py runs/texts")
     main(Path(sys.argv[1]))
