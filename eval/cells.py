@@ -12,6 +12,7 @@ from tenure.documents import shown
 
 from ..eviction import Budget, Policy, get_policy, policy_text
 from ..eviction.plan import SCOPES, EvictionPlan
+from ..eviction.policies.policy import Protection
 from ..eviction.presets import make_plan
 
 NO_SCOPE = "none"
@@ -60,6 +61,7 @@ class Cell:
         aware: the question is read before the compression (question-aware), as when a served model is given both; else
             after it (question-agnostic).
         preset: the released code whose rules are followed, see `eviction.presets`; None for ours.
+        protection: sinks and recent tokens in place of the policy's own; None for those.
     """
 
     policy: Policy
@@ -68,17 +70,19 @@ class Cell:
     prefill_chunk: int | None = None
     aware: bool = False
     preset: str | None = None
+    protection: Protection | None = None
 
     @classmethod
     def of(
         cls, policy: str | Policy, budget: float | int = 1.0, scope: str | None = None,
         prefill_chunk: int | None = None, aware: bool = False, preset: str | None = None,
+        protection: Protection | None = None,
     ) -> Cell:  # fmt: skip
         """A cell with the policy's or the preset's scope unless one is given.
 
         Raises:
-            ValueError: unknown policy, scope or preset, a budget or chunk out of range, or a value that the preset
-                fixes.
+            ValueError: unknown policy, scope or preset, a budget or chunk out of range, a value that the preset fixes,
+                or a protection with a preset.
         """
         chosen = get_policy(policy)
         if prefill_chunk is not None and prefill_chunk < 1:
@@ -89,16 +93,19 @@ class Cell:
             raise ValueError(f"unknown scope {shown(scope)}; known: {', '.join(SCOPES)}")
         Budget(budget)
         if preset is not None:
+            if protection is not None:
+                raise ValueError(f"presets protect no tokens: leave out {_brackets(protection)}, or +{preset}")
             plan = make_plan(chosen, budget, preset=preset, scope=scope, prefill_chunk=prefill_chunk)
             chosen, scope = plan.policy, plan.scope
-        return cls(chosen, scope or chosen.default_scope, budget, prefill_chunk, aware, preset)
+        return cls(chosen, scope or chosen.default_scope, budget, prefill_chunk, aware, preset, protection)
 
     def plan(self, base: EvictionPlan, buffer: int) -> EvictionPlan:
         """The plan of a cache under this cell; what the cell leaves open is as in `base`, unless it has a preset."""
         if self.preset is None:
             return base.changed(
-                self.policy, self.budget, scope=self.scope, buffer=buffer, prefill_chunk=self.prefill_chunk
-            )
+                self.policy, self.budget, scope=self.scope, buffer=buffer, prefill_chunk=self.prefill_chunk,
+                protection=self.protection,
+            )  # fmt: skip
         return make_plan(
             self.policy, self.budget, preset=self.preset, scope=self.scope, buffer=buffer,
             prefill_chunk=self.prefill_chunk,
@@ -106,8 +113,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The policy with its options, after a + the preset, and after an @ the chunks in which the context is read."""
-        text = policy_text(self.policy) + ("" if self.preset is None else f"+{self.preset}")
+        """The policy with its options, in brackets the protection, then the preset and the tokens of its chunks."""
+        text = policy_text(self.policy) + ("" if self.protection is None else _brackets(self.protection))
+        text += "" if self.preset is None else f"+{self.preset}"
         return text if self.prefill_chunk is None else f"{text}@{self.prefill_chunk}"
 
     @property
@@ -127,7 +135,34 @@ class Cell:
 
 def label(policy: str, scope: str) -> str:
     """The name of a policy and a scope in tables and pictures."""
+    name, bracket, rest = policy.partition("[")
+    if bracket and (name, scope) in LABELS:
+        return f"{LABELS[name, scope]} [{rest}"
     return LABELS.get((policy, scope), f"{policy} ({scope})")
+
+
+def _brackets(protection: Protection) -> str:
+    """`[4,32]`, `[4,32,10%]` with a share, `[4,32,10%,50%]` with another one while a text continues."""
+    shares = [protection.share, protection.later_share]
+    last = max((index for index, default in enumerate((1.0, None)) if shares[index] != default), default=-1)
+    text = "".join(f",{100 * share:g}%" for share in shares[: last + 1] if share is not None)
+    return f"[{protection.sinks},{protection.recent}{text}]"
+
+
+_SHARE = r"(?:,([0-9]{1,3}(?:\.[0-9]{1,3})?)%)?"
+_PROTECTION = re.compile(rf"(.*)\[([0-9]{{1,9}}),([0-9]{{1,9}}){_SHARE}{_SHARE}\]")
+
+
+def _split_protection(name: str) -> tuple[str, Protection | None]:
+    """("retention", its protection) of "retention[4,32,10%]"."""
+    if "[" not in name and "]" not in name:
+        return name, None
+    found = _PROTECTION.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{shown(name)}: brackets hold sinks, recent tokens and perhaps shares: [4,32] or [4,32,10%]")
+    policy, sinks, recent, share, later = found.groups()
+    shares = 1.0 if share is None else float(share) / 100, None if later is None else float(later) / 100
+    return policy, Protection(int(sinks), int(recent), *shares)
 
 
 def parse_cells(names: Iterable[str], budgets: Iterable[float | int], aware: Iterable[bool] = (False,)) -> list[Cell]:
@@ -135,11 +170,12 @@ def parse_cells(names: Iterable[str], budgets: Iterable[float | int], aware: Ite
 
     `aware`: whether the question is read before the compression; both values give two cells each.
 
-    A name is `POLICY[(OPTION=VALUE,...)][+PRESET][:SCOPE][@CHUNK]`, e.g. "snapkv(window=16):layer@256" or
-    "snapkv+defensivekv".
+    A name is a policy, its options in parentheses, its sinks and recent tokens in brackets, and after +, : and @ a
+    preset, a scope and the tokens of a chunk; all but the policy may be left out: "snapkv(window=16):layer@256",
+    "snapkv+defensivekv", "retention[4,32]", or "retention[4,32,25%]" with at most a quarter of a head's entries.
 
     Raises:
-        ValueError: see `Cell.of`; a chunk that is no number.
+        ValueError: see `Cell.of`; a chunk that is no number, or brackets with something else.
     """
     cells: dict[Any, Cell] = {}
     budgets, aware = list(budgets), list(aware)
@@ -148,8 +184,10 @@ def parse_cells(names: Iterable[str], budgets: Iterable[float | int], aware: Ite
         if at and not re.fullmatch("[0-9]{1,18}", chunk):
             raise ValueError(f"{shown(name)}: after @ comes the number of a chunk's tokens, got {shown(chunk)}")
         rest, _, scope = rest.partition(":")
-        policy, _, preset = rest.partition("+")
+        rest, _, preset = rest.partition("+")
+        policy, protection = _split_protection(rest)
         for budget, knows in product(budgets, aware):
-            cell = Cell.of(policy, budget, scope or None, int(chunk) if at else None, knows, preset or None)
+            size = int(chunk) if at else None
+            cell = Cell.of(policy, budget, scope or None, size, knows, preset or None, protection)
             cells.setdefault((*cell.key, cell.aware), cell)
     return list(cells.values())

@@ -45,9 +45,11 @@ def check_inputs(
         raise ValueError("nothing to evaluate: name at least one policy")
     limit = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and longest + question_tokens > limit:
+        most = limit - question_tokens
+        accepted = f"lengths up to {most} are" if most > 0 else f"a model with more than {question_tokens} is"
         raise ValueError(
             f"contexts of {longest} tokens and {question_tokens} for the question exceed the model's {limit} "
-            f"positions; lengths up to {limit - question_tokens} are accepted"
+            f"positions; {accepted} accepted"
         )
     if gates is None and any("log_beta" in cell.policy.needs for cell in cells):
         raise ValueError("policy 'retention' needs gates: give the folder of a trained gates checkpoint")

@@ -332,7 +332,8 @@ class RaggedCache(Cache):
             for stored, tokens, new in zip(self.rows.stored, given.tokens, given.new, strict=True)
         ]
         if any(due):
-            self._evict(self.plan, due, given.tokens)
+            later = [tokens != new for tokens, new in zip(given.tokens, given.new, strict=True)]
+            self._evict(self.plan, due, given.tokens, later)
 
     def apply_deferred(self, rejected: int = 0) -> None:
         """Observes the deferred columns except the last `rejected`, which were removed, and evicts if due."""
@@ -347,10 +348,10 @@ class RaggedCache(Cache):
         tokens = self.rows.tokens
         self._evict_if_due(self._input or ModelInput(tokens, [n - m for n, m in zip(tokens, before, strict=True)], 0))
 
-    def _evict(self, plan: EvictionPlan, due: list[bool], horizon: list[int]) -> None:
+    def _evict(self, plan: EvictionPlan, due: list[bool], horizon: list[int], later: list[bool] | None = None) -> None:
         layers = [layer for layer in self.ragged if layer.store is not None]
         with without_autocast(layers[0].device):
-            keeps = choose(layers, plan, self.rows.tokens, due, self.rows.window_positions, horizon)
+            keeps = choose(layers, plan, self.rows.tokens, due, self.rows.window_positions, horizon, later)
         entries, nbytes = self.entries, self.nbytes
         for store, keep in zip(self.stores, keeps, strict=True):
             old = store.nbytes

@@ -16,7 +16,7 @@ from tenure.documents import shown
 
 from ..retention.calibration import Calibration, weights_digest
 from ..retention.gates import RetentionGates
-from .policies.policy import Policy
+from .policies.policy import Policy, Protection
 from .policies.registry import get_policy, policy_text
 from .protected_tokens import ProtectedTokens
 from .storage.segment_store import StorageConfig
@@ -303,6 +303,7 @@ class EvictionPlan:
         sinks, recent: the first and last tokens of a row, always kept and counted in the budget. If they alone, with
             the tokens of `protect`, would exceed it, fewer recent tokens are protected, then fewer sinks. None is the
             policy's own number, `Policy.default_protection`, and at most its share of the budget.
+        protection: numbers and a share in place of the policy's own.
         buffer: tokens that may be written above the budget before eviction runs again.
         floor: the share of the per-head budget, in [0, 1], that every head is guaranteed where heads compete: its best
             entries, at least one, are kept before heads compete for the rest. 0 guarantees nothing.
@@ -330,6 +331,7 @@ class EvictionPlan:
     schedule: str = "bounded"
     rules: Rules = Rules()
     token_floors: tuple[TokenFloor, ...] = ()
+    protection: Protection | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_floors", token_floors(self.token_floors))
@@ -388,14 +390,17 @@ class EvictionPlan:
             if self.evicts and self.total(count, layout) < count * layout.segments:
                 self.protected(row, count, min(self.allocate(count, layout).shares))
 
-    def protected(self, row: int, tokens: int, share: int) -> tuple[int, int]:
+    def protected(self, row: int, tokens: int, share: int, later: bool = False) -> tuple[int, int]:
         """(sinks, recent) that are protected where a head may keep `share` of the row's `tokens` tokens.
+
+        Args:
+            later: the text has begun in an earlier input, see `Protection.later_share`.
 
         Raises:
             ValueError: the tokens of `protect` alone are more.
         """
-        own = self.policy.default_protection
-        room = int(own.share * share + _ROUNDING)
+        own = self.protection or self.policy.default_protection
+        room = own.room(share, later)
         sinks = min(own.sinks, room) if self.sinks is None else self.sinks
         recent = min(own.recent, max(0, room - sinks)) if self.recent is None else self.recent
         floors = sum(int(share * floor.share) for floor in self.token_floors)
@@ -454,6 +459,7 @@ class PlanDocument:
     schedule: str = "bounded"
     rules: Rules = Rules()
     token_floors: tuple[TokenFloor, ...] = ()
+    protection: Protection | None = None
 
 
 def plan_to_json(plan: EvictionPlan) -> dict[str, Any]:
@@ -461,7 +467,8 @@ def plan_to_json(plan: EvictionPlan) -> dict[str, Any]:
     plain = {each.name: getattr(plan, each.name) for each in fields(PlanDocument)}
     protect = None if plan.protect is None else vars(plan.protect)
     floors = [{"tokens": vars(floor.tokens), "share": floor.share} for floor in plan.token_floors]
-    nested = {"protect": protect, "rules": vars(plan.rules), "token_floors": floors}
+    protection = None if plan.protection is None else vars(plan.protection)
+    nested = {"protect": protect, "rules": vars(plan.rules), "token_floors": floors, "protection": protection}
     first = {"policy": _policy_to_json(plan.policy), "budget": plan.budget.amount, **nested}
     return first | {name: value for name, value in plain.items() if name not in first}
 
@@ -562,4 +569,5 @@ def _differences(plan: EvictionPlan, found: Calibration) -> list[str]:
     differing = [f"{option} {now!r} (calibrated: {then!r})" for option, (now, then) in pairs.items() if now != then]
     differing += [option for option in ("prefill_chunk", "protect") if getattr(plan, option) is not None]
     differing += ["token_floors"] if plan.token_floors else []
+    differing += [] if plan.protection is None else [f"{plan.protection}"]
     return differing + ([f"rules {plan.rules}"] if plan.rules != Rules() else [])

@@ -31,7 +31,7 @@ def layout_of(layers: Sequence[RaggedLayer]) -> BudgetLayout:
 @torch.no_grad()
 def choose(
     layers: Sequence[RaggedLayer], plan: EvictionPlan, tokens: Sequence[int], due: Sequence[bool],
-    query_positions: torch.Tensor | None, horizon: Sequence[int] | None = None,
+    query_positions: torch.Tensor | None, horizon: Sequence[int] | None = None, later: Sequence[bool] | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Selects the entries to keep under `plan`.
 
@@ -42,6 +42,7 @@ def choose(
         query_positions: `(batch, size)` positions of the recorded queries, for policies that read them.
         horizon: real tokens each row will have seen at the end of the running input, which its budget is counted
             from; None for `tokens`.
+        later: True for the rows whose text has begun in an earlier input, see `Protection`; None for none.
 
     Returns:
         For each layer bool `(batch, num_kv_heads, n)`, True for entries to keep.
@@ -54,7 +55,7 @@ def choose(
     ends = list(tokens if horizon is None else horizon)
     scored_at = list(tokens) if plan.rules.horizon == "seen" else ends
     shares = [plan.allocate(end, layout) if now else None for end, now in zip(ends, due, strict=True)]
-    protected = {device: _ProtectedPositions(plan, tokens, shares, time) for device, time in times.items()}
+    protected = {device: _ProtectedPositions(plan, tokens, shares, time, later) for device, time in times.items()}
     scores, positions, preferences = [], [], []
     for index, layer in enumerate(layers):
         time = times[layer.device]
@@ -116,12 +117,14 @@ class _ProtectedPositions:
     """Positions that are kept regardless of their score: sinks, recent tokens and those of `plan.protect`."""
 
     def __init__(
-        self, plan: EvictionPlan, tokens: Sequence[int], shares: Sequence[BudgetAllocation | None], time: torch.Tensor
-    ) -> None:
+        self, plan: EvictionPlan, tokens: Sequence[int], shares: Sequence[BudgetAllocation | None], time: torch.Tensor,
+        later: Sequence[bool] | None,
+    ) -> None:  # fmt: skip
+        later = [False] * len(tokens) if later is None else later
         layers = next((len(share.shares) for share in shares if share is not None), 0)
         limits = [
             [
-                (0, 0) if share is None else plan.protected(row, count, share.shares[layer])
+                (0, 0) if share is None else plan.protected(row, count, share.shares[layer], later[row])
                 for row, (count, share) in enumerate(zip(tokens, shares, strict=True))
             ]
             for layer in range(layers)

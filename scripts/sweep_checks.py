@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..eval import CaseBuilder, Cell
+    from ..eval import Cell
     from ..eval.sweep import SweepConfig
+    from ..eval.tasks.builder import CaseBuilder, MixedCaseBuilder
     from ..retention import RetentionGates
 
 QUESTION_TOKENS = 256  # room for the question and the answer
@@ -30,7 +32,7 @@ class SweepJob:
 
     cells: list[Cell]
     tokenizer: Any
-    builder: Callable[[int, int], CaseBuilder]
+    builder: Callable[[int, int], CaseBuilder | MixedCaseBuilder]
     settings: dict[str, Any]
     threads: int | None
 
@@ -59,27 +61,31 @@ def check(sweep: SweepConfig, devices: Sequence[str]) -> SweepJob:
     builder = partial(make_builder, tokenizer, texts)
     for length in sweep.lengths:
         first = builder(length, sweep.seeds[0])
-        for task in sweep.tasks:
-            first.case(task, 0)  # refuses a length that cannot hold the task
-    settings = _settings(sweep, cells, gates, texts, devices[0], model_config)
+        for task, kind in product(sweep.tasks, range(min(sweep.cases, len(texts)))):
+            first.case(task, kind)  # refuses a length that cannot hold the task
+    every = [text for kind in texts for text in kind]
+    settings = _settings(sweep, cells, gates, every, devices[0], model_config)
     return SweepJob(cells, tokenizer, builder, settings, _threads(sweep, devices))
 
 
-def make_builder(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -> CaseBuilder:
-    """The cases of a length and a seed over the texts."""
-    from ..eval import CaseBuilder
+def make_builder(
+    tokenizer: Any, texts: Sequence[Sequence[str]], length: int, seed: int
+) -> CaseBuilder | MixedCaseBuilder:
+    """The cases of a length and a seed over the texts, one list for each kind."""
+    from ..eval.tasks.builder import CaseBuilder, MixedCaseBuilder
 
-    return CaseBuilder(tokenizer, texts, length, seed)
+    builders = [CaseBuilder(tokenizer, kind, length, seed) for kind in texts]
+    return builders[0] if len(builders) == 1 else MixedCaseBuilder(builders)
 
 
-def load_texts(sweep: SweepConfig) -> list[str]:
-    """The held-out texts that cases are built from.
+def load_texts(sweep: SweepConfig) -> list[list[str]]:
+    """The held-out texts that cases are built from, one list for each of the sweep's sources.
 
     Raises:
         ValueError: there are none."""
     from ..training.assets import resolve_texts
 
-    return [document.text for document in resolve_texts(sweep.data, "eval")]
+    return [[document.text for document in resolve_texts(source, "eval")] for source in sweep.data_sources]
 
 
 def load_gates(sweep: SweepConfig, cells: Sequence[Cell]) -> RetentionGates | None:

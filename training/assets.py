@@ -193,6 +193,7 @@ def _ask_hub(name: str, revision: str | None) -> None:
 def resolve_texts(data: str, split: Split = "all") -> list[Document]:
     """The documents that `--data` names: `demo` (essays of `split`), a text file, or a folder of .txt and .md files.
 
+    `demo:train` is the other essays, those that gates are trained on and options are chosen on, whatever the split.
     A file or folder of the user's own is returned whole whatever the split: what to hold out is the user's choice.
 
     Raises:
@@ -201,6 +202,8 @@ def resolve_texts(data: str, split: Split = "all") -> list[Document]:
     """
     if data == "demo":
         return essays(split)
+    if data == "demo:train":
+        return essays("train")
     root = Path(data).expanduser()
     if root.is_dir():
         paths = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix in TEXT_SUFFIXES)
@@ -208,7 +211,9 @@ def resolve_texts(data: str, split: Split = "all") -> list[Document]:
     elif root.is_file():
         named = [(root.stem, root)]
     else:
-        raise ValueError(f"no file or folder {data!r}; give 'demo', a text file, or a folder of .txt and .md files")
+        raise ValueError(
+            f"no file or folder {data!r}; give 'demo', 'demo:train', a text file, or a folder of .txt and .md files"
+        )
     documents = [Document(name, read_text(path)) for name, path in named]
     documents = [document for document in documents if document.text.strip()]
     if not documents:

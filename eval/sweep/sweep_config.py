@@ -30,7 +30,8 @@ class SweepConfig:
         cases: cases of each task, length and seed.
         model, revision: Hub id, local folder, or "demo"; a Hub model's revision.
         gates: folder, demo or hub:OWNER/NAME; None for those shipped for the demo model.
-        data: texts: "demo" (held-out essays), a file or a folder.
+        data: texts: "demo" (held-out essays), "demo:train" (the other essays), a file or a folder; several are taken in
+            turn, case number i over number i mod n.
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
         sinks, recent: first and last tokens that always stay; None for each policy's own.
         preset: the released code whose rules all policies follow, see docs/reference/presets.md; a policy with a
@@ -54,7 +55,7 @@ class SweepConfig:
     model: str = "demo"
     revision: str | None = None
     gates: str | None = None
-    data: str = "demo"
+    data: str | tuple[str, ...] = "demo"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     sinks: Annotated[int, Range(0)] | None = None
     recent: Annotated[int, Range(0)] | None = None
@@ -65,6 +66,13 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         verify(self)
+        if not self.data:
+            raise ValueError(f"got {self.data!r} as data; accepted: demo, a file, a folder, or several of these")
+
+    @property
+    def data_sources(self) -> tuple[str, ...]:
+        """The texts that cases are made of in turn."""
+        return (self.data,) if isinstance(self.data, str) else self.data
 
     @classmethod
     def from_yaml(cls, path: str | Path, **changes: Any) -> SweepConfig:
@@ -100,6 +108,8 @@ class SweepConfig:
         tokens = [name for name in ("sinks", "recent") if getattr(self, name)]
         if tokens and any(cell.preset for cell in cells):
             raise ValueError(f"presets protect no tokens: leave out {', '.join(tokens)}, or the preset")
+        if tokens and any(cell.protection for cell in cells):
+            raise ValueError(f"policies with brackets have protected tokens: leave out {', '.join(tokens)}")
         return cells
 
     def settings(self) -> dict[str, Any]:

@@ -280,3 +280,18 @@ class CaseBuilder:
 
     def _encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text, plain=True)
+
+
+class MixedCaseBuilder:
+    """Cases over several kinds of text in turn: case number i is over kind number i mod n.
+
+    Args:
+        builders: one for each kind.
+    """
+
+    def __init__(self, builders: Sequence[CaseBuilder]) -> None:
+        self.builders = builders
+
+    def case(self, task: str, index: int) -> Case:
+        """Case number `index` of `task`; ValueError as `CaseBuilder.case`."""
+        return self.builders[index % len(self.builders)].case(task, index)

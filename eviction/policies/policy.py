@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
-from tenure.checked import verify
+from tenure.checked import Range, verify
 
 from ..cache_layer import RaggedLayer
 from ..layer_view import LayerView
@@ -23,11 +23,25 @@ class Protection:
     Attributes:
         sinks, recent: their numbers.
         share: they take at most this share of a head's entries; recent tokens are given up first.
+        later_share: that share while a text continues: in evictions after a later input than the first one, and while
+            an answer is decoded. None for `share`.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
-    sinks: int = 4
-    recent: int = 32
-    share: float = 1.0
+    sinks: Annotated[int, Range(0, 2**62)] = 4
+    recent: Annotated[int, Range(0, 2**62)] = 32
+    share: Annotated[float, Range(0, 1)] = 1.0
+    later_share: Annotated[float, Range(0, 1)] | None = None
+
+    def __post_init__(self) -> None:
+        verify(self, "protection")
+
+    def room(self, entries: int, later: bool) -> int:
+        """Protected tokens for which a head of so many entries has room."""
+        share = self.later_share if later and self.later_share is not None else self.share
+        return int(share * entries + 1e-6)  # 0.29 * 100 is 28.999… in floats
 
 
 class Policy(ABC):

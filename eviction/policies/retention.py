@@ -52,8 +52,8 @@ class Retention(Policy):
     name: ClassVar[str] = "retention"
     needs: ClassVar[frozenset[str]] = frozenset({"log_beta"})
     default_scope: ClassVar[str] = "global"
-    # Measured on the training texts (docs/results/studies.md): more is dear at small budgets, none costs at large ones.
-    default_protection: ClassVar[Protection] = Protection(share=0.1)
+    # Measured on the training texts (docs/results/studies.md): more costs behind a prompt, less while a text goes on.
+    default_protection: ClassVar[Protection] = Protection(share=0.1, later_share=0.5)
 
     @property
     def discards(self) -> bool:

@@ -246,6 +246,8 @@ def test_inputs_are_refused_before_work(model, gates):
     check_inputs(model.config, cells, 800, gates)
     with pytest.raises(ValueError, match=r"contexts of 1000 tokens .* 1024 positions; lengths up to 896"):
         check_inputs(model.config, cells, 1000, gates)
+    with pytest.raises(ValueError, match=r"1024 positions; a model with more than 1024 is accepted"):
+        check_inputs(model.config, cells, 1000, gates, question_tokens=1024)
     with pytest.raises(ValueError, match="'retention' needs gates"):
         check_inputs(model.config, cells, 800, None)
     with pytest.raises(ValueError, match="at least one policy"):

@@ -24,6 +24,7 @@ from tenure.eviction.plan import (
     plan_to_json,
     pyramid,
 )
+from tenure.eviction.policies.policy import Protection
 from tenure.eviction.policies.registry import get_policy
 from tenure.eviction.storage.segment_store import StorageConfig
 
@@ -218,9 +219,51 @@ def test_600_tokens_under_32_entries_a_head_without_growth(tiny_model, gates_for
     assert len(shapes) == 6, "the budget is shared out anew between layers and heads"
 
 
+@pytest.mark.parametrize(
+    ("policy", "protection", "entries", "prompt", "later"),
+    [
+        ("retention", None, 200, (4, 16), (4, 32)),  # a tenth behind the prompt, then up to half
+        ("retention", None, 51, (4, 1), (4, 21)),
+        ("retention", None, 20, (2, 0), (4, 6)),
+        ("retention", Protection(4, 32, 0.25), 51, (4, 8), (4, 8)),
+        ("retention", Protection(0, 0), 51, (0, 0), (0, 0)),
+        ("snapkv", None, 51, (4, 32), (4, 32)),
+        ("snapkv", None, 20, (4, 16), (4, 16)),
+        ("snapkv", Protection(4, 8, 0.29, 1.0), 100, (4, 8), (4, 8)),
+        ("snapkv", Protection(4, 99, 0.29, 0.5), 100, (4, 25), (4, 46)),
+    ],
+)
+def test_protected_tokens_take_a_share_of_a_heads_entries(policy, protection, entries, prompt, later):
+    plan = EvictionPlan(get_policy(policy), Budget(entries), "global", protection=protection)
+    assert plan.protected(0, 1000, entries) == prompt
+    assert plan.protected(0, 1000, entries, later=True) == later
+    given = EvictionPlan(get_policy(policy), Budget(entries), "global", 4, 8, protection=protection)
+    assert given.protected(0, 1000, entries) == (4, 8), "given numbers have no share"
+
+
+@torch.no_grad()
+def test_more_is_protected_while_a_text_continues(tiny_llama, gates_for, prompt):
+    gates = gates_for(tiny_llama)
+    with evict(tiny_llama, "retention", 20, gates=gates, buffer=0) as session:
+        cache = session.new_cache()
+        seen = 0
+        for tokens, recent in ((100, 0), (10, 6), (1, 6)):  # of 20 entries two are protected, later four and six
+            session.extend(cache, prompt(1, tokens)[0].tolist())
+            seen += tokens
+            newest = set(range(seen - recent, seen))
+            heads = [head.tolist() for layer in range(len(cache.ragged)) for head in cache.kept(layer)[0]]
+            assert all(newest | {0, 1} <= set(head) for head in heads)
+            assert recent or any(seen - 1 not in head for head in heads), "nothing recent is protected"
+        fork = cache.fork().compress(budget=19)
+        heads = [head.tolist() for layer in range(len(fork.ragged)) for head in fork.kept(layer)[0]]
+        assert any(not newest <= set(head) for head in heads), "behind a text that has ended"
+
+
 def test_a_plan_returns_from_json_as_it_was():
     protect = ProtectedTokens.of([(0, 4), (9, 12)])
-    plan = EvictionPlan(get_policy("snapkv", window=16), Budget("512MiB"), "layer", floor=0.25, protect=protect)
+    own = Protection(2, 6, 0.5)
+    policy = get_policy("snapkv", window=16)
+    plan = EvictionPlan(policy, Budget("512MiB"), "layer", floor=0.25, protect=protect, protection=own)
     document = json.loads(json.dumps(plan_to_json(plan)))
     assert plan_from_json(document, ()) == plan
 
@@ -235,6 +278,7 @@ def test_a_plan_returns_from_json_as_it_was():
         ({"policy": {"name": "snapkv"}}, "policy lacks options; accepted fields: name, options"),
         ({"policy": {"name": "mine", "options": {}}}, "unknown policy 'mine'; known: "),
         ({"protect": {"rows": [[[0, 1, 2]]]}}, r"got a list of 3 as protect.rows\[0\]\[0\]; accepted: a list of 2"),
+        ({"protection": {"share": 2}}, "got 2 as protection.share; accepted: a number from 0 to 1"),
         ({"late": 1}, "got unknown fields late; accepted: policy, budget"),
     ],
 )

@@ -323,7 +323,7 @@ def test_resolve_texts(tmp_path: Path, cache: Path, essay_wheel: Wheel):
     (folder / "image.png").write_bytes(b"\xff\xd8")
     assert resolve_texts(str(folder), "eval") == [Document("b", "bee"), Document("deep/a", "ä")]
     assert resolve_texts(str(folder / "b.txt")) == [Document("b", "bee")]
-    with pytest.raises(ValueError, match=r"no file or folder .*give 'demo', a text file, or a folder"):
+    with pytest.raises(ValueError, match=r"no file or folder .*give 'demo', 'demo:train', a text file, or a folder"):
         resolve_texts(str(folder / "none"))
     with pytest.raises(ValueError, match=r"image\.png' is not UTF-8 text"):
         resolve_texts(str(folder / "image.png"))

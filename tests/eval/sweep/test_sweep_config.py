@@ -9,6 +9,9 @@ import pytest
 from tenure.eval import TASKS
 from tenure.eval.sweep import SweepConfig, all_units
 from tenure.eviction import policy_names
+from tenure.eviction.plan import Budget, EvictionPlan
+from tenure.eviction.policies.policy import Protection
+from tenure.eviction.policies.registry import get_policy
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SMALL = "policies: [full, knorm]\nbudgets: [0.5, 64]\ntasks: [vt]\n"
@@ -45,6 +48,22 @@ def test_a_preset_holds_for_all_policies_without_one(file):
         SweepConfig.from_yaml(file(text + "sinks: 4\nrecent: 32\n")).cells()
 
 
+def test_brackets_give_a_policy_its_protected_tokens(file):
+    text = "policies: [full, 'knorm[4,32]', 'knorm[0,0]@64', 'snapkv[4,8,10%,50%]:layer']\n"
+    text += "budgets: [0.5]\ntasks: [vt]\n"
+    cells = SweepConfig.from_yaml(file(text)).cells()
+    assert [cell.name for cell in cells] == ["full", "knorm[4,32]", "knorm[0,0]@64", "snapkv[4,8,10%,50%]"]
+    base = cells[1].plan(EvictionPlan(get_policy("full"), Budget(1.0), "head"), 5)
+    assert (base.protection, base.protected(0, 300, 200)) == (Protection(4, 32), (4, 32))
+    assert cells[3].protection == Protection(4, 8, 0.1, 0.5) and cells[1].label == "Knorm [4,32]"
+    with pytest.raises(ValueError, match="policies with brackets have protected tokens: leave out sinks"):
+        SweepConfig.from_yaml(file(text + "sinks: 4\n")).cells()
+    with pytest.raises(ValueError, match=r"presets protect no tokens: leave out \[4,32\], or \+kvpress"):
+        SweepConfig.from_yaml(file(text + "preset: kvpress\n")).cells()
+    with pytest.raises(ValueError, match=r"'knorm\[4\]': brackets hold sinks, recent tokens and perhaps shares"):
+        SweepConfig.from_yaml(file(text.replace("[4,32]", "[4]"))).cells()
+
+
 def test_scopes_are_taken_with_policies_that_name_none(file):
     config = SweepConfig.from_yaml(file("policies: [full, 'snapkv:head', knorm@64]\nbudgets: [0.5]\ntasks: [vt]\n"
                                         "scopes: [layer, global]\n"))  # fmt: skip
@@ -74,6 +93,8 @@ def test_scopes_are_taken_with_policies_that_name_none(file):
         (SMALL + "lengths: [0]\n", r"got 0 as lengths\[0\]; accepted: a whole number of 1 or more"),
         (SMALL + "question: maybe\n", "got 'maybe' as question; accepted: agnostic, aware, both"),
         (SMALL + "dtype: int8\n", "got 'int8' as dtype; accepted: auto, float32"),
+        (SMALL + "data: []\n", r"got \(\) as data; accepted: demo, a file, a folder, or several of these"),
+        (SMALL + "data: 5\n", "got 5 as data; accepted: text or a list"),
         (SMALL + "model: 7\n", "got 7 as model; accepted: text"),
         (SMALL + "gates: [a]\n", "got a list as gates; accepted: text or nothing"),
     ],
@@ -110,3 +131,10 @@ def test_the_other_example_can_be_read():
     config = SweepConfig.from_yaml(EXAMPLES / "sweep_gemma3.yaml")
     assert set(config.tasks) <= set(TASKS)
     assert not any("log_beta" in cell.policy.needs for cell in config.cells()), "there are no gates for this model"
+
+
+@pytest.mark.parametrize("name", ["unseen", "protection", "baselines", "papers", "defensive"])
+def test_further_examples_can_be_read(name):
+    config = SweepConfig.from_yaml(EXAMPLES / f"sweep_{name}.yaml")
+    assert set(config.tasks) <= set(TASKS) and config.cells()[0].name == "full"
+    assert config.output == f"runs/sweep_{name}", "as its comments say"

@@ -10,6 +10,7 @@ import pytest
 from tenure.eval import CaseBuilder, Record, evaluate, parse_cells
 from tenure.eval.sweep import Failure, Unit, UnitRunner, export_cases
 from tenure.eviction import KeyDiff, Knorm
+from tenure.scripts.sweep_checks import make_builder
 
 LENGTH = 350
 CELLS = parse_cells(["full", "keydiff", "knorm", "streaming_llm"], [0.5, 0.2])
@@ -130,3 +131,13 @@ def test_both_kinds_of_question_and_sliding_windows(family, tiny_model, tokenize
     runner.together = 4
     for one, other in zip(without_times(alone), without_times(runner.run(UNIT)), strict=True):
         assert dataclasses.replace(one, kl=0.0) == dataclasses.replace(other, kl=0.0)
+
+
+def test_several_kinds_of_text_take_turns(tokenizer):
+    kinds = [["Alpha is first. " * 200], ["Beta is second. " * 200]]
+    mixed = make_builder(tokenizer, kinds, LENGTH, 3)
+    for index, word in enumerate(["Alpha", "Beta", "Alpha"]):
+        case = mixed.case("needle", index)
+        assert case == CaseBuilder(tokenizer, kinds[index % 2], LENGTH, 3).case("needle", index)
+        assert word in tokenizer.decode(case.context_ids)
+    assert isinstance(make_builder(tokenizer, kinds[:1], LENGTH, 3), CaseBuilder)
