@@ -38,7 +38,8 @@ class MetricsLog:
             output_dir.mkdir(parents=True, exist_ok=True)
             kept = [line for line in self._lines() if line.get("step", 0) <= resumed_at] if resumed_at else []
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with named_errors(temporary):
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.path)
 
     def start_tracker(self, tracker: str, project: str, settings: dict[str, Any]) -> None:
@@ -89,7 +90,9 @@ class MetricsLog:
         image = axes.imshow(occupancy.cpu().numpy(), aspect="auto", cmap="viridis", vmin=0)
         axes.set(xlabel="KV head", ylabel="layer", title=f"mean occupancy, step {step}")
         figure.colorbar(image, label="entries")
-        figure.savefig(self.path.with_name(PICTURE_FILE), dpi=110)
+        path = self.path.with_name(PICTURE_FILE)
+        with named_errors(path):
+            figure.savefig(path, dpi=110)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[None, ..., :3]
         for tracker in self.accelerator.trackers:
