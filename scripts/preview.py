@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from tenure.training.data import Example
 
-SAMPLE = 256  # examples that the numbers of the table are taken over
+SAMPLE = 256  # examples that the numbers of the table are taken over, at most
+SAMPLE_TOKENS = 4_000_000  # after which no further one is read
 SHOWN = 2  # examples that are printed
 SHOWN_TOKENS = 400  # of each, from its start
 
@@ -36,7 +37,10 @@ def main(config: TrainConfig) -> int:
 
     tokenizer = load_tokenizer(config.model, config.revision)
     source, held_out = build_source(config, tokenizer)
-    examples = [source[index] for index in range(SAMPLE)]
+    examples, tokens = [], 0
+    while len(examples) < SAMPLE and tokens < SAMPLE_TOKENS:
+        examples.append(source[len(examples)])
+        tokens += len(examples[-1].input_ids)
     console = make_console()
     console.print(summary(config, source, examples, len(held_out)))
     for number, example in enumerate(examples[:SHOWN]):

@@ -121,6 +121,8 @@ def _one_source(config: TrainConfig, data: str, tokenizer: Any) -> tuple[Example
             prompt_share=config.prompt_share, seed=config.seed, bad_records=config.bad_records,
         )  # fmt: skip
         return images.held_out(config.held_out) if config.held_out else (images, [])
+    if config.stream:
+        return _stream(config, data, tokenizer)
     source, held_out = _data_set(config, data, tokenizer)
     return (PackedSource(source, max(config.lengths)) if config.pack else source), held_out
 
@@ -148,13 +150,23 @@ def _data_set(config: TrainConfig, data: str, tokenizer: Any) -> tuple[DatasetSo
     """One data set, and the examples held out of it."""
     from tenure.training.data import load_examples
 
-    source = load_examples(
-        data, tokenizer, max_length=max(config.lengths), min_length=max(2, config.min_length),
-        format=config.format, loss_on=config.loss_on, split=config.split, seed=config.seed, overlong=config.overlong,
-        columns=config.columns, bad_records=config.bad_records, workers=config.data_workers,
-        keep_thoughts=config.keep_thoughts,
-    )  # fmt: skip
+    source = load_examples(data, tokenizer, workers=config.data_workers, **_reading(config))
     return source.held_out(config.held_out) if config.held_out else (source, [])
+
+
+def _stream(config: TrainConfig, data: str, tokenizer: Any) -> tuple[ExampleSource, list[Example]]:
+    """One data set as a stream, and the examples held out of it."""
+    from tenure.training.streaming import stream_examples
+
+    source = stream_examples(data, tokenizer, buffer=config.stream_buffer, pack=config.pack, **_reading(config))
+    return source.held_out(config.held_out) if config.held_out else (source, [])
+
+
+def _reading(config: TrainConfig) -> dict[str, Any]:
+    """The settings of one data set, as `load_examples` and `stream_examples` take them."""
+    names = ("format", "loss_on", "split", "seed", "overlong", "columns", "bad_records", "keep_thoughts")
+    settings = {name: getattr(config, name) for name in names}
+    return settings | {"max_length": max(config.lengths), "min_length": max(2, config.min_length)}
 
 
 def build_evaluation(

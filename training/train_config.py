@@ -64,6 +64,10 @@ class TrainConfig:
     """Documents longer than the longest length are cut, split into windows (texts; chats are cut), or left out."""
     bad_records: NoneOrMore = 0
     """Records of each data set that may be left out, counted and named, because they cannot be read."""
+    stream: bool = False
+    """Read data a part at a time, in its order, and keep no tokenised copy on the disk: for sets larger than that."""
+    stream_buffer: Count = 1024
+    """Examples that a stream reads ahead and shuffles."""
     data_workers: Count = 1
     """Processes that tokenise."""
     held_out: NoneOrMore = 0
@@ -195,6 +199,15 @@ class TrainConfig:
                 f"got best_metric {self.best_metric} and eval_every 0, so nothing is measured; accepted: an eval_every "
                 "above 0 with best_metric"
             )
+        for name in ("images", "concatenate"):
+            if self.stream and getattr(self, name):
+                raise ValueError(f"got stream with {name}; accepted: one of them (a mixture can be streamed)")
+        if self.stream and self.data_workers > 1:
+            raise ValueError(
+                f"got stream and data_workers {self.data_workers}; accepted: 1, streams are tokenised as they are read"
+            )
+        if self.stream and not given and self.data == "synthetic":
+            raise ValueError("got stream with synthetic documents, which are never stored; accepted: data or a mixture")
         if self.images and (self.pack or self.concatenate or self.context_parallel > 1):
             name = "pack" if self.pack else "concatenate" if self.concatenate else "context_parallel"
             raise ValueError(f"got images with {name}, but sequences with images run one by one; accepted: one of them")
