@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tenure.training.data import DatasetSource, Example, ExampleSource
 
 logger = logging.getLogger(__name__)
+MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def parse(arguments: Sequence[str], prog: str) -> TrainConfig:
@@ -58,10 +59,16 @@ def parse(arguments: Sequence[str], prog: str) -> TrainConfig:
 def build_source(config: TrainConfig, tokenizer: Any) -> tuple[ExampleSource, list[Example]]:
     """The training examples named by `config.data` or `config.mixture`, and those held out of them.
 
+    Args:
+        tokenizer: gets the chat template of `config.chat_template`.
+
     Raises:
-        ValueError: no such data, or columns, weights or lengths that cannot be used.
+        ValueError: no such data, or columns, weights or lengths that cannot be used; no such template.
     """
     from tenure.training.data import MixtureSource
+
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_template(config.chat_template)
 
     if config.concatenate:
         return _concatenated(config, tokenizer)
@@ -74,6 +81,22 @@ def build_source(config: TrainConfig, tokenizer: Any) -> tuple[ExampleSource, li
         sources[name], held = _one_source(config, name, tokenizer)
         held_out += held
     return MixtureSource(sources, weights, config.seed), held_out
+
+
+def read_template(path: str) -> str:
+    """A chat template of a file.
+
+    Raises:
+        ValueError: it is absent, too large, or no text.
+    """
+    from tenure.documents import file_bytes
+
+    try:
+        return file_bytes(path, MAX_TEMPLATE_BYTES).decode()
+    except FileNotFoundError:
+        raise ValueError(f"no chat template at {path!r}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"got the chat template {path!r}, which is no text in UTF-8") from None
 
 
 def parse_mixture(entries: Sequence[str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from tenure.documents import plain_line
 
-from .conversations import encode_messages
+from .conversations import encode_messages, template_text
 from .digests import column_digest, data_digest, digest
 from .records import RecordError, known_columns, load_records, parse_columns, plain_record
 
@@ -320,6 +320,8 @@ def record_kind(columns: Sequence[str], format: Format, data: str, tokenizer: An
     kind = _kind(columns, format, data)
     if kind == "chat" and not getattr(tokenizer, "chat_template", None):
         raise ValueError("format='chat' needs a tokenizer with a chat template; this one has none: use format='raw'")
+    if kind == "chat" and "tools" in columns and "tools" not in template_text(tokenizer):
+        logger.warning("%s has a column tools, which the chat template does not show (see chat_template)", data)
     return kind
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +43,11 @@ class MetricsLog:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.path)
 
-    def start_tracker(self, tracker: str, project: str, settings: dict[str, Any]) -> None:
-        """Starts accelerate's tracker; a resumed run continues the tracker's run, which is named after the folder."""
+    def start_trackers(self, trackers: Sequence[str], project: str, settings: dict[str, Any]) -> None:
+        """Starts accelerate's trackers; a resumed run continues the run of wandb, which is named after the folder."""
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
         options: dict[str, Any] = {"tensorboard": {"purge_step": self.resumed_at + 1}}
-        if tracker == "wandb" and self.accelerator.is_main_process:
+        if "wandb" in trackers and self.accelerator.is_main_process:
             path = self.path.with_name(RUN_ID_FILE)
             if not (self.resumed_at and path.is_file()):
                 path.write_text(uuid.uuid4().hex[:8])
