@@ -74,6 +74,7 @@ class StreamedSource:
     _read: int = field(init=False, repr=False)  # blocks
     _documents: Iterator[_Document] = field(init=False, repr=False)  # of the current epoch
     _found: int = field(init=False, repr=False)  # of these
+    _counted: bool = field(default=False, init=False, repr=False)
     _faults: dict[int, str] = field(default_factory=dict, init=False, repr=False)
     _lock: Any = field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -139,7 +140,7 @@ class StreamedSource:
             self._documents, self._found = islice(self._epoch(), self.held_out_documents, None), 0
 
     def _epoch(self) -> Iterator[_Document]:
-        """The documents of the data once; counts those that are left out or cut in a warning.
+        """The documents of the data once; the first time, a warning counts those that are left out or cut.
 
         Raises:
             ValueError: more faulty records than `bad_records`.
@@ -158,7 +159,8 @@ class StreamedSource:
                 else:
                     yield _Document(array("i", ids), bytes(mask), record)
                 lost, cut = lost + gone, cut + bool(gone)
-        if short or cut:
+        if (short or cut) and not self._counted:
+            self._counted = True
             logger.warning(
                 "%s: %d documents of %d records were shorter than %d tokens or without a token to predict; %d tokens "
                 "of %d documents longer than %d were lost",

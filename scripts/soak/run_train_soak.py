@@ -144,7 +144,8 @@ class TrainSoak:
                 codes = self._ended(processes)
             else:
                 self._wait_for_a_moment(processes)
-                began, step = self._began(), last_step(self.folder)
+                began = self._began()
+                step = last_step(self.folder) if began else 0  # before, the log is that of the launch before
                 hit = all(one.is_alive() for one in processes)
                 codes = getattr(self, f"_{fault}")(processes)
         if not any(codes):
