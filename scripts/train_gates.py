@@ -87,16 +87,19 @@ def read_template(path: str) -> str:
     """A chat template of a file.
 
     Raises:
-        ValueError: it is absent, too large, or no text.
+        ValueError: it is absent, empty, too large, or no text.
     """
     from tenure.documents import file_bytes
 
     try:
-        return file_bytes(path, MAX_TEMPLATE_BYTES).decode()
+        text = file_bytes(path, MAX_TEMPLATE_BYTES).decode()
     except FileNotFoundError:
         raise ValueError(f"no chat template at {path!r}") from None
     except UnicodeDecodeError:
         raise ValueError(f"got the chat template {path!r}, which is no text in UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"got the chat template {path!r}, which is empty")
+    return text
 
 
 def parse_mixture(entries: Sequence[str]) -> dict[str, float]:
@@ -211,6 +214,8 @@ def main(config: TrainConfig) -> int:
     from tenure.training.launch import RUN_AGAIN, TrainingInterrupted, with_launcher
 
     config = with_launcher(config)  # first: what it refuses needs neither model nor data
+    if config.chat_template is not None:
+        read_template(config.chat_template)
     import torch
 
     from tenure.scripts.loading import load_model

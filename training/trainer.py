@@ -429,7 +429,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     for tracker in config.tracker:
         if importlib.util.find_spec(tracker) is None:
             raise ImportError(f"got tracker {tracker}, which is not installed: pip install {tracker}")
-    trackers: Any = [*config.tracker]
+    trackers: Any = [*config.tracker] or None
     return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=config.output_dir)
 
 

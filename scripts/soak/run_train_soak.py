@@ -359,7 +359,7 @@ def _free_port() -> int:
 
 
 def train_process(rank: int, port: int, strategy: Strategy, steps: int, folder: str, log: str) -> None:
-    """One process of a training run, whose output goes to the file `log`; ends with the run's exit status."""
+    """One process of a training run, which writes its output to the file `log` and ends with the run's exit status."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
