@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from tenure.documents import plain_line
+
 from .batching import concatenate, first_fit
 from .data import PEEKED, Example, Format, LossOn, Overlong, encode_records, record_kind
 from .digests import digest
@@ -30,6 +32,9 @@ class _Document:
     input_ids: array[int]
     loss_mask: bytes
     record: int
+
+    def example(self, kind: str) -> Example:
+        return Example(list(self.input_ids), [bool(bit) for bit in self.loss_mask], kind)
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,7 @@ class StreamedSource:
 
     def __getitem__(self, index: int) -> Example:
         documents = self._row(index)
-        kind = self.encoder["kind"]
-        examples = [Example(list(one.input_ids), [bool(bit) for bit in one.loss_mask], kind) for one in documents]
+        examples = [one.example(self.encoder["kind"]) for one in documents]
         return examples[0] if self.row_length is None else concatenate(examples)
 
     def name(self, index: int) -> str:
@@ -143,11 +147,11 @@ class StreamedSource:
         """The documents of the data once; the first time, a warning counts those that are left out or cut.
 
         Raises:
-            ValueError: more faulty records than `bad_records`.
+            ValueError: more faulty records than `bad_records`; a file that is damaged, or cannot be read any more.
         """
         number = short = lost = cut = 0
         rows = iter(self.records)
-        while batch := list(islice(rows, BATCH)):
+        while batch := _take(rows, BATCH, self.data, number):
             columns = {name: [row.get(name) for row in batch] for name in batch[0]}
             found = encode_records(columns, [*range(number, number + len(batch))], **self.encoder)
             number += len(batch)
@@ -185,13 +189,25 @@ class StreamedSource:
         first = list(islice(self._epoch(), count))
         if len(first) < count:
             raise ValueError(f"got held_out {count} of the {len(first)} examples of {self.data}; accepted: fewer")
-        kind = self.encoder["kind"]
-        examples = [Example(list(one.input_ids), [bool(bit) for bit in one.loss_mask], kind) for one in first]
         rest = StreamedSource(
             self.records, self.encoder, self.data, self.min_length, self.buffer, self.seed, self.row_length,
             self.bad_records, count,
         )  # fmt: skip
-        return rest, examples
+        return rest, [one.example(self.encoder["kind"]) for one in first]
+
+
+def _take(rows: Iterator[dict[str, Any]], count: int, data: str, number: int = 0) -> list[dict[str, Any]]:
+    """The next records after record `number`.
+
+    Raises:
+        ValueError: a file that is damaged, or cannot be read any more.
+    """
+    try:
+        return list(islice(rows, count))
+    except Exception as error:  # readers and decompressors have types of their own
+        raise ValueError(
+            f"{data} cannot be read beyond record {number}: {type(error).__name__} {plain_line(error)}"
+        ) from error
 
 
 def stream_examples(
@@ -213,7 +229,7 @@ def stream_examples(
     """
     names = parse_columns(columns)
     records = load_records(data, split, stream=True)
-    first = list(islice(records, PEEKED))
+    first = _take(iter(records), PEEKED, data)
     if not first:
         raise ValueError(f"{data} holds no records")
     kind = record_kind(sorted(known_columns(first, list(first[0]), names)), format, data, tokenizer)

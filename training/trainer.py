@@ -435,7 +435,9 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 def _initial_gates(config: TrainConfig, model: PreTrainedModel) -> RetentionGates:
     if config.init_gates is not None:
-        return RetentionGates.from_pretrained(config.init_gates, model)
+        gates = RetentionGates.from_pretrained(config.init_gates, model)
+        gates.calibration = None  # of the weights before training
+        return gates
     return RetentionGates.for_model(
         model, gate_width=config.gate_width, projection=config.projection, initial_bias=config.initial_bias
     )

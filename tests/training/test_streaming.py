@@ -131,6 +131,13 @@ def test_faulty_records_end_the_reading_when_they_are_too_many(tmp_path: Path, p
         stream_examples(path, plain_tokenizer, max_length=LONGEST, min_length=39, bad_records=2)[0]
 
 
+def test_a_damaged_file_is_one_sentence(tmp_path: Path, plain_tokenizer: Any) -> None:
+    path = lines(tmp_path / "a.jsonl.gz", [{"text": f"{number} {number * 7919 % 1000}"} for number in range(2000)])
+    Path(path).write_bytes(Path(path).read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz cannot be read beyond record \d+: EOFError"):
+        stream_examples(path, plain_tokenizer, max_length=LONGEST, buffer=64)[2000]
+
+
 def test_mixtures_are_streamed_and_wrong_settings_named(data: str, tmp_path: Path, plain_tokenizer: Any) -> None:
     (tmp_path / "prose").mkdir()
     (tmp_path / "prose" / "a.txt").write_text(TEXTS[5] * 50)
