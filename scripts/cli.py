@@ -137,6 +137,9 @@ COMMANDS: dict[str, Command] = {
     "soak serve": Command(
         "soak.run_serve_soak", "ServeSoakConfig", "Clients on a server, every answer checked; kill -9 and restarts"
     ),
+    "soak train": Command(
+        "soak.run_train_soak", "TrainSoakConfig", "Training under random kills and full disks: the same bytes"
+    ),
 }
 
 USAGE_ERROR = 2

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from tenure.training.data import Example
 
-SAMPLE = 256  # examples that the numbers of the table are taken over
+SAMPLE = 256  # examples that the numbers of the table are taken over, at most
+SAMPLE_TOKENS = 4_000_000  # after which no further one is read
 SHOWN = 2  # examples that are printed
 SHOWN_TOKENS = 400  # of each, from its start
 
@@ -36,11 +37,16 @@ def main(config: TrainConfig) -> int:
 
     tokenizer = load_tokenizer(config.model, config.revision)
     source, held_out = build_source(config, tokenizer)
-    examples = [source[index] for index in range(SAMPLE)]
+    examples, names, tokens = [], [], 0
+    while len(examples) < SAMPLE and tokens < SAMPLE_TOKENS:
+        number = len(examples)
+        examples.append(source[number])
+        if number < SHOWN:  # names are asked for as the examples are read: a stream would have to begin again
+            names.append(example_names(source, [number]) or examples[-1].kind)
+        tokens += len(examples[-1].input_ids)
     console = make_console()
     console.print(summary(config, source, examples, len(held_out)))
-    for number, example in enumerate(examples[:SHOWN]):
-        name = example_names(source, [number]) or example.kind
+    for number, (name, example) in enumerate(zip(names, examples, strict=False)):
         console.rule(f"example {number}: {name}", align="left")
         console.print(marked(example, tokenizer))
     return 0
@@ -55,6 +61,7 @@ def summary(config: TrainConfig, source: Any, examples: Sequence[Example], held_
 
     from tenure.training.batching import PackedSource
     from tenure.training.data import MixtureSource
+    from tenure.training.streaming import StreamedSource
 
     lengths = [len(example.input_ids) for example in examples]
     targets = [sum(example.loss_mask) for example in examples]
@@ -69,6 +76,8 @@ def summary(config: TrainConfig, source: Any, examples: Sequence[Example], held_
         if isinstance(part, PackedSource):
             fill = sum(inner.epoch_lengths(0)) / (part.rows(0) * part.length)
             rows.append((f"{name}: packed rows an epoch, their fill", f"{part.rows(0):,}, {fill:.1%}"))
+        if isinstance(part, StreamedSource):
+            rows.append((f"{name}: examples, tokens an epoch", "not counted, as it is streamed"))
     if held_out:
         rows.append(("held-out examples", f"{held_out:,}"))
     rows += [

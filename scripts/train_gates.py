@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tenure.training.data import DatasetSource, Example, ExampleSource
 
 logger = logging.getLogger(__name__)
+MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def parse(arguments: Sequence[str], prog: str) -> TrainConfig:
@@ -58,10 +59,16 @@ def parse(arguments: Sequence[str], prog: str) -> TrainConfig:
 def build_source(config: TrainConfig, tokenizer: Any) -> tuple[ExampleSource, list[Example]]:
     """The training examples named by `config.data` or `config.mixture`, and those held out of them.
 
+    Args:
+        tokenizer: gets the chat template of `config.chat_template`.
+
     Raises:
-        ValueError: no such data, or columns, weights or lengths that cannot be used.
+        ValueError: no such data, or columns, weights or lengths that cannot be used; no such template.
     """
     from tenure.training.data import MixtureSource
+
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_template(config.chat_template)
 
     if config.concatenate:
         return _concatenated(config, tokenizer)
@@ -74,6 +81,25 @@ def build_source(config: TrainConfig, tokenizer: Any) -> tuple[ExampleSource, li
         sources[name], held = _one_source(config, name, tokenizer)
         held_out += held
     return MixtureSource(sources, weights, config.seed), held_out
+
+
+def read_template(path: str) -> str:
+    """A chat template of a file.
+
+    Raises:
+        ValueError: it is absent, empty, too large, or no text.
+    """
+    from tenure.documents import file_bytes
+
+    try:
+        text = file_bytes(path, MAX_TEMPLATE_BYTES).decode()
+    except FileNotFoundError:
+        raise ValueError(f"no chat template at {path!r}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"got the chat template {path!r}, which is no text in UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"got the chat template {path!r}, which is empty")
+    return text
 
 
 def parse_mixture(entries: Sequence[str]) -> dict[str, float]:
@@ -121,6 +147,8 @@ def _one_source(config: TrainConfig, data: str, tokenizer: Any) -> tuple[Example
             prompt_share=config.prompt_share, seed=config.seed, bad_records=config.bad_records,
         )  # fmt: skip
         return images.held_out(config.held_out) if config.held_out else (images, [])
+    if config.stream:
+        return _stream(config, data, tokenizer)
     source, held_out = _data_set(config, data, tokenizer)
     return (PackedSource(source, max(config.lengths)) if config.pack else source), held_out
 
@@ -148,13 +176,23 @@ def _data_set(config: TrainConfig, data: str, tokenizer: Any) -> tuple[DatasetSo
     """One data set, and the examples held out of it."""
     from tenure.training.data import load_examples
 
-    source = load_examples(
-        data, tokenizer, max_length=max(config.lengths), min_length=max(2, config.min_length),
-        format=config.format, loss_on=config.loss_on, split=config.split, seed=config.seed, overlong=config.overlong,
-        columns=config.columns, bad_records=config.bad_records, workers=config.data_workers,
-        keep_thoughts=config.keep_thoughts,
-    )  # fmt: skip
+    source = load_examples(data, tokenizer, workers=config.data_workers, **_reading(config))
     return source.held_out(config.held_out) if config.held_out else (source, [])
+
+
+def _stream(config: TrainConfig, data: str, tokenizer: Any) -> tuple[ExampleSource, list[Example]]:
+    """One data set as a stream, and the examples held out of it."""
+    from tenure.training.streaming import stream_examples
+
+    source = stream_examples(data, tokenizer, buffer=config.stream_buffer, pack=config.pack, **_reading(config))
+    return source.held_out(config.held_out) if config.held_out else (source, [])
+
+
+def _reading(config: TrainConfig) -> dict[str, Any]:
+    """The settings of one data set, as `load_examples` and `stream_examples` take them."""
+    names = ("format", "loss_on", "split", "seed", "overlong", "columns", "bad_records", "keep_thoughts")
+    settings = {name: getattr(config, name) for name in names}
+    return settings | {"max_length": max(config.lengths), "min_length": max(2, config.min_length)}
 
 
 def build_evaluation(
@@ -176,6 +214,8 @@ def main(config: TrainConfig) -> int:
     from tenure.training.launch import RUN_AGAIN, TrainingInterrupted, with_launcher
 
     config = with_launcher(config)  # first: what it refuses needs neither model nor data
+    if config.chat_template is not None:
+        read_template(config.chat_template)
     import torch
 
     from tenure.scripts.loading import load_model

@@ -42,7 +42,9 @@ TABLE = {
         ("--budgets", "--length", "--cases", "--train-steps", "--threads"),
     ),
     "train": Row(
-        (*NO_MODEL, "--steps", "1"), ("--config {}", "--model {}", "--model /no/model --data {}"), ("--output-dir {}",),
+        (*NO_MODEL, "--steps", "1"),
+        ("--config {}", "--model {}", "--model /no/model --data {}", "--model /no/model --chat-template {}"),
+        ("--output-dir {}",),
         ("--steps", "--learning-rate", "--budget", "--warmup-steps", "--text-share", "--lengths"),
     ),
     "preview": Row(tuple(NO_MODEL), ("--config {}", "--model {}"), (), ("--min-length", "--group-share", "--seed")),

@@ -31,17 +31,21 @@ def encode_messages(
             every message's thoughts as `<think>…</think>` before its answer whatever the template does.
 
     Raises:
-        RecordError: no messages, content that is no text, or a message that the template does not show.
+        RecordError: no messages, content that is no text, or a message or tool call that the template does not show.
         ValueError: a tokenizer without offsets.
     """
     turns = [plain_message(message) for message in messages]
-    template = _template_text(tokenizer)
+    template = template_text(tokenizer)
     thoughtful = keep_thoughts and any(turn["role"] == "assistant" and _thoughts(turn) for turn in turns)
     if _GENERATION.search(template) and not thoughtful:
         encoded = tokenizer.apply_chat_template(
             turns, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        return list(encoded["input_ids"]), [bool(one) for one in encoded["assistant_masks"]]
+        ids, mask = list(encoded["input_ids"]), [bool(one) for one in encoded["assistant_masks"]]
+        shown = tokenizer.decode([token for token, marked in zip(ids, mask, strict=True) if marked])
+        for turn in turns:
+            _refuse_lost_calls(turn, shown)
+        return ids, mask
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{type(tokenizer).__name__} gives no offsets; a fast tokenizer is needed to find the completions"
@@ -65,6 +69,7 @@ def encode_messages(
         if turn["role"] != "assistant":
             continue
         start, stop = _span(turns, number, text, render)
+        _refuse_lost_calls(turn, text[start:stop])
         inside = [place for place, (begin, end) in enumerate(offsets) if begin < stop and end > start]
         for place in _said(inside, input_ids, text, offsets, tokenizer):
             loss_mask[place] = True
@@ -132,7 +137,18 @@ def _plain_call(call: Any) -> Any:
     return call | {"function": inner} if "function" in call else inner
 
 
-def _template_text(tokenizer: Any) -> str:
+def _refuse_lost_calls(turn: dict[str, Any], shown: str) -> None:
+    """Raises RecordError for a tool call of an assistant whose function is not named in what its template shows."""
+    for call in turn.get("tool_calls") or () if turn["role"] == "assistant" else ():
+        inner = call.get("function", call)
+        name = inner.get("name") if isinstance(inner, dict) else None
+        if isinstance(name, str) and name not in shown:
+            raise RecordError("the chat template leaves out an assistant's tool calls; accepted: a template that shows "
+                              "them (see chat_template)")  # fmt: skip
+
+
+def template_text(tokenizer: Any) -> str:
+    """The source of a tokenizer's chat template, or of all of them."""
     template = tokenizer.chat_template
     return template if isinstance(template, str) else "".join(template.values())
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from tenure.documents import plain_line
 
-from .conversations import encode_messages
+from .conversations import encode_messages, template_text
 from .digests import column_digest, data_digest, digest
 from .records import RecordError, known_columns, load_records, parse_columns, plain_record
 
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 Format = Literal["auto", "chat", "raw"]
 LossOn = Literal["completion", "all"]
 Overlong = Literal["cut", "windows", "drop"]
+PEEKED = 100  # records whose columns are looked at
 MIXTURE_BLOCK = 1024  # examples after which the shares of a mixture are exact
 
 
@@ -256,14 +257,13 @@ def load_examples(
     total = len(dataset)
     if total == 0:
         raise ValueError(f"{data} holds no records")
-    kind = _kind(sorted(known_columns(dataset, names)), format, data)
-    if kind == "chat" and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("format='chat' needs a tokenizer with a chat template; this one has none: use format='raw'")
+    first = [dataset[place] for place in range(min(total, PEEKED))]
+    kind = record_kind(sorted(known_columns(first, dataset.column_names, names)), format, data, tokenizer)
     encoder = {"tokenizer": tokenizer, "kind": kind, "loss_on": loss_on, "max_length": max_length, "names": names,
                "overlong": overlong, "keep_thoughts": keep_thoughts}  # fmt: skip
     with _tokenised_once(dataset, data):
         dataset = dataset.map(
-            _encode_records, fn_kwargs=encoder, remove_columns=dataset.column_names, desc=f"Tokenising {data}",
+            encode_records, fn_kwargs=encoder, remove_columns=dataset.column_names, desc=f"Tokenising {data}",
             batched=True, batch_size=100, with_indices=True, num_proc=workers if 1 < workers <= total else None,
         )  # fmt: skip
     _refuse_faults(dataset, data, bad_records)
@@ -311,6 +311,20 @@ def _count_losses(dataset: Any, data: str, overlong: Overlong, max_length: int) 
                        "left out" if overlong == "drop" else "cut", sum(cut))  # fmt: skip
 
 
+def record_kind(columns: Sequence[str], format: Format, data: str, tokenizer: Any) -> str:
+    """How records are read: `chat` or `raw`.
+
+    Raises:
+        ValueError: columns that do not fit the format, or a chat without a chat template.
+    """
+    kind = _kind(columns, format, data)
+    if kind == "chat" and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("format='chat' needs a tokenizer with a chat template; this one has none: use format='raw'")
+    if kind == "chat" and "tools" in columns and "tools" not in template_text(tokenizer):
+        logger.warning("%s has a column tools, which the chat template does not show (see chat_template)", data)
+    return kind
+
+
 def _kind(columns: Sequence[str], format: Format, data: str) -> str:
     chat = "messages" in columns or {"prompt", "completion"} <= set(columns)
     if format == "auto":
@@ -331,7 +345,7 @@ def _kind(columns: Sequence[str], format: Format, data: str) -> str:
     return format
 
 
-def _encode_records(
+def encode_records(
     batch: dict[str, list[Any]], indices: list[int], tokenizer: Any, kind: str, loss_on: LossOn, max_length: int,
     names: Mapping[str, str], overlong: Overlong, keep_thoughts: bool = False,
 ) -> dict[str, list[Any]]:  # fmt: skip

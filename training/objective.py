@@ -158,7 +158,9 @@ class GateObjective(nn.Module):
             name = type(self.model).__name__
             raise ValueError(f"{name} has no gradient checkpointing; set gradient_checkpointing to false")
         self._recomputes, self._saves_attention = True, save_attention
-        self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
+        model: Any = self.model  # older versions of transformers have the older name only
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
         self.model.eval()
         self._checkpointed = layers
 

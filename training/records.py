@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,15 @@ class RecordError(ValueError):
     """A record that cannot be trained on; the message says why."""
 
 
-def load_records(data: str, split: str) -> Any:
+def load_records(data: str, split: str, stream: bool = False) -> Any:
     """The records of `data` as a `datasets.Dataset`; those of JSON files have the one column `line`.
 
     Args:
         data: a file, a folder, a glob, a folder saved by `save_to_disk`, or a Hub id (`owner/name`,
             `owner/name:config`).
         split: of a Hub data set, a saved one, or a folder whose files or folders are named after splits.
+        stream: a `datasets.IterableDataset` instead, which reads and unpacks a part at a time and copies nothing to the
+            disk (nor from the Hub); a `.json` file is read at once.
 
     Raises:
         ValueError: nothing there, files of different kinds, an absent split, or no records.
@@ -50,7 +52,8 @@ def load_records(data: str, split: str) -> Any:
         raise ImportError("reading data sets needs the datasets library: pip install 'tenure[train]'") from None
     path = Path(data).expanduser()
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
-        return _saved(path, split)
+        saved = _saved(path, split)
+        return saved.to_iterable_dataset() if stream else saved
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _holds_records(file, path))
         files = _of_split(path, [file for file in files if kind_of(file)] or files, split)
@@ -63,7 +66,7 @@ def load_records(data: str, split: str) -> Any:
     elif kind_of(path) is not None or path.is_absolute() or data.startswith("."):
         raise ValueError(f"there is no file or folder {data}")
     else:
-        return _hub(data, split)
+        return _hub(data, split, stream)
     kinds = {kind_of(file) for file in files}
     if None in kinds or len(kinds) != 1:
         found = ", ".join(sorted({"".join(file.suffixes[-2:]) or file.name for file in files})) or "nothing"
@@ -74,13 +77,15 @@ def load_records(data: str, split: str) -> Any:
     names = [str(file) for file in files]
     if kind == "json":
         rows = [line for file in files for line in _json_lines(file)]
-        return datasets.Dataset.from_dict({LINE: rows})
+        whole = datasets.Dataset.from_dict({LINE: rows})
+        return whole.to_iterable_dataset() if stream else whole
+    given: dict[str, Any] = {"data_files": names, "split": "train", "streaming": stream}
     if kind == "lines":
-        return datasets.load_dataset("text", data_files=names, split="train").rename_column("text", LINE)
+        return datasets.load_dataset("text", **given).rename_column("text", LINE)
     if kind == "text":
-        return datasets.load_dataset("text", data_files=names, split="train", sample_by="document")
+        return datasets.load_dataset("text", **given, sample_by="document")
     options: dict[str, Any] = {"sep": "\t"} if files[0].name.partition(".")[2].startswith("tsv") else {}
-    return datasets.load_dataset(str(kind), data_files=names, split="train", **options)
+    return datasets.load_dataset(str(kind), **given, **options)
 
 
 def kind_of(path: Path) -> str | None:
@@ -136,12 +141,12 @@ def _saved(path: Path, split: str) -> Any:
     return loaded
 
 
-def _hub(data: str, split: str) -> Any:
+def _hub(data: str, split: str, stream: bool) -> Any:
     import datasets
 
     name, _, config = data.partition(":")
     try:
-        return datasets.load_dataset(name, config or None, split=split)
+        return datasets.load_dataset(name, config or None, split=split, streaming=stream)
     except (FileNotFoundError, ConnectionError, OSError, ValueError) as error:
         raise ValueError(
             f"cannot load split {split!r} of {data!r} (no such file or folder, nor Hub data set): {error}"
@@ -220,13 +225,16 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def known_columns(dataset: Any, columns: Mapping[str, str]) -> set[str]:
-    """Our names of the columns of a data set; for lines of JSON those of the first record that can be read."""
-    names: Iterable[str] = dataset.column_names
+def known_columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str], columns: Mapping[str, str]) -> set[str]:
+    """Our names of the columns of a data set; for lines of JSON those of the first record that can be read.
+
+    Args:
+        rows: the first ones. names: of all columns.
+    """
     if list(names) == [LINE]:
-        for place in range(min(len(dataset), 100)):
+        for row in rows:
             try:
-                return set(plain_record(dataset[place], columns))
+                return set(plain_record(row, columns))
             except RecordError:
                 continue
         return set()

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +39,15 @@ class MetricsLog:
             output_dir.mkdir(parents=True, exist_ok=True)
             kept = [line for line in self._lines() if line.get("step", 0) <= resumed_at] if resumed_at else []
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with named_errors(temporary):
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.path)
 
-    def start_tracker(self, tracker: str, project: str, settings: dict[str, Any]) -> None:
-        """Starts accelerate's tracker; a resumed run continues the tracker's run, which is named after the folder."""
+    def start_trackers(self, trackers: Sequence[str], project: str, settings: dict[str, Any]) -> None:
+        """Starts accelerate's trackers; a resumed run continues the run of wandb, which is named after the folder."""
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
         options: dict[str, Any] = {"tensorboard": {"purge_step": self.resumed_at + 1}}
-        if tracker == "wandb" and self.accelerator.is_main_process:
+        if "wandb" in trackers and self.accelerator.is_main_process:
             path = self.path.with_name(RUN_ID_FILE)
             if not (self.resumed_at and path.is_file()):
                 path.write_text(uuid.uuid4().hex[:8])
@@ -89,7 +91,9 @@ class MetricsLog:
         image = axes.imshow(occupancy.cpu().numpy(), aspect="auto", cmap="viridis", vmin=0)
         axes.set(xlabel="KV head", ylabel="layer", title=f"mean occupancy, step {step}")
         figure.colorbar(image, label="entries")
-        figure.savefig(self.path.with_name(PICTURE_FILE), dpi=110)
+        path = self.path.with_name(PICTURE_FILE)
+        with named_errors(path):
+            figure.savefig(path, dpi=110)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[None, ..., :3]
         for tracker in self.accelerator.trackers:

@@ -48,6 +48,8 @@ class TrainConfig:
     """Texts under the synthetic documents: `demo` (training split of the essays), a text file or a folder."""
     format: Literal["auto", "chat", "raw"] = "auto"
     """How records of `data` are read: chat template over messages, or raw text."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja) in place of the tokenizer's, for example one that shows tools and calls."""
     loss_on: Literal["completion", "all"] = "completion"
     """Tokens the quality loss is taken over."""
     keep_thoughts: bool = False
@@ -64,6 +66,10 @@ class TrainConfig:
     """Documents longer than the longest length are cut, split into windows (texts; chats are cut), or left out."""
     bad_records: NoneOrMore = 0
     """Records of each data set that may be left out, counted and named, because they cannot be read."""
+    stream: bool = False
+    """Read data a part at a time, in its order, and keep no tokenised copy on the disk: for sets larger than that."""
+    stream_buffer: Count = 1024
+    """Examples that a stream reads ahead and shuffles."""
     data_workers: Count = 1
     """Processes that tokenise."""
     held_out: NoneOrMore = 0
@@ -161,10 +167,10 @@ class TrainConfig:
     """Keep the gates with the best value of this metric of the evaluation (`eval/kl@0.2`) in `output_dir/best`."""
     best_mode: Literal["min", "max"] = "min"
     """Whether its least or its greatest value is the best."""
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"
-    """Where accelerate's trackers log to; metrics.jsonl is written in any case."""
+    tracker: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Accelerate's trackers to log to, one or both; metrics.jsonl is written in any case."""
     project: str = "tenure"
-    """Project name for the tracker."""
+    """Project name for the trackers."""
 
     def __post_init__(self) -> None:
         verify(self)
@@ -195,6 +201,17 @@ class TrainConfig:
                 f"got best_metric {self.best_metric} and eval_every 0, so nothing is measured; accepted: an eval_every "
                 "above 0 with best_metric"
             )
+        if self.images and self.chat_template:
+            raise ValueError("got images with chat_template; accepted: the processor's own template")
+        for name in ("images", "concatenate"):
+            if self.stream and getattr(self, name):
+                raise ValueError(f"got stream with {name}; accepted: one of them (a mixture can be streamed)")
+        if self.stream and self.data_workers > 1:
+            raise ValueError(
+                f"got stream and data_workers {self.data_workers}; accepted: 1, streams are tokenised as they are read"
+            )
+        if self.stream and not given and self.data == "synthetic":
+            raise ValueError("got stream with synthetic documents, which are never stored; accepted: data or a mixture")
         if self.images and (self.pack or self.concatenate or self.context_parallel > 1):
             name = "pack" if self.pack else "concatenate" if self.concatenate else "context_parallel"
             raise ValueError(f"got images with {name}, but sequences with images run one by one; accepted: one of them")

@@ -161,8 +161,8 @@ class _TrainingRun:
             torch.set_float32_matmul_precision("high")
         self._saved_at, self._save_wanted = time.monotonic(), False
         self.log = MetricsLog(self.output_dir, self.accelerator, self.step)
-        if config.tracker != "none":
-            self.log.start_tracker(config.tracker, config.project, self._tracked())
+        if config.tracker:
+            self.log.start_trackers(config.tracker, config.project, self._tracked())
         self.started, self.tokens = time.perf_counter(), 0
 
     @property
@@ -426,15 +426,18 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         from accelerate import Accelerator
     except ImportError:
         raise ImportError("training needs accelerate: pip install 'tenure[train]'") from None
-    tracker = None if config.tracker == "none" else config.tracker
-    if tracker is not None and importlib.util.find_spec(tracker) is None:
-        raise ImportError(f"got tracker {tracker}, which is not installed: pip install {tracker}")
-    return Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.output_dir)
+    for tracker in config.tracker:
+        if importlib.util.find_spec(tracker) is None:
+            raise ImportError(f"got tracker {tracker}, which is not installed: pip install {tracker}")
+    trackers: Any = [*config.tracker] or None
+    return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=config.output_dir)
 
 
 def _initial_gates(config: TrainConfig, model: PreTrainedModel) -> RetentionGates:
     if config.init_gates is not None:
-        return RetentionGates.from_pretrained(config.init_gates, model)
+        gates = RetentionGates.from_pretrained(config.init_gates, model)
+        gates.calibration = None  # of the weights before training
+        return gates
     return RetentionGates.for_model(
         model, gate_width=config.gate_width, projection=config.projection, initial_bias=config.initial_bias
     )

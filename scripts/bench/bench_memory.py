@@ -18,6 +18,8 @@ COMMON = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "max
 TIED = {"Qwen3-4B"}
 ANSWER_SHARE = 16  # one in so many tokens of a row follows its prompt, in the rows of soft eviction
 DOCUMENTS = 16  # of a packed row
+GATE_WIDTH = 512
+FLOP_PER_S = 4e14  # 40 % of an H100's peak in bf16
 GB = 1e9
 
 # Name, settings of the step. `masks` makes packed rows read masks of T x T elements; `whole` is decays over whole rows.
@@ -37,7 +39,10 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 @dataclass
 class MemoryBenchConfig:
-    """Count the memory of one training step on meta tensors, and write a table. Nothing is computed or measured."""
+    """Count the memory of one training step on meta tensors, and write a table, with its time by its arithmetic.
+
+    Nothing is computed or measured.
+    """
 
     models: tuple[str, ...] = tuple(SHAPES)
     """Shapes of models."""
@@ -54,7 +59,7 @@ class MemoryBenchConfig:
 
 def main(config: MemoryBenchConfig) -> int:
     console = make_console()
-    parts = []
+    parts, times = [], []
     for name in config.models:
         rows = []
         for label, settings in CASES:
@@ -64,6 +69,10 @@ def main(config: MemoryBenchConfig) -> int:
                 console.print(f"{name}, {label}, {length}: {found[-1]:.1f} GB")
             rows.append((label, found))
         parts.append(table(name, config.lengths, rows))
+        for label, documents in (("one document", 1), (f"packed, {DOCUMENTS} documents", DOCUMENTS)):
+            seconds = [sum(step_flop(name, length, documents)) / FLOP_PER_S for length in config.lengths]
+            times.append((f"{name}, {label}", seconds))
+    parts += [FOOTER.strip(), TIMES.strip(), table("seconds of a row", config.lengths, times, 1)]
     config.output.write_text(page(parts))
     console.print(f"The table is in {config.output}.")
     return 0
@@ -134,15 +143,34 @@ def step_bytes(
     return weights + states + peak
 
 
-def table(name: str, lengths: tuple[int, ...], rows: list[tuple[str, list[float]]]) -> str:
+def step_flop(name: str, length: int, documents: int = 1, recomputes: bool = True) -> tuple[float, float]:
+    """Floating-point operations of a step over a row of documents of one length: products with weights, and attention.
+
+    Teacher, student and, under checkpointing, the recomputation are a forward each. Backward costs another forward in
+    products with frozen weights, which get no gradients, twice a forward in gates, and two and a half forwards in
+    attention. Half of the tokens are targets, whose logits teacher and student compute, and backward once more. Norms,
+    rotary embeddings and the capacity loss are left out.
+    """
+    shape: Any = SHAPES[name] | COMMON
+    hidden, layers, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
+    queries, keys = heads * shape["head_dim"], shape["num_key_value_heads"] * shape["head_dim"]
+    weights = layers * hidden * (2 * queries + 2 * keys + 3 * shape["intermediate_size"])
+    gates = layers * (hidden * GATE_WIDTH + GATE_WIDTH**2 + GATE_WIDTH * shape["num_key_value_heads"])
+    logits = shape["vocab_size"] * hidden / 2 * 3
+    products = 2 * length * (weights * (3 + recomputes) + gates * (3 + recomputes) + logits)
+    attention = 2 * layers * queries * length * (length / documents) * (4.5 + recomputes)
+    return products, attention
+
+
+def table(name: str, lengths: tuple[int, ...], rows: list[tuple[str, list[float]]], digits: int = 0) -> str:
     head = "| " + " | ".join([name, *(f"{length // 1024}K" for length in lengths)]) + " |"
     lines = [head, "|---" + "|---:" * len(lengths) + "|"]
-    lines += [f"| {label} | " + " | ".join(f"{value:.0f}" for value in found) + " |" for label, found in rows]
+    lines += [f"| {label} | " + " | ".join(f"{value:.{digits}f}" for value in found) + " |" for label, found in rows]
     return "\n".join(lines)
 
 
 def page(parts: list[str]) -> str:
-    return "\n\n".join([HEADER.strip(), *parts, FOOTER.strip()]) + "\n"
+    return "\n\n".join([HEADER.strip(), *parts]) + "\n"
 
 
 HEADER = """
@@ -153,6 +181,13 @@ GB (10⁹ bytes) on each GPU for one step over one row of 8K to 128K tokens, wit
 and adds up weights (bf16, whole on each GPU: FSDP2 divides them), gates, their AdamW states and the most bytes of
 tensors that live at a time. Attention, occupancy and exchanges count as on GPUs (inputs, outputs, row sums); the
 allocator's fragments and CUDA's own memory (1 to 2 GB) do not count.
+"""
+TIMES = """
+## Time of a step
+
+**Computed, not measured**: the arithmetic of a step with checkpointing (`step_flop` in `scripts/bench/bench_memory.py`)
+at 4 · 10¹⁴ operations a second, 40 % of an H100's peak in bf16, for one row on one GPU. Processes with own rows
+divide a step's rows among them; with `--context-parallel N` each takes 1/N of this time for a row.
 """
 FOOTER = f"""
 Rows of `packed` hold {DOCUMENTS} documents whose second halves are targets. With soft eviction the last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tenure.eviction import evict
 from tenure.retention import RetentionGates
@@ -17,7 +19,26 @@ from tenure.retention.checkpoint import CheckpointError
 from tenure.retention.gates import gate_log_beta, stacked_steps
 from tenure.retention.released_gates import TRIMKV_FILE, read_released_gates
 
-LAYERS, HIDDEN, HEADS, WIDTH = 3, 32, 2, 512
+LAYERS, HIDDEN, HEADS, GROUPS, WIDTH = 3, 32, 2, 2, 512  # of the tiny model; WIDTH is that of released gates
+
+
+@pytest.fixture(params=["tiny", "qwen3-4b"])
+def base_model(request: pytest.FixtureRequest, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tiny model, and a random one of two layers with the shapes that gates of Qwen3-4B have."""
+    if request.param == "tiny":
+        return tiny_llama
+    for name, size in {"LAYERS": 2, "HIDDEN": 2560, "HEADS": 8, "GROUPS": 4}.items():
+        monkeypatch.setitem(globals(), name, size)
+    return wide_model()
+
+
+@functools.cache
+def wide_model() -> Any:
+    config = Qwen3Config(
+        hidden_size=2560, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        intermediate_size=16, vocab_size=128,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
 
 
 def random_tensor(*shape: int) -> torch.Tensor:
@@ -69,10 +90,10 @@ def trimkv_log_beta(state: dict[str, torch.Tensor], index: int, x: torch.Tensor,
      (True, False, "per_layer_deep", "DBTrimKV")],
 )  # fmt: skip
 def test_trimkv_folders_give_the_formulas_log_beta(
-    tiny_llama: Any, tmp_path: Path, deep: bool, tied: bool, projection: str, kind: str
+    base_model: Any, tmp_path: Path, deep: bool, tied: bool, projection: str, kind: str
 ) -> None:
     state = trimkv_state(deep, tied)
-    converted = read_released_gates(trimkv_folder(tmp_path, state, retention_gate="rg10" if deep else "rg"), tiny_llama)
+    converted = read_released_gates(trimkv_folder(tmp_path, state, retention_gate="rg10" if deep else "rg"), base_model)
     assert converted.kind == kind and converted.policy == "retention" and converted.note.startswith("exact")
     assert converted.gates.config.projection == projection
     x = torch.randn(2, 9, HIDDEN)
@@ -80,7 +101,7 @@ def test_trimkv_folders_give_the_formulas_log_beta(
         expected = trimkv_log_beta(state, index, x, deep).transpose(1, 2)
         torch.testing.assert_close(converted.gates.log_beta(index, x).double(), expected, rtol=1e-4, atol=1e-5)
     converted.gates.save_pretrained(tmp_path / "out")
-    loaded = RetentionGates.from_pretrained(tmp_path / "out", tiny_llama)
+    loaded = RetentionGates.from_pretrained(tmp_path / "out", base_model)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), converted.gates.parameters(), strict=True))
 
 
@@ -104,18 +125,19 @@ def test_a_tied_tensor_that_is_stored_once(tiny_llama: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("mlp", [True, False])
-def test_kvzap_scores_rank_entries_as_ours_do(tiny_llama: Any, tmp_path: Path, mlp: bool) -> None:
+def test_kvzap_scores_rank_entries_as_ours_do(base_model: Any, tmp_path: Path, mlp: bool) -> None:
     torch.manual_seed(2)
     state = {}
     for index in range(LAYERS):
         if mlp:
-            for step, shape in ((0, (64, HIDDEN)), (2, (2, 64))):
+            for step, shape in ((0, (WIDTH, HIDDEN)), (2, (HEADS, WIDTH))):
                 state[f"layers.{index}.{step}.weight"] = torch.randn(shape)
                 state[f"layers.{index}.{step}.bias"] = torch.randn(shape[0])
         else:
-            state[f"layers.{index}.weight"], state[f"layers.{index}.bias"] = torch.randn(2, HIDDEN), torch.randn(2)
+            state[f"layers.{index}.weight"] = torch.randn(HEADS, HIDDEN)
+            state[f"layers.{index}.bias"] = torch.randn(HEADS)
     save_file(state, tmp_path / "model.safetensors")
-    converted = read_released_gates(tmp_path, tiny_llama)
+    converted = read_released_gates(tmp_path, base_model)
     assert converted.policy == "gate_score" and "no decay" in converted.note
     x = torch.randn(1, 7, HIDDEN)
     for index in range(LAYERS):
@@ -129,13 +151,13 @@ def test_kvzap_scores_rank_entries_as_ours_do(tiny_llama: Any, tmp_path: Path, m
         torch.testing.assert_close(converted.gates.log_beta(index, x).double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def kvzip_layer(dim: int = 16, sinks: int = 16, groups: int = 2) -> dict[str, torch.Tensor]:
+def kvzip_layer(dim: int = 16, sinks: int = 16) -> dict[str, torch.Tensor]:
     return {
-        "q_proj.weight": random_tensor(HEADS * groups * dim, HIDDEN),
-        "q_proj.bias": random_tensor(HEADS * groups * dim),
+        "q_proj.weight": random_tensor(HEADS * GROUPS * dim, HIDDEN),
+        "q_proj.bias": random_tensor(HEADS * GROUPS * dim),
         "k_proj.weight": random_tensor(HEADS * dim, HIDDEN), "q_norm.weight": 1 + 0.2 * random_tensor(dim),
         "k_norm.weight": 1 + 0.2 * random_tensor(dim), "k_base": random_tensor(HEADS, 1, sinks, dim),
-        "b": random_tensor(HEADS, 1, groups),
+        "b": random_tensor(HEADS, 1, GROUPS),
     }  # fmt: skip
 
 
@@ -160,14 +182,14 @@ def kvzip_score(layer: dict[str, torch.Tensor], x: torch.Tensor, head: int) -> t
     return torch.stack(scores)
 
 
-def test_fast_kvzips_scores_are_the_formula(tiny_llama: Any, tmp_path: Path) -> None:
+def test_fast_kvzips_scores_are_the_formula(base_model: Any, tmp_path: Path) -> None:
     torch.manual_seed(4)
     layers = [kvzip_layer() for _ in range(LAYERS)]
-    torch.save({"module": layers}, tmp_path / "q2_dim16_sink16.pt")
-    converted = read_released_gates(tmp_path / "q2_dim16_sink16.pt", tiny_llama)
+    torch.save({"module": layers}, tmp_path / f"q{GROUPS}_dim16_sink16.pt")
+    converted = read_released_gates(tmp_path / f"q{GROUPS}_dim16_sink16.pt", base_model)
     assert converted.kind == "Fast KVzip" and converted.policy == "gate_score"
     converted.gates.save_pretrained(tmp_path / "out")
-    gates = RetentionGates.from_pretrained(tmp_path / "out", tiny_llama)
+    gates = RetentionGates.from_pretrained(tmp_path / "out", base_model)
     x = torch.randn(LAYERS, 7, HIDDEN)
     for index in range(LAYERS):
         expected = torch.stack([kvzip_score(layers[index], x[index], head) for head in range(HEADS)]).log()
@@ -176,8 +198,8 @@ def test_fast_kvzips_scores_are_the_formula(tiny_llama: Any, tmp_path: Path) -> 
     for index in range(LAYERS):
         torch.testing.assert_close(stacked[index].T, gates.log_beta(index, x[index][None])[0])
     ids = (torch.randperm(125)[:40] + 3)[None]
-    with torch.no_grad(), evict(tiny_llama, "gate_score", budget=10, gates=gates):
-        assert tiny_llama.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 44)
+    with torch.no_grad(), evict(base_model, "gate_score", budget=10, gates=gates):
+        assert base_model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 44)
 
 
 def test_gate_scores_evict_without_age_and_below_a_threshold(tiny_llama: Any, tmp_path: Path) -> None:

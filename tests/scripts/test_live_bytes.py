@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tenure.scripts.bench import bench_memory
 from tenure.scripts.bench.live_bytes import LiveBytes
@@ -42,6 +43,11 @@ def test_the_table_of_a_small_shape(monkeypatch: pytest.MonkeyPatch, tmp_path) -
     assert masks >= default + LENGTH**2
     assert chunk >= default
     assert soft > max(gates, again)
+    with FlopCounterMode(display=False) as counted:  # of matrix products: it does not know this attention
+        bench_memory.step_bytes("small", LENGTH, packed=True, recomputes=True)
+    products, attention = bench_memory.step_flop("small", LENGTH, documents=16)
+    assert counted.get_total_flops() == pytest.approx(products, rel=0.03)
+    assert attention == 2 * 2 * 128 * LENGTH * LENGTH / 16 * 5.5
     with patch.object(bench_memory, "step_bytes", lambda *given, **settings: 2e9):
         config = bench_memory.MemoryBenchConfig(("small",), (1024,), tmp_path / "page.md")
         assert bench_memory.main(config) == 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tenure.scripts.soak.run_train_soak import shard_on_cpu
 from tenure.training import Example, TrainConfig, TrainingInterrupted, train
 
 TESTS = Path(__file__).parents[1]
@@ -132,19 +133,6 @@ def main(output_dir: Path, values: dict[str, Any]) -> int:
         print(interrupted)
         return 75
     return 0
-
-
-def shard_on_cpu() -> None:
-    """FSDP2 over gloo: accelerate turns it on for accelerators only, while the code behind it runs on a CPU too."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    Accelerator(cpu=True)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
-    )
-    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
 
 
 def poison(model: Any, source: Tokens, examples: list[int]) -> None:

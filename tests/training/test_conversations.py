@@ -63,6 +63,15 @@ def test_thoughts_and_tool_calls_are_said_by_the_assistant(chat_tokenizer: Any) 
     assert '"name": "search"' in agent.decode(ids)
 
 
+def test_tool_calls_that_a_template_leaves_out_are_refused(chat_tokenizer: Any) -> None:
+    """Otherwise the model would learn to end its turn where it called a tool."""
+    content = "{{ message['content'] }}"
+    marked = CHAT_TEMPLATE.replace(content, f"{{% generation %}}{content}{{% endgeneration %}}")
+    for template in (CHAT_TEMPLATE, marked):
+        with pytest.raises(RecordError, match="leaves out an assistant's tool calls; accepted: a template that shows"):
+            said(AGENT, with_template(chat_tokenizer, template))
+
+
 def test_thoughts_that_templates_leave_out_are_kept_on_request(chat_tokenizer: Any) -> None:
     """Those of earlier answers (after Qwen3's template), and of all answers (after R1's)."""
     content = "message['content']"

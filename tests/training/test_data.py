@@ -177,7 +177,7 @@ def test_what_is_wrong_with_the_place_is_said(tmp_path: Path, chat_tokenizer: An
 def test_unreachable_hub_id_is_one_sentence(chat_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def refuse(name: str, config: str | None, split: str) -> None:
+    def refuse(name: str, config: str | None, split: str, streaming: bool) -> None:
         raise ConnectionError(f"no network for {name} {config} {split}")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,32 @@ def test_mixtures_are_built_and_wrong_ones_named(folder: Path, chat_tokenizer: A
         TrainConfig(data="x", mixture=("1:a",))
     with pytest.raises(ValueError, match="an eval_every above 0 with held_out"):
         TrainConfig(data="x", held_out=1)
+
+
+def test_a_chat_template_of_ones_own(folder: Path, chat_tokenizer: Any, caplog: Any) -> None:
+    """One that shows tools and their calls, for a tokenizer whose own does not."""
+    call = {"function": {"name": "search", "arguments": "{}"}}
+    record = {"messages": [{"role": "user", "content": "work?"}, {"role": "assistant", "tool_calls": [call]}],
+              "tools": [{"function": {"name": "search"}}]}  # fmt: skip
+    (folder / "agent.jsonl").write_text(json.dumps(record) + "\n")
+    template = folder / "template.jinja"
+    template.write_text(
+        "{{ tools }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    own = chat_tokenizer.chat_template
+    config = TrainConfig(data=f"{folder}/agent.jsonl", lengths=(512,))
+    try:
+        with pytest.raises(ValueError, match="record 1: the chat template leaves out an assistant's tool calls"):
+            build_source(config, chat_tokenizer)
+        assert "has a column tools, which the chat template does not show" in caplog.text
+        example = build_source(replace(config, chat_template=str(template)), chat_tokenizer)[0][0]
+        said = [token for token, target in zip(example.input_ids, example.loss_mask, strict=True) if target]
+        assert "search" in chat_tokenizer.decode(said)
+        with pytest.raises(ValueError, match="no chat template at 'nowhere'"):
+            build_source(replace(config, chat_template="nowhere"), chat_tokenizer)
+    finally:
+        chat_tokenizer.chat_template = own
 
 
 @pytest.mark.parametrize("pack", [False, True])

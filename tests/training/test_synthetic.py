@@ -307,6 +307,24 @@ def test_real_tokenizer_is_quick_and_exact(real_model_path: str, essay_texts: li
         assert text.startswith(head)
 
 
+@pytest.mark.real
+def test_long_documents_of_the_real_tokenizer(real_model_path: str, essay_texts: list[str]) -> None:
+    """Forty of 131,072 tokens, of which 36 could not be made once: their answers are in them, and none is short."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(real_model_path)
+    documents = RetrievalDocuments(essay_texts, tokenizer, lengths=(131_072,))
+    for index in range(40):
+        document = documents.document(index)
+        assert 131_000 < len(document.example.input_ids) <= 131_072 and any(document.example.loss_mask)
+        text = tokenizer.decode(document.example.input_ids[: document.document_stop])
+        assert document.answers or document.example.kind == "text"
+        for answer in document.answers:
+            shown = tokenizer.decode(document.example.input_ids[answer.start : answer.stop])
+            assert shown.strip() == answer.question.answer.strip()
+            assert all(value in text for value in answer.question.values)
+
+
 @pytest.mark.parametrize("shares", [{}, {"repetition_share": 1.0}, {"dialogue_share": 1.0}])
 def test_documents_of_128k_tokens(plain_tokenizer: Any, texts: list[str], shares: dict[str, float]) -> None:
     """Passages of more than a thousand sentences, from texts that are repeated as needed."""

@@ -118,7 +118,7 @@ def test_offline_wandb_needs_no_account(tmp_path: Path, tiny_llama: PreTrainedMo
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
-    train(settings(tmp_path / "run", tracker="wandb", steps=2), tiny_llama, Tokens())
+    train(settings(tmp_path / "run", tracker=("wandb",), steps=2), tiny_llama, Tokens())
     written = [path.name for path in (tmp_path / "wandb").iterdir()]
     assert any(name.startswith("offline-run") for name in written)
 
@@ -139,9 +139,9 @@ def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path: Path, tiny_model, monk
 
     monkeypatch.setattr(wandb, "init", noted)
     for extend in (0, 2):
-        train(settings(tmp_path / "my-run", tracker="wandb", steps=2, extend=extend), tiny_model("llama"), Tokens())
+        train(settings(tmp_path / "my-run", tracker=("wandb",), steps=2, extend=extend), tiny_model("llama"), Tokens())
     assert started[0]["id"] == started[1]["id"] and started[0]["name"] == "my-run" and started[0]["resume"] == "allow"
-    train(settings(tmp_path / "other", tracker="wandb", steps=1), tiny_model("llama"), Tokens())
+    train(settings(tmp_path / "other", tracker=("wandb",), steps=1), tiny_model("llama"), Tokens())
     assert started[2]["id"] != started[0]["id"]
 
 
@@ -149,7 +149,7 @@ def test_tensorboard_shows_losses_and_pictures(tmp_path: Path, tiny_model) -> No
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = settings(tmp_path, tracker="tensorboard", steps=3)
+    config = settings(tmp_path, tracker=("tensorboard",), steps=3)
     train(config, tiny_model("llama"), Tokens())
     (folder,) = {path.parent for path in tmp_path.rglob("events.*") if path.parent.name == "tenure"}
     events = EventAccumulator(str(folder)).Reload()
@@ -163,7 +163,7 @@ def test_a_missing_tracker_is_an_error(tmp_path: Path, tiny_llama: PreTrainedMod
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="got tracker wandb, which is not installed: pip install wandb"):
-        train(settings(tmp_path, tracker="wandb"), tiny_llama, Tokens())
+        train(settings(tmp_path, tracker=("wandb",)), tiny_llama, Tokens())
 
 
 def test_losses_of_held_out_examples_are_logged(tmp_path: Path, tiny_llama: PreTrainedModel) -> None:
