@@ -355,7 +355,7 @@ def _encode_records(
         except RecordError as error:
             add([], [], index, fault=plain_line(error))
             continue
-        except _encoding_errors() as error:
+        except encoding_errors() as error:
             add([], [], index, fault=f"it cannot be encoded: {type(error).__name__} {plain_line(error)}")
             continue
         excess = max(0, len(input_ids) - max_length)
@@ -369,7 +369,7 @@ def _encode_records(
     return out
 
 
-def _encoding_errors() -> tuple[type[Exception], ...]:
+def encoding_errors() -> tuple[type[Exception], ...]:
     """Errors of chat templates and tokenizers that are given values of another type."""
     try:
         from jinja2 import TemplateError

@@ -76,11 +76,23 @@ def load_records(data: str, split: str) -> Any:
         rows = [line for file in files for line in _json_lines(file)]
         return datasets.Dataset.from_dict({LINE: rows})
     if kind == "lines":
-        return datasets.load_dataset("text", data_files=names, split="train").rename_column("text", LINE)
+        return _parsed(data, "text", names).rename_column("text", LINE)
     if kind == "text":
-        return datasets.load_dataset("text", data_files=names, split="train", sample_by="document")
+        return _parsed(data, "text", names, sample_by="document")
     options: dict[str, Any] = {"sep": "\t"} if files[0].name.partition(".")[2].startswith("tsv") else {}
-    return datasets.load_dataset(str(kind), data_files=names, split="train", **options)
+    return _parsed(data, str(kind), names, **options)
+
+
+def _parsed(data: str, kind: str, names: list[str], **options: Any) -> Any:
+    """The rows of files of one kind, parsed once and then kept in the cache of `datasets`."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(kind, data_files=names, split="train", **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # Arrow, decompressors and the builders of `datasets` raise any type on damaged files
+        raise ValueError(f"{data} cannot be read as {kind}: {plain_line(error.__cause__ or error)}") from None
 
 
 def kind_of(path: Path) -> str | None:

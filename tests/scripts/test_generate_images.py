@@ -11,15 +11,16 @@ import torch
 from tenure.retention import RetentionGates
 from tenure.scripts import cli
 from tenure.scripts.loading import load_model, load_processor
+from tenure.scripts.soak.tiny_served import IMAGE_TOKENS, image_processor
 
-from ..tiny_vision import TOKENS, save_pictures, tiny_model, tiny_processor
+from ..tiny_vision import save_pictures, tiny_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with gates, and three pictures."""
     root = tmp_path_factory.mktemp("vision")
-    processor = tiny_processor()
+    processor = image_processor()
     model = tiny_model(processor)
     model.save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
@@ -54,7 +55,7 @@ def test_the_full_cache_says_what_the_model_says(folder: Path, capsys: pytest.Ca
     expected = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert run(folder, "--prompt", "What?", "--policy", "full", *pictures(folder, 0, 2)) == 0
     out, err = capsys.readouterr()
-    assert out.strip() == expected.strip() and f"of {2 * TOKENS} image tokens" in err
+    assert out.strip() == expected.strip() and f"of {2 * IMAGE_TOKENS} image tokens" in err
     assert run(folder, "--prompt", "What?", "--policy", "full", *pictures(folder, 1, 2)) == 0
     assert capsys.readouterr().out.strip() != expected.strip(), "other pictures give another answer"
 
@@ -65,9 +66,9 @@ def test_a_budget_with_and_without_a_question(folder: Path, capsys: pytest.Captu
     arguments += ["--budget", "20", "--sinks", "0", "--recent", "2", "--scope", "head", "--buffer", "200"]
     assert run(folder, *arguments) == 0
     plain = capsys.readouterr().err
-    assert "in 1 evictions" in plain and f"of {2 * TOKENS} image tokens" in plain
+    assert "in 1 evictions" in plain and f"of {2 * IMAGE_TOKENS} image tokens" in plain
     assert run(folder, *arguments, "--protect-images") == 0
-    whole = 2 * TOKENS * 3 * 2
+    whole = 2 * IMAGE_TOKENS * 3 * 2
     assert f"{whole} of {whole} (100%)" in capsys.readouterr().err
     assert run(folder, *arguments, "--image-floor", "0.3") == 0
     kept = int(capsys.readouterr().err.partition("image tokens")[2].split("of")[0].strip(" │"))
@@ -99,7 +100,7 @@ def test_text_that_spells_a_placeholder(folder: Path, capsys: pytest.CaptureFixt
 
 def test_a_model_without_images(folder: Path, tiny_llama: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tiny_llama.save_pretrained(tmp_path / "text")
-    tiny_processor().tokenizer.save_pretrained(tmp_path / "text")
+    image_processor().tokenizer.save_pretrained(tmp_path / "text")
     arguments = ["--prompt", "x", "--policy", "knorm", *pictures(folder, 0), "--model", str(tmp_path / "text")]
     assert run(folder, *arguments) == 1
     assert "takes no images: its processor is a" in " ".join(capsys.readouterr().err.split())
