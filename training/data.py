@@ -313,19 +313,15 @@ def _count_losses(dataset: Any, data: str, overlong: Overlong, max_length: int) 
 
 def _kind(columns: Sequence[str], format: Format, data: str) -> str:
     chat = "messages" in columns or {"prompt", "completion"} <= set(columns)
+    holds = f"{data} has the columns {plain_line(', '.join(columns))}"
     if format == "auto":
         if not chat and "text" not in columns:
-            raise ValueError(
-                f"{data} has the columns {', '.join(columns)}; needed: messages, or prompt and completion, or text "
-                "(see columns)"
-            )
+            raise ValueError(f"{holds}; needed: messages, or prompt and completion, or text (see columns)")
         return "chat" if chat else "raw"
     if format == "chat" and not chat:
-        raise ValueError(
-            f"format='chat' needs a column messages, or prompt and completion; {data} has {', '.join(columns)}"
-        )
+        raise ValueError(f"format='chat' needs a column messages, or prompt and completion; {holds}")
     if format == "raw" and "text" not in columns:
-        raise ValueError(f"format='raw' needs a column text; {data} has {', '.join(columns)}")
+        raise ValueError(f"format='raw' needs a column text; {holds}")
     if format not in ("chat", "raw"):
         raise ValueError(f"format must be auto, chat or raw, got {format!r}")
     return format

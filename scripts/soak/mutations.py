@@ -235,7 +235,7 @@ def _table(random: Random, data: bytes) -> bytes:
         else:
             with pyarrow.ipc.new_stream(packed, table.schema) as writer:
                 writer.write_table(table)
-    except (TypeError, ValueError, AttributeError, OverflowError, NotImplementedError):  # no such columns
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, NotImplementedError):  # no columns
         return _bytes(random, data)
     return packed.getvalue()
 

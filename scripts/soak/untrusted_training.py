@@ -42,7 +42,7 @@ def records(cache: Path) -> Iterator[Reader]:
         cache: a folder that `datasets` may fill; emptied after every attempt.
     """
     import zstandard
-    from datasets import config
+    from datasets import Dataset, config
 
     from ...training.data import _encode_records, load_examples
     from ...training.records import LINE
@@ -86,6 +86,9 @@ def records(cache: Path) -> Iterator[Reader]:
     yield Reader("records in csv", {"a.csv": table}, load("a.csv"), share=FEW / 10)
     for name, content in _columnar():
         yield Reader(f"records in {name}", {name: content}, load(name), share=FEW)
+    Dataset.from_list([{"text": "abc"}, {"text": "xyz"}]).save_to_disk(cache / "saved")
+    saved = {file.name: file.read_bytes() for file in (cache / "saved").iterdir()}
+    yield Reader("records saved by datasets", saved, load(""), share=FEW)
     packed = zstandard.compress(lines)
     yield Reader("records in jsonl.zst", {"a.jsonl.zst": packed}, load("a.jsonl.zst"), share=FEW)
 
