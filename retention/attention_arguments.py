@@ -1,6 +1,7 @@
-"""Arguments of a model's call: tokens that it can read, those that attention functions may ignore, and masks.
+"""Checks of the arguments of a model and of its attention calls, and masks that attention functions compute.
 
-Any other argument is refused by name: a model that passes one computes something else than attention over its keys.
+An unknown argument of an attention call is refused by name: a model that passes one computes something else than
+attention over its keys.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def refuse_tokens(arguments: Mapping[str, Any]) -> None:
 def refuse_unknown_tokens(ids: Any, vocabulary: int, model: str) -> None:
     """Raises ValueError for a token id that the embedding has no row for.
 
-    Ids on another device are not looked at, since the host would have to wait for them.
+    Ids on another device are not inspected: the host would have to wait for them.
     """
     if not isinstance(ids, torch.Tensor) or ids.device.type != "cpu" or ids.dtype not in INTEGERS or ids.numel() == 0:
         return

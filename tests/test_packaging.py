@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import json
 import os
 import shutil
 import subprocess
@@ -357,3 +358,34 @@ def test_the_base_install_is_enough_to_import(tmp_path: Path):
     )
     result = run_python(code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+# Commands whose extra is missing, and the extra that the one sentence names.
+WITHOUT_EXTRAS = {
+    "demo --model /no/model": "demo", "train --model /no/model --data x": "train",
+    "serve --model /no/model --compress none": "serve", "eval --tasks tenure_vt --model_args pretrained=x": "eval",
+    "simulate kvflow_single.yaml --plot p.png": "simulate", "simulate kvflow_single.yaml --timeline t.svg": "simulate",
+    "generate --prompt x --image a.png --policy knorm": "vision",
+}  # fmt: skip
+
+
+def test_a_missing_extra_is_named_in_one_sentence(tmp_path: Path):
+    blocked = ["accelerate", "datasets", "matplotlib", "gguf", "lm_eval", "fastapi", "uvicorn", "PIL", "xgrammar"]
+    (tmp_path / "a.png").write_bytes(b"x")
+    code = (
+        "import sys, json, io, contextlib\n"
+        f"for name in {blocked!r}: sys.modules[name] = None\n"
+        "from tenure.scripts.cli import main\n"
+        "said = {}\n"
+        f"for words in {list(WITHOUT_EXTRAS)!r}:\n"
+        "    err = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        code = main(words.split())\n"
+        "    said[words] = [code, err.getvalue()]\n"
+        "print(json.dumps(said))\n"
+    )
+    result = run_python(code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for words, (code, err) in json.loads(result.stdout).items():
+        assert code == 1 and len(err.splitlines()) == 1, (words, err)
+        assert f"pip install 'tenure[{WITHOUT_EXTRAS[words]}]'" in err, (words, err)

@@ -132,7 +132,7 @@ def test_extend(tiny_llama, arguments: dict[str, Any], message: str):
             session.extend(**given)
         for caches in ([torch.ones(9, 9)], torch.ones(9, 9), []):
             with pytest.raises(ValueError, match="to stack; accepted: "):
-                session.stack(caches)
+                session.stack(caches)  # type: ignore[arg-type]
 
 
 def test_a_question_alone_with_a_fork_of_its_context(tiny_llama):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
@@ -422,13 +421,9 @@ def _schedule(config: TrainConfig) -> Callable[[int], float]:
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise ImportError("training needs accelerate: pip install 'tenure[train]'") from None
+    from accelerate import Accelerator
+
     tracker = None if config.tracker == "none" else config.tracker
-    if tracker is not None and importlib.util.find_spec(tracker) is None:
-        raise ImportError(f"got tracker {tracker}, which is not installed: pip install {tracker}")
     return Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.output_dir)
 
 
