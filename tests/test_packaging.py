@@ -6,6 +6,7 @@ import ast
 import configparser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,10 +121,27 @@ def test_wheel_metadata(wheel: Path):
         assert "tenure = tenure.scripts.cli:main" in archive.read(entry_points).decode()
         assert any(name.endswith("LICENSE") for name in archive.namelist())
     assert "Requires-Python: >=3.10" in text
-    assert "License: Apache-2.0" in text
+    assert "License: Apache-2.0" in text and "Description-Content-Type: text/markdown" in text
+    assert "# tenure" in text and "](docs/" not in text
     extras = {line.split(": ")[1] for line in text.splitlines() if line.startswith("Provides-Extra: ")}
     features = {"demo", "train", "eval", "vision", "kvpress", "agents", "simulate", "serve"}
     assert extras == features | {"docs", "test", "dev"}
+
+
+@pytest.mark.parametrize("repository", ["", "https://example.org/tenure"])
+def test_the_index_page_has_no_relative_links(source: Path, repository: str):
+    code = (
+        "import setuptools; setuptools.setup = lambda **given: print(given['long_description'])\n"
+        "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    result = run_python(code, cwd=source, TENURE_REPOSITORY=repository)
+    assert result.returncode == 0, result.stderr[-2000:]
+    targets = re.findall(r"\]\(([^)]+)\)", result.stdout)
+    assert targets and all(one.startswith("https://") for one in targets), targets
+    ours = [one for one in targets if repository and one.startswith(repository)]
+    assert bool(ours) == bool(repository)
+    assert all((source / re.sub("^.*/v[0-9.]+/", "", one).partition("#")[0]).exists() for one in ours)
+    assert result.stdout.count("```") == (source / "README.md").read_text().count("```")
 
 
 # An editable install's import hook takes part in every process of this environment; plain installs are tested alone.
