@@ -116,9 +116,7 @@ def _parsed(data: str, kind: str, names: list[str], **options: Any) -> Any:
 
     try:
         return datasets.load_dataset(kind, data_files=names, split="train", **options)
-    except MemoryError:
-        raise
-    except Exception as error:  # Arrow, decompressors and the builders of `datasets` raise any type on damaged files
+    except Exception as error:  # of any type; Arrow may ask for terabytes, too
         raise ValueError(f"{data} cannot be read as {kind}: {plain_line(error.__cause__ or error)}") from None
 
 
@@ -174,9 +172,7 @@ def _saved(path: Path, split: str) -> Any:
                 raise ValueError(f"it holds the splits {', '.join(sorted(map(str, loaded)))}; got split {split!r}")
             loaded = loaded[split]
         loaded.data.validate(full=True)  # the file is mapped, and wrong offsets would be followed
-    except MemoryError:
-        raise
-    except Exception as error:  # `datasets` and Arrow raise any type on damaged folders
+    except Exception as error:  # of any type
         raise ValueError(f"the saved data set {path} cannot be used: {plain_line(error)}") from None
     return loaded
 
