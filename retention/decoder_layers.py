@@ -28,12 +28,15 @@ CHANGES_KV = {
     "diffllama": "its attention splits and repeats values after they are cached",
     "jetmoe": "its attention repeats keys and values after they are cached",
 }
-try:
+if TYPE_CHECKING:
     from transformers.cache_utils import LinearAttentionLayer
-except ImportError:  # before transformers 5.5, where state-space layers have no layers in the cache
+else:
+    try:
+        from transformers.cache_utils import LinearAttentionLayer
+    except ImportError:  # before transformers 5.5, where state-space layers have no layers in the cache
 
-    class LinearAttentionLayer(DynamicLayer):  # type: ignore[no-redef]
-        """Stands for a class that no cache of this transformers has."""
+        class LinearAttentionLayer(DynamicLayer):
+            """Stands for a class that no cache of this transformers has."""
 
 
 
