@@ -76,8 +76,10 @@ def evaluate(
     Returns:
         One record for each case and cell, in that order.
     Raises:
-        ValueError: gates of another model, or retention without gates.
+        ValueError: gates of another model, retention without gates, or `together` below 1.
     """
+    if together < 1:
+        raise ValueError(f"got together={together}; accepted: 1 or more cells in a batch")
     policies = {cell.policy for cell in cells if cell.evicts}
     records: list[Record] = []
     with evict(model, "full", 1.0, gates=gates, sinks=sinks, recent=recent, observe=tuple(policies)) as session:

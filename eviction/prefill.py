@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..retention.attention_arguments import is_causal, padding_mask
+from ..retention.attention_arguments import is_causal, padding_mask, refuse_tokens
 from ..retention.decoder_layers import text_config, text_decoder
+from ..retention.seams import named_arguments
 from .cache import RaggedCache
 from .forward_state import new_tokens
 from .session import Session
@@ -60,7 +61,8 @@ class _ChunkedForwards:
         if self._cache is not None:  # Ctrl-C ended the last chunk: torch runs no hooks for a KeyboardInterrupt
             self.session.end(completed=False)
             self._finish(completed=False)
-        bound = dict(zip(self.names, args, strict=False)) | kwargs
+        bound = named_arguments(self.names, args, kwargs)
+        refuse_tokens(bound)
         given = bound.get("past_key_values")
         plan = given.plan if isinstance(given, RaggedCache) else self.session.plan
         source = bound.get("inputs_embeds")

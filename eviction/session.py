@@ -10,7 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import Cache, DynamicCache
 
-from ..retention.attention_arguments import padding_mask
+from tenure.documents import shown
+
+from ..retention.attention_arguments import INTEGERS, padding_mask
 from ..retention.continuation import continues_from_cache
 from ..retention.decoder_layers import (
     AttentionLayer,
@@ -224,17 +226,14 @@ class Session(Interceptor):
                 of another block, images after the first tokens of a cache where they have positions of their own
                 (M-RoPE), or as the forward under `evict`.
         """
+        if not isinstance(cache, RaggedCache):
+            raise ValueError(f"got {shown(cache)} as cache; accepted: one of this session, see session.new_cache()")
         device, rows = execution_device(self.model), cache.rows
-        tokens = torch.as_tensor(ids, dtype=torch.long, device=device)
-        if tokens.ndim == 1:
-            tokens = tokens.expand(max(1, len(rows.tokens)), -1)
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"got ids {tuple(tokens.shape)}; accepted: (batch, n) or (n,), of at least one token")
-        if attention_mask is not None and attention_mask.shape != tokens.shape:
-            raise ValueError(
-                f"got attention_mask {tuple(attention_mask.shape)} for ids {tuple(tokens.shape)}; accepted: one number "
-                "for each of the new tokens"
-            )
+        tokens = _token_ids(ids, max(1, len(rows.tokens))).to(device)
+        if attention_mask is not None:
+            _check_shape("attention_mask", attention_mask, [tuple(tokens.shape)])
+        if position_ids is not None:
+            _check_shape("position_ids", position_ids, [tuple(tokens.shape), (1, tokens.shape[1])])
         deltas = rows.rope_deltas
         further = dict(inputs or {})
         if further and rows.tokens and self.rope_deltas.kept:
@@ -309,6 +308,7 @@ class Session(Interceptor):
         cache = kwargs.get("past_key_values")
         filled = cache.rows if isinstance(cache, RaggedCache) and cache.rows.tokens else None
         if filled is not None:
+            _refuse_question_alone(kwargs.get("input_ids"), filled.columns)
             _refuse_repeated_prompt(kwargs.get("position_ids"), filled.columns)
         self.rope_deltas.load(filled, positions_given=kwargs.get("position_ids") is not None)
 
@@ -436,6 +436,35 @@ class Session(Interceptor):
             self.rope_deltas.store(cache.rows)
 
 
+def _token_ids(ids: Any, rows: int) -> torch.Tensor:
+    """int64 `(rows, n)` token ids, from a tensor or a sequence, one row of ids being repeated.
+
+    Raises:
+        ValueError: no whole numbers, or another shape.
+    """
+    try:
+        tokens = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # texts, ragged lists, numbers beyond int64
+        raise ValueError(f"got {shown(ids)} as ids; accepted: token ids (batch, n) or (n,)") from None
+    if tokens.ndim == 1:
+        tokens = tokens.expand(rows, -1)
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"got ids {tuple(tokens.shape)}; accepted: (batch, n) or (n,), of at least one token")
+    if tokens.numel() and tokens.dtype not in INTEGERS:
+        raise ValueError(f"got ids in {tokens.dtype}; accepted: token ids, in torch.int64 or as whole numbers")
+    return tokens.long()
+
+
+def _check_shape(name: str, given: Any, accepted: list[tuple[int, ...]]) -> None:
+    """Raises ValueError unless a tensor has one of the shapes."""
+    shape = tuple(given.shape) if isinstance(given, torch.Tensor) else None
+    if shape not in accepted and not (name == "position_ids" and shape is not None and len(shape) == 3):
+        raise ValueError(
+            f"got {name} {shown(given) if shape is None else shape} for ids {accepted[0]}; accepted: a tensor with one "
+            "number for each of the new tokens"
+        )
+
+
 def _refuse_repeated_prompt(position_ids: Any, columns: int) -> None:
     """Raises ValueError if a call reads so many tokens, from position 0 on, as its cache has seen columns.
 
@@ -447,6 +476,15 @@ def _refuse_repeated_prompt(position_ids: Any, columns: int) -> None:
         raise ValueError(
             f"got a prompt whose {columns} tokens are all in its cache, so that nothing is left to read; accepted: a "
             "prompt that is longer than its cache, or a cache without the last token (cache.crop(-1))"
+        )
+
+
+def _refuse_question_alone(ids: Any, columns: int) -> None:
+    """Raises ValueError if nothing is left of a prompt from which `generate` has taken what its cache holds."""
+    if isinstance(ids, torch.Tensor) and ids.ndim == 2 and len(ids) and ids.shape[1] == 0:
+        raise ValueError(
+            f"got no tokens beyond the {columns} in the cache; accepted by generate: the ids of context and question "
+            "together (it leaves out those in the cache), or session.extend(cache, question) and then its logits"
         )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tenure.documents import shown
+
 from ..retention.decoder_layers import replaces_tensors
 from .cache import RaggedCache
 from .cache_layer import LayerObserver, RaggedLayer
@@ -46,8 +48,12 @@ def stack(caches: Sequence[RaggedCache]) -> RaggedCache:
 
 
 def _check(caches: Sequence[RaggedCache]) -> None:
-    if not caches:
-        raise ValueError("got no caches to stack; one or more are accepted")
+    if not isinstance(caches, Sequence) or not caches:
+        got = "no caches" if isinstance(caches, Sequence) else shown(caches)
+        raise ValueError(f"got {got} to stack; accepted: a list of one or more caches")
+    foreign = [cache for cache in caches if not isinstance(cache, RaggedCache)]
+    if foreign:
+        raise ValueError(f"got {shown(foreign[0])} to stack; accepted: caches of this session")
     if any(cache.recording is not caches[0].recording for cache in caches):
         raise ValueError("the caches to stack belong to different evict() blocks")
     if any(cache.columns_seen == 0 for cache in caches):

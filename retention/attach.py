@@ -17,13 +17,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer
 
 from .attention_arguments import is_causal, padding_mask, refuse_dropout, refuse_unknown, softmax_of
 from .context_parallel import SequencePart
 from .decoder_layers import (
     AttentionLayer,
     DifferentiableStates,
+    LinearAttentionLayer,
     copy_cache_layer,
     execution_device,
     full_attention_layers,

@@ -1,14 +1,18 @@
-"""Arguments of an attention call that tenure's own attention functions may ignore, and masks that they compute.
+"""Checks of the arguments of a model and of its attention calls, and masks that attention functions compute.
 
-Any other argument is refused by name: a model that passes one computes something else than attention over its keys.
+An unknown argument of an attention call is refused by name: a model that passes one computes something else than
+attention over its keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from tenure.documents import shown
 
 from .ops.softmax import ORDINARY, Softmax
 
@@ -21,6 +25,38 @@ NEUTRAL = frozenset(
     | {"num_items_in_batch", "output_hidden_states", "output_router_logits"}
 )
 KNOWN = NEUTRAL | SOFTMAX
+INTEGERS = (torch.int64, torch.int32)
+
+
+def refuse_tokens(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a decoder's arguments hold token ids `(batch, n)` or embeddings of tokens, n >= 1."""
+    embeddings = arguments.get("inputs_embeds")
+    name, given = ("inputs_embeds", embeddings) if embeddings is not None else ("input_ids", arguments.get("input_ids"))
+    if given is None:
+        return  # the model says so
+    if not isinstance(given, torch.Tensor):
+        raise ValueError(f"got {shown(given)} as {name}; accepted: a tensor, such as tokenizer(…, return_tensors='pt')")
+    dims, accepted = (2, "(batch, tokens)") if name == "input_ids" else (3, "(batch, tokens, hidden_size)")
+    if given.ndim != dims or given.numel() == 0:
+        hint = f"; {name}[None] is a batch of one row" if given.ndim == dims - 1 and given.numel() else ""
+        raise ValueError(f"got {name} {tuple(given.shape)}; accepted: {accepted} of at least one token{hint}")
+    if name == "input_ids" and given.dtype not in INTEGERS:
+        raise ValueError(f"got input_ids in {given.dtype}; accepted: token ids in torch.int64")
+
+
+def refuse_unknown_tokens(ids: Any, vocabulary: int, model: str) -> None:
+    """Raises ValueError for a token id that the embedding has no row for.
+
+    Ids on another device are not inspected: the host would have to wait for them.
+    """
+    if not isinstance(ids, torch.Tensor) or ids.device.type != "cpu" or ids.dtype not in INTEGERS or ids.numel() == 0:
+        return
+    lowest, highest = (int(one) for one in ids.aminmax())
+    if lowest < 0 or highest >= vocabulary:
+        raise ValueError(
+            f"got the token id {lowest if lowest < 0 else highest}; accepted: 0 to {vocabulary - 1}, the vocabulary of "
+            f"{model} (is the tokenizer that of another model?)"
+        )
 
 
 def softmax_of(kwargs: dict[str, Any]) -> Softmax:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .head_shards import UNDIVIDED, HeadShards
 
@@ -28,6 +28,17 @@ CHANGES_KV = {
     "diffllama": "its attention splits and repeats values after they are cached",
     "jetmoe": "its attention repeats keys and values after they are cached",
 }
+if TYPE_CHECKING:
+    from transformers.cache_utils import LinearAttentionLayer
+else:
+    try:
+        from transformers.cache_utils import LinearAttentionLayer
+    except ImportError:  # before transformers 5.5, where state-space layers have no layers in the cache
+
+        class LinearAttentionLayer(DynamicLayer):
+            """Stands for a class that no cache of this transformers has."""
+
+
 
 
 class UnsupportedModelError(ValueError):

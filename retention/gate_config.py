@@ -49,7 +49,7 @@ class RetentionConfig:
     gate_width: Width = 512
     projection: Projection | Literal["fast_kvzip"] = "shared"
     activation: str = "silu"
-    initial_bias: float = 18.0
+    initial_bias: Annotated[float, Range(-1e6, 1e6)] = 18.0
     init_std: Annotated[float, Range(0, 1e6)] = 0.02
     num_groups: Annotated[int, Range(0, 1 << 16)] = 0
     num_sinks: Annotated[int, Range(0, 1 << 16)] = 0

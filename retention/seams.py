@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from .attention_arguments import refuse_tokens, refuse_unknown_tokens
 from .decoder_layers import (
     AttentionLayer,
     decoder_of,
@@ -100,8 +101,10 @@ class _DecoderHooks:
             raise ValueError("a forward of this model is running in another thread; accepted: one thread at a time")
         if self.thread is not None:
             self.interceptor.end(completed=False)  # Ctrl-C ended it: torch runs no hooks for a KeyboardInterrupt
+        arguments = named_arguments(self.names, args, kwargs)
+        refuse_tokens(arguments)
         self.thread = threading.get_ident()
-        return (), self.interceptor.begin(named_arguments(self.names, args, kwargs))
+        return (), self.interceptor.begin(arguments)
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self.thread == threading.get_ident():
@@ -157,6 +160,7 @@ def intercept(
         ]
         if decoder is not model:
             handles += _call_hooks(model, interceptor)
+        handles += _token_hooks(model, layers)
         handles += [
             layer.module.register_forward_pre_hook(_pre_hook(layer, interceptor), with_kwargs=True) for layer in layers
         ]
@@ -196,6 +200,20 @@ def _call_hooks(model: PreTrainedModel, interceptor: Interceptor) -> list[Any]:
         model.register_forward_pre_hook(before_model, with_kwargs=True),
         model.register_forward_hook(after_model, always_call=True),
     ]
+
+
+def _token_hooks(model: PreTrainedModel, layers: list[AttentionLayer]) -> list[Any]:
+    """A hook on the embedding, by which unknown ids are refused in a sentence; none where its rows are divided."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding) or layers[0].shards.count > 1:
+        return []
+    vocabulary, name = embedding.num_embeddings, type(model).__name__
+
+    def before_lookup(module: nn.Module, args: tuple) -> None:
+        if args:
+            refuse_unknown_tokens(args[0], vocabulary, name)
+
+    return [embedding.register_forward_pre_hook(before_lookup)]
 
 
 def _pre_hook(layer: AttentionLayer, interceptor: Interceptor) -> Callable[..., Any]:

@@ -122,8 +122,8 @@ def _table(title: str, rows: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(style="dim")
-    table.add_column()
+    table.add_column(style="dim", overflow="fold")
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value))
     return table

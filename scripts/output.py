@@ -140,12 +140,14 @@ def _try_folder(folder: Path, path: Path, flag: str) -> None:
 
 
 def make_console(stderr: bool = False) -> Console:
-    """As wide as the terminal; wide enough for the tables where there is none; with NO_COLOR, without any style."""
-    from rich.console import Console
+    """As wide as the terminal, with tables that fit; without one, wide enough; with NO_COLOR, without any style."""
+    from .fitted_tables import FittingConsole
 
     color = None if os.environ.get("NO_COLOR") else "auto"
-    console = Console(stderr=stderr, color_system=color)
-    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, 120), color_system=color)
+    console = FittingConsole(stderr=stderr, color_system=color)
+    if console.is_terminal:
+        return console
+    return FittingConsole(stderr=stderr, width=max(console.width, 120), color_system=color)
 
 
 def wrapped(text: str, first: str = "", rest: str = "") -> str:

@@ -202,7 +202,7 @@ def _study(setup: SimulationSetup, config: SimulateConfig) -> int:
     show_study(setup, points, baseline)
     if config.plot:
         config.plot.parent.mkdir(parents=True, exist_ok=True)
-        draw_study(points, config.plot, baseline)
+        draw_study(points, config.plot, baseline, f"{setup.title}, {cell.name}")
     if config.json:
         write_rows(study_rows(setup.name, points, baseline), config.json)
     return 0
@@ -249,7 +249,7 @@ def _extras(setup: SimulationSetup, comparisons: Sequence[PolicyComparison], con
         timelines = {policy: Timeline() for policy in setup.policies}
         for policy, timeline in timelines.items():
             simulate(cell.machine, cell.workload, policy, setup.seed, timeline=timeline)
-        draw_timelines(timelines, config.timeline, config.timeline_s)
+        draw_timelines(timelines, config.timeline, f"{setup.title}, {cell.name}", config.timeline_s)
     if config.record:
         machine = cell.machine
         about = {"setup": setup.name, "cell": cell.name, "policy": setup.policies[-1], "seed": setup.seed}
@@ -259,8 +259,9 @@ def _extras(setup: SimulationSetup, comparisons: Sequence[PolicyComparison], con
     if config.plot:
         baseline = setup.baselines[-1]
         ratios = {each.cell.name: each.all_ratios(baseline) for each in comparisons}
-        paper = {each.cell.name: each.cell.paper[baseline] for each in comparisons if baseline in each.cell.paper}
-        draw_speedups(ratios, config.plot, baseline, paper)
+        cells = [each.cell for each in comparisons if baseline in each.cell.paper]
+        paper = {(each.name, each.paper_policy): each.paper[baseline] for each in cells}
+        draw_speedups(ratios, config.plot, baseline, setup.title, paper)
 
 
 def show_comparison(comparisons: Sequence[PolicyComparison], seconds: float, jobs: int) -> None:

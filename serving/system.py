@@ -144,11 +144,13 @@ def build_system(
         history: bounds of the record of evictions; None: the defaults.
 
     Raises:
-        ValueError: an unknown name; `belady` without prompts, or another system with them; memory pools that do not fit
-            a model on `device`.
+        ValueError: an unknown name; `belady` without prompts, or another system with them; pages without tokens; memory
+            pools that do not fit a model on `device`.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown system {name!r:.60}; known: {', '.join(PRESETS)}")
+    if page_size < 1:
+        raise ValueError(f"got page_size={page_size}; accepted: 1 or more tokens")
     if (name == "belady") != (prompts is not None):
         given = "no prompts" if prompts is None else "prompts"
         raise ValueError(f"got {given} for the system {name!r}; accepted: prompts for belady, and for no other")

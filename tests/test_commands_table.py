@@ -107,6 +107,11 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
         for kind in ("missing", "directory", "binary", "empty", "sweep", "setup", "huge")
     }
     found["directory"].mkdir()
+    found["folder"] = tmp_path / "folder"  # of a model, of gates and of a run, each of whose first files is empty
+    found["folder"].mkdir()
+    for name in ("config.json", "tenure_config.json", "gates.safetensors", "results.json"):
+        found[name] = found["folder"] / name
+        found[name].touch()
     found["binary"].write_bytes(bytes(range(256)) * 40)
     found["empty"].touch()
     found["sweep"].write_text(SWEEP)
@@ -197,10 +202,17 @@ def interrupted_at(path: Path) -> Iterator[None]:
         ("train", "--config {}", "empty"), ("preview", "--config {}", "empty"), ("sweep", "{}", "sweep"),
         ("simulate", "{}", "setup"), ("simulate", "--trace {}", "empty"), ("eval", "--config {}", "empty"),
         ("generate", "--prompt-file {} --policy knorm", "binary"), ("generate", "--data {}", "binary"),
-        ("serve", "--compress none --api-keys {}", "empty"),
+        ("serve", "--compress none --api-keys {}", "empty"), ("report", "{folder}", "results.json"),
+        ("inspect", "{folder}", "tenure_config.json"), ("convert", "{folder} out --model {folder}", "config.json"),
+        ("demo", "--model {folder} --policies knorm --data {binary}", "config.json"),
+        ("fidelity", "--model {folder} --policies knorm", "config.json"),
+        ("calibrate", "--gates {folder}", "tenure_config.json"),
+        ("turns", "kv --model {folder} --policies knorm", "config.json"),
     ],
 )  # fmt: skip
 def test_interrupted(name: str, template: str, file: str, places: dict[str, Path], capsys: pytest.CaptureFixture[str]):
+    for kind in ("folder", "binary"):
+        template = template.replace(f"{{{kind}}}", str(places[kind]))
     with interrupted_at(places[file]):
         assert outcome(capsys, *name.split(), *filled(template, places, places[file])) == cli.INTERRUPTED
     assert not list(Path().iterdir()), "nothing is left behind"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import configparser
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,10 +123,27 @@ def test_wheel_metadata(wheel: Path):
         assert "[lmms_eval.models]\ntenure = tenure.eval.harness.lmms_model:manifest" in named
         assert any(name.endswith("LICENSE") for name in archive.namelist())
     assert "Requires-Python: >=3.10" in text
-    assert "License: Apache-2.0" in text
+    assert "License: Apache-2.0" in text and "Description-Content-Type: text/markdown" in text
+    assert "# tenure" in text and "](docs/" not in text
     extras = {line.split(": ")[1] for line in text.splitlines() if line.startswith("Provides-Extra: ")}
     features = {"demo", "train", "eval", "vision", "kvpress", "agents", "simulate", "serve"}
     assert extras == features | {"docs", "test", "dev"}
+
+
+@pytest.mark.parametrize("repository", ["", "https://example.org/tenure"])
+def test_the_index_page_has_no_relative_links(source: Path, repository: str):
+    code = (
+        "import setuptools; setuptools.setup = lambda **given: print(given['long_description'])\n"
+        "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    result = run_python(code, cwd=source, TENURE_REPOSITORY=repository)
+    assert result.returncode == 0, result.stderr[-2000:]
+    targets = re.findall(r"\]\(([^)]+)\)", result.stdout)
+    assert targets and all(one.startswith("https://") for one in targets), targets
+    ours = [one for one in targets if repository and one.startswith(repository)]
+    assert bool(ours) == bool(repository)
+    assert all((source / re.sub("^.*/v[0-9.]+/", "", one).partition("#")[0]).exists() for one in ours)
+    assert result.stdout.count("```") == (source / "README.md").read_text().count("```")
 
 
 # An editable install's import hook takes part in every process of this environment; plain installs are tested alone.
@@ -359,3 +378,34 @@ def test_the_base_install_is_enough_to_import(tmp_path: Path):
     )
     result = run_python(code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+# Commands whose extra is missing, and the extra that the one sentence names.
+WITHOUT_EXTRAS = {
+    "demo --model /no/model": "demo", "train --model /no/model --data x": "train",
+    "serve --model /no/model --compress none": "serve", "eval --tasks tenure_vt --model_args pretrained=x": "eval",
+    "simulate kvflow_single.yaml --plot p.png": "simulate", "simulate kvflow_single.yaml --timeline t.svg": "simulate",
+    "generate --prompt x --image a.png --policy knorm": "vision",
+}  # fmt: skip
+
+
+def test_a_missing_extra_is_named_in_one_sentence(tmp_path: Path):
+    blocked = ["accelerate", "datasets", "matplotlib", "gguf", "lm_eval", "fastapi", "uvicorn", "PIL", "xgrammar"]
+    (tmp_path / "a.png").write_bytes(b"x")
+    code = (
+        "import sys, json, io, contextlib\n"
+        f"for name in {blocked!r}: sys.modules[name] = None\n"
+        "from tenure.scripts.cli import main\n"
+        "said = {}\n"
+        f"for words in {list(WITHOUT_EXTRAS)!r}:\n"
+        "    err = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        code = main(words.split())\n"
+        "    said[words] = [code, err.getvalue()]\n"
+        "print(json.dumps(said))\n"
+    )
+    result = run_python(code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for words, (code, err) in json.loads(result.stdout).items():
+        assert code == 1 and len(err.splitlines()) == 1, (words, err)
+        assert f"pip install 'tenure[{WITHOUT_EXTRAS[words]}]'" in err, (words, err)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenure.documents import plain_line
-from tenure.eval import parse_cells
+from tenure.eval import evaluate, parse_cells
 from tenure.eval.sweep import SweepConfig
 from tenure.eviction import Budget, evict, get_policy, policy_names
 from tenure.eviction.presets import make_plan
 from tenure.retention import RetentionConfig, RetentionGates
 from tenure.scripts.soak.mutations import NASTY
-from tenure.serving import AgentSpec, Compression, EdgeSpec, PrefetchConfig, Request, SchedulerConfig, WorkflowSpec
+from tenure.serving import (
+    AgentSpec,
+    Compression,
+    EdgeSpec,
+    PrefetchConfig,
+    Request,
+    SchedulerConfig,
+    WorkflowSpec,
+    build_system,
+)
 from tenure.serving.hints import HintConfig
 from tenure.serving.kvcache.disk_store import DiskConfig
 from tenure.serving.kvcache.eviction_policy import LinearCosts
@@ -30,7 +40,7 @@ from tenure.serving.sampling.params import SamplingParams
 from tenure.serving.server.server_config import ServerConfig
 from tenure.serving.simulation.cost_model import Links
 from tenure.serving.simulation.workload import Distribution, WorkloadConfig
-from tenure.training import TrainConfig
+from tenure.training import GateObjective, TrainConfig
 
 MAX_MESSAGE = 1500  # characters: the longest lists of accepted names are those of the settings of training
 OTHERS: tuple[Any, ...] = (
@@ -73,6 +83,79 @@ def test_evict(tiny_llama, given: dict[str, Any]):
     ):
         assert session.extend(session.new_cache(), ids).isfinite().all()
     assert not any(module._forward_pre_hooks for module in tiny_llama.modules())
+
+
+IDS = torch.arange(3, 15).view(1, -1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (IDS[0], r"got input_ids \(12,\); accepted: \(batch, tokens\) .*; input_ids\[None\] is a batch of one row"),
+        (IDS[None], r"got input_ids \(1, 1, 12\); accepted: \(batch, tokens\) of at least one token"),
+        (IDS[:, :0], r"got input_ids \(1, 0\); accepted: \(batch, tokens\) of at least one token"),
+        (IDS.float(), "got input_ids in torch.float32; accepted: token ids in torch.int64"),
+        ([[3, 4]], "got a list as input_ids; accepted: a tensor"),
+        (IDS + 1000, r"got the token id 10\d\d; accepted: 0 to 127, the vocabulary of LlamaForCausalLM"),
+        (IDS - 10, "got the token id -7; accepted: 0 to 127"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_tokens_that_no_model_can_read(tiny_llama, given: Any, message: str, chunk: int | None):
+    with torch.no_grad(), evict(tiny_llama, "knorm", 0.5, prefill_chunk=chunk) as session:
+        with pytest.raises(ValueError, match=message):
+            tiny_llama(given)
+        assert tiny_llama(IDS).logits.isfinite().all(), "the block goes on"
+        if isinstance(given, torch.Tensor) and given.ndim == 2 and given.shape[1]:
+            with pytest.raises(ValueError, match=r"got the token id|got ids in torch.float32"):
+                session.extend(session.new_cache(), given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ids": "abc"}, "got 'abc' as ids; accepted: token ids"),
+        ({"ids": None}, "got nothing as ids"),
+        ({"ids": [[1, 2], [3]]}, "got a list as ids"),
+        ({"ids": [0.5]}, "got ids in torch.float32; accepted: token ids"),
+        ({"ids": []}, "of at least one token"),
+        ({"cache": torch.ones(9, 9)}, "got a Tensor as cache; accepted: one of this session"),
+        ({"attention_mask": [1]}, r"got attention_mask a list for ids \(1, 12\)"),
+        ({"attention_mask": torch.ones(9, 9)}, r"got attention_mask \(9, 9\) for ids \(1, 12\)"),
+        ({"position_ids": torch.ones(9)}, r"got position_ids \(9,\) for ids \(1, 12\)"),
+    ],
+)
+def test_extend(tiny_llama, arguments: dict[str, Any], message: str):
+    with evict(tiny_llama, "knorm", 0.5) as session:
+        given = {"cache": session.new_cache(), "ids": IDS} | arguments
+        with pytest.raises(ValueError, match=message):
+            session.extend(**given)
+        for caches in ([torch.ones(9, 9)], torch.ones(9, 9), []):
+            with pytest.raises(ValueError, match="to stack; accepted: "):
+                session.stack(caches)  # type: ignore[arg-type]
+
+
+def test_a_question_alone_with_a_fork_of_its_context(tiny_llama):
+    with evict(tiny_llama, "knorm", 0.5) as session:
+        cache = session.new_cache()
+        session.extend(cache, IDS)
+        with pytest.raises(ValueError, match=r"no tokens beyond the 12 in the cache; accepted by generate: .*"):
+            tiny_llama.generate(IDS[:, :4], past_key_values=cache.fork(), max_new_tokens=2)
+        both = torch.cat([IDS, IDS[:, :4]], 1)
+        assert tiny_llama.generate(both, past_key_values=cache.fork(), max_new_tokens=2).shape == (1, 18)
+
+
+@pytest.mark.parametrize(("name", "said"), [("LlamaForCausalLM", False), ("another/model", True)])
+def test_gates_and_a_model_in_float16(tiny_llama, name: str, said: bool, caplog: pytest.LogCaptureFixture):
+    gates = RetentionGates.for_model(tiny_llama, gate_width=4)
+    gates.info = replace(gates.info, base_model=name)
+    half = copy.deepcopy(tiny_llama).to(torch.float16)
+    half.config._name_or_path = "LlamaForCausalLM"
+    gates.check_model(half)
+    assert ("in float16 it cannot be told" in caplog.text) == said
+    half.model.embed_tokens.weight.data.mul_(2)
+    with pytest.raises(ValueError, match="same shape, other weights"):
+        gates.check_model(half.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("model", ["demo", None, 3, {}, torch.nn.Linear(2, 2)])
@@ -147,6 +230,16 @@ def test_configs(cls: type, data: st.DataObject):
                 assert isinstance(found, str | type(None) | list | tuple) or found >= 0, (
                     f"{cls.__name__}.{field}={found}"
                 )
+
+
+def test_numbers_of_which_nothing_would_be_taken(tiny_llama):
+    gates = RetentionGates.for_model(tiny_llama, gate_width=4)
+    with pytest.raises(ValueError, match="got chunk=0; accepted: 1 or more target tokens"):
+        GateObjective(tiny_llama, gates, 8, chunk=0)
+    with pytest.raises(ValueError, match="got together=0; accepted: 1 or more cells"):
+        evaluate(tiny_llama, None, [], [], together=0)
+    with pytest.raises(ValueError, match="got page_size=0; accepted: 1 or more tokens"):
+        build_system("belady", {}, None, clock=lambda: 0.0, costs=None, bytes_per_token=1, page_size=0, prompts=[[1]])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", ["x", 3.5, b"x", [], object(), 10**400])

@@ -1,4 +1,4 @@
-"""A tiny random vision-language model (SmolVLM's class) with a processor, and picture files."""
+"""A tiny random vision-language model (SmolVLM's class) for `image_processor`, and picture files."""
 
 from __future__ import annotations
 
@@ -7,41 +7,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    Idefics3ImageProcessorPil,
-    Idefics3Processor,
-    PreTrainedTokenizerFast,
-)
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
-SIDE = 16
-TOKENS = 4  # of an image
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def tiny_processor() -> Any:
-    """A byte-level processor: 4 tokens an image of 16 x 16 pixels."""
-    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*special, *letters])}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<|im_start|>", eos_token="<|im_end|>"
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": special[3:]})
-    images = Idefics3ImageProcessorPil(
-        do_image_splitting=False, size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}
-    )
-    return Idefics3Processor(images, tokenizer, image_seq_len=TOKENS, chat_template=CHAT_TEMPLATE)
+from tenure.scripts.soak.tiny_served import IMAGE_SIDE
 
 
 def tiny_model(processor: Any) -> Any:
@@ -54,7 +22,7 @@ def tiny_model(processor: Any) -> Any:
     }  # fmt: skip
     vision = {
         "model_type": "idefics3_vision", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": SIDE, "patch_size": 4,
+        "num_attention_heads": 2, "image_size": IMAGE_SIDE, "patch_size": 4,
     }  # fmt: skip
     config = Idefics3Config(
         text_config=text, vision_config=vision, scale_factor=2, image_token_id=processor.image_token_id

@@ -327,19 +327,15 @@ def record_kind(columns: Sequence[str], format: Format, data: str, tokenizer: An
 
 def _kind(columns: Sequence[str], format: Format, data: str) -> str:
     chat = "messages" in columns or {"prompt", "completion"} <= set(columns)
+    holds = f"{data} has the columns {plain_line(', '.join(columns))}"
     if format == "auto":
         if not chat and "text" not in columns:
-            raise ValueError(
-                f"{data} has the columns {', '.join(columns)}; needed: messages, or prompt and completion, or text "
-                "(see columns)"
-            )
+            raise ValueError(f"{holds}; needed: messages, or prompt and completion, or text (see columns)")
         return "chat" if chat else "raw"
     if format == "chat" and not chat:
-        raise ValueError(
-            f"format='chat' needs a column messages, or prompt and completion; {data} has {', '.join(columns)}"
-        )
+        raise ValueError(f"format='chat' needs a column messages, or prompt and completion; {holds}")
     if format == "raw" and "text" not in columns:
-        raise ValueError(f"format='raw' needs a column text; {data} has {', '.join(columns)}")
+        raise ValueError(f"format='raw' needs a column text; {holds}")
     if format not in ("chat", "raw"):
         raise ValueError(f"format must be auto, chat or raw, got {format!r}")
     return format
@@ -369,7 +365,7 @@ def encode_records(
         except RecordError as error:
             add([], [], index, fault=plain_line(error))
             continue
-        except _encoding_errors() as error:
+        except encoding_errors() as error:
             add([], [], index, fault=f"it cannot be encoded: {type(error).__name__} {plain_line(error)}")
             continue
         excess = max(0, len(input_ids) - max_length)
@@ -383,7 +379,7 @@ def encode_records(
     return out
 
 
-def _encoding_errors() -> tuple[type[Exception], ...]:
+def encoding_errors() -> tuple[type[Exception], ...]:
     """Errors of chat templates and tokenizers that are given values of another type."""
     try:
         from jinja2 import TemplateError

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tenure.documents import plain_line
 from tenure.images import LIMITS, ImageError, ImageLimits, open_image
 
 from .chat import is_special
-from .data import Example
+from .data import Example, encoding_errors
 from .digests import digest
 from .records import RecordError
 
@@ -201,7 +202,7 @@ def _checked(line: str, number: int, folder: Path, processor: Any, limits: Image
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"it is not JSON: {error}") from None
+        raise RecordError(f"it is not JSON: {plain_line(error)}") from None
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list) or not record["messages"]:
         raise RecordError("it has no messages (a list of objects with role and content)")
     names = _names(record.get("images", []))
@@ -263,7 +264,10 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _render(processor: Any, turns: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
-    return str(processor.apply_chat_template([dict(turn) for turn in turns], add_generation_prompt=prompt))
+    try:
+        return str(processor.apply_chat_template([dict(turn) for turn in turns], add_generation_prompt=prompt))
+    except encoding_errors() as error:
+        raise RecordError(f"the chat template refuses it: {plain_line(error)}") from None
 
 
 def _encode(processor: Any, turns: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> dict[str, Any]:
@@ -274,8 +278,9 @@ def _process(processor: Any, text: str, images: Sequence[Any]) -> dict[str, Any]
     given: dict[str, Any] = {"images": [list(images)]} if images else {}
     try:
         return dict(processor(text=[text], **given, add_special_tokens=False, return_tensors="pt"))
-    except ValueError as error:  # a text that spells the placeholder, an image that is too thin for the processor
-        raise RecordError(f"the processor refuses it: {str(error).splitlines()[0]}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        # A text that spells the placeholder or cannot be encoded, an image that is too thin for the processor.
+        raise RecordError(f"the processor refuses it: {plain_line(error)}") from None
 
 
 def _prefix(processor: Any, text: str, images: Sequence[Any], whole: list[int]) -> int:
@@ -300,6 +305,8 @@ def _targets(
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
+        if number == 0:  # processors render no empty list of turns
+            raise RecordError("it begins with the assistant; accepted: a turn of another role before it")
         before, after = _render(processor, turns[:number], prompt=True), _render(processor, turns[: number + 1])
         if not (text.startswith(after) and after.startswith(before)):
             raise RecordError("the chat template renders earlier turns differently once others follow")

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 
@@ -43,7 +44,9 @@ def with_launcher(config: TrainConfig, environment: Mapping[str, str] = os.envir
     Raises:
         ValueError: both give a value and they differ; a strategy that gates are not trained under (DeepSpeed, FSDP1,
             Megatron, FSDP2 with weights on one rank only, accelerate's own context parallel), or fp8.
+        ImportError: accelerate or the tracker is not installed.
     """
+    _require_packages(config)
     _refuse_strategies(environment)
     theirs = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if theirs not in PRECISIONS:
@@ -60,6 +63,14 @@ def with_launcher(config: TrainConfig, environment: Mapping[str, str] = os.envir
     if steps != 1 and accumulation != steps:
         raise ValueError(_contradiction("accumulation", accumulation, steps))
     return replace(config, mixed_precision=precision, accumulation=accumulation)
+
+
+def _require_packages(config: TrainConfig) -> None:
+    if find_spec("accelerate") is None:
+        raise ImportError("training needs accelerate: pip install 'tenure[train]'")
+    for tracker in config.tracker:
+        if find_spec(tracker) is None:
+            raise ImportError(f"got tracker {tracker}, which is not installed: pip install {tracker}")
 
 
 def _contradiction(name: str, ours: Any, theirs: Any) -> str:

@@ -104,7 +104,8 @@ class GateObjective(nn.Module):
             have the same losses, and the mean of their gradients is the gradient.
 
     Raises:
-        ValueError: a budget that is not positive; a model that `context` cannot divide, or `context` with evictions.
+        ValueError: a budget or chunk that is not positive; a model that `context` cannot divide, or `context` with
+            evictions.
     """
 
     def __init__(
@@ -117,6 +118,8 @@ class GateObjective(nn.Module):
         super().__init__()
         if budget <= 0:
             raise ValueError(f"the training budget is {budget}; a positive number is accepted")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"got chunk={chunk}; accepted: 1 or more target tokens, or None")
         if context is not None:
             require_context_parallel(model)
         self.context = context

@@ -22,6 +22,8 @@ SPLIT_NAMES = {
     "train": ("train", "training"), "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }  # fmt: skip
+MAX_EXPANSION = 200  # times its size, of a compressed file that holds more than `FREE_EXPANSION` bytes
+FREE_EXPANSION = 256 << 20
 MAX_JSON_CHARACTERS = 1 << 30  # of a `.json` file, which is read at once; lines are not
 LINE = "line"
 """The one column of a data set whose records are lines of JSON."""
@@ -73,6 +75,8 @@ def load_records(data: str, split: str, stream: bool = False) -> Any:
         raise ValueError(f"{data} holds {found}; accepted: files of one kind out of {_accepted()}, a folder, a Hub id")
     if all(file.stat().st_size == 0 for file in files):
         raise ValueError(f"{data} holds no records: its files are empty")
+    for file in () if stream else files:  # a stream is unpacked a part at a time
+        _refuse_bomb(file)
     (kind,) = kinds
     names = [str(file) for file in files]
     if kind == "json":
@@ -81,11 +85,44 @@ def load_records(data: str, split: str, stream: bool = False) -> Any:
         return whole.to_iterable_dataset() if stream else whole
     given: dict[str, Any] = {"data_files": names, "split": "train", "streaming": stream}
     if kind == "lines":
-        return datasets.load_dataset("text", **given).rename_column("text", LINE)
+        return _parsed(data, "text", given).rename_column("text", LINE)
     if kind == "text":
-        return datasets.load_dataset("text", **given, sample_by="document")
+        return _parsed(data, "text", given, sample_by="document")
     options: dict[str, Any] = {"sep": "\t"} if files[0].name.partition(".")[2].startswith("tsv") else {}
-    return datasets.load_dataset(str(kind), **given, **options)
+    return _parsed(data, str(kind), given, **options)
+
+
+def _refuse_bomb(file: Path) -> None:
+    """Raises ValueError for a compressed file that holds far more than data of its size does."""
+    import fsspec
+
+    if file.suffix.lower() not in COMPRESSED:
+        return
+    limit, held = max(FREE_EXPANSION, MAX_EXPANSION * file.stat().st_size), 0
+    try:
+        source: Any = fsspec.open(str(file), "rb", compression="infer")
+        with source as opened:
+            while part := opened.read(1 << 20):
+                held += len(part)
+                if held > limit:
+                    break
+    except Exception:  # what is damaged is refused by its reader
+        return
+    if held > limit:
+        raise ValueError(
+            f"{file} holds more than {limit >> 20:,} MiB in {file.stat().st_size:,} bytes; accepted: up to "
+            f"{FREE_EXPANSION >> 20} MiB or {MAX_EXPANSION} times the size of a compressed file"
+        )
+
+
+def _parsed(data: str, kind: str, given: dict[str, Any], **options: Any) -> Any:
+    """The rows of files of one kind: parsed once and then kept in the cache of `datasets`, or as a stream."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(kind, **given, **options)
+    except Exception as error:  # of any type; Arrow may ask for terabytes, too
+        raise ValueError(f"{data} cannot be read as {kind}: {plain_line(error.__cause__ or error)}") from None
 
 
 def kind_of(path: Path) -> str | None:
@@ -133,11 +170,15 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
 def _saved(path: Path, split: str) -> Any:
     import datasets
 
-    loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise ValueError(f"{path} holds the splits {', '.join(sorted(map(str, loaded)))}; got split {split!r}")
-        return loaded[split]
+    try:
+        loaded = datasets.load_from_disk(str(path))
+        if isinstance(loaded, datasets.DatasetDict):
+            if split not in loaded:
+                raise ValueError(f"it holds the splits {', '.join(sorted(map(str, loaded)))}; got split {split!r}")
+            loaded = loaded[split]
+        loaded.data.validate(full=True)  # the file is mapped, and wrong offsets would be followed
+    except Exception as error:  # of any type
+        raise ValueError(f"the saved data set {path} cannot be used: {plain_line(error)}") from None
     return loaded
 
 
@@ -149,7 +190,7 @@ def _hub(data: str, split: str, stream: bool) -> Any:
         return datasets.load_dataset(name, config or None, split=split, streaming=stream)
     except (FileNotFoundError, ConnectionError, OSError, ValueError) as error:
         raise ValueError(
-            f"cannot load split {split!r} of {data!r} (no such file or folder, nor Hub data set): {error}"
+            f"cannot load split {split!r} of {data!r} (no such file or folder, nor Hub data set): {plain_line(error)}"
         ) from error
 
 

@@ -7,6 +7,7 @@ and `run` hands the command line to lm-eval.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenure.checked import read
-from tenure.documents import load_yaml, parse_json, plain_line
+from tenure.documents import load_yaml, parse_json, plain_line, shown
 
 from .boundary import FAMILIES, KNOWN
 from .generated_tasks import PREFIX, GeneratedCases, check_kinds, kinds_of, task_files
@@ -105,6 +106,7 @@ class Asked:
         tasks: names and files.
         include_path: the user's own folder of tasks, or None.
         device: of the flag, or None.
+        batch_size, max_batch_size: as given, or None.
     """
 
     model: str | None = None
@@ -113,6 +115,8 @@ class Asked:
     tasks: list[str] = field(default_factory=list)
     include_path: str | None = None
     device: str | None = None
+    batch_size: str | int | None = None
+    max_batch_size: str | int | None = None
 
 
 def peek(arguments: Sequence[str]) -> Asked:
@@ -126,6 +130,8 @@ def peek(arguments: Sequence[str]) -> Asked:
     parser.add_argument("--model", "-M")
     parser.add_argument("--include_path")
     parser.add_argument("--device")
+    parser.add_argument("--batch_size", "-b")
+    parser.add_argument("--max_batch_size")
     for name, short in (("--model_args", "-a"), ("--tasks", "-t"), ("--metadata", None)):
         parser.add_argument(*([name, short] if short else [name]), nargs="+", action="extend", default=[])
     flags, _ = parser.parse_known_args(list(arguments))
@@ -139,6 +145,8 @@ def peek(arguments: Sequence[str]) -> Asked:
         [name for part in tasks for name in part.split(",") if name],
         flags.include_path or stored.include_path,
         flags.device or stored.device,
+        flags.batch_size or stored.batch_size,
+        flags.max_batch_size or stored.max_batch_size,
     )
 
 
@@ -152,6 +160,8 @@ class StoredArguments:
     tasks: tuple[str, ...] | str | None = None
     include_path: str | None = None
     device: str | None = None
+    batch_size: str | int | None = None
+    max_batch_size: str | int | None = None
 
 
 def _stored(path: Path) -> StoredArguments:
@@ -202,6 +212,11 @@ def check(asked: Asked) -> str:
             raise ValueError(f"{name} is a flag of its own: give --{name} {others[name]} and not in --model_args")
     if asked.device is not None:
         find_device(asked.device)
+    for flag, form in (("batch_size", r"auto(:[1-9]\d{0,8})?|[1-9]\d{0,8}"), ("max_batch_size", r"[1-9]\d{0,8}")):
+        given = getattr(asked, flag)
+        if given is not None and not re.fullmatch(form, str(given)):
+            accepted = "a number from 1 on" + (", auto or auto:N" if flag == "batch_size" else "")
+            raise ValueError(f"--{flag} is {shown(given)}; accepted: {accepted}")
     name = others.get("pretrained")
     if name is None:
         raise ValueError("no model: add pretrained=NAME to --model_args")

@@ -9,10 +9,10 @@ from html import escape
 
 from .numbers import Method, SettingResults, is_full, method_label, ranking
 
-# Okabe and Ito's colours, which differ for every kind of colour blindness; yellow, hard to see on white, is a violet.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7A5195")
+# Of page.css, for light and dark pages: Okabe and Ito's colours, which differ for every kind of colour blindness.
+COLOURS = tuple(f"var(--line{number})" for number in range(8))
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "down", "plus", "ring")
-OTHERS = "#b8bec9"
+OTHERS = "var(--others)"
 # Ticks of an axis within each power of ten, by the number of powers that it spans.
 _STEPS = ((0.7, (1, 1.5, 2, 3, 4, 5, 7)), (1.7, (1, 2, 5)), (2.6, (1, 3)), (math.inf, (1,)))
 
@@ -55,12 +55,14 @@ class LineStyle:
 
     colour: str
     marker: str | None
+    dashes: str = ""
 
 
 def styles(settings: Sequence[SettingResults]) -> dict[Method, LineStyle]:
     """The policies that are drawn in colour: as many as can be told apart, those of the highest mean accuracy."""
     ranked = [method for method in ranking(settings) if not is_full(method)]
-    chosen = {method: LineStyle(*pair) for method, *pair in zip(ranked, COLOURS, MARKERS, strict=False)}
+    dashes = ("", "7 3") * 4  # so that of two lines that coincide both are seen
+    chosen = {method: LineStyle(*look) for method, *look in zip(ranked, COLOURS, MARKERS, dashes, strict=False)}
     return {method: chosen.get(method, LineStyle(OTHERS, None)) for method in ranked}
 
 
@@ -190,16 +192,21 @@ def _line(points: list[tuple[float, float]], method: Method, style: LineStyle, x
     marks = "".join(_marker(style, *place) for place in places)
     return (
         f'<g><title>{escape(method_label(method))}: {said}</title><path d="{path}" fill="none" stroke="{style.colour}" '
-        f'stroke-width="{width}"/>{marks}</g>'
+        f'stroke-width="{width}"{_dashed(style)}/>{marks}</g>'
     )
 
 
+def _dashed(style: LineStyle) -> str:
+    return f' stroke-dasharray="{style.dashes}"' if style.dashes else ""
+
+
 def _marker(style: LineStyle, x: float, y: float) -> str:
-    at, fill = f"M{x:.1f} {y:.1f}", f'fill="{style.colour}" stroke="#fff" stroke-width="0.8"'
+    at, fill = f"M{x:.1f} {y:.1f}", f'fill="{style.colour}" stroke="var(--card)" stroke-width="0.8"'
     stroke = f'fill="none" stroke="{style.colour}" stroke-width="2.2"'
+    hollow = f'fill="var(--card)" stroke="{style.colour}" stroke-width="2"'
     shapes = {
         "circle": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.2" {fill}/>',
-        "ring": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="#fff" stroke="{style.colour}" stroke-width="2"/>',
+        "ring": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" {hollow}/>',
         "square": f'<path d="{at}m-4 -4h8v8h-8z" {fill}/>',
         "triangle": f'<path d="{at}m0 -5l5 9h-10z" {fill}/>',
         "down": f'<path d="{at}m0 5l5 -9h-10z" {fill}/>',
@@ -212,5 +219,5 @@ def _marker(style: LineStyle, x: float, y: float) -> str:
 
 
 def _swatch(style: LineStyle) -> str:
-    line = f'<path d="M1 6.5H25" stroke="{style.colour}" stroke-width="1.8"/>'
+    line = f'<path d="M1 6.5H25" stroke="{style.colour}" stroke-width="1.8"{_dashed(style)}/>'
     return f'<svg width="26" height="13" aria-hidden="true">{line}{_marker(style, 13, 6.5)}</svg>'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -34,7 +33,7 @@ def report_page(runs: Sequence[RecordedRun], differences: Sequence[Difference], 
     """The page for one run, or for two with their differences.
 
     Args:
-        folder: of the page; links to the raw files are relative to it.
+        folder: of the page; raw files in it or below are linked.
     """
     names = short_names(runs)
     title = " and ".join(names)
@@ -194,14 +193,15 @@ def _difference_section(runs: Sequence[RecordedRun], differences: Sequence[Diffe
 
 
 def _raw(run: RecordedRun, folder: Path) -> str:
-    links = []
+    """The names of the files, with links where they are in the page's folder or below: other paths are private."""
+    items = []
     for path in run.files:
-        try:
-            address = os.path.relpath(path.resolve(), folder.resolve())
-        except ValueError:  # on another drive
-            address = str(path.resolve())
-        links.append(f'<li><a href="{escape(quote(Path(address).as_posix()))}">{escape(path.name)}</a></li>')
-    return f"<ul>{''.join(links)}</ul>"
+        name, place = escape(path.name), path.resolve()
+        if place.is_relative_to(folder.resolve()):
+            address = quote(place.relative_to(folder.resolve()).as_posix())
+            name = f'<a href="{escape(address)}">{name}</a>'
+        items.append(f"<li>{name}</li>")
+    return f"<ul>{''.join(items)}</ul>"
 
 
 # White to dark blue through the lightness alone, so that it reads in grey and for every kind of colour vision.
@@ -242,8 +242,8 @@ def _by_budget(setting: SettingResults, cell) -> str:
         name = f"<th>{breakable(method_label(method))}</th>"
         if is_full(method):
             point = setting.full
-            wide = f'<td class="wide" colspan="{max(1, len(setting.budgets))}"'
-            found = "" if point is None else cell(point).replace("<td", wide, 1)
+            rest = "<td></td>" * (len(setting.budgets) - 1)  # its number stands under the others' first ones
+            found = "" if point is None else cell(point) + rest
             rows.append(f'<tr class="full">{name}{found}</tr>')
             continue
         points = [setting.point(method, budget) for budget in setting.budgets]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import json
 import math
 import struct
@@ -43,8 +44,14 @@ def mutated(random: Random, name: str, data: bytes) -> bytes:
         return random.choice(TEXTS)
     if name.endswith(".gz") and random.random() < 0.7:
         return gzip.compress(mutated(random, name.removesuffix(".gz"), gzip.decompress(data)), 1)
+    if name.endswith(".zst") and random.random() < 0.7:
+        import zstandard
+
+        inner = mutated(random, name.removesuffix(".zst"), zstandard.decompress(data))
+        return zstandard.compress(inner, 1)
     kinds: dict[str, Callable[[Random, bytes], bytes]] = {
         "json": _json, "jsonl": _json_lines, "yaml": _yaml, "safetensors": _safetensors, "kv": _prompt_file,
+        "parquet": _table, "arrow": _table, "pt": _pickled_tensors, "pth": _pickled_tensors,
     }  # fmt: skip
     change = kinds.get(name.rpartition(".")[2])
     if change is not None and random.random() < 0.75:
@@ -209,3 +216,53 @@ def _prompt_file(random: Random, data: bytes) -> bytes:
     header = changed_values(random, json.loads(data[16 : 16 + size]))
     text = json.dumps(header, separators=(",", ":")).encode("utf-8", "surrogatepass").ljust(size)
     return data[:12] + len(text).to_bytes(4, "little") + text + data[16 + size :]
+
+
+def _table(random: Random, data: bytes) -> bytes:
+    """A Parquet or Arrow file of other records, of other types where Arrow finds one for them; else other bytes."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columnar = data[:4] == b"PAR1"
+    source = pyarrow.BufferReader(data)
+    table = parquet.read_table(source) if columnar else pyarrow.ipc.open_stream(source).read_all()
+    rows = changed_values(random, table.to_pylist())
+    packed = io.BytesIO()
+    try:
+        table = pyarrow.Table.from_pylist(rows)
+        if columnar:
+            parquet.write_table(table, packed)
+        else:
+            with pyarrow.ipc.new_stream(packed, table.schema) as writer:
+                writer.write_table(table)
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, NotImplementedError):  # no columns
+        return _bytes(random, data)
+    return packed.getvalue()
+
+
+def _pickled_tensors(random: Random, data: bytes) -> bytes:
+    """A file of `torch.save` with another value, shape, dtype or number in the place of a tensor, or other names."""
+    import torch
+
+    document = torch.load(io.BytesIO(data), weights_only=True)
+    for _ in range(random.choice((1, 1, 2))):
+        places = list(_places(document))
+        parent, key = random.choice(places)
+        value, kind = parent[key], random.randrange(6)
+        if kind == 0 or not isinstance(value, torch.Tensor) or not 0 < value.numel() < 2**20:
+            parent[key] = nasty_value(random)
+        elif kind == 1:
+            endless = value.reshape(-1)[:1].expand(2**40)
+            parent[key] = random.choice((value.mT if value.dim() > 1 else value[:1], value[:0], value[None], endless))
+        elif kind == 2:
+            parent[key] = value.to(random.choice((torch.float16, torch.float64, torch.int8, torch.bool, torch.cfloat)))
+        elif kind == 3:
+            value.reshape(-1)[random.randrange(value.numel())] = random.choice((math.nan, math.inf, 3e38, -1e30))
+        elif kind == 4:
+            del parent[key]
+        else:
+            other, name = random.choice(places)
+            parent[key] = other.get(name) if isinstance(other, dict) else value
+    packed = io.BytesIO()
+    torch.save(document, packed)
+    return packed.getvalue()

@@ -150,6 +150,7 @@ def attempt(
                 "".join(traceback.format_exception(error)) if error and config.only is not None else f"{error!s:.600}"
             )
             outcomes.failures[kind] = f"{again}\n{shown}"
+            print(f"{kind}\n{again}", file=sys.stderr, flush=True)  # a long run may be ended before its summary
 
 
 def outcome_of(reader: Reader, folder: Path, seconds: float) -> tuple[str, BaseException | None]:

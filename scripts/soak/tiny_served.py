@@ -1,4 +1,4 @@
-"""A random model in a folder, whose answers' texts give away every token, for servers under load."""
+"""A random model in a folder, whose answers' texts give away every token, for servers under load; tiny tokenizers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ CHARACTERS = sorted({*string.printable} - {*"\r\x0b\x0c"})
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+IMAGE_SIDE = 16  # pixels
+IMAGE_TOKENS = 4
+IMAGE_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -63,3 +71,23 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
     wrapped.chat_template = TEMPLATE
     return wrapped
+
+
+def image_processor() -> Any:
+    """A byte-level processor of chats with images, each reduced to a square of `IMAGE_SIDE` and `IMAGE_TOKENS` long."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Idefics3ImageProcessorPil, Idefics3Processor, PreTrainedTokenizerFast
+
+    images_only = ["<image>", "<fake_token_around_image>", "<global-img>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *images_only, *letters])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": images_only})
+    size = {"longest_edge": IMAGE_SIDE}
+    images = Idefics3ImageProcessorPil(do_image_splitting=False, size=size, max_image_size=size)
+    return Idefics3Processor(images, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=IMAGE_TEMPLATE)

@@ -38,7 +38,7 @@ def all_readers(folder: Path) -> Iterator[list[Reader]]:
     from .untrusted_training import training_readers
 
     warnings.simplefilter("ignore")  # of unknown fields, of which there are many
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     model = tiny_model()
     gates = tiny_gates(model)
     observed = ["snapkv(window=4)", "expected_attention", "h2o"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,14 +28,22 @@ CHATS = [
 
 def training_readers(gates: RetentionGates, model: PreTrainedModel, folder: Path) -> Iterator[Reader]:
     """All of them; valid inputs are made in `folder`."""
-    yield from records()
+    yield from records(folder / "cache")
+    yield from image_chats()
     yield from run_folders(gates, folder)
     yield from released(model)
     yield from conversations()
 
 
-def records() -> Iterator[Reader]:
-    """Chats and texts a line, encoded as `load_examples` does; and whole files of several kinds through it."""
+def records(cache: Path) -> Iterator[Reader]:
+    """Chats and texts a line, encoded as `load_examples` does; and whole files of several kinds through it.
+
+    Args:
+        cache: a folder that `datasets` may fill; emptied after every attempt.
+    """
+    import zstandard
+    from datasets import Dataset, config
+
     from ...training.data import _encode_records, load_examples
     from ...training.records import LINE
     from .tiny_served import character_tokenizer
@@ -63,14 +72,65 @@ def records() -> Iterator[Reader]:
 
     def load(name: str) -> Callable[[Path], None]:
         def read(folder: Path) -> None:
-            source = load_examples(str(folder / name), tokenizer, max_length=64)
-            require(len(source) > 0 and len(source[0].input_ids) > 1, "no examples")
+            config.HF_DATASETS_CACHE = cache
+            try:
+                source = load_examples(str(folder / name), tokenizer, max_length=64)
+                require(len(source) > 0 and len(source[0].input_ids) > 1, "no examples")
+            finally:
+                shutil.rmtree(cache, ignore_errors=True)
 
         return read
 
     table = b"text,n\nabc,1\nxyz,2\n"
     yield Reader("records in json", {"a.json": json.dumps(CHATS[:1]).encode()}, load("a.json"), share=FEW / 10)
     yield Reader("records in csv", {"a.csv": table}, load("a.csv"), share=FEW / 10)
+    for name, content in _columnar():
+        yield Reader(f"records in {name}", {name: content}, load(name), share=FEW)
+    Dataset.from_list([{"text": "abc"}, {"text": "xyz"}]).save_to_disk(cache / "saved")
+    saved = {file.name: file.read_bytes() for file in (cache / "saved").iterdir()}
+    yield Reader("records saved by datasets", saved, load(""), share=FEW)
+    packed = zstandard.compress(lines)
+    yield Reader("records in jsonl.zst", {"a.jsonl.zst": packed}, load("a.jsonl.zst"), share=FEW)
+
+
+def _columnar() -> Iterator[tuple[str, bytes]]:
+    """The same chats as a Parquet and as an Arrow file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3
+    table, packed = pyarrow.Table.from_pylist(rows), io.BytesIO()
+    parquet.write_table(table, packed)
+    yield "a.parquet", packed.getvalue()
+    packed = io.BytesIO()
+    with pyarrow.ipc.new_stream(packed, table.schema) as writer:
+        writer.write_table(table)
+    yield "a.arrow", packed.getvalue()
+
+
+def image_chats() -> Iterator[Reader]:
+    """Conversations with a picture, both of which vary."""
+    from PIL import Image
+
+    from ...training.image_chats import load_image_chats
+    from .tiny_served import image_processor
+
+    processor = image_processor()
+
+    def read(folder: Path) -> None:
+        source = load_image_chats(str(folder / "a.jsonl"), processor, max_length=500, prompt_share=0.5)
+        example = source[0]
+        require(len(example.input_ids) == len(example.loss_mask) <= 500, "masks of another length")
+        require(0 <= example.prompt_tokens < len(example.input_ids), "a prompt longer than the example")
+
+    parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "b"}]
+    chat = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]}
+    for suffix, kind in (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"), ("gif", "GIF"), ("bmp", "BMP")):
+        picture = io.BytesIO()
+        Image.linear_gradient("L").resize((20, 12)).save(picture, kind)
+        line = json.dumps(chat).replace("a.png", f"a.{suffix}").encode()
+        files = {"a.jsonl": line, f"a.{suffix}": picture.getvalue()}
+        yield Reader(f"chats with a {suffix}", files, read, share=SOME / 5)
 
 
 def run_folders(gates: RetentionGates, folder: Path) -> Iterator[Reader]:
@@ -108,7 +168,7 @@ def run_folders(gates: RetentionGates, folder: Path) -> Iterator[Reader]:
 
 
 def released(model: PreTrainedModel) -> Iterator[Reader]:
-    """TRIM-KV's pickle of tensors, and KVzap's safetensors."""
+    """TRIM-KV's pickle of tensors, KVzap's safetensors, and Fast KVzip's pickle of layers."""
     import torch
     from safetensors.torch import save
 
@@ -123,8 +183,8 @@ def released(model: PreTrainedModel) -> Iterator[Reader]:
     torch.save(state, packed)
     described = {"hidden_size": hidden, "num_key_value_heads": heads, "retention_gate_intermediate_size": 4}
 
-    def read(at: Path) -> None:
-        found = read_released_gates(at, model).gates
+    def read(at: Path, name: str = "") -> None:
+        found = read_released_gates(at / name, model).gates
         value = found.log_beta(found.layer_indices[0], torch.randn(1, 3, hidden))
         require(value.isfinite().all(), "log β is not finite")
 
@@ -133,6 +193,15 @@ def released(model: PreTrainedModel) -> Iterator[Reader]:
     shapes = {"0.weight": (4, hidden), "0.bias": (4,), "2.weight": (heads, 4), "2.bias": (heads,)}
     zap = {f"layers.{layer}.{name}": torch.randn(*shape) for layer in layers for name, shape in shapes.items()}
     yield Reader("released gates of KVzap", {"model.safetensors": save(zap, {"format": "pt"})}, read, share=SOME)
+    groups, dim, sinks = config.num_attention_heads // heads, 4, 2
+    shapes = {
+        "q_proj.weight": (heads * groups * dim, hidden), "q_proj.bias": (heads * groups * dim,),
+        "k_proj.weight": (heads * dim, hidden), "q_norm.weight": (dim,), "k_norm.weight": (dim,),
+        "k_base": (heads, 1, sinks, dim), "b": (heads, 1, groups),
+    }  # fmt: skip
+    packed = io.BytesIO()
+    torch.save({"module": [{name: torch.randn(*shape) for name, shape in shapes.items()} for _ in layers]}, packed)
+    yield Reader("released gates of Fast KVzip", {"q2.pt": packed.getvalue()}, lambda at: read(at, "q2.pt"), share=SOME)
 
 
 def conversations() -> Iterator[Reader]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,14 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
     return made, made.subplots(rows, columns, squeeze=False)
 
 
-def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path, seconds: float | None = None) -> None:
+def draw_timelines(
+    timelines: Mapping[str, Timeline], path: str | Path, title: str, seconds: float | None = None
+) -> None:  # fmt: skip
     """One panel per policy, one line per agent: the places of its fixed prompt, and its calls, waiting and computed.
 
-    Draws only so many `seconds` from the start.
+    Args:
+        title: the set-up and its cell.
+        seconds: draw only so many from the start.
     """
     lines = max(len(timeline.agents) for timeline in timelines.values())
     made, axes = figure(11, 0.9 + len(timelines) * (0.7 + 0.2 * lines), rows=len(timelines))
@@ -49,8 +53,12 @@ def draw_timelines(timelines: Mapping[str, Timeline], path: str | Path, seconds:
     for panel, (policy, timeline) in zip(axes[:, 0], timelines.items(), strict=True):
         _panel(panel, policy, timeline)
         panel.set_xlim(0, min(seconds, last) if seconds else last)
-    axes[-1, 0].set_xlabel("seconds")
-    made.legend(handles=_legend(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+        panel.tick_params(axis="x", labelsize=8, labelbottom=panel is axes[-1, 0])
+    axes[-1, 0].set_xlabel("simulated seconds", fontsize=9)
+    shown = "colour: the place of each agent's fixed prompt; lines: its calls"
+    made.suptitle(f"{title}\n{shown}", fontsize=10, x=0.01, ha="left")
+    places = {each.place for timeline in timelines.values() for each in timeline.intervals}
+    made.legend(handles=_legend(places), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     made.savefig(path, dpi=130)
 
 
@@ -70,28 +78,28 @@ def _panel(panel: Any, policy: str, timeline: Timeline) -> None:
     panel.set_title(policy, fontsize=9, loc="left")
 
 
-def _legend() -> list[Any]:
+def _legend(places: Collection[str]) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    names = {"gpu": "device", "cpu": "host", "absent": "nowhere"}
-    patches = [
-        Patch(color=color, label=names.get(place, place)) for place, color in PLACE_COLORS.items() if place != "disk"
-    ]
-    lines = [("#d62828", "waits"), ("black", "is computed")]
+    names = {"gpu": "on the device", "offloading": "being copied to the host", "loading": "being loaded",
+             "cpu": "on the host", "disk": "on disk", "absent": "nowhere: to be computed"}  # fmt: skip
+    patches = [Patch(color=color, label=names[place]) for place, color in PLACE_COLORS.items() if place in places]
+    lines = [("#d62828", "a call waits"), ("black", "a call is computed")]
     return [*patches, *(Line2D([], [], color=color, linewidth=2.5, label=label) for color, label in lines)]
 
 
 def draw_speedups(
-    ratios: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, baseline: str,
-    paper: Mapping[str, float] | None = None,
+    ratios: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, baseline: str, title: str,
+    paper: Mapping[tuple[str, str], float] | None = None,
 ) -> None:  # fmt: skip
-    """Bars with their spread over repeats, one group per cell.
+    """Bars of the means with the range over repeats, one group per cell.
 
     Args:
         ratios: speed-ups by cell and policy, one per repeat.
         baseline: the policy that they are relative to.
-        paper: the paper's speed-up by cell, drawn as a line across the group.
+        title: the set-up.
+        paper: the paper's speed-up by cell and policy, drawn as a line across that policy's bar.
     """
     policies = list(dict.fromkeys(policy for cell in ratios.values() for policy in cell))
     made, axes = figure(max(6.5, 2 + 1.9 * len(ratios)), 4)
@@ -107,23 +115,30 @@ def draw_speedups(
                 below.append(mean - min(values))
                 above.append(max(values) - mean)
         panel.bar(xs, means, width * 0.95, yerr=[below, above], capsize=2, label=policy, error_kw={"linewidth": 0.8})
-    for at, cell in enumerate(ratios):
-        if paper and cell in paper:
-            panel.plot([at - 0.42, at + 0.42], [paper[cell]] * 2, color="black", linestyle="--", linewidth=1)
-            panel.annotate(f"paper {paper[cell]:.2f}", (at + 0.42, paper[cell]), fontsize=7, ha="right", va="bottom")
+    marked: list[str] = []
+    for (cell, policy), value in (paper or {}).items():
+        if cell in ratios and policy in policies:
+            at = list(ratios).index(cell) - 0.4 + width * (policies.index(policy) + 0.5)
+            label = "" if policy in marked else f"the paper's figure, for {policy}"
+            marked.append(policy)
+            panel.plot([at - 0.6 * width, at + 0.6 * width], [value] * 2, color="black", linewidth=2, label=label)
+            panel.annotate(f"{value:.2f}", (at, value), (0, 2), textcoords="offset points", fontsize=7, ha="center")
     panel.axhline(1, color="#888888", linewidth=0.8)
+    panel.set_title(f"{title}\nbars: mean over seeds; whiskers: smallest and largest", fontsize=9, loc="left")
     panel.set_xticks(range(len(ratios)), [name.replace(", ", "\n") for name in ratios], fontsize=8)
-    panel.set_ylabel(f"times as fast as {baseline}")
-    made.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=len(policies))
+    panel.set_xlabel("cell of the set-up", fontsize=9)
+    panel.set_ylabel(f"makespan: times as fast as {baseline}")
+    made.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=min(4, len(policies) + len(set(marked))))
     made.savefig(path, dpi=130)
 
 
-def draw_study(points: Sequence[StudyPoint], path: str | Path, baseline: str, columns: int = 3) -> None:
+def draw_study(points: Sequence[StudyPoint], path: str | Path, baseline: str, title: str, columns: int = 3) -> None:
     """Two panels per question, one line per policy: the speed-up, and the P99 of the time to first token.
 
     The dotted line is the tolerance that no policy should fall below.
 
     Args:
+        title: the set-up.
         columns: questions side by side.
     """
     questions = list(dict.fromkeys(point.question for point in points))
@@ -150,6 +165,8 @@ def draw_study(points: Sequence[StudyPoint], path: str | Path, baseline: str, co
         if column == 0:
             upper.set_ylabel(f"× as fast as {baseline}", fontsize=8)
             lower.set_ylabel("P99 of first token, s", fontsize=8)
+    limit = f"dotted: {1 - points[0].tolerance:.2f}, below which no policy should fall"
+    made.suptitle(f"{title}: one setting varied at a time\n{limit}", fontsize=10, x=0.01, ha="left")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside lower center", ncols=len(policies), fontsize=8, frameon=False)
     made.savefig(path, dpi=100)

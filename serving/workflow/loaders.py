@@ -129,7 +129,8 @@ def workflow_from_networkx(graph: networkx.Graph, name: str | None = None) -> Wo
     Raises:
         ValueError: not a directed graph without parallel edges, colliding names, or an invalid field.
     """
-    if not graph.is_directed() or graph.is_multigraph():
+    directed = callable(getattr(graph, "is_directed", None)) and graph.is_directed()
+    if not directed or graph.is_multigraph():
         raise ValueError(f"got a networkx {_type(graph)}; accepted: a directed graph without parallel edges (DiGraph)")
     names = _distinct_names(graph.nodes)
     document: dict[str, Any] = {

@@ -101,6 +101,9 @@ def test_a_task_without_the_field_it_needs(model, tokenizer, folder, tmp_path):
         (["--tasks", "tenure_vt", "--device", "cuda:99"], "--device has 'cuda:99'; this machine has "),
         (["--tasks", "tenure_vt", "--model_args", "max_length=300"], "exceed max_length=300: give --metadata length="),
         (["--tasks", "tenure_vt", "--model_args", "device=cpu"], "device is a flag of its own: give --device cpu"),
+        (["--tasks", "tenure_vt", "--batch_size", "0"], "--batch_size is '0'; accepted: a number from 1 on, auto"),
+        (["--tasks", "tenure_vt", "-b", "auto:0"], "--batch_size is 'auto:0'; accepted: a number from 1 on, auto"),
+        (["--tasks", "tenure_vt", "--max_batch_size", "-1"], "--max_batch_size is '-1'; accepted: a number from 1 on"),
         (["--config", "no/file.yaml"], "no file at --config 'no/file.yaml'"),
     ],
 )  # fmt: skip

@@ -16,13 +16,14 @@ from tenure.eval.runner import evaluate
 from tenure.eval.tasks.drawings import COLOURS, KINDS, SHAPES, SIZE, WORDS, draw, held_out
 from tenure.eval.tasks.picture_tasks import PICTURE_TASKS, PictureCases
 from tenure.eviction import evict, kept_by_modality, modality_ranges
+from tenure.scripts.soak.tiny_served import IMAGE_TOKENS, image_processor
 
-from ..tiny_vision import TOKENS, tiny_model, tiny_processor
+from ..tiny_vision import tiny_model
 
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    return tiny_processor()
+    return image_processor()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_cases_hold_their_items_and_ask_about_one(processor, texts):
             context = processor.tokenizer.decode(case.context_ids)
             question = processor.tokenizer.decode(case.question_ids)
             pictures = task.items.count("picture")
-            assert case.context_ids.count(processor.image_token_id) == pictures * TOKENS
+            assert case.context_ids.count(processor.image_token_id) == pictures * IMAGE_TOKENS
             assert case.inputs["pixel_values"].shape == (1, pictures, 3, 16, 16)
             assert context.count("Picture from") == pictures
             assert context.count("Note from") == task.items.count("note")
@@ -86,7 +87,7 @@ def test_cases_hold_their_items_and_ask_about_one(processor, texts):
             if task.items[0] == "picture":
                 (start, stop), label = case.facts[0], f"Picture from {case.key}:<fake_token_around_image><global-img>"
                 assert processor.tokenizer.decode(case.context_ids[:start]).endswith(label)
-                assert set(case.context_ids[start:stop]) == {processor.image_token_id} and stop - start == TOKENS
+                assert set(case.context_ids[start:stop]) == {processor.image_token_id} and stop - start == IMAGE_TOKENS
             again = cases.case(name, index)
             assert again == case and torch.equal(again.inputs["pixel_values"], case.inputs["pixel_values"])
         assert len(kinds) == 3, "each kind of drawing is asked about in turn"
@@ -129,7 +130,7 @@ def test_what_each_modality_kept(processor, tiny):
     made = image_prompt(processor, ["A picture ", image, " and another ", image, " here."])
     ids = torch.tensor([made.context_ids])
     (ranges,) = modality_ranges(tiny.config, ids)
-    assert sum(stop - start for start, stop in ranges["image"]) == 2 * TOKENS and len(ranges["image"]) == 2
+    assert sum(stop - start for start, stop in ranges["image"]) == 2 * IMAGE_TOKENS and len(ranges["image"]) == 2
     assert sum(stop - start for spans in ranges.values() for start, stop in spans) == ids.shape[1]
     segments = 3 * 2
     for options in ({"protect": ranges["image"]}, {"token_floors": [(ranges["image"], 0.4)], "sinks": 0, "recent": 0}):
@@ -138,7 +139,7 @@ def test_what_each_modality_kept(processor, tiny):
             session.extend(cache, made.context_ids, inputs=made.extra)
             text, pictures = kept_by_modality(cache, ranges)
             assert (text.modality, pictures.modality) == ("text", "image")
-            assert pictures.tokens == 2 * TOKENS and pictures.full_entries == 2 * TOKENS * segments
+            assert pictures.tokens == 2 * IMAGE_TOKENS and pictures.full_entries == 2 * IMAGE_TOKENS * segments
             assert text.entries + pictures.entries == cache.entries
             where = torch.zeros(ids.shape[1], dtype=torch.bool)
             for start, stop in ranges["image"]:
@@ -146,7 +147,7 @@ def test_what_each_modality_kept(processor, tiny):
             mask = torch.from_numpy(kept_mask(cache))
             torch.testing.assert_close(pictures.head_shares, mask[..., where].double().mean(-1))
             torch.testing.assert_close(text.head_shares, mask[..., ~where].double().mean(-1))
-            assert pictures.entries == (2 * TOKENS if "protect" in options else 6) * segments
+            assert pictures.entries == (2 * IMAGE_TOKENS if "protect" in options else 6) * segments
             session.extend(cache, [70, 71])
             assert kept_by_modality(cache, ranges)[0].tokens == text.tokens + 2, "tokens read later are text"
     # Padding is not counted, and rows have ranges of their own.

@@ -14,16 +14,17 @@ from tenure.eval.pictures import PageDocument, PagePolicy, save_token_page
 from tenure.retention import RetentionGates
 from tenure.scripts import cli
 from tenure.scripts.loading import load_model, load_processor
+from tenure.scripts.soak.tiny_served import IMAGE_TOKENS, image_processor
 
 from ..browser import find_chromium, open_browser
-from ..tiny_vision import TOKENS, save_pictures, tiny_model, tiny_processor
+from ..tiny_vision import save_pictures, tiny_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with gates, and three pictures."""
     root = tmp_path_factory.mktemp("vision")
-    processor = tiny_processor()
+    processor = image_processor()
     model = tiny_model(processor)
     model.save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
@@ -58,7 +59,7 @@ def test_the_full_cache_says_what_the_model_says(folder: Path, capsys: pytest.Ca
     expected = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert run(folder, "--prompt", "What?", "--policy", "full", *pictures(folder, 0, 2)) == 0
     out, err = capsys.readouterr()
-    assert out.strip() == expected.strip() and f"of {2 * TOKENS} image tokens" in err
+    assert out.strip() == expected.strip() and f"of {2 * IMAGE_TOKENS} image tokens" in err
     assert run(folder, "--prompt", "What?", "--policy", "full", *pictures(folder, 1, 2)) == 0
     assert capsys.readouterr().out.strip() != expected.strip(), "other pictures give another answer"
 
@@ -69,9 +70,9 @@ def test_a_budget_with_and_without_a_question(folder: Path, capsys: pytest.Captu
     arguments += ["--budget", "20", "--sinks", "0", "--recent", "2", "--scope", "head", "--buffer", "200"]
     assert run(folder, *arguments) == 0
     plain = capsys.readouterr().err
-    assert "in 1 evictions" in plain and f"of {2 * TOKENS} image tokens" in plain
+    assert "in 1 evictions" in plain and f"of {2 * IMAGE_TOKENS} image tokens" in plain
     assert run(folder, *arguments, "--protect-images") == 0
-    whole = 2 * TOKENS * 3 * 2
+    whole = 2 * IMAGE_TOKENS * 3 * 2
     assert f"{whole} of {whole} (100%)" in capsys.readouterr().err
     assert run(folder, *arguments, "--image-floor", "0.3") == 0
     kept = int(capsys.readouterr().err.partition("image tokens")[2].split("of")[0].strip(" │"))
@@ -88,9 +89,9 @@ def test_what_was_kept_is_drawn_by_modality(folder: Path, tmp_path: Path, capsys
     data = json.loads(page.read_text().partition('<script type="application/json" id="data">')[2].partition("<")[0])
     (policy,) = data["policies"]
     of_images = [data["modalities"][kind] == "image" for kind in data["modalityOf"]]
-    assert sum(of_images) == 2 * TOKENS and len(of_images) == len(data["texts"]) == len(policy["masks"])
+    assert sum(of_images) == 2 * IMAGE_TOKENS and len(of_images) == len(data["texts"]) == len(policy["masks"])
     kept = sum(int(mask, 16).bit_count() for mask, image in zip(policy["masks"], of_images, strict=True) if image)
-    assert f"{kept} of {2 * TOKENS * 3 * 2} (" in shown, "the report counts the same entries"
+    assert f"{kept} of {2 * IMAGE_TOKENS * 3 * 2} (" in shown, "the report counts the same entries"
     assert data["answer"] is None and policy["correct"] is None and data["question"] == "Which colour?"
     assert run(folder, "--prompt", "x", "--policy", "knorm", "--page", str(tmp_path / "text.html")) == 0
     assert '"modalities":[]' in (tmp_path / "text.html").read_text(), "a page of text alone has no such part"
@@ -142,7 +143,7 @@ def test_text_that_spells_a_placeholder(folder: Path, capsys: pytest.CaptureFixt
 
 def test_a_model_without_images(folder: Path, tiny_llama: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tiny_llama.save_pretrained(tmp_path / "text")
-    tiny_processor().tokenizer.save_pretrained(tmp_path / "text")
+    image_processor().tokenizer.save_pretrained(tmp_path / "text")
     arguments = ["--prompt", "x", "--policy", "knorm", *pictures(folder, 0), "--model", str(tmp_path / "text")]
     assert run(folder, *arguments) == 1
     assert "takes no images: its processor is a" in " ".join(capsys.readouterr().err.split())

@@ -144,8 +144,8 @@ def test_order_is_a_new_permutation_every_epoch_and_depends_on_seed_only(tmp_pat
     ("records", "options", "message"),
     [
         ([{"body": "x", "title": "y"}], {}, "has the columns body, title; needed: messages, or prompt and completion"),
-        ([{"body": "x"}], {"format": "raw"}, "format='raw' needs a column text; .* has body"),
-        ([{"text": "x"}], {"format": "chat"}, "format='chat' needs a column messages, or prompt and .* has text"),
+        ([{"body": "x"}], {"format": "raw"}, "format='raw' needs a column text; .* has the columns body"),
+        ([{"text": "x"}], {"format": "chat"}, "format='chat' needs a column messages, .* has the columns text"),
         ([{"text": "x"}], {"format": "csv"}, "format must be auto, chat or raw, got 'csv'"),
         ([{"text": "work time"}], {"min_length": 50}, "none of the 1 documents of .* has 50 tokens or more"),
         ([{"text": "work"}], {"max_length": 5, "min_length": 9}, "2 <= min_length <= max_length"),

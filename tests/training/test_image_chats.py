@@ -12,16 +12,17 @@ import torch
 
 from tenure.retention import RetentionGates, SoftEviction
 from tenure.retention.image_inputs import image_inputs
+from tenure.scripts.soak.tiny_served import IMAGE_TOKENS, image_processor
 from tenure.training.batching import collate
 from tenure.training.image_chats import load_image_chats
 from tenure.training.objective import GateObjective
 
-from ..tiny_vision import TOKENS, save_pictures, tiny_model, tiny_processor
+from ..tiny_vision import save_pictures, tiny_model
 
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    return tiny_processor()
+    return image_processor()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_targets_prompts_and_pixels_of_a_conversation(processor, tmp_path):
     for index in range(4):
         example, decode = source[index], processor.tokenizer.decode
         said = decode([i for i, wanted in zip(example.input_ids, example.loss_mask, strict=True) if wanted])
-        images = example.input_ids.count(processor.image_token_id) // TOKENS
+        images = example.input_ids.count(processor.image_token_id) // IMAGE_TOKENS
         assert example.inputs["pixel_values"].shape == (1, images, 3, 16, 16) and example.kind == "images"  # pyright: ignore[reportOptionalSubscript]
         if images == 2:
             assert said == "Blue.<|im_end|>"

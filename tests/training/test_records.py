@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from tenure.training.data import MixtureSource, load_examples
 from tenure.training.digests import data_digest
-from tenure.training.records import RecordError, plain_record
+from tenure.training.records import RecordError, load_records, plain_record
 
 TEXTS = [f"document {number} " + "work time " * number for number in range(1, 6)]
 
@@ -159,3 +161,35 @@ def test_a_mixture_holds_its_shares_and_loses_no_example(tmp_path: Path, plain_t
     again = MixtureSource({"a": small, "b": large}, {"a": 1.0, "b": 3.0}, seed=1)
     assert [again[index] for index in (2000, 3)] == [source[index] for index in (2000, 3)]
     assert source.digest() == again.digest() != MixtureSource({"a": small, "b": large}, {"a": 1.0, "b": 1.0}).digest()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.parquet", b"PAR1 broken PAR1", "cannot be read as parquet: "),
+        ("a.arrow", b"ARROW1 broken", "cannot be read as arrow: "),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd broken", "cannot be read as text: "),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "abc"}')[:-5], "cannot be read as text: "),
+        ("a.jsonl", b'{"text": "\xff"}\n', "cannot be read as text: "),
+        ("saved/dataset_info.json", b"{}", "the saved data set .* cannot be used: "),
+    ],
+)
+def test_damaged_files_are_refused_in_a_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        load_records(str(tmp_path / name.partition("/")[0]), "train")
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.bz2"])
+def test_a_compressed_file_that_holds_far_more_than_its_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tenure.training.records.FREE_EXPANSION", 2 << 20)
+    packer = bz2 if name.endswith("bz2") else gzip
+    for size, refused in (((1 << 20), False), ((5 << 20), True)):
+        (tmp_path / name).write_bytes(packer.compress(b'text\n["' + b"x" * size + b'"]\n'))
+        said = pytest.raises(ValueError, match=r"holds more than 2 MiB in .* accepted: up to 2 MiB or 200 times")
+        with said if refused else nullcontext():
+            load_records(str(tmp_path / name), "train")

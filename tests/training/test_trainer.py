@@ -159,9 +159,8 @@ def test_tensorboard_shows_losses_and_pictures(tmp_path: Path, tiny_model) -> No
 
 
 def test_a_missing_tracker_is_an_error(tmp_path: Path, tiny_llama: PreTrainedModel, monkeypatch) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = {"accelerate": object()}
+    monkeypatch.setattr("tenure.training.launch.find_spec", found.get)
     with pytest.raises(ImportError, match="got tracker wandb, which is not installed: pip install wandb"):
         train(settings(tmp_path, tracker=("wandb",)), tiny_llama, Tokens())
 

@@ -120,7 +120,7 @@ def test_the_study_asks_its_questions(small, tmp_path: Path) -> None:
     assert len(points) == len(ended) == 2 * 2 * 6
     assert all(point.ratio == 1.0 for point in points if point.policy == "lru_reactive")
     assert {point.value for point in points if point.question == "workflows"} == {"2", "3"}
-    draw_study(points, tmp_path / "study.png", "lru_reactive")
+    draw_study(points, tmp_path / "study.png", "lru_reactive", "a set-up")
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
@@ -137,6 +137,6 @@ def test_a_timeline_covers_every_moment(small, tmp_path: Path) -> None:
         at = (call.admitted + call.ended) / 2
         (place,) = [s.place for s in timeline.intervals if s.agent == call.agent and s.begin <= at < s.end]
         assert place == "gpu", "what is computed is on the device"
-    draw_timelines({"ste_prefetch": timeline}, tmp_path / "timeline.png")
-    draw_speedups({"one": {"ste": [1.2, 1.4]}}, tmp_path / "bars.png", "lru", {"one": 1.5})
+    draw_timelines({"ste_prefetch": timeline}, tmp_path / "timeline.png", "a set-up")
+    draw_speedups({"one": {"ste": [1.2, 1.4]}}, tmp_path / "bars.png", "lru", "a set-up", {("one", "ste"): 1.5})
     assert min((tmp_path / name).stat().st_size for name in ("timeline.png", "bars.png")) > 5000
