@@ -15,8 +15,9 @@ from tenure.eval.harness import lmms_model
 from tenure.eval.harness.lmms_model import EvictingChat
 from tenure.eval.tasks.drawings import draw
 from tenure.retention import RetentionGates
+from tenure.scripts.soak.tiny_served import IMAGE_TOKENS, image_processor
 
-from ..tiny_vision import TOKENS, tiny_model, tiny_processor
+from ..tiny_vision import tiny_model
 
 SETTINGS = {"max_new_tokens": 6, "temperature": 0, "until": ["\n\n"]}
 
@@ -24,7 +25,7 @@ SETTINGS = {"max_new_tokens": 6, "temperature": 0, "until": ["\n\n"]}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("lmms")
-    processor = tiny_processor()
+    processor = image_processor()
     model = tiny_model(processor)
     model.save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
@@ -43,7 +44,7 @@ def messages(question: str = "Which colour?") -> list[dict[str, Any]]:
 
 
 def plainly(folder: Path) -> str:
-    processor, model = tiny_processor(), tiny_model(tiny_processor())
+    processor, model = image_processor(), tiny_model(image_processor())
     image = messages()[0]["content"][1]["url"]
     parts = [{"type": "text", "text": "A picture. " * 6}, {"type": "image"}, {"type": "text", "text": "Which colour?"}]
     text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
@@ -73,7 +74,7 @@ def test_a_budget_counts_text_and_images(folder: Path, question: str) -> None:
     measured = model.measured
     assert measured["contexts"] == 1 and measured["kept_share"] == pytest.approx(0.3, abs=0.03)
     kept, full = model.kept["image"]
-    assert full == TOKENS * 3 * 2 and 0 <= kept <= full
+    assert full == IMAGE_TOKENS * 3 * 2 and 0 <= kept <= full
     assert model.kept["text"][1] + full == round(measured["context_tokens"] * 3 * 2)
     asked = len(model.processor.tokenizer("Which colour?")["input_ids"])
     if question == "aware":
