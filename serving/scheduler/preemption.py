@@ -39,6 +39,9 @@ class Preemption:
     Requests are preempted only for others of a higher claim, so the one with the highest claim always makes progress.
     One that was preempted is not preempted again before it has got a further token, for which it is admitted with
     enough memory: every preemption is paid for with a token, so all requests end.
+
+    Requests whose KV was loaded while others took all places in the batch keep their memory until there is a place. If
+    no running request finds memory then, the one with the lowest claim gives up its memory and its place.
     """
 
     def __init__(self, memory: RequestMemory, running: RunningRequests, admission: Admission) -> None:
@@ -46,26 +49,36 @@ class Preemption:
 
     def grow(self) -> Growth:
         """Grows the reservations of all decoding requests by a page where their next token needs it."""
-        growth = Growth()
+        growth, refused = Growth(), list[RequestState]()
         short = [state for state in self.running.decoding if self.memory.available_steps(state) < 1]
         for state in sorted(short, key=self._claim):
-            if state in self.running.decoding:  # it may have been preempted meanwhile
-                self._grow(state, growth)
+            # It may have been preempted meanwhile.
+            if state in self.running.decoding and self._grow(state, growth) is AllocStatus.REFUSED:
+                refused.append(state)
+        waits = bool(self.admission.loading.ready)
+        if waits and refused and len(refused) == len(self.running):
+            self._preempt(max(refused, key=self._claim), growth)
         return growth
 
-    def _grow(self, state: RequestState, growth: Growth) -> None:
+    def _grow(self, state: RequestState, growth: Growth) -> AllocStatus:
+        """What became of it: READY also if it has outgrown the device."""
         while (status := self.memory.grow(state)) is not AllocStatus.READY:
             if status is AllocStatus.REFUSED and self.memory.exceeds_device(state):
                 self.running.remove(state)
                 growth.outgrown.append(state)
-                return
+                return AllocStatus.READY
             victim = self._victim(state) if status is AllocStatus.REFUSED else None
             if victim is None:
                 growth.stalled.add(state)
-                return
-            self.running.remove(victim)
-            self.admission.preempt(victim)
-            growth.preempted.append(victim)
+                return status
+            self._preempt(victim, growth)
+        return status
+
+    def _preempt(self, victim: RequestState, growth: Growth) -> None:
+        self.running.remove(victim)
+        self.admission.preempt(victim)
+        growth.stalled.discard(victim)
+        growth.preempted.append(victim)
 
     def _victim(self, state: RequestState) -> RequestState | None:
         """The request with the lowest claim that may be preempted for `state`; its own claim must be higher."""

@@ -218,6 +218,19 @@ def test_a_prefill_gives_way_to_an_older_answer(make_computing):
     assert computing.driver.answer("b").tokens == answer_of(B, 5)
 
 
+def test_an_answer_without_memory_gives_its_place_to_loaded_prompts(make_computing):
+    """They hold the memory that it needs, have the higher claim, and wait for its place in the batch."""
+    computing = make_computing(device=100, config={"answer_headroom_tokens": 1, "max_num_seqs": 1})
+    driver = computing.driver
+    driver.serve("before", A)
+    driver.send_down()
+    driver.submit("loads", A, 5)
+    driver.submit("runs", B, 50)
+    assert set(computing.run().values()) == {FinishReason.ANSWERED}
+    assert computing.preempted == ["runs"] and driver.answer("loads").loaded_tokens == 38
+    assert driver.answer("runs").tokens == answer_of(B, 50) and driver.answer("loads").tokens == answer_of(A, 5)
+
+
 @pytest.mark.parametrize("moment", range(40))
 def test_cancelled_at_every_moment_of_a_crowd(make_computing, moment):
     """Whatever the cancelled one is doing, also while it waits after a preemption, the others' answers are right."""
