@@ -20,11 +20,13 @@ from ...retention import RetentionGates
 from ..cases import Case, Label, Record
 from ..cells import Cell
 from ..runner import evaluate
-from ..tasks.builder import CaseBuilder
+from ..tasks.builder import CaseBuilder, MixedCaseBuilder
 from .sweep_config import SweepConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Builder = CaseBuilder | MixedCaseBuilder
 
 
 @dataclass(frozen=True)
@@ -119,19 +121,19 @@ class UnitRunner:
     Attributes:
         model, tokenizer, gates: see `evaluate`; the gates are on the model's device.
         cells: all are measured on every unit.
-        builder: the `CaseBuilder` of a length and a seed.
+        builder: the builder of cases of a length and a seed.
         sinks, recent, together: see `evaluate`.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     cells: Sequence[Cell]
-    builder: Callable[[int, int], CaseBuilder]
+    builder: Callable[[int, int], Builder]
     gates: RetentionGates | None = None
     sinks: int | None = None
     recent: int | None = None
     together: int = 1
-    _builders: dict[tuple[int, int], CaseBuilder] = field(default_factory=dict, init=False, repr=False)
+    _builders: dict[tuple[int, int], Builder] = field(default_factory=dict, init=False, repr=False)
 
     def run(self, unit: Unit) -> list[Record | Failure]:
         """One result for each cell in the cells' order, or one failure of the whole unit; never raises an Exception."""
@@ -197,7 +199,9 @@ def _checked(unit: Unit, record: Record) -> Record | Failure:
     return Failure(unit.task, unit.length, unit.seed, unit.index, text, "", **cell)
 
 
-def export_cases(path: Path, units: Iterable[Unit], builder: Callable[[int, int], CaseBuilder], tokenizer: Any) -> int:
+def export_cases(
+    path: Path, units: Iterable[Unit], builder: Callable[[int, int], Builder], tokenizer: Any
+) -> int:  # fmt: skip
     """Writes one line a unit and returns their number; the file appears when all are written.
 
     A line has `task, length, seed, index`; `context_ids, question_ids, answer_ids`, the model's input and the gold
@@ -205,7 +209,7 @@ def export_cases(path: Path, units: Iterable[Unit], builder: Callable[[int, int]
     the question alone; `answers, match`: what must be found in the generation, see `Case.score`; `max_new_tokens`; and
     `evidence`: token ranges of the planted facts. The ids are exact; the texts need not split into the same ids again.
     """
-    builders: dict[tuple[int, int], CaseBuilder] = {}
+    builders: dict[tuple[int, int], Builder] = {}
     temporary = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0

@@ -44,7 +44,7 @@ def records(cache: Path) -> Iterator[Reader]:
     import zstandard
     from datasets import Dataset, config
 
-    from ...training.data import _encode_records, load_examples
+    from ...training.data import encode_records, load_examples
     from ...training.records import LINE
     from .tiny_served import character_tokenizer
 
@@ -53,7 +53,7 @@ def records(cache: Path) -> Iterator[Reader]:
     def encode(kind: str) -> Callable[[Path], None]:
         def read(folder: Path) -> None:
             lines = (folder / "a.jsonl").read_text(encoding="utf-8").splitlines()
-            found = _encode_records(
+            found = encode_records(
                 {LINE: lines}, list(range(len(lines))), tokenizer=tokenizer, kind=kind, loss_on="completion",
                 max_length=64, names={}, overlong="cut",
             )  # fmt: skip

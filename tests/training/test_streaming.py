@@ -67,7 +67,7 @@ def test_an_epoch_has_the_examples_of_the_whole_data_set(tmp_path: Path, data: s
 
 def test_an_example_depends_on_its_number_alone(data: str, plain_tokenizer: Any) -> None:
     def fresh(**values: Any) -> StreamedSource:
-        return stream_examples(data, plain_tokenizer, max_length=LONGEST, **({"buffer": 8} | values))
+        return stream_examples(data, plain_tokenizer, max_length=LONGEST, **{"buffer": 8, **values})
 
     stream = fresh()
     expected = ids(stream, range(100))
@@ -145,11 +145,12 @@ def test_mixtures_are_streamed_and_wrong_settings_named(data: str, tmp_path: Pat
     config = TrainConfig(mixture=entries, lengths=(64,), stream=True, overlong="windows", held_out=1, eval_every=1)
     source, held_out = build_source(config, plain_tokenizer)
     assert len(held_out) == 2 and all(source[place].kind == "raw" for place in range(40))
-    for values, message in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"concatenate": ("a", "b")}, "got stream with concatenate; accepted: one of them"),
         ({"data": "a", "images": True}, "got stream with images"),
         ({"data": "a", "data_workers": 2}, "got stream and data_workers 2; accepted: 1"),
         ({}, "got stream with synthetic documents"),
-    ):
+    )
+    for values, message in refused:
         with pytest.raises(ValueError, match=message):
             TrainConfig(stream=True, **values)
