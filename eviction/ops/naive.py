@@ -327,31 +327,15 @@ def norms_by_parts(values: torch.Tensor, output_weight: torch.Tensor) -> torch.T
 
     16-bit numbers are multiplied in fp32 too: CPUs without 16-bit arithmetic take four times as long otherwise.
     """
-
-    def norms_of(products: torch.Tensor, out: torch.Tensor) -> None:
-        torch.sum(products.abs_(), 1, out=out)
-
-    return project_by_parts(values, output_weight, torch.float32, norms_of)
-
-
-def project_by_parts(
-    values: torch.Tensor, output_weight: torch.Tensor, dtype: torch.dtype,
-    norms_of: Callable[[torch.Tensor, torch.Tensor], None],
-) -> torch.Tensor:  # fmt: skip
-    """`value_norms` with products in `dtype`, so many entries at a time that they fit into a CPU's cache.
-
-    `norms_of(products, out)` writes the sums of magnitudes of `products` `(entries, columns)` to `out`, fp32
-    `(entries,)`, and may overwrite the products.
-    """
     batch, heads, n, _ = values.shape
-    flat, weight = by_head(values, output_weight, dtype)
+    flat, weight = by_head(values, output_weight, torch.float32)
     columns = weight.shape[2]
-    norms = values.new_empty(heads, batch * n, dtype=torch.float32)
-    size = max(1, PROJECTED_BYTES // (columns * dtype.itemsize))
+    norms = flat.new_empty(heads, batch * n)
+    size = max(1, PROJECTED_BYTES // (columns * flat.itemsize))
     projected = flat.new_empty(min(size, batch * n), columns)
     for of_head, matrix, out in zip(flat, weight, norms, strict=True):
         for part, sums in zip(of_head.split(size), out.split(size), strict=True):
-            norms_of(torch.mm(part, matrix, out=projected[: part.shape[0]]), sums)
+            torch.sum(torch.mm(part, matrix, out=projected[: part.shape[0]]).abs_(), 1, out=sums)
     return norms.div_(output_weight.shape[0] // heads).view(heads, batch, n).transpose(0, 1)
 
 

@@ -9,7 +9,13 @@ import torch
 
 from tenure.eviction import Defensive, LayerDefensive, LayerView, SnapKV, evict
 from tenure.eviction.ops.naive import norms_by_parts, pool_and_renormalise, worst_case
-from tenure.eviction.ops.value_norms import find_norm_kernel, norms_in_c, value_norms
+from tenure.eviction.ops.value_norms import (
+    find_norm_kernel,
+    find_tile_kernel,
+    norms_in_c,
+    norms_in_tiles,
+    value_norms,
+)
 from tenure.eviction.policies.common import own_entries, window_attention
 from tenure.eviction.policies.defensive import (
     defensive_aggregate,
@@ -18,7 +24,7 @@ from tenure.eviction.policies.defensive import (
     released_protection,
 )
 from tenure.eviction.selection import conclude
-from tenure.retention.ops.kernel_choice import multiplies_bf16
+from tenure.retention.ops.kernel_choice import multiplies_bf16, multiplies_bf16_tiles
 
 
 def test_window_attention_by_hand(hand_view):
@@ -74,20 +80,37 @@ def test_value_norms_equal_the_projection_of_everything_at_once(monkeypatch):
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("tiles", [True, False])
-def test_value_norms_of_a_cpu_with_matrix_units(monkeypatch, tiles, kernels):
-    """Its products are rounded to bf16, which changes a sum of hundreds of them by less than 0.1 %."""
+def test_value_norms_of_bf16_numbers_are_not_rounded(monkeypatch, tiles, kernels):
+    """With a CPU's matrix units, where it has them, and without."""
     monkeypatch.setenv("TENURE_KERNELS", kernels)
-    monkeypatch.setattr("tenure.eviction.ops.value_norms.multiplies_bf16_tiles", lambda device: tiles)
-    monkeypatch.setattr("tenure.eviction.ops.naive.PROJECTED_BYTES", 2 * 101 * 20)
+    if not tiles:
+        monkeypatch.setattr("tenure.eviction.ops.value_norms.multiplies_bf16_tiles", lambda device: False)
     torch.manual_seed(0)
-    values, weight = torch.randn(1, 2, 50, 16).bfloat16(), torch.randn(6, 16, 101).bfloat16()
-    exact = norms_by_parts(values, weight)
+    values, weight = torch.randn(1, 2, 50, 64).bfloat16(), torch.randn(6, 64, 101).bfloat16()
     norms = value_norms(values, weight)
     assert norms.dtype == torch.float32
-    torch.testing.assert_close(norms, exact, rtol=1e-3 if tiles else 2e-6, atol=0)
-    assert not tiles or not torch.equal(norms, exact)
-    fp32 = value_norms(values.float(), weight)
-    torch.testing.assert_close(fp32, exact, rtol=2e-6, atol=0)  # never rounded
+    torch.testing.assert_close(norms, norms_by_parts(values, weight), rtol=2e-6, atol=0)
+    torch.testing.assert_close(value_norms(values.float(), weight), norms, rtol=2e-6, atol=0)
+
+
+@pytest.mark.skipif(not multiplies_bf16_tiles(torch.device("cpu")), reason="needs a CPU with AMX")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("shape", "columns"), [((2, 3, 11, 32), 7), ((1, 2, 1100, 64), 40), ((3, 1, 331, 96), 33), ((1, 1, 0, 128), 4)]
+)
+def test_value_norms_in_tiles_are_those_of_the_twin(shape, columns, threads):
+    torch.manual_seed(0)
+    values = torch.randn(shape).bfloat16()
+    weight = torch.randn(2 * shape[1], shape[3], columns).bfloat16()
+    kernel = find_tile_kernel(values, weight)
+    assert kernel is not None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        norms = norms_in_tiles(kernel, values, weight)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(norms, norms_by_parts(values, weight), rtol=2e-6, atol=0)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
