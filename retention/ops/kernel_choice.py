@@ -67,7 +67,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def multiplies_bf16_tiles(device: torch.device) -> bool:
-    """Whether `device` is a CPU with units for products of bf16 matrices, AMX, which the process may use from now on."""
+    """Whether `device` is a CPU with units for products of bf16 matrices, AMX, that this process may use."""
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
