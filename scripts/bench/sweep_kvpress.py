@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ..sweep_checks import load_texts, make_builder
 
 if TYPE_CHECKING:
-    from ...eval import Case, CaseBuilder, Cell
+    from ...eval import Case, Cell
     from ...eval.cases import Record
     from ...eval.sweep import Failure, SweepConfig, Unit
+    from ...eval.sweep.units import Builder
 
 # Policies that are a press of kvpress with its defaults; who competes is then decided by the press.
 PRESSES = (
@@ -90,7 +91,7 @@ class KvpressRunner:
     model: str
     tokenizer: Any
     cells: Sequence[Cell]
-    builder: Callable[[int, int], CaseBuilder]
+    builder: Callable[[int, int], Builder]
     ending: Sequence[int]
     threads: int = 1
 

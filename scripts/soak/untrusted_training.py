@@ -46,9 +46,11 @@ def records(cache: Path) -> Iterator[Reader]:
 
     from ...training.data import encode_records, load_examples
     from ...training.records import LINE
-    from .tiny_served import character_tokenizer
+    from .tiny_served import TEMPLATE, character_tokenizer
 
     tokenizer = character_tokenizer()
+    shown = "{{ message.content }}{{ message.tool_calls | tojson if message.tool_calls }}"
+    tokenizer.chat_template = TEMPLATE.replace("{{ message.content }}", shown)  # calls that it hid would be refused
 
     def encode(kind: str) -> Callable[[Path], None]:
         def read(folder: Path) -> None:
