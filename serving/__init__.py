@@ -5,8 +5,9 @@ if not __name__.startswith("tenure."):
 
 from typing import TYPE_CHECKING, Any
 
+from .answer_stream import AnswerStream
 from .cache_report import CacheReport
-from .client import AnswerStream, EngineClient, EngineClientConfig, EngineHealth
+from .client import EngineClient, EngineClientConfig, EngineHealth
 from .engine_loop import EngineLoop
 from .errors import (
     BadRequest,

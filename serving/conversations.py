@@ -62,7 +62,7 @@ class Conversations:
         self._changed.update(dict.fromkeys(agent for agent in agents if agent in self._sessions))
 
     def changed(self, agent: str) -> None:
-        """What is known about the session of `agent` has changed, other than by a hint."""
+        """Notes a change of what is known about the session of `agent`, other than by a hint."""
         if agent in self._sessions:
             self._changed[agent] = None
 

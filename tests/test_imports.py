@@ -85,7 +85,7 @@ LAYERS: dict[str, list[tuple[str, ...]]] = {
         ("scheduler",),
         ("system",),
         ("snapshot",),
-        ("packable", "prompt_beginnings", "engine_loop"),
+        ("packable", "prompt_beginnings", "engine_loop", "answer_stream"),
         ("prompt_cache", "fingerprint", "engine", "client"),
         ("server", "integrations"),
         ("simulation",),

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
-from tenure.scripts.soak.tiny_served import IMAGE_SIDE
+from tenure.retention import RetentionGates
+from tenure.scripts.soak.tiny_served import IMAGE_SIDE, image_processor
 
 
 def tiny_model(processor: Any) -> Any:
@@ -32,6 +33,15 @@ def tiny_model(processor: Any) -> Any:
         for parameter in model.model.connector.parameters():
             parameter.normal_(std=0.3)  # images that differ have tokens that differ
     return model
+
+
+def save_with_gates(root: Path) -> None:
+    """The model and its processor in `root/model`, gates for it in `root/gates`."""
+    processor = image_processor()
+    model = tiny_model(processor)
+    model.save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    RetentionGates.for_model(model, gate_width=4, initial_bias=3.0).save_pretrained(root / "gates")
 
 
 def save_pictures(folder: Path, count: int) -> list[Path]:

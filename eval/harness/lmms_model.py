@@ -181,7 +181,7 @@ class EvictingChat:
 
 
 def manifest() -> Any:
-    """What lmms-eval's registry learns from the entry point."""
+    """The entry of lmms-eval's registry, which the entry point asks for."""
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
     return ModelManifest(MODEL_TYPE, chat_class_path=f"{__name__}.TenureChat")

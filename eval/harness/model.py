@@ -322,7 +322,7 @@ class Evicting(_Hf):
 
 
 def _difference(found: str | None, settings: Mapping[str, Any]) -> str:
-    """What cached answers were computed with, where it differs: `policy='retention' (now 'snapkv')`."""
+    """Settings of cached answers that differ from those of now: `policy='retention' (now 'snapkv')`."""
     if found is None:
         return "unknown settings"
     before = json.loads(found)

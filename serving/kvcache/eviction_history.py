@@ -122,7 +122,7 @@ class EvictionHistory:
 
     @contextmanager
     def acting_for(self, client: str, agent: str | None) -> Iterator[None]:
-        """What is evicted within the block is evicted for this agent of this client."""
+        """Evictions within the block are for this agent of this client."""
         before, self._actor = self._actor, (client, agent)
         try:
             yield

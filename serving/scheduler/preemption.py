@@ -61,7 +61,7 @@ class Preemption:
         return growth
 
     def _grow(self, state: RequestState, growth: Growth) -> AllocStatus:
-        """What became of it: READY also if it has outgrown the device."""
+        """Grows one reservation; returns the last status, READY also if the request has outgrown the device."""
         while (status := self.memory.grow(state)) is not AllocStatus.READY:
             if status is AllocStatus.REFUSED and self.memory.exceeds_device(state):
                 self.running.remove(state)

@@ -170,7 +170,7 @@ class AgentEndpoints:
     # Sessions ---------------------------------------------------------------------------------------------------
 
     async def session(self, request: Request) -> Response:
-        """What is cached of a session of the client, how long it is kept, and its sub-agents."""
+        """The cached part of a session of the client, how long it is kept, and its sub-agents."""
         caller, session = self._session(request)
         document = await asyncio.to_thread(self._find_session, caller.client, session)
         if document is None:

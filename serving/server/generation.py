@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
-from ..client import AnswerStream, EngineClient
+from ..answer_stream import AnswerStream
+from ..client import EngineClient
 from ..errors import ServingError
 from ..events import AnswerEvent
 from ..hints.hint import Hint

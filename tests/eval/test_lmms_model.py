@@ -14,10 +14,9 @@ import torch
 from tenure.eval.harness import lmms_model
 from tenure.eval.harness.lmms_model import EvictingChat
 from tenure.eval.tasks.drawings import draw
-from tenure.retention import RetentionGates
 from tenure.scripts.soak.tiny_served import IMAGE_TOKENS, image_processor
 
-from ..tiny_vision import tiny_model
+from ..tiny_vision import save_with_gates, tiny_model
 
 SETTINGS = {"max_new_tokens": 6, "temperature": 0, "until": ["\n\n"]}
 
@@ -25,11 +24,7 @@ SETTINGS = {"max_new_tokens": 6, "temperature": 0, "until": ["\n\n"]}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("lmms")
-    processor = image_processor()
-    model = tiny_model(processor)
-    model.save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
-    RetentionGates.for_model(model, gate_width=4, initial_bias=3.0).save_pretrained(root / "gates")
+    save_with_gates(root)
     return root
 
 

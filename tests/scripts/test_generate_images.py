@@ -11,24 +11,19 @@ import pytest
 import torch
 
 from tenure.eval.pictures import PageDocument, PagePolicy, save_token_page
-from tenure.retention import RetentionGates
 from tenure.scripts import cli
 from tenure.scripts.loading import load_model, load_processor
 from tenure.scripts.soak.tiny_served import IMAGE_TOKENS, image_processor
 
 from ..browser import find_chromium, open_browser
-from ..tiny_vision import save_pictures, tiny_model
+from ..tiny_vision import save_pictures, save_with_gates
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with gates, and three pictures."""
     root = tmp_path_factory.mktemp("vision")
-    processor = image_processor()
-    model = tiny_model(processor)
-    model.save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
-    RetentionGates.for_model(model, gate_width=4, initial_bias=3.0).save_pretrained(root / "gates")
+    save_with_gates(root)
     save_pictures(root, 3)
     return root
 
