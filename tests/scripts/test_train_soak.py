@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 
@@ -43,14 +44,15 @@ def test_a_large_disk_is_not_filled(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """The disk is full at some moment; the next launch has space again."""
-    try:
-        with small_disk(None) as disk:
-            soak = TrainSoak("ddp", 20, disk, tmp_path / "logs", Random(3), faults=("full",))
-            soak.reference()
-            while not soak.run(1):
-                pass
-            assert soak.counts["ddp: full"] == 1 and soak.counts["ddp: launches"] >= 2
-            fill(disk / "filler", 5000)
-            assert shutil.disk_usage(disk).free <= 2 << 12
-    except ValueError as error:
-        pytest.skip(str(error))
+    with ExitStack() as stack:
+        try:
+            disk = stack.enter_context(small_disk(None))
+        except ValueError as error:  # no file system can be mounted here
+            pytest.skip(str(error))
+        soak = TrainSoak("ddp", 20, disk, tmp_path / "logs", Random(3), faults=("full",))
+        soak.reference()
+        while not soak.run(1):
+            pass
+        assert soak.counts["ddp: full"] == 1 and soak.counts["ddp: launches"] >= 2
+        fill(disk / "filler", 5000)
+        assert shutil.disk_usage(disk).free <= 2 << 12
