@@ -169,7 +169,7 @@ def test_a_mixture_holds_its_shares_and_loses_no_example(tmp_path: Path, plain_t
         ("a.parquet", b"PAR1 broken PAR1", "cannot be read as parquet: "),
         ("a.arrow", b"ARROW1 broken", "cannot be read as arrow: "),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd broken", "cannot be read as text: "),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "abc"}')[:-5], "cannot be read as text: "),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "abc"}', mtime=0)[:-5], "cannot be read as text: "),
         ("a.jsonl", b'{"text": "\xff"}\n', "cannot be read as text: "),
         ("saved/dataset_info.json", b"{}", "the saved data set .* cannot be used: "),
     ],
