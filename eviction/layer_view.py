@@ -13,7 +13,8 @@ from .cache_layer import RaggedLayer
 from .model_adapters import Rotary, output_weight
 from .ops.naive import attention_over
 from .ops.value_norms import value_norms
-from .ops.window_risk import DTYPES, MAX_DIM, MAX_KERNEL, window_risk, window_risk_by_heads
+from .ops.window_risk import DTYPES, MAX_DIM, MAX_KERNEL, window_risk
+from .ops.window_risk_by_heads import window_risk_by_heads
 from .recorded import QueryStatistics, RecordedInputs
 
 

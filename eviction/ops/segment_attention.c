@@ -5,8 +5,6 @@
 // With BF16, queries, keys, values and results are bf16, else fp32; sums and weights are fp32 in both cases.
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
 #if defined(__AVX512F__) && KEY_DIM % 32 == 0 && VALUE_DIM % 32 == 0
 #define LANES 16
@@ -27,15 +25,11 @@
 // The sums over a block are taken for TILE numbers at a time, as many as registers hold for all queries.
 #define TILE (GROUP * VALUE_DIM <= 24 * LANES ? VALUE_DIM : 2 * LANES)
 
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t unaligned_words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+#include "lanes.h"
 
 // `load` widens the next 2 * LANES numbers. Those in bf16 are the upper halves of fp32 ones, and two of them share a
 // word, so they come as the even and the odd ones; PLACE(d) is where number d of a head is then.
 #ifdef BF16
-typedef uint16_t number;
 #define PLACE(d) ((d) / (2 * LANES) * (2 * LANES) + (d) % 2 * LANES + (d) % (2 * LANES) / 2)
 
 static inline void load(const number *from, vec *first, vec *second) {
@@ -44,20 +38,12 @@ static inline void load(const number *from, vec *first, vec *second) {
     *second = (vec)(pairs & 0xffff0000u);
 }
 
-static inline float widen(number x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float wide;
-    memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
 static inline number narrow(float x) { // to the nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return x != x ? 0x7fc0 : (number)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 #else
-typedef float number;
 #define PLACE(d) (d)
 
 static inline void load(const number *from, vec *first, vec *second) {
@@ -65,7 +51,6 @@ static inline void load(const number *from, vec *first, vec *second) {
     *second = *(const unaligned_vec *)(from + LANES);
 }
 
-static inline float widen(number x) { return x; }
 static inline number narrow(float x) { return x; }
 #endif
 
@@ -76,56 +61,6 @@ static inline void fetch(const number *from, int count) {
 
 static inline void fetch_near(const number *from, int count) {
     for (int d = 0; d < count; d += 64 / (int)sizeof(number)) __builtin_prefetch(from + d, 0, 3);
-}
-
-// The sum of the lanes of each of LANES vectors, which are overwritten: lane i is that of vector i. A step with a width
-// adds the halves of each block of 2 * width lanes, and puts those of vector i + width behind those of vector i.
-#define LANE(i, width) (i) - (i) % (2 * (width)) + (i) % (width) + ((i) & (width) ? LANES : 0)
-#define TWO(i, width, more) LANE(i, width) + more, LANE(i + 1, width) + more
-#define FOUR(i, width, more) TWO(i, width, more), TWO(i + 2, width, more)
-#if LANES == 16
-#define ALL(width, more) FOUR(0, width, more), FOUR(4, width, more), FOUR(8, width, more), FOUR(12, width, more)
-#elif LANES == 8
-#define ALL(width, more) FOUR(0, width, more), FOUR(4, width, more)
-#else
-#define ALL(width, more) FOUR(0, width, more)
-#endif
-#define STEP(width)                                                                     \
-    for (int i = 0; i < width; i++)                                                     \
-        of[i] = __builtin_shufflevector(of[i], of[i + width], ALL(width, 0)) +          \
-                __builtin_shufflevector(of[i], of[i + width], ALL(width, width));
-
-static inline vec sum_each(vec *of) {
-#if LANES == 16
-    STEP(8)
-#endif
-#if LANES >= 8
-    STEP(4)
-#endif
-    STEP(2)
-    STEP(1)
-    return of[0];
-}
-
-// exp(x) for x <= 0 with the polynomial of Cephes' expf, to 2e-7 of it; 0 below -87, where fp32 becomes denormal.
-static inline float exponential(float x) {
-    float capped = x < -87.0f ? -87.0f : x;
-    float shifted = capped * 1.44269504f + 12582912.0f; // adding 1.5 * 2^23 rounds to an integer, in the low bits
-    float power = shifted - 12582912.0f;
-    float rest = capped - power * 0.693359375f + power * 2.12194440e-4f;
-    float series = 1.9875691500e-4f;
-    series = series * rest + 1.3981999507e-3f;
-    series = series * rest + 8.3334519073e-3f;
-    series = series * rest + 4.1665795894e-2f;
-    series = series * rest + 1.6666665459e-1f;
-    series = series * rest + 5.0000001201e-1f;
-    series = series * rest * rest + rest + 1.0f;
-    uint32_t bits;
-    memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits + 127) << 23;
-    float two_to_power;
-    memcpy(&two_to_power, &bits, sizeof two_to_power);
-    return x < -87.0f ? 0.0f : series * two_to_power;
 }
 
 // Entries of a segment, from the place `first` on: places in `pages`, or slots if there are no pages.

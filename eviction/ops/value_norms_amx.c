@@ -41,14 +41,16 @@ static void pack(const number *weight, int64_t columns, number *panel) {
         }
 }
 
-static inline void add_magnitudes(const float *product, __m512 *sums) {
-    for (int r = 0; r < SIDE; r++) sums[r] = _mm512_add_ps(sums[r], _mm512_abs_ps(_mm512_load_ps(product + r * SIDE)));
+static inline void add_magnitudes(const float *products, __m512 *sums) {
+    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_ps(sums[r], _mm512_abs_ps(_mm512_load_ps(products + r * SIDE)));
 }
 
+// The magnitudes of a block's products are added while those of the next one are made.
 static void norms_of_rows(const number *values, const number *panel, int64_t blocks, __m512 *sums) {
-    _Alignas(64) float product[2][SIDE * SIDE];
+    _Alignas(64) float products[2][ROWS * SIDE] = {0};
     memset(sums, 0, ROWS * sizeof *sums);
     for (int64_t block = 0; block < blocks; block++) {
+        float *own = products[block % 2];
         _tile_zero(0);
         _tile_zero(1);
         for (int d = 0; d < DIM; d += DEPTH, panel += DEPTH * SIDE) {
@@ -58,11 +60,11 @@ static void norms_of_rows(const number *values, const number *panel, int64_t blo
             _tile_dpbf16ps(0, 3, 2);
             _tile_dpbf16ps(1, 4, 2);
         }
-        _tile_stored(0, product[0], 64);
-        _tile_stored(1, product[1], 64);
-        add_magnitudes(product[0], sums);
-        add_magnitudes(product[1], sums + SIDE);
+        add_magnitudes(products[(block + 1) % 2], sums);
+        _tile_stored(0, own, 64);
+        _tile_stored(1, own + SIDE * SIDE, 64);
     }
+    add_magnitudes(products[(blocks + 1) % 2], sums);
 }
 
 // norms[i] = sum over j of |values[i] . weight[:, j]|, for values (n, DIM) and weight (DIM, columns), both bf16; `panel`

@@ -1,8 +1,7 @@
 """Attention of a window of queries, reduced to its worst case and its mean (DefensiveKV, section 4).
 
 On a GPU: two passes over the keys and no tensor of `(group, window, n)`. Twins: `naive.attention_over`,
-`naive.pool_and_renormalise` and `naive.worst_case`. On a CPU: one key/value head at a time, so that the attention stays
-in the cache (`window_risk_by_heads`, `received_by_heads`).
+`naive.pool_and_renormalise` and `naive.worst_case`. On a CPU: `window_risk_by_heads`.
 
 Pooling and renormalising need no pass of their own. A query's attention sums to `a` over the counted entries, and to
 `p = Σ_j a_j c_j` after pooling, with c_j the number of counted entries within reach of j, which is the same for all
@@ -26,9 +25,6 @@ MAX_KERNEL = 33  # widest pooling: half of a tile is overlap then
 # Tile sizes of the kernels.
 BLOCK = 64  # entries of a tile
 SPLITS = 16  # programs per segment in the first pass, at most
-
-# Attention weights materialised at a time by `received_by_heads`: few enough for a CPU's cache, many enough for a GPU.
-HELD_ON_CPU, HELD_ON_GPU = 2**18, 2**24
 
 
 @jit
@@ -298,102 +294,3 @@ def _check(queries: torch.Tensor, keys: torch.Tensor) -> None:
         )
     if keys.shape[3] > MAX_DIM:
         raise ValueError(f"window risk got {keys.shape[3]} numbers a head; accepted: at most {MAX_DIM}")
-
-
-def window_risk_by_heads(
-    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, query_positions: torch.Tensor,
-    limit: torch.Tensor, scaling: float, kernel: int | None,
-) -> tuple[torch.Tensor | None, torch.Tensor]:  # fmt: skip
-    """`window_risk` with its mean by `naive`'s formulas, one key/value head at a time.
-
-    Arguments and results as there, but positions are int64, dtypes and kernel width free; `kernel` None skips the worst
-    case, which is None then.
-    """
-    batch, heads, n, _ = keys.shape
-    group, window = queries.shape[1] // heads, queries.shape[2]
-    worst = None if kernel is None else keys.new_zeros(batch, heads, n, dtype=torch.float32)
-    mean = keys.new_zeros(batch, heads, n, dtype=torch.float32)
-    # Numbers of entries of each head: all, those outside the window, and those that every query sees; in this order.
-    seen = torch.where(query_positions < 0, -1, query_positions)
-    bounds = torch.stack([torch.full_like(limit, torch.iinfo(torch.int64).max), limit, seen.amin(1) + 1])
-    order = torch.where(positions < 0, torch.iinfo(torch.int64).max, positions)
-    counts = (order.unsqueeze(0) < bounds.view(3, batch, 1, 1)).sum(3).tolist()
-    present = query_positions >= 0
-    weights = (present / (present.sum(1, keepdim=True) * group).clamp(min=1)).float().repeat(1, group)
-    scaled = (queries.float() * scaling).reshape(batch, heads, group * window, -1)
-    scratch = mean.new_empty(2, group * window * n)  # reused for every head: fresh memory takes longer
-    for row in range(batch):
-        for head in range(heads):
-            length, counted, common = (counts[kind][row][head] for kind in range(3))
-            if not length:
-                continue
-            of_head = keys[row, head, :length], positions[row, head, :length]
-            attention = _attention(scaled[row, head], query_positions[row], *of_head, common, scratch)
-            torch.mv(attention.t(), weights[row], out=mean[row, head, :length])
-            if worst is not None and kernel is not None and counted:
-                worst[row, head, :counted] = _worst(attention[:, :counted], kernel, scratch[0])
-    return worst, mean
-
-
-def received_by_heads(
-    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, query_positions: torch.Tensor, scaling: float,
-    held: int,
-) -> torch.Tensor:  # fmt: skip
-    """Attention that each entry receives: `attention_over`, summed over all queries, mean over the heads of a group.
-
-    `held` attention weights are materialised at a time; entries that none of these queries sees are skipped. The other
-    arguments as in `window_risk`; returns fp32 `(batch, num_kv_heads, n)`.
-    """
-    batch, heads, n, _ = keys.shape
-    group, q_len = queries.shape[1] // heads, queries.shape[2]
-    total = keys.new_zeros(batch, heads, n, dtype=torch.float32)
-    size = max(1, held // (group * max(1, n)))
-    starts = range(0, q_len, size)
-    # Numbers of entries that some query of a piece sees, and that all of them see; entries are in order.
-    pieces = [query_positions[:, start : start + size] for start in starts]
-    last = torch.stack([piece.amax(1) for piece in pieces])
-    first = torch.stack([torch.where(piece < 0, -1, piece).amin(1) for piece in pieces])
-    order = torch.where(positions < 0, torch.iinfo(torch.int64).max, positions)
-    bounds = torch.stack([last, first]).permute(2, 0, 1).unsqueeze(1).expand(-1, heads, -1, -1).flatten(2)
-    counts = torch.searchsorted(order, bounds.contiguous(), right=True).unflatten(2, (2, -1)).tolist()
-    scaled = (queries.float() * scaling).unflatten(1, (heads, group))
-    scratch = total.new_empty(2, group * min(size, q_len) * n)
-    for row in range(batch):
-        for head in range(heads):
-            for start, seen, common in zip(starts, *counts[row][head], strict=True):
-                if not seen:
-                    continue
-                part = slice(start, start + size)
-                asking = scaled[row, head, :, part].flatten(0, 1)
-                of_head = keys[row, head, :seen], positions[row, head, :seen]
-                attention = _attention(asking, query_positions[row, part], *of_head, common, scratch)
-                total[row, head, :seen] += attention.sum(0)
-    return total / group
-
-
-def _attention(
-    queries: torch.Tensor, query_positions: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, common: int,
-    scratch: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """Causal softmax in one head, fp32 `(group * window, n)`, of scaled queries; all see the first `common` keys.
-
-    `scratch`: fp32 `(2, group * window * n)` or more, for the logits and the result.
-    """
-    shape = len(queries), len(positions)
-    logits, attention = scratch[:, : shape[0] * shape[1]].unflatten(1, shape)
-    torch.mm(queries, keys.float().t(), out=logits)
-    window = len(query_positions)
-    late = logits[:, common:].view(len(queries) // window, window, len(positions) - common)
-    late.masked_fill_(positions[common:] > query_positions.unsqueeze(1), -torch.inf)
-    torch.softmax(logits, 1, out=attention)
-    return attention if common else attention.nan_to_num_(0.0)  # a query that is missing or sees no entry
-
-
-def _worst(attention: torch.Tensor, kernel: int, scratch: torch.Tensor) -> torch.Tensor:
-    """The worst case `(n,)` of `(queries, n)`, pooled and renormalised, with `scratch` for the pooled attention."""
-    pooled = scratch[: attention.numel()].view(attention.shape).copy_(attention)
-    for shift in range(1, min(kernel // 2, attention.shape[1] - 1) + 1):
-        pooled[:, shift:] += attention[:, :-shift]
-        pooled[:, :-shift] += attention[:, shift:]
-    scale = attention.sum(1, keepdim=True) / pooled.sum(1, keepdim=True)  # the kernel's width cancels out
-    return pooled.mul_(scale.nan_to_num_(0.0, posinf=0.0)).amax(0)

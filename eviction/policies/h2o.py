@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..layer_view import LayerView
-from ..ops.window_risk import HELD_ON_CPU, HELD_ON_GPU, received_by_heads
+from ..ops.window_risk_by_heads import HELD_ON_CPU, HELD_ON_GPU, received_by_heads
 from .common import Share, window_attention
 from .policy import Policy
 
