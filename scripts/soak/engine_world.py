@@ -257,7 +257,8 @@ class EngineWorld:
         with tiers.lock:
             arriving = sum(job.allocated for job in tiers.transfers.jobs.values() if job.target is Tier.DEVICE)
             held = (pages.num_pages - pages.num_free) * pages.geometry.page_bytes
-            assert pool.used - pool.reserved - arriving <= held <= pool.used <= pool.capacity, "memory is counted"
+            counted = f"{held} held, {pool.used} used, {pool.reserved} reserved, {arriving} arriving"
+            assert pool.used - pool.reserved - arriving <= held <= pool.used <= pool.capacity, counted
             if self.name != "expected_time":  # the ranks of which change with time
                 engine.system.scheduler.check()
 

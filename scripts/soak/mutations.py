@@ -257,7 +257,8 @@ def _pickled_tensors(random: Random, data: bytes) -> bytes:
         elif kind == 2:
             parent[key] = value.to(random.choice((torch.float16, torch.float64, torch.int8, torch.bool, torch.cfloat)))
         elif kind == 3:
-            value.reshape(-1)[random.randrange(value.numel())] = random.choice((math.nan, math.inf, 3e38, -1e30))
+            nasty = (math.nan, math.inf, 3e38, -1e30) if value.is_floating_point() else (0, 1)
+            value.reshape(-1)[random.randrange(value.numel())] = random.choice(nasty)
         elif kind == 4:
             del parent[key]
         else:
