@@ -31,6 +31,7 @@ from .kvcache.memory_pool import MemoryPool
 from .kvcache.page_pool import PagePool
 from .kvcache.paged_sequence import PagedSequence
 from .kvcache.radix_tree import read_token_ids
+from .kvcache.tiered_cache import CacheHandle
 from .packable import check_packable, max_tokens
 from .prompt_beginnings import PromptBeginnings
 from .prompt_cache import Compression, PromptKV, in_pages
@@ -281,22 +282,31 @@ class Engine:
         fixed = list(prompt[: payload.tokens])
         if self.system.prefetcher is not None:
             self.system.prefetcher.register(agent, fixed, namespace)
-        with tiers.open(fixed, namespace) as handle:
-            if handle.length == len(fixed):
-                return AllocStatus.READY
-            if handle.length and not payload.divisible:
-                return AllocStatus.REFUSED
-            rest = payload.split(handle.length)[1] if handle.length else payload
-            nbytes = tiers.pools[Tier.DEVICE].charge(rest)
-            with tiers.lock:
-                status = tiers.reserve(nbytes)
-                if status is not AllocStatus.READY:
-                    return status
-                try:
-                    paged = in_pages(self.pages, rest)
-                finally:
-                    tiers.unreserve(nbytes)
-                return tiers.store(handle, fixed, paged, agent, len(fixed))
+        try:
+            with tiers.open(fixed, namespace) as handle:
+                return self._store_rest(handle, agent, fixed, payload)
+        finally:
+            self._share_stored()
+
+    def _store_rest(self, handle: CacheHandle, agent: str, fixed: Sequence[int], payload: KVPayload) -> AllocStatus:
+        """Stores what `handle` does not cover of a fixed prompt, all of which `payload` is."""
+        tiers = self.system.tiers
+        if handle.length == len(fixed):
+            return AllocStatus.READY
+        if handle.length and not payload.divisible:
+            return AllocStatus.REFUSED
+        rest = payload.split(handle.length)[1] if handle.length else payload
+        nbytes = tiers.pools[Tier.DEVICE].charge(rest)
+        with tiers.lock:
+            status = tiers.reserve(nbytes)
+            self._share_stored()
+            if status is not AllocStatus.READY:
+                return status
+            try:
+                paged = in_pages(self.pages, rest)
+            finally:
+                tiers.unreserve(nbytes)
+            return tiers.store(handle, fixed, paged, agent, len(fixed))
 
     # Steps --------------------------------------------------------------------------------------------------------
 
@@ -370,7 +380,8 @@ class Engine:
         """Makes the requests' sequences use the pages that the cache has for what their handles cover.
 
         They are others where another request has stored the same tokens, also while a copy of these was in transfer
-        and could not be split: the cache keeps one of the two, and the pages of the other are counted nowhere.
+        and could not be split: the cache keeps one of the two, and the pages of the other are counted nowhere. Called
+        whenever the cache may have seen a transfer end, before pages are allocated.
         """
         with self.system.tiers.lock:  # another thread may end them
             for state, answering in self._answering.items():

@@ -9,6 +9,7 @@ from tenure.serving import AllocStatus, FinishReason, Request, SamplingParams, T
 from tenure.serving import engine as engine_module
 from tenure.serving.engine import Compression
 from tenure.serving.kvcache.base import Urgency
+from tenure.serving.kvcache.transfer_queue import TransferJob
 
 from .engines import (
     ANSWER,
@@ -208,36 +209,71 @@ def test_a_payload_that_was_split_gives_up_its_pages_whoever_still_has_it(sessio
     close(engine)
 
 
-def test_a_request_uses_the_pages_that_the_cache_keeps_of_two(session, monkeypatch):
-    """A copy in transfer cannot be split, so another request computes the beginning, whose pages stay in the cache."""
-    engine = make_engine(session, "lru_reactive", prompts=6.0)
+def start_two_on_one_beginning(engine, monkeypatch) -> tuple[list[int], TransferJob]:
+    """Two requests that have computed the same beginning, and a job that keeps the first one's copy from being split.
+
+    The job is left for the caller to submit. The cache has the pages of one of the two then.
+    """
     tiers, prompt = engine.system.tiers, fixed_prompt(0)
-    backend, waiting = tiers.transfers.backend, []
+    waiting: list[TransferJob] = []
     engine.submit(Request("first", prompt, 40))
     while not (nodes := [node for node in tiers.tree if node.copies[Tier.DEVICE] is not None]):
         engine.step()
     with monkeypatch.context() as patched, tiers.lock:
-        patched.setattr(backend, "submit", waiting.append)
+        patched.setattr(tiers.transfers.backend, "submit", waiting.append)
         assert tiers.transfers.start(nodes[0], Tier.HOST, Urgency.EAGER) is not None
     branch = prompt[: 2 * PAGE] + tokens(70, FIXED)
     engine.submit(Request("second", branch, 40))
     while sum(node.copies[Tier.DEVICE] is not None for node in tiers.tree) < 3:
         engine.step()
-    backend.submit(waiting[0])
-    ended, branches = [], set()
+    return branch, waiting[0]
+
+
+def payloads_in_use(engine) -> int:
+    """The most payloads that a request's handle has; all pages of the handles are those that the requests hold."""
+    most = 0
+    for state, answering in engine._answering.items():
+        assert state.handle is not None and answering.sequence is not None
+        payloads = state.handle.payloads()
+        stored = {page for payload in payloads for page in payload.table.flat}
+        assert stored <= {page for pages in answering.sequence.held for page in pages.numbers.flat}
+        most = max(most, len(payloads))
+    return most
+
+
+def test_a_request_uses_the_pages_that_the_cache_keeps_of_two(session, monkeypatch):
+    """A copy in transfer cannot be split, so another request computes the beginning, whose pages stay in the cache."""
+    engine = make_engine(session, "lru_reactive", prompts=6.0)
+    branch, job = start_two_on_one_beginning(engine, monkeypatch)
+    engine.system.tiers.transfers.backend.submit(job)
+    ended, most = [], 0
     while len(engine.system.scheduler):
         ended += engine.step()
-        for state, answering in engine._answering.items():
-            assert state.handle is not None and answering.sequence is not None
-            stored = {page for payload in state.handle.payloads() for page in payload.table.flat}  # pyright: ignore[reportAttributeAccessIssue]
-            assert stored <= {page for pages in answering.sequence.held for page in pages.numbers.flat}
-            branches.add(len(state.handle.payloads()))
-    assert max(branches) > 1, "the first prompt was split"
+        most = max(most, payloads_in_use(engine))
+    assert most > 1, "the first prompt was split"
     answers = {each.request.id: each.tokens for each in ended}
     assert answers == {
-        "first": answer_without_cache(session, prompt, None, count=40),
+        "first": answer_without_cache(session, fixed_prompt(0), None, count=40),
         "second": answer_without_cache(session, branch, None, count=40),
     }
+    close(engine)
+
+
+def test_storing_a_fixed_prompt_counts_the_pages_that_a_transfer_has_left_to_requests(session, monkeypatch):
+    """The same, but it is `store` that finds the transfer ended: no page is held that the pool does not count."""
+    engine = make_engine(session, "lru_reactive", prompts=6.0)
+    tiers = engine.system.tiers
+    _, job = start_two_on_one_beginning(engine, monkeypatch)
+    other = fixed_prompt(1)
+    payload, seen = engine.prepare(other), tiers.num_events
+    tiers.transfers.backend.submit(job)
+    assert tiers.wait(seen, 30.0)
+    assert engine.store("agent1", other, payload) is AllocStatus.READY
+    assert payloads_in_use(engine) > 1, "the first prompt was split"
+    held = (engine.pages.num_pages - engine.pages.num_free) * engine.pages.geometry.page_bytes
+    assert held <= tiers.pools[Tier.DEVICE].used
+    for _ in engine.run():
+        pass
     close(engine)
 
 
