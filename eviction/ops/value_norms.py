@@ -24,6 +24,7 @@ from .paged_attention import DTYPES, MAX_DIM
 from .window_risk import dense, power
 
 TILE_COLUMNS = 16  # of the weight in one of AMX's tiles
+TILE_DTYPES = (torch.float32, torch.bfloat16)  # fp32 as sums of two bf16 numbers
 
 
 @jit
@@ -111,7 +112,8 @@ def value_norms_by_kernel(values: torch.Tensor, output_weight: torch.Tensor) -> 
 def value_norms(values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
     """`‖v_i W_O‖₁`, mean over the query heads of a group.
 
-    On a CPU products of bf16 numbers are exact, and sums are fp32.
+    On a CPU products of bf16 numbers are exact, and sums are fp32. On one with AMX fp32 numbers are divided into two of
+    bf16, which leaves out 2^-16 of a product at most.
 
     Source: CriticalKV (Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation
     Perspective", 2025), section 4.
@@ -138,23 +140,30 @@ def bf16_of_both(values: torch.Tensor, output_weight: torch.Tensor) -> bool:
 
 def find_tile_kernel(values: torch.Tensor, output_weight: torch.Tensor) -> Kernel | None:
     """The C kernel for these arguments of `norms_in_tiles`, which needs AMX; None if there is none, see `c_kernels`."""
-    dim = values.shape[3]
-    if not bf16_of_both(values, output_weight) or dim % 32 or not multiplies_bf16_tiles(values.device):
+    dim, dtype = values.shape[3], values.dtype
+    if dtype not in TILE_DTYPES or output_weight.dtype != dtype or dim % 32 or not multiplies_bf16_tiles(values.device):
         return None
-    return find_kernel("value_norms_amx", (POINTER, POINTER, COUNT, COUNT, THREADS, POINTER, POINTER), (f"DIM={dim}",))
+    arguments = POINTER, *(COUNT,) * 2, POINTER, *(COUNT,) * 5, THREADS, POINTER, POINTER
+    defines = (f"DIM={dim}", "BF16") if dtype == torch.bfloat16 else (f"DIM={dim}",)
+    return find_kernel("value_norms_amx", arguments, defines)
 
 
 def norms_in_tiles(kernel: Kernel, values: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
-    """`value_norms` of bf16 values and weight by what `find_tile_kernel` returned."""
-    batch, heads, n, dim = values.shape
-    flat, weight = by_head(values.detach(), output_weight.detach(), torch.bfloat16)
-    columns, threads = weight.shape[2], torch.get_num_threads()
-    panel = weight.new_empty(dim, -(-columns // TILE_COLUMNS) * TILE_COLUMNS)  # a head's weight in tiles
-    norms = flat.new_empty(heads, batch * n, dtype=torch.float32)
-    for of_head, matrix, out in zip(flat, weight, norms, strict=True):
-        addresses = of_head.data_ptr(), matrix.data_ptr()
-        kernel(*addresses, batch * n, columns, threads, panel.data_ptr(), out.data_ptr())
-    return norms.div_(output_weight.shape[0] // heads).view(heads, batch, n).transpose(0, 1)
+    """`value_norms` of values and weight of one dtype, bf16 or fp32, by what `find_tile_kernel` returned."""
+    (batch, heads, n, dim), threads = values.shape, torch.get_num_threads()
+    values, weight = dense(values.detach()), output_weight.detach().unflatten(0, (heads, -1))
+    members, columns = weight.shape[1], weight.shape[3]
+    parts = 1 if values.dtype == torch.bfloat16 else 2
+    padded = -(-columns // TILE_COLUMNS) * TILE_COLUMNS
+    panel = values.new_empty(parts * members * padded * dim, dtype=torch.bfloat16)  # a head's weight in tiles
+    norms = values.new_empty(batch, heads, n, dtype=torch.float32)
+    for of_head, matrix, out in zip(values.transpose(0, 1), weight, norms.transpose(0, 1), strict=True):
+        for row, into in zip(of_head, out, strict=True):
+            kernel(
+                row.data_ptr(), row.stride(0), n, matrix.data_ptr(), *matrix.stride(), members, columns, threads,
+                panel.data_ptr(), into.data_ptr(),
+            )  # fmt: skip
+    return norms
 
 
 def find_norm_kernel(values: torch.Tensor, output_weight: torch.Tensor) -> tuple[Kernel, torch.dtype] | None:

@@ -241,10 +241,17 @@ class SegmentStore:
         Args:
             states: fp32 `(batch, num_kv_heads, n)` by name, n the longest segment; arbitrary beyond a segment's length.
         """
+        shape = self.batch, self.num_kv_heads, max(self.lengths, default=0)
+        for name, values in states.items():
+            assert values.shape == shape and values.dtype == self.buffers[name].dtype, "one number an entry"
+        if self.uniform and self.lengths:
+            for name, values in states.items():
+                self.buffers[name] = self.buffers[name].clone()
+                self.dense(self.buffers[name]).copy_(values)
+            return
         index, valid = self.dense_index()
         slots = index[valid]
         for name, values in states.items():
-            assert values.shape == index.shape and values.dtype == self.buffers[name].dtype, "one number an entry"
             self.buffers[name] = self.buffers[name].index_copy(0, slots, values[valid])
 
     def _reallocate(self, lengths: list[int]) -> None:
