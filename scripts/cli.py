@@ -21,8 +21,9 @@ from typing import Any
 from tenure import __version__
 from tenure.checked import verify
 
+from .help_layout import fitted_help, wrapped
 from .loading import needs_checkout
-from .output import prepare_paths, wrapped, wrapped_output
+from .output import prepare_paths
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     module = command.load()
     prog = f"tenure {name}"
-    with wrapped_output():
+    with fitted_help(arguments):
         if hasattr(module, "parse"):
             config = module.parse(arguments, prog)
         else:
