@@ -291,14 +291,16 @@ def _without_causal_masks(ordinary: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sees_the_next(
-    mask_function: Callable[..., torch.Tensor], *, batch_size: int, q_length: int, q_offset: int = 0,
-    device: torch.device | str = "cpu", **kwargs: Any,
+    mask_function: Callable[..., torch.Tensor], *, batch_size: int, q_length: int = 0, q_offset: int = 0,
+    device: torch.device | str = "cpu", cache_position: torch.Tensor | None = None, **kwargs: Any,
 ) -> bool:  # fmt: skip
-    """Whether any token attends to the one after it."""
-    if q_length < 2:
+    """Whether any token attends to the one after it; `cache_position` is what older transformers give for `q_…`."""
+    if cache_position is None:
+        cache_position = torch.arange(q_length, device=device) + q_offset
+    if len(cache_position) < 2:
         return False
-    rows = torch.arange(batch_size, device=device)[:, None]
-    tokens = torch.arange(q_length - 1, device=device)[None] + q_offset
+    tokens = cache_position[None, :-1]
+    rows = torch.arange(batch_size, device=tokens.device)[:, None]
     return bool(mask_function(rows, torch.zeros_like(rows), tokens, tokens + 1).any())
 
 

@@ -243,10 +243,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         else:
             import tyro
 
-            config = tyro.cli(command.config_class(), prog=prog, args=arguments)
             try:
+                config = tyro.cli(command.config_class(), prog=prog, args=arguments)
                 verify(config)  # numbers that are not finite, or beyond all bounds, pass comparisons of its own
-            except ValueError as error:
+            except ValueError as error:  # newer tyro shows those of `__post_init__` itself
                 print(f"{prog}: {error}", file=sys.stderr)
                 return USAGE_ERROR
     return module.main(prepare_paths(config))
