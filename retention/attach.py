@@ -160,7 +160,7 @@ class Attached(GatedInterceptor):
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             raise ValueError(
-                f"got a cache of {cache.get_seq_length()} tokens inside attach(), which runs gates over whole sequences; "
+                f"got a cache of {cache.get_seq_length()} tokens inside attach(), which runs over whole sequences; "
                 "accepted: calls without one; to generate, use evict()"
             )
         self._log_beta = {}
