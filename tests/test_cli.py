@@ -273,6 +273,12 @@ def test_generate_tells_what_is_wrong(arguments, code, sentence, capsys: pytest.
     assert "Traceback" not in err
 
 
+def test_a_budget_out_of_range_gets_no_hint(capsys: pytest.CaptureFixture[str]):
+    assert exit_code("generate", "--prompt", "x", "--budget", "-1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tenure generate: budget -1 is out of range: give a float in (0, 1]")
+
+
 def test_generate_help_names_every_policy(capsys: pytest.CaptureFixture[str]):
     from tenure.eviction import policy_names
 
