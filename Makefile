@@ -13,11 +13,18 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 # Libraries of quantised weights, used by one test file; torchao prints warnings wherever it is installed.
 QUANTIZED := torchao==0.18.0 bitsandbytes==0.50.2
 
-.PHONY: help demo test quantized lint docs clean
+# What the oldest dependencies are tried with: no real model, no count of what newer transformers imports, and no plugins
+# of pytest, some of which need newer dependencies.
+OLDEST := tests/eviction/test_cache.py tests/eviction/test_cache_rows.py tests/eviction/test_plan.py \
+  tests/retention/test_gates.py tests/retention/test_checkpoint.py tests/retention/test_attach.py \
+  tests/test_checked.py tests/test_cli.py tests/test_help.py
+
+.PHONY: help demo test quantized oldest lint docs clean
 help:
 	@echo "make demo   set up, then show gates at work on a real model (args: ARGS=--quick)"
 	@echo "make test   set up, then run all tests (args: PYTEST_ARGS='tests/eviction -x')"
 	@echo "make quantized  test models with quantised weights; their libraries are installed beside .venv"
+	@echo "make oldest  test the core with the oldest dependencies of setup.cfg, installed beside .venv"
 	@echo "make lint   set up, then ruff and basedpyright"
 	@echo "make docs   set up, then build the documents into build/docs; broken links and anchors are errors"
 	@echo "make clean  remove .venv and what was built; downloads stay in the cache folder"
@@ -34,6 +41,15 @@ quantized: $(VENV)/.ready-dev build/quantized/.ready
 build/quantized/.ready: Makefile | $(BIN)/python
 	@rm -rf build/quantized
 	@$(PIP) install -q --no-deps --target build/quantized $(QUANTIZED)
+	@touch $@
+
+oldest: $(VENV)/.ready-dev build/oldest/.ready
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=build/oldest $(BIN)/python -m pytest -q -p pytest_timeout \
+	  -m 'not real' --deselect tests/test_cli.py::test_importing_the_library_leaves_the_compile_stack_alone $(OLDEST)
+
+build/oldest/.ready: constraints-oldest.txt | $(BIN)/python
+	@rm -rf build/oldest
+	@$(PIP) install -q --no-deps --target build/oldest -r constraints-oldest.txt
 	@touch $@
 
 lint: $(VENV)/.ready-dev

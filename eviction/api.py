@@ -93,7 +93,7 @@ def evict(
         policy, budget, preset=preset, scope=scope, floor=floor, protect=protect, sinks=sinks, recent=recent,
         buffer=buffer, prefill_chunk=prefill_chunk, schedule=schedule, token_floors=token_floors,
     )  # fmt: skip
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget <= SMALL_BUDGET:
+    if isinstance(budget, int) and not isinstance(budget, bool) and 1 <= budget <= SMALL_BUDGET:
         text = f"budget={budget} keeps {budget} entries per head on average; a share is a float or a text: '{budget}%'"
         warnings.warn(text, stacklevel=3)  # once for each place, which is two frames of contextlib further out
     plain_model(model)  # refuses what is none

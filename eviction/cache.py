@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache
+
+from tenure.documents import shown
 
 from ..retention.gates import RetentionGates
 from ..retention.seams import AttentionCall
@@ -146,10 +149,10 @@ class RaggedCache(Cache):
         Raises:
             ValueError: not a layer that evicts, or an empty cache.
         """
-        layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
-        if not isinstance(layer, RaggedLayer):
+        layer = next((one for one in self.ragged if one.layer_idx == layer_idx), None)
+        if layer is None:
             known = ", ".join(str(one.layer_idx) for one in self.ragged)
-            raise ValueError(f"layer {layer_idx} does not evict; those that do: {known}")
+            raise ValueError(f"layer {shown(layer_idx)} does not evict; those that do: {known}")
         if layer.store is None:
             raise ValueError("the cache is empty: run the model with it first")
         return LayerView(layer, self.tokens_seen.to(layer.device)).positions
@@ -435,6 +438,10 @@ class RaggedCache(Cache):
             ValueError: entries were evicted since, there are fewer columns, or a policy has accumulated a sum over them
                 that cannot be undone. The cache is unchanged then.
         """
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)
+        except TypeError:
+            raise ValueError(f"got {shown(tokens_to_remove)} columns to remove; accepted: a whole number") from None
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns_seen - tokens_to_remove)
         if 0 < count == self.columns_seen and self.rollback_points.floor == 0:
             return self.reset()
@@ -509,7 +516,14 @@ class RaggedCache(Cache):
         self.select_rows(torch.arange(len(self.rows.tokens), device=indices.device)[indices])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a file that `session.load_cache` reads; ValueError if the cache is empty or has state-space layers."""
+        """Writes a file that `session.load_cache` reads.
+
+        Raises:
+            ValueError: the cache is empty or has state-space layers, or no file can have this path.
+        """
+        if not isinstance(path, str | os.PathLike) or Path(path).is_dir() or not Path(path).parent.is_dir():
+            given = shown(str(path) if isinstance(path, os.PathLike) else path)
+            raise ValueError(f"got {given} as path; accepted: that of a file, in a folder that exists")
         self._require_observed("saved")
         self.apply_deferred()
         self.recording.save(self, Path(path))

@@ -59,6 +59,8 @@ def save_cache(cache: RaggedCache, path: Path) -> None:
 
 def load_cache(recording: Recording, path: str | os.PathLike) -> RaggedCache:
     """A cache with the contents of the file; see `Session.load_cache`."""
+    if not isinstance(path, str | os.PathLike):
+        raise CacheFileError(f"got {shown(path)} as path; accepted: that of a file written by cache.save()")
     file = Path(path)
     header, tensors = _read(file)
     try:

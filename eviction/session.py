@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache
 
 from tenure.documents import shown
 
-from ..retention.attention_arguments import INTEGERS, padding_mask
+from ..retention.attention_arguments import INTEGERS, is_count, padding_mask
 from ..retention.continuation import continues_from_cache
 from ..retention.decoder_layers import (
     AttentionLayer,
@@ -234,6 +234,10 @@ class Session(Interceptor):
             _check_shape("attention_mask", attention_mask, [tuple(tokens.shape)])
         if position_ids is not None:
             _check_shape("position_ids", position_ids, [tuple(tokens.shape), (1, tokens.shape[1])])
+        if not is_count(logits_to_keep):
+            raise ValueError(f"got logits_to_keep={shown(logits_to_keep)}; accepted: a number of columns, 0 for all")
+        if not isinstance(inputs, Mapping | None):
+            raise ValueError(f"got {shown(inputs)} as inputs; accepted: arguments of the model by name")
         deltas = rows.rope_deltas
         further = dict(inputs or {})
         if further and rows.tokens and self.rope_deltas.kept:
@@ -284,6 +288,8 @@ class Session(Interceptor):
 
     def report(self, cache: RaggedCache | None = None) -> Report:
         """The numbers of `cache`, by default of the last one; ValueError if there is none."""
+        if not isinstance(cache, RaggedCache | None):
+            raise ValueError(f"got {shown(cache)} as cache; accepted: a cache of this session")
         return (self.last_cache if cache is None else cache).report()
 
     def require_recorded(self, policy: Policy) -> None:

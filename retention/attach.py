@@ -157,6 +157,12 @@ class Attached(GatedInterceptor):
         inputs = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         if inputs is None:
             raise ValueError("the model was called without input_ids and without inputs_embeds")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                f"got a cache of {cache.get_seq_length()} tokens inside attach(), which runs over whole sequences; "
+                "accepted: calls without one; to generate, use evict()"
+            )
         self._log_beta = {}
         if self.part is not None:
             self.segments = self.part.segments

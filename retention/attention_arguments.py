@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from tenure.documents import shown
 
@@ -28,8 +29,16 @@ KNOWN = NEUTRAL | SOFTMAX
 INTEGERS = (torch.int64, torch.int32)
 
 
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def refuse_tokens(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError unless a decoder's arguments hold token ids `(batch, n)` or embeddings of tokens, n >= 1."""
+    """Raises ValueError unless a decoder's arguments hold token ids `(batch, n)` or embeddings of tokens, n >= 1.
+
+    Positions, if any, must be as many.
+    """
     embeddings = arguments.get("inputs_embeds")
     name, given = ("inputs_embeds", embeddings) if embeddings is not None else ("input_ids", arguments.get("input_ids"))
     if given is None:
@@ -42,6 +51,28 @@ def refuse_tokens(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"got {name} {tuple(given.shape)}; accepted: {accepted} of at least one token{hint}")
     if name == "input_ids" and given.dtype not in INTEGERS:
         raise ValueError(f"got input_ids in {given.dtype}; accepted: token ids in torch.int64")
+    positions = arguments.get("position_ids")
+    if isinstance(positions, torch.Tensor) and (positions.ndim < 2 or positions.shape[-1] != given.shape[1]):
+        raise ValueError(
+            f"got position_ids {tuple(positions.shape)} for {name} {tuple(given.shape)}; accepted: (batch or 1, tokens)"
+        )
+
+
+def refuse_inputs_of_generate(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `generate` can read its inputs, mask and cache; transformers itself fails on others."""
+    refuse_tokens(arguments)
+    name = "input_ids" if arguments.get("inputs_embeds") is None else "inputs_embeds"
+    given, mask, cache = (arguments.get(one) for one in (name, "attention_mask", "past_key_values"))
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"got {shown(cache)} as past_key_values; accepted: a cache, such as session.new_cache()")
+    if mask is None or given is None:
+        return
+    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else None
+    if shape is None or len(shape) != 2 or shape[0] != len(given) or shape[1] < given.shape[1]:
+        raise ValueError(
+            f"got attention_mask {shown(mask) if shape is None else shape} for {name} {tuple(given.shape)}; "
+            f"accepted: a tensor {tuple(given.shape[:2])}, 0 for padding"
+        )
 
 
 def refuse_unknown_tokens(ids: Any, vocabulary: int, model: str) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from .attention_arguments import refuse_tokens, refuse_unknown_tokens
+from .attention_arguments import refuse_inputs_of_generate, refuse_tokens, refuse_unknown_tokens
 from .decoder_layers import (
     AttentionLayer,
     decoder_of,
@@ -161,6 +161,7 @@ def intercept(
         if decoder is not model:
             handles += _call_hooks(model, interceptor)
         handles += _token_hooks(model, layers)
+        stack.enter_context(_checked_generate(model))
         handles += [
             layer.module.register_forward_pre_hook(_pre_hook(layer, interceptor), with_kwargs=True) for layer in layers
         ]
@@ -214,6 +215,26 @@ def _token_hooks(model: PreTrainedModel, layers: list[AttentionLayer]) -> list[A
             refuse_unknown_tokens(args[0], vocabulary, name)
 
     return [embedding.register_forward_pre_hook(before_lookup)]
+
+
+@contextmanager
+def _checked_generate(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, `generate` refuses in a sentence what transformers would fail on before the model runs."""
+    name = "_prepare_model_inputs"  # the first step of generate that has its arguments by name
+    prepare = getattr(model, name, None)
+    if prepare is None:
+        yield
+        return
+
+    def checked(inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:
+        refuse_inputs_of_generate(model_kwargs if inputs is None else model_kwargs | {"input_ids": inputs})
+        return prepare(inputs, bos_token_id, model_kwargs)
+
+    setattr(model, name, checked)
+    try:
+        yield
+    finally:
+        delattr(model, name)
 
 
 def _pre_hook(layer: AttentionLayer, interceptor: Interceptor) -> Callable[..., Any]:
@@ -270,14 +291,16 @@ def _without_causal_masks(ordinary: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sees_the_next(
-    mask_function: Callable[..., torch.Tensor], *, batch_size: int, q_length: int, q_offset: int = 0,
-    device: torch.device | str = "cpu", **kwargs: Any,
+    mask_function: Callable[..., torch.Tensor], *, batch_size: int, q_length: int = 0, q_offset: int = 0,
+    device: torch.device | str = "cpu", cache_position: torch.Tensor | None = None, **kwargs: Any,
 ) -> bool:  # fmt: skip
-    """Whether any token attends to the one after it."""
-    if q_length < 2:
+    """Whether any token attends to the one after it; `cache_position` is what older transformers give for `q_…`."""
+    if cache_position is None:
+        cache_position = torch.arange(q_length, device=device) + q_offset
+    if len(cache_position) < 2:
         return False
-    rows = torch.arange(batch_size, device=device)[:, None]
-    tokens = torch.arange(q_length - 1, device=device)[None] + q_offset
+    tokens = cache_position[None, :-1]
+    rows = torch.arange(batch_size, device=tokens.device)[:, None]
     return bool(mask_function(rows, torch.zeros_like(rows), tokens, tokens + 1).any())
 
 

@@ -21,8 +21,9 @@ from typing import Any
 from tenure import __version__
 from tenure.checked import verify
 
+from .help_layout import fitted_help, wrapped
 from .loading import needs_checkout
-from .output import prepare_paths, wrapped, wrapped_output
+from .output import prepare_paths
 
 
 @dataclass(frozen=True)
@@ -236,16 +237,16 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     module = command.load()
     prog = f"tenure {name}"
-    with wrapped_output():
+    with fitted_help(arguments):
         if hasattr(module, "parse"):
             config = module.parse(arguments, prog)
         else:
             import tyro
 
-            config = tyro.cli(command.config_class(), prog=prog, args=arguments)
             try:
+                config = tyro.cli(command.config_class(), prog=prog, args=arguments)
                 verify(config)  # numbers that are not finite, or beyond all bounds, pass comparisons of its own
-            except ValueError as error:
+            except ValueError as error:  # newer tyro shows those of `__post_init__` itself
                 print(f"{prog}: {error}", file=sys.stderr)
                 return USAGE_ERROR
     return module.main(prepare_paths(config))

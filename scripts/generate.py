@@ -124,7 +124,7 @@ def main(config: GenerateConfig) -> int:
         "scope": None if config.scope == "auto" else config.scope, "sinks": config.sinks, "recent": config.recent,
         "buffer": config.buffer, "prefill_chunk": config.prefill_chunk,
     }  # fmt: skip
-    if isinstance(config.budget, int) and config.budget <= SMALL_BUDGET:
+    if isinstance(config.budget, int) and 1 <= config.budget <= SMALL_BUDGET:
         hint = f"--budget {config.budget} keeps {config.budget} entries per head; {config.budget} % is --budget "
         print(f"{hint}{config.budget}%", file=sys.stderr)
     policy = make_plan(**options).policy  # cheap checks first: mistakes are reported before the model is loaded

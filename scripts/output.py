@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import shutil
-import sys
 import tempfile
-import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PICTURES = (".png", ".svg", ".pdf")
-MIN_WIDTH = 40  # columns: narrower terminals break lines of this length themselves
 
 
 @dataclass(frozen=True)
@@ -134,9 +128,7 @@ def _try_folder(folder: Path, path: Path, flag: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(
-            f"{flag} is {str(path)!r}, and {str(folder)!r} cannot be written: {error.strerror}"
-        ) from None
+        raise ValueError(f"{flag} is {str(path)!r}, and {str(folder)!r} cannot be written: {error.strerror}") from None
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -148,46 +140,6 @@ def make_console(stderr: bool = False) -> Console:
     if console.is_terminal:
         return console
     return FittingConsole(stderr=stderr, width=max(console.width, 120), color_system=color)
-
-
-def wrapped(text: str, first: str = "", rest: str = "") -> str:
-    """The paragraphs of a text, which blank lines separate, within the terminal's width.
-
-    Args:
-        first, rest: stand before the first line of a paragraph, and before its other lines.
-    """
-    width = max(MIN_WIDTH, shutil.get_terminal_size().columns)
-    fill = textwrap.TextWrapper(width, first, rest, break_long_words=False, break_on_hyphens=False).fill
-    return "\n\n".join(fill(" ".join(paragraph.split())) for paragraph in text.split("\n\n"))
-
-
-@contextmanager
-def wrapped_output() -> Iterator[None]:
-    """Wraps what is printed to stdout in the block: tyro fits tables of flags to the terminal, but not its texts."""
-    target = sys.stdout
-    held = _Held(target)
-    try:
-        with redirect_stdout(held):
-            yield
-    finally:
-        width = max(MIN_WIDTH, shutil.get_terminal_size().columns)
-        for line in held.getvalue().splitlines():
-            print(wrapped(line) if len(line) > width and "\x1b" not in line else line, file=target)
-
-
-class _Held(io.StringIO):
-    """Keeps what is written, and looks like the stream that it stands for."""
-
-    def __init__(self, target: Any) -> None:
-        super().__init__()
-        self._target = target
-
-    def isatty(self) -> bool:
-        return self._target.isatty()
-
-    @property
-    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._target.encoding
 
 
 def write_json(document: Any, path: str | Path) -> None:

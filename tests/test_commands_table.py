@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -172,6 +172,59 @@ def test_unwritable_outputs(name: str, places: dict[str, Path], capsys: pytest.C
         base = [word for text in row.base for word in filled(text, places, "")]
         code = outcome(capsys, *name.split(), *base, *filled(flag, places, places["unwritable"]))
         assert code in (1, cli.USAGE_ERROR), f"{name} {flag}"
+
+
+IN_A_CHECKOUT = [name for name in cli.COMMANDS if name.split()[0] in NOT_INSTALLED]
+OUTPUTS = {
+    "json",
+    "out",
+    "output",
+    "page",
+    "python",
+    "kvpress",
+    "kvpress_python",
+    "vllm_python",
+}  # and side interpreters
+
+
+def fields_of(name: str) -> Iterator[tuple[str, Any]]:
+    """Flags of a command's config dataclass, with the plain types of their values."""
+    for field, hint in get_type_hints(cli.COMMANDS[name].config_class()).items():
+        yield field, {hint, *get_args(hint)} & {int, float, Path}
+
+
+@pytest.mark.parametrize("name", IN_A_CHECKOUT)
+def test_commands_of_a_checkout(
+    name: str, places: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Their work takes minutes, so what is refused here is refused before it begins."""
+    module = cli.COMMANDS[name].load()
+    monkeypatch.setattr(module, "main", lambda config: pytest.fail(f"accepted: {config}"))
+    tried = 0
+    for field, types in fields_of(name):
+        values: list[object] = []
+        if {int, float} & types:
+            values = ["nan", "-inf", "1e400", "1" + "0" * 5000]
+        elif field in OUTPUTS:
+            values = [places["unwritable"]] if field.endswith("python") else [places["unwritable"], places["device"]]
+        for value in values:
+            tried += 1
+            code = outcome(capsys, *name.split(), f"--{field.replace('_', '-')}", str(value))
+            assert code in (1, cli.USAGE_ERROR), f"{name} {field} {value:.20}"
+    assert tried, "every one of them has a number or an output"
+    assert not list(Path().iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize("name", IN_A_CHECKOUT)
+def test_commands_of_a_checkout_interrupted(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(config: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.COMMANDS[name].load(), "main", interrupted)
+    required = ["--python", sys.executable] if name == "bench kvpress" else []
+    assert outcome(capsys, *name.split(), *required) == cli.INTERRUPTED
 
 
 _watched: list[str] = []  # while there is a path, opening it is interrupted

@@ -21,7 +21,7 @@ from tenure.eval import evaluate, parse_cells
 from tenure.eval.sweep import SweepConfig
 from tenure.eviction import Budget, evict, get_policy, policy_names
 from tenure.eviction.presets import make_plan
-from tenure.retention import RetentionConfig, RetentionGates
+from tenure.retention import RetentionConfig, RetentionGates, attach
 from tenure.scripts.soak.mutations import NASTY
 from tenure.serving import (
     AgentSpec,
@@ -112,8 +112,82 @@ def test_tokens_that_no_model_can_read(tiny_llama, given: Any, message: str, chu
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"inputs": IDS[0]}, r"got input_ids \(12,\); .*; input_ids\[None\] is a batch of one row"),
+        ({"input_ids": IDS[0]}, r"got input_ids \(12,\); accepted: \(batch, tokens\)"),
+        ({"inputs": IDS[0][:0]}, r"got input_ids \(0,\); accepted: \(batch, tokens\) of at least one token$"),
+        ({"inputs": IDS.tolist()}, "got a list as input_ids; accepted: a tensor, such as tokenizer"),
+        ({"inputs": "text"}, "got 'text' as input_ids; accepted: a tensor"),
+        ({"inputs": {"input_ids": IDS}}, "got a dict as input_ids"),
+        (
+            {"inputs_embeds": torch.ones(12, 64)},
+            r"got inputs_embeds \(12, 64\); accepted: \(batch, tokens, hidden_size",
+        ),
+        ({"inputs": IDS, "attention_mask": torch.ones(12)}, r"got attention_mask \(12,\) for input_ids \(1, 12\)"),
+        ({"inputs": IDS, "attention_mask": torch.ones(1, 5)}, r"accepted: a tensor \(1, 12\), 0 for padding"),
+        ({"inputs": IDS, "attention_mask": [1]}, "got attention_mask a list for input_ids"),
+        ({"inputs": IDS, "past_key_values": "x"}, "got 'x' as past_key_values; accepted: a cache, such as session"),
+    ],
+)
+@pytest.mark.parametrize("filled", [None, False, True])
+def test_what_generate_cannot_read(tiny_llama, given: dict[str, Any], message: str, filled: bool | None):
+    """transformers would meet these first, and fail with an IndexError or the like."""
+    with evict(tiny_llama, "knorm", 0.5) as session:
+        if filled is not None and "past_key_values" not in given:
+            given = given | {"past_key_values": session.new_cache()}
+            if filled:
+                session.extend(given["past_key_values"], IDS[:, :4])
+        with pytest.raises(ValueError, match=message):
+            tiny_llama.generate(**given, max_new_tokens=2)
+        assert tiny_llama.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2).shape == (1, 14)
+        embeds = tiny_llama.get_input_embeddings()(IDS)
+        assert tiny_llama.generate(inputs_embeds=embeds, max_new_tokens=2).shape == (1, 2)
+    with (
+        attach(tiny_llama, RetentionGates.for_model(tiny_llama, gate_width=4)),
+        pytest.raises(ValueError, match="got "),
+    ):
+        tiny_llama.generate(**given, max_new_tokens=2)
+    assert "_prepare_model_inputs" not in vars(tiny_llama)
+
+
+@pytest.mark.parametrize("positions", [torch.arange(12), torch.arange(5)[None]])
+def test_positions_of_other_tokens(tiny_llama, positions: torch.Tensor):
+    with (
+        evict(tiny_llama, "knorm", 0.5),
+        pytest.raises(ValueError, match=r"got position_ids \(.*for input_ids \(1, 12"),
+    ):
+        tiny_llama(IDS, position_ids=positions)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda session, cache, path: cache.crop("x"), "got 'x' columns to remove; accepted: a whole number"),
+        (lambda session, cache, path: cache.crop(-1.5), "got -1.5 columns to remove|got 1.5 columns to remove"),
+        (lambda session, cache, path: cache.positions("x"), "layer 'x' does not evict; those that do: 0, 1"),
+        (lambda session, cache, path: cache.save(None), "got nothing as path; accepted: that of a file"),
+        (lambda session, cache, path: cache.save(path), "got '/.* as path; accepted: that of a file"),
+        (lambda session, cache, path: cache.save(path / "none" / "x"), "in a folder that exists"),
+        (lambda session, cache, path: session.load_cache(3), "got 3 as path; accepted: that of a file"),
+        (lambda session, cache, path: session.report("x"), "got 'x' as cache; accepted: a cache of this session"),
+    ],
+)
+def test_caches(tiny_llama, call: Callable[..., Any], message: str, tmp_path: Path):
+    with evict(tiny_llama, "knorm", 1.0) as session:
+        cache = session.new_cache()
+        session.extend(cache, IDS)
+        with pytest.raises(ValueError, match=message):
+            call(session, cache, tmp_path)
+        assert not list(cache.faults()) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"logits_to_keep": -1}, "got logits_to_keep=-1; accepted: a number of columns, 0 for all"),
+        ({"logits_to_keep": "x"}, "got logits_to_keep='x'"),
+        ({"inputs": "x"}, "got 'x' as inputs; accepted: arguments of the model by name"),
         ({"ids": "abc"}, "got 'abc' as ids; accepted: token ids"),
         ({"ids": None}, "got nothing as ids"),
         ({"ids": [[1, 2], [3]]}, "got a list as ids"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..output import make_console
+from ..output import OutputFile, make_console
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ class ModelsBenchConfig:
 
     only: list[str] = field(default_factory=list)
     """Names of architectures; all if there are none."""
-    page: str | None = None
+    page: OutputFile | None = None
     """Also write the table into this Markdown file, between its markers."""
 
 
@@ -64,7 +64,7 @@ def main(config: ModelsBenchConfig) -> int:
     unknown = [name for name in config.only if name not in builds]
     if unknown:
         raise ValueError(f"got the architectures {', '.join(unknown)}; accepted: {', '.join(sorted(builds))}")
-    page = None if config.page is None else Path(config.page)
+    page = config.page
     if page is not None and not (page.is_file() and BEGIN in page.read_text() and END in page.read_text()):
         raise ValueError(f"got the page {page}; accepted: a Markdown file with the lines {BEGIN} and {END}")
     names, rows = sorted(config.only or builds, key=str.casefold), []

@@ -164,6 +164,8 @@ class Simulator:
             self.clock.advance_to(due)
         if len(scheduler):
             raise RuntimeError(f"{len(scheduler)} requests are left, and no further event would end them")
+        if self.timeline is not None:
+            self.timeline.finish(self.clock.now)
         run.cpu_s = time.process_time() - began
         run.events = self._events() - counted
         run.decisions = run.events - (scheduler.metrics.decode_tokens - decoded) + decisions

@@ -64,6 +64,14 @@ class Timeline:
                 self.intervals.append(PlacementInterval(agent, before, since, at))
             self._now[agent] = (place, at)
 
+    def finish(self, at: float) -> None:
+        """Records the placements that last until the end of the run, at time `at`."""
+        at -= self.start_s
+        for agent, (place, since) in self._now.items():
+            if at > since:
+                self.intervals.append(PlacementInterval(agent, place, since, at))
+                self._now[agent] = (place, at)
+
     def record_call(self, output: RequestOutput) -> None:
         """Records a call that was answered; others are ignored."""
         times, agent = output.times, output.request.agent

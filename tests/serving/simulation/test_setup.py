@@ -124,12 +124,15 @@ def test_the_study_asks_its_questions(small, tmp_path: Path) -> None:
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
-def test_a_timeline_covers_every_moment(small, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["ste_prefetch", "ste"])
+def test_a_timeline_covers_every_moment(small, tmp_path: Path, policy: str) -> None:
     timeline = Timeline()
-    outcome = simulate(small.machine(3), small.workload(agents=5, rounds=2), "ste_prefetch", timeline=timeline)
+    outcome = simulate(small.machine(3), small.workload(agents=5, rounds=2), policy, timeline=timeline)
+    last = max(each.end for each in timeline.intervals)
+    assert last >= max(call.ended for call in timeline.calls)
     for agent in timeline.agents:
         mine = sorted((each.begin, each.end, each.place) for each in timeline.intervals if each.agent == agent)
-        assert mine[0][0] == 0.0 and mine[-1][1] == pytest.approx(outcome.makespan_s, abs=0.2)
+        assert mine[0][0] == 0.0 and mine[-1][1] == last == pytest.approx(outcome.makespan_s, abs=0.2)
         assert all(before[1] == after[0] for before, after in itertools.pairwise(mine))
     assert {each.place for each in timeline.intervals} >= {"gpu", "cpu", "loading"}
     assert len(timeline.calls) == outcome.calls
