@@ -33,10 +33,17 @@ class _DemoResults:
 
 
 @dataclass(frozen=True)
+class _ShownModel:
+    """Of the settings of a sweep: what a report names the model by."""
+
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class _ShownSettings:
     """The settings that a report shows in a sentence of their own; all of them are in its table."""
 
-    model: Mapping[str, Any] | str = ""
+    model: _ShownModel | str = ""
     versions: Mapping[str, Any] = field(default_factory=dict)
     kvpress: Mapping[str, Any] = field(default_factory=dict)
     sweep: Mapping[str, Any] = field(default_factory=dict)

@@ -67,7 +67,13 @@ def test_other_programs_need_not_measure_everything(tmp_path):
     with pytest.raises(ValueError, match=r"theirs.jsonl: record 1: got 'long' as length; accepted: a whole number"):
         load_run(tmp_path)
     (tmp_path / "theirs.jsonl").write_text(json.dumps(line | {"score": 1.0}) + "\n")
-    for text, message in (("{", "settings.json is not JSON: "), ("[]", "got a list in .*settings.json; accepted: a ")):
+    refused = {
+        "{": "settings.json is not JSON: ",
+        "[]": "got a list in .*settings.json; accepted: a ",
+        '{"model": {"id": 0.5}}': r"the settings in .* cannot be used: got 0.5 as model.id; accepted: text",
+        '{"model": 7}': r"the settings in .* cannot be used: got 7 as model; accepted: ",
+    }
+    for text, message in refused.items():
         (tmp_path / "settings.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_run(tmp_path)
