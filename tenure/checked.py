@@ -367,6 +367,8 @@ def _shape(hint: Any) -> Any:
         return None if hasattr(hint, "shorthand") else (Mapping, hint)
     if origin in (dict, Mapping):
         return Mapping
+    if origin is Literal and all(isinstance(one, str) for one in get_args(hint)):
+        return str
     return {float: (int, float, Real), int: (int, Integral), bool: bool, str: str}.get(hint)
 
 

@@ -11,7 +11,7 @@ from ..sampling.stop import StopChecker
 from .answer_parsers import AnswerParser, ReasoningParser, TemplateParser, TextParser
 from .api_requests import ChatBody, CompletionBody
 from .prompts import PromptRenderer, RenderedPrompt
-from .tool_calls import FunctionSpec, NamedTool, chosen_functions
+from .tool_calls import FunctionSpec, ToolChoice, chosen_functions
 
 _GAP = Regex(r"[ \n]{0,4}")  # between reasoning and the answer
 
@@ -41,8 +41,8 @@ def plan_completion(body: CompletionBody, renderer: PromptRenderer, max_prompts:
 def plan_chat(body: ChatBody, renderer: PromptRenderer) -> AnswerPlan:
     """Of a chat.
 
-    A call that is required, a strict function and a response format become a constraint; where both calls and a format
-    are asked for, the answer is one of them.
+    A call that is required, a choice of some tools, a strict function and a response format become a constraint; where
+    both calls and a format are asked for, the answer is one of them.
 
     Raises:
         ApiError: 400, tools that this model cannot call, or a wrong choice of them.
@@ -53,10 +53,13 @@ def plan_chat(body: ChatBody, renderer: PromptRenderer) -> AnswerPlan:
     thinking = None if body.chat_template_kwargs is None else body.chat_template_kwargs.enable_thinking
     shown = () if mode == "none" else tools
     prompt = renderer.chat(body.messages, shown, thinking)
-    single = body.parallel_tool_calls is False or isinstance(body.tool_choice, NamedTool)
+    single = body.parallel_tool_calls is False or (
+        isinstance(body.tool_choice, ToolChoice) and body.tool_choice.type == "function"
+    )
     max_calls = 1 if single else None
     field, constraint = body.constraint() or (None, None)
-    calls = _calls(renderer, functions, mode == "required", max_calls, constraint is not None)
+    limited = len(functions) < len(shown)  # the prompt shows functions that must not be called
+    calls = _calls(renderer, functions, mode == "required", limited, max_calls, constraint is not None)
     if calls is not None:
         both = constraint is not None and mode != "required"
         constraint, field = OneOf((calls, constraint)) if both and constraint is not None else calls, "tools"
@@ -66,12 +69,17 @@ def plan_chat(body: ChatBody, renderer: PromptRenderer) -> AnswerPlan:
 
 
 def _calls(
-    renderer: PromptRenderer, functions: list[FunctionSpec], required: bool, max_calls: int | None, formatted: bool
+    renderer: PromptRenderer,
+    functions: list[FunctionSpec],
+    required: bool,
+    limited: bool,
+    max_calls: int | None,
+    formatted: bool,
 ) -> Constraint | None:
     """The constraint on calls; None: the model is free."""
     if not functions:
         return None
-    strict = any(one.strict for one in functions)
+    strict = limited or any(one.strict for one in functions)
     if not (required or strict or formatted):
         if not renderer.has_response_template:
             renderer.tool_form()  # refuses a form that is not known

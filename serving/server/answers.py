@@ -93,6 +93,19 @@ class AnswerFormat(ABC):
         """The last event of a stream that has failed."""
         return error.event()
 
+    def _token_logprobs(self, event: AnswerEvent) -> list[dict[str, Any]]:
+        """An entry for each token of the event, in the form of chats; none if they were not asked for."""
+        found = []
+        for token, row in zip(event.tokens, event.logprobs or (), strict=event.logprobs is not None):
+            top = zip(row.top_ids, row.top_logprobs, strict=True)
+            found.append(self._one(token, row.logprob) | {"top_logprobs": [self._one(*each) for each in top]})
+        return found
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._token_text(token)
+        known = REPLACEMENT not in text  # else the token is a part of a character, whose bytes are not known here
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if known else None}
+
 
 class ChoicesFormat(AnswerFormat):
     """A response with a choice for each answer."""
@@ -198,19 +211,7 @@ class ChatFormat(ChoicesFormat):
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def _logprobs(self, event: AnswerEvent) -> dict[str, Any] | None:
-        if event.logprobs is None:
-            return None
-        rows = zip(event.tokens, event.logprobs, strict=True)
-        return {"content": [self._token(token, row) for token, row in rows], "refusal": None}
-
-    def _token(self, token: int, row: TokenLogprobs) -> dict[str, Any]:
-        top = zip(row.top_ids, row.top_logprobs, strict=True)
-        return self._one(token, row.logprob) | {"top_logprobs": [self._one(*each) for each in top]}
-
-    def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._token_text(token)
-        known = REPLACEMENT not in text  # else the token is a part of a character, whose bytes are not known here
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if known else None}
+        return None if event.logprobs is None else {"content": self._token_logprobs(event), "refusal": None}
 
 
 class CompletionFormat(ChoicesFormat):

@@ -19,7 +19,7 @@ from ..sampling.params import MAX_LOGPROBS, SamplingParams
 from .api_errors import bad_request
 from .server_config import ServerConfig
 from .structured_output import ResponseFormat, StructuredOutputs, requested_constraint
-from .tool_calls import MessageCall, NamedTool, ToolSpec
+from .tool_calls import MessageCall, ToolChoice, ToolSpec
 
 logger = logging.getLogger(__name__)
 Tokens = Annotated[int, Range(1, MAX_NUMBER)]
@@ -249,7 +249,7 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[tuple[ChatMessage, ...], Size(1)]
     tools: tuple[ToolSpec, ...] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
     max_completion_tokens: Tokens | None = None

@@ -213,11 +213,17 @@ class Endpoints:
         """Receives a body, and returns the result of `work`, which reads it.
 
         Raises:
-            ApiError: 429, too many bodies of this client are being read; and as `read_bytes` and `_read`.
+            ApiError: 429, too many bodies of this sender are being read; and as `read_bytes` and `_read`.
         """
-        with self._bodies.admitted(caller.client, 1):
+        with self._bodies.admitted(self._sender(request, caller), 1):
             raw = await read_bytes(request, self.config)
             return await self._read(lambda: work(raw))
+
+    def _sender(self, request: Request, caller: Caller) -> str:
+        """Whose bodies are counted together: the client's or, without keys, where all are one, the address's."""
+        if self.keys.required:
+            return caller.client
+        return request.client.host if request.client is not None else ""
 
     async def _read(self, work: Callable[[], T]) -> T:
         """The result of `work`, which reads what a client has sent.

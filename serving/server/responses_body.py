@@ -9,22 +9,25 @@ from typing import Annotated, Any, ClassVar, Literal
 from tenure.checked import Range, Size
 
 from ..request import MAX_NAME, MAX_NUMBER, shown
+from ..sampling.params import MAX_LOGPROBS
 from .api_requests import UNSUPPORTED, ApiBody, ChatBody, ChatMessage, StreamOptions
 from .structured_output import ResponseFormat, SchemaFormat
-from .tool_calls import CalledFunction, FunctionName, FunctionSpec, MessageCall, NamedTool, ToolSpec
+from .tool_calls import AllowedTools, CalledFunction, FunctionName, FunctionSpec, MessageCall, ToolChoice, ToolSpec
 
 # Fields that need a store of responses or tools of the server's own, and the values that ask for nothing.
 STATEFUL: dict[str, tuple[Any, ...]] = {
     "previous_response_id": (), "conversation": (), "background": (False,), "store": (False,),
-    "max_tool_calls": (), "context_management": ([],), "truncation": ("disabled",), "top_logprobs": (0,),
+    "max_tool_calls": (), "context_management": ([],), "truncation": ("disabled",),
 }  # fmt: skip
 # Fields that only chats have, and the values that ask for nothing.
 NOT_IN_RESPONSES: dict[str, tuple[Any, ...]] = {
     "n": (1,), "stop": ([],), "seed": (), "logprobs": (False,), "presence_penalty": (0, 0.0), "logit_bias": ({},),
     "frequency_penalty": (0, 0.0), "structured_outputs": (), "chat_template_kwargs": ({},),
 }  # fmt: skip
-# Further parts of items that clients ask for as a matter of course; there are no such items, or no such parts.
+LOGPROBS = "message.output_text.logprobs"
+# Parts of items that clients ask for as a matter of course; but for the first, there are no such items or parts.
 Includable = Literal[
+    "message.output_text.logprobs",
     "reasoning.encrypted_content", "file_search_call.results", "web_search_call.results",
     "web_search_call.action.sources", "code_interpreter_call.outputs", "computer_call_output.output.image_url",
     "message.input_image.image_url",
@@ -94,6 +97,10 @@ class ResponsesTool:
                 "chats"
             )
 
+    def of_chat(self) -> ToolSpec:
+        """The same in a chat."""
+        return ToolSpec("function", FunctionSpec(self.name, self.description, self.parameters, self.strict))
+
 
 @dataclass(frozen=True)
 class ResponsesTextFormat:
@@ -127,11 +134,33 @@ class ResponsesText:
 
 
 @dataclass(frozen=True)
-class ToolName:
-    """`tool_choice` of one function."""
+class ResponsesToolChoice:
+    """`tool_choice` of one function, or of some.
 
-    type: Literal["function"]
-    name: str
+    Raises:
+        ValueError: without the fields of its type, or with others.
+    """
+
+    type: Literal["function", "allowed_tools"]
+    name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: Annotated[tuple[ResponsesTool, ...], Size(1)] | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("name", "mode", "tools") if getattr(self, name) is not None]
+        if given != (["name"] if self.type == "function" else ["mode", "tools"]):
+            raise ValueError(
+                f"got a tool_choice of type {self.type} with {' and '.join(given) or 'no other field'}; accepted: "
+                '{"type": "function", "name": …} or {"type": "allowed_tools", "mode": "auto" or "required", '
+                '"tools": […]}'
+            )
+
+    def of_chat(self) -> ToolChoice:
+        """The same in a chat."""
+        if self.type == "function":
+            return ToolChoice("function", FunctionName(self.name or ""))
+        tools = tuple(one.of_chat() for one in self.tools or ())
+        return ToolChoice("allowed_tools", allowed_tools=AllowedTools(self.mode or "auto", tools))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +168,11 @@ class ResponsesBody(ApiBody):
     """The body of `/v1/responses`.
 
     Attributes:
-        include, stream_options: of no effect.
+        include: logprobs of the text's tokens, each beside the `top_logprobs` likeliest ones; the rest has no effect.
+        stream_options: of no effect.
+
+    Raises:
+        ValueError: `top_logprobs` without logprobs.
     """
 
     elsewhere: ClassVar[Mapping[str, str]] = {
@@ -155,13 +188,25 @@ class ResponsesBody(ApiBody):
     temperature: float | None = None
     top_p: float | None = None
     tools: tuple[ResponsesTool, ...] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolName | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: ResponsesText | None = None
     include: tuple[Includable, ...] | None = None
+    top_logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
     stream_options: StreamOptions | None = None
     explain_cache: bool | None = None
     cache_salt: Annotated[str, Size(1, MAX_NAME)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.top_logprobs and not self.with_logprobs:
+            raise ValueError(
+                f'got top_logprobs={self.top_logprobs} without logprobs; accepted: with include=["{LOGPROBS}"]'
+            )
+
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether the text's tokens get their logprobs."""
+        return LOGPROBS in (self.include or ())
 
     @classmethod
     def unsupported(cls) -> dict[str, tuple[Any, ...]]:
@@ -181,17 +226,15 @@ class ResponsesBody(ApiBody):
                 schema = SchemaFormat(given.name or "", given.schema or {}, given.description, given.strict)
             format = ResponseFormat(given.type, schema)
         choice = self.tool_choice
-        if isinstance(choice, ToolName):
-            choice = NamedTool("function", FunctionName(choice.name))
-        tools = tuple(
-            ToolSpec("function", FunctionSpec(one.name, one.description, one.parameters, one.strict))
-            for one in self.tools or ()
-        )
+        if isinstance(choice, ResponsesToolChoice):
+            choice = choice.of_chat()
+        tools = tuple(one.of_chat() for one in self.tools or ())
         return ChatBody(
             model=self.model, messages=tuple(self._messages()), stream=self.stream, tools=tools or None,
             max_completion_tokens=self.max_output_tokens, temperature=self.temperature, top_p=self.top_p,
             tool_choice=choice, parallel_tool_calls=self.parallel_tool_calls, response_format=format,
             explain_cache=self.explain_cache, cache_salt=self.cache_salt,
+            logprobs=self.with_logprobs, top_logprobs=self.top_logprobs if self.with_logprobs else None,
         )  # fmt: skip
 
     def _messages(self) -> list[ChatMessage]:

@@ -9,17 +9,21 @@ from typing import Any
 
 from ..events import AnswerEvent
 from ..request import RequestOutput
-from .answer_parsers import AnswerDelta, CallDelta
+from .answer_parsers import AnswerDelta, CallDelta, TextParser
 from .answers import AnswerFormat, usage
-from .api_errors import ApiError
+from .api_errors import ApiError, bad_request
 from .cache_explanation import explanation
-from .responses_body import ResponsesBody
+from .responses_body import LOGPROBS, ResponsesBody
 
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # of ids, as OpenAI has them
 
 
 class ResponsesFormat(AnswerFormat):
-    """Of `/v1/responses`; there is one answer."""
+    """Of `/v1/responses`; there is one answer.
+
+    Raises:
+        ApiError: 400, logprobs of an answer that is not all text: its tokens are not told apart by item.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -27,6 +31,12 @@ class ResponsesFormat(AnswerFormat):
         self._items: list[dict[str, Any]] = []  # of output; the last one grows, unless it has been completed
         self._number = 0  # of events
         self._call = -1  # index of the call that grows
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text, if they have one, is still to come
+        if LOGPROBS in (self._request.include or ()) and self._make_parser is not TextParser:
+            raise bad_request(
+                f"include {LOGPROBS!r} is not supported by this server with tools, or with a model that reasons; "
+                "accepted: where the answer is text, or chat completions", "include", "unsupported_parameter",
+            )  # fmt: skip
 
     def whole(self, choices: Sequence[AnswerEvent], n: int) -> dict[str, Any]:
         (event,) = choices
@@ -49,11 +59,14 @@ class ResponsesFormat(AnswerFormat):
         if not self._number:
             for name in ("created", "in_progress"):
                 found += self._encode(f"response.{name}", response=self._response([]))
+        self._logprobs += self._token_logprobs(event)
         found += self._delta(self._parser.push(event.text or "", event.tokens))
         if event.output is not None:
             found += self._delta(self._parser.finish())
             if not self._items:
                 found += self._open("message")
+            if self._logprobs:
+                found += self._grow("message", "response.output_text", "")
             complete = event.output.finished_by is not None
             found += self._close("completed" if complete else "incomplete")
         return found
@@ -72,7 +85,10 @@ class ResponsesFormat(AnswerFormat):
         """More text of the last item, or of a new one."""
         found = b"" if self._is_open(kind) else self._open(kind)
         self._items[-1]["content"][0]["text"] += text
-        more = {"logprobs": []} if kind == "message" else {}
+        more: dict[str, Any] = {}
+        if kind == "message":
+            more["logprobs"], self._logprobs = self._logprobs, []
+            self._items[-1]["content"][0]["logprobs"] += more["logprobs"]
         return found + self._of_item(f"{event}.delta", content_index=0, delta=text, **more)
 
     def _grow_call(self, part: CallDelta) -> bytes:
@@ -122,7 +138,7 @@ class ResponsesFormat(AnswerFormat):
             (part,) = item["content"]
             message = item["type"] == "message"
             name = "response.output_text" if message else "response.reasoning_text"
-            more = {"logprobs": []} if message else {}
+            more = {"logprobs": part["logprobs"]} if message else {}
             found = self._of_item(f"{name}.done", content_index=0, text=part["text"], **more)
             found += self._of_item("response.content_part.done", content_index=0, part=part)
         return found + self._encode("response.output_item.done", output_index=len(self._items) - 1, item=item)
@@ -151,6 +167,7 @@ class ResponsesFormat(AnswerFormat):
                 "input_tokens_details": counted["prompt_tokens_details"] | {"cache_write_tokens": 0},
             }  # fmt: skip
         choice = body.tool_choice or "auto"
+        given_choice = choice if isinstance(choice, str) else _given(choice)
         format = {"type": "text"} if body.text is None or body.text.format is None else _given(body.text.format)
         return {
             "id": self.id, "object": "response", "created_at": self._base["created"], "status": status, "error": None,
@@ -159,7 +176,7 @@ class ResponsesFormat(AnswerFormat):
             "parallel_tool_calls": body.parallel_tool_calls is not False, "store": False, "usage": numbers,
             "temperature": 1.0 if body.temperature is None else body.temperature, "text": {"format": format},
             "top_p": 1.0 if body.top_p is None else body.top_p, "truncation": "disabled",
-            "tool_choice": choice if isinstance(choice, str) else _given(choice),
+            "tool_choice": given_choice, "top_logprobs": body.top_logprobs or 0,
             "tools": [_given(one) for one in body.tools or ()], "reasoning": {"effort": None, "summary": None},
         } | (explanation(outputs[0]) if outputs else {})  # fmt: skip
 
@@ -172,7 +189,13 @@ def _without_parts(item: dict[str, Any]) -> dict[str, Any]:
 def _given(value: Any) -> dict[str, Any]:
     """A part of the body, without fields that were not given."""
     fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
-    found = {name: dict(one) if hasattr(one, "keys") else one for name, one in fields.items() if one is not None}
+    found = {name: _plain(one) for name, one in fields.items() if one is not None}
     if found.get("type") == "function" and "name" in found and hasattr(value, "parameters"):
         found = {"parameters": None, "strict": None} | found
     return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_given(one) for one in value]
+    return dict(value) if hasattr(value, "keys") else value

@@ -22,7 +22,8 @@ class ServerConfig:
         default_max_tokens: of an answer to a chat that does not give a number; less where the context ends before.
         default_completion_tokens: of an answer to a completion that does not give a number, as OpenAI has it.
         max_client_requests: answers of one client that are being computed or wait; more get status 429.
-        max_client_bodies: bodies of one client that are being received or read; more get status 429.
+        max_client_bodies: bodies of one client, without keys of one address, that are being received or read; more get
+            status 429.
         max_connections: connections at once. Requests on further ones get status 503; from twice as many on, new ones
             are closed at once.
         head_timeout_s: seconds in which the line and headers of a request must arrive.

@@ -95,27 +95,46 @@ class FunctionName:
 
 
 @dataclass(frozen=True)
-class NamedTool:
-    """`tool_choice` of one function.
+class AllowedTools:
+    """Some of the tools: the prompt shows all, so that it stays in the cache, and only these are called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[tuple[ToolSpec, ...], Size(1)]
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """`tool_choice` of one function, or of some.
 
     Raises:
-        ValueError: without a function.
+        ValueError: without the field that its type names, or with the other one.
     """
 
-    type: Literal["function"]
+    type: Literal["function", "allowed_tools"]
     function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
 
     def __post_init__(self) -> None:
-        if self.function is None:
+        given = [name for name in ("function", "allowed_tools") if getattr(self, name) is not None]
+        if given != [self.type]:
             raise ValueError(
-                'got a tool_choice without function; accepted: {"type": "function", "function": {"name": …}}'
+                f"got a tool_choice of type {self.type} with {' and '.join(given) or 'no tool'}; accepted: "
+                '{"type": "function", "function": {"name": …}} or {"type": "allowed_tools", "allowed_tools": '
+                '{"mode": "auto" or "required", "tools": […]}}'
             )
 
     @property
-    def name(self) -> str:
-        """Of the function."""
+    def names(self) -> list[str]:
+        """Of the functions."""
+        if self.allowed_tools is not None:
+            return [one.spec.name for one in self.allowed_tools.tools]
         assert self.function is not None, "checked"
-        return self.function.name
+        return [self.function.name]
+
+    @property
+    def mode(self) -> Literal["auto", "required"]:
+        """Whether one of them must be called."""
+        return "required" if self.allowed_tools is None else self.allowed_tools.mode
 
 
 @dataclass(frozen=True)
@@ -267,7 +286,7 @@ def without_tools(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[st
 
 
 def chosen_functions(
-    tools: Sequence[ToolSpec], choice: str | NamedTool | None
+    tools: Sequence[ToolSpec], choice: str | ToolChoice | None
 ) -> tuple[list[FunctionSpec], Literal["none", "auto", "required"]]:
     """The functions that may be called, and whether one must be.
 
@@ -281,10 +300,11 @@ def chosen_functions(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise bad_request(f"got the function {shown(twice)} twice in tools; accepted: each once", "tools")
-    if isinstance(choice, NamedTool):
-        if choice.name not in names:
-            raise bad_request(f"got tool_choice of {shown(choice.name)}; accepted: one of the tools", "tool_choice")
-        return [one for one in functions if one.name == choice.name], "required"
+    if isinstance(choice, ToolChoice):
+        for name in choice.names:
+            if name not in names:
+                raise bad_request(f"got tool_choice of {shown(name)}; accepted: one of the tools", "tool_choice")
+        return [one for one in functions if one.name in choice.names], choice.mode
     if not functions:
         if choice == "required":
             raise bad_request("got tool_choice 'required' without tools; accepted: with tools", "tool_choice")

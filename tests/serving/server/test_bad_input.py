@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tenure.serving.server import ServerConfig
+from tenure.serving.server.api_keys import ApiKeys, Caller
 
 TOOL_CALL: dict[str, Any] = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -108,7 +109,9 @@ BAD_FORMS = [
     ({"tool_choice": "required"}, "'required' without tools"),
     ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "accepted: one of the tools"),
-    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice; accepted: none, auto, required"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "type allowed_tools with no tool; accepted"),
+    ({"tools": [TOOL], "tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "'custom' as tool_choice.type"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "got 'custom' as tools[0].type; accepted: function"),
     ({"response_format": {"type": "xml"}}, "response_format.type; accepted: text, json_object"),
     ({"response_format": {"type": "json_schema"}}, "type json_schema without json_schema; accepted"),
     ({"response_format": schema_format([])}, "response_format.json_schema.schema"),
@@ -266,6 +269,26 @@ def test_a_client_with_too_many_bodies_under_way_is_asked_to_wait(serve):
         served.until(lambda: served.post("/chat/completions", CHAT).status_code == 429)
         check(served.post("/completions", CHAT), 429, "got 1 bodies while 1 are in progress; accepted: up to 1 at once")
     served.until(lambda: served.post("/chat/completions", CHAT).status_code == 200)
+
+
+def test_bodies_are_counted_by_address_without_keys_and_by_client_with_them(serve):
+    key_of_a, config = "key-of-team-a-0123456789", ServerConfig(max_client_bodies=1, drain_s=5.0)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+    for served, key in (
+        (serve(config=config), ""),
+        (serve(ApiKeys({key_of_a: Caller("a", False)}), config=config), key_of_a),
+    ):
+        authorization = {"Authorization": f"Bearer {key}"} if key else {}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in authorization.items()).encode()
+        address = ("127.0.0.1", int(served.root.rpartition(":")[2]))
+        here, there = (
+            httpx.Client(base_url=served.url, transport=httpx.HTTPTransport(local_address=one), headers=authorization)
+            for one in ("127.0.0.1", "127.0.0.2")
+        )
+        with here, there, socket.create_connection(address, 10, ("127.0.0.1", 0)) as slow:
+            slow.sendall(head + lines + b"\r\n{")
+            served.until(lambda ask=here: ask.post("/chat/completions", json=CHAT).status_code == 429)
+            assert there.post("/chat/completions", json=CHAT).status_code == (429 if key else 200)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])

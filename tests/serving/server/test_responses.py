@@ -11,6 +11,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
+from tenure.serving.server.responses_body import LOGPROBS
+
 from .test_tool_calls import CALL, PARAMETERS, answering
 
 __all__ = ["answering"]  # a fixture
@@ -80,6 +82,40 @@ def test_a_named_tool_is_called(answering):
     assert json.loads(call.arguments)["city"] in ("Rome", "Oslo")
 
 
+def test_only_allowed_tools_are_called(answering):
+    _, client = answering()
+    clock: Any = {"type": "function", "name": "clock", "parameters": {"type": "object", "properties": {}}}
+    options: dict[str, Any] = {"tools": [TOOL, clock], "max_output_tokens": 200, "temperature": 1.0}
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "clock"}]}
+    found = ask(client, tool_choice=choice, **options)
+    assert {call.name for call in found.output} == {"clock"}
+    assert found.tool_choice.type == "allowed_tools" and found.tool_choice.tools[0]["name"] == "clock"
+    with pytest.raises(openai.BadRequestError, match="got tool_choice of 'other'; accepted: one of the tools"):
+        ask(client, tool_choice=choice | {"tools": [{"type": "function", "name": "other"}]}, **options)
+
+
+def test_logprobs_are_those_of_a_chat(client):
+    messages: list[Any] = [{"role": "user", "content": "Rain?"}]
+    chat = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=8, temperature=0, logprobs=True, top_logprobs=2
+    )
+    options: dict[str, Any] = {"temperature": 0, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    found = ask(client, **options)
+    (part,) = found.output[0].content
+    assert found.top_logprobs == 2 and len(part.logprobs) == found.usage.output_tokens
+    expected = [
+        (one.token, one.logprob, [top.token for top in one.top_logprobs]) for one in chat.choices[0].logprobs.content
+    ]
+    got = [(one.token, one.logprob, [top.token for top in one.top_logprobs]) for one in part.logprobs]
+    assert [one[0::2] for one in got] == [one[0::2] for one in expected]
+    assert [one[1] for one in got] == pytest.approx([one[1] for one in expected], abs=1e-5)
+    events = list(ask(client, stream=True, **options))
+    parts = [one for event in events if event.type == "response.output_text.delta" for one in event.logprobs]
+    (done,) = [event for event in events if event.type == "response.output_text.done"]
+    assert [one.token for one in parts] == [one.token for one in done.logprobs] == [one[0] for one in expected]
+    assert [one.token for one in events[-1].response.output[0].content[0].logprobs] == [one[0] for one in expected]
+
+
 class Answer(BaseModel):
     kind: Literal["cat", "dog"]
     sure: bool
@@ -114,7 +150,14 @@ def test_reasoning_is_an_item_of_its_own(answering):
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported"),
         ({"store": True}, "store is not supported by this server; accepted: False"),
-        ({"include": ["message.output_text.logprobs"]}, "got 'message.output_text.logprobs' as include[0]; accepted"),
+        ({"include": ["nothing"]}, "got 'nothing' as include[0]; accepted"),
+        ({"include": [LOGPROBS], "tools": [TOOL]}, f"include '{LOGPROBS}' is not supported by this server with tools"),
+        ({"top_logprobs": 2}, "got top_logprobs=2 without logprobs; accepted: with include="),
+        ({"top_logprobs": 21, "include": [LOGPROBS]}, "top_logprobs"),
+        ({"truncation": "auto"}, "truncation is not supported by this server; accepted: 'disabled'"),
+        ({"tools": [{"type": "custom", "name": "f"}]}, "got 'custom' as tools[0].type; accepted: function"),
+        ({"tools": [TOOL], "tool_choice": {"type": "custom", "name": "f"}}, "'custom' as tool_choice.type"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "name": "f"}}, "allowed_tools with name; accepted"),
         ({"background": True}, "background is not supported"),
         ({"conversation": "c"}, "conversation is not supported"),
         ({"tools": [{"type": "web_search"}]}, "got 'web_search' as tools[0].type; accepted: function"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from pydantic import BaseModel, Field
 from tenure.serving.server.api_errors import ApiError
 from tenure.serving.server.api_requests import ChatMessage
 from tenure.serving.server.prompts import PromptRenderer
-from tenure.serving.server.tool_calls import CalledFunction, FunctionSpec, MessageCall, ToolSpec, form_of
+from tenure.serving.server.tool_calls import CalledFunction, FunctionSpec, HermesForm, MessageCall, ToolSpec, form_of
 
 from .conftest import TEMPLATE, Served, byte_tokenizer
 
@@ -130,6 +131,34 @@ def test_a_required_call_is_always_valid(answering, template):
     assert not text and reason == "tool_calls"
     expected = [(one.function.name, one.function.arguments) for one in found.message.tool_calls]
     assert [(one["name"], one["arguments"]) for one in calls.values()] == expected
+
+
+@pytest.mark.parametrize("template", [QWEN, LLAMA, TEMPLATE])
+def test_only_allowed_tools_are_called(answering, template):
+    """Also where the model is free to call, and all tools stay in the prompt."""
+    served, client = answering(template=template)
+    clock: Any = {"type": "function", "function": {"name": "clock"}}
+    allowed: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [clock]}}
+    prompts = set()
+    for seed in range(3):
+        found = create(client, tool_choice=allowed, seed=seed)
+        assert {call.function.name for call in found.choices[0].message.tool_calls} == {"clock"}
+        prompts.add(found.usage.prompt_tokens)
+    assert prompts == {create(client, tool_choice="required", seed=1).usage.prompt_tokens}
+    submit, masks = served.engine.submit, []
+
+    def watched(request: Any) -> int:
+        masks.append(request.sampling.make_mask())
+        return submit(request)
+
+    served.engine.submit = watched
+    for function, accepted in (("clock", True), ("forecast", False)):
+        create(client, tool_choice=allowed | {"allowed_tools": {"mode": "auto", "tools": [clock]}}, max_tokens=2)
+        text = (form_of(template) or HermesForm()).tagged(FunctionSpec(function)).begin
+        tokens, mask = served.tokenizer(text)["input_ids"], masks.pop()
+        with contextlib.nullcontext() if accepted else pytest.raises(ValueError):
+            for token in tokens:
+                mask.accept(token)
 
 
 def test_a_free_call_and_its_result(answering):
@@ -274,7 +303,12 @@ def test_langchain_calls_and_is_given_the_result(answering):
 
     _, client = answering(template=TEMPLATE)
     free = ChatOpenAI(
-        base_url=str(client.base_url), api_key="none", model="tiny", max_tokens=120, max_retries=0, timeout=60  # pyright: ignore[reportCallIssue]
+        base_url=str(client.base_url),
+        api_key="none",
+        model="tiny",
+        max_tokens=120,
+        max_retries=0,
+        timeout=60,  # pyright: ignore[reportCallIssue]
     )
     for method in ("json_schema", "function_calling"):
         assert isinstance(free.with_structured_output(Weather, method=method).invoke(messages[:1]), Weather)
