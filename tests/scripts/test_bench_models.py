@@ -53,9 +53,9 @@ def test_wrong_results_and_crashes_are_faults(monkeypatch: pytest.MonkeyPatch, c
 def test_the_page_is_rewritten_between_its_markers(tmp_path: Path) -> None:
     page = tmp_path / "models.md"
     with pytest.raises(ValueError, match=r"accepted: a Markdown file with the lines <!-- models -->"):
-        main(ModelsBenchConfig(["llama"], str(page)))
+        main(ModelsBenchConfig(["llama"], page))
     page.write_text(f"# Models\n\n{BEGIN}\nold\n{END}\n\nlast\n")
-    assert main(ModelsBenchConfig(["hrm_text"], str(page))) == 0
+    assert main(ModelsBenchConfig(["hrm_text"], page)) == 0
     text = page.read_text()
     assert text.startswith("# Models\n") and text.endswith(f"{END}\n\nlast\n")
     assert "old" not in text and "| hrm_text |" in text
