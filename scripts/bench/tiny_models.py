@@ -153,6 +153,7 @@ TEXT_ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": _hybrid("lfm2", "conv", FULL),
     "lfm2_moe": _hybrid("lfm2_moe", "conv", FULL, num_dense_layers=1),
     "mamba2": Architecture("mamba2", {"num_heads": 4, "head_dim": 16, "expand": 2}),
+    "minimax_m3_vl_text, sparse": _hybrid("minimax_m3_vl_text", FULL, "minimax_m3_sparse"),
     "ministral": _hybrid("ministral", SLIDING, FULL),
     "mistral, all sliding": Architecture("mistral"),
     "qwen2, some sliding": Architecture("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),

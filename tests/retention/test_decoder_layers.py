@@ -24,6 +24,7 @@ REFUSED = {
     "hrm_text": "several of its attention layers share the cache layer 0",
     "jetmoe": "its attention repeats keys and values after they are cached",
     "minimax": "it does not take transformers' DynamicCache",
+    "minimax_m3_vl_text, sparse": "its attention layers use the cache MiniMaxM3VLSparseCacheLayer",
     "mistral, all sliding": "no causal full-attention layer",
     "zamba2": "has the index -1, outside its cache's 4 layers",
 }
