@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...retention.ops.softmax import ORDINARY, Softmax
+
 if TYPE_CHECKING:
     from .segment_attention import PageAddresses
 
@@ -227,17 +229,21 @@ def ragged_decode(
 
 def segment_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor,
-    scaling: float,
+    scaling: float, softmax: Softmax = ORDINARY,
 ) -> torch.Tensor:  # fmt: skip
     """Same contract as `ops.segment_attention.segment_attention`, which takes its kernel too; fp64 for fp64 inputs."""
     wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*query.shape[:3], value.shape[1])
-    for of_segment, result, start, end in zip(
-        query.flatten(0, 1), out.flatten(0, 1), starts.tolist(), ends.tolist(), strict=True
+    heads, group = query.shape[1:3]
+    for segment, (of_segment, result, start, end) in enumerate(
+        zip(query.flatten(0, 1), out.flatten(0, 1), starts.tolist(), ends.tolist(), strict=True)
     ):
         if end > start:
-            logits = of_segment.to(wide) @ key[start:end].to(wide).T * scaling
-            result.copy_(logits.softmax(1) @ value[start:end].to(wide))
+            logits = softmax.capped(of_segment.to(wide) @ key[start:end].to(wide).T * scaling)
+            own = slice(segment % heads * group, (segment % heads + 1) * group)
+            sinks = None if softmax.sinks is None else softmax.sinks[own]
+            weights = Softmax(softmax.softcap, sinks).weights(logits[None, :, None])[0, :, 0]
+            result.copy_(weights @ value[start:end].to(wide))
     return out
 
 

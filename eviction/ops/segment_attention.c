@@ -2,7 +2,9 @@
 // segment_attention.py.
 //
 // One compilation serves one shape: GROUP query heads share a key/value head, KEY_DIM and VALUE_DIM numbers of a head.
-// With BF16, queries, keys, values and results are bf16, else fp32; sums and weights are fp32 in both cases.
+// With BF16, queries, keys, values and results are bf16, else fp32; sums and weights are fp32 in both cases. With CAPPED,
+// logits x become softcap * tanh(x / softcap); with SINKS, each query head has one more entry, whose value is zero and
+// whose logit is learned.
 
 #include <math.h>
 
@@ -89,16 +91,30 @@ static inline int take(list *lists, int64_t page_size, int64_t *slots) {
     return count;
 }
 
+#ifdef CAPPED
+// softcap * tanh(x / softcap), to 2e-7 of softcap.
+static inline float cap(float x, float softcap) {
+    float power = exponential((x < 0 ? x : -x) * 2 / softcap), size = softcap * (1 - power) / (1 + power);
+    return x < 0 ? -size : size;
+}
+#endif
+
 // Softmax of a group's queries over the entries of two lists, block by block with a running maximum: keys and values are
-// read once. log_sum: the logarithms of the denominators.
+// read once. softcap and sinks, the group's, count with CAPPED and SINKS. log_sum: the logarithms of the denominators.
 static void attend(const number *query, const number *key, const number *value, list *lists, int64_t page_size,
-                   float scaling, number *out, float *log_sum) {
+                   float scaling, float softcap, const float *sinks, number *out, float *log_sum) {
+    (void)softcap, (void)sinks;
     vec scaled[GROUP][KEY_DIM / LANES], sums[GROUP][VALUE_DIM / LANES];
     float total[GROUP], highest[GROUP];
     memset(sums, 0, sizeof sums);
     for (int g = 0; g < GROUP; g++) {
+#ifdef SINKS
+        total[g] = 1;
+        highest[g] = sinks[g];
+#else
         total[g] = 0;
         highest[g] = LOWEST;
+#endif
         for (int d = 0; d < KEY_DIM; d++)
             scaled[g][PLACE(d) / LANES][PLACE(d) % LANES] = widen(query[g * KEY_DIM + d]) * scaling;
     }
@@ -132,6 +148,10 @@ static void attend(const number *query, const number *key, const number *value, 
         }
         for (int g = 0; g < GROUP; g++) {
             float most = highest[g], added = 0;
+#ifdef CAPPED
+#pragma omp simd
+            for (int i = 0; i < padded; i++) weights[g][i] = cap(weights[g][i], softcap);
+#endif
             for (int i = count; i < padded; i++) weights[g][i] = LOWEST;
 #pragma omp simd reduction(max : most)
             for (int i = 0; i < padded; i++) most = weights[g][i] > most ? weights[g][i] : most;
@@ -173,16 +193,19 @@ static void attend(const number *query, const number *key, const number *value, 
     }
 }
 
-// Segment s is the entries [starts[s], ends[s]); its queries and results are the s-th GROUP ones.
+// Segment s is the entries [starts[s], ends[s]); its queries and results are the s-th GROUP ones. Of the sinks, those of
+// `heads` groups, they have the (s % heads)-th.
 void segment_attention(const number *query, const number *key, const number *value, const int64_t *starts,
-                       const int64_t *ends, int64_t segments, float scaling, int threads, number *out) {
+                       const int64_t *ends, int64_t segments, int64_t heads, float scaling, float softcap,
+                       const float *sinks, int threads, number *out) {
     int64_t entries = 0;
     for (int64_t s = 0; s < segments; s++) entries += ends[s] - starts[s];
 #pragma omp parallel for num_threads(threads) if (threads > 1 && entries >= WORTH_THREADS) schedule(dynamic)
     for (int64_t s = 0; s < segments; s++) {
         list lists[2] = {{0, starts[s], ends[s] - starts[s]}, {0, 0, 0}};
         float log_sum[GROUP];
-        attend(query + s * GROUP * KEY_DIM, key, value, lists, 1, scaling, out + s * GROUP * VALUE_DIM, log_sum);
+        attend(query + s * GROUP * KEY_DIM, key, value, lists, 1, scaling, softcap, sinks ? sinks + s % heads * GROUP : 0,
+               out + s * GROUP * VALUE_DIM, log_sum);
     }
 }
 
@@ -217,7 +240,7 @@ void paged_attention(const number *query, number *key, number *value, const sequ
             memcpy(value + slot * VALUE_DIM, new_value + i * VALUE_DIM, VALUE_DIM * sizeof(number));
         }
         if (from->ragged) lists[0] = (list){from->ragged + from->bounds[s], 0, from->lengths[s]};
-        attend(query + i * GROUP * KEY_DIM, key, value, lists, page_size, scaling, out + i * GROUP * VALUE_DIM,
-               log_sums + i * GROUP);
+        attend(query + i * GROUP * KEY_DIM, key, value, lists, page_size, scaling, 0, 0,
+               out + i * GROUP * VALUE_DIM, log_sums + i * GROUP);
     }
 }

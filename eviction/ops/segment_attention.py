@@ -15,24 +15,30 @@ from functools import cache
 import numpy as np
 import torch
 
+from ...retention.ops.softmax import ORDINARY, Softmax
 from . import c_kernels
 from .c_kernels import COUNT, FLOAT, POINTER, THREADS, Kernel
 
 DTYPES = (torch.float32, torch.bfloat16)
 DIM_MULTIPLE = 8  # of the head dimensions that the kernel takes
-ARGUMENTS = (*[POINTER] * 5, COUNT, FLOAT, THREADS, POINTER)
+ARGUMENTS = (*[POINTER] * 5, COUNT, COUNT, FLOAT, FLOAT, POINTER, THREADS, POINTER)
 PAGED_ARGUMENTS = (*[POINTER] * 4, *[COUNT] * 4, FLOAT, THREADS, *[POINTER] * 4)
 
 
-def find_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Kernel | None:
+def find_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax = ORDINARY
+) -> Kernel | None:
     """The kernel for these arguments of `segment_attention`, or None.
 
     None where C kernels cannot run (see `c_kernels`), on another device, for another dtype or head dimension, and for a
-    query whose gradient is recorded.
+    query or sinks whose gradient is recorded.
     """
     if key.device.type != "cpu" or query.requires_grad:
         return None
-    macros = _macros(key.dtype, query.shape[2], key.shape[1], value.shape[1])
+    if softmax.sinks is not None and softmax.sinks.requires_grad and torch.is_grad_enabled():
+        return None
+    variant = softmax.softcap is not None, softmax.sinks is not None
+    macros = _macros(key.dtype, query.shape[2], key.shape[1], value.shape[1], *variant)
     return c_kernels.find_kernel("segment_attention", ARGUMENTS, macros) if macros else None
 
 
@@ -45,17 +51,20 @@ def find_paged_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
 
 
 @cache  # asked in every layer of every token
-def _macros(dtype: torch.dtype, group: int, head_dim: int, value_dim: int) -> tuple[str, ...]:
+def _macros(
+    dtype: torch.dtype, group: int, head_dim: int, value_dim: int, capped: bool = False, sinks: bool = False
+) -> tuple[str, ...]:
     """Those that the kernel is compiled with; none if it does not take such tensors."""
     if dtype not in DTYPES or head_dim % DIM_MULTIPLE or value_dim % DIM_MULTIPLE:
         return ()
-    macros = f"GROUP={group}", f"KEY_DIM={head_dim}", f"VALUE_DIM={value_dim}"
-    return (*macros, "BF16") if dtype == torch.bfloat16 else macros
+    flags = {"BF16": dtype == torch.bfloat16, "CAPPED": capped, "SINKS": sinks}
+    sizes = f"GROUP={group}", f"KEY_DIM={head_dim}", f"VALUE_DIM={value_dim}"
+    return (*sizes, *(name for name, given in flags.items() if given))
 
 
 def segment_attention(
     kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor,
-    ends: torch.Tensor, scaling: float,
+    ends: torch.Tensor, scaling: float, softmax: Softmax = ORDINARY,
 ) -> torch.Tensor:  # fmt: skip
     """Softmax attention of every segment's queries over its entries; products and sums are in fp32.
 
@@ -65,6 +74,7 @@ def segment_attention(
         key, value: `(capacity, head_dim)` and `(capacity, value_dim)`, contiguous, the query's dtype.
         starts, ends: contiguous int64 `(batch * num_kv_heads,)`: segment s is the entries `[starts[s], ends[s])`.
         scaling: factor of the logits.
+        softmax: the model's own variant of it, for which `find_kernel` was asked.
 
     Returns:
         `(batch, num_kv_heads, group, value_dim)`; zeros for an empty segment.
@@ -72,8 +82,11 @@ def segment_attention(
     assert key.is_contiguous() and value.is_contiguous() and query.dtype == key.dtype, "entries are rows of the storage"
     query = query.contiguous()
     out = query.new_empty(*query.shape[:3], value.shape[1])
+    sinks = None if softmax.sinks is None else softmax.sinks.detach().float().contiguous()
+    assert sinks is None or sinks.numel() == query.shape[1] * query.shape[2], "a sink for each query head"
     kernel(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), starts.data_ptr(), ends.data_ptr(), starts.numel(), scaling,
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), starts.data_ptr(), ends.data_ptr(), starts.numel(),
+        query.shape[1], scaling, softmax.softcap or 0.0, None if sinks is None else sinks.data_ptr(),
         torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
     return out

@@ -30,25 +30,29 @@ def ragged_attention(
     """
     if isinstance(store, PagedStore):
         return store.attend(query, scaling, step, softmax)
+    if step.valid is None and query.shape[2] == 1:
+        return _one_query(store, query, scaling, step, softmax)
     if not softmax.ordinary:
         return explicit_attention(store, query, scaling, step, softmax)
     if step.valid is not None:
         return _padded(store, query, scaling, step)
-    if query.shape[2] == 1:
-        return _one_query(store, query, scaling)
     return _many_queries(store, query, scaling, step)
 
 
-def _one_query(store: SegmentStore, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
+def _one_query(
+    store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep, softmax: Softmax
+) -> torch.Tensor:
     """The heads of a group become the queries of one unmasked call, so that a segment is read once for all of them."""
     batch, num_heads, _, head_dim = query.shape
     heads = store.num_kv_heads
     packed = query.reshape(batch, heads, num_heads // heads, head_dim)
-    kernel = find_kernel(packed, store.key, store.value)
+    kernel = find_kernel(packed, store.key, store.value, softmax)
     if kernel is not None:
         factor = head_dim**-0.5 if scaling is None else scaling
-        out = segment_attention(kernel, packed, store.key, store.value, *store.bounds(), factor)
+        out = segment_attention(kernel, packed, store.key, store.value, *store.bounds(), factor, softmax)
         return out.view(batch, 1, num_heads, -1)
+    if not softmax.ordinary:
+        return explicit_attention(store, query, scaling, step, softmax)
     if store.uniform:
         out = scaled_dot_product_attention(packed, store.dense(store.key), store.dense(store.value), scale=scaling)
         return out.reshape(batch, 1, num_heads, -1)

@@ -4,8 +4,8 @@
   holds, for every token, a compressed latent and a rotated key part; the attention module expands them to keys and
   values of every head (`expand_kv`). That is done for the stored entries at every forward, so memory is saved, and not
   time: the expansion of n entries costs what a prompt of n tokens pays for it.
-* Other softmaxes (capped logits, learned sinks) where entries are not in pages, whose kernel has them: logits are made
-  explicitly, one key/value head at a time.
+* Other softmaxes (capped logits, learned sinks) where no kernel runs: those for pages, and for one query per head on a
+  CPU, have them. Logits are made explicitly, one key/value head at a time.
 """
 
 from __future__ import annotations

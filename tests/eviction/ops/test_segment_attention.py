@@ -13,6 +13,8 @@ from tenure.eviction.ops import c_kernels, naive, segment_attention
 from tenure.eviction.storage import attention
 from tenure.eviction.storage.page_lists import PageLists, RaggedPages
 from tenure.eviction.storage.page_reads import ListReads
+from tenure.retention.ops.softmax import ORDINARY, Softmax
+from tenure.scripts.bench.tiny_models import Architecture
 
 compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -27,10 +29,10 @@ def uncached():
     c_kernels._kernel.cache_clear()
 
 
-def attend(given) -> torch.Tensor:
-    kernel = segment_attention.find_kernel(*given[:3])
+def attend(given, softmax: Softmax = ORDINARY) -> torch.Tensor:
+    kernel = segment_attention.find_kernel(*given[:3], softmax)
     assert kernel is not None
-    return segment_attention.segment_attention(kernel, *given)
+    return segment_attention.segment_attention(kernel, *given, softmax)
 
 
 def segments(lengths: list[int], batch: int, group: int, dims: tuple[int, int], dtype: torch.dtype):
@@ -69,6 +71,38 @@ def test_segments_attend_like_their_twin(dtype, group, dims, threads):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("group", "dims", "softcap", "with_sinks"),
+    [(2, (128, 128), 50.0, False), (8, (64, 64), None, True), (1, (8, 8), 2.0, True)],
+)
+def test_capped_logits_and_sinks(dtype, group, dims, softcap, with_sinks):
+    """Two rows of three heads, whose sinks differ; the cap bends the logits, some of which are near 0."""
+    given = segments([1, 200, 63, 0, 64, 300], 2, group, dims, dtype)
+    softmax = Softmax(softcap, torch.linspace(-4.0, 6.0, 3 * group).to(dtype) if with_sinks else None)
+    got = attend(given, softmax)
+    assert not got[1, 0].any(), "an empty segment gives zeros"
+    query, key, value, *bounds = given
+    exact = naive.segment_attention(query.double(), key.double(), value.double(), *bounds, softmax)  # pyright: ignore
+    rtol = 0 if dtype == torch.float32 else 2**-8  # results are rounded
+    torch.testing.assert_close(got.double(), exact, atol=5e-6, rtol=rtol)
+    plain = naive.segment_attention(query.double(), key.double(), value.double(), *bounds)  # pyright: ignore
+    assert (exact - plain).abs().max() > 1e-3, "the variant makes a difference"
+
+
+@compiled
+def test_capped_logits_of_any_size_and_what_is_not_a_number():
+    query, value = torch.ones(1, 1, 1, 8), torch.randn(5, 8)
+    key = torch.zeros(5, 8)
+    key[:, 0] = torch.tensor([-1e30, -1e-6, 0.0, 1e-6, 1e30])
+    given = query, key, value, torch.tensor([0]), torch.tensor([5]), 1.0
+    expected = (3 * (key[:, 0].double() / 3).tanh()).softmax(0) @ value.double()
+    torch.testing.assert_close(attend(given, Softmax(3.0)).view(8).double(), expected, atol=1e-6, rtol=0)
+    key[2, 0] = torch.nan
+    assert bool(attend(given, Softmax(3.0, torch.zeros(1))).isnan().all())
+
+
+@compiled
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 200.0])
 def test_logits_of_any_size_have_exact_weights(scale):
     """Rising logits move the running maximum in every block; far below it a weight is 0."""
@@ -92,6 +126,8 @@ def test_what_the_kernel_does_not_take(monkeypatch):
     query, key, value = segments([4], 1, 2, (16, 16), torch.float32)[:3]
     assert segment_attention.find_kernel(query.requires_grad_(), key, value) is None, "no gradient is recorded"
     query = query.detach()
+    learning = Softmax(sinks=torch.zeros(2, requires_grad=True))
+    assert segment_attention.find_kernel(query, key, value, learning) is None
     assert segment_attention.find_kernel(query.half(), key.half(), value.half()) is None
     assert segment_attention.find_kernel(query[..., :12], key[:, :12], value) is None
     monkeypatch.setenv("TENURE_KERNELS", "reference")
@@ -113,9 +149,14 @@ def test_without_a_compiler_there_is_no_kernel_and_the_log_says_why(monkeypatch,
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("scope", "kept"), [("global", 0.3), ("head", 0.3), ("global", 1.0)])
-def test_decoding_is_that_of_sdpa(tiny_model, prompt, monkeypatch, dtype, scope, kept):
-    model = tiny_model("llama").to(dtype)
+@pytest.mark.parametrize(
+    ("name", "scope", "kept"),
+    [("llama", "global", 0.3), ("llama", "head", 0.3), ("llama", "global", 1.0), ("gpt_oss", "global", 0.3),
+     ("gemma2", "global", 0.3)],
+)  # fmt: skip
+def test_decoding_is_that_of_torch(prompt, monkeypatch, dtype, name, scope, kept):
+    settings = {"attn_logit_softcapping": 0.5} if name == "gemma2" else {}
+    model = Architecture(name, settings).build().to(dtype)
     calls = []
     real = attention.segment_attention
     monkeypatch.setattr(attention, "segment_attention", lambda *given: calls.append(0) or real(*given))
