@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# A part of a gate's MLP: a module, or the weights of a linear layer of all layers, `(layers, out, in)` and
-# `(layers, out, 1)`.
+# A part of a gate's MLP: a module, or the weights of a linear layer of all layers, `(layers, in, out)` and
+# `(layers, 1, out)`.
 GateStep = nn.Module | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -65,10 +65,7 @@ def gate_log_beta(
     with torch.autocast(hidden_states.device.type, enabled=False):
         features = hidden_states.float()
         for step in steps:
-            if isinstance(step, tuple):  # few tokens are multiplied faster as columns than as rows
-                features = torch.baddbmm(step[1], step[0], features.transpose(1, 2)).transpose(1, 2)
-            else:
-                features = step(features)
+            features = torch.baddbmm(step[1], features, step[0]) if isinstance(step, tuple) else step(features)
         if config.projection == "shared_heads":
             logits = features.unflatten(-1, (config.num_kv_heads, config.gate_width)) @ weight[0] + bias
         elif weight.dim() == 3:
@@ -87,8 +84,8 @@ def stacked_steps(gates: RetentionGates) -> list[GateStep]:
         return [StackedKVzipGates(bodies).requires_grad_(False)]
     for parts in zip(*(gates.bodies[str(index)] for index in gates.layer_indices), strict=True):
         if isinstance(parts[0], nn.Linear):
-            weight = torch.stack([part.weight.detach() for part in parts])
-            steps.append((weight, torch.stack([part.bias.detach() for part in parts]).unsqueeze(2)))
+            weight = torch.stack([part.weight.detach().T for part in parts])
+            steps.append((weight, torch.stack([part.bias.detach() for part in parts]).unsqueeze(1)))
         else:
             steps.append(parts[0])
     return steps

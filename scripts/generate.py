@@ -177,7 +177,8 @@ def _read_prompt(config: GenerateConfig) -> str:
             raise ValueError(f"no file {str(config.prompt_file)!r} to read the prompt from")
         text = read_text(config.prompt_file)
     if not text.strip():
-        raise ValueError("the prompt is empty")
+        place = "standard input" if str(config.prompt_file) == "-" else config.prompt_file or config.data or "--prompt"
+        raise ValueError(f"the prompt is empty: there is no text in {place}")
     return text
 
 

@@ -211,25 +211,27 @@ def build_evaluation(
 
 
 def main(config: TrainConfig) -> int:
-    from tenure.training.launch import RUN_AGAIN, TrainingInterrupted, with_launcher
+    from tenure.training.launch import RUN_AGAIN, TrainingInterrupted, loading, with_launcher
 
     config = with_launcher(config)  # first: what it refuses needs neither model nor data
     if config.chat_template is not None:
         read_template(config.chat_template)
-    import torch
-
-    from tenure.scripts.loading import load_model
-    from tenure.training import train
-
-    dtype = config.dtype
-    if dtype == "auto":  # for the device that accelerate moves the model to, not for the CPU it is loaded on
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    model, tokenizer = load_model(config.model, device="cpu", dtype=dtype, revision=config.revision)
-    source, held_out = build_source(config, tokenizer)
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
+        with loading():
+            import torch
+
+            from tenure.scripts.loading import load_model
+            from tenure.training import train
+
+            dtype = config.dtype
+            if dtype == "auto":  # for the device that accelerate moves the model to, not for the CPU it is loaded on
+                dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+            model, tokenizer = load_model(config.model, device="cpu", dtype=dtype, revision=config.revision)
+            source, held_out = build_source(config, tokenizer)
+            pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+            evaluation = build_evaluation(config, tokenizer)
         with progress_of(config) as show:
-            train(config, model, source, pad_token_id, build_evaluation(config, tokenizer), show, held_out)
+            train(config, model, source, pad_token_id, evaluation, show, held_out)
     except TrainingInterrupted as interrupted:
         _say(f"{interrupted} (exit status {RUN_AGAIN}).")
         return RUN_AGAIN

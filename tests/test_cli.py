@@ -258,7 +258,7 @@ def test_generate_compresses_before_the_question(folders: tuple[str, str], capsy
         (["--prompt", "x", "--data", "demo"], 2, "with one of --prompt, --prompt-file and --data"),
         (["--data", "/no/texts"], 1, "no file or folder '/no/texts'"),
         (["--prompt", "x", "--raw", "--question", "y"], 2, "give one of them"),
-        (["--prompt", " "], 1, "the prompt is empty"),
+        (["--prompt", " "], 1, "the prompt is empty: there is no text in --prompt"),
         (["--prompt-file", "/no/file"], 1, "no file '/no/file' to read the prompt from"),
         (["--prompt", "x", "--policy", "nope"], 1, "unknown policy 'nope'; known: ada_criticalkv"),
         (["--prompt", "x", "--gates", "/no/gates"], 1, "no gates at '/no/gates'"),

@@ -47,7 +47,8 @@ def test_a_full_device(arguments: list[str], who: str):
 
 def test_closed_streams():
     result = run("generate", "--prompt-file", "-", shell="<&-")
-    assert (result.returncode, result.stderr) == (1, "tenure generate: the prompt is empty\n")
+    sentence = "tenure generate: the prompt is empty: there is no text in standard input\n"
+    assert (result.returncode, result.stderr) == (1, sentence)
     assert run("--help", shell=">&-").returncode == 0
     assert run("simulate", SETUP, "--cells", "nothing", shell="2>&-").returncode == 1
 

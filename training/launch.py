@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -24,14 +24,17 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 
 class TrainingInterrupted(Exception):
-    """A signal ended the run after a complete step, and the state is saved.
+    """A signal ended the run: after a complete step, and the state is saved; or while model and data were loaded.
 
     Attributes:
-        step: optimizer steps that are done and saved.
+        step: optimizer steps that are done and saved; None while loading, which changes nothing.
     """
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"interrupted; the state of step {step} is saved, and the same command continues from it")
+    def __init__(self, step: int | None) -> None:
+        done = "nothing was begun, and the same command starts again"
+        if step is not None:
+            done = f"the state of step {step} is saved, and the same command continues from it"
+        super().__init__(f"interrupted; {done}")
         self.step = step
 
 
@@ -123,19 +126,39 @@ def stop_signals() -> Iterator[StopRequest]:
     Outside the main thread, where Python allows no handlers, signals keep their meaning.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
 
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and request.name:
             raise KeyboardInterrupt
         request.name = signal.Signals(number).name
 
-    numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
+    with _handling(STOP_SIGNALS, note):
         yield request
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Inside the block SIGTERM and SIGUSR1 raise TrainingInterrupted at once; Ctrl-C keeps its meaning."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise TrainingInterrupted(None)
+
+    with _handling([name for name in STOP_SIGNALS if name != "SIGINT"], interrupt):
+        yield
+
+
+@contextmanager
+def _handling(names: Sequence[str], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Signals that call `handler` inside the block; not outside the main thread, where Python allows no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, handler)
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name))
+    }
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)

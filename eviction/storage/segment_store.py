@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 
 from ..forward_state import ForwardStep
+from ..ops.write_entries import find_write_kernel, write_entries
 
 T = TypeVar("T")
 
@@ -204,6 +205,15 @@ class SegmentStore:
             # The free slots are used up, or a fork may use them as well, or none may be written to.
             self._reallocate(lengths)
         slots = self._next_slots()
+        kernel = find_write_kernel(self.key.device) if n == 1 and step.valid is None else None
+        if kernel is not None:
+            last = torch.empty_like(slots) if self._last is None else self._last
+            buffers = self.key, self.value, self.position
+            write_entries(kernel, slots, last, *buffers, key.detach(), value.detach(), step.flat_positions(heads))
+            self.lengths, self._free, self._last = lengths, self._free - 1, last
+            for name, numbers in state.items():
+                self.fill(name, numbers.detach().flatten())
+            return
         new = {"key": key, "value": value, **state}
         if step.valid is not None:
             chosen = step.valid.unsqueeze(1).expand(batch, heads, n)
@@ -223,8 +233,7 @@ class SegmentStore:
             self.set_lengths(lengths)
             return
         self.lengths, self._free = lengths, self._free - n
-        self._last = slots
-        self._next = slots + 1 if n == 1 else None
+        self._last, self._next = (slots, slots + 1) if n == 1 else (None, None)
 
     def fill(self, name: str, values: torch.Tensor) -> None:
         """Sets a state of the entries that an unpadded `append` of one token added.

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tenure.retention import RetentionGates
+from tenure.scripts import loading, train_gates
 from tenure.scripts.train_gates import LogLines
 from tenure.training import NotFiniteError, TrainConfig, TrainingInterrupted, train
 from tenure.training.digests import base_digest
@@ -77,6 +78,23 @@ def test_the_exit_status_of_an_interrupted_run_means_run_me_again(tmp_path: Path
     assert stopped.returncode == RUN_AGAIN == 75, stopped.stderr[-3000:]
     newest = latest_state(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-00000004"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_while_the_model_is_loaded(name: str, monkeypatch, capsys, tmp_path: Path) -> None:
+    """Pre-emption leaves nothing behind and asks to be run again; Ctrl-C is that of any command."""
+    number = getattr(signal, name)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(number)
+    monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: signal.raise_signal(number))
+    config = TrainConfig(model="demo", output_dir=str(tmp_path / "run"))
+    if name == "SIGINT":
+        with pytest.raises(KeyboardInterrupt):
+            train_gates.main(config)
+    else:
+        assert train_gates.main(config) == RUN_AGAIN
+        assert "nothing was begun, and the same command starts again (exit status 75)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists() and signal.getsignal(number) == before
 
 
 def test_ranks_with_different_data_are_refused(tmp_path: Path) -> None:

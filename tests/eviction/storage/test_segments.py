@@ -205,3 +205,34 @@ def test_appending_is_amortised():
         layouts.add(store.capacity)
     assert len(layouts) <= 6, "laid out anew a few times, not at every token"
     assert store.nbytes <= store.entries * store.entry_bytes * 1.08
+
+
+def test_a_token_is_written_by_the_kernel_as_by_torch(monkeypatch):
+    """Both dtypes, values of another width than keys, batches, a state given at once or later, and forks."""
+
+    def written(kernels: str, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+        monkeypatch.setenv("TENURE_KERNELS", kernels)
+        torch.manual_seed(0)
+        rows, stores = SequenceState(), []
+        for n in (5, 3, *[1] * 9):  # the free slots are used up within these
+            step = rows.new_step(2, n, None, torch.device("cpu"), 0, 0)
+            key, value = torch.randn(2, HEADS, n, 6).to(dtype), torch.randn(2, n, HEADS, 4).to(dtype).transpose(1, 2)
+            given, later = torch.randn(2, HEADS, n), torch.randn(2 * HEADS)
+            state = {"given": given} if n == 1 else {"given": given, "later": torch.zeros(2, HEADS, n)}
+            if not stores:
+                stores = [SegmentStore.from_dense(key, value, state, step)]
+            for store in stores:
+                if store.entries == 2 * HEADS * rows.columns and rows.columns:
+                    store.append(key, value, state, step)
+                    if n == 1:
+                        store.fill("later", later)
+            rows.advance(step, HEADS)
+            stores += [stores[-1].fork()] if len(stores) < 4 else []
+            for store in stores:
+                store.check()
+        return [{name: store.dense(buffer) for name, buffer in store.buffers.items()} for store in stores]
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for ours, plain in zip(written("auto", dtype), written("reference", dtype), strict=True):
+            for name, numbers in plain.items():
+                assert torch.equal(ours[name], numbers), name
