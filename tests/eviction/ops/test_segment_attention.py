@@ -30,9 +30,9 @@ def uncached():
 
 
 def attend(given, softmax: Softmax = ORDINARY) -> torch.Tensor:
-    kernel = segment_attention.find_kernel(*given[:3], softmax)
+    kernel = segment_attention.find_kernel(*given[:3], softmax=softmax)
     assert kernel is not None
-    return segment_attention.segment_attention(kernel, *given, softmax)
+    return segment_attention.segment_attention(kernel, *given, softmax=softmax)
 
 
 def segments(lengths: list[int], batch: int, group: int, dims: tuple[int, int], dtype: torch.dtype):

@@ -306,9 +306,9 @@ def test_langchain_calls_and_is_given_the_result(answering):
         base_url=str(client.base_url),
         api_key="none",
         model="tiny",
-        max_tokens=120,
+        max_tokens=120,  # pyright: ignore[reportCallIssue]
         max_retries=0,
-        timeout=60,  # pyright: ignore[reportCallIssue]
+        timeout=60,
     )
     for method in ("json_schema", "function_calling"):
         assert isinstance(free.with_structured_output(Weather, method=method).invoke(messages[:1]), Weather)
