@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # CPU builds of torch are a tenth of the size: used on Linux without an NVIDIA driver if this index answers.
 # `make TORCH_INDEX= ...` leaves the choice to pip.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 INPUTS := setup.cfg pyproject.toml constraints.txt
 export HF_HUB_DISABLE_TELEMETRY = 1
 

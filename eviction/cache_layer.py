@@ -11,7 +11,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..retention.attention_arguments import SOFTMAX, refuse_dropout, refuse_unknown, softmax_of
 from ..retention.decoder_layers import AttentionLayer, UnsupportedModelError
-from ..retention.ops.softmax import Softmax
 from ..retention.seams import AttentionCall
 from .forward_state import ForwardStep
 from .model_adapters import Rotary
@@ -180,25 +179,24 @@ class RaggedLayer(CacheLayerMixin):
         self.scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         if self.observers.observed_keys:
             self._before[2].update((name, store.buffers[name]) for name in self.observers.observed_keys)
-        with without_autocast(query.device):
-            self._observe_step(query.to(store.key.dtype), step)
+        precisely = without_autocast(query.device)
+        with precisely:
+            entries = query.to(store.key.dtype)
+            self._observe_step(entries, step)
         if step.first:
             return base(module, query, key, value, attention_mask, **kwargs)
         refuse_dropout(kwargs)
         step.require_causal(attention_mask)
-        output = self._attend_to_entries(store, query, scaling, step, softmax).contiguous().to(query.dtype)
+        if self.attention.latent:
+            expand: Any = self.attention.module.expand_kv  # a part of the model, in its dtype, or autocast's
+            output = latent_attention(store, expand, query, scaling, step)
+        else:
+            with precisely:
+                output = ragged_attention(store, entries, scaling, step, softmax)
+        output = output.contiguous().to(query.dtype)
         if output.requires_grad:
             output.register_hook(_refuse_backward)
         return output, None
-
-    def _attend_to_entries(
-        self, store: SegmentStore, query: torch.Tensor, scaling: float | None, step: ForwardStep, softmax: Softmax
-    ) -> torch.Tensor:
-        if self.attention.latent:
-            expand: Any = self.attention.module.expand_kv  # a part of the model, in its dtype, or autocast's
-            return latent_attention(store, expand, query, scaling, step)
-        with without_autocast(query.device):
-            return ragged_attention(store, query.to(store.key.dtype), scaling, step, softmax)
 
     def _observe_step(self, query: torch.Tensor, step: ForwardStep) -> None:
         """Records and observes the queries of the running forward, the deferred ones later."""

@@ -110,12 +110,12 @@ class ForwardStep:
         return self._mask[self.q_len - count :, self.longest - length :]
 
     def flat_positions(self, num_kv_heads: int) -> torch.Tensor:
-        """Positions of the new entries, int32, in the order (row, head, real token)."""
+        """Positions of the new entries, contiguous int32, in the order (row, head, real token)."""
         if self._flat is None or self.valid is not None or self._flat.numel() != num_kv_heads * self.positions.numel():
             batch, n = self.positions.shape
             spread = self.positions.unsqueeze(1).expand(batch, num_kv_heads, n)
             flat = spread.reshape(-1) if self.valid is None else spread[self.valid.unsqueeze(1).expand_as(spread)]
-            self._flat = flat
+            self._flat = flat.contiguous()
         return self._flat
 
     def real_columns(self, row: int) -> torch.Tensor:

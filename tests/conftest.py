@@ -75,6 +75,20 @@ def build_tiny(family: str, **overrides: Any) -> PreTrainedModel:
     return model.eval()
 
 
+# Files that take a minute or more begin first, so that no worker is left with one at the end (Makefile's `--dist
+# loadfile --no-loadscope-reorder` hands files out in this order).
+LONG_FILES = (
+    "training/test_launch.py", "serving/server/test_examples.py", "training/test_trainer.py", "test_packaging.py",
+    "serving/server/test_lifecycle.py", "eviction/test_long_generation.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    own = os.path.dirname(__file__)
+    items.sort(key=lambda item: places.get(os.path.relpath(item.path, own), len(places)))
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -4,8 +4,8 @@
 #include <string.h>
 
 // Segment s gets the s-th of the new entries at next[s], which goes to last[s] and is then one more.
-void write_entries(int64_t *next, int64_t *last, int64_t segments, char *key, const char *new_key, int64_t key_bytes,
-                   char *value, const char *new_value, int64_t value_bytes, int32_t *position,
+void write_entries(int64_t *next, int64_t *last, int64_t segments, char *key, int64_t key_bytes, char *value,
+                   int64_t value_bytes, int32_t *position, const char *new_key, const char *new_value,
                    const int32_t *new_position) {
     for (int64_t s = 0; s < segments; s++) {
         int64_t slot = last[s] = next[s]++;

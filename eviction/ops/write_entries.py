@@ -10,33 +10,55 @@ import torch
 
 from .c_kernels import COUNT, POINTER, Kernel, find_kernel
 
-ARGUMENTS = (POINTER, POINTER, COUNT, POINTER, POINTER, COUNT, POINTER, POINTER, COUNT, POINTER, POINTER)
+ARGUMENTS = (POINTER, POINTER, COUNT, POINTER, COUNT, POINTER, COUNT, POINTER, *[POINTER] * 3)
 
 
-def find_write_kernel(device: torch.device) -> Kernel | None:
-    """The kernel, or None: on another device, or where C kernels cannot run (see `c_kernels`)."""
-    return find_kernel("write_entries", ARGUMENTS, ()) if device.type == "cpu" else None
+class EntryWriter:
+    """Appends to the segments of one layer, entry after entry.
 
+    What does not change between tokens is looked up once: between two layers the processor's caches are filled with
+    weights, so that whatever Python does there is slow.
 
-def write_entries(
-    kernel: Kernel, next_slots: torch.Tensor, last_slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    position: torch.Tensor, new_key: torch.Tensor, new_value: torch.Tensor, new_position: torch.Tensor,
-) -> None:  # fmt: skip
-    """Writes to slot `next_slots[s]` of the buffers the s-th new entry, notes that slot, and goes on to the one after.
-
-    Args:
-        kernel: what `find_write_kernel` returned.
-        next_slots, last_slots: contiguous int64 `(segments,)`; both are written.
-        key, value, position: contiguous `(capacity, head_dim)`, `(capacity, value_dim)`, int32 `(capacity,)`.
-        new_key, new_value, new_position: `(…, head_dim)`, `(…, value_dim)` of the same dtypes, int32 `(segments,)`, in
-            the order of the segments.
+    Attributes:
+        next_slots: int64 `(segments,)`, the slot of each segment that is written next.
+        last_slots: those that were written last; arbitrary before the first entry.
     """
-    new_key, new_value, new_position = new_key.contiguous(), new_value.contiguous(), new_position.contiguous()
-    count = next_slots.numel()
-    key_bytes, value_bytes = new_key.nbytes // count, new_value.nbytes // count
-    assert key_bytes == key.stride(0) * key.itemsize and value_bytes == value.stride(0) * value.itemsize
-    assert new_key.dtype == key.dtype and new_value.dtype == value.dtype and new_position.numel() == count
-    kernel(
-        next_slots.data_ptr(), last_slots.data_ptr(), count, key.data_ptr(), new_key.data_ptr(), key_bytes,
-        value.data_ptr(), new_value.data_ptr(), value_bytes, position.data_ptr(), new_position.data_ptr(),
-    )  # fmt: skip
+
+    @classmethod
+    def find(
+        cls, next_slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: torch.Tensor
+    ) -> EntryWriter | None:
+        """A writer to these buffers, or None: on another device, or where C kernels cannot run (see `c_kernels`).
+
+        Args:
+            next_slots: contiguous; becomes the attribute, and is written.
+            key, value, position: contiguous `(capacity, head_dim)`, `(capacity, value_dim)`, int32 `(capacity,)`.
+        """
+        if key.device.type != "cpu":
+            return None
+        kernel = find_kernel("write_entries", ARGUMENTS, ())
+        return None if kernel is None else cls(kernel, next_slots, key, value, position)
+
+    def __init__(
+        self, kernel: Kernel, next_slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: torch.Tensor
+    ) -> None:
+        self.next_slots, self.last_slots = next_slots, torch.empty_like(next_slots)
+        self._buffers = key, value, position  # the addresses are theirs
+        self._kernel = kernel
+        self._count = next_slots.numel()
+        self._key_bytes, self._value_bytes = key.stride(0) * key.itemsize, value.stride(0) * value.itemsize
+        self._places = (
+            next_slots.data_ptr(), self.last_slots.data_ptr(), self._count, key.data_ptr(), self._key_bytes,
+            value.data_ptr(), self._value_bytes, position.data_ptr(),
+        )  # fmt: skip
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, position: torch.Tensor) -> None:
+        """Appends an entry to each segment.
+
+        Args:
+            key, value: `(…, head_dim)` and `(…, value_dim)` in the order of the segments, the buffers' dtypes.
+            position: contiguous int32 `(segments,)`.
+        """
+        key, value = key.contiguous(), value.contiguous()
+        assert key.nbytes == self._count * self._key_bytes and value.nbytes == self._count * self._value_bytes
+        self._kernel(*self._places, key.data_ptr(), value.data_ptr(), position.data_ptr())

@@ -46,7 +46,13 @@ def _one_query(
     batch, num_heads, _, head_dim = query.shape
     heads = store.num_kv_heads
     packed = query.reshape(batch, heads, num_heads // heads, head_dim)
-    kernel = find_kernel(packed, store.key, store.value, softmax)
+    if softmax.ordinary and not query.requires_grad:  # which one it is depends on the group alone
+        group = packed.shape[2]
+        if group not in store.kernels:
+            store.kernels[group] = find_kernel(packed, store.key, store.value)
+        kernel = store.kernels[group]
+    else:
+        kernel = find_kernel(packed, store.key, store.value, softmax)
     if kernel is not None:
         factor = head_dim**-0.5 if scaling is None else scaling
         out = segment_attention(kernel, packed, store.key, store.value, *store.bounds(), factor, softmax)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 
 from ..forward_state import ForwardStep
-from ..ops.write_entries import find_write_kernel, write_entries
+from ..ops.write_entries import EntryWriter
 
 T = TypeVar("T")
 
@@ -107,6 +107,8 @@ class SegmentStore:
         buffers: these three and the per-entry state by name, fp32 `(capacity,)`, e.g. `log_beta`.
         starts, lengths, reserved: one int per segment; the lists are replaced, never written to.
         nbytes: allocated bytes, free slots included.
+        kernels: those found for the present buffers, by what they were asked for; kept here as looking one up takes as
+            long as a small layer's attention.
         uniform: all lengths are equal, and all reserved sizes.
         shared: another `SegmentStore` may hold the same buffers (after `fork`): they must not be written to.
     """
@@ -149,6 +151,7 @@ class SegmentStore:
         self.reserved, self.starts = reserved, [0, *accumulate(reserved)][: len(reserved)]
         self._first: torch.Tensor | None = None  # `starts` as a tensor, once it was needed
         self._memo: dict[Hashable, Any] = {}
+        self.kernels: dict[Hashable, Any] = {}
         self.nbytes = self.capacity * self.entry_bytes
         self.set_lengths(lengths)
 
@@ -158,6 +161,13 @@ class SegmentStore:
         self.uniform = len(set(lengths)) <= 1 and len(set(self.reserved)) <= 1
         self._free = min((slots - n for slots, n in zip(self.reserved, lengths, strict=True)), default=0)
         self._next = self._last = None
+        self._writer: EntryWriter | None = None
+
+    def _entry_writer(self) -> EntryWriter | None:
+        """What writes single tokens, and moves the next slots on; None where torch does."""
+        if self._writer is None:
+            self._writer = EntryWriter.find(self._next_slots(), self.key, self.value, self.position)
+        return self._writer
 
     def _next_slots(self) -> torch.Tensor:
         """Flat index of the first free slot of each segment, int64 `(batch * num_kv_heads,)`."""
@@ -204,16 +214,13 @@ class SegmentStore:
         if self.shared or n > self._free or is_frozen(self.key):
             # The free slots are used up, or a fork may use them as well, or none may be written to.
             self._reallocate(lengths)
-        slots = self._next_slots()
-        kernel = find_write_kernel(self.key.device) if n == 1 and step.valid is None else None
-        if kernel is not None:
-            last = torch.empty_like(slots) if self._last is None else self._last
-            buffers = self.key, self.value, self.position
-            write_entries(kernel, slots, last, *buffers, key.detach(), value.detach(), step.flat_positions(heads))
-            self.lengths, self._free, self._last = lengths, self._free - 1, last
+        if n == 1 and step.valid is None and (writer := self._entry_writer()) is not None:
+            writer.write(key, value, step.flat_positions(heads))
+            self.lengths, self._free, self._last = lengths, self._free - 1, writer.last_slots
             for name, numbers in state.items():
                 self.fill(name, numbers.detach().flatten())
             return
+        slots = self._next_slots()
         new = {"key": key, "value": value, **state}
         if step.valid is not None:
             chosen = step.valid.unsqueeze(1).expand(batch, heads, n)
@@ -234,6 +241,7 @@ class SegmentStore:
             return
         self.lengths, self._free = lengths, self._free - n
         self._last, self._next = (slots, slots + 1) if n == 1 else (None, None)
+        self._writer = None
 
     def fill(self, name: str, values: torch.Tensor) -> None:
         """Sets a state of the entries that an unpadded `append` of one token added.

@@ -13,7 +13,7 @@ BUDGET, BUFFER, TOKENS = 512, 128, 4096
 
 @pytest.mark.parametrize(
     ("policy", "scope"),
-    [("retention", "global"), (SnapKV(window=16), "head"), ("h2o", "layer"), ("streaming_llm", "head")],
+    [("retention", "global"), (SnapKV(window=16), "head"), ("streaming_llm", "head")],
     ids=lambda value: getattr(value, "name", value),
 )
 @torch.no_grad()

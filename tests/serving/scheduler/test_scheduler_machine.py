@@ -20,7 +20,7 @@ from tenure.scripts.soak import run_soak
 from tenure.scripts.soak.world import AGENTS, BELOW, FAULTS, HINTS, SYSTEMS, World
 from tenure.serving import StorePolicy
 
-STEPS = int(os.environ.get("TENURE_SOAK_STEPS", "100000"))  # that do not shrink; those that do are a tenth of it
+STEPS = int(os.environ.get("TENURE_SOAK_STEPS", "50000"))  # that do not shrink; those that do are a tenth of it
 STEPS_EACH = 50  # of hypothesis, at most: many examples are shorter
 
 

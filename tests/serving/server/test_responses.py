@@ -209,3 +209,51 @@ def test_calls_are_read_as_in_a_chat():
     body = ResponsesBody(model="tiny", input=items, instructions="Be brief.")
     roles = [(one.role, one.text, len(one.tool_calls or ())) for one in body.generation().messages]
     assert roles == [("system", "Be brief.", 0), ("user", "Rain?", 0), ("assistant", "I look.", 2), ("tool", "wet", 0)]
+
+
+class Trip(BaseModel):
+    city: Literal["Rome", "Oslo"]
+    dry: bool
+
+
+def test_the_agents_sdk_works_with_its_own_default_model(answering):
+    """Plain and streamed runs: a tool that is called, instructions and a second turn, an output that is parsed."""
+    pytest.importorskip("agents")
+    from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
+
+    set_tracing_disabled(True)
+    asked = []
+
+    @function_tool
+    def forecast(city: str, days: int) -> str:
+        """The weather of a city."""
+        asked.append((city, days))
+        return f"wet in {city}"
+
+    def agent(client: OpenAI, **parts: Any) -> Agent[Any]:
+        own = AsyncOpenAI(base_url=str(client.base_url), api_key="none", max_retries=0, timeout=60)
+        settings = ModelSettings(temperature=0, max_tokens=120)
+        return Agent(
+            "helper", instructions="Be brief.", model=OpenAIResponsesModel("tiny", own), model_settings=settings,
+            **parts,
+        )  # fmt: skip
+
+    async def streamed(one: Agent[Any], question: Any) -> tuple[str, list[str]]:
+        running = Runner.run_streamed(one, question)
+        kinds = [event.data.type async for event in running.stream_events() if event.type == "raw_response_event"]
+        return running.final_output, kinds
+
+    async def conversations() -> None:
+        calling = agent(answering(f"I look.\n{CALL}")[1], tools=[forecast], tool_use_behavior="stop_on_first_tool")
+        assert (await Runner.run(calling, "Rain?")).final_output == "wet in Oslo"
+        found, kinds = await streamed(calling, "Rain?")
+        assert found == "wet in Oslo" and asked == [("Oslo", 2)] * 2
+        assert "response.function_call_arguments.delta" in kinds
+
+        talking = agent(answering()[1], output_type=Trip)
+        first = await Runner.run(talking, "Where to?")
+        assert isinstance(first.final_output, Trip)
+        second, kinds = await streamed(talking, [*first.to_input_list(), {"role": "user", "content": "And then?"}])
+        assert isinstance(second, Trip) and kinds[-1] == "response.completed"
+
+    asyncio.run(conversations())
