@@ -10,6 +10,7 @@ from tenure.checked import Range
 
 from ..layer_view import LayerView
 from ..ops.naive import attention_over
+from ..ops.radix_select import top_of_each_head
 
 MAX_WINDOW = 1 << 16  # queries that a cache records for every row, head and layer, and entries of a pooling
 Window = Annotated[int, Range(1, MAX_WINDOW)]
@@ -44,8 +45,8 @@ def best_of_each_head(score: torch.Tensor, valid: torch.Tensor, count: torch.Ten
     Returns:
         bool `(batch, num_kv_heads, n)`.
     """
-    rank = ranks(score, valid)
-    return (rank < count.unsqueeze(2)) & valid
+    places = torch.arange(score.shape[2], device=score.device).expand_as(score)
+    return top_of_each_head(score.masked_fill(~valid, -torch.inf), places, count.flatten().tolist())
 
 
 def ranks(score: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
