@@ -99,37 +99,43 @@ class EventStream(Response):
     ) -> None:  # fmt: skip
         self.status_code, self.background = 200, None
         self._events, self._send_timeout_s, self._close = events, send_timeout_s, close
+        self._sending_since: float | None = None  # by the loop's clock, while a message waits for the reader
         self.init_headers(headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Message, receive: Receive, send: Callable[[Message], Awaitable[None]]) -> None:
-        sending, gone = asyncio.ensure_future(self._send_all(send)), asyncio.ensure_future(disconnected(receive))
+        sending = asyncio.ensure_future(self._send_all(send))
+        gone, stuck = asyncio.ensure_future(disconnected(receive)), asyncio.ensure_future(self._nothing_taken())
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
+            await asyncio.wait({sending, gone, stuck}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done() and not gone.done():  # what fails since nobody is there is no error
                 sending.result()
         finally:
-            for task in (sending, gone):
+            for task in (sending, gone, stuck):
                 task.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
+            await asyncio.gather(sending, gone, stuck, return_exceptions=True)
             await self._events.aclose()
             await self._close()  # closing a generator that has not begun does not run its `finally`
 
     async def _send_all(self, send: Callable[[Message], Awaitable[None]]) -> None:
-        async def put(message: Message) -> None:
-            # Not `wait_for`: before Python 3.12 it may swallow a cancellation.
-            sent = asyncio.ensure_future(send(message))
-            try:
-                done, _ = await asyncio.wait({sent}, timeout=self._send_timeout_s)
-            finally:
-                sent.cancel()
-            if not done:
-                raise asyncio.TimeoutError
-            sent.result()
+        now = asyncio.get_running_loop().time
 
-        try:
-            await put({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in self._events:
-                await put({"type": "http.response.body", "body": event, "more_body": True})
-            await put({"type": "http.response.body", "body": b""})
-        except asyncio.TimeoutError:
-            logger.info("a reader has taken nothing for %g s: its answer is cancelled", self._send_timeout_s)
+        async def put(message: Message) -> None:
+            self._sending_since = now()
+            await send(message)
+            self._sending_since = None
+
+        await put({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for event in self._events:
+            await put({"type": "http.response.body", "body": event, "more_body": True})
+        await put({"type": "http.response.body", "body": b""})
+
+    async def _nothing_taken(self) -> None:
+        """Returns when a message has waited for the reader for too long: one watch a stream, not a timer an event."""
+        loop = asyncio.get_running_loop()
+        while True:
+            since = loop.time() if self._sending_since is None else self._sending_since
+            left = since + self._send_timeout_s - loop.time()
+            if left <= 0:
+                logger.info("a reader has taken nothing for %g s: its answer is cancelled", self._send_timeout_s)
+                return
+            await asyncio.sleep(left)

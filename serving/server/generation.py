@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 from ..answer_stream import AnswerStream
 from ..client import EngineClient
@@ -35,6 +36,7 @@ class Generation:
         self.outputs: list[RequestOutput | None] = [None] * len(requests)
         self.headers: dict[str, str] = {}
         self._client, self._quotas, self._last_hints = client, quotas, last_hints
+        self._last_event_s = 0.0  # by the loop's clock
 
     async def events(self, ping_s: float) -> AsyncGenerator[tuple[int, AnswerEvent] | None, None]:
         """Choice and event, in the order of their arrival; None after `ping_s` seconds without one.
@@ -43,37 +45,56 @@ class Generation:
             ApiError, ServingError: a request was refused, or has ended without an answer.
         """
         streams: list[AnswerStream] = []
-        waiting: dict[asyncio.Task[AnswerEvent], int] = {}
+        reading: list[asyncio.Task[None]] = []
+        # One event at a time: what comes while nobody takes it is one event of its stream later.
+        queue: asyncio.Queue[tuple[int, AnswerEvent | Exception] | None] = asyncio.Queue(maxsize=1)
         with self._quotas.admitted(self.requests) as admission:
             self.headers = admission.headers
             try:
                 for request in self.requests:
                     streams.append(self._client.submit(request))
-                waiting = {_next_event(stream): choice for choice, stream in enumerate(streams)}
-                while waiting:
-                    done, _ = await asyncio.wait(waiting, timeout=ping_s, return_when=asyncio.FIRST_COMPLETED)
-                    if not done:
+                reading = [asyncio.ensure_future(_read(*each, queue)) for each in enumerate(streams)]
+                reading.append(asyncio.ensure_future(self._ping(ping_s, queue)))
+                while any(output is None for output in self.outputs):
+                    found = await queue.get()
+                    self._last_event_s = asyncio.get_running_loop().time()
+                    if found is None:
                         yield None
-                    for task in sorted(done, key=waiting.__getitem__):
-                        choice, event = waiting.pop(task), task.result()
-                        if event.output is None:
-                            waiting[_next_event(streams[choice])] = choice
-                        admission.computed(choice, len(event.tokens), event.output)
-                        self.outputs[choice] = event.output
-                        yield choice, event
+                        continue
+                    choice, event = found
+                    if isinstance(event, Exception):
+                        raise event
+                    admission.computed(choice, len(event.tokens), event.output)
+                    self.outputs[choice] = event.output
+                    yield choice, event
             except ServingError:
                 admission.refused()
                 raise
             finally:
                 for stream in streams:
                     self._client.cancel(stream)
-                for task in waiting:
+                for task in reading:
                     task.cancel()
-                await asyncio.gather(*waiting, return_exceptions=True)
+                await asyncio.gather(*reading, return_exceptions=True)
                 with contextlib.suppress(ServingError):  # an engine that has stopped
                     for hint in self._last_hints:
                         self._client.hint(hint)
 
+    async def _ping(self, ping_s: float, queue: asyncio.Queue[Any]) -> None:
+        """Puts None into the queue where nothing has come for `ping_s` seconds."""
+        loop = asyncio.get_running_loop()
+        self._last_event_s = loop.time()
+        while True:
+            await asyncio.sleep(max(0.0, self._last_event_s + ping_s - loop.time()))
+            if loop.time() >= self._last_event_s + ping_s:
+                await queue.put(None)
+                self._last_event_s = loop.time()
 
-def _next_event(stream: AnswerStream) -> asyncio.Task[AnswerEvent]:
-    return asyncio.ensure_future(stream.__anext__())  # pyright: ignore[reportReturnType]
+
+async def _read(choice: int, stream: AnswerStream, queue: asyncio.Queue[Any]) -> None:
+    """Puts the events of a choice into the queue, or the error that ends them."""
+    try:
+        async for event in stream:
+            await queue.put((choice, event))
+    except Exception as error:
+        await queue.put((choice, error))
