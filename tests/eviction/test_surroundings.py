@@ -372,6 +372,33 @@ def test_lora_adapters(tiny_llama, prompt, merged: bool) -> None:
             assert torch.equal(model.generate(input_ids=ids, **GREEDY), base)
 
 
+def test_adapters_that_are_switched_inside_a_block(tiny_llama, prompt) -> None:
+    """Each answers as alone, before and after the other, from a cache of its own and from a fork of a common one."""
+    peft = pytest.importorskip("peft")
+    ids = prompt(1, 60)
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny_llama, config).eval()
+    model.add_adapter("other", config)
+    alone = {}
+    for adapter in ("default", "other"):
+        model.set_adapter(adapter)
+        alone[adapter] = model.generate(input_ids=ids, **GREEDY)
+    assert not torch.equal(alone["default"], alone["other"])
+    with evict(model, "knorm", 1.0) as session:
+        for adapter in ("default", "other", "default"):
+            model.set_adapter(adapter)
+            assert torch.equal(model.generate(input_ids=ids, **GREEDY), alone[adapter])
+        context = session.new_cache()
+        session.extend(context, ids)  # by the adapter "default"
+        continued = {}
+        for adapter in ("other", "default"):
+            model.set_adapter(adapter)
+            continued[adapter] = session.extend(context.fork(), ids[:, :5])
+        assert not torch.equal(continued["other"], continued["default"])
+        torch.testing.assert_close(session.extend(context, ids[:, :5]), continued["default"], rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_the_output_projection_with_adapters(tiny_llama, prompt) -> None:
     """W_O is the layer's weight and the active adapter's: that of the merged model."""
