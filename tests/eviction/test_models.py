@@ -10,11 +10,12 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tenure.eviction import evict
+from tenure.eviction.modalities import kept_by_modality, modality_ranges
 from tenure.eviction.model_adapters import has_output_weight, output_weight
 from tenure.eviction.mrope import RopeDeltas
 from tenure.retention.decoder_layers import full_attention_layers, text_decoder
 from tenure.scripts.bench.tiny_models import TEXT_ARCHITECTURES
-from tenure.scripts.bench.tiny_vision_models import VISION_MODELS
+from tenure.scripts.bench.tiny_vision_models import BEGIN, END, VIDEO, VISION_MODELS
 
 MROPE = ("qwen2_vl", "qwen3_vl", "glm4v", "qwen3_5")
 QUESTION = torch.randint(3, 140, (2, 5), generator=torch.Generator().manual_seed(5))
@@ -50,6 +51,38 @@ def test_a_prompt_with_images_at_budget_1_is_the_models_own(name: str) -> None:
         answer(model, inputs, 6)
         session.last_cache.check()
         assert session.report().kept_share < 0.6
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_a_prompt_with_a_video(name: str) -> None:
+    """Frames have positions in time, height and width: at once, in chunks, behind a fork; and a row of their own."""
+    model, inputs = VISION_MODELS[name]()
+    frames, rows, columns = 3, 4, 6
+    pixels = torch.randn(frames * rows * columns, inputs["pixel_values"].shape[1])
+    video = [VIDEO] * (frames * rows * columns // 4)  # four patches become a token
+    ids = torch.cat([words(1, 8)[0], torch.tensor([BEGIN, *video, END]), words(1, 20)[0]])[None]
+    given = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == VIDEO).int() * 2,
+        "pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[frames, rows, columns]]),
+    }  # fmt: skip
+    plain = answer(model, given)
+    assert not torch.allclose(answer(model, given | {"pixel_values_videos": pixels.flip(0)}), plain, atol=1e-3)
+    for chunk in (None, 7):
+        with evict(model, "knorm", 1.0, prefill_chunk=chunk):
+            torch.testing.assert_close(answer(model, given), plain, rtol=1e-4, atol=1e-4)
+    with evict(model, "knorm", 1.0) as session:
+        context = session.new_cache()
+        model(**given, past_key_values=context)
+        logits = [session.extend(context.fork(), QUESTION[:1]) for _ in range(2)]
+        model.model.rope_deltas = None
+        assert torch.equal(*logits) and torch.equal(session.extend(context, QUESTION[:1]), logits[0])
+    with evict(model, "knorm", 0.3, sinks=1, recent=2) as session:
+        model(**given, past_key_values=(cache := session.new_cache()))
+        (ranges,) = modality_ranges(model.config, ids)
+        found = {one.modality: one for one in kept_by_modality(cache, ranges)}
+        assert ranges["video"] == ((9, 9 + len(video)),) and found["video"].tokens == len(video)
+        assert 0 < found["video"].entries < len(video) * cache.lengths().numel()
 
 
 def test_a_mask_for_each_kind_of_layer() -> None:
