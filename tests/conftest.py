@@ -14,6 +14,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -31,6 +32,10 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+# How long inputs take to make says nothing on a machine whose cores others use.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
