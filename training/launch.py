@@ -31,7 +31,7 @@ class TrainingInterrupted(Exception):
     """
 
     def __init__(self, step: int | None) -> None:
-        done = "nothing was begun, and the same command starts again"
+        done = "no step was begun and nothing was changed, and the same command runs again"
         if step is not None:
             done = f"the state of step {step} is saved, and the same command continues from it"
         super().__init__(f"interrupted; {done}")

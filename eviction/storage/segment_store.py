@@ -164,7 +164,7 @@ class SegmentStore:
         self._writer: EntryWriter | None = None
 
     def _entry_writer(self) -> EntryWriter | None:
-        """What writes single tokens, and moves the next slots on; None where torch does."""
+        """The writer of single tokens, which moves the next slots on; None where torch writes."""
         if self._writer is None:
             self._writer = EntryWriter.find(self._next_slots(), self.key, self.value, self.position)
         return self._writer

@@ -279,7 +279,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
 
 
 def _complete(schemas: dict[str, Schema], model_name: str) -> None:
-    """What the dataclasses of bodies leave to code: the model's name, the forms of a prompt, and the hints."""
+    """Fields that the dataclasses of bodies leave to code: the model's name, the forms of a prompt, and the hints."""
     for name in (ChatBody.__name__, CompletionBody.__name__, ResponsesBody.__name__):
         body = schemas.get(name)
         if body is None:

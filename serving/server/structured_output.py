@@ -62,7 +62,7 @@ class StructuredOutputs:
     grammar: str | None = None
 
     def constraints(self) -> dict[str, Constraint]:
-        """What is given, by field."""
+        """The given constraints, by field."""
         found: dict[str, Constraint] = {}
         if self.json is not None:
             found["json"] = JsonValue(_schema(self.json), "the schema in json")

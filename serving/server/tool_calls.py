@@ -249,7 +249,7 @@ def has_tools(template: str) -> bool:
 
 
 def hermes_system_text(tools: Sequence[Mapping[str, Any]]) -> str:
-    """What a system message says about tools where the chat template has no place for them."""
+    """Text about tools for a system message, where the chat template has no place for them."""
     declared = "\n".join(json.dumps(one, ensure_ascii=False) for one in tools)
     return (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"

@@ -331,7 +331,7 @@ def _store_prompts(trace: Trace, system: System, clock: VirtualClock, parts: int
 
 
 def machine_about(machine: SimulatedMachine) -> dict[str, Any]:
-    """What `machine_of` finds a machine by, but for its rates, which follow from the batches of the trace."""
+    """The key by which `machine_of` finds a machine, but for its rates, which follow from the batches of the trace."""
     links, believed = machine.links, machine.believed
     about: dict[str, Any] = {
         "device_bytes": machine.device_bytes, "host_bytes": machine.host_bytes, "disk_bytes": machine.disk_bytes,

@@ -95,7 +95,7 @@ def test_a_signal_while_the_model_is_loaded(name: str, monkeypatch, capsys, tmp_
             train_gates.main(config)
     else:
         assert train_gates.main(config) == RUN_AGAIN
-        assert "nothing was begun, and the same command starts again (exit status 75)" in capsys.readouterr().err
+        assert "nothing was changed, and the same command runs again (exit status 75)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists() and signal.getsignal(number) == before
 
 

@@ -1,4 +1,4 @@
-"""What was on disk is found again by the next process, however the last one ended, and nothing else ever is."""
+"""KV on disk is found again by the next process, however the last one ended, and nothing else ever is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients send: labels that are used again, prompts that change, fields of any kind, and errors of one request."""
+"""Clients' requests: labels that are used again, prompts that change, fields of any kind, and errors of one request."""
 
 from __future__ import annotations
 
